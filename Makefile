@@ -1,0 +1,36 @@
+# Everything sets itself up: `make demo` and `make test` work on a clean checkout with Python 3.11 and pip.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test lint bench docs clean
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP) ## install capfilt and its pinned requirements into .venv
+
+# pip's own checks and bars are off: what is printed is what matters.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about 7 GB, two minutes on a fast line; once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## build a small corpus, end to end, and say how true its captions are
+	@$(BIN)/capfilt demo --out demo-corpus
+
+test: $(STAMP) ## run the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style
+	@$(BIN)/ruff check .
+
+bench: $(STAMP) ## list the benchmarks
+	@$(BIN)/capfilt bench --help
+
+docs: $(STAMP) ## write the generated pages of docs/
+	@$(BIN)/python -m jobs.docs
+
+clean: ## remove .venv and the demo corpus
+	rm -rf $(VENV) demo-corpus

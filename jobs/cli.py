@@ -1,0 +1,145 @@
+"""The command ``capfilt``: one small function a command, heavy imports inside them."""
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from jobs.reads import reads
+from schemas.errors import CapfiltError
+from schemas.records import Stage
+
+app = typer.Typer(
+    name="capfilt",
+    help="Build a CapFilt corpus from image URLs: crawl, caption ten times, rank, keep two.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE")
+]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _load(config: str, overrides: list[str] | None) -> Any:
+    from pipeline.configfile import load_config
+
+    return load_config(config, overrides or ())
+
+
+def _run(config: str, overrides: list[str] | None, as_json: bool, **options: Any) -> None:
+    from rich.console import Console
+
+    from jobs.run import RunOptions, run
+    from jobs.summary import print_result, result_json
+
+    console = Console(stderr=as_json)
+    result = run(_load(config, overrides), RunOptions(quiet=as_json, **options), console)
+    if as_json:
+        print(json.dumps(result_json(result)))
+    else:
+        print_result(result, console)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def run(config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False) -> None:
+    """Do all that is missing: crawl, caption, rank, select, in one streaming run."""
+    _run(config, set_, json_, recompute=recompute, limit=limit)
+
+
+@app.command()
+def crawl(
+    config: Config,
+    set_: Set = None,
+    retry: Annotated[
+        str | None, typer.Option("--retry", help='"transient": queue again what may succeed now.', metavar="WHICH")
+    ] = None,
+    recompute: Recompute = False,
+    limit: Limit = None,
+    json_: Json = False,
+) -> None:
+    """Fetch the images of the lists into raw shards."""
+    if retry not in (None, "transient"):
+        raise CapfiltError(f'--retry {retry!r}: only "transient" failures can be queued again')
+    _run(config, set_, json_, command="crawl", stages=("crawl",), retry=retry, recompute=recompute, limit=limit)
+
+
+def _stage_command(stage: Stage, text: str) -> None:
+    def command(
+        config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False
+    ) -> None:
+        _run(config, set_, json_, command=stage, stages=(stage,), recompute=recompute, limit=limit)
+
+    app.command(stage, help=text)(command)
+
+
+_stage_command("caption", "Write the synthetic captions of every crawled image.")
+_stage_command("rank", "Score every candidate caption with CLIP.")
+_stage_command("select", "Keep the best captions and write the curated shards; needs no GPU.")
+
+
+@app.command()
+def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Say what is pending and stale and what it will cost, before any spending."""
+    from jobs.summary import plan_corpus, print_plan
+
+    rows = plan_corpus(_load(config, set_))
+    print(json.dumps(rows)) if json_ else print_plan(rows)
+
+
+@app.command()
+def submit(
+    arguments: Annotated[list[str], typer.Argument(help="After --: run, crawl, caption, rank or select, with its options.")],
+    config: Config,
+    set_: Set = None,
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.", metavar="URL")] = "",
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster; submitting the same twice is harmless."""
+    from jobs.submit import submit_job
+
+    raise typer.Exit(submit_job(config, set_ or [], arguments, address, follow))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder of the demo corpus.", metavar="DIR")] = "demo-corpus",
+    json_: Json = False,
+) -> None:
+    """Build a corpus from a small world served on this machine, and say how true its captions are."""
+    from jobs.demo.show import run_demo
+
+    raise typer.Exit(run_demo(out, as_json=json_))
+
+
+for read in reads.registered_commands:
+    app.registered_commands.append(read)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        app()
+    except CapfiltError as error:
+        print(f"capfilt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception:
+        traceback.print_exc()
+        print("capfilt: this is a fault of capfilt, not of your input; please report the lines above", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Joining a Ray cluster, or starting a local one that fits the machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.records import Stage
+
+# Asked for by albumentations (it calls home at import) and tokenizers (they warn after a fork).
+WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Rows are shard names: the object store holds next to nothing.
+_OBJECT_STORE_BYTES = 128 << 20
+
+
+@contextlib.contextmanager
+def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[None]:
+    """Connect to ``cluster.address`` (or the job's own cluster), else start a local Ray; leave it at the end.
+
+    A local Ray is given at least the CPUs that one worker of each stage asks for, so that a small machine
+    streams too: its workers then share the cores.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
+    address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    os.environ.update(WORKER_ENVIRONMENT)
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            resources = [getattr(config.cluster, stage) for stage in stages]
+            needed = sum(stage.cpus * stage.min_workers for stage in resources)
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
+    try:
+        _check_resources(config, stages)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...]) -> None:
+    """Refuse a pool that no node can ever host, where Ray would wait for it forever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for stage in stages:
+        wanted = getattr(config.cluster, stage)
+        if not any(
+            node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes
+        ):
+            raise CapfiltError(
+                f"cluster.{stage}: a worker wants {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and no node of "
+                f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
+            )

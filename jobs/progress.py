@@ -1,0 +1,122 @@
+"""How a run shows where it is: a live table on a terminal, one line an interval where there is none."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from jobs.tracker import StageProgress
+from pipeline.plan import Survey
+from schemas.records import Stage
+
+_LINE_INTERVAL_S = 10.0
+
+
+class Progress(Protocol):
+    """Something that can be told how far a run is."""
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Show a snapshot of the tracker."""
+
+    def close(self) -> None:
+        """Show the last state and let go of the terminal."""
+
+
+class _Rates:
+    """Shards, images per second and time left, by stage."""
+
+    def __init__(self, before: Survey, stages: tuple[Stage, ...]) -> None:
+        self.stages = stages
+        self.before = {stage: before.of(stage) for stage in stages}
+        self.start = time.monotonic()
+
+    def row(self, stage: Stage, progress: StageProgress) -> tuple[str, str, str, str, str]:
+        before = self.before[stage]
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        left = before.total - before.done - progress.shards
+        success = f"{progress.rows_out / progress.rows_in:.0%}" if progress.rows_in and stage != "caption" else "-"
+        if left <= 0:
+            eta = "done"
+        elif progress.shards:
+            eta = _duration(left * seconds / progress.shards)
+        else:
+            eta = "-"
+        rate = f"{progress.images / seconds:,.1f}" if progress.images else "-"
+        return stage, f"{before.done + progress.shards:,}/{before.total:,}", rate, success, eta
+
+
+class LiveProgress:
+    """A table that redraws itself."""
+
+    def __init__(self, console: Console, before: Survey, stages: tuple[Stage, ...]) -> None:
+        self._rates = _Rates(before, stages)
+        self._live = Live(console=console, refresh_per_second=4)
+        self._live.start()
+        self.update({})
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Redraw."""
+        table = Table("stage", box=None, pad_edge=False)
+        for title in ("shards", "images/s", "kept", "time left"):
+            table.add_column(title, justify="right")
+        for stage in self._rates.stages:
+            table.add_row(*self._rates.row(stage, snapshot.get(stage, StageProgress())))
+        self._live.update(table)
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        self._live.stop()
+
+
+class LineProgress:
+    """One line an interval, for logs."""
+
+    def __init__(self, before: Survey, stages: tuple[Stage, ...]) -> None:
+        self._rates = _Rates(before, stages)
+        self._next = time.monotonic() + _LINE_INTERVAL_S
+        self._last: Mapping[Stage, StageProgress] = {}
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Print when the interval is over."""
+        self._last = snapshot
+        if time.monotonic() >= self._next:
+            self._print()
+            self._next = time.monotonic() + _LINE_INTERVAL_S
+
+    def _print(self) -> None:
+        parts = []
+        for stage in self._rates.stages:
+            _, shards, rate, _, eta = self._rates.row(stage, self._last.get(stage, StageProgress()))
+            parts.append(f"{stage} {shards} ({rate} images/s, {eta})")
+        print(f"[{time.strftime('%H:%M:%S')}] " + "  ".join(parts), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print the last state."""
+        self._print()
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_progress(console: Console, before: Survey, stages: tuple[Stage, ...], quiet: bool) -> Progress:
+    """Return the progress that fits where the output goes."""
+    if quiet:
+        return NoProgress()
+    return LiveProgress(console, before, stages) if console.is_terminal else LineProgress(before, stages)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,161 @@
+"""The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
+
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from jobs.tracker import Outcome
+from pipeline.plan import ModelDigests, next_step, stages_of, upstream_of
+from pipeline.records import Records, now
+from pipeline.storage import Storage, sweep_temporary_folders
+from schemas.config import CapfiltConfig, StageResources
+from schemas.errors import CorruptShardError
+from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
+
+
+def stage_worker(stage: Stage, config: CapfiltConfig, records: Records) -> Any:
+    """Return the stage's worker: ``worker(ShardTask) -> ShardRecord``. Imports only what the stage needs."""
+    match stage:
+        case "crawl":
+            from pipeline.crawl import CrawlWorker
+
+            return CrawlWorker(config, records)
+        case "caption":
+            from pipeline.caption import CaptionWorker
+
+            return CaptionWorker(config, records)
+        case "rank":
+            from pipeline.rank import RankWorker
+
+            return RankWorker(config, records)
+        case "select":
+            from pipeline.selection import SelectWorker
+
+            return SelectWorker(config, records)
+    raise AssertionError(stage)
+
+
+class StageActor:
+    """One actor of a stage's pool. Takes rows ``{source, shard, kind, urls}`` and hands every one of them on.
+
+    Ray runs a task at least once; what it has done before is skipped by its record. An exception is tried again
+    here (Ray restarts only killed actors), up to ``cluster.max_attempts`` begun attempts in this run, whoever
+    began them: a shard that kills its worker ends in quarantine too.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: CapfiltConfig,
+        models: ModelDigests,
+        run_id: str,
+        recompute: bool,
+        tracker: ray.actor.ActorHandle,
+    ) -> None:
+        self.stage = stage
+        self.config = config
+        self.models = models
+        self.run_id = run_id
+        self.recompute = recompute
+        self.tracker = tracker
+        self.records = Records(Storage(config.corpus.path))
+        self._worker: Any = None
+        sweep_temporary_folders()
+
+    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        for source, shard, kind, urls in zip(
+            batch["source"], batch["shard"], batch["kind"], batch["urls"], strict=True
+        ):
+            self.tracker.note.remote(self._advance(str(source), str(shard), str(kind), str(urls)))
+        return batch
+
+    def _advance(self, source: str, shard: str, kind: Any, urls: str) -> Outcome:
+        """Do this stage of the shard if it is to be done, and say what came of it."""
+        if self.stage not in stages_of(kind):
+            return Outcome(stage=self.stage, source=source, shard=shard, state="absent")
+        upstream: dict[Stage, ShardRecord] = {"urls": ShardRecord.from_json(urls)}
+        for name in upstream_of(self.stage, kind):
+            if name != "urls" and (record := self.records.read(name, source, shard)) is not None:
+                upstream[name] = record
+        committed = self.records.read(self.stage, source, shard)
+        step = next_step(
+            self.config, self.models, self.stage, (source, shard), kind, upstream, committed, self.run_id
+        )
+        if step.task is None or (step.state == "stale" and not self.recompute):
+            state = "skipped" if step.state == "done" else step.state
+            return Outcome.of(state, self.stage, source, shard, committed)
+        if step.state == "stale" and step.committed is not None:
+            self.records.retire(step.committed)
+        return self._attempt(step.task)
+
+    def _attempt(self, task: ShardTask) -> Outcome:
+        error = "the worker died on every attempt"
+        while (
+            begun := self.records.begin_attempt(
+                task.stage, task.source, task.shard, os.urandom(6).hex(), task.run_id
+            )
+        ) <= task.max_attempts:
+            try:
+                if self._worker is None:
+                    self._worker = stage_worker(self.stage, self.config, self.records)
+                record = self._worker(task)
+                return Outcome.of("done", task.stage, task.source, task.shard, record)
+            except CorruptShardError as damaged:
+                error = str(damaged)
+                break  # the input is damaged: another try reads the same bytes
+            except Exception as failure:
+                error = "".join(traceback.format_exception(failure, limit=-4)).strip()
+        self.records.quarantine(
+            QuarantineRecord(
+                stage=task.stage,
+                source=task.source,
+                shard=task.shard,
+                run_id=task.run_id,
+                attempts=min(begun, task.max_attempts),
+                error=error[-4000:],
+                finished_at=now(),
+            )
+        )
+        return Outcome(stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error)
+
+
+def build_dataset(
+    rows: list[dict[str, str]],
+    stages: tuple[Stage, ...],
+    config: CapfiltConfig,
+    models: ModelDigests,
+    run_id: str,
+    recompute: bool,
+    tracker: ray.actor.ActorHandle,
+) -> Dataset:
+    """Chain the stages' actor pools over the shards, one block a shard, so that shards flow as they are ready."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for stage in stages:
+        resources: StageResources = getattr(config.cluster, stage)
+        dataset = dataset.map_batches(
+            StageActor,
+            batch_size=1,
+            fn_constructor_args=(stage, config, models, run_id, recompute, tracker),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            compute=ActorPoolStrategy(
+                min_size=resources.min_workers,
+                max_size=resources.max_workers,
+                # One in work, one at hand: a deeper queue leaves shards behind a slow worker at the end.
+                max_tasks_in_flight_per_actor=2,
+            ),
+        )
+    return dataset
+
+
+def dataset_row(kind: str, urls: ShardRecord) -> dict[str, str]:
+    """Return the row that carries a shard through the stages."""
+    return {"source": urls.source, "shard": urls.shard, "kind": kind, "urls": urls.to_json()}

@@ -1,0 +1,166 @@
+"""A capfilt command as a job on a Ray cluster, through Ray's Jobs API.
+
+What travels is a working directory: the capfilt packages and the resolved config. Lists, corpus and weights must
+be where every node can reach them (shared folders, S3, the hub).
+"""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import WORKER_ENVIRONMENT
+from pipeline.configfile import dump_config, load_config
+from pipeline.fingerprint import digest_json
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+
+_COMMANDS = ("run", "crawl", "caption", "rank", "select")
+_PACKAGES = ("pipeline", "training", "jobs", "schemas")
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_CONFIG_NAME = "corpus.json"
+
+
+def submit_job(
+    config_path: str, overrides: Sequence[str], arguments: Sequence[str], address: str, follow: bool
+) -> int:
+    """Submit ``capfilt ARGUMENTS`` for a config; follow its log and return its exit code.
+
+    The submission id is made from the config and the arguments: while such a job is pending or running, a
+    second submission attaches to it; after its end, the same command runs again under the next number, and
+    does only what is missing. Raises CapfiltError for a command that cannot be submitted or a cluster that
+    refuses us.
+    """
+    if not arguments or arguments[0] not in _COMMANDS:
+        raise CapfiltError(f"submit -- {' '.join(arguments)}: the command must be one of {', '.join(_COMMANDS)}")
+    if {"-c", "--config"} & set(arguments):
+        raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
+    config = load_config(config_path, overrides)
+    _refuse_relative_paths(config)
+    client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
+    job_id, attached = _start(client, config, list(arguments))
+    print(f"{'attached to' if attached else 'submitted'} {job_id}", file=sys.stderr)
+    if not follow:
+        return 0
+    return asyncio.run(_follow(client, job_id))
+
+
+def submission_id(config: CapfiltConfig, arguments: Sequence[str]) -> str:
+    """Return the id of a submission: equal configs and arguments give equal ids."""
+    digest = digest_json({"config": dump_config(config), "arguments": list(arguments)})
+    return f"capfilt-{arguments[0]}-{digest[:16]}"
+
+
+def pinned_requirements() -> list[str]:
+    """Return capfilt's direct requirements at the versions installed here."""
+    pins = []
+    for requirement in requires("capfilt") or []:
+        if "extra ==" in requirement:
+            continue
+        name = re.match(r"[A-Za-z0-9_.-]+(\[[^]]*\])?", requirement)
+        assert name is not None, requirement
+        try:
+            pins.append(f"{name[0]}=={version(re.sub(r'[[].*', '', name[0]))}")
+        except PackageNotFoundError as error:
+            raise CapfiltError(f"{name[0]} is not installed here, so its version cannot be pinned") from error
+    return pins
+
+
+def runtime_environment(config: CapfiltConfig, folder: Path) -> dict[str, Any]:
+    """Return the job's Ray runtime environment: the working directory and, unless installed there, the pins."""
+    environment: dict[str, Any] = {
+        "working_dir": str(folder),
+        "env_vars": WORKER_ENVIRONMENT,
+    }
+    if config.cluster.requirements == "pinned":
+        environment["pip"] = {"packages": pinned_requirements(), "pip_check": False}
+    return environment
+
+
+def make_working_directory(config: CapfiltConfig, folder: Path) -> None:
+    """Copy the packages and the resolved config into ``folder``."""
+    root = Path(__file__).resolve().parent.parent
+    for package in _PACKAGES:
+        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    (folder / _CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
+
+
+def _refuse_relative_paths(config: CapfiltConfig) -> None:
+    """Refuse relative leftovers: on another machine they would mean another folder."""
+    for source in config.source:
+        for entry in source.input:
+            if "://" not in entry and not Path(entry).is_absolute():
+                raise CapfiltError(f"source {source.name}: input {entry!r} is relative; a cluster needs absolute paths")
+
+
+def _client(address: str) -> Any:
+    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"  # the client would otherwise send no token and be refused
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise CapfiltError(f"--address {address}: the Jobs API did not answer: {error}") from error
+
+
+def _has_token() -> bool:
+    return bool(
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or (Path.home() / ".ray" / "auth_token").is_file()
+    )
+
+
+def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[str, bool]:
+    """Return the job's id, and whether it was there already."""
+    base = submission_id(config, arguments)
+    jobs: Mapping[str, Any] = {
+        job.submission_id: job for job in client.list_jobs() if (job.submission_id or "").startswith(base)
+    }
+    for name, job in jobs.items():
+        if not job.status.is_terminal():
+            return name, True
+    job_id = base if not jobs else f"{base}-{len(jobs) + 1}"
+    with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
+        make_working_directory(config, Path(folder))
+        rest = shlex.join(arguments[1:])
+        try:
+            client.submit_job(
+                entrypoint=f"python -m jobs.cli {arguments[0]} -c {_CONFIG_NAME} {rest}".strip(),
+                submission_id=job_id,
+                runtime_env=runtime_environment(config, Path(folder)),
+                metadata={"corpus": config.corpus.path},
+            )
+        except RuntimeError as error:
+            # Somebody submitted the same between our look and our try: theirs is as good.
+            if "already exists" in str(error):
+                return job_id, True
+            raise CapfiltError(f"the cluster refused the job: {error}") from error
+    return job_id, False
+
+
+async def _follow(client: Any, job_id: str) -> int:
+    """Print the job's log as it grows; return the driver's exit code."""
+    while True:
+        try:
+            async for lines in client.tail_job_logs(job_id):
+                print(lines, end="", flush=True)
+        except RuntimeError:
+            await asyncio.sleep(2)  # the connection broke; the job may go on
+        info = client.get_job_info(job_id)
+        if info.status.is_terminal():
+            break
+        await asyncio.sleep(1)
+    if info.driver_exit_code is not None:
+        return info.driver_exit_code
+    print(f"capfilt: {job_id} ended as {info.status}: {info.message}", file=sys.stderr)
+    return 0 if str(info.status) == "SUCCEEDED" else 1

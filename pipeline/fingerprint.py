@@ -1,0 +1,66 @@
+"""Digests that decide what is done, what is missing and what is stale; and the identity of a sample."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from schemas.config import CapfiltConfig
+from schemas.records import STAGE_VERSIONS, Stage
+
+
+def sample_uid(source: str, url: str) -> str:
+    """Return the 128-bit hex identity of a sample: stable across re-crawls and re-sharding."""
+    return hashlib.sha256(f"{source}\n{url}".encode()).hexdigest()[:32]
+
+
+def digest_json(value: Any) -> str:
+    """Return the sha256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def output_fields(section: BaseModel) -> dict[str, Any]:
+    """Return a section's fields that decide its output: all but those declared with ``tuning()``."""
+    fields = type(section).model_fields
+    values = section.model_dump(mode="json")
+    return {name: value for name, value in values.items() if not _is_tuning(fields[name].json_schema_extra)}
+
+
+def _is_tuning(extra: Any) -> bool:
+    return isinstance(extra, dict) and bool(extra.get("tuning"))
+
+
+def stage_fingerprint(
+    config: CapfiltConfig,
+    stage: Stage,
+    kind: str,
+    inputs: Mapping[str, Mapping[str, str]],
+    models: Sequence[str] = (),
+) -> str:
+    """Return the digest of everything a stage's output on one shard is a function of.
+
+    Args:
+        kind: the source's kind, ``web`` or ``human``: rank and select treat them differently.
+        inputs: by upstream stage, the sha256 of its outputs on this shard (``ShardRecord.input_digests``).
+        models: digests of the weights that the stage loads.
+    """
+    section = {} if stage == "urls" else output_fields(getattr(config, stage))
+    # A model is identified by the digest of its files: the same weights at another place are the same.
+    for name in ("model", "revision", "pretrained"):
+        section.pop(name, None)
+    if stage == "rank" and section.get("rerank"):
+        section["rerank"] = {"first": section["rerank"]["first"]}
+    return digest_json(
+        {
+            "stage": stage,
+            "version": STAGE_VERSIONS[stage],
+            "kind": kind if stage in ("rank", "select") else "",
+            "seed": config.corpus.seed if stage == "caption" else 0,
+            "config": section,
+            "models": list(models),
+            "inputs": {name: dict(files) for name, files in inputs.items()},
+        }
+    )

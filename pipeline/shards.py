@@ -1,0 +1,77 @@
+"""Shards as files: WebDataset tars and the Parquet beside them, read and written reproducibly.
+
+The reader takes a tar whole, in order, and decodes nothing. A tar cut at a member boundary reads without any
+error, so the caller compares counts with the record; ``webdataset`` itself does not notice either.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# One row group of a big shard; 100-row groups (img2dataset's) read 20 times slower per row in DuckDB.
+_ROW_GROUP = 122_880
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
+    """Write a WebDataset tar whose bytes are a function of its samples alone; return the samples written.
+
+    Args:
+        samples: (key, {extension: content}); extensions are written in the order given, and the caller gives
+            the samples in order of key. Times, owners and modes are fixed.
+    """
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                info.mode = 0o644
+                tar.addfile(info, io.BytesIO(content))
+            count += 1
+    return count
+
+
+def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield (key, {extension: content}) for each sample; members of one key are adjacent, as WebDataset asks.
+
+    Raises tarfile.ReadError where the tar is damaged inside a member.
+    """
+    key, members = "", {}
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for info in tar:
+            if not info.isfile():
+                continue
+            folder, _, name = info.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            stem = f"{folder}/{stem}" if folder else stem
+            if stem != key:
+                if members:
+                    yield key, members
+                key, members = stem, {}
+            content = tar.extractfile(info)
+            assert content is not None
+            data = content.read()
+            if len(data) != info.size:
+                raise tarfile.ReadError(f"{info.name}: {len(data)} bytes of {info.size}")
+            members[extension.lower()] = data
+    if members:
+        yield key, members
+
+
+def write_parquet(path: Path, table: pa.Table, schema: pa.Schema) -> int:
+    """Write rows under a declared schema (columns in its order), zstd; return the rows."""
+    table = table.select(schema.names).cast(schema)
+    pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP)
+    return table.num_rows
+
+
+def rows_to_table(rows: Iterable[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
+    """Build a table from dicts; a column missing from a row is NULL."""
+    rows = list(rows)
+    columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema}
+    return pa.table(columns, schema=schema)

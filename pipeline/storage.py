@@ -1,0 +1,253 @@
+"""Files of a corpus on local disk, S3 or GCS: whole-object writes, create-if-absent, listing.
+
+Never hands out a writable remote file: an exception inside ``with fs.open(path, "wb")`` publishes the truncated
+object, on S3 and on local disk alike. A file is made locally, checked, and put in one call.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from schemas.errors import CapfiltError
+
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """One listed file. ``version`` changes when the content does (ETag, or mtime on local disk)."""
+
+    path: str
+    bytes: int
+    version: str
+    modified: datetime
+
+
+class Storage:
+    """A folder or a bucket prefix, and everything that may be done to the files under it.
+
+    Paths are relative to the root, with ``/``; a path with ``://`` or a leading ``/`` is taken as it is, so that
+    adopted files outside the corpus are read by the same calls. Instances pickle.
+    """
+
+    def __init__(self, root: str) -> None:
+        try:
+            self.fs, path = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as error:
+            raise CapfiltError(f"corpus.path {root!r} cannot be opened: {error}") from error
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.base = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
+        self.root = self.base if self.is_local else self.fs.unstrip_protocol(self.base)
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.root,)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def url(self, path: str) -> str:
+        """Return the absolute path or URL of ``path``: what DuckDB and fsspec open."""
+        return path if _is_absolute(path) else f"{self.root}/{path}"
+
+    def _full(self, path: str) -> str:
+        if _is_absolute(path):
+            return self.fs._strip_protocol(path)
+        return f"{self.base}/{path}"
+
+    def _fs_of(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Return the filesystem of a path that may lie outside the corpus."""
+        if _is_absolute(path):
+            return fsspec.core.url_to_fs(path)
+        return self.fs, self._full(path)
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def exists(self, path: str) -> bool:
+        """Tell whether the file is there."""
+        fs, full = self._fs_of(path)
+        return fs.exists(full)
+
+    def read(self, path: str) -> bytes:
+        """Return the whole file. Raises FileNotFoundError."""
+        fs, full = self._fs_of(path)
+        return fs.cat_file(full)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open for reading, buffered ahead on remote storage."""
+        fs, full = self._fs_of(path)
+        return fs.open(full, "rb")
+
+    @contextlib.contextmanager
+    def local_copy(self, path: str) -> Iterator[Path]:
+        """Yield a local path with the file's content: the file itself on local disk, else a temporary copy."""
+        fs, full = self._fs_of(path)
+        if isinstance(fs, LocalFileSystem):
+            if not Path(full).is_file():
+                raise FileNotFoundError(full)
+            yield Path(full)
+            return
+        with temporary_folder() as folder:
+            target = folder / Path(full).name
+            fs.get_file(full, str(target))
+            yield target
+
+    def list(self, prefix: str) -> list[FileInfo]:
+        """Return every file under a folder, sorted by path; an absent folder is empty."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self._full(prefix), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted((self._info(full, info) for full, info in found.items()), key=lambda info: info.path)
+
+    def info(self, path: str) -> FileInfo:
+        """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
+        fs, full = self._fs_of(path)
+        return self._info(full, fs.info(full), path)
+
+    def _info(self, full: str, info: dict, path: str | None = None) -> FileInfo:
+        modified = info.get("LastModified") or info.get("mtime") or info.get("updated") or 0
+        if isinstance(modified, str):
+            modified = datetime.fromisoformat(modified)
+        if not isinstance(modified, datetime):
+            modified = datetime.fromtimestamp(modified, UTC)
+        version = str(info.get("ETag") or info.get("etag") or info.get("mtime") or modified.timestamp())
+        relative = path if path is not None else full.removeprefix(self.base).lstrip("/")
+        return FileInfo(path=relative, bytes=info["size"], version=version.strip('"'), modified=modified)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def put(self, local: Path, path: str) -> None:
+        """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
+        if self.is_local:
+            target = Path(self._full(path))
+            with _beside(target) as temporary:
+                shutil.copyfile(local, temporary)
+                _sync(temporary)
+                temporary.replace(target)
+        else:
+            self.fs.put_file(str(local), self._full(path))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
+        if self.is_local:
+            target = Path(self._full(path))
+            with _beside(target) as temporary:
+                temporary.write_bytes(data)
+                _sync(temporary)
+                temporary.replace(target)
+        else:
+            self.fs.pipe_file(self._full(path), data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Publish bytes only if ``path`` does not exist; of many writers exactly one gets True.
+
+        The file is never visible half-written: on local disk a finished temporary file is hard-linked to its
+        name, on S3 and GCS the put is conditional.
+        """
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(self._full(path), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = Path(self._full(path))
+        with _beside(target) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                target.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                return _create_exclusively(target, data)
+        return True
+
+    def delete(self, path: str) -> None:
+        """Remove a file of the corpus; absent is fine."""
+        if _is_absolute(path):
+            raise ValueError(f"{path} lies outside the corpus and is not ours to delete")
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._full(path))
+
+
+def _is_absolute(path: str) -> bool:
+    return "://" in path or path.startswith("/")
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary name in the target's folder (same filesystem, so that renaming is atomic)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_exclusively(target: Path, data: bytes) -> bool:
+    """Create where the filesystem has no hard links: exclusive, though not torn-proof against power loss."""
+    try:
+        with target.open("xb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a local file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"capfilt-{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_temporary_folders() -> int:
+    """Remove the scratch folders that killed processes of this machine left; return how many."""
+    swept = 0
+    for folder in Path(tempfile.gettempdir()).glob("capfilt-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+            swept += 1
+    return swept
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,176 @@
+"""The typed config tree of a corpus: one TOML file, unknown keys refused, every number with its unit.
+
+``tuning()`` marks the fields that change speed or reach but not what a sample becomes; every other field of
+a stage's section enters that stage's fingerprint (see pipeline/fingerprint.py).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def tuning(default: Any, **constraints: Any) -> Any:
+    """Declare a field that does not enter the fingerprint: changing it makes nothing stale."""
+    return Field(default, json_schema_extra={"tuning": True}, **constraints)
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class CorpusConfig(Section):
+    """``[corpus]``: where it lies and what its randomness is."""
+
+    path: str = Field(min_length=1, description="folder or URL (s3://bucket/prefix, gs://...) of the corpus")
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice, with the sample's uid")
+    samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, from the next shard on")
+
+
+class SourceConfig(Section):
+    """``[[source]]``: one list of image-text pairs, or a folder of img2dataset shards."""
+
+    name: Name
+    kind: Literal["web", "human"] = Field(
+        "web", description="web: captioned, its text one candidate more; human: its captions are kept"
+    )
+    input: tuple[str, ...] = Field(min_length=1, description="files or globs, local or remote; or one folder")
+    format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "img2dataset"] = Field(
+        "auto", description="auto: by the file's name, .gz or not; img2dataset: folders of its shards"
+    )
+    url_column: str = "url"
+    caption_column: str | None = Field(
+        "caption", description="a text or a list of texts; without one: caption_column = \"\""
+    )
+    uid_column: str | None = Field(None, description="an identity of your own instead of sha256(source, url)")
+    extra_columns: tuple[str, ...] = Field((), description="columns to carry along as JSON in samples.extra")
+    weight: float | None = Field(None, gt=0, description="mixing weight in pretraining; default: by images")
+
+
+class CrawlConfig(Section):
+    """``[crawl]``: how images are fetched and stored."""
+
+    # what a stored image is: fingerprint
+    image_size_px: int = Field(384, ge=16, description="target of the resize")
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio"
+    resize_only_if_bigger: bool = True
+    encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
+    formats: tuple[str, ...] = Field(("JPEG", "PNG", "WEBP", "GIF", "BMP"), description="accepted; the first frame of a GIF must be its only one")
+    min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
+    max_aspect_ratio: float = Field(4.0, ge=1)
+    max_pixels: int = Field(50_000_000, ge=1, description="read from the header, before decoding")
+    opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    tdm_reservation: bool = Field(True, description="respect TDM-Reservation: 1")
+    robots_txt: bool = Field(False, description="fetch and respect robots.txt, cached per host")
+    # how it is asked for: tuning
+    user_agent: str = tuning("capfilt/0.1", min_length=1)
+    contact: str = tuning("", description="URL or address that a site's owner can turn to; part of the User-Agent")
+    threads: int = tuning(64, ge=1, le=1024, description="fetches at once in one worker")
+    timeout_s: float = tuning(30.0, gt=0, description="total time of one URL, redirects, retries and waits included")
+    connect_timeout_s: float = tuning(10.0, gt=0, description="of one connection or silent read")
+    max_redirects: int = tuning(5, ge=0)
+    max_header_bytes: int = tuning(65_536, ge=1024)
+    max_body_bytes: int = tuning(20_000_000, ge=1024)
+    max_attempts: int = tuning(3, ge=1, description="tries of one URL; only transient errors are tried again")
+    backoff_s: float = tuning(0.5, ge=0, description="before the second try; doubles, with jitter")
+    requests_per_host: int = tuning(8, ge=1, description="at once, in one worker")
+    rate_per_host: float = tuning(50.0, gt=0, description="requests per second to one host, in one worker")
+    allow_hosts: tuple[str, ...] = tuning((), description='"host:port" entries exempt from the address check')
+
+
+class CaptionConfig(Section):
+    """``[caption]``: the captioner and its sampling; BLIP's own values as defaults."""
+
+    model: str = Field("Salesforce/blip-image-captioning-large", description="hub id or local folder")
+    revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
+    prompt: str = Field("", description='the published COCO captioner was trained with "a picture of "; stripped from the text')
+    num_captions: int = Field(10, ge=1, le=1000)
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(50, ge=0, description="0 switches it off; transformers' silent default is 50")
+    temperature: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.1, gt=0)
+    min_length: int = Field(5, ge=0, description="tokens, prompt and end included")
+    max_length: int = Field(20, ge=2, description="tokens, prompt and end included")
+    precision: Precision = "auto"
+    batch_size: int = tuning(32, ge=1, description="images")
+
+
+class RerankConfig(Section):
+    """``[rank.rerank]``: a second CLIP over the first's best (LAION-COCO's recipe)."""
+
+    model: str
+    pretrained: str = ""
+    first: int = Field(5, ge=1, description="how many of the first CLIP's best it sees")
+
+
+class RankConfig(Section):
+    """``[rank]``: the CLIP that scores candidates."""
+
+    model: str = Field("ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME or local-dir:FOLDER")
+    pretrained: str = Field("openai", description="open_clip pretrained tag or a weights file; empty for hf-hub: and local-dir:")
+    precision: Precision = "auto"
+    batch_size: int = tuning(64, ge=1, description="images")
+    rerank: RerankConfig | None = None
+
+
+class SelectConfig(Section):
+    """``[select]``: which candidates reach training. Costs no GPU to change."""
+
+    top_k: int = Field(2, ge=1, description="captions kept for an image")
+    min_score: float | None = Field(None, ge=-1, le=1, description="cosine similarity a caption must reach")
+    web_caption: Literal["compete", "never", "always"] = Field(
+        "compete", description="compete: one candidate more (BLIP-2); always: kept on top of the top_k"
+    )
+
+
+class StageResources(Section):
+    """Resources of one stage's workers."""
+
+    cpus: float = Field(1.0, ge=0)
+    gpus: float = Field(0.0, ge=0, description="per worker; fractions share a GPU")
+    min_workers: int = Field(1, ge=1)
+    max_workers: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "StageResources":
+        if self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers ({self.max_workers}) is under min_workers ({self.min_workers})")
+        return self
+
+
+class ClusterConfig(Section):
+    """``[cluster]``: how Ray runs it. Nothing here changes the corpus."""
+
+    address: str = Field("", description="Ray cluster to join; empty: start a local one")
+    crawl: StageResources = StageResources()
+    caption: StageResources = StageResources()
+    rank: StageResources = StageResources()
+    select: StageResources = StageResources()
+    requirements: Literal["pinned", "installed"] = Field(
+        "pinned", description="of a submitted job: pinned: this machine's versions, by pip; installed: the nodes have them"
+    )
+    max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
+    compact_interval_s: float = Field(15.0, gt=0, description="how often a run refreshes the manifest")
+
+
+class CapfiltConfig(Section):
+    """One corpus, whole."""
+
+    corpus: CorpusConfig
+    source: tuple[SourceConfig, ...] = Field(min_length=1)
+    crawl: CrawlConfig = CrawlConfig()
+    caption: CaptionConfig = CaptionConfig()
+    rank: RankConfig = RankConfig()
+    select: SelectConfig = SelectConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _names_unique(self) -> "CapfiltConfig":
+        names = [source.name for source in self.source]
+        if double := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two [[source]] share the name {sorted(double)[0]!r}")
+        return self

@@ -1,0 +1,72 @@
+"""How a sample can end: every status and every reason, declared once.
+
+A sample of the crawl ends with a status and, unless it is ``ok``, a reason; a reason belongs to exactly
+one status and says whether another try may succeed (``crawl --retry transient``).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SampleStatus = Literal["ok", "failed", "refused", "opted_out", "invalid"]
+
+SAMPLE_STATUSES: dict[str, str] = {
+    "ok": "the image was fetched, checked, resized and stored",
+    "failed": "the server or the network did not deliver it",
+    "refused": "a guard of ours would not go on: address, scheme, redirects, size or time",
+    "opted_out": "the site reserves its content (X-Robots-Tag, TDM-Reservation or robots.txt)",
+    "invalid": "what was delivered is not a usable image",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """One way for a sample not to be stored."""
+
+    status: SampleStatus
+    transient: bool
+    meaning: str
+
+
+def _reason(status: SampleStatus, meaning: str, transient: bool = False) -> Reason:
+    return Reason(status=status, transient=transient, meaning=meaning)
+
+
+REASONS: dict[str, Reason] = {
+    # failed: the other side
+    "dns": _reason("failed", "the host name did not resolve", transient=True),
+    "connect": _reason("failed", "no connection: refused, unreachable or reset", transient=True),
+    "tls": _reason("failed", "the TLS handshake or certificate check failed"),
+    "timeout": _reason("failed", "the URL's total time ran out, retries included", transient=True),
+    "bad_response": _reason("failed", "the answer is not HTTP that can be read", transient=True),
+    "body_truncated": _reason("failed", "the body ended before its Content-Length", transient=True),
+    "rate_limited": _reason("failed", "429 on every attempt", transient=True),
+    "http_4xx": _reason("failed", "a client error; http_status has the code"),
+    "http_5xx": _reason("failed", "a server error on every attempt; http_status has the code", transient=True),
+    "http_other": _reason("failed", "an unexpected status such as 204 or 304"),
+    # refused: our guards
+    "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
+    "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),
+    "forbidden_address": _reason("refused", "the host is loopback, private, link-local, reserved or metadata"),
+    "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
+    "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),
+    "header_too_large": _reason("refused", "response headers over crawl.max_header_bytes"),
+    "body_too_large": _reason("refused", "a body over crawl.max_body_bytes, declared or real"),
+    # opted out
+    "x_robots_tag": _reason("opted_out", "an X-Robots-Tag directive that crawl.opt_out_directives names"),
+    "tdm_reservation": _reason("opted_out", "the TDM-Reservation header is 1"),
+    "robots_txt": _reason("opted_out", "robots.txt disallows the path for our user agent"),
+    # invalid: the bytes
+    "empty_body": _reason("invalid", "zero bytes"),
+    "not_an_image": _reason("invalid", "HTML, text or unknown bytes"),
+    "format_refused": _reason("invalid", "an image format outside crawl.formats (SVG, TIFF, animations, ...)"),
+    "too_many_pixels": _reason("invalid", "more pixels than crawl.max_pixels, read from the header alone"),
+    "image_truncated": _reason("invalid", "the image data stops before its end or does not decode"),
+    "too_small": _reason("invalid", "the shorter side is under crawl.min_size_px"),
+    "aspect_ratio": _reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
+}
+
+# How an image that was captioned and scored can fail to reach the curated shards.
+DROP_REASONS: dict[str, str] = {
+    "no_candidates": "no caption is left after clean-up",
+    "below_min_score": "no candidate reaches select.min_score",
+}

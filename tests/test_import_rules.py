@@ -1,0 +1,80 @@
+"""The rooms of the house: who may import whom, and one home for each heavy library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("schemas", "pipeline", "training", "jobs")
+MAY_IMPORT = {
+    "schemas": {"schemas"},
+    "pipeline": {"schemas", "pipeline"},
+    "training": {"schemas", "training", "pipeline"},
+    "jobs": {"schemas", "pipeline", "training", "jobs"},
+}
+# Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
+PIPELINE_READ_SIDE = {"storage", "shards", "images", "texts", "manifest", "records", "weights", "fingerprint"}
+STAGE_FILES = {"crawl", "caption", "rank", "selection"}
+# Heavy library -> the files or rooms that may import it.
+HOMES = {
+    "ray": ("jobs/",),
+    "typer": ("jobs/",),
+    "rich": ("jobs/",),
+    "img2dataset": ("pipeline/crawl.py",),
+    "duckdb": ("pipeline/manifest.py",),
+    "open_clip": ("pipeline/rank.py", "pipeline/weights.py", "training/vision.py", "jobs/demo/"),
+    "transformers": ("pipeline/caption.py", "training/", "jobs/demo/"),
+    "PIL": ("pipeline/images.py", "jobs/demo/"),
+    "cv2": ("pipeline/images.py",),
+    "torchvision": ("pipeline/images.py", "training/"),
+}
+SCHEMAS_MAY_USE = set(sys.stdlib_module_names) | {"pydantic", "pyarrow", "schemas"}
+
+
+def modules() -> list[Path]:
+    return sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Return the dotted names that a file imports, wherever in it, type-checking blocks included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_to_its_room(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    room = relative.parts[0]
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "tests":
+            pytest.fail(f"{relative} imports {name}")
+        if top in ROOMS:
+            assert top in MAY_IMPORT[room], f"{relative}: {room}/ may not import {name}"
+        if room == "schemas":
+            assert top in SCHEMAS_MAY_USE, f"{relative}: schemas/ may not import {name}"
+        if room == "training" and top == "pipeline":
+            assert rest[0] in PIPELINE_READ_SIDE, f"{relative}: training/ may not import {name}"
+        if room == "pipeline" and relative.stem in STAGE_FILES and top == "pipeline" and rest:
+            assert rest[0] not in STAGE_FILES - {relative.stem}, f"{relative}: a stage imports a stage, {name}"
+        if top in HOMES:
+            assert any(str(relative).startswith(home) for home in HOMES[top]), f"{relative} may not import {top}"
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from jobs.cli import app; "
+        "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0, result.output; "
+        "print(sorted({'torch', 'ray', 'duckdb', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert printed.stdout.strip() == "[]"

@@ -1,0 +1,172 @@
+"""Records and attempts: the record is the commit, the first one wins, the loser leaves nothing."""
+
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.attempt import Attempt
+from pipeline.fingerprint import output_fields, sample_uid, stage_fingerprint
+from pipeline.records import Records, now
+from pipeline.shards import read_tar, write_tar
+from pipeline.storage import Storage, sha256_file
+from schemas.config import CapfiltConfig, CrawlConfig
+from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
+
+CONFIG = CapfiltConfig.model_validate({"corpus": {"path": "x"}, "source": [{"name": "s", "input": ["y"]}]})
+
+
+def task(root: str, fingerprint: str = "f" * 64) -> ShardTask:
+    return ShardTask(
+        corpus=root, stage="caption", source="s", kind="web", shard="00000", run_id="r", fingerprint=fingerprint, inputs={}
+    )
+
+
+def make(records: Records, content: bytes, root: str, plain: bool = False) -> tuple[Attempt, ShardRecord]:
+    with Attempt(records, task(root), plain_names=plain) as attempt:
+        file = attempt.folder / "out"
+        file.write_bytes(content)
+        attempt.tally.rows_in, attempt.tally.rows_out = 3, 2
+        attempt.tally.count("ok", rows=2)
+        attempt.tally.count("dropped", "why")
+        attempt.tally.histograms["h"] = Histogram(edges=(0.0, 0.5, 1.0), counts=(1, 2))
+        return attempt, attempt.commit({"parquet": (file, 2)})
+
+
+def test_commit_round_trip(root: str) -> None:
+    records = Records(Storage(root))
+    attempt, record = make(records, b"abc", root)
+    assert record.attempt == attempt.id
+    assert record.outputs["parquet"].path == f"captions/s/00000.{attempt.id}.parquet"
+    assert record.counts == {"ok": 2, "dropped": 1, "dropped/why": 1}
+    assert records.read("caption", "s", "00000") == record
+    assert records.shards() == {("caption", "s", "00000"): record}
+    assert ShardRecord.from_json(record.to_json()).digest() == record.digest()
+    assert not attempt.folder.exists()
+
+
+def test_loser_takes_its_files_back(root: str) -> None:
+    storage = Storage(root)
+    records = Records(storage)
+    _, first = make(records, b"abc", root)
+    _, second = make(records, b"other", root)
+    assert second == first
+    assert [info.path for info in storage.list("captions")] == [first.outputs["parquet"].path]
+
+
+def test_commit_ends_attempts_and_quarantine(root: str) -> None:
+    records = Records(Storage(root))
+    assert records.begin_attempt("caption", "s", "00000", "a", "r") == 1
+    assert records.begin_attempt("caption", "s", "00000", "b", "r") == 2
+    assert records.begin_attempt("caption", "s", "00000", "c", "another-run") == 1
+    records.quarantine(
+        QuarantineRecord(stage="caption", source="s", shard="00000", run_id="r", attempts=3, error="e", finished_at=now())
+    )
+    assert ("caption", "s", "00000") in records.quarantined()
+    make(records, b"abc", root)
+    assert records.quarantined() == {}
+    assert records.storage.list("records/attempts") == []
+
+
+def test_retired_record_is_out_of_sight_but_kept(root: str) -> None:
+    records = Records(Storage(root))
+    _, first = make(records, b"abc", root)
+    records.retire(first)
+    assert records.shards() == {}
+    assert records.retired() == [first]
+    _, second = make(records, b"new", root)
+    assert second.attempt != first.attempt
+    records.retire(first)  # again, late: must not touch the new one
+    assert records.shards() == {("caption", "s", "00000"): second}
+
+
+def test_plain_names_are_not_taken_back(root: str) -> None:
+    storage = Storage(root)
+    records = Records(storage)
+    _, first = make(records, b"same", root, plain=True)
+    _, second = make(records, b"same", root, plain=True)
+    assert second == first
+    assert storage.read("captions/s/00000.parquet") == b"same"
+
+
+def test_tuning_keys_make_nothing_stale() -> None:
+    tuned = replace_section("crawl", threads=3, timeout_s=1.0, user_agent="x/1")
+    changed = replace_section("crawl", image_size_px=100)
+    fingerprints = [stage_fingerprint(config, "crawl", "web", {}) for config in (CONFIG, tuned, changed)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert {"threads", "timeout_s", "allow_hosts"}.isdisjoint(output_fields(CrawlConfig()))
+
+
+def replace_section(name: str, **values: object) -> CapfiltConfig:
+    section = getattr(CONFIG, name).model_copy(update=values)
+    return CONFIG.model_copy(update={name: section})
+
+
+@pytest.mark.parametrize("change", ["model", "input", "seed", "config"])
+def test_what_makes_a_caption_stale(change: str) -> None:
+    inputs = {"crawl": {"tar": "1"}}
+    before = stage_fingerprint(CONFIG, "caption", "web", inputs, ("m",))
+    config, models = CONFIG, ("m",)
+    match change:
+        case "model":
+            models = ("n",)
+        case "input":
+            inputs = {"crawl": {"tar": "2"}}
+        case "seed":
+            config = replace_section("corpus", seed=1)
+        case "config":
+            config = replace_section("caption", top_p=0.5)
+    assert stage_fingerprint(config, "caption", "web", inputs, models) != before
+
+
+def test_same_weights_elsewhere_are_the_same() -> None:
+    moved = replace_section("caption", model="/another/folder", revision="v2")
+    assert stage_fingerprint(moved, "caption", "web", {}, ("m",)) == stage_fingerprint(CONFIG, "caption", "web", {}, ("m",))
+
+
+def test_uid_is_32_hex_digits_and_depends_on_the_source() -> None:
+    assert sample_uid("a", "http://x/") != sample_uid("b", "http://x/")
+    assert len(sample_uid("a", "é")) == 32
+
+
+KEYS = st.text("abcdefghij0123456789_-", min_size=1, max_size=20)
+MEMBERS = st.dictionaries(st.sampled_from(["jpg", "txt", "json"]), st.binary(max_size=2000), min_size=1)
+
+
+@given(samples=st.dictionaries(KEYS, MEMBERS, max_size=8))
+def test_tar_round_trip(samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("tar") / "x.tar"
+    assert write_tar(path, samples.items()) == len(samples)
+    with path.open("rb") as file:
+        assert dict(read_tar(file)) == samples
+
+
+def test_tar_bytes_depend_on_samples_alone(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        write_tar(tmp_path / name, [("k", {"jpg": b"1", "txt": b"2"})])
+        digests.add(sha256_file(tmp_path / name))
+    assert len(digests) == 1
+
+
+def test_tar_cut_inside_a_member_raises(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x", [("k", {"jpg": b"1" * 3000})])
+    with pytest.raises(tarfile.ReadError):
+        list(read_tar(io.BytesIO((tmp_path / "x").read_bytes()[:2000])))
+
+
+def test_run_is_its_end_once_it_has_one(root: str) -> None:
+    from schemas.records import RunRecord
+
+    records = Records(Storage(root))
+    start = RunRecord(
+        run_id="1", command="run", config={}, config_digest="", started_at=now(), host="h", versions={}
+    )
+    records.write_run(start)
+    assert [run.outcome for run in records.runs()] == [None]
+    records.write_run(replace(start, outcome="done", finished_at=now()))
+    assert [run.outcome for run in records.runs()] == ["done"]

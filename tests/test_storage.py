@@ -1,0 +1,105 @@
+"""Storage on local disk and on S3: whole objects, create-if-absent, nothing half-written."""
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Storage, sweep_temporary_folders, temporary_folder
+from schemas.errors import CapfiltError
+
+
+def test_write_read_list_delete(root: str, tmp_path: Path) -> None:
+    storage = Storage(root)
+    assert storage.list("a") == []
+    storage.write("a/one", b"1")
+    storage.write("a/b/two", b"22")
+    storage.write("elsewhere", b"")
+    local = tmp_path / "file"
+    local.write_bytes(b"333")
+    storage.put(local, "a/three")
+    assert [(info.path, info.bytes) for info in storage.list("a")] == [("a/b/two", 2), ("a/one", 1), ("a/three", 3)]
+    assert storage.read("a/three") == b"333"
+    assert storage.open("a/three").read() == b"333"
+    assert storage.exists("a/one") and not storage.exists("a/four")
+    storage.delete("a/one")
+    storage.delete("a/one")
+    assert not storage.exists("a/one")
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/one")
+
+
+def test_pickles_and_opens_absolute_paths(root: str) -> None:
+    storage = pickle.loads(pickle.dumps(Storage(root)))
+    storage.write("x", b"content")
+    assert Storage(str(Path("/"))).read(storage.url("x")) == b"content"
+    with Storage(root).local_copy(storage.url("x")) as path:
+        assert path.read_bytes() == b"content"
+    with pytest.raises(ValueError, match="outside the corpus"):
+        storage.delete(storage.url("x"))
+
+
+def test_version_changes_with_content(root: str) -> None:
+    storage = Storage(root)
+    storage.write("x", b"a")
+    before = storage.info("x")
+    storage.write("x", b"b")
+    assert storage.info("x").version != before.version
+    assert storage.list("")[0].version == storage.info("x").version
+
+
+def test_create_is_exclusive(root: str) -> None:
+    storage = Storage(root)
+    assert storage.create("lock", b"first")
+    assert not storage.create("lock", b"second")
+    assert storage.read("lock") == b"first"
+
+
+def _create(root: str, name: int, results: "multiprocessing.Queue") -> None:
+    results.put(Storage(root).create("lock", str(name).encode()))
+
+
+def test_one_of_many_creators_wins(root: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    creators = [context.Process(target=_create, args=(root, name, results)) for name in range(6)]
+    for creator in creators:
+        creator.start()
+    won = [results.get(timeout=60) for _ in creators]
+    for creator in creators:
+        creator.join()
+    assert sorted(won) == [False] * 5 + [True]
+
+
+def test_failed_put_leaves_nothing(root: str, tmp_path: Path) -> None:
+    storage = Storage(root)
+    with pytest.raises(FileNotFoundError):
+        storage.put(tmp_path / "absent", "a/x")
+    assert storage.list("") == []
+
+
+def test_scratch_of_killed_processes_is_swept() -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_hold_scratch, args=(queue,))
+    process.start()
+    folder = Path(queue.get(timeout=60))
+    assert folder.is_dir()
+    process.kill()
+    process.join()
+    with temporary_folder() as mine:
+        assert sweep_temporary_folders() >= 1
+        assert mine.is_dir()
+    assert not folder.exists()
+
+
+def _hold_scratch(queue: "multiprocessing.Queue") -> None:
+    with temporary_folder() as folder:
+        queue.put(str(folder))
+        multiprocessing.Event().wait()
+
+
+def test_unknown_protocol_is_the_users_error() -> None:
+    with pytest.raises(CapfiltError, match="corpus.path 'nosuch://bucket'"):
+        Storage("nosuch://bucket")

@@ -1,0 +1,1 @@
+"""What happens to a model: BLIP-2 pretraining on curated shards."""
