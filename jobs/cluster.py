@@ -33,6 +33,8 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[No
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     os.environ.update(WORKER_ENVIRONMENT)
+    # Ray's C++ side would print its own warnings between our lines; its log files keep them.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         if address:
             ray.init(address=address, **quiet)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 from rich.console import Console
 from rich.markup import escape
 
@@ -21,17 +22,21 @@ from jobs.stages import build_dataset, dataset_row
 from jobs.tracker import Tracker
 from pipeline.attempt import library_versions
 from pipeline.configfile import config_digest, dump_config
-from pipeline.intake import queue_retries, read_lists, url_shards
+from pipeline.intake import queue_retries, read_lists
 from pipeline.manifest import Manifest
 from pipeline.plan import ModelDigests, Survey, survey
 from pipeline.records import Records, now
 from pipeline.storage import Storage
+from pipeline.urlshards import url_shards
 from pipeline.weights import Weights, captioner_weights, ranker_weights
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, RunRecord, ShardRecord, Stage
 
 _POLL_S = 0.5
+
+# Times that a broken execution (not a broken shard) is started anew within one run.
+_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,8 @@ def model_weights(config: CapfiltConfig, stages: tuple[Stage, ...]) -> dict[Stag
     if "rank" in stages:
         weights["rank"] = [ranker_weights(config.rank.model, config.rank.pretrained)]
         if config.rank.rerank:
-            weights["rank"].append(ranker_weights(config.rank.rerank.model, config.rank.rerank.pretrained))
+            rerank = config.rank.rerank
+            weights["rank"].append(ranker_weights(rerank.model, rerank.pretrained, "rank.rerank"))
     return weights
 
 
@@ -122,11 +128,15 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     records.write_run(run_record)
     for models_of_stage in weights.values():
         for model in models_of_stage:
-            records.register_model(model.record())
+            records.register_model(model.to_record())
     kinds = {source.name: source.kind for source in config.source}
     rows = [dataset_row(kinds[source], urls[source, shard]) for source, shard in todo]
     progress = open_progress(console, before, options.stages, options.quiet)
-    outcome = _stream(rows, config, models, run_record.run_id, options, manifest, progress)
+    try:
+        outcome = _stream(rows, config, models, run_record.run_id, options, manifest, progress)
+    except BaseException:
+        records.write_run(replace(run_record, outcome="error", finished_at=now()))
+        raise
     return _finish(run_record, outcome, records, manifest, config, models, options, before)
 
 
@@ -137,10 +147,9 @@ def _take_in_lists(
         taken = queue_retries(config, records, run_id)
     else:
         taken = read_lists(config, records, run_id)
-    if options.quiet:
-        return
     for intake in taken:
-        console.print(escape(str(intake)))
+        if intake.record is not None and not options.quiet:
+            console.print(escape(str(intake)), highlight=False)
 
 
 def _refuse(before: Survey, options: RunOptions) -> None:
@@ -191,16 +200,23 @@ def _stream(
             ray.get_runtime_context().get_node_id(), soft=True
         )
         tracker = Tracker.options(scheduling_strategy=here).remote()
-        dataset = build_dataset(rows, options.stages, config, models, run_id, options.recompute, tracker)
         stop = threading.Event()
         watcher = threading.Thread(
             target=_watch, args=(stop, tracker, manifest, progress, config.cluster.compact_interval_s), daemon=True
         )
         watcher.start()
         try:
-            for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                pass
-            return "done"
+            for attempt in range(_PASSES):
+                dataset = build_dataset(rows, options.stages, config, models, run_id, options.recompute, tracker)
+                try:
+                    for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+                        pass
+                    return "done"
+                except (ray.exceptions.RayError, ExecutionTimeoutError):
+                    # A node went and took the pool's actors or objects along. What was committed is skipped.
+                    if attempt == _PASSES - 1:
+                        raise
+            raise AssertionError
         except KeyboardInterrupt:
             return "interrupted"
         finally:

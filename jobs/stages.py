@@ -47,16 +47,16 @@ class StageActor:
     began them: a shard that kills its worker ends in quarantine too.
     """
 
+    stage: Stage
+
     def __init__(
         self,
-        stage: Stage,
         config: CapfiltConfig,
         models: ModelDigests,
         run_id: str,
         recompute: bool,
         tracker: ray.actor.ActorHandle,
     ) -> None:
-        self.stage = stage
         self.config = config
         self.models = models
         self.run_id = run_id
@@ -123,6 +123,36 @@ class StageActor:
         return Outcome(stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error)
 
 
+# A class a stage, because its name is what Ray's dashboard and ``ps`` show.
+class CrawlActor(StageActor):
+    """Fetches."""
+
+    stage = "crawl"
+
+
+class CaptionActor(StageActor):
+    """Captions."""
+
+    stage = "caption"
+
+
+class RankActor(StageActor):
+    """Ranks."""
+
+    stage = "rank"
+
+
+class SelectActor(StageActor):
+    """Selects."""
+
+    stage = "select"
+
+
+_ACTORS: dict[Stage, type[StageActor]] = {
+    actor.stage: actor for actor in (CrawlActor, CaptionActor, RankActor, SelectActor)
+}
+
+
 def build_dataset(
     rows: list[dict[str, str]],
     stages: tuple[Stage, ...],
@@ -137,13 +167,16 @@ def build_dataset(
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.print_on_execution_start = False
+    # An actor killed while it starts is replaced, as one killed at work is; by default it would fail the job.
+    context.max_consecutive_actor_init_deaths = 10
+    context.execution_no_progress_timeout_s = config.cluster.stall_timeout_s
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage in stages:
         resources: StageResources = getattr(config.cluster, stage)
         dataset = dataset.map_batches(
-            StageActor,
+            _ACTORS[stage],
             batch_size=1,
-            fn_constructor_args=(stage, config, models, run_id, recompute, tracker),
+            fn_constructor_args=(config, models, run_id, recompute, tracker),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
             compute=ActorPoolStrategy(

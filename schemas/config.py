@@ -17,6 +17,14 @@ def tuning(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"tuning": True}, **constraints)
 
 
+class KeyMistake(ValueError):
+    """Report a value that another one forbids; ``key`` leads from the section that raises it to the value."""
+
+    def __init__(self, message: str, key: tuple[str | int, ...]) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, defaults checked too."""
 
@@ -28,13 +36,13 @@ class CorpusConfig(Section):
 
     path: str = Field(min_length=1, description="folder or URL (s3://bucket/prefix, gs://...) of the corpus")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random choice, with the sample's uid")
-    samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, from the next shard on")
+    samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, for new shards")
 
 
 class SourceConfig(Section):
     """``[[source]]``: one list of image-text pairs, or a folder of img2dataset shards."""
 
-    name: Name
+    name: Name = Field(description="in folder names and every table: unique, and for good")
     kind: Literal["web", "human"] = Field(
         "web", description="web: captioned, its text one candidate more; human: its captions are kept"
     )
@@ -42,7 +50,7 @@ class SourceConfig(Section):
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "img2dataset"] = Field(
         "auto", description="auto: by the file's name, .gz or not; img2dataset: folders of its shards"
     )
-    url_column: str = "url"
+    url_column: str = Field("url", min_length=1, description="rows without a URL are counted and left out")
     caption_column: str | None = Field(
         "caption", description="a text or a list of texts; without one: caption_column = \"\""
     )
@@ -56,25 +64,33 @@ class CrawlConfig(Section):
 
     # what a stored image is: fingerprint
     image_size_px: int = Field(384, ge=16, description="target of the resize")
-    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio"
-    resize_only_if_bigger: bool = True
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = Field(
+        "keep_ratio", description="img2dataset's modes; keep_ratio: the shorter side becomes image_size_px"
+    )
+    resize_only_if_bigger: bool = Field(True, description="smaller images are kept at their size")
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
-    formats: tuple[str, ...] = Field(("JPEG", "PNG", "WEBP", "GIF", "BMP"), description="accepted; the first frame of a GIF must be its only one")
+    formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"], ...] = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "BMP"), description="accepted; a GIF must have one frame only"
+    )
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
-    max_aspect_ratio: float = Field(4.0, ge=1)
-    max_pixels: int = Field(50_000_000, ge=1, description="read from the header, before decoding")
-    opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=178_956_970, description="read from the header, before decoding; 16 bytes of memory each"
+    )
+    opt_out_directives: tuple[str, ...] = Field(
+        ("noai", "noimageai", "noindex", "noimageindex"), description="of X-Robots-Tag, to be respected"
+    )
     tdm_reservation: bool = Field(True, description="respect TDM-Reservation: 1")
     robots_txt: bool = Field(False, description="fetch and respect robots.txt, cached per host")
     # how it is asked for: tuning
-    user_agent: str = tuning("capfilt/0.1", min_length=1)
-    contact: str = tuning("", description="URL or address that a site's owner can turn to; part of the User-Agent")
+    user_agent: str = tuning("capfilt/0.1", min_length=1, description="say truthfully who asks")
+    contact: str = tuning("", description="URL or address for a site's owner; part of the User-Agent")
     threads: int = tuning(64, ge=1, le=1024, description="fetches at once in one worker")
-    timeout_s: float = tuning(30.0, gt=0, description="total time of one URL, redirects, retries and waits included")
+    timeout_s: float = tuning(30.0, gt=0, description="of one URL in all, retries and waits included")
     connect_timeout_s: float = tuning(10.0, gt=0, description="of one connection or silent read")
-    max_redirects: int = tuning(5, ge=0)
-    max_header_bytes: int = tuning(65_536, ge=1024)
-    max_body_bytes: int = tuning(20_000_000, ge=1024)
+    max_redirects: int = tuning(5, ge=0, description="followed for one URL, each checked")
+    max_header_bytes: int = tuning(65_536, ge=1024, description="of one response")
+    max_body_bytes: int = tuning(20_000_000, ge=1024, description="of one response, whatever it declares")
     max_attempts: int = tuning(3, ge=1, description="tries of one URL; only transient errors are tried again")
     backoff_s: float = tuning(0.5, ge=0, description="before the second try; doubles, with jitter")
     requests_per_host: int = tuning(8, ge=1, description="at once, in one worker")
@@ -87,34 +103,44 @@ class CaptionConfig(Section):
 
     model: str = Field("Salesforce/blip-image-captioning-large", description="hub id or local folder")
     revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
-    prompt: str = Field("", description='the published COCO captioner was trained with "a picture of "; stripped from the text')
-    num_captions: int = Field(10, ge=1, le=1000)
-    top_p: float = Field(0.9, gt=0, le=1)
+    prompt: str = Field(
+        "", description='begins every caption, then cut off; BLIP\'s COCO captioner learnt "a picture of "'
+    )
+    num_captions: int = Field(10, ge=1, le=1000, description="sampled for an image")
+    top_p: float = Field(0.9, gt=0, le=1, description="nucleus sampling: probability to draw from")
     top_k: int = Field(50, ge=0, description="0 switches it off; transformers' silent default is 50")
-    temperature: float = Field(1.0, gt=0)
-    repetition_penalty: float = Field(1.1, gt=0)
-    min_length: int = Field(5, ge=0, description="tokens, prompt and end included")
-    max_length: int = Field(20, ge=2, description="tokens, prompt and end included")
-    precision: Precision = "auto"
+    temperature: float = Field(1.0, gt=0, description="under 1: closer to the likeliest caption")
+    repetition_penalty: float = Field(1.1, gt=0, description="on tokens already said; 1 switches it off")
+    min_length: int = Field(5, ge=0, description="tokens, start and prompt included, before the end may come")
+    max_length: int = Field(20, ge=2, description="tokens; start, prompt and end included")
+    precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     batch_size: int = tuning(32, ge=1, description="images")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CaptionConfig":
+        if self.max_length <= self.min_length:
+            raise KeyMistake(f"must be over min_length ({self.min_length})", ("max_length",))
+        return self
 
 
 class RerankConfig(Section):
     """``[rank.rerank]``: a second CLIP over the first's best (LAION-COCO's recipe)."""
 
-    model: str
-    pretrained: str = ""
+    model: str = Field(description="as rank.model")
+    pretrained: str = Field("", description="as rank.pretrained")
     first: int = Field(5, ge=1, description="how many of the first CLIP's best it sees")
 
 
 class RankConfig(Section):
     """``[rank]``: the CLIP that scores candidates."""
 
-    model: str = Field("ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME or local-dir:FOLDER")
-    pretrained: str = Field("openai", description="open_clip pretrained tag or a weights file; empty for hf-hub: and local-dir:")
-    precision: Precision = "auto"
+    model: str = Field("ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME[@REVISION] or local-dir:FOLDER")
+    pretrained: str = Field(
+        "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
+    )
+    precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     batch_size: int = tuning(64, ge=1, description="images")
-    rerank: RerankConfig | None = None
+    rerank: RerankConfig | None = Field(None, description="a second CLIP; without the section there is none")
 
 
 class SelectConfig(Section):
@@ -130,10 +156,10 @@ class SelectConfig(Section):
 class StageResources(Section):
     """Resources of one stage's workers."""
 
-    cpus: float = Field(1.0, ge=0)
+    cpus: float = Field(1.0, ge=0, description="per worker")
     gpus: float = Field(0.0, ge=0, description="per worker; fractions share a GPU")
-    min_workers: int = Field(1, ge=1)
-    max_workers: int = Field(1, ge=1)
+    min_workers: int = Field(1, ge=1, description="kept while there is work")
+    max_workers: int = Field(1, ge=1, description="as many as work and cluster allow")
 
     @model_validator(mode="after")
     def _ordered(self) -> "StageResources":
@@ -151,9 +177,12 @@ class ClusterConfig(Section):
     rank: StageResources = StageResources()
     select: StageResources = StageResources()
     requirements: Literal["pinned", "installed"] = Field(
-        "pinned", description="of a submitted job: pinned: this machine's versions, by pip; installed: the nodes have them"
+        "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
     )
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
+    stall_timeout_s: float = Field(
+        7200.0, gt=0, description="without one shard done for so long, workers are given up and started anew"
+    )
     compact_interval_s: float = Field(15.0, gt=0, description="how often a run refreshes the manifest")
 
 
@@ -172,5 +201,7 @@ class CapfiltConfig(Section):
     def _names_unique(self) -> "CapfiltConfig":
         names = [source.name for source in self.source]
         if double := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two [[source]] share the name {sorted(double)[0]!r}")
+            name = sorted(double)[0]
+            again = len(names) - 1 - names[::-1].index(name)
+            raise KeyMistake(f"two [[source]] share the name {name!r}", ("source", again, "name"))
         return self

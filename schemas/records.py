@@ -137,6 +137,8 @@ class IntakeRecord(Json):
 
     ``batch`` counts from 0 per source. A batch is atomic: its url files exist before its record does.
     ``signature`` digests (path, bytes, version) of every input file: equal signature, nothing to read.
+    rows_in = rows_new + rows_duplicate + rows_known + rows_without_url. ``adopted`` and ``adopted_bytes`` give,
+    by shard, the tars of img2dataset's that stay where they lie.
     """
 
     source: str
@@ -152,7 +154,9 @@ class IntakeRecord(Json):
     rows_known: int
     finished_at: str
     files: tuple[str, ...] = ()
+    rows_without_url: int = 0
     adopted: Mapping[str, str] = field(default_factory=dict)
+    adopted_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

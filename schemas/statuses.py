@@ -63,10 +63,12 @@ REASONS: dict[str, Reason] = {
     "image_truncated": _reason("invalid", "the image data stops before its end or does not decode"),
     "too_small": _reason("invalid", "the shorter side is under crawl.min_size_px"),
     "aspect_ratio": _reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
+    "missing_member": _reason("invalid", "an adopted shard's Parquet says success, its tar has no such image"),
 }
 
 # How an image that was captioned and scored can fail to reach the curated shards.
 DROP_REASONS: dict[str, str] = {
     "no_candidates": "no caption is left after clean-up",
+    "not_scored": "the stored image does not decode, so that nothing could be captioned or scored",
     "below_min_score": "no candidate reaches select.min_score",
 }

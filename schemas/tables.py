@@ -66,7 +66,7 @@ CAPTIONS = pa.schema(
         _column("text", pa.string(), "cleaned: what is scored and kept"),
         _column("seed", pa.uint64(), "of the sample's random stream; NULL for given captions"),
         _column("num_tokens", pa.int16(), "tokens sampled, end of sequence included; NULL for given captions"),
-        _column("duplicate_of", pa.int16(), "the earlier candidate of this origin with the same text"),
+        _column("duplicate_of", pa.int16(), "the first candidate of this origin with the same text, but for case"),
     ]
 )
 

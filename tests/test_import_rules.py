@@ -26,7 +26,7 @@ HOMES = {
     "img2dataset": ("pipeline/crawl.py",),
     "duckdb": ("pipeline/manifest.py",),
     "open_clip": ("pipeline/rank.py", "pipeline/weights.py", "training/vision.py", "jobs/demo/"),
-    "transformers": ("pipeline/caption.py", "training/", "jobs/demo/"),
+    "transformers": ("pipeline/caption.py", "pipeline/decoding.py", "training/", "jobs/demo/"),
     "PIL": ("pipeline/images.py", "jobs/demo/"),
     "cv2": ("pipeline/images.py",),
     "torchvision": ("pipeline/images.py", "training/"),

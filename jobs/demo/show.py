@@ -1,0 +1,209 @@
+"""``capfilt demo``: the main job on the demo world, and how true its captions are.
+
+The truth is the world's: a caption counts as true only if it parses under the world's grammar and every claim in it
+holds for the scene that the picture was drawn from. No model takes part in that.
+"""
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+
+from jobs.demo.site import scene_of, serving, write_url_list
+from jobs.demo.world import is_true
+from jobs.run import RunOptions, RunResult, run
+from pipeline.committed import committed_table
+from pipeline.configfile import load_config
+from pipeline.records import Records
+from pipeline.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+
+_HERE = Path(__file__).resolve().parent
+_RECIPE = _HERE.parent / "recipes" / "demo.toml"
+_WEIGHTS = _HERE / "weights"
+
+
+@dataclass(slots=True, kw_only=True)
+class DemoResult:
+    """The demo's figures; ``seconds`` is the wall clock of the whole command."""
+
+    urls: int
+    images: int
+    failures: int
+    failures_by_reason: dict[str, int]
+    web_true_share: float
+    curated_true_share: float
+    curated_images: int
+    dropped: int
+    seconds: float
+
+
+def run_demo(out: str, as_json: bool = False) -> int:
+    """Build the demo corpus in ``out`` (what is there already is kept) and print what came of it.
+
+    Returns the exit code of the run. Raises CapfiltError where ``out`` holds something else.
+    """
+    start = time.perf_counter()
+    console = Console(stderr=as_json)
+    folder = Path(out).absolute()
+    urls = folder / "input" / "urls.parquet"
+    if folder.exists() and any(folder.iterdir()) and not urls.exists():
+        raise CapfiltError(
+            f"--out {out}: the folder holds something other than a demo corpus; name another one"
+        )
+    port = _port_of(urls) if urls.exists() else 0
+    try:
+        with serving(port) as base_url:
+            if not urls.exists():
+                urls.parent.mkdir(parents=True, exist_ok=True)
+                write_url_list(urls, base_url)
+            config = demo_config(folder, urls, base_url)
+            console.print(
+                f"serving {pq.read_metadata(urls).num_rows:,} URLs of the demo world at {base_url}",
+                highlight=False,
+            )
+            result = run(config, RunOptions(quiet=as_json), console)
+    except OSError as error:
+        raise CapfiltError(
+            f"--out {out}: its URLs name port {port}, which cannot be served ({error}); remove the folder"
+        ) from error
+    figures = appraise(config, time.perf_counter() - start)
+    if as_json:
+        print(json.dumps({name: getattr(figures, name) for name in figures.__slots__}))
+    else:
+        _print(figures, config, result, out, console)
+    return result.exit_code
+
+
+def demo_config(folder: Path, urls: Path, base_url: str) -> CapfiltConfig:
+    """Return the demo recipe for a corpus in ``folder`` and a world served at ``base_url``."""
+    return load_config(
+        _RECIPE,
+        [
+            f"corpus.path={json.dumps(str(folder))}",
+            f"source.world.input={json.dumps([str(urls)])}",
+            f"caption.model={json.dumps(str(_WEIGHTS / 'captioner'))}",
+            f"rank.model={json.dumps('local-dir:' + str(_WEIGHTS / 'ranker'))}",
+            f"crawl.allow_hosts={json.dumps([urlsplit(base_url).netloc])}",
+        ],
+    )
+
+
+def _port_of(urls: Path) -> int:
+    first = pq.read_table(urls, columns=["url"])["url"][0].as_py()
+    return urlsplit(first).port or 0
+
+
+def appraise(config: CapfiltConfig, seconds: float) -> DemoResult:
+    """Count samples and judge every caption by the world's ground truth."""
+    records = Records(Storage(config.corpus.path))
+    committed = records.shards(("crawl", "select"))
+    status: Counter[str] = Counter()
+    web: list[bool] = []
+    kept: list[bool] = []
+    dropped = curated_images = 0
+    for (stage, _, _), record in committed.items():
+        table = committed_table(records, record.outputs["parquet"])
+        for row in table.to_pylist():
+            if stage == "crawl":
+                status[row["reason"] or "ok"] += 1
+                if row["status"] == "ok":
+                    web += [is_true(text, scene_of(row["url"])) for text in row["captions"][:1]]
+            elif row["status"] == "kept":
+                curated_images += 1
+                kept += [is_true(text, scene_of(row["url"])) for text in row["captions"]]
+            else:
+                dropped += 1
+    images = status.pop("ok", 0)
+    return DemoResult(
+        urls=images + sum(status.values()),
+        images=images,
+        failures=sum(status.values()),
+        failures_by_reason=dict(status.most_common()),
+        web_true_share=round(_share(web), 4),
+        curated_true_share=round(_share(kept), 4),
+        curated_images=curated_images,
+        dropped=dropped,
+        seconds=round(seconds, 1),
+    )
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, out: str, console: Console) -> None:
+    console.print(
+        f"\n{figures.urls:,} URLs  ->  {figures.images:,} images  ->  {figures.curated_images:,} curated"
+        f"  ({figures.dropped} dropped)  in {figures.seconds:.0f} s",
+        highlight=False,
+    )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in figures.failures_by_reason.items())
+    console.print(f"{figures.failures} URLs without an image: {reasons}", highlight=False)
+    console.print(
+        f"captions that are entirely true:  web {figures.web_true_share:.1%}"
+        f"  ->  curated {figures.curated_true_share:.1%}\n",
+        highlight=False,
+    )
+    example = ""
+    for rows in examples(config, count=3):
+        example = rows[0]["uid"]
+        _print_example(rows, console)
+    for name, error in result.quarantined.items():
+        console.print(f"quarantined: {name}: {escape(error)}")
+    console.print("try next:")
+    console.print(f"  capfilt stats {out}", highlight=False)
+    console.print(f"  capfilt trace {out} {example}", highlight=False)
+    query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
+    console.print(f'  capfilt sql {out} "{query}"', highlight=False)
+
+
+def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
+    """Return the candidates of a few images whose web caption is not true, best score first, with ``kept``."""
+    records = Records(Storage(config.corpus.path))
+    for (_, source, shard), record in sorted(records.shards(("select",)).items()):
+        curated = {row["uid"]: row for row in committed_table(records, record.outputs["parquet"]).to_pylist()}
+        ranked = records.read("rank", source, shard)
+        assert ranked is not None
+        by_uid: dict[str, list[dict[str, Any]]] = {}
+        for row in committed_table(records, ranked.outputs["parquet"]).to_pylist():
+            final = curated[row["uid"]]
+            kept = set(zip(final["origins"] or (), final["candidates"] or (), strict=True))
+            row["kept"] = (row["origin"], row["candidate"]) in kept
+            row["url"] = final["url"]
+            row["true"] = is_true(row["text"], scene_of(final["url"]))
+            by_uid.setdefault(row["uid"], []).append(row)
+        chosen = [
+            sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else -1.0))
+            for rows in by_uid.values()
+            if any(row["origin"] == "web" and not row["true"] for row in rows)
+            and any(row["kept"] for row in rows)
+        ]
+        # Those with the most different texts show best what ranking does.
+        chosen.sort(key=lambda rows: -len({row["text"] for row in rows}))
+        return chosen[:count]
+    return []
+
+
+def _print_example(rows: list[dict[str, Any]], console: Console) -> None:
+    console.print(f"[bold]{escape(rows[0]['url'])}[/bold]", highlight=False)
+    shown: set[str] = set()
+    for row in rows:
+        if row["text"] in shown:
+            continue
+        shown.add(row["text"])
+        verdict = "[green]true[/green] " if row["true"] else "[red]false[/red]"
+        kept = "kept" if row["kept"] else "    "
+        score = f"{row['score']:.3f}" if row["score"] is not None else "  -  "
+        console.print(
+            f"  {kept}  {score}  {verdict}  {row['origin']:9}  {escape(row['text'])}", highlight=False
+        )
+    console.print()

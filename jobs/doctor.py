@@ -1,0 +1,201 @@
+"""Is this machine fit for the job? Each check says what it found and, where it is not well, what mends it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+
+_MIN_FREE_BYTES = 20_000_000_000
+_LIBRARIES = (
+    "torch", "torchvision", "transformers", "open_clip_torch", "webdataset", "img2dataset", "ray", "pyarrow", "duckdb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding; ``mend`` says what to do where it is not ok."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    mend: str = ""
+
+
+def examine(corpus: str | None, config: CapfiltConfig | None) -> Iterator[Check]:
+    """Yield the checks one by one, quick ones first: machine, libraries, corpus, weights."""
+    yield _python()
+    yield from _versions()
+    yield _dataclasses()
+    yield _imports("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together")
+    yield _imports(
+        "img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"
+    )
+    yield _imports("ray", "pip install -c constraints.txt 'ray[default,data,train]'")
+    yield _gpu(config)
+    yield _scratch()
+    root = config.corpus.path if config else corpus
+    if root:
+        yield _guarded(
+            "storage", lambda: _storage(root), "corpus.path must be a folder or bucket that may be written"
+        )
+    if config:
+        yield from _weights(config)
+
+
+def _python() -> Check:
+    fit = (3, 11) <= sys.version_info[:2] < (3, 13)
+    mend = "" if fit else "use Python 3.11 or 3.12 (img2dataset imports imghdr, gone in 3.13)"
+    return Check(name="python", state="ok" if fit else "fail", found=platform.python_version(), mend=mend)
+
+
+def _versions() -> Iterator[Check]:
+    pins = _pins()
+    for library in _LIBRARIES:
+        try:
+            version = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(
+                name=library, state="fail", found="not installed", mend="pip install -c constraints.txt ."
+            )
+            continue
+        pinned = pins.get(_canonical(library), version)
+        if version.partition("+")[0] == pinned.partition("+")[0]:
+            yield Check(name=library, state="ok", found=version)
+        else:
+            mend = f"only {pinned} is tested: pip install -c constraints.txt {library}"
+            yield Check(name=library, state="warn", found=version, mend=mend)
+
+
+def _pins() -> dict[str, str]:
+    """Return the tested versions, where the repository with its constraints.txt is at hand."""
+    path = Path(__file__).resolve().parent.parent / "constraints.txt"
+    if not path.exists():
+        return {}
+    found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", path.read_text(), re.M)
+    return {_canonical(name): version for name, version in found}
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _dataclasses() -> Check:
+    """img2dataset installs a backport of ``dataclasses`` that breaks Python when it comes before the standard one."""
+    import dataclasses
+
+    shadowed = "site-packages" in (dataclasses.__file__ or "")
+    return Check(
+        name="dataclasses",
+        state="fail" if shadowed else "ok",
+        found=dataclasses.__file__ or "frozen",
+        mend="take site-packages off PYTHONPATH, or: pip uninstall dataclasses" if shadowed else "",
+    )
+
+
+def _imports(modules: str, mend: str) -> Check:
+    """Import in a process of its own: a broken torch build takes the interpreter with it."""
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {modules}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Check(name="import", state="ok", found=modules)
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Check(name="import", state="fail", found=f"{modules}: {last}", mend=mend)
+
+
+def _gpu(config: CapfiltConfig | None) -> Check:
+    asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
+    code = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = done.stdout.strip().strip("[]").replace("'", "")
+    if found:
+        return Check(name="gpu", state="ok", found=found)
+    return Check(
+        name="gpu",
+        state="warn" if asked else "ok",
+        found="none on this machine",
+        mend="[cluster] asks for GPUs: run on a machine, or join a Ray cluster, that has them"
+        if asked
+        else "",
+    )
+
+
+def _scratch() -> Check:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    mend = "shards are made here before they are uploaded: set TMPDIR to a disk with more room"
+    well = free >= _MIN_FREE_BYTES
+    return Check(
+        name="scratch",
+        state="ok" if well else "warn",
+        found=f"{free / 1e9:.0f} GB free in {folder}",
+        mend="" if well else mend,
+    )
+
+
+def _storage(root: str) -> Check:
+    """See that create-if-absent lets exactly one writer win: the commit of every shard stands on it."""
+    from pipeline.storage import Storage
+
+    storage = Storage(root)
+    path = f".doctor-{uuid.uuid4().hex}"
+    try:
+        first, second = storage.create(path, b"first"), storage.create(path, b"second")
+        kept = storage.read(path)
+    finally:
+        storage.delete(path)
+    if (first, second, kept) == (True, False, b"first"):
+        return Check(name="storage", state="ok", found=f"{storage.root}: writable, create-if-absent works")
+    mend = "this store does not honour If-None-Match: two workers could commit one shard; use another"
+    return Check(
+        name="storage", state="fail", found=f"{storage.root}: a second create was accepted", mend=mend
+    )
+
+
+def _weights(config: CapfiltConfig) -> Iterator[Check]:
+    from pipeline.weights import captioner_weights, ranker_weights
+
+    rank = config.rank
+    asked: list[tuple[str, Callable[[], object]]] = [
+        ("captioner", lambda: captioner_weights(config.caption)),
+        ("ranker", lambda: ranker_weights(rank.model, rank.pretrained)),
+    ]
+    if rank.rerank:
+        asked.append(
+            ("reranker", lambda: ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
+        )
+    for name, load in asked:
+        yield _guarded(name, lambda name=name, load=load: _found_weights(name, load()), "")
+
+
+def _found_weights(name: str, weights: object) -> Check:
+    record = weights.to_record()
+    return Check(
+        name=name, state="ok", found=f"{record.name}, {record.parameters:,} parameters, {record.digest[:12]}"
+    )
+
+
+def _guarded(name: str, check: Callable[[], Check], mend: str) -> Check:
+    try:
+        return check()
+    except CapfiltError as error:
+        return Check(name=name, state="fail", found=str(error), mend=mend)
+    except Exception as error:  # whatever a storage's library raises is the finding, not a fault of ours
+        return Check(name=name, state="fail", found=f"{type(error).__name__}: {error}", mend=mend)

@@ -1,0 +1,329 @@
+"""The commands that read a corpus: status stats failures shards sql trace verify; and gc, manifest, doctor.
+
+Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value. Libraries
+are imported inside, so that ``capfilt --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from pipeline.manifest import Manifest
+
+reads = typer.Typer()
+
+CorpusArgument = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
+
+
+def _manifest(corpus: str) -> Manifest:
+    """Open a corpus that exists: a mistyped name must not read as an empty one."""
+    from pipeline.manifest import Manifest
+    from pipeline.storage import Storage
+
+    storage = Storage(corpus)
+    if not storage.fs.exists(f"{storage.base}/records"):
+        raise CapfiltError(
+            f"{corpus} is no corpus: it has no records/ folder; give the [corpus] path of its config"
+        )
+    return Manifest(storage)
+
+
+@reads.command()
+def status(corpus: CorpusArgument, json_: JsonOption = False) -> None:
+    """Say how far each stage is, how much of the web answered, and what the last run did."""
+    from jobs.render import print_facts, print_json, print_table
+    from pipeline import report
+
+    found = report.status(_manifest(corpus))
+    if json_:
+        return print_json(found)
+    print_facts({"corpus": found["corpus"]})
+    print_table(found["stages"], title="\nstages")
+    print_table(found["sources"], title="\nimages")
+    if found["last_run"]:
+        print("\nlast run")
+        print_facts(found["last_run"])
+    if found["attempts"]:
+        print_table(found["attempts"], title="\nbegun and not committed: under way, or killed")
+
+
+@reads.command()
+def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
+    """Sum up success, scores, lengths and rates, from the records alone."""
+    from jobs.render import print_json, print_table
+    from pipeline import report
+
+    found = report.stats(_manifest(corpus))
+    if json_:
+        return print_json(found)
+    for name, rows in found.items():
+        print_table(rows, title=name)
+        print()
+
+
+@reads.command()
+def failures(
+    corpus: CorpusArgument,
+    hosts: Annotated[bool, typer.Option("--hosts", help="Count by host too.")] = False,
+    source: SourceOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
+    json_: JsonOption = False,
+) -> None:
+    """Count the URLs that gave no image, by reason, each with an example."""
+    from jobs.render import print_json, print_table
+    from pipeline import report
+
+    rows = report.failures(_manifest(corpus), hosts=hosts, source=source, limit=limit)
+    print_json(rows) if json_ else print_table(rows)
+
+
+@reads.command()
+def shards(
+    corpus: CorpusArgument,
+    stage: Annotated[
+        Literal["urls", "crawl", "caption", "rank", "select"] | None, typer.Option(help="Only this stage.")
+    ] = None,
+    source: SourceOption = None,
+    state: Annotated[
+        Literal["committed", "retired", "quarantined"] | None, typer.Option(help="Only this state.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 100,
+    json_: JsonOption = False,
+) -> None:
+    """List shards: rows, seconds, who made them, and the error of those that failed."""
+    from jobs.render import print_json, print_table
+    from pipeline import report
+
+    rows = report.shards(_manifest(corpus), stage=stage, source=source, state=state, limit=limit)
+    print_json(rows) if json_ else print_table(rows)
+
+
+@reads.command()
+def sql(
+    corpus: CorpusArgument,
+    query: Annotated[
+        str,
+        typer.Argument(
+            metavar="SELECT", help="One SELECT, DESCRIBE, SUMMARIZE or EXPLAIN.", show_default=False
+        ),
+    ],
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Give up after so many seconds.", metavar="S")
+    ] = 600,
+    memory: Annotated[
+        str, typer.Option(help="What the query may take, such as 4GB or 50%.", metavar="SIZE")
+    ] = "50%",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most N rows; a table shows 1000 unless told.", metavar="N")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Ask the manifest in SQL, read-only: no file, no network, nothing but the corpus's tables."""
+    from jobs.render import print_csv, print_json, print_table
+
+    shown = limit if limit is not None or csv or json_ else 1000
+    answer = _manifest(corpus).query(query, timeout_s=timeout, max_rows=shown, memory=memory)
+    if json_:
+        print_json(answer.dicts())
+    elif csv:
+        print_csv(answer.columns, answer.rows)
+    else:
+        print_table(answer.dicts(), answer.columns)
+    if answer.truncated:
+        typer.echo(f"the first {len(answer.rows)} rows; --limit, --json or --csv for more", err=True)
+
+
+@reads.command()
+def trace(
+    corpus: CorpusArgument,
+    who: Annotated[
+        str, typer.Argument(metavar="UID-or-URL", help="As the tables have it.", show_default=False)
+    ],
+    json_: JsonOption = False,
+) -> None:
+    """Show one sample's whole way: URL, fetch, shard, captions with scores, what was kept and why, and who did it."""
+    from jobs.render import print_json
+    from pipeline.trace import trace as trace_sample
+
+    ways = trace_sample(_manifest(corpus), who)
+    if json_:
+        return print_json(ways)
+    for number, way in enumerate(ways):
+        print("\n" * number, end="")
+        _print_way(way)
+
+
+def _print_way(way: dict[str, Any]) -> None:
+    from jobs.render import print_facts, print_table
+
+    names = ("uid", "source", "url", "captions", "shard", "key", "tar", "curated_tar")
+    print_facts(
+        {name: way[name] for name in names} | {"extra": None if way["extra"] == "{}" else way["extra"]}
+    )
+    for fetch in way["fetches"]:
+        print(f"\nfetch, shard {fetch['shard']}")
+        print_facts({name: value for name, value in fetch.items() if name not in ("shard", "key")})
+    shown = ("outcome", "score", "rerank_score", "origin", "candidate", "text", "seed", "truncated")
+    print_table(way["candidates"], shown, title="\ncandidates, best first")
+    if way["selection"]:
+        print(f"\nselection: {way['selection']['status']} {way['selection']['reason'] or ''}")
+    stages = (
+        "stage",
+        "shard",
+        "state",
+        "run_id",
+        "attempt",
+        "fingerprint",
+        "models",
+        "host",
+        "device",
+        "finished_at",
+    )
+    short = [
+        {**row, "fingerprint": _short(row["fingerprint"]), "models": [*map(_short, row["models"] or [])]}
+        for row in way["stages"]
+    ]
+    print_table(short, stages, title="\nmade by")
+    models = [{**row, "digest": _short(row["digest"])} for row in way["models"]]
+    print_table(models, ("digest", "kind", "name", "revision", "parameters"), title="\nmodels")
+    print_table(
+        way["runs"],
+        ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at"),
+        title="\nruns",
+    )
+
+
+def _short(digest: str | None) -> str | None:
+    return digest and digest[:12]
+
+
+@reads.command()
+def verify(
+    corpus: CorpusArgument,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Recount and re-hash everything against the records; name each difference. Exit code 1 if there is one."""
+    from dataclasses import asdict
+
+    from jobs.render import print_json, print_table, readable_bytes
+    from pipeline.verify import verify as verify_corpus
+
+    found = verify_corpus(_manifest(corpus), quick=quick)
+    if json_:
+        print_json(asdict(found))
+    else:
+        if found.differences:
+            print_table([asdict(one) for one in found.differences])
+        depth = "sizes of" if quick else "read"
+        print(
+            f"{depth} {found.files:,} files ({readable_bytes(found.bytes)}) of {found.shards:,} shards: "
+            f"{len(found.differences):,} differences"
+        )
+    raise typer.Exit(1 if found.differences else 0)
+
+
+@reads.command()
+def gc(
+    corpus: CorpusArgument,
+    older_than: Annotated[
+        str, typer.Option(help="Spare younger files: an attempt may be under way.", metavar="AGE")
+    ] = "24h",
+    retired: Annotated[
+        bool, typer.Option("--retired", help="Also the files of shards that were recomputed since.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List them, remove nothing.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Remove the files that killed attempts left and no record refers to."""
+    from dataclasses import asdict
+
+    from jobs.render import print_json, print_table, readable_bytes
+    from pipeline.garbage import find_garbage, remove
+    from pipeline.records import Records
+
+    records = Records(_manifest(corpus).storage)
+    garbage = find_garbage(records, older_than=_age(older_than), retired=retired)
+    size = sum(file.bytes for file in garbage) if dry_run else remove(records, garbage)
+    if json_:
+        return print_json(
+            {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in garbage]}
+        )
+    if garbage:
+        print_table([asdict(file) for file in garbage])
+    print(f"{'would remove' if dry_run else 'removed'} {len(garbage):,} files, {readable_bytes(size)}")
+
+
+def _age(text: str) -> timedelta:
+    from datetime import timedelta
+
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not match:
+        raise CapfiltError(f"--older-than {text!r}: a number and s, m, h or d, such as 24h")
+    return timedelta(**{units[match[2]]: float(match[1])})
+
+
+@reads.command()
+def manifest(
+    action: Annotated[
+        Literal["compact", "rebuild"],
+        typer.Argument(
+            help="compact: add new records; rebuild: make it anew from the records.", show_default=False
+        ),
+    ],
+    corpus: CorpusArgument,
+    json_: JsonOption = False,
+) -> None:
+    """Bring the manifest's Parquet and manifest.duckdb up to date with the records."""
+    from jobs.render import print_facts, print_json
+
+    found = _manifest(corpus)
+    rows = found.rebuild() if action == "rebuild" else {"rows": found.compact()}
+    print_json(rows) if json_ else print_facts(rows)
+
+
+@reads.command()
+def doctor(
+    corpus: Annotated[
+        str | None,
+        typer.Argument(metavar="[CORPUS]", help="Folder or URL to be written.", show_default=False),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("-c", "--config", help="Check what this config needs.", metavar="FILE")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Check machine, libraries, storage and weights, and say what mends what. Exit code 2 if something fails."""
+    from dataclasses import asdict
+
+    from jobs.doctor import examine
+    from jobs.render import print_json
+
+    loaded = None
+    if config:
+        from pipeline.configfile import load_config
+
+        loaded = load_config(config)
+    checks = []
+    for check in examine(corpus, loaded):
+        checks.append(check)
+        if not json_:
+            mend = f"\n      {check.mend}" if check.mend else ""
+            print(f"{check.state:<5} {check.name:<15} {check.found}{mend}", flush=True)
+    if json_:
+        print_json([asdict(check) for check in checks])
+    raise typer.Exit(2 if any(check.state == "fail" for check in checks) else 0)

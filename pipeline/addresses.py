@@ -1,0 +1,190 @@
+"""Where a URL may lead: its encoding, its host's addresses, and which of them are never asked.
+
+The address that is checked is the address that is connected to, so that a name which resolves differently the
+second time (DNS rebinding) gains nothing.
+"""
+
+import ipaddress
+import re
+import socket
+import threading
+import time
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote, urljoin, urlsplit
+
+from schemas.statuses import REASONS
+
+# Left alone by the encoding: RFC 3986's reserved characters, and ``%``, because what is encoded stays so.
+_PATH_SAFE = "/%:@!$&'()*+,;=~-._"
+_QUERY_SAFE = _PATH_SAFE + "?[]"
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+# Look-ups run beside the fetching threads, because getaddrinfo has no time limit of its own.
+_RESOLVER_THREADS = 32
+_DNS_TTL_S = 300.0
+_DNS_CACHE_HOSTS = 50_000
+
+_FORBIDDEN_NETWORKS = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata server is 192.0.0.192
+        "192.88.99.0/24",  # 6to4 relays
+        "168.63.129.16/32",  # Azure's metadata server, on a public address
+        "2001::/23",  # Teredo and other protocol assignments
+        "2001:db8::/32",
+        "2002::/16",  # 6to4: any IPv4 address inside
+        "3fff::/20",
+    )
+)
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+SocketAddress = tuple[socket.AddressFamily, Any]
+
+
+class FetchError(Exception):
+    """Say why a URL was not fetched: a reason of ``schemas.statuses``, and what was seen.
+
+    ``again``: another try may help right away; by default, where the reason is transient.
+    """
+
+    def __init__(
+        self, reason: str, detail: str = "", *, again: bool | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+        self.again = REASONS[reason].transient if again is None else again
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebUrl:
+    """An http(s) URL as it goes over the wire: ASCII, encoded once, without user name or fragment."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Encode and split a URL as lists and Location headers hold them. Raises FetchError."""
+        try:
+            parts = urlsplit(url.strip())
+            host, port = parts.hostname, parts.port
+        except (ValueError, AttributeError) as error:
+            raise FetchError("bad_url", str(error)) from error
+        if parts.scheme and parts.scheme not in _DEFAULT_PORTS:
+            raise FetchError("bad_scheme", parts.scheme)
+        if not parts.scheme or not host or port == 0:
+            raise FetchError("bad_url", "not an absolute http(s) URL with a host")
+        target = _encode(parts.path or "/", _PATH_SAFE)
+        if parts.query:
+            target += "?" + _encode(parts.query, _QUERY_SAFE)
+        port = _DEFAULT_PORTS[parts.scheme] if port is None else port
+        return cls(scheme=parts.scheme, host=_encode_host(host), port=port, target=target)
+
+    def join(self, location: str) -> "WebUrl":
+        """Return where a Location header of this URL leads. Raises FetchError."""
+        try:
+            return WebUrl.parse(urljoin(str(self), location.strip()))
+        except ValueError as error:
+            raise FetchError("bad_url", f"Location: {error}") from error
+
+    @property
+    def netloc(self) -> str:
+        """The host and, where it is not the scheme's own, the port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.netloc}{self.target}"
+
+
+def _encode(text: str, safe: str) -> str:
+    return quote(_BARE_PERCENT.sub("%25", text), safe=safe, errors="surrogatepass")
+
+
+def _encode_host(host: str) -> str:
+    try:
+        # Python's codec is IDNA 2003: it also takes the emoji domains that IDNA 2008 refuses.
+        ascii_host = host if host.isascii() else host.encode("idna").decode("ascii").lower()
+    except UnicodeError as error:
+        raise FetchError("bad_url", f"host {host!r}: {error}") from error
+    if not _HOST.fullmatch(ascii_host):
+        raise FetchError("bad_url", f"host {host!r}")
+    return ascii_host
+
+
+def is_forbidden(text: str) -> bool:
+    """Tell whether an IP address is anything but a public unicast one (metadata servers are not)."""
+    address = ipaddress.ip_address(text)
+    if address.version == 6:
+        if address.ipv4_mapped is not None:
+            return is_forbidden(str(address.ipv4_mapped))
+        if address in _NAT64:
+            return is_forbidden(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
+        if address not in _GLOBAL_UNICAST:
+            return True
+    elif not address.is_global or address.is_multicast or address.is_reserved:
+        return True
+    return any(address in network for network in _FORBIDDEN_NETWORKS)
+
+
+class Resolver:
+    """Turns a URL's host into addresses that may be connected to; remembers them for five minutes."""
+
+    def __init__(self, allow_hosts: Collection[str] = ()) -> None:
+        self._allowed = {entry.lower() for entry in allow_hosts}
+        self._lookups = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="dns")
+        self._lock = threading.Lock()
+        self._cache: dict[tuple[str, int], tuple[float, Future[list[SocketAddress]]]] = {}
+
+    def addresses(self, url: WebUrl, timeout_s: float) -> list[SocketAddress]:
+        """Return the host's addresses, each checked: one bad one refuses the host. Raises FetchError."""
+        try:
+            addresses = self._lookup(url.host, url.port).result(timeout_s)
+        except FutureTimeout as error:
+            raise FetchError("dns", "no answer in time") from error
+        except socket.gaierror as error:
+            self._forget(url)
+            raise FetchError("dns", str(error), again=error.errno == socket.EAI_AGAIN) from error
+        except (UnicodeError, OSError) as error:
+            self._forget(url)
+            raise FetchError("bad_url", f"host {url.host!r}: {error}") from error
+        if f"{url.host}:{url.port}" not in self._allowed:
+            for _, address in addresses:
+                if is_forbidden(address[0]):
+                    raise FetchError("forbidden_address", f"{url.host} is {address[0]}")
+        return addresses
+
+    def _lookup(self, host: str, port: int) -> Future[list[SocketAddress]]:
+        """Return the answer, awaited by everyone who asks for the same host."""
+        now = time.monotonic()
+        with self._lock:
+            expires, answer = self._cache.get((host, port), (0.0, None))
+            if answer is None or expires < now:
+                if len(self._cache) >= _DNS_CACHE_HOSTS:
+                    self._cache.clear()
+                answer = self._lookups.submit(_resolve, host, port)
+                self._cache[host, port] = (now + _DNS_TTL_S, answer)
+            return answer
+
+    def _forget(self, url: WebUrl) -> None:
+        with self._lock:
+            self._cache.pop((url.host, url.port), None)
+
+
+def _resolve(host: str, port: int) -> list[SocketAddress]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]

@@ -1,0 +1,145 @@
+"""What records committed, read back: every file is checked against its record before a row of it is used.
+
+A tar cut at a member boundary reads without an error, in tarfile and in webdataset alike, so size, sha256 and
+the number of samples decide, not the reader.
+"""
+
+import contextlib
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.images import Image, ImageError, decode_rgb
+from pipeline.records import Records
+from pipeline.storage import sha256_file
+from schemas.errors import CorruptShardError
+from schemas.records import OutputFile, ShardRecord
+
+# The members of a raw shard that are the image; img2dataset writes one of them a sample.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+_SAMPLE_COLUMNS = ("uid", "source", "shard", "key", "url", "captions", "width", "height", "sha256")
+
+
+@contextlib.contextmanager
+def committed_file(records: Records, file: OutputFile) -> Iterator[Path]:
+    """Yield a local path with the committed bytes.
+
+    Raises:
+        CorruptShardError: the file is gone, or its size or sha256 is not the record's.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(records.storage.local_copy(file.path))
+        except FileNotFoundError as error:
+            raise _corrupt(file, "is missing") from error
+        size = path.stat().st_size
+        if size != file.bytes:
+            raise _corrupt(file, f"has {size:,} bytes where its record says {file.bytes:,}")
+        if sha256_file(path) != file.sha256:
+            raise _corrupt(file, "has another sha256 than its record")
+        yield path
+
+
+def committed_table(records: Records, file: OutputFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return a committed Parquet file, or some columns of it. Raises as ``committed_file`` does."""
+    with committed_file(records, file) as path:
+        table = pq.read_table(path, columns=None if columns is None else list(columns), memory_map=False)
+    if table.num_rows != file.rows:
+        raise _corrupt(file, f"has {table.num_rows:,} rows where its record says {file.rows:,}")
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    offset: int
+    size: int
+    extension: str
+
+
+class CrawledShard:
+    """The images that a crawl stored, by key, and their rows. Reading is thread-safe.
+
+    ``samples``: the rows with status ok, sorted by key; the columns that later stages read.
+    """
+
+    def __init__(self, samples: pa.Table, members: dict[str, _Member], descriptor: int) -> None:
+        self.samples = samples
+        self._members = members
+        self._descriptor = descriptor
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys in order."""
+        return self.samples["key"].to_pylist()
+
+    def extension(self, key: str) -> str:
+        """Return the extension of the sample's image: one of IMAGE_EXTENSIONS."""
+        return self._members[key].extension
+
+    def image_bytes(self, key: str) -> bytes:
+        """Return the stored image, encoded."""
+        member = self._members[key]
+        return os.pread(self._descriptor, member.size, member.offset)
+
+    def image(self, key: str) -> Image.Image | None:
+        """Return the stored image, or None where it does not decode (adopted shards may hold such)."""
+        try:
+            return decode_rgb(self.image_bytes(key))
+        except ImageError:
+            return None
+
+
+@contextlib.contextmanager
+def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard]:
+    """Open what a crawl committed for a shard, in the corpus or where an adopted folder lies.
+
+    Raises:
+        CorruptShardError: the files are not those of the record, or tar and Parquet do not agree on the
+        samples.
+    """
+    tar = record.outputs["tar"]
+    table = committed_table(records, record.outputs["parquet"], (*_SAMPLE_COLUMNS, "status"))
+    samples = table.filter(pc.equal(table["status"], "ok")).select(_SAMPLE_COLUMNS).sort_by("key")
+    with committed_file(records, tar) as path:
+        members = _index_images(path, tar)
+        keys = samples["key"].to_pylist()
+        if len(members) != tar.rows or len(keys) != tar.rows or members.keys() != set(keys):
+            raise _corrupt(
+                tar,
+                f"holds {len(members):,} images, its Parquet {len(keys):,} samples; the record: {tar.rows:,}",
+            )
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield CrawledShard(samples, members, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _index_images(path: Path, file: OutputFile) -> dict[str, _Member]:
+    """Find the one image of each sample in a tar."""
+    members: dict[str, _Member] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                key, _, extension = info.name.rpartition("/")[2].partition(".")
+                if not info.isfile() or extension.lower() not in IMAGE_EXTENSIONS:
+                    continue
+                if key in members:
+                    raise _corrupt(file, f"holds two images under the key {key}")
+                members[key] = _Member(info.offset_data, info.size, extension.lower())
+    except tarfile.ReadError as error:
+        # img2dataset closes a shard without a single image as an empty file.
+        if path.stat().st_size > 0:
+            raise _corrupt(file, f"is no readable tar ({error})") from error
+    return members
+
+
+def _corrupt(file: OutputFile, what: str) -> CorruptShardError:
+    return CorruptShardError(f"{file.path} {what}; `capfilt verify CORPUS` names every such file")

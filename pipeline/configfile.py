@@ -1,0 +1,194 @@
+"""A corpus's TOML file: read, overridden by ``--set``, checked as a whole, its relative paths resolved.
+
+Relative paths are relative to the file's folder; in a ``--set``, to the current directory. What can be a path
+or a name (caption.model, rank.pretrained) is a path if it starts with ``./``, ``../``, ``~`` or ``/``, or if
+it exists there; "Salesforce/blip-image-captioning-large" stays a hub id.
+"""
+
+import difflib
+import json
+import os.path
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.configerrors import Origin, dotted_key, mistakes, source_names, takes_text_only
+from pipeline.fingerprint import digest_json
+from pipeline.nearest import did_you_mean
+from pipeline.tomllines import KeyPath, key_lines
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+
+_TOML_PLACE = re.compile(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", re.DOTALL)
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CapfiltConfig:
+    """Read a config file (TOML, or a run's resolved copy as JSON) and apply ``section.key=value`` overrides.
+
+    Raises CapfiltError that names every mistake, each on a line of its own with the line of the file or the
+    ``--set`` it is in.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CapfiltError(f"{path}: no such config file{_nearest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise CapfiltError(f"{path}: not a TOML file: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise CapfiltError(f"{path}: cannot be read: {error.strerror}; a config is one TOML file") from None
+    return parse_config(text, str(path), overrides, path.parent)
+
+
+def parse_config(
+    text: str, origin: str, overrides: Sequence[str] = (), base_folder: str | Path = "."
+) -> CapfiltConfig:
+    """Turn TOML text into a config; ``origin`` is its name in messages, ``base_folder`` that of its paths."""
+    is_json = text.lstrip().startswith("{")  # as no TOML does: a resolved copy, kept with a run
+    try:
+        values = json.loads(text) if is_json else tomllib.loads(text)
+    except json.JSONDecodeError as error:
+        raise CapfiltError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise CapfiltError(_syntax_message(str(error), origin)) from None
+    places = Origin(name=origin, lines={} if is_json else key_lines(text))
+    errors = [message for override in overrides if (message := _apply(override, values, places))]
+    errors += _secrets(values, places)
+    config = None
+    try:
+        # Strict JSON is TOML's typing: an array makes a tuple, 1 is a float, but "1" and true are no numbers.
+        config = CapfiltConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        errors += mistakes(error, values, places)
+    if errors or config is None:
+        raise CapfiltError("\n".join(errors))
+    return _resolve_paths(config, places, Path(base_folder))
+
+
+def dump_config(config: CapfiltConfig) -> dict[str, Any]:
+    """Return the resolved config as JSON values: the copy that is kept with a run."""
+    return config.model_dump(mode="json")
+
+
+def config_digest(config: CapfiltConfig) -> str:
+    """Return the sha256 of the resolved config."""
+    return digest_json(dump_config(config))
+
+
+def _syntax_message(message: str, origin: str) -> str:
+    if match := _TOML_PLACE.match(message):
+        what, line, column = match.groups()
+        place = f"{origin}:{line}:{column}" if line else f"{origin}: at its end"
+        return f"{place}: not valid TOML: {what}"
+    return f"{origin}: not valid TOML: {message}"
+
+
+def _nearest_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+# -- overrides -----------------------------------------------------------------------------------------------
+
+
+def _apply(override: str, values: dict[str, Any], places: Origin) -> str | None:
+    """Set ``section.key=value`` among the values; return what is wrong with its form, if anything is."""
+    name, equals, text = override.partition("=")
+    path: KeyPath = tuple(part.strip() for part in name.split("."))
+    if not equals or len(path) < 2 or not all(path):
+        return f"--set {override}: not of the form section.key=value"
+    if path[0] == "source":
+        path = _source_path(name.strip().removeprefix("source."), values)
+        if not path:
+            names = [name for name in source_names(values) if name]
+            near = did_you_mean(name.split(".")[1], names)
+            return (
+                f"--set {override}: not of the form source.NAME.key=value, NAME of {', '.join(names)}{near}"
+            )
+    table: Any = values
+    for part in path[:-1]:
+        table = table.setdefault(part, {}) if isinstance(table, dict) else table[part]
+        if not isinstance(table, (dict, list)):
+            return f"--set {override}: {dotted_key(path[:-1], values)} is not a section"
+    table[path[-1]] = _override_value(text.strip(), path)
+    places.overridden[path] = override
+    return None
+
+
+def _source_path(address: str, values: dict[str, Any]) -> KeyPath:
+    """Return where ``<source name>.<key>`` lies; names may hold dots, so the longest that fits wins."""
+    numbers = {name: number for number, name in enumerate(source_names(values)) if name}
+    for name in sorted(numbers, key=len, reverse=True):
+        if address.startswith(f"{name}.") and (key := address.removeprefix(f"{name}.").strip()):
+            return ("source", numbers[name], key)
+    return ()
+
+
+def _override_value(text: str, path: KeyPath) -> Any:
+    """Return the value as TOML; as text where it is none, or where the key takes only text (revision=12)."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = parsed["value"]
+    is_text = len(parsed) > 1 or (takes_text_only(path) and not isinstance(value, (str, list, dict)))
+    return text if is_text else value
+
+
+def _secrets(values: dict[str, Any], places: Origin) -> Iterator[str]:
+    """Refuse URLs with a password: the config is kept with every run."""
+
+    def walk(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+        if isinstance(value, str) and _PASSWORD.search(value):
+            yield path
+        elif isinstance(value, (dict, list)):
+            for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(part, (*path, name))
+
+    for path in walk(values, ()):
+        place = "--set" if places.override_of(path) else places.place(path)  # the argument holds the password
+        yield f"{place}: {dotted_key(path, values)}: a password in a URL; use environment variables instead"
+
+
+# -- paths ---------------------------------------------------------------------------------------------------
+
+
+def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> CapfiltConfig:
+    """Return the config with every local path absolute."""
+
+    def base(*path: str | int) -> Path:
+        return Path() if places.override_of(path) else base_folder
+
+    values = config.model_dump()
+    values["corpus"]["path"] = _anchored(values["corpus"]["path"], base("corpus", "path"))
+    for number, source in enumerate(values["source"]):
+        folder = base("source", number, "input")
+        source["input"] = tuple(_anchored(text, folder) for text in source["input"])
+    values["caption"]["model"] = _path_or_name(values["caption"]["model"], base("caption", "model"))
+    for clip, path in ((values["rank"], ("rank",)), (values["rank"]["rerank"], ("rank", "rerank"))):
+        if clip is not None:
+            clip["model"] = _local_dir(clip["model"], base(*path, "model"))
+            clip["pretrained"] = _path_or_name(clip["pretrained"], base(*path, "pretrained"))
+    return CapfiltConfig.model_validate(values)
+
+
+def _anchored(text: str, base: Path) -> str:
+    """Make a path absolute; ``..`` goes textually, so that globs and folders yet to be made work too."""
+    if "://" in text:
+        return text
+    return os.path.normpath(base.absolute() / Path(text).expanduser())
+
+
+def _path_or_name(text: str, base: Path) -> str:
+    is_path = text.startswith(("./", "../", "~", "/")) or (text != "" and (base / text).exists())
+    return _anchored(text, base) if is_path else text
+
+
+def _local_dir(model: str, base: Path) -> str:
+    folder = model.removeprefix("local-dir:")
+    return model if folder == model else f"local-dir:{_anchored(folder, base)}"

@@ -1,0 +1,94 @@
+"""A model repository of the Hugging Face hub, in the local cache: fetched, found offline, refused by name."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    # The HTTP client's base error; which client it is changes between versions.
+    HTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
+
+from schemas.errors import CapfiltError
+
+# The first file that a model's folder lacks, or None.
+Gaps = Callable[[Path], str | None]
+
+# The hub's client waits for ever; a firewall that swallows packets must not look like a download.
+_TIMEOUT_S = 10.0
+
+
+def hub_folder(repository: str, revision: str, patterns: Iterable[str], gaps: Gaps, where: str) -> Path:
+    """Return the snapshot of a hub repository in the local cache, fetched where that is needed.
+
+    A commit that the cache has whole is not asked for again. A branch or tag is looked up, so that it may
+    move, unless the hub does not answer: then the cache's state of it stands.
+    """
+    patterns = list(patterns)
+    cached = _cached_snapshot(repository, revision, patterns, where)
+    complete = cached is not None and gaps(cached) is None
+    if complete and REGEX_COMMIT_HASH.fullmatch(revision):
+        return cached
+    what = f"{where}: {repository} at revision {revision!r}"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        # Asked first, under a time limit: the download itself has none.
+        HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        raise CapfiltError(f"{what}: the hub has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise CapfiltError(f"{what}: the hub has no such model, or it needs a login (HF_TOKEN)") from error
+    except (OSError, HTTPError) as error:
+        if complete:
+            return cached
+        raise CapfiltError(_unreachable(what, repository, revision, cached, gaps, error)) from error
+
+
+def _unreachable(
+    what: str, repository: str, revision: str, cached: Path | None, gaps: Gaps, error: Exception
+) -> str:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if cached is not None:
+        have = f"the cache lacks its {gaps(cached)} ({cached})"
+    elif known := _cached_revisions(repository):
+        have = f"the cache in {constants.HF_HUB_CACHE} has only {', '.join(known)}"
+    else:
+        have = f"the cache in {constants.HF_HUB_CACHE} has nothing of it"
+    return (
+        f"{what} cannot be fetched ({reason}), and {have}; fetch it where there is a network, "
+        "or name a local folder"
+    )
+
+
+def _cached_snapshot(repository: str, revision: str, patterns: list[str], where: str) -> Path | None:
+    """Return what the cache has of a revision, whole or not."""
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    except IncompleteSnapshotError as error:
+        folder = error.snapshot_path
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise CapfiltError(f"{where} = {repository!r} is neither a folder nor a hub id (ORG/NAME)") from error
+    return Path(folder)
+
+
+def _cached_revisions(repository: str) -> list[str]:
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    names = [
+        path.relative_to(folder / "refs").as_posix()
+        for path in (folder / "refs").rglob("*")
+        if path.is_file()
+    ]
+    return sorted(names) + sorted(path.name for path in folder.glob("snapshots/*"))

@@ -1,0 +1,184 @@
+"""The manifest's Parquet parts: append-only copies of the records, so that SQL need not open thousands of files.
+
+    manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
+
+A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep one.
+Small parts are merged: the merged part names those it replaces, which go only after a while, so that a reader
+that has already listed them still finds them.
+"""
+
+import contextlib
+import json
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.events import Row, rows_of, table_of
+from pipeline.shards import rows_to_table
+from pipeline.storage import FileInfo, Storage, temporary_folder
+from schemas.catalog import EVENT_TABLES, event_schema
+
+_READERS = 32
+_MERGE_AT_PARTS = 16
+_BIG_PART_ROWS = 1_000_000
+_GRACE = timedelta(minutes=10)
+_REPLACES = b"replaces"
+
+Seen = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is remembered of a part: the record versions it holds, its rows, and the parts it replaces."""
+
+    seen: Seen
+    rows: int
+    replaces: tuple[str, ...]
+
+
+class Parts:
+    """The parts of one corpus. Keeps what it read of each part in memory, since parts never change."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._known: dict[str, _Part] = {}
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Return each table's rows as of now: all parts, and the records that no part holds yet. Writes nothing."""
+        try:
+            return self._tables()
+        except FileNotFoundError:  # a rebuild deleted a part that was just listed
+            return self._tables()
+
+    def _tables(self) -> dict[str, pa.Table]:
+        parts = self._list()
+        fresh = self._unseen(parts)
+        return {
+            table: pa.concat_tables(
+                [*self._read(table, parts[table]), rows_to_table(fresh[table], event_schema(table))]
+            )
+            for table in EVENT_TABLES
+        }
+
+    def compact(self) -> int:
+        """Write the records that no part holds yet as one part a table, merge small parts; return the new rows."""
+        parts = self._list()
+        fresh = self._unseen(parts)
+        for table, rows in fresh.items():
+            if (
+                rows or not parts[table]
+            ):  # always one part, though empty: a glob of nothing is an error in DuckDB
+                self._write(table, rows_to_table(rows, event_schema(table)))
+            self._merge(table, parts[table])
+        self._sweep()
+        return sum(len(rows) for rows in fresh.values())
+
+    def rebuild(self) -> dict[str, int]:
+        """Make the parts anew from the records alone; return the rows by table."""
+        old = self._list()
+        rows = self._unseen({table: [] for table in EVENT_TABLES})
+        for table, table_rows in rows.items():
+            self._write(table, rows_to_table(table_rows, event_schema(table)))
+            for name in old[table]:
+                self.storage.delete(name)
+        return {table: len(table_rows) for table, table_rows in rows.items()}
+
+    def _list(self) -> dict[str, list[str]]:
+        """Return the parts of each table, oldest first, without those that a merged part replaces."""
+        found = {
+            table: [
+                info.path for info in self.storage.list(f"manifest/{table}") if info.path.endswith(".parquet")
+            ]
+            for table in EVENT_TABLES
+        }
+        listed = {path for paths in found.values() for path in paths}
+        missing = sorted(listed - self._known.keys())
+        with ThreadPoolExecutor(_READERS) as readers:
+            for path, part in zip(missing, readers.map(self._inspect, missing), strict=True):
+                if part is not None:
+                    self._known[path] = part
+        self._known = {path: part for path, part in self._known.items() if path in listed}
+        replaced = {name for part in self._known.values() for name in part.replaces}
+        return {
+            table: [path for path in paths if path in self._known and path not in replaced]
+            for table, paths in found.items()
+        }
+
+    def _inspect(self, path: str) -> _Part | None:
+        try:
+            with self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
+                table = parquet.read(["record", "version"])
+                replaces = json.loads((parquet.schema_arrow.metadata or {}).get(_REPLACES, b"[]"))
+        except FileNotFoundError:
+            return None
+        seen = frozenset(zip(table["record"].to_pylist(), table["version"].to_pylist(), strict=True))
+        return _Part(seen=seen, rows=table.num_rows, replaces=tuple(replaces))
+
+    def _unseen(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
+        """Return the rows of the records that are in none of the parts, by table."""
+        seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
+        listed = [info for info in self.storage.list("records") if table_of(info.path)]
+        fresh = [info for info in listed if (info.path, info.version) not in seen]
+        rows: dict[str, list[Row]] = {table: [] for table in EVENT_TABLES}
+        with ThreadPoolExecutor(_READERS) as readers:
+            for info, found in zip(fresh, readers.map(self._read_record, fresh), strict=True):
+                rows[table_of(info.path)].extend(found)
+        return rows
+
+    def _read_record(self, info: FileInfo) -> list[Row]:
+        try:
+            text = self.storage.read(info.path)
+        except FileNotFoundError:  # retired, or its quarantine lifted, since it was listed
+            return []
+        return [{**row, "record": info.path, "version": info.version} for row in rows_of(info.path, text)]
+
+    def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
+        def read(path: str) -> pa.Table:
+            with self.storage.open(path) as file:
+                return pq.read_table(file).cast(event_schema(table))
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(read, paths))
+
+    def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
+        path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
+        rows = rows.replace_schema_metadata({_REPLACES: json.dumps(replaces)})
+        with temporary_folder() as folder:
+            pq.write_table(rows, folder / "part.parquet", compression="zstd")
+            self.storage.put(folder / "part.parquet", path)
+
+    def _merge(self, table: str, paths: list[str]) -> None:
+        """Make one part of many small ones."""
+        small = [path for path in paths if self._known[path].rows < _BIG_PART_ROWS]
+        if len(small) < _MERGE_AT_PARTS:
+            return
+        with contextlib.suppress(FileNotFoundError):  # another process rebuilds: nothing to merge any more
+            self._write(table, _distinct(pa.concat_tables(self._read(table, small))), replaces=tuple(small))
+
+    def _sweep(self) -> None:
+        """Delete what merged parts replaced a while ago; oldest first, so that none comes back into sight."""
+        for path in sorted(self._known, key=lambda path: path.split("/")[-1]):
+            if self._known[path].replaces and _age(path) > _GRACE:
+                for name in self._known[path].replaces:
+                    self.storage.delete(name)
+
+
+def _distinct(rows: pa.Table) -> pa.Table:
+    """Drop rows that two processes copied from the same record (one record may hold many shards)."""
+    keep = []
+    pairs = zip(rows["record"].to_pylist(), rows["version"].to_pylist(), strict=True)
+    names = rows["shard"].to_pylist() if "shard" in rows.column_names else [""] * rows.num_rows
+    seen = set()
+    for (record, version), shard in zip(pairs, names, strict=True):
+        keep.append((record, version, shard) not in seen)
+        seen.add((record, version, shard))
+    return rows.filter(pa.array(keep, pa.bool_()))
+
+
+def _age(path: str) -> timedelta:
+    written = datetime.strptime(path.split("/")[-1].split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    return datetime.now(UTC) - written

@@ -1,0 +1,284 @@
+"""Score captions: the cosine similarity of CLIP between an image and each of its candidates.
+
+The legend of the names: B images, T distinct texts, P (image, text) pairs, L tokens, D width.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pipeline.attempt import Attempt, Tally
+from pipeline.committed import CrawledShard, committed_table, open_crawled
+from pipeline.device import compute_dtype, device_name, worker_device
+from pipeline.histograms import SCORE_EDGES, histogram
+from pipeline.images import Image
+from pipeline.lookahead import look_ahead
+from pipeline.records import Records
+from pipeline.shards import rows_to_table, write_parquet
+from pipeline.texts import clean_caption, mark_duplicates, same_text_key
+from pipeline.weights import Weights, ranker_weights
+from schemas.config import CapfiltConfig, Precision
+from schemas.errors import CapfiltError
+from schemas.records import ShardRecord, ShardTask
+from schemas.tables import CANDIDATES, CAPTIONS
+
+# Texts encoded at once: eleven an image are many small rows.
+_TEXTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The similarity of one text to an image, and whether the text was cut to CLIP's context for it."""
+
+    similarity: float
+    truncated: bool
+
+
+class Ranker:
+    """A CLIP of open_clip's with its preprocessing and tokenizer, on the device of this process."""
+
+    def __init__(self, weights: Weights, precision: Precision) -> None:
+        self.device = worker_device()
+        self.dtype = compute_dtype(precision, self.device)
+        self._model = _load_model(weights, self.dtype).to(self.device).eval()
+        self._transform = image_transform_v2(
+            PreprocessCfg(**self._model.visual.preprocess_cfg), is_train=False
+        )
+        self._tokenizer = open_clip.get_tokenizer(_open_clip_name(weights))
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Return the pixels of one RGB image as the model takes them: float32 of shape (C, H, W)."""
+        return self._transform(image)
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[Score]]:
+        """Return the score of each image's texts with that image."""
+        return self.score_pixels(torch.stack([self.prepare(image) for image in images]), texts)
+
+    @torch.inference_mode()
+    def score_pixels(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
+        """Return the score of each prepared image's texts; a text is encoded once a call."""
+        distinct = list(dict.fromkeys(text for row in texts for text in row))
+        if not distinct:
+            return [[] for _ in texts]
+        index = {text: position for position, text in enumerate(distinct)}
+        text_TD = torch.cat(
+            [
+                self._encode(distinct[start : start + _TEXTS_AT_ONCE])
+                for start in range(0, len(distinct), _TEXTS_AT_ONCE)
+            ]
+        )
+        image_BD = normalize(
+            self._model.encode_image(pixels_BCHW.to(self.device, self.dtype)).float(), dim=-1
+        )
+        pairs = [(image, index[text]) for image, row in enumerate(texts) for text in row]
+        images_P, texts_P = torch.tensor(pairs, device=self.device).T
+        similarity_P = (image_BD[images_P] * text_TD[texts_P]).sum(-1).tolist()
+        truncated = self._truncated(distinct)
+        scores = (
+            Score(similarity=similarity, truncated=truncated[text])
+            for similarity, (_, text) in zip(similarity_P, pairs, strict=True)
+        )
+        return [list(islice(scores, len(row))) for row in texts]
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        tokens_TL = self._tokenizer(texts).to(self.device)
+        return normalize(self._model.encode_text(tokens_TL).float(), dim=-1)
+
+    def _truncated(self, texts: list[str]) -> list[bool]:
+        """Tell which texts have more tokens than the context, start and end included."""
+        if isinstance(self._tokenizer, SimpleTokenizer):
+            lengths = [len(self._tokenizer.encode(text)) + 2 for text in texts]
+        else:
+            cleaned = [self._tokenizer.clean_fn(text) for text in texts]
+            lengths = [len(ids) for ids in self._tokenizer.tokenizer(cleaned, verbose=False).input_ids]
+        return [length > self._tokenizer.context_length for length in lengths]
+
+
+def _open_clip_name(weights: Weights) -> str:
+    return f"local-dir:{weights.path}" if Path(weights.path).is_dir() else weights.name
+
+
+def _load_model(weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+    """Load on the CPU in float32, then lower the precision of what open_clip lowers."""
+    arguments: dict[str, Any] = {}
+    if not Path(weights.path).is_dir():
+        # Named by its file, a model keeps the architecture's defaults; what the pretrained tag knows
+        # (OpenAI's weights need QuickGELU, others their own mean and resize) is ours to pass on. open_clip
+        # 3.3 only warns.
+        tag = open_clip.get_pretrained_cfg(weights.name, weights.revision)
+        arguments = {
+            "pretrained": weights.path,
+            "force_quick_gelu": tag.get("quick_gelu", False),
+            "force_preprocess_cfg": {
+                name: tag[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in tag
+            },
+        }
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    try:
+        return open_clip.create_model(
+            _open_clip_name(weights), precision=precision, require_pretrained=True, **arguments
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CapfiltError(
+            f"rank.model = {weights.name!r} in {weights.path} does not load: {error}"
+        ) from error
+
+
+@dataclass(slots=True)
+class _Image:
+    """One image on its way: the sample's identity, its candidates' rows, the pixels for each CLIP."""
+
+    candidates: list[dict[str, Any]]
+    pixels: tuple[Tensor, ...] | None
+
+    def texts(self) -> list[str]:
+        """Return the distinct texts that can be scored."""
+        return list(dict.fromkeys(row["text"] for row in self.candidates if row["text"]))
+
+
+class RankWorker:
+    """Score one shard per call; the weights are loaded once."""
+
+    def __init__(self, config: CapfiltConfig, records: Records) -> None:
+        self.config = config
+        self.records = records
+        rank = config.rank
+        weights = [ranker_weights(rank.model, rank.pretrained)]
+        if rank.rerank is not None:
+            weights.append(ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
+        self.models = tuple(one.digest for one in weights)
+        self.rankers = [Ranker(one, rank.precision) for one in weights]
+
+    def __call__(self, task: ShardTask) -> ShardRecord:
+        """Make and commit the shard's scores; return the record that stands."""
+        with Attempt(self.records, task) as attempt, ExitStack() as stack:
+            tally = attempt.tally
+            tally.models = self.models
+            tally.device = device_name(self.rankers[0].device)
+            with tally.timed("read"):
+                shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
+                candidates = self._candidates(shard, task)
+            rows: list[dict[str, Any]] = []
+            for batch in self._batches(shard, candidates, tally):
+                with tally.timed("gpu"):
+                    self._score([image for image in batch if image.pixels is not None])
+                rows.extend(row for image in batch for row in image.candidates)
+            _count(rows, shard.samples.num_rows, task.kind, tally)
+            path = attempt.folder / "scores.parquet"
+            with tally.timed("write"):
+                written = write_parquet(path, rows_to_table(rows, CANDIDATES), CANDIDATES)
+            return attempt.commit({"parquet": (path, written)})
+
+    def _candidates(self, shard: CrawledShard, task: ShardTask) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of each key: the synthetic captions, then those that the source's list gave."""
+        rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        if "caption" in task.inputs:
+            captions = committed_table(
+                self.records, task.inputs["caption"].outputs["parquet"], CAPTIONS.names
+            )
+            for row in captions.sort_by([("key", "ascending"), ("candidate", "ascending")]).to_pylist():
+                rows[row["key"]].append(row)
+        samples = shard.samples.select(["uid", "source", "shard", "key", "captions"])
+        for sample in samples.to_pylist():
+            given = sample.pop("captions") or []
+            rows[sample["key"]].extend(_given_rows(sample, given, task.kind))
+        return rows
+
+    def _batches(
+        self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], tally: Tally
+    ) -> Iterator[list[_Image]]:
+        """Yield batches of images in order of key, those that do not decode included."""
+
+        def prepare(key: str) -> _Image:
+            image = shard.image(key)
+            pixels = None if image is None else tuple(ranker.prepare(image) for ranker in self.rankers)
+            return _Image(candidates[key], pixels)
+
+        size = self.config.rank.batch_size
+        threads = int(self.config.cluster.rank.cpus)
+        prepared = look_ahead(prepare, shard.keys, ahead=2 * size, threads=threads)
+        while True:
+            with tally.timed("decode"):
+                batch = list(islice(prepared, size))
+            if not batch:
+                return
+            yield batch
+
+    def _score(self, images: list[_Image]) -> None:
+        """Write score, truncated and, for the best of them, rerank_score into the candidates' rows."""
+        if not images:
+            return
+        self._score_with(0, "score", images, [image.texts() for image in images])
+        rerank = self.config.rank.rerank
+        if rerank is not None:
+            self._score_with(
+                1, "rerank_score", images, [_best(image.candidates, rerank.first) for image in images]
+            )
+
+    def _score_with(self, position: int, column: str, images: list[_Image], texts: list[list[str]]) -> None:
+        pixels_BCHW = torch.stack([image.pixels[position] for image in images])
+        scores = self.rankers[position].score_pixels(pixels_BCHW, texts)
+        for image, image_texts, image_scores in zip(images, texts, scores, strict=True):
+            by_text = dict(zip(image_texts, image_scores, strict=True))
+            for row in image.candidates:
+                score = by_text.get(row["text"])
+                if score is not None:
+                    row[column] = score.similarity
+                    row["truncated"] = row.get("truncated", False) or score.truncated
+
+
+def _given_rows(sample: dict[str, Any], given: Sequence[str], origin: str) -> list[dict[str, Any]]:
+    """Return the rows of the captions that came with the URL."""
+    texts = [clean_caption(raw) for raw in given]
+    return [
+        sample
+        | {"origin": origin, "candidate": index, "raw_text": raw, "text": text, "duplicate_of": earlier}
+        for index, (raw, text, earlier) in enumerate(zip(given, texts, mark_duplicates(texts), strict=True))
+    ]
+
+
+def _best(candidates: Sequence[Mapping[str, Any]], first: int) -> list[str]:
+    """Return the ``first`` distinct texts by score; the earlier candidate where scores are equal."""
+    scored = sorted(
+        (row for row in candidates if row.get("score") is not None), key=lambda row: -row["score"]
+    )
+    distinct: dict[str, str] = {}
+    for row in scored:
+        distinct.setdefault(same_text_key(row["text"]), row["text"])
+    return list(distinct.values())[:first]
+
+
+def _count(rows: Sequence[Mapping[str, Any]], num_images: int, kind: str, tally: Tally) -> None:
+    scored = [row for row in rows if row.get("score") is not None]
+    empty = sum(not row["text"] for row in rows)
+    tally.rows_in = len(rows)
+    tally.rows_out = len(scored)
+    tally.images = num_images
+    tally.count("scored", rows=len(scored))
+    if empty:
+        tally.count("unscored", "empty", rows=empty)
+    if undecodable := len(rows) - len(scored) - empty:
+        tally.count("unscored", "undecodable", rows=undecodable)
+    tally.counts["truncated"] = sum(bool(row.get("truncated")) for row in scored)
+    scores: dict[str, list[float]] = {"score": [], f"{kind}_score": []}
+    best: dict[str, float] = {}
+    for row in scored:
+        scores["score" if row["origin"] == "synthetic" else f"{kind}_score"].append(row["score"])
+        best[row["key"]] = max(row["score"], best.get(row["key"], -np.inf))
+    tally.histograms = {
+        name: histogram(values, SCORE_EDGES)
+        for name, values in (scores | {"score_best": list(best.values())}).items()
+    }

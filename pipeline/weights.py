@@ -1,0 +1,287 @@
+"""Where a model's files lie and what they are: a local folder or the hub, checked by name, digested.
+
+Only safetensors are read, and no code that comes with a model is ever run. The digest covers the files that
+decide the output (weights, architecture, tokenizer, preprocessing) and nothing else: the same files at
+another place, or under another name, are the same model.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.fingerprint import digest_json
+from pipeline.hub import hub_folder
+from pipeline.nearest import did_you_mean
+from pipeline.records import now
+from pipeline.storage import sha256_file
+from schemas.config import CaptionConfig
+from schemas.errors import CapfiltError
+from schemas.records import ModelRecord
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_CAPTIONER_FILES = ("config.json", "preprocessor_config.json", *_TOKENIZER_FILES)
+_CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_CLIP_FILES = ("open_clip_config.json", *_TOKENIZER_FILES)
+# open_clip's own order of preference; its third choice is a pickle.
+_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model's files on this machine.
+
+    ``path`` is the folder that the model's library loads, or one weights file where open_clip itself brings
+    architecture and tokenizer; ``name`` is then the architecture and ``revision`` the pretrained tag.
+    """
+
+    kind: Literal["captioner", "ranker"]
+    name: str
+    revision: str
+    path: str
+    digest: str
+    files: Mapping[str, str]
+
+    def to_record(self) -> ModelRecord:
+        """Return the row of the table ``models``."""
+        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+        shards = [folder / name for name in self.files if name.endswith(".safetensors")]
+        return ModelRecord(
+            digest=self.digest,
+            kind=self.kind,
+            name=self.name,
+            revision=self.revision,
+            files=dict(self.files),
+            parameters=sum(_count_parameters(shard) for shard in shards),
+            registered_at=now(),
+        )
+
+
+def captioner_weights(config: CaptionConfig) -> Weights:
+    """Find the captioner that ``[caption]`` names: a local folder, else a hub id at a revision.
+
+    Raises:
+        CapfiltError: no such folder, id or revision, a file is missing, it is not a BLIP captioner, or the
+            hub cannot be reached and the cache does not have it.
+    """
+    where = "caption.model"
+    folder = _local_folder(config.model)
+    revision = ""
+    if folder is None:
+        patterns = (*_CAPTIONER_FILES, "*.safetensors", "*.safetensors.index.json")
+        folder = hub_folder(config.model, config.revision, patterns, _captioner_gaps, where)
+        revision = config.revision
+    if gap := _captioner_gaps(folder):
+        raise CapfiltError(
+            f"{gap} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
+            "captioner (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
+        )
+    model_type = _read_json(folder / "config.json", where).get("model_type")
+    if model_type != "blip":
+        raise CapfiltError(
+            f"{where} = {config.model!r} is a {model_type!r} model; the captioner must be a 'blip' one"
+        )
+    names = [name for name in _CAPTIONER_FILES if (folder / name).is_file()] + _weight_files(folder)
+    return _weights("captioner", config.model, revision, folder, folder, names)
+
+
+def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
+    """Find a CLIP that open_clip loads.
+
+    Args:
+        model: ``local-dir:FOLDER``; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``; or an architecture
+            of open_clip's.
+        pretrained: for an architecture, a pretrained tag of its own, or a safetensors file; else empty.
+        where: the config section, for messages.
+
+    Raises:
+        CapfiltError: as ``captioner_weights``.
+    """
+    if model.startswith(("local-dir:", "hf-hub:")):
+        if pretrained:
+            raise CapfiltError(
+                f'{where}.pretrained = {pretrained!r} has no meaning beside {model!r}; set it to ""'
+            )
+        return _clip_folder(model, where)
+    return _clip_architecture(model, pretrained, where)
+
+
+def _clip_folder(model: str, where: str) -> Weights:
+    scheme, _, rest = model.partition(":")
+    where = f"{where}.model"
+    if scheme == "local-dir":
+        folder, revision = Path(rest).absolute(), ""
+    else:
+        name, _, revision = rest.partition("@")
+        revision = revision or "main"
+        folder = hub_folder(name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), _clip_gaps, where)
+    if gap := _clip_gaps(folder):
+        raise CapfiltError(
+            f"{gap} is missing in {folder}; {where} must name a folder as open_clip publishes it "
+            "(open_clip_config.json, open_clip_model.safetensors, a Hugging Face tokenizer's files)"
+        )
+    text = (folder / "open_clip_config.json").read_text()
+    if "trust_remote_code" in text:
+        # open_clip hands tokenizer_kwargs to AutoTokenizer as they are.
+        raise CapfiltError(
+            f"{folder / 'open_clip_config.json'} asks to run code of its own (trust_remote_code)"
+        )
+    checkpoint = next(name for name in _CLIP_WEIGHTS if (folder / name).is_file())
+    names = [name for name in _CLIP_FILES if (folder / name).is_file()] + [checkpoint]
+    return _weights("ranker", model, revision, folder, folder, names)
+
+
+def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
+    """Find the weights of an architecture that open_clip knows by name."""
+    # Imported here because it takes torch along, which no other command of the driver needs.
+    from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
+
+    architecture = get_model_config(model)
+    if architecture is None:
+        raise CapfiltError(
+            f"{where}.model = {model!r} is no architecture of open_clip, and neither hf-hub:ORG/NAME nor "
+            f"local-dir:FOLDER{did_you_mean(model, list_models())}"
+        )
+    tag = get_pretrained_cfg(model, pretrained)
+    if tag:
+        repository, _, file = tag.get("hf_hub", "").rpartition("/")
+        if not repository:
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r} of {model} is not on the hub; give a local file"
+            )
+        wanted = _CLIP_WEIGHTS if not file else (f"{file.rpartition('.')[0]}.safetensors",)
+        folder = hub_folder(repository, "main", wanted, _first_gap(wanted), f"{where}.pretrained")
+        checkpoint = next((folder / name for name in wanted if (folder / name).is_file()), None)
+        if checkpoint is None:
+            raise CapfiltError(
+                f"{wanted[0]} is missing in {folder} ({where}.pretrained = {pretrained!r}, {repository})"
+            )
+    else:
+        checkpoint = Path(pretrained).absolute()
+        if not pretrained or not checkpoint.is_file():
+            tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r} is neither a file nor a pretrained tag of {model} "
+                f"(tags: {tags})"
+            )
+        if checkpoint.suffix != ".safetensors":
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r}: only safetensors are read; convert the file first"
+            )
+    # What open_clip itself brings decides the output as much as the file does.
+    recipe = {
+        "model_cfg": architecture,
+        "pretrained_cfg": {k: v for k, v in tag.items() if k not in ("url", "hf_hub")},
+    }
+    extra = {f"open_clip:{model}": digest_json(recipe)}
+    revision = pretrained if tag else ""
+    return _weights("ranker", model, revision, checkpoint, checkpoint.parent, [checkpoint.name], extra)
+
+
+def _local_folder(name: str) -> Path | None:
+    """Return the folder that a name means, or None for a hub id; what looks like a path must be there."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CapfiltError(f"caption.model = {name!r}: no such folder, and no hub id (ORG/NAME)")
+    return None
+
+
+def _captioner_gaps(folder: Path) -> str | None:
+    """Return the first file that a BLIP captioner's folder lacks."""
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            return name
+    if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
+        return _CAPTIONER_WEIGHTS[0]
+    if missing := [name for name in _weight_files(folder) if not (folder / name).is_file()]:
+        return missing[0]
+    return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
+
+
+def _clip_gaps(folder: Path) -> str | None:
+    """Return the first file that an open_clip folder lacks."""
+    config = folder / "open_clip_config.json"
+    if not config.is_file():
+        return config.name
+    if not any((folder / name).is_file() for name in _CLIP_WEIGHTS):
+        return _CLIP_WEIGHTS[0]
+    text = _read_json(config, "rank.model").get("model_cfg", {}).get("text_cfg", {})
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+    return "tokenizer.json" if text.get("hf_tokenizer_name") and not has_tokenizer else None
+
+
+def _first_gap(names: tuple[str, ...]) -> Callable[[Path], str | None]:
+    return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the weights, one file or the shards that the index lists."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    return [index.name, *sorted(set(_read_json(index, "caption.model").get("weight_map", {}).values()))]
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise CapfiltError(f"{path} ({where}) is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CapfiltError(f"{path} ({where}) is no JSON object")
+    return value
+
+
+def _weights(
+    kind: Literal["captioner", "ranker"],
+    name: str,
+    revision: str,
+    path: Path,
+    folder: Path,
+    names: list[str],
+    extra: Mapping[str, str] | None = None,
+) -> Weights:
+    files = {name: _sha256(folder / name) for name in names} | dict(extra or {})
+    return Weights(
+        kind=kind, name=name, revision=revision, path=str(path), digest=digest_json(files), files=files
+    )
+
+
+def _sha256(path: Path) -> str:
+    """Return a file's sha256, computed once per process while size and time of the file stay.
+
+    The blobs of the hub's cache are named by their sha256, but nobody checks that after the download.
+    """
+    status = path.stat()
+    return _sha256_of_version(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of_version(path: Path, _size: int, _mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+def _count_parameters(path: Path) -> int:
+    """Return the number of floating-point values in a safetensors file, read from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    return sum(math.prod(entry["shape"]) for entry in tensors if "F" in entry["dtype"])

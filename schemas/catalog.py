@@ -1,0 +1,247 @@
+"""The SQL of the manifest: the tables as views over committed files, and the views and macros on top of them.
+
+Two layers. ``base`` has one relation for each kind of file; it is either Parquet found by name and kept only
+where a record commits it (``file_relations``: the catalog that anyone opens), or Arrow data that the caller
+registers (the sandbox of ``capfilt sql``). Everything else is the same SQL on both.
+"""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from schemas.tables import (
+    CANDIDATES,
+    CAPTIONS,
+    CHECKPOINTS,
+    CURATED,
+    MODELS,
+    RUNS,
+    SAMPLES,
+    SHARDS,
+    TABLES,
+    column_doc,
+)
+
+# Tables whose rows come from records; their Parquet parts lie under manifest/<table>/.
+EVENT_TABLES: dict[str, pa.Schema] = {
+    "shards": SHARDS,
+    "runs": RUNS,
+    "models": MODELS,
+    "checkpoints": CHECKPOINTS,
+}
+
+# Tables whose rows lie in the shards' own Parquet files: folder -> schema.
+DATA_TABLES: dict[str, pa.Schema] = {
+    "raw": SAMPLES,
+    "captions": CAPTIONS,
+    "scores": CANDIDATES,
+    "curated": CURATED,
+}
+DATA_STAGES = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
+
+# A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
+EMPTY_FOLDER = "_schema"
+
+
+def event_schema(table: str) -> pa.Schema:
+    """Return a table's columns with the record that each row was read from and that file's version."""
+    origin = [pa.field("record", pa.string()), pa.field("version", pa.string())]
+    return pa.schema([*(field.remove_metadata() for field in EVENT_TABLES[table]), *origin])
+
+
+def quote(text: str) -> str:
+    """Return text as an SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def file_relations(root: str) -> dict[str, str]:
+    """Return ``base`` as SELECTs over the corpus's files, found by glob each time they are queried.
+
+    Globs also find the files of attempts that did not commit, hence the semi-joins with the committed names.
+    """
+    folder = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in root)
+    relations = {
+        f"{table}_events": f"SELECT * FROM read_parquet({quote(f'{folder}/manifest/{table}/*.parquet')}, union_by_name = true)"
+        for table in EVENT_TABLES
+    }
+    for name, schema in DATA_TABLES.items():
+        files = f"read_parquet({quote(f'{folder}/{name}/*/*.parquet')}, filename = true)"
+        committed = f"""
+            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM shards AS made
+            WHERE state = 'committed' AND stage = {quote(DATA_STAGES[name])}"""
+        if name == "captions":
+            committed += """ AND NOT EXISTS (
+                FROM shards AS ranked WHERE ranked.state = 'committed' AND ranked.stage = 'rank'
+                AND ranked.source = made.source AND ranked.shard = made.shard)"""
+        relations[name] = f"SELECT {_columns(schema)} FROM {files} SEMI JOIN ({committed}) USING (filename)"
+    relations["retried"] = "SELECT source, uid, shard FROM base.raw WHERE retry_of IS NOT NULL"
+    return relations
+
+
+def registered_relations() -> dict[str, str]:
+    """Return ``base`` as SELECTs from relations registered on the connection: ``raw_data``, ``shards_data``, ..."""
+    events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in EVENT_TABLES}
+    data = {name: f"SELECT * FROM {name}_data" for name in DATA_TABLES}
+    return {**events, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
+
+
+def record_views(relations: Mapping[str, str]) -> list[str]:
+    """Return the statements that make the tables whose rows come from records."""
+    bases = [_view(f"base.{table}_events", relations[f"{table}_events"]) for table in EVENT_TABLES]
+    return [
+        "CREATE SCHEMA IF NOT EXISTS base",
+        *bases,
+        *(_view(name, _TABLES[name]) for name in EVENT_TABLES),
+    ]
+
+
+def data_views(relations: Mapping[str, str]) -> list[str]:
+    """Return the statements that make the other tables, all views, macros and comments; after ``record_views``."""
+    bases = [_view(f"base.{name}", relations[name]) for name in (*DATA_TABLES, "retried")]
+    tables = [_view(name, sql) for name, sql in _TABLES.items() if name not in EVENT_TABLES]
+    views = [_view(name, sql) for name, (_, sql) in VIEWS.items()]
+    functions = [f"CREATE OR REPLACE MACRO {call} AS {body}" for call, (_, body) in FUNCTIONS.items()]
+    macros = [f"CREATE OR REPLACE MACRO {call} AS TABLE {body}" for call, (_, body) in TABLE_MACROS.items()]
+    return [*bases, *tables, *functions, *views, *macros, *_comments()]
+
+
+def _view(name: str, sql: str) -> str:
+    return f"CREATE OR REPLACE VIEW {name} AS {sql}"
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f'"{name}"' for name in schema.names)
+
+
+def _comments() -> list[str]:
+    tables = [
+        f'COMMENT ON COLUMN {table}."{field.name}" IS {quote(column_doc(field))}'
+        for table, schema in TABLES.items()
+        for field in schema
+    ]
+    return tables + [f"COMMENT ON VIEW {name} IS {quote(doc)}" for name, (doc, _) in VIEWS.items()]
+
+
+_TABLES: dict[str, str] = {
+    # One row for each attempt that committed, its last state; a quarantined shard vanishes once it is committed.
+    "shards": f"""
+        WITH latest AS (
+            SELECT *, state = 'quarantined' AS failed FROM base.shards_events
+            QUALIFY row_number() OVER (
+                PARTITION BY stage, source, shard, attempt ORDER BY state = 'retired' DESC, finished_at DESC) = 1
+        ), seen AS (
+            SELECT *, bool_or(state = 'committed') OVER same_shard AS is_committed,
+                max(finished_at) FILTER (NOT failed) OVER same_shard AS last_commit
+            FROM latest WINDOW same_shard AS (PARTITION BY stage, source, shard)
+        )
+        SELECT {_columns(SHARDS)} FROM seen
+        WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
+    "runs": f"""
+        SELECT {_columns(RUNS)} FROM base.runs_events
+        QUALIFY row_number() OVER (PARTITION BY run_id ORDER BY outcome IS NOT NULL DESC, finished_at DESC) = 1""",
+    "models": f"""
+        SELECT {_columns(MODELS)} FROM base.models_events
+        QUALIFY row_number() OVER (PARTITION BY digest ORDER BY registered_at) = 1""",
+    "checkpoints": f"""
+        SELECT {_columns(CHECKPOINTS)} FROM base.checkpoints_events
+        QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
+    # One row a uid: the row of its latest retry stands for all its tries.
+    "samples": f"""
+        WITH last_try AS (SELECT source, uid, max(shard) AS shard FROM base.retried GROUP BY source, uid)
+        SELECT {", ".join(f'raw."{name}"' for name in SAMPLES.names)} FROM base.raw AS raw
+        LEFT JOIN last_try ON raw.source = last_try.source AND raw.uid = last_try.uid
+        WHERE last_try.shard IS NULL OR raw.shard = last_try.shard""",
+    "candidates": f"""
+        SELECT {_columns(CANDIDATES)} FROM base.scores
+        UNION ALL
+        SELECT {_columns(CAPTIONS)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS truncated
+        FROM base.captions""",
+    "curated": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'kept'",
+    "dropped": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'dropped'",
+}
+
+# Beyond the tables: name -> (what it answers, SQL). Those marked "records only" read no sample.
+VIEWS: dict[str, tuple[str, str]] = {
+    "progress": (
+        "shards and rows by source and stage (records only)",
+        """
+        SELECT source, stage, count(*) FILTER (state = 'committed') AS shards,
+            count(*) FILTER (state = 'quarantined') AS quarantined,
+            sum(images) FILTER (state = 'committed') AS images,
+            sum(rows_in) FILTER (state = 'committed') AS rows_in,
+            sum(rows_out) FILTER (state = 'committed') AS rows_out,
+            sum(bytes) FILTER (state = 'committed') AS bytes,
+            max(finished_at) AS last_commit
+        FROM shards WHERE state <> 'retired' GROUP BY source, stage
+        ORDER BY source, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage)""",
+    ),
+    "outcomes": (
+        "rows by source, stage, status and reason, a retry counted as a row more (records only)",
+        """
+        SELECT source, stage, split_part(name, '/', 1) AS status, nullif(split_part(name, '/', 2), '') AS reason,
+            sum("rows")::BIGINT AS "rows"
+        FROM (
+            SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
+            FROM shards WHERE state = 'committed' AND stage <> 'urls'
+        ) WHERE "rows" > 0 GROUP BY source, stage, status, reason
+        -- A status with reasons is their sum: shown by its reasons alone, so that the rows add up.
+        QUALIFY reason IS NOT NULL OR NOT bool_or(reason IS NOT NULL) OVER (PARTITION BY source, stage, status)
+        ORDER BY ALL""",
+    ),
+    "throughput": (
+        "images per second of one worker, by stage and device (records only)",
+        """
+        SELECT stage, source, device, count(*) AS shards, sum(images)::BIGINT AS images,
+            sum(seconds['total']) AS worker_seconds,
+            sum(seconds['total']) FILTER (device <> 'cpu') AS gpu_seconds,
+            sum(images) / nullif(sum(seconds['total']), 0) AS images_per_second
+        FROM shards WHERE state = 'committed' AND stage <> 'urls' GROUP BY stage, source, device
+        ORDER BY list_position(['crawl', 'caption', 'rank', 'select'], stage), source, device""",
+    ),
+    "bins": (
+        "the histograms that the stages counted, a row for each shard and bin (records only)",
+        """
+        SELECT stage, source, shard, name, bin, edges[bin] AS low, edges[bin + 1] AS high, counts[bin] AS "count"
+        FROM (
+            SELECT *, unnest(range(1, len(counts) + 1)) AS bin FROM (
+                SELECT made.stage, made.source, made.shard, part.key AS name,
+                    from_json(part.value->'edges', '["DOUBLE"]') AS edges,
+                    from_json(part.value->'counts', '["BIGINT"]') AS counts
+                FROM shards AS made, json_each(made.histograms) AS part
+                WHERE made.state = 'committed' AND made.histograms IS NOT NULL))""",
+    ),
+    "failures": (
+        "every sample that is not ok, with its host",
+        """
+        SELECT source, uid, shard, status, reason, detail, http_status, attempts, url_host(url) AS host, url, seconds
+        FROM samples WHERE status <> 'ok'""",
+    ),
+    "kept_captions": (
+        "one row for each kept caption, its place from 1 (best)",
+        """
+        SELECT source, shard, uid, key, url, unnest(range(1, len(captions) + 1)) AS place,
+            unnest(captions) AS caption, unnest(scores) AS score, unnest(origins) AS origin,
+            unnest(candidates) AS candidate
+        FROM curated""",
+    ),
+}
+
+# signature -> (what it returns, SQL)
+FUNCTIONS: dict[str, tuple[str, str]] = {
+    "url_host(url)": (
+        "the host of a URL, lower case, without port",
+        r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)', 1))",
+    ),
+}
+TABLE_MACROS: dict[str, tuple[str, str]] = {
+    "histogram_of(name_)": (
+        "one histogram of each source and stage (records only): SELECT * FROM histogram_of('kept_score')",
+        """
+        SELECT source, stage, low, high, sum("count")::BIGINT AS "count"
+        FROM bins WHERE name = name_ GROUP BY ALL ORDER BY ALL""",
+    ),
+    "sample(who)": (
+        "the row of one uid or URL: SELECT * FROM sample('https://...')",
+        "SELECT * FROM samples WHERE uid = who OR url = who",
+    ),
+}

@@ -1,0 +1,95 @@
+"""A Ray cluster of three local nodes, in a process of its own that obeys lines on its standard input.
+
+``python -m tests.cluster`` prints one JSON object {address, nodes: [raylet pid, ...]} when it is up; the line
+``kill N`` kills node N (and everything it runs) with -9; end of input takes the cluster down.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests.processes import ROOT, descendants
+
+CPUS_PER_NODE = 4
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": CPUS_PER_NODE,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "object_store_memory": 100 << 20,
+        },
+    )
+    nodes = [cluster.head_node]
+    nodes += [cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=100 << 20) for _ in range(2)]
+    cluster.wait_for_nodes()
+    pids = [node.all_processes["raylet"][0].process.pid for node in nodes]
+    print(json.dumps({"address": f"http://{cluster.head_node.webui_url}", "nodes": pids}), flush=True)
+    for line in sys.stdin:
+        node = nodes[int(line.split()[1])]
+        below = descendants(node.all_processes["raylet"][0].process.pid)
+        cluster.remove_node(node, allow_graceful=False)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        print("killed", flush=True)
+    cluster.shutdown()
+
+
+class ClusterProcess:
+    """The cluster as a test sees it."""
+
+    def __init__(self, process: subprocess.Popen, address: str, raylets: list[int]) -> None:
+        self.process = process
+        self.address = address
+        self.raylets = raylets
+
+    def kill_node(self, number: int) -> None:
+        """Kill a node and wait until the cluster knows."""
+        self.process.stdin.write(f"kill {number}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline().strip() == "killed"
+
+
+@contextlib.contextmanager
+def three_nodes(token: str) -> Iterator[ClusterProcess]:
+    """Run the cluster with token authentication while the block runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster"],
+        cwd=ROOT,
+        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                up = json.loads(line)
+                break
+        else:
+            raise AssertionError("the cluster did not start")
+        yield ClusterProcess(process, up["address"], up["nodes"])
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            for pid in [*descendants(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Small committed corpora, made without network or models: real files through real attempts and records.
+
+What the crawl and the models would have said is made up from the uid, so that two corpora made alike are equal.
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+from pipeline.attempt import Attempt
+from pipeline.fingerprint import sample_uid
+from pipeline.histograms import LENGTH_EDGES, SCORE_EDGES, histogram
+from pipeline.manifest import Manifest
+from pipeline.records import Records, now
+from pipeline.selection import SelectWorker
+from pipeline.shards import rows_to_table, write_parquet, write_tar
+from pipeline.storage import Storage, sha256_file, temporary_folder
+from pipeline.urlshards import url_shards
+from schemas.config import CapfiltConfig
+from schemas.records import (
+    STAGES,
+    IntakeRecord,
+    ModelRecord,
+    OutputFile,
+    RunRecord,
+    ShardRecord,
+    ShardTask,
+    Stage,
+)
+from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, URLS
+
+RUN = "20260101T000000-test"
+CAPTIONER, RANKER = "c" * 64, "d" * 64
+NUM_CAPTIONS = 3
+_ANSWERS = {
+    0: ("failed", "timeout", None),
+    1: ("failed", "http_4xx", 404),
+    2: ("invalid", "not_an_image", 200),
+}
+
+
+@dataclass
+class Corpus:
+    """A corpus under construction: ``add_urls`` then ``make`` shards; or ``make_corpus`` for all at once."""
+
+    root: str
+    config: CapfiltConfig = field(init=False)
+    records: Records = field(init=False)
+    manifest: Manifest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.storage = Storage(self.root)
+        self.records = Records(self.storage)
+        self.manifest = Manifest(self.storage)
+        self.config = CapfiltConfig.model_validate(
+            {
+                "corpus": {"path": self.root},
+                "source": [{"name": "cc", "input": ["cc.csv"]}],
+                "caption": {"num_captions": NUM_CAPTIONS},
+                "select": {"min_score": 0.1},
+            }
+        )
+
+    def start_run(self, run_id: str = RUN, **end: Any) -> None:
+        """Write a run's start, or with ``outcome`` its end."""
+        record = RunRecord(
+            run_id=run_id,
+            command="run",
+            config=self.config.model_dump(mode="json"),
+            config_digest="0" * 64,
+            started_at=now(),
+            host="here",
+            versions={"python": "3.11"},
+        )
+        self.records.write_run(replace(record, finished_at=now(), **end) if end else record)
+
+    def register_models(self) -> None:
+        """Note the captioner and the ranker."""
+        for digest, kind, name in ((CAPTIONER, "captioner", "blip-tiny"), (RANKER, "ranker", "clip-tiny")):
+            self.records.register_model(
+                ModelRecord(
+                    digest=digest,
+                    kind=kind,
+                    name=name,
+                    revision="1",
+                    files={"model.safetensors": digest},
+                    parameters=7,
+                    registered_at=now(),
+                )
+            )
+
+    def add_urls(self, source: str, shards: Sequence[str], images: int, batch: int = 0) -> None:
+        """Commit the lists of a source: ``images`` URLs in each shard."""
+        rows = {shard: [_url_row(source, shard, index) for index in range(images)] for shard in shards}
+        self._commit_intake(source, rows, "lists", batch)
+
+    def add_retry(self, source: str, of: str, shard: str, batch: int) -> list[str]:
+        """Queue a shard's transient failures again as shard ``shard``; return their uids."""
+        samples = [row for row in self.read("crawl", source, of) if row["reason"] == "timeout"]
+        rows = [
+            {name: sample[name] for name in URLS.names}
+            | {"shard": shard, "key": f"{shard}{index:05d}", "retry_of": of}
+            for index, sample in enumerate(samples)
+        ]
+        self._commit_intake(source, {shard: rows}, "retry", batch)
+        return [row["uid"] for row in rows]
+
+    def _commit_intake(self, source: str, rows: dict[str, list[dict]], kind: str, batch: int) -> None:
+        shards = {}
+        with temporary_folder() as folder:
+            for shard, shard_rows in rows.items():
+                local = folder / f"{shard}.parquet"
+                count = write_parquet(local, rows_to_table(shard_rows, URLS), URLS)
+                path = f"urls/{source}/{shard}.list{batch}.parquet"
+                self.storage.put(local, path)
+                shards[shard] = OutputFile(
+                    path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=count
+                )
+        total = sum(file.rows for file in shards.values())
+        record = IntakeRecord(
+            source=source,
+            batch=batch,
+            kind=kind,
+            run_id=RUN,
+            attempt=f"list{batch}",
+            signature="s" * 64,
+            shards=shards,
+            rows_in=total,
+            rows_new=total,
+            rows_duplicate=0,
+            rows_known=0,
+            finished_at=now(),
+            files=(f"{source}.csv",),
+        )
+        assert self.records.commit_intake(record)
+
+    def read(self, stage: Stage, source: str, shard: str) -> list[dict[str, Any]]:
+        """Return the rows of a committed shard's Parquet."""
+        import pyarrow.parquet as pq
+
+        with self.storage.open(self.records.read(stage, source, shard).outputs["parquet"].path) as file:
+            return pq.read_table(file).to_pylist()
+
+    def make(self, source: str, shard: str, stages: Iterable[Stage] = STAGES) -> list[ShardRecord]:
+        """Do the stages of one shard, as a run would."""
+        makers = {"crawl": self._crawl, "caption": self._caption, "rank": self._rank, "select": self._select}
+        return [makers[stage](source, shard) for stage in stages]
+
+    def task(self, stage: Stage, source: str, shard: str, needs: Sequence[Stage]) -> ShardTask:
+        """Return the task that a run would hand to a worker."""
+        inputs = {
+            name: url_shards(self.records)[source, shard]
+            if name == "urls"
+            else self.records.read(name, source, shard)
+            for name in needs
+        }
+        return ShardTask(
+            corpus=self.root,
+            stage=stage,
+            source=source,
+            kind="web",
+            shard=shard,
+            run_id=RUN,
+            fingerprint="f" * 64,
+            inputs=inputs,
+        )
+
+    def _crawl(self, source: str, shard: str) -> ShardRecord:
+        import pyarrow.parquet as pq
+
+        task = self.task("crawl", source, shard, ("urls",))
+        with self.storage.open(task.inputs["urls"].outputs["parquet"].path) as file:
+            urls = pq.read_table(file).to_pylist()
+        rows = [row | _answer(row) for row in urls]
+        images = {row["key"]: _jpeg(row["uid"]) for row in rows if row["status"] == "ok"}
+        with Attempt(self.records, task) as attempt:
+            tar, parquet = attempt.folder / "x.tar", attempt.folder / "x.parquet"
+            stored = write_tar(tar, ((key, {"jpg": image}) for key, image in sorted(images.items())))
+            written = write_parquet(parquet, rows_to_table(rows, SAMPLES), SAMPLES)
+            tally = attempt.tally
+            tally.rows_in, tally.rows_out, tally.images = len(rows), stored, stored
+            for row in rows:
+                tally.count(row["status"], row["reason"])
+            tally.histograms["width"] = histogram([16.0] * stored, LENGTH_EDGES)
+            return attempt.commit({"tar": (tar, stored), "parquet": (parquet, written)})
+
+    def _caption(self, source: str, shard: str) -> ShardRecord:
+        rows = [
+            _identity(sample) | _caption_row(sample["uid"], index)
+            for sample in self.read("crawl", source, shard)
+            if sample["status"] == "ok"
+            for index in range(NUM_CAPTIONS)
+        ]
+        with Attempt(self.records, self.task("caption", source, shard, ("crawl",))) as attempt:
+            parquet = attempt.folder / "x.parquet"
+            written = write_parquet(parquet, rows_to_table(rows, CAPTIONS), CAPTIONS)
+            tally = attempt.tally
+            tally.rows_in = tally.images = written // NUM_CAPTIONS
+            tally.rows_out, tally.models = written, (CAPTIONER,)
+            tally.count("ok", rows=tally.images)
+            tally.histograms["caption_words"] = histogram([4.0] * written, LENGTH_EDGES)
+            return attempt.commit({"parquet": (parquet, written)})
+
+    def _rank(self, source: str, shard: str) -> ShardRecord:
+        rows = self.read("caption", source, shard)
+        for sample in self.read("crawl", source, shard):
+            if sample["status"] == "ok":
+                text = sample["captions"][0]
+                rows.append(
+                    _identity(sample) | {"origin": "web", "candidate": 0, "raw_text": text, "text": text}
+                )
+        for row in rows:
+            row |= {"score": score_of(row["uid"], row["origin"], row["candidate"]), "truncated": False}
+        with Attempt(self.records, self.task("rank", source, shard, ("crawl", "caption"))) as attempt:
+            parquet = attempt.folder / "x.parquet"
+            rows.sort(key=lambda row: row["key"])
+            written = write_parquet(parquet, rows_to_table(rows, CANDIDATES), CANDIDATES)
+            tally = attempt.tally
+            tally.rows_in = tally.rows_out = written
+            tally.images, tally.models = written // (NUM_CAPTIONS + 1), (RANKER,)
+            tally.count("scored", rows=written)
+            tally.histograms["score_web"] = histogram(
+                [row["score"] for row in rows if row["origin"] == "web"], SCORE_EDGES
+            )
+            return attempt.commit({"parquet": (parquet, written)})
+
+    def _select(self, source: str, shard: str) -> ShardRecord:
+        return SelectWorker(self.config, self.records)(self.task("select", source, shard, ("crawl", "rank")))
+
+
+def make_corpus(
+    root: str,
+    sources: Sequence[str] = ("cc",),
+    shards: int = 2,
+    images: int = 12,
+    stages: Sequence[Stage] = STAGES,
+) -> Corpus:
+    """Return a corpus with ``shards`` shards of ``images`` URLs a source, a quarter of which fail, run to its end."""
+    corpus = Corpus(root)
+    corpus.start_run()
+    corpus.register_models()
+    names = [f"{number:05d}" for number in range(shards)]
+    for source in sources:
+        corpus.add_urls(source, names, images)
+        for name in names:
+            corpus.make(source, name, stages)
+    corpus.start_run(outcome="done", shards_done=len(sources) * shards * len(stages))
+    return corpus
+
+
+def score_of(uid: str, origin: str, candidate: int) -> float:
+    """Return a made-up cosine similarity, the same each time."""
+    return round(int(sample_uid(uid, f"{origin}{candidate}")[:4], 16) / 65536 * 0.4, 4)
+
+
+def _url_row(source: str, shard: str, index: int) -> dict[str, Any]:
+    url = f"http://host{index % 3}.example/{shard}/{index}.jpg"
+    return {
+        "uid": sample_uid(source, url),
+        "source": source,
+        "shard": shard,
+        "key": f"{shard}{index:05d}",
+        "url": url,
+        "captions": [f"Web words {index}"],
+        "input_rows": 1,
+        "extra": "{}",
+    }
+
+
+def _identity(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("uid", "source", "shard", "key")}
+
+
+def _answer(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a fetch would have said: the second to fourth of twelve fail, a retried row succeeds."""
+    index = int(row["key"][5:])
+    status, reason, http_status = _ANSWERS.get((index - 1) % 12, ("ok", None, 200))
+    answer = {
+        "status": status,
+        "reason": reason,
+        "http_status": http_status,
+        "attempts": 3 if reason == "timeout" else 1,
+        "seconds": 0.25,
+    }
+    if row["retry_of"] is not None or status == "ok":
+        answer |= {"status": "ok", "reason": None, "http_status": 200, "final_url": row["url"] + "?final"}
+        answer |= {"width": 16, "height": 16, "format": "JPEG", "sha256": row["uid"] * 2, "body_bytes": 999}
+    return answer
+
+
+def _caption_row(uid: str, index: int) -> dict[str, Any]:
+    text = f"caption {index % 2} of {uid[:4]}"
+    earlier = index - 2 if index >= 2 else None
+    return {
+        "origin": "synthetic",
+        "candidate": index,
+        "raw_text": text + " .",
+        "text": text,
+        "seed": int(uid[:15], 16),
+        "num_tokens": 6,
+        "duplicate_of": earlier,
+    }
+
+
+def _jpeg(uid: str) -> bytes:
+    image = Image.new("RGB", (16, 16), tuple(int(uid[place : place + 2], 16) for place in (0, 2, 4)))
+    data = io.BytesIO()
+    image.save(data, "JPEG")
+    return data.getvalue()

@@ -1,0 +1,69 @@
+"""The command line and Ray's workers as processes: started, found, killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start_cli(*arguments: str, **options: object) -> subprocess.Popen:
+    """Start ``capfilt`` as a process of its own, in a group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def cli(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run ``capfilt`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    """Return every living process below ``pid``."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def stage_workers(pid: int, stage: str = "") -> list[int]:
+    """Return the processes below ``pid`` that are actors of a stage (of any)."""
+    workers = []
+    for child in descendants(pid):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if command.startswith("ray::MapWorker") and f"{stage.title()}Actor" in command:
+            workers.append(child)
+    return workers
+
+
+def kill(pid: int) -> bool:
+    """Kill -9; False: it was gone."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

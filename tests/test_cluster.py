@@ -1,0 +1,124 @@
+"""A submitted job on three nodes, one of which dies: the corpus equals the one that this machine makes alone."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.demo.site import serving
+from jobs.submit import pinned_requirements, runtime_environment, submission_id
+from pipeline.records import Records
+from pipeline.storage import Storage
+from schemas.config import CapfiltConfig
+from tests.cluster import ClusterProcess, three_nodes
+from tests.processes import cli, stage_workers, start_cli
+from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+
+pytestmark = pytest.mark.slow
+
+TOKEN = "7" * 64
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with serving(flaky=False) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def cluster(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
+    # As after activating the environment on each node: a job's `python` is the one that has capfilt's libraries.
+    monkeypatch_module.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    with three_nodes(TOKEN) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def config(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    folder = tmp_path_factory.mktemp("cluster")
+    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, 96, 12)
+    pool = {"cpus": 1, "min_workers": 3, "max_workers": 3}
+    return with_values(config, cluster={"caption": pool, "requirements": "installed"})
+
+
+def test_wrong_token_is_refused(cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path) -> None:
+    os.environ["RAY_AUTH_TOKEN"] = "8" * 64
+    try:
+        refused = cli("submit", "-c", str(config_file(config, tmp_path / "c.json")), "--address", cluster.address, "--", "run")
+    finally:
+        del os.environ["RAY_AUTH_TOKEN"]
+    assert refused.returncode == 2, refused.stderr
+    assert "token" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_node_dies_while_captioning(
+    cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    file = str(config_file(config, tmp_path / "corpus.json"))
+    submit = ("submit", "-c", file, "--address", cluster.address, "--", "run")
+    job = start_cli(*submit)
+    records = Records(Storage(config.corpus.path))
+    victim = None
+    deadline = time.monotonic() + 120
+    while victim is None and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.05)
+        captioning = [node for node in (1, 2) if stage_workers(cluster.raylets[node], "caption")]
+        if captioning and records.shards(("caption",)):
+            victim = captioning[0]
+    assert victim is not None, job.communicate()
+    again = start_cli(*submit)  # while it runs: attaches
+    before = len(records.shards(("caption",)))
+    cluster.kill_node(victim)
+    output, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, output + errors
+    assert before < 8, "the node died after the captioning: give it more shards"
+    _, errors_again = again.communicate(timeout=60)
+    assert again.returncode == 0 and "attached to" in errors_again, errors_again
+
+    local = with_values(config, corpus={"path": str(tmp_path / "local")})
+    done = cli("run", "-c", str(config_file(local, tmp_path / "local.json")))
+    assert done.returncode == 0, done.stderr
+    assert committed_uids(config.corpus.path) == committed_uids(local.corpus.path)
+    assert curated_files(config.corpus.path) == curated_files(local.corpus.path)
+    assert cli("verify", config.corpus.path).returncode == 0
+
+
+def test_exit_code_is_passed_on(
+    cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    empty = with_values(config, corpus={"path": str(tmp_path / "empty")})
+    failed = cli(
+        "submit", "-c", str(config_file(empty, tmp_path / "c.json")), "--address", cluster.address, "--", "rank"
+    )
+    assert failed.returncode == 2
+    assert "capfilt:" in failed.stdout + failed.stderr
+
+
+def test_submission_id_follows_config_and_arguments(config: CapfiltConfig) -> None:
+    ids = {
+        submission_id(config, ["run"]),
+        submission_id(config, ["crawl"]),
+        submission_id(config, ["run", "--limit", "1"]),
+        submission_id(with_values(config, select={"top_k": 1}), ["run"]),
+    }
+    assert len(ids) == 4 and submission_id(config, ["run"]) in ids
+    assert all(job_id.startswith("capfilt-") for job_id in ids)
+
+
+def test_requirements_are_pinned_unless_installed(config: CapfiltConfig, tmp_path: Path) -> None:
+    assert "pip" not in runtime_environment(config, tmp_path)
+    pinned = runtime_environment(with_values(config, cluster={"requirements": "pinned"}), tmp_path)
+    assert pinned["working_dir"] == str(tmp_path)
+    assert pinned["pip"]["packages"] == pinned_requirements()
+    assert all("==" in pin for pin in pinned_requirements()) and any("ray[" in pin for pin in pinned_requirements())

@@ -1,0 +1,248 @@
+"""The crawl of a shard: every URL of a hostile site ends with its status, and nothing is lost or unbounded."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.crawl import CrawlWorker
+from pipeline.records import Records
+from pipeline.shards import read_tar
+from schemas.records import ShardRecord
+from schemas.statuses import REASONS, SAMPLE_STATUSES
+from schemas.tables import SAMPLES
+from tests.hostile import JPEG, HostileSite, encoded, picture
+from tests.test_images import assert_quarters
+from tests.url_tasks import corpus_config, crawl_task, new_records, url_rows
+
+# A worker in a process of its own, as Ray would start it; prints its peak memory and how long it took.
+WORKER = """
+import pickle, sys, time
+from pathlib import Path
+from pipeline.crawl import CrawlWorker
+config, records, task = pickle.loads(Path(sys.argv[1]).read_bytes())
+worker = CrawlWorker(config, records)
+start = time.monotonic()
+worker(task)
+status = Path("/proc/self/status").read_text()
+print("PEAK", int(status.split("VmHWM:")[1].split()[0]) // 1024, time.monotonic() - start, "torch" in sys.modules)
+"""
+DETERMINISTIC = [name for name in SAMPLES.names if name not in ("seconds", "attempts")]
+
+
+def samples_of(records: Records, record: ShardRecord) -> list[dict[str, Any]]:
+    return pq.read_table(records.storage.url(record.outputs["parquet"].path), schema=SAMPLES).to_pylist()
+
+
+def images_of(records: Records, record: ShardRecord) -> dict[str, dict[str, bytes]]:
+    with records.storage.open(record.outputs["tar"].path) as file:
+        return dict(read_tar(file))
+
+
+@pytest.fixture(scope="module")
+def site():
+    with HostileSite() as site:
+        yield site
+
+
+@pytest.fixture
+def small_site_worker(site: HostileSite, tmp_path: Path):
+    """Return a function that crawls some paths of the site: (records, record)."""
+
+    def crawl(paths: list[str], corpus: str = "corpus", **settings: Any) -> tuple[Records, ShardRecord]:
+        records = new_records(tmp_path / corpus)
+        config = corpus_config(tmp_path / corpus, site.crawl_settings() | settings)
+        task = crawl_task(records, url_rows([(site.url(path), f"caption of {path}") for path in paths]))
+        return records, CrawlWorker(config, records)(task)
+
+    return crawl
+
+
+@pytest.mark.slow
+def test_the_whole_hostile_site(site: HostileSite, tmp_path: Path) -> None:
+    """The acceptance: statuses, the canary, memory and time, in a worker of its own process."""
+    records = new_records(tmp_path)
+    cases = site.cases()
+    heavy = [(site.url(f"/heavy?{number}"), "19 MB") for number in range(40)]
+    task = crawl_task(records, url_rows([(case.url, case.caption) for case in cases] + heavy))
+    job = tmp_path / "job.pickle"
+    job.write_bytes(pickle.dumps((corpus_config(tmp_path, site.crawl_settings()), records, task)))
+    printed = subprocess.run(
+        [sys.executable, "-c", WORKER, str(job)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert printed.returncode == 0, printed.stderr
+    peak_mb, seconds, has_torch = printed.stdout.split("PEAK ")[1].split()
+    assert int(peak_mb) < 1000
+    assert has_torch == "False"
+    # Three rounds of 64 threads would take that long if every URL used up its 8 seconds.
+    assert float(seconds) < 35
+
+    record = records.read("crawl", "web", "00000")
+    assert record is not None
+    samples = samples_of(records, record)
+    assert [sample["url"] for sample in samples] == [case.url for case in cases] + [url for url, _ in heavy]
+    wrong = [
+        (case.url, (sample["status"], sample["reason"], sample["detail"]), (case.status, case.reason))
+        for case, sample in zip(cases, samples, strict=False)
+        if (sample["status"], sample["reason"]) != (case.status, case.reason)
+    ]
+    assert wrong == []
+    assert {sample["status"] for sample in samples[len(cases) :]} == {"ok"}
+    assert site.canary.requests == 0
+    assert site.user_agents == {"capfilt/0.1 (+https://example.org/crawl)"}
+
+    for sample in samples:
+        assert sample["status"] in SAMPLE_STATUSES
+        assert (sample["reason"] is None) == (sample["status"] == "ok")
+        assert sample["reason"] is None or REASONS[sample["reason"]].status == sample["status"]
+        assert 0 <= sample["seconds"] < 12
+        assert sample["detail"] is None or len(sample["detail"]) <= 200
+    ok = [sample for sample in samples if sample["status"] == "ok"]
+    images = images_of(records, record)
+    assert list(images) == sorted(sample["key"] for sample in ok)
+    assert (record.rows_in, record.rows_out, record.images) == (len(samples), len(ok), len(ok))
+    assert record.outputs["tar"].rows == len(ok) and record.outputs["parquet"].rows == len(samples)
+    assert sum(record.counts[status] for status in SAMPLE_STATUSES) == len(samples)
+    assert sum(record.histograms["short_side_px"].counts) == len(ok)
+    assert set(record.seconds) >= {"fetch", "decode", "write", "total"}
+    for sample in ok:
+        members = images[sample["key"]]
+        assert list(members) == ["jpg", "txt", "json"]
+        with Image.open(io.BytesIO(members["jpg"])) as image:
+            assert image.format == "JPEG" and not image.getexif()
+            assert image.size == (sample["width"], sample["height"])
+        assert len(members["jpg"]) == sample["image_bytes"]
+        assert members["txt"].decode() == sample["captions"][0]
+        meta = json.loads(members["json"])
+        assert (meta["uid"], meta["sha256"]) == (sample["uid"], sample["sha256"])
+
+
+def test_stored_pixels_are_right(small_site_worker) -> None:
+    paths = ["/plain.jpg", "/progressive.jpg", "/cmyk.jpg", "/rotated3.jpg", "/rotated6.jpg", "/rotated8.jpg",
+             "/phone.mpo", "/plain.png", "/rgb16.png", "/plain.webp", "/still.gif", "/plain.bmp"]  # fmt: skip
+    records, record = small_site_worker(paths)
+    samples, images = samples_of(records, record), images_of(records, record)
+    for path, sample in zip(paths, samples, strict=True):
+        image = Image.open(io.BytesIO(images[sample["key"]]["jpg"]))
+        assert image.size == (160, 120) == (sample["original_width"], sample["original_height"]), path
+        assert_quarters(image, tolerance=16)
+    assert [sample["format"] for sample in samples[-5:]] == ["PNG", "PNG", "WEBP", "GIF", "BMP"]
+
+
+def test_resizing_is_img2datasets(small_site_worker) -> None:
+    paths = ["/plain.jpg", "/rotated6.jpg", "/rgba.png"]
+    records, record = small_site_worker(paths, image_size_px=60)
+    assert [(s["width"], s["height"]) for s in samples_of(records, record)] == [(80, 60)] * 3
+    records, record = small_site_worker(paths, "border", image_size_px=100, resize_mode="border")
+    assert [(s["width"], s["height"]) for s in samples_of(records, record)] == [(100, 100)] * 3
+    _, record_best = small_site_worker(["/plain.jpg"], "best", encode_quality=100)
+    _, record_worst = small_site_worker(["/plain.jpg"], "worst", encode_quality=10)
+    assert record_best.outputs["tar"].bytes >= record_worst.outputs["tar"].bytes
+
+
+def test_the_same_answers_make_the_same_bytes(small_site_worker) -> None:
+    paths = ["/plain.jpg", "/404", "/rgba.png", "/503/twice", "/redirect/chain", "/html.jpg", "/rotated6.jpg"]
+    small_site_worker(["/503/twice"], "warm-up")
+    (records, first), (others, second) = (
+        small_site_worker(paths, "a"),
+        small_site_worker(paths, "b", threads=1),
+    )
+    assert first.outputs["tar"].sha256 == second.outputs["tar"].sha256
+    assert first.counts == second.counts and first.histograms == second.histograms
+    for one, other in zip(samples_of(records, first), samples_of(others, second), strict=True):
+        assert {name: one[name] for name in DETERMINISTIC} == {name: other[name] for name in DETERMINISTIC}
+
+
+def test_a_row_that_img2dataset_loses_fails_the_shard(
+    small_site_worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its Downloader prints what goes wrong in a write, and goes on without the row."""
+    from img2dataset.writer import WebDatasetSampleWriter
+
+    write = WebDatasetSampleWriter.write
+
+    def fails_once(self: Any, img_str: Any, key: str, caption: Any, meta: Any) -> None:
+        if key.endswith("1"):
+            raise OSError("no space left on device")
+        write(self, img_str, key, caption, meta)
+
+    monkeypatch.setattr(WebDatasetSampleWriter, "write", fails_once)
+    with pytest.raises(RuntimeError, match="img2dataset lost 1 of 3 rows"):
+        small_site_worker(["/plain.jpg", "/404", "/plain.png"])
+    assert new_records(tmp_path / "corpus").read("crawl", "web", "00000") is None
+
+
+def test_a_bug_of_ours_in_the_fetch_fails_the_shard(
+    small_site_worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.web.Web._check_opt_out", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="lost 1 of 1 rows"):
+        small_site_worker(["/plain.jpg"])
+
+
+def test_a_shard_without_one_image(small_site_worker) -> None:
+    records, record = small_site_worker(["/404", "/html.jpg"])
+    assert (record.rows_in, record.rows_out) == (2, 0)
+    assert images_of(records, record) == {}
+
+
+def test_urlopen_is_given_back(small_site_worker, site: HostileSite) -> None:
+    small_site_worker(["/plain.jpg"])
+    with urllib.request.urlopen(site.url("/plain.jpg"), timeout=5) as response:
+        assert response.read() == JPEG
+
+
+def test_rows_without_captions_and_urls(site: HostileSite, tmp_path: Path) -> None:
+    records = new_records(tmp_path)
+    rows = url_rows([(site.url("/plain.jpg"), "")] * 2)
+    rows[0] |= {"captions": []}
+    rows[1] |= {"url": None, "captions": None, "uid": "0" * 32}
+    record = CrawlWorker(corpus_config(tmp_path, site.crawl_settings()), records)(crawl_task(records, rows))
+    samples = samples_of(records, record)
+    assert [(s["status"], s["reason"]) for s in samples] == [("ok", None), ("refused", "bad_url")]
+    assert images_of(records, record)[samples[0]["key"]]["txt"] == b""
+
+
+def test_two_workers_in_one_process_do_not_mix(site: HostileSite, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    records = new_records(tmp_path)
+    worker = CrawlWorker(corpus_config(tmp_path, site.crawl_settings()), records)
+    paths = [["/plain.jpg"] * 5, ["/404"] * 5]
+    tasks = [
+        crawl_task(records, url_rows([(site.url(path), "") for path in some], shard=f"{number:05d}"))
+        for number, some in enumerate(paths)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(worker, tasks)
+    assert (first.counts, second.counts) == ({"ok": 5}, {"failed": 5, "failed/http_4xx": 5})
+
+
+def test_grey_stays_right_in_every_mode(small_site_worker) -> None:
+    for mode in ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"):
+        records, record = small_site_worker(
+            ["/grey.jpg", "/grey16.png"], mode, resize_mode=mode, image_size_px=64
+        )
+        for members in images_of(records, record).values():
+            pixels = np.asarray(Image.open(io.BytesIO(members["jpg"])).convert("RGB"))
+            assert pixels.shape[2] == 3
+        assert record.counts == {"ok": 2}
+
+
+def test_jpeg_of_the_web_goes_to_the_resizer_as_it_is(small_site_worker, site: HostileSite) -> None:
+    """A plain JPEG is decoded by img2dataset alone: what it stores is what its own command line would store."""
+    from img2dataset.resizer import Resizer
+
+    records, record = small_site_worker(["/plain.jpg"])
+    [members] = images_of(records, record).values()
+    resizer = Resizer(image_size=384, resize_mode="keep_ratio", resize_only_if_bigger=True, encode_quality=95)
+    assert members["jpg"] == resizer(io.BytesIO(encoded(picture(), "JPEG", quality=95)))[0]

@@ -1,0 +1,162 @@
+"""Headers judged without decoding, and pixels right whatever the format."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import images
+from pipeline.images import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
+from tests import hostile
+from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
+
+ALL = images.FORMATS
+QUARTERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
+
+
+def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
+    assert image.mode == "RGB"
+    for (x, y), colour in QUARTERS.items():
+        pixel = image.getpixel((image.width * (1 + 2 * x) // 4, image.height * (1 + 2 * y) // 4))
+        assert np.abs(np.subtract(pixel, colour)).max() <= tolerance, (x, y, pixel)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        JPEG,
+        encoded(picture(), "JPEG", progressive=True),
+        encoded(picture().convert("CMYK"), "JPEG", quality=95),
+        encoded(picture(), "MPO", save_all=True, append_images=[picture()]),
+        hostile.rotated_jpeg(3),
+        hostile.rotated_jpeg(6),
+        hostile.rotated_jpeg(8),
+        encoded(picture(), "PNG"),
+        encoded(picture().quantize(8), "PNG"),
+        encoded(picture().convert("RGBA"), "PNG"),
+        hostile.rgb16_png(),
+        encoded(picture(), "WEBP", quality=95),
+        encoded(picture(), "GIF"),
+        encoded(picture(), "BMP"),
+    ],
+    ids=["jpeg", "progressive", "cmyk", "mpo", "exif3", "exif6", "exif8", "png", "palette", "rgba", "rgb16", "webp", "gif", "bmp"],
+)
+def test_every_format_shows_the_same_picture(data: bytes) -> None:
+    header = probe(data)
+    assert (header.width, header.height) == (160, 120)
+    image = decode_rgb(data, formats=ALL)
+    assert image.size == (160, 120)
+    assert_quarters(image)
+    assert_quarters(decode_rgb(encode_bmp(image), formats=("BMP",)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {2: 0, 3: 1, 4: 2, 5: 5, 6: 4, 7: 6, 8: 3}  # orientation -> the transposition that it undoes
+    transposes = [
+        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90, Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE,
+    ]  # fmt: skip
+    stored = picture().transpose(transposes[undo[orientation]]) if orientation in undo else picture()
+    for format_name in ("JPEG", "PNG", "WEBP"):
+        data = encoded(stored, format_name, exif=exif)
+        assert (probe(data).width, probe(data).height) == (160, 120)
+        assert_quarters(decode_rgb(data), tolerance=40)
+
+
+def test_transparency_lies_on_white() -> None:
+    image = decode_rgb(hostile.rgba_png())
+    assert image.getpixel((40, 30)) == (255, 0, 0)
+    assert image.getpixel((40, 90)) == (255, 255, 255)
+    assert decode_rgb(hostile.palette_png()).getpixel((40, 30)) == (255, 255, 255)
+    assert decode_rgb(hostile.palette_png()).getpixel((120, 30)) == (0, 255, 0)
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    row = np.asarray(decode_rgb(hostile.grey16_png()))[0, :, 0].astype(int)
+    assert row[0] == 0 and row[-1] == 255
+    assert abs(row[80] - 128) <= 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(data, reason) for reason, data in BAD_IMAGES.values() if data],
+    ids=[path for path, (_, data) in BAD_IMAGES.items() if data],
+)
+def test_bad_images_end_with_their_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as raised:
+        header = probe(data)
+        check(header, formats=ALL, max_pixels=50_000_000, min_size_px=64, max_aspect_ratio=4.0)
+        is_plain_jpeg(data, header)
+        decode_rgb(data, formats=ALL)
+    assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("bomb", [hostile.bomb_png, hostile.bomb_jpeg, hostile.bomb_webp, hostile.bomb_gif])
+def test_bombs_are_refused_before_a_pixel_is_decoded(bomb: Callable[[], bytes]) -> None:
+    data = bomb()
+    assert len(data) < 10_000
+    before = peak_bytes()
+    with pytest.raises(ImageError, match="too_many_pixels"):
+        decode_rgb(data, formats=ALL)
+    assert peak_bytes() - before < 10_000_000
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def test_formats_outside_the_config_are_refused() -> None:
+    with pytest.raises(ImageError, match="format_refused: GIF"):
+        check(
+            probe(encoded(picture(), "GIF")),
+            formats=("JPEG",),
+            max_pixels=10**6,
+            min_size_px=1,
+            max_aspect_ratio=9,
+        )
+
+
+def test_plain_jpegs_need_no_decoding_here() -> None:
+    for data, plain in (
+        (JPEG, True),
+        (encoded(picture().convert("L"), "JPEG"), True),
+        (hostile.rotated_jpeg(6), False),
+        (encoded(picture().convert("CMYK"), "JPEG"), False),
+        (encoded(picture(), "PNG"), False),
+    ):
+        assert is_plain_jpeg(data, probe(data)) is plain
+
+
+def test_a_thumbnails_end_is_not_the_pictures() -> None:
+    """An EXIF thumbnail is a whole JPEG inside the header; its end marker must not hide a cut."""
+    thumbnail = encoded(picture(32, 24), "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    whole = JPEG[:2] + segment + JPEG[2:]
+    assert is_plain_jpeg(whole, probe(whole))
+    with pytest.raises(ImageError, match="image_truncated"):
+        is_plain_jpeg(whole[:-200], probe(whole[:-200]))
+
+
+def test_damage_is_never_an_exception_of_another_kind() -> None:
+    noise = np.random.default_rng(0)
+    originals = [JPEG, encoded(picture(), "PNG"), encoded(picture(), "WEBP"), encoded(picture(), "GIF"),
+                 encoded(picture(), "BMP"), hostile.rotated_jpeg(6), hostile.animated("GIF")]  # fmt: skip
+    for data in originals:
+        for _ in range(150):
+            damaged = bytearray(data[: noise.integers(1, len(data) + 1)])
+            for position in noise.integers(0, len(damaged), 8):
+                damaged[position] = noise.integers(256)
+            try:
+                header = probe(bytes(damaged))
+                check(header, formats=ALL, max_pixels=10**6, min_size_px=1, max_aspect_ratio=100)
+                is_plain_jpeg(bytes(damaged), header)
+                decode_rgb(bytes(damaged), formats=ALL, max_pixels=10**6)
+            except ImageError:
+                pass

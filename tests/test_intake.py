@@ -1,0 +1,519 @@
+"""Intake: lists into url shards, every distinct URL exactly once, whatever the lists hold."""
+
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.attempt import Attempt
+from pipeline.configfile import parse_config
+from pipeline.fingerprint import sample_uid
+from pipeline.identities import KnownUids, group_rows, pack_uids, unpack_uids
+from pipeline.intake import queue_retries, read_lists, unread_lists
+from pipeline.records import Records
+from pipeline.shards import rows_to_table, write_parquet
+from pipeline.storage import Storage
+from pipeline.urlshards import url_shards
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.records import IntakeRecord, ShardTask
+from schemas.tables import SAMPLES, URLS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "lists").mkdir()
+    return tmp_path
+
+
+def configured(
+    folder: Path, source: str = "", samples_per_shard: int = 3, inputs: str = "lists/*"
+) -> CapfiltConfig:
+    text = (
+        f'[corpus]\npath = "corpus"\nsamples_per_shard = {samples_per_shard}\n'
+        f'[[source]]\nname = "s"\ninput = ["{inputs}"]\n{source}'
+    )
+    return parse_config(text, "corpus.toml", base_folder=folder)
+
+
+def records_of(config: CapfiltConfig) -> Records:
+    return Records(Storage(config.corpus.path))
+
+
+def write_list(folder: Path, name: str, rows: Sequence[tuple[str | None, Any]]) -> None:
+    columns = {"url": [url for url, _ in rows], "caption": [caption for _, caption in rows]}
+    pq.write_table(pa.table(columns), folder / "lists" / name)
+
+
+def take_in(config: CapfiltConfig) -> IntakeRecord | None:
+    (outcome,) = read_lists(config, records_of(config), "run")
+    assert (outcome.record is None) == ("nothing new" in str(outcome))
+    if outcome.record is not None:
+        batch = outcome.record
+        assert (
+            batch.rows_in == batch.rows_new + batch.rows_duplicate + batch.rows_known + batch.rows_without_url
+        )
+        assert batch.rows_new == sum(file.rows for file in batch.shards.values())
+    return outcome.record
+
+
+def rows_of(config: CapfiltConfig) -> list[dict[str, Any]]:
+    """Return the rows of all url shards in order, checked against their records."""
+    records, rows = records_of(config), []
+    for (source, shard), record in sorted(url_shards(records).items()):
+        table = pq.read_table(records.storage.open(record.outputs["parquet"].path))
+        assert table.schema.equals(URLS)
+        assert table.num_rows == record.rows_out > 0
+        assert set(table["shard"].to_pylist()) == {shard}
+        assert set(table["source"].to_pylist()) == {source}
+        assert len(set(table["key"].to_pylist())) == table.num_rows
+        rows += table.to_pylist()
+    return rows
+
+
+# -- lists ---------------------------------------------------------------------------------------------------
+
+
+def test_url_is_taken_once_with_all_its_captions(folder: Path) -> None:
+    write_list(
+        folder, "a.parquet", [("http://a/1", "x"), ("http://a/2", "y"), (None, "z"), ("http://a/1", "w")]
+    )
+    write_list(
+        folder, "b.parquet", [("  ", "q"), ("http://a/1", "x"), ("not a url", None), ("http://ü/3", " ")]
+    )
+    config = configured(folder)
+    batch = take_in(config)
+    assert batch is not None
+    assert (
+        batch.rows_in,
+        batch.rows_new,
+        batch.rows_duplicate,
+        batch.rows_known,
+        batch.rows_without_url,
+    ) == (8, 4, 2, 0, 2)
+    rows = rows_of(config)
+    assert [(row["url"], row["captions"], row["input_rows"]) for row in rows] == [
+        ("http://a/1", ["x", "w"], 3),
+        ("http://a/2", ["y"], 1),
+        ("not a url", [], 1),
+        ("http://ü/3", [], 1),
+    ]
+    assert [row["key"] for row in rows] == ["0000000000", "0000000001", "0000000002", "0000100000"]
+    assert [row["uid"] for row in rows] == [sample_uid("s", row["url"]) for row in rows]
+    assert {(row["extra"], row["retry_of"]) for row in rows} == {(None, None)}
+
+
+def test_lists_of_captions_and_extra_columns(folder: Path) -> None:
+    lines = [
+        {"url": "http://a/1", "caption": ["x", "y", "x", "", None], "width": 3, "tags": {"é": [1.5]}},
+        {"url": "http://a/2", "width": float("nan")},
+        {"url": "http://a/1", "caption": ["z", "y"], "width": 9},
+    ]
+    (folder / "lists/a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = configured(folder, 'extra_columns = ["width", "tags"]')
+    take_in(config)
+    first, second = rows_of(config)
+    assert first["captions"] == ["x", "y", "z"]
+    assert json.loads(first["extra"]) == {"width": 3, "tags": {"é": [1.5]}}
+    assert (second["captions"], json.loads(second["extra"])) == ([], {"width": None, "tags": None})
+
+
+def test_unchanged_lists_are_not_read_and_grown_ones_add_shards(folder: Path) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(5)])
+    config = configured(folder)
+    assert unread_lists(config, records_of(config)) == {"s": 1}
+    take_in(config)
+    before = rows_of(config)
+    assert take_in(config) is None
+    assert unread_lists(config, records_of(config)) == {}
+
+    write_list(folder, "b.parquet", [(f"http://a/{n}", "other") for n in range(3, 9)])
+    grown = configured(folder, samples_per_shard=2)
+    batch = take_in(grown)
+    assert batch is not None
+    assert (batch.batch, batch.rows_known, list(batch.shards)) == (1, 7, ["00002", "00003"])
+    rows = rows_of(grown)
+    assert rows[:5] == before
+    assert [row["url"] for row in rows] == [f"http://a/{n}" for n in range(9)]
+    assert [row["key"] for row in rows[5:]] == ["0000200000", "0000200001", "0000300000", "0000300001"]
+
+    # The same files under another date: read once more, nothing new, and then known as they are.
+    (folder / "lists/a.parquet").touch()
+    batch = take_in(config)
+    assert batch is not None
+    assert (batch.rows_known, batch.shards) == (11, {})
+    assert take_in(config) is None
+    assert rows_of(config) == rows
+
+
+def test_sources_do_not_share_identities(folder: Path) -> None:
+    write_list(folder, "a.parquet", [("http://a/1", "x")])
+    config = configured(folder, '[[source]]\nname = "t"\ninput = ["lists/*"]\ncaption_column = ""')
+    outcomes = read_lists(config, records_of(config), "run")
+    assert [outcome.source for outcome in outcomes] == ["s", "t"]
+    first, second = rows_of(config)
+    assert first["uid"] != second["uid"]
+    assert (first["captions"], second["captions"]) == (["x"], [])
+
+
+def test_own_identity(folder: Path) -> None:
+    table = {"id": [7, 8, 7], "url": ["http://a/1", "http://a/1", "http://a/1"], "caption": ["x", "y", "z"]}
+    pq.write_table(pa.table(table), folder / "lists/a.parquet")
+    config = configured(folder, 'uid_column = "id"')
+    take_in(config)
+    assert [(row["uid"], row["captions"]) for row in rows_of(config)] == [
+        (sample_uid("s", "7"), ["x", "z"]),
+        (sample_uid("s", "8"), ["y"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "source", "complaint"),
+    [
+        ({"url": ["http://a/1"], "text": ["x"]}, "", r"a\.parquet: no column 'caption' \(it has url, text\)"),
+        ({"url": [1], "caption": ["x"]}, "", r"a\.parquet: url holds int where text is expected"),
+        (
+            {"url": ["http://a/1"], "caption": [1.5]},
+            "",
+            r"a\.parquet: caption holds float where text is expected",
+        ),
+        (
+            {"url": [None, ""], "caption": ["x", "y"]},
+            "",
+            r"source\.s\.input: no row has a URL in 'url' \(.*a\.parquet\)",
+        ),
+        (
+            {"url": pa.array([], pa.string()), "caption": pa.array([], pa.string())},
+            "",
+            "the lists have no rows",
+        ),
+        (
+            {"url": ["http://a/1", "http://a/2"], "caption": ["x", "y"], "id": ["7", "7"]},
+            'uid_column = "id"',
+            r"two URLs share one id: http://a/1 and http://a/2",
+        ),
+        (
+            {"url": ["http://a/1"], "caption": ["x"], "id": pa.array([None], pa.string())},
+            'uid_column = "id"',
+            r"id is None where url is http://a/1; an identity is text or a whole number",
+        ),
+    ],
+)
+def test_useless_lists_are_refused_and_leave_nothing(
+    folder: Path, table: dict[str, Any], source: str, complaint: str
+) -> None:
+    pq.write_table(pa.table(table), folder / "lists/a.parquet")
+    config = configured(folder, source)
+    with pytest.raises(CapfiltError, match=complaint):
+        take_in(config)
+    assert not (folder / "corpus").exists()
+
+
+def test_a_missing_list_of_any_source_stops_before_the_first_is_read(folder: Path) -> None:
+    write_list(folder, "a.parquet", [("http://a/1", "x")])
+    config = configured(folder, '[[source]]\nname = "t"\ninput = ["none/*.csv"]')
+    with pytest.raises(CapfiltError, match=r"source\.t\.input: no file matches .*/none/\*\.csv"):
+        read_lists(config, records_of(config), "run")
+    assert not (folder / "corpus").exists()
+
+
+def test_a_list_that_changes_while_it_is_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_list(folder, "a.parquet", [("http://a/1", "x")])
+    config = configured(folder)
+    put = Storage.put
+
+    def put_and_touch(self: Storage, local: Path, path: str) -> None:
+        put(self, local, path)
+        (folder / "lists/a.parquet").touch()
+
+    monkeypatch.setattr(Storage, "put", put_and_touch)
+    with pytest.raises(CapfiltError, match="changed while they were read; run again"):
+        take_in(config)
+    assert records_of(config).intakes() == []
+    assert records_of(config).storage.list("urls") == []
+
+
+URLS_ST = st.one_of(st.none(), st.sampled_from(["", " ", *(f"http://a/{n}" for n in range(12))]))
+CAPTIONS_ST = st.one_of(st.none(), st.sampled_from(["x", "y", "é", " "]), st.text(max_size=3))
+LIST_ST = st.lists(st.tuples(URLS_ST, CAPTIONS_ST), max_size=25)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lists=st.lists(LIST_ST, min_size=1, max_size=4), sizes=st.lists(st.integers(1, 7), min_size=4, max_size=4)
+)
+def test_any_lists_give_every_url_once_with_all_its_captions(
+    tmp_path_factory: pytest.TempPathFactory,
+    lists: list[list[tuple[str | None, str | None]]],
+    sizes: list[int],
+) -> None:
+    """The lists come one after another; each batch has shards of another size."""
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "lists").mkdir()
+    write_list(folder, "anchor.parquet", [("http://anchor/", "x")])
+    known: dict[str, list[str]] = {"http://anchor/": ["x"]}
+    earlier: list[dict[str, Any]] = []
+    for number, (rows, size) in enumerate(zip(lists, sizes, strict=False)):
+        schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
+        table = rows_to_table([{"url": url, "caption": caption} for url, caption in rows], schema)
+        pq.write_table(table, folder / f"lists/{number}.parquet", row_group_size=4)
+        config = configured(folder, samples_per_shard=size)
+        take_in(config)
+        fresh: dict[str, list[str]] = {}
+        for url, caption in rows:
+            if url and url.strip() and url not in known:
+                captions = fresh.setdefault(url, [])
+                if caption and caption.strip() and caption not in captions:
+                    captions.append(caption)
+        known |= fresh
+        now = rows_of(config)
+        assert {row["url"]: row["captions"] for row in now} == known
+        assert len(now) == len(known)
+        assert now[: len(earlier)] == earlier
+        earlier = now
+
+
+def test_a_crash_before_the_commit_leaves_only_orphans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(5)])
+    config = configured(folder)
+    with monkeypatch.context() as crashing:
+        crashing.setattr(Records, "commit_intake", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take_in(config)
+    assert url_shards(records_of(config)) == {}
+    assert take_in(config) is not None
+    assert [row["url"] for row in rows_of(config)] == [f"http://a/{n}" for n in range(5)]
+    assert len(records_of(config).storage.list("urls")) == 4
+
+
+# -- two drivers ---------------------------------------------------------------------------------------------
+
+
+def _drive(config: CapfiltConfig, barrier: Any, retry: bool) -> None:
+    records = records_of(config)
+    barrier.wait()
+    if retry:
+        queue_retries(config, records, "run")
+    else:
+        read_lists(config, records, "run")
+
+
+def drive_at_once(config: CapfiltConfig, count: int, retry: bool = False) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(count)
+    drivers = [context.Process(target=_drive, args=(config, barrier, retry)) for _ in range(count)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+        assert driver.exitcode == 0
+
+
+def test_two_drivers_at_once_make_one_batch(folder: Path) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n % 50}", str(n)) for n in range(80)])
+    config = configured(folder)
+    drive_at_once(config, 2)
+    write_list(folder, "b.parquet", [(f"http://b/{n}", str(n)) for n in range(30)])
+    drive_at_once(config, 3)
+
+    assert Counter(row["url"] for row in rows_of(config)) == Counter(
+        [f"http://a/{n}" for n in range(50)] + [f"http://b/{n}" for n in range(30)]
+    )
+    records = records_of(config)
+    assert [batch.batch for batch in records.intakes("s")] == [0, 1]
+    committed = {file.path for batch in records.intakes() for file in batch.shards.values()}
+    assert {info.path for info in records.storage.list("urls")} == committed  # the losers cleaned up
+
+
+# -- retries -------------------------------------------------------------------------------------------------
+
+
+def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
+    """Commit a crawl of one url shard in which the given URLs failed, and the others are fine."""
+    records = records_of(config)
+    urls = url_shards(records)["s", shard]
+    task = ShardTask(
+        corpus=config.corpus.path,
+        stage="crawl",
+        source="s",
+        kind="web",
+        shard=shard,
+        run_id="run",
+        fingerprint="f",
+        inputs={"urls": urls},
+    )
+    rows = pq.read_table(records.storage.open(urls.outputs["parquet"].path)).to_pylist()
+    with Attempt(records, task) as attempt:
+        for row in rows:
+            row["reason"] = reasons.get(row["url"])
+            row["status"] = "failed" if row["reason"] else "ok"
+            attempt.tally.count(row["status"], row["reason"])
+        write_parquet(attempt.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
+        attempt.commit({"parquet": (attempt.folder / "x", len(rows))})
+
+
+def queue(config: CapfiltConfig) -> IntakeRecord | None:
+    (outcome,) = queue_retries(config, records_of(config), "run")
+    return outcome.record
+
+
+def test_transient_failures_are_queued_until_they_end(folder: Path) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n}", f"caption {n}") for n in range(6)])
+    config = configured(folder)
+    take_in(config)
+    assert queue(config) is None  # nothing is crawled yet
+
+    crawl(config, "00000", {"http://a/0": "timeout", "http://a/1": "http_4xx", "http://a/2": "dns"})
+    crawl(config, "00001", {"http://a/3": "rate_limited", "http://a/5": "http_5xx"})
+    before = rows_of(config)
+    batch = queue(config)
+    assert batch is not None
+    assert (batch.kind, batch.rows_in, batch.rows_new, list(batch.shards)) == (
+        "retry",
+        4,
+        4,
+        ["00002", "00003"],
+    )
+    rows = rows_of(config)
+    assert rows[:6] == before
+    assert [(row["url"], row["captions"], row["shard"], row["key"], row["retry_of"]) for row in rows[6:]] == [
+        ("http://a/0", ["caption 0"], "00002", "0000200000", "00000"),
+        ("http://a/2", ["caption 2"], "00002", "0000200001", "00000"),
+        ("http://a/3", ["caption 3"], "00002", "0000200002", "00001"),
+        ("http://a/5", ["caption 5"], "00003", "0000300000", "00001"),
+    ]
+    assert {row["uid"] for row in rows[6:]} <= {row["uid"] for row in before}
+    assert queue(config) is None  # they wait already
+
+    # One succeeds, one fails for good, one fails again; the last is not tried yet.
+    crawl(config, "00002", {"http://a/2": "http_4xx", "http://a/3": "connect"})
+    batch = queue(config)
+    assert batch is not None
+    assert [(row["url"], row["retry_of"]) for row in rows_of(config)[10:]] == [("http://a/3", "00002")]
+    crawl(config, "00003", {})
+    crawl(config, "00004", {})
+    assert queue(config) is None
+    assert take_in(config) is None  # the lists are as they were
+
+    write_list(folder, "b.parquet", [("http://a/0", "x"), ("http://b/1", "x")])
+    assert take_in(config) is not None
+    assert [(row["url"], row["shard"]) for row in rows_of(config)[11:]] == [("http://b/1", "00005")]
+
+
+def test_drivers_that_queue_at_once_queue_once(folder: Path) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(3)])
+    config = configured(folder)
+    take_in(config)
+    crawl(config, "00000", {"http://a/0": "timeout", "http://a/1": "connect"})
+    drive_at_once(config, 3, retry=True)
+    assert [row["url"] for row in rows_of(config)[3:]] == ["http://a/0", "http://a/1"]
+
+
+# -- img2dataset's folders -----------------------------------------------------------------------------------
+
+
+def write_foreign(folder: Path, name: str, urls: Sequence[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    keys = [f"{name}{n:04d}" for n in range(len(urls))]
+    table = {
+        "url": urls,
+        "caption": [f"about {url}" for url in urls],
+        "key": keys,
+        "status": ["success"] * len(urls),
+    }
+    pq.write_table(pa.table(table), folder / f"{name}.parquet", row_group_size=100)
+    (folder / f"{name}.tar").write_bytes(b"tar " * (len(urls) + 1))
+    (folder / f"{name}_stats.json").write_text("{}")
+
+
+def test_img2dataset_shards_are_adopted_where_they_lie(folder: Path) -> None:
+    foreign = folder / "foreign"
+    write_foreign(foreign, "00000", ["http://a/1", "http://a/2", "http://a/1"])
+    write_foreign(foreign, "00001", ["http://a/2"])
+    write_foreign(foreign, "00002", ["http://a/3"])
+    config = configured(folder, 'format = "img2dataset"', inputs="foreign")
+    batch = take_in(config)
+    assert batch is not None
+    assert (batch.kind, batch.rows_in, batch.rows_new, batch.rows_duplicate) == ("img2dataset", 5, 3, 2)
+    shards = url_shards(records_of(config))
+    assert {shard: Path(record.outputs["adopted"].path).name for (_, shard), record in shards.items()} == {
+        "00000": "00000.tar",
+        "00001": "00002.tar",
+    }
+    tar = foreign / "00002.tar"
+    adopted = shards["s", "00001"].outputs["adopted"]
+    assert (adopted.path, adopted.bytes) == (str(tar), tar.stat().st_size)
+    assert [(row["url"], row["key"], row["input_rows"]) for row in rows_of(config)] == [
+        ("http://a/1", "000000000", 2),
+        ("http://a/2", "000000001", 2),
+        ("http://a/3", "000020000", 1),
+    ]
+    assert take_in(config) is None
+
+    write_foreign(foreign, "00003", ["http://a/3", "http://a/4"])
+    batch = take_in(config)
+    assert batch is not None
+    assert (batch.rows_in, batch.rows_known, batch.adopted) == (2, 1, {"00002": str(foreign / "00003.tar")})
+    assert take_in(config) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        ("00000.parquet", r"00000\.tar has no 00000\.parquet beside it"),
+        ("00000.tar", r"no \*\.tar in .*foreign; run img2dataset with --output_format webdataset"),
+    ],
+)
+def test_incomplete_foreign_folders_are_refused(folder: Path, spoil: str, complaint: str) -> None:
+    write_foreign(folder / "foreign", "00000", ["http://a/1"])
+    (folder / "foreign" / spoil).unlink()
+    with pytest.raises(CapfiltError, match=complaint):
+        take_in(configured(folder, 'format = "img2dataset"', inputs="foreign"))
+    with pytest.raises(CapfiltError, match=r"source\.s\.input: .*nowhere is not a folder"):
+        take_in(configured(folder, 'format = "img2dataset"', inputs="nowhere"))
+
+
+# -- identities ----------------------------------------------------------------------------------------------
+
+
+def colliding_uids() -> Iterator[str]:
+    """Uids of which many share their first 64 bits, as real ones hardly ever do."""
+    rng = np.random.default_rng(0)
+    for high, low in rng.integers(0, 6, (400, 2)):
+        yield f"{high:016x}{low:016x}"
+
+
+def test_grouping_is_exact_even_where_half_a_uid_collides() -> None:
+    uids = list(colliding_uids())
+    known = set(uids[:10])
+    words = pack_uids(uids)
+    assert unpack_uids(words) == uids
+    known_mask = KnownUids(pack_uids(sorted(known))).contains(words)
+    assert known_mask.tolist() == [uid in known for uid in uids]
+    grouping = group_rows(words, known_mask)
+
+    rows: dict[str, list[int]] = {}
+    for row, uid in enumerate(uids):
+        if uid not in known:
+            rows.setdefault(uid, []).append(row)
+    assert np.flatnonzero(grouping.fresh).tolist() == sorted(group[0] for group in rows.values())
+    expected = sorted((row, group[0]) for group in rows.values() if len(group) > 1 for row in group)
+    assert list(zip(grouping.members.tolist(), grouping.heads.tolist(), strict=True)) == expected
+
+
+def test_no_known_uids_and_no_rows() -> None:
+    empty = pack_uids([])
+    assert KnownUids(empty).contains(pack_uids(["0" * 32])).tolist() == [False]
+    assert KnownUids(pack_uids(["0" * 32])).contains(empty).tolist() == []
+    assert group_rows(empty, np.zeros(0, bool)).fresh.tolist() == []

@@ -1,0 +1,89 @@
+"""Kill -9 at random moments: whatever dies, the corpus ends as if nothing had happened."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.demo.site import serving
+from schemas.config import CapfiltConfig
+from tests.processes import cli, descendants, kill, stage_workers, start_cli
+from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+# With them all, every shard has something of each kind to lose: 12 shards of 12 URLs.
+URLS, PER_SHARD = 144, 12
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with serving(flaky=False) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, URLS, PER_SHARD)
+    done = cli("run", "-c", str(config_file(config, folder / "corpus.json")))
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def _assert_same(corpus: str, undisturbed: CapfiltConfig) -> None:
+    assert committed_uids(corpus) == committed_uids(undisturbed.corpus.path)
+    assert committed_uids(corpus, "crawl") == committed_uids(undisturbed.corpus.path, "crawl")
+    assert curated_files(corpus) == curated_files(undisturbed.corpus.path)
+    verified = cli("verify", corpus)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, tmp_path: Path) -> None:
+    corpus = str(tmp_path / "corpus")
+    # A killed worker costs its shard an attempt; here no number of them may lead to quarantine.
+    config = with_values(undisturbed, corpus={"path": corpus}, cluster={"max_attempts": KILLS + 1})
+    file = str(config_file(config, tmp_path / "corpus.json"))
+    chance = random.Random(20)
+    kills = {"worker": 0, "driver": 0}
+    while sum(kills.values()) < KILLS:
+        driver = start_cli("run", "-c", file)
+        drivers_turn = False
+        while not drivers_turn and driver.poll() is None and sum(kills.values()) < KILLS:
+            workers = stage_workers(driver.pid)
+            if not workers:
+                time.sleep(0.1)
+                continue
+            time.sleep(chance.uniform(0.0, 1.5))
+            drivers_turn = chance.random() < 0.25
+            if drivers_turn:
+                below = descendants(driver.pid)
+                kills["driver"] += kill(driver.pid)
+                for pid in below:  # a power cut takes the whole machine
+                    kill(pid)
+            else:
+                kills["worker"] += kill(chance.choice(workers))
+        if sum(kills.values()) < KILLS and driver.poll() == 0 and not drivers_turn:
+            pytest.fail(f"the corpus was finished after {kills}: give it more shards")
+        if driver.poll() is None:
+            for pid in [driver.pid, *descendants(driver.pid)]:
+                kill(pid)
+        driver.communicate()
+    assert kills["worker"] >= 5 and kills["driver"] >= 2, kills
+    clean = cli("run", "-c", file)
+    assert clean.returncode == 0, clean.stderr
+    _assert_same(corpus, undisturbed)
+
+
+def test_two_drivers_on_one_corpus(undisturbed: CapfiltConfig, tmp_path: Path) -> None:
+    corpus = str(tmp_path / "corpus")
+    config = with_values(undisturbed, corpus={"path": corpus})
+    file = str(config_file(config, tmp_path / "corpus.json"))
+    drivers = [start_cli("run", "-c", file) for _ in range(2)]
+    for driver in drivers:
+        _, errors = driver.communicate(timeout=300)
+        assert driver.returncode == 0, errors
+    _assert_same(corpus, undisturbed)

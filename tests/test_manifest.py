@@ -1,0 +1,283 @@
+"""The manifest: parts, rebuild, catalog, committed data only, and readers beside writers."""
+
+import multiprocessing
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import duckdb
+import pytest
+
+import pipeline.parts
+from pipeline.manifest import CATALOG, Manifest
+from pipeline.records import now
+from pipeline.storage import Storage
+from schemas.catalog import VIEWS
+from schemas.records import QuarantineRecord, ShardRecord
+from schemas.tables import TABLES
+from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus
+
+STATES = "SELECT stage, source, shard, state, attempt FROM shards ORDER BY ALL"
+
+
+@pytest.fixture
+def local_root(tmp_path: Path) -> str:
+    return str(tmp_path / "corpus")
+
+
+def count(corpus: Corpus, table: str) -> int:
+    return corpus.manifest.query(f"SELECT count(*) FROM {table}").rows[0][0]
+
+
+def contents(manifest: Manifest) -> dict[str, list]:
+    with manifest.open() as query:
+        return {table: query.rows(f"SELECT * FROM {table} ORDER BY ALL") for table in TABLES}
+
+
+def part_files(corpus: Corpus, table: str = "shards") -> list[str]:
+    return [info.path for info in corpus.storage.list(f"manifest/{table}")]
+
+
+def quarantine(corpus: Corpus, shard: str, error: str) -> None:
+    corpus.records.quarantine(
+        QuarantineRecord(
+            stage="rank", source="cc", shard=shard, run_id=RUN, attempts=3, error=error, finished_at=now()
+        )
+    )
+
+
+def test_every_table_has_exactly_its_declared_columns(root: str) -> None:
+    corpus = make_corpus(root)
+    corpus.manifest.compact()
+    with corpus.manifest.open() as query:
+        for table, schema in TABLES.items():
+            rows = query.rows(f"SELECT * FROM (DESCRIBE {table})")
+            assert [row["column_name"] for row in rows] == schema.names
+        documented = query.rows(
+            "SELECT comment FROM duckdb_columns() WHERE table_name = 'samples' AND schema_name = 'main'"
+        )
+    assert all(row["comment"] for row in documented)
+    assert count(corpus, "samples") == 24
+    assert count(corpus, "candidates") == 18 * (NUM_CAPTIONS + 1)
+    assert count(corpus, "curated") + count(corpus, "dropped") == 18
+    assert count(corpus, "shards") == 10
+    assert count(corpus, "runs") == 1
+    assert count(corpus, "models") == 2
+
+
+def test_plain_duckdb_reads_the_catalog(tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "it's [1] *corpus?"))
+    corpus.manifest.compact()
+    with duckdb.connect(f"{corpus.root}/{CATALOG}", read_only=True) as plain:
+        for table in (*TABLES, *VIEWS):
+            mine = corpus.manifest.query(f"SELECT * FROM {table} ORDER BY ALL").rows
+            assert plain.execute(f"SELECT * FROM {table} ORDER BY ALL").fetchall() == mine, table
+
+
+def test_a_corpus_without_any_shard_has_empty_tables(root: str) -> None:
+    corpus = Corpus(root)
+    assert [count(corpus, table) for table in (*TABLES, *VIEWS)] == [0] * len((*TABLES, *VIEWS))
+    corpus.manifest.compact()
+    if corpus.storage.is_local:
+        with duckdb.connect(f"{root}/{CATALOG}", read_only=True) as plain:
+            for table in (*TABLES, *VIEWS):
+                assert plain.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def test_rebuild_makes_the_same_tables(root: str) -> None:
+    corpus = make_corpus(root, stages=("crawl", "caption"))
+    corpus.manifest.compact()
+    retired = corpus.records.read("caption", "cc", "00000")
+    corpus.records.retire(retired)
+    corpus.manifest.compact()
+    corpus.make("cc", "00000", ("caption", "rank"))
+    quarantine(corpus, "00001", "disk full")
+    corpus.manifest.compact()
+    before = contents(corpus.manifest)
+    assert {row["state"] for row in before["shards"]} == {"committed", "retired", "quarantined"}
+    made = corpus.manifest.rebuild()
+    assert made["shards"] == len(before["shards"])
+    assert len(part_files(corpus)) == 1
+    assert contents(Manifest(Storage(root))) == before
+
+
+def test_only_committed_data_is_visible(root: str) -> None:
+    corpus = make_corpus(root, stages=("crawl", "caption", "rank"))
+    corpus.manifest.compact()
+    scores = corpus.records.read("rank", "cc", "00000").outputs["parquet"]
+    orphan = f"scores/cc/00000.{'0' * 12}.parquet"
+    corpus.storage.write(orphan, corpus.storage.read(scores.path))
+    assert count(corpus, "candidates") == 18 * (NUM_CAPTIONS + 1)
+    if corpus.storage.is_local:
+        with duckdb.connect(f"{root}/{CATALOG}", read_only=True) as plain:
+            assert plain.execute("SELECT count(*) FROM candidates").fetchone()[0] == 18 * (NUM_CAPTIONS + 1)
+
+
+def test_captions_show_until_their_shard_is_ranked(local_root: str) -> None:
+    corpus = make_corpus(local_root, stages=("crawl", "caption"))
+    answer = corpus.manifest.query("SELECT count(*), count(score) FROM candidates").rows
+    assert answer == [(18 * NUM_CAPTIONS, 0)]
+    corpus.make("cc", "00001", ("rank",))
+    corpus.manifest.compact()
+    answer = "SELECT shard, count(*), count(score) FROM candidates GROUP BY shard ORDER BY shard"
+    expected = [("00000", 27, 0), ("00001", 36, 36)]
+    assert corpus.manifest.query(answer).rows == expected
+    if corpus.storage.is_local:
+        with duckdb.connect(f"{local_root}/{CATALOG}", read_only=True) as plain:
+            assert plain.execute(answer).fetchall() == expected
+
+
+def test_the_latest_retry_stands_for_a_sample(root: str) -> None:
+    corpus = make_corpus(root, shards=1, stages=("crawl",))
+    corpus.manifest.compact()
+    (uid,) = corpus.add_retry("cc", of="00000", shard="00001", batch=1)
+    corpus.manifest.compact()
+    ask = f"SELECT status, shard, retry_of FROM samples WHERE uid = '{uid}'"
+    assert corpus.manifest.query(ask).rows == [("failed", "00000", None)]
+    corpus.make("cc", "00001", ("crawl",))
+    corpus.manifest.compact()
+    assert corpus.manifest.query(ask).rows == [("ok", "00001", "00000")]
+    assert count(corpus, "samples") == 12
+    if corpus.storage.is_local:
+        with duckdb.connect(f"{root}/{CATALOG}", read_only=True) as plain:
+            assert plain.execute(ask).fetchall() == [("ok", "00001", "00000")]
+            assert plain.execute("SELECT count(*), count(DISTINCT uid) FROM samples").fetchone() == (12, 12)
+
+
+def test_a_quarantine_vanishes_once_its_shard_is_committed(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1, stages=("crawl", "caption"))
+    for error in ("first", "second"):
+        quarantine(corpus, "00000", error)
+        corpus.manifest.compact()
+        time.sleep(0.02)
+    ask = "SELECT state, error FROM shards WHERE stage = 'rank'"
+    assert corpus.manifest.query(ask).rows == [("quarantined", "second")]
+    corpus.make("cc", "00000", ("rank",))
+    assert corpus.manifest.query(ask).rows == [("committed", None)]
+    corpus.records.retire(corpus.records.read("rank", "cc", "00000"))
+    assert corpus.manifest.query(ask).rows == [("retired", None)]
+    quarantine(corpus, "00000", "third")
+    assert sorted(corpus.manifest.query(ask).rows, key=str) == [("quarantined", "third"), ("retired", None)]
+
+
+def test_compaction_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(root, stages=("crawl",))
+    assert corpus.manifest.compact() > 0
+    read: list[str] = []
+    original = Storage.read
+    monkeypatch.setattr(Storage, "read", lambda self, path: (read.append(path), original(self, path))[1])
+    assert corpus.manifest.compact() == 0
+    assert not [path for path in read if path.startswith("records/")]
+    corpus.make("cc", "00000", ("caption",))
+    read.clear()
+    assert corpus.manifest.compact() == 1
+    assert [path for path in read if path.startswith("records/")] == ["records/caption/cc/00000.json"]
+    assert len(part_files(corpus)) == 2
+
+
+def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 3)
+    corpus = make_corpus(local_root, stages=())
+    for shard, stage in (("00000", "crawl"), ("00001", "crawl"), ("00000", "caption"), ("00001", "caption")):
+        corpus.make("cc", shard, (stage,))
+        Manifest(Storage(local_root)).compact()
+    expected = contents(corpus.manifest)
+    before = part_files(corpus)
+    assert len(before) == 5  # one merged part beside the three that it replaces, and one since
+    # A reader who listed the old parts a moment ago still finds them; later they go.
+    monkeypatch.setattr(pipeline.parts, "_GRACE", timedelta(seconds=-1))
+    corpus.manifest.compact()
+    assert len(part_files(corpus)) == 2
+    assert contents(Manifest(Storage(local_root))) == expected
+    assert Manifest(Storage(local_root)).compact() == 0
+
+
+def test_two_compactions_at_once_double_nothing(local_root: str) -> None:
+    corpus = make_corpus(local_root)
+    first, second = Manifest(Storage(local_root)), Manifest(Storage(local_root))
+    listed = first._parts._list()
+    second.compact()
+    first._parts._list = lambda: listed  # the first has listed before the second wrote
+    first.compact()
+    assert len(part_files(corpus)) == 2
+    assert count(corpus, "shards") == 10
+    assert count(corpus, "samples") == 24
+
+
+def test_a_moved_corpus_gets_a_new_catalog(tmp_path: Path) -> None:
+    make_corpus(str(tmp_path / "old")).manifest.compact()
+    (tmp_path / "old").rename(tmp_path / "new")
+    Manifest(Storage(str(tmp_path / "new"))).compact()
+    with duckdb.connect(str(tmp_path / "new" / CATALOG), read_only=True) as plain:
+        assert plain.execute("SELECT count(*) FROM samples").fetchone() == (24,)
+
+
+_SEEN = "SELECT count(*), count(DISTINCT uid) FROM samples"
+
+
+def _query_plainly(root: str, asked, stop, answers) -> None:
+    seen = []
+    while not stop.is_set():
+        with duckdb.connect(f"{root}/{CATALOG}", read_only=True) as plain:
+            seen.append(plain.execute(_SEEN).fetchone())
+            plain.execute("SELECT avg(score) FROM candidates").fetchone()
+        asked.value += 1
+    answers.put(seen)
+
+
+def _query_sandboxed(root: str, asked, stop, answers) -> None:
+    manifest, seen = Manifest(Storage(root)), []
+    while not stop.is_set():
+        seen.append(manifest.query(_SEEN).rows[0])
+        asked.value += 1
+    answers.put(seen)
+
+
+def test_two_processes_query_while_a_run_writes(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 4)
+    corpus = Corpus(local_root)
+    names = [f"{number:05d}" for number in range(400)]
+    corpus.add_urls("cc", names, 12)
+    corpus.manifest.compact()
+    context = multiprocessing.get_context("spawn")
+    stop, answers = context.Event(), context.Queue()
+    asked = [context.Value("i", 0) for _ in range(2)]
+    readers = [
+        context.Process(target=target, args=(local_root, count, stop, answers))
+        for target, count in zip((_query_plainly, _query_sandboxed), asked, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    committed = 0
+    while min(count.value for count in asked) < 5 and committed < len(names):
+        assert all(reader.is_alive() for reader in readers)
+        corpus.make("cc", names[committed], ("crawl", "caption"))
+        committed += 1
+        corpus.manifest.compact()
+    stop.set()
+    results = [answers.get(timeout=60) for _ in readers]
+    for reader in readers:
+        reader.join(30)
+        assert reader.exitcode == 0
+    for seen in results:
+        assert len(seen) >= 5
+        assert all(rows == distinct and rows % 12 == 0 for rows, distinct in seen)
+        assert seen == sorted(seen)
+        assert seen[-1][0] > 0
+    assert corpus.manifest.query("SELECT count(*) FROM samples").rows == [(12 * committed,)]
+
+
+def test_records_of_other_kinds_become_rows(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    record = corpus.records.read("rank", "cc", "00000")
+    assert isinstance(record, ShardRecord)
+    (row,) = corpus.manifest.query("SELECT * FROM shards WHERE stage = 'rank'").dicts()
+    assert row["paths"] == {"parquet": record.outputs["parquet"].path}
+    assert row["sha256"] == {"parquet": record.outputs["parquet"].sha256}
+    assert (row["rows_in"], row["bytes"]) == (record.rows_in, record.outputs["parquet"].bytes)
+    assert row["finished_at"].isoformat(timespec="microseconds") == record.finished_at
+    assert row["counts"] == record.counts
+    (urls,) = corpus.manifest.query("SELECT counts, rows_out FROM shards WHERE stage = 'urls'").dicts()
+    assert urls == {"counts": {"lists": 12}, "rows_out": 12}

@@ -1,0 +1,68 @@
+"""The recipes that ship are valid as they stand and say what the papers say; docs/config.md is up to date."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.docs import FOLDER, PAGES
+from pipeline.configerrors import section_class
+from pipeline.configfile import load_config
+from schemas.config import CapfiltConfig, Section
+
+RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipe_is_valid_and_opens_with_what_it_needs(recipe: Path) -> None:
+    load_config(recipe)
+    opening = recipe.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    for word in ("What", "Hardware", "Expected"):
+        assert f"# {word}" in opening
+
+
+def test_blip2_names_the_six_sources() -> None:
+    config = load_config(RECIPES / "blip2.toml")
+    kinds = {source.name: source.kind for source in config.source}
+    assert kinds == {
+        "coco": "human",
+        "visual-genome": "human",
+        "cc3m": "web",
+        "cc12m": "web",
+        "sbu": "web",
+        "laion-115m": "web",
+    }
+    assert (config.caption.num_captions, config.select.top_k, config.select.web_caption) == (10, 2, "compete")
+    assert (config.rank.model, config.rank.pretrained) == ("ViT-L-14", "openai")
+
+
+def test_laion_coco_ranks_twice() -> None:
+    config = load_config(RECIPES / "laion-coco.toml")
+    assert config.rank.rerank is not None
+    assert (config.caption.num_captions, config.rank.rerank.first, config.select.top_k) == (40, 5, 1)
+    assert (config.rank.model, config.rank.rerank.model) == ("ViT-L-14", "RN50x64")
+
+
+def test_demo_names_its_own_weights() -> None:
+    config = load_config(RECIPES / "demo.toml")
+    weights = RECIPES.parent / "demo" / "weights"
+    assert config.caption.model == str(weights / "captioner")
+    assert config.rank.model == f"local-dir:{weights / 'ranker'}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_page_is_up_to_date(name: str) -> None:
+    assert (FOLDER / name).read_text() == PAGES[name](), "run `make docs`"
+
+
+def test_every_key_is_described() -> None:
+    def undescribed(section: type[Section], path: str) -> list[str]:
+        found = []
+        for name, info in section.model_fields.items():
+            below = section_class(info.annotation)
+            found += undescribed(below, f"{path}{name}.") if below else []
+            if below is None and not info.description:
+                found.append(path + name)
+        return found
+
+    assert undescribed(CapfiltConfig, "") == []

@@ -1,0 +1,151 @@
+"""The main job on real Ray, real HTTP and the demo's weights: chained, repeated, changed, damaged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs.demo.site import serving
+from pipeline.committed import committed_table
+from pipeline.records import Records
+from pipeline.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from tests.runs import committed_uids, curated_files, do_run, small_config, with_values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with serving(flaky=False) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def done(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    """A corpus of four small shards, built by one streaming run. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("done")
+    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url)
+    result = do_run(config)
+    assert result.exit_code == 0, result
+    return config
+
+
+def test_every_url_has_one_row_and_every_image_eleven_scores(done: CapfiltConfig) -> None:
+    records = Records(Storage(done.corpus.path))
+    samples = candidates = 0
+    for (stage, _, _), record in records.shards().items():
+        rows = committed_table(records, record.outputs["parquet"]).to_pylist()
+        match stage:
+            case "crawl":
+                samples += sum(row["input_rows"] for row in rows)
+                assert all((row["reason"] is None) == (row["status"] == "ok") for row in rows)
+            case "caption":
+                assert len(rows) == 10 * record.images
+            case "rank":
+                candidates += len(rows)
+                assert len(rows) == 11 * record.images
+                assert all(-1 <= row["score"] <= 1 for row in rows)
+            case "select":
+                assert all(row["status"] == "dropped" or 1 <= len(row["captions"]) <= 2 for row in rows)
+    assert samples == 40 and candidates > 200
+
+
+def test_second_run_does_nothing(done: CapfiltConfig) -> None:
+    before = Records(Storage(done.corpus.path)).shards()
+    result = do_run(done)
+    assert (result.exit_code, result.record.shards_done) == (0, 0)
+    assert Records(Storage(done.corpus.path)).shards() == before
+
+
+def test_stage_by_stage_with_more_workers_equals_one_run(done: CapfiltConfig, tmp_path: Path) -> None:
+    two = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
+    config = with_values(done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"caption": two})
+    for stage in ("crawl", "caption", "rank", "select"):
+        assert do_run(config, command=stage, stages=(stage,)).exit_code == 0
+    assert curated_files(config.corpus.path) == curated_files(done.corpus.path)
+
+
+def test_stage_without_its_input_is_refused(done: CapfiltConfig, tmp_path: Path) -> None:
+    config = with_values(done, corpus={"path": str(tmp_path)})
+    do_run(config, command="crawl", stages=("crawl",), limit=1)
+    with pytest.raises(CapfiltError, match="no shard is ready for rank"):
+        do_run(config, stages=("rank",))
+
+
+def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
+    assert do_run(config).exit_code == 0
+    one = with_values(config, select={"top_k": 1})
+    with pytest.raises(CapfiltError, match="2 committed shards are stale .*--recompute"):
+        do_run(one)
+    result = do_run(one, recompute=True)
+    assert (result.exit_code, result.record.shards_done) == (0, 2)
+    records = Records(Storage(config.corpus.path))
+    for record in records.shards(("select",)).values():
+        rows = committed_table(records, record.outputs["parquet"]).to_pylist()
+        assert all(len(row["captions"]) <= 1 for row in rows if row["status"] == "kept")
+    assert {(record.stage, record.shard) for record in records.retired()} == {("select", "00000"), ("select", "00001")}
+
+
+def test_damaged_shard_is_quarantined_and_the_rest_goes_on(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
+    do_run(config, command="crawl", stages=("crawl",))
+    records = Records(Storage(config.corpus.path))
+    victim = records.shards(("crawl",))["crawl", "world", "00000"].outputs["tar"]
+    path = Path(records.storage.url(victim.path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 1024 * 512])
+    result = do_run(config)
+    assert result.exit_code == 3
+    assert list(result.quarantined) == ["caption world/00000"]
+    assert victim.path in result.quarantined["caption world/00000"]
+    assert {shard for _, _, shard in records.shards(("select",))} == {"00001"}
+    path.write_bytes(whole)
+    assert do_run(config).exit_code == 0
+    assert records.quarantined() == {}
+
+
+def test_new_urls_become_further_shards(base_url: str, tmp_path: Path) -> None:
+    urls = tmp_path / "urls.parquet"
+    config = small_config(str(tmp_path / "corpus"), urls, base_url, num_urls=20)
+    do_run(config)
+    before = curated_files(config.corpus.path)
+    urls.unlink()
+    small_config("unused", urls, base_url, num_urls=35)
+    result = do_run(config)
+    assert result.exit_code == 0
+    after = curated_files(config.corpus.path)
+    assert before.items() <= after.items() and len(after) > len(before)
+    assert len(set(committed_uids(config.corpus.path))) == len(committed_uids(config.corpus.path))
+
+
+def test_retry_crawls_only_what_may_succeed_now(tmp_path: Path) -> None:
+    urls = tmp_path / "urls.parquet"
+    with serving(flaky=False) as base_url:
+        config = small_config(str(tmp_path / "corpus"), urls, base_url, num_urls=10)
+        config = with_values(config, crawl={"max_attempts": 1, "timeout_s": 2.0})
+    # The site is down: everything fails to connect, which may be otherwise later.
+    do_run(config, command="crawl", stages=("crawl",))
+    records = Records(Storage(config.corpus.path))
+    first = records.shards(("crawl",))
+    assert [record.rows_out for record in first.values()] == [0]
+    port = int(base_url.rpartition(":")[2])
+    with serving(port, flaky=False):
+        result = do_run(config, command="crawl", stages=("crawl",), retry="transient")
+        assert result.exit_code == 0
+    second = records.shards(("crawl",))
+    assert second["crawl", "world", "00000"] == first["crawl", "world", "00000"]
+    assert second["crawl", "world", "00001"].rows_out >= 5
+    with serving(port, flaky=False):
+        left = do_run(config, command="crawl", stages=("crawl",), retry="transient")
+    assert left.record.shards_done <= 1

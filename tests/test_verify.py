@@ -1,0 +1,187 @@
+"""Verification: a sound corpus is clean, and every kind of damage is named."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.shards import read_tar, rows_to_table, write_parquet, write_tar
+from pipeline.storage import sha256_file
+from pipeline.verify import verify
+from schemas.records import Stage
+from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
+from tests.corpora import Corpus, make_corpus
+
+SCHEMAS = {"crawl": SAMPLES, "caption": CAPTIONS, "rank": CANDIDATES, "select": CURATED}
+
+
+@pytest.fixture
+def local_root(tmp_path: Path) -> str:
+    return str(tmp_path / "corpus")
+
+
+def differences(corpus: Corpus, **options: bool) -> list[str]:
+    return [f"{one.path}: {one.what}" for one in verify(corpus.manifest, **options).differences]
+
+
+def path_of(corpus: Corpus, stage: Stage, name: str = "parquet") -> str:
+    return corpus.records.read(stage, "cc", "00000").outputs[name].path
+
+
+def replace_file(corpus: Corpus, stage: Stage, name: str, local, rows: int) -> None:
+    """Put another file in place and let the record agree with it, as a worker with a fault would have."""
+    record = corpus.records.read(stage, "cc", "00000")
+    file = replace(record.outputs[name], bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows)
+    corpus.storage.put(local, file.path)
+    changed = replace(record, outputs={**record.outputs, name: file})
+    corpus.storage.write(f"records/{stage}/cc/00000.json", changed.to_json().encode())
+
+
+def edit_rows(corpus: Corpus, stage: Stage, edit: Callable[[list[dict]], list[dict]], tmp_path) -> None:
+    rows = edit(corpus.read(stage, "cc", "00000"))
+    count = write_parquet(tmp_path / "x.parquet", rows_to_table(rows, SCHEMAS[stage]), SCHEMAS[stage])
+    replace_file(corpus, stage, "parquet", tmp_path / "x.parquet", count)
+
+
+def edit_tar(corpus: Corpus, stage: Stage, edit: Callable[[list], list], tmp_path) -> None:
+    samples = edit(list(read_tar(io.BytesIO(corpus.storage.read(path_of(corpus, stage, "tar"))))))
+    count = write_tar(tmp_path / "x.tar", samples)
+    replace_file(corpus, stage, "tar", tmp_path / "x.tar", count)
+
+
+def test_a_sound_corpus_is_clean(root: str) -> None:
+    corpus = make_corpus(root, sources=("cc", "laion"))
+    corpus.add_retry("cc", of="00000", shard="00002", batch=1)
+    corpus.make("cc", "00002")
+    corpus.manifest.compact()
+    found = verify(corpus.manifest)
+    assert found.differences == []
+    assert (found.shards, found.files) == (5, 5 * 7)
+    quick = verify(corpus.manifest, quick=True)
+    assert (quick.differences, quick.files, quick.bytes) == ([], found.files, found.bytes)
+
+
+def test_an_unfinished_corpus_is_clean(tmp_path) -> None:
+    for stages in ((), ("crawl",), ("crawl", "caption"), ("crawl", "caption", "rank")):
+        assert differences(make_corpus(str(tmp_path / f"corpus{len(stages)}"), stages=stages)) == []
+
+
+@pytest.mark.parametrize("stage", ["crawl", "caption", "rank", "select"])
+def test_a_missing_and_a_cut_file_are_named(local_root: str, stage: Stage) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    path = path_of(corpus, stage)
+    data = corpus.storage.read(path)
+    corpus.storage.write(path, data[:-7])
+    for quick in (True, False):
+        assert any(
+            f"{path}: {len(data) - 7:,} bytes, its record says {len(data):,}" in line
+            for line in differences(corpus, quick=quick)
+        )
+    corpus.storage.delete(path)
+    assert f"{path}: missing" in differences(corpus)
+    assert f"{path}: missing" in differences(corpus, quick=True)
+
+
+def test_one_changed_byte_is_named(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    path = path_of(corpus, "crawl", "tar")
+    data = bytearray(corpus.storage.read(path))
+    data[700] ^= 1
+    corpus.storage.write(path, bytes(data))
+    assert differences(corpus, quick=True) == []
+    assert differences(corpus) == [f"{path}: another sha256 than its record says"]
+
+
+def test_a_tar_cut_at_a_member_is_named(tmp_path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    edit_tar(corpus, "crawl", lambda samples: samples[:-1], tmp_path)
+    found = differences(corpus)
+    assert any("1 keys of the Parquet's rows that are ok are not there" in line for line in found)
+    assert any("stale: crawl was made anew" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "edit", "expected"),
+    [
+        ("crawl", lambda rows: rows[1:], "1 uids of its url shard are not there"),
+        ("crawl", lambda rows: [*rows, rows[0]], "1 keys twice"),
+        ("crawl", lambda rows: [rows[0] | {"reason": "dns"}, *rows[1:]], "has status ok with reason dns"),
+        ("caption", lambda rows: rows[1:], "images have between 2 and 3 captions"),
+        (
+            "caption",
+            lambda rows: rows[3:],
+            "the record counts {'ok': 9}, its files hold {'ok': 8, 'failed': 1}",
+        ),
+        ("caption", lambda rows: [rows[1], *rows[1:]], "a candidate twice"),
+        (
+            "rank",
+            lambda rows: [row for row in rows if row["candidate"] != 1],
+            "9 synthetic candidates of the captions",
+        ),
+        (
+            "rank",
+            lambda rows: [rows[0] | {"uid": "f" * 32}, *rows[1:]],
+            "1 uids are not among the stored images",
+        ),
+        ("rank", lambda rows: [rows[0] | {"score": None}, *rows[1:]], "'unscored': 1"),
+        ("select", lambda rows: rows[1:], "1 uids of the stored images are not there"),
+        (
+            "select",
+            lambda rows: [rows[0] | {"scores": [0.5] * len(rows[0]["scores"])}, *rows[1:]],
+            "not among its scores",
+        ),
+        (
+            "select",
+            lambda rows: [rows[0] | {"caption": "else"}, *rows[1:]],
+            "has other captions than its row",
+        ),
+    ],
+)
+def test_rows_that_do_not_add_up_are_named(
+    tmp_path, stage: Stage, edit: Callable[[list[dict]], list[dict]], expected: str
+) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    edit_rows(corpus, stage, edit, tmp_path)
+    assert any(expected in line for line in differences(corpus)), differences(corpus)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (
+            lambda key, members: (key, members | {"json": json.dumps(["else"]).encode()}),
+            "has other captions than its row",
+        ),
+        (lambda key, members: (key, members | {"txt": b"else"}), "has other captions than its row"),
+        (lambda key, members: (key, {"jpg": members["jpg"]}), "has no readable json and txt"),
+        (lambda key, members: ("9999999999", members), "1 keys that the kept rows do not have"),
+    ],
+)
+def test_curated_tars_that_say_something_else_are_named(tmp_path, edit: Callable, expected: str) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    edit_tar(corpus, "select", lambda samples: [*samples[:-1], edit(*samples[-1])], tmp_path)
+    assert any(expected in line for line in differences(corpus)), differences(corpus)
+
+
+def test_a_uid_in_two_shards_is_named(tmp_path) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"))
+    corpus.add_urls("cc", ["00000"], 12)
+    rows = pq.read_table(corpus.storage.url("urls/cc/00000.list0.parquet")).to_pylist()
+    again = [row | {"shard": "00001", "key": f"00001{index:05d}"} for index, row in enumerate(rows[:2])]
+    corpus._commit_intake("cc", {"00001": again}, "lists", 1)
+    assert differences(corpus) == [
+        "urls/cc/00001.list1.parquet: 2 uids are also in urls/cc/00000.list0.parquet"
+    ]
+
+
+def test_a_manifest_that_differs_from_the_records_is_named(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1, stages=("crawl",))
+    corpus.manifest.compact()
+    corpus.storage.delete("records/crawl/cc/00000.json")
+    assert ["manifest/shards: lists crawl/cc/00000/" in line for line in differences(corpus)] == [True]
+    corpus.manifest.rebuild()
+    assert differences(corpus) == []

@@ -1,0 +1,391 @@
+"""The guarded fetch and its parts. The whole hostile site is crawled in test_crawl.py."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.addresses import FetchError, Resolver, WebUrl, is_forbidden
+from pipeline.hosts import HostTurns
+from pipeline.robots import RobotRules, reserved_by_robots_tag
+from pipeline.web import Fetch, Web
+from schemas.config import CrawlConfig
+from tests.hostile import JPEG, OPTED_OUT_HEADERS, OTHERS_HEADERS, Exchange, HostileSite
+
+DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex"}
+
+
+@pytest.fixture
+def site():
+    with HostileSite() as site:
+        yield site
+
+
+def web(site: HostileSite, **settings: object) -> Web:
+    return Web(CrawlConfig(**site.crawl_settings() | settings))
+
+
+def end(fetch: Fetch) -> tuple[str, str | None]:
+    return fetch.status, fetch.reason
+
+
+# -- fetching --------------------------------------------------------------------------------------------------
+
+
+def test_fetch_reports_what_it_did(site: HostileSite) -> None:
+    fetch = web(site).fetch(site.url("/redirect/chain"))
+    assert end(fetch) == ("ok", None)
+    assert fetch.body is not None and fetch.body.read() == JPEG
+    assert (fetch.http_status, fetch.attempts, fetch.body_bytes) == (200, 1, len(JPEG))
+    assert fetch.final_url == site.url("/plain.jpg")
+    assert site.user_agents == {"capfilt/0.1 (+https://example.org/crawl)"}
+
+
+def test_retry_after_is_obeyed(site: HostileSite) -> None:
+    start = time.monotonic()
+    fetch = web(site).fetch(site.url("/429/for-a-second"))
+    assert end(fetch) == ("ok", None)
+    assert fetch.attempts == 2
+    assert 1.0 <= time.monotonic() - start < 4.0
+
+
+def test_retry_after_beyond_the_time_ends_at_once(site: HostileSite) -> None:
+    fetch = web(site).fetch(site.url("/429/for-an-hour"))
+    assert (*end(fetch), fetch.attempts) == ("failed", "rate_limited", 1)
+    assert fetch.seconds < 2
+
+
+def test_only_transient_errors_are_tried_again(site: HostileSite) -> None:
+    fetcher = web(site)
+    assert fetcher.fetch(site.url("/404")).attempts == 1
+    assert fetcher.fetch(site.url("/500")).attempts == 3
+    assert fetcher.fetch(site.url("/503/twice")).attempts == 3
+    assert site.requests["/404"] == 1 and site.requests["/500"] == 3
+
+
+def test_a_host_that_refuses_is_tried_again_without_haste() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        config = CrawlConfig(allow_hosts=(f"127.0.0.1:{port}",), backoff_s=0.1)
+        fetch = Web(config).fetch(f"http://127.0.0.1:{port}/image.jpg")
+    assert (*end(fetch), fetch.attempts) == ("failed", "connect", 3)
+    assert fetch.seconds >= 0.15  # 0.1 and 0.2, each with a jitter of half
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers", "/hang"])
+def test_total_time_is_bounded(site: HostileSite, path: str) -> None:
+    start = time.monotonic()
+    fetch = web(site, timeout_s=1.5, connect_timeout_s=5.0).fetch(site.url(path))
+    assert end(fetch) == ("failed", "timeout")
+    assert time.monotonic() - start < 2.5
+
+
+def test_a_silent_server_is_given_up_and_tried_again(site: HostileSite) -> None:
+    fetch = web(site, connect_timeout_s=0.3).fetch(site.url("/hang"))
+    assert (*end(fetch), fetch.attempts) == ("failed", "timeout", 3)
+    assert fetch.seconds < 3
+
+
+def test_endless_body_is_cut_at_the_limit(site: HostileSite) -> None:
+    start = time.monotonic()
+    fetcher = web(site, max_body_bytes=100_000)
+    assert end(fetcher.fetch(site.url("/300mb"))) == ("refused", "body_too_large")
+    assert end(fetcher.fetch(site.url("/300mb/declared"))) == ("refused", "body_too_large")
+    assert time.monotonic() - start < 3
+
+
+def test_endless_trailer_does_not_hold_a_thread(site: HostileSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trailer(exchange: Exchange) -> None:
+        exchange.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        exchange.forever(b"X-More: more\r\n", pause_s=0.05)
+
+    site.robots_txt = trailer
+    fetch = web(site, timeout_s=1.0).fetch(site.url("/robots.txt"))
+    assert end(fetch) == ("failed", "timeout")
+    assert fetch.seconds < 2
+
+
+def test_redirects_within_the_limit(site: HostileSite) -> None:
+    assert end(web(site, max_redirects=3).fetch(site.url("/redirect/chain"))) == ("ok", None)
+    assert end(web(site, max_redirects=2).fetch(site.url("/redirect/chain"))) == (
+        "refused",
+        "too_many_redirects",
+    )
+
+
+def test_proxies_of_the_environment_are_not_asked(site: HostileSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{site.canary.port}")
+    assert end(web(site).fetch(site.url("/plain.jpg"))) == ("ok", None)
+    assert site.canary.requests == 0
+
+
+def test_user_names_and_fragments_are_not_sent(site: HostileSite) -> None:
+    assert end(web(site).fetch(f"http://me:secret@127.0.0.1:{site.port}/plain.jpg#part")) == ("ok", None)
+    assert site.requests["/plain.jpg"] == 1
+
+
+# -- addresses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "0.0.0.0", "10.1.2.3", "172.31.255.255", "192.168.0.1", "100.64.0.1", "169.254.169.254", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1", "224.0.0.1", "233.252.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::7f00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "2001:db8::1", "3fff::1", "5f00::1"],
+)
+def test_forbidden_addresses(address: str) -> None:
+    assert is_forbidden(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2606:4700::1111"])
+def test_public_addresses(address: str) -> None:
+    assert not is_forbidden(address)
+
+
+def test_one_bad_address_refuses_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("8.8.8.8", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    with pytest.raises(FetchError, match=r"forbidden_address: rebind\.example is 127"):
+        Resolver().addresses(WebUrl.parse("http://rebind.example/"), 5.0)
+
+
+def test_a_name_is_resolved_once_for_check_and_connection(
+    site: HostileSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that leads elsewhere the second time (DNS rebinding) is not asked a second time."""
+    ports = iter([site.port, site.canary.port, site.canary.port])
+
+    def resolve(host: str, port: int, **_: object) -> list[tuple]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", next(ports)))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    fetcher = web(site, allow_hosts=("rebind.example:80",))
+    for _ in range(3):
+        assert end(fetcher.fetch("http://rebind.example/plain.jpg")) == ("ok", None)
+    assert site.canary.requests == 0
+
+
+def test_an_exempt_host_is_exempt_at_its_port_only(site: HostileSite) -> None:
+    fetcher = web(site)
+    assert end(fetcher.fetch(f"http://127.0.0.1:{site.canary.port}/")) == ("refused", "forbidden_address")
+    assert end(fetcher.fetch(f"http://localhost:{site.port}/plain.jpg")) == ("refused", "forbidden_address")
+    assert site.canary.requests == 0
+
+
+# -- URLs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "wire"),
+    [
+        ("http://Example.COM", "http://example.com/"),
+        ("HTTP://example.com:80/a b", "http://example.com/a%20b"),
+        ("https://example.com:443/ä?ö=ü#ß", "https://example.com/%C3%A4?%C3%B6=%C3%BC"),
+        ("http://example.com:8080/%C3%A4", "http://example.com:8080/%C3%A4"),
+        ("http://example.com/100%?x=%zz", "http://example.com/100%25?x=%25zz"),
+        ("http://bücher.example/", "http://xn--bcher-kva.example/"),
+        ("http://例え。テスト/", "http://xn--r8jz45g.xn--zckzah/"),
+        ("http://under_score.example/a", "http://under_score.example/a"),
+        ("http://user:word@example.com/a", "http://example.com/a"),
+        ("http://[2606:4700::1111]:81/a", "http://[2606:4700::1111]:81/a"),
+        ("http://example.com?q=1", "http://example.com/?q=1"),
+        ("http://example.com/a;b=c,d/(e)!$&'*+@~[f]", "http://example.com/a;b=c,d/(e)!$&'*+@~%5Bf%5D"),
+    ],
+)
+def test_encoding(url: str, wire: str) -> None:
+    assert str(WebUrl.parse(url)) == wire
+
+
+@given(path=st.text(max_size=50), query=st.text(max_size=50))
+def test_encoding_is_ascii_reversible_and_done_once(path: str, query: str) -> None:
+    try:
+        once = WebUrl.parse(f"http://example.com/{path}?{query}")
+    except FetchError as error:
+        assert error.reason == "bad_url"
+        return
+    wire = str(once)
+    assert wire.isascii() and wire.isprintable() and " " not in wire
+    assert WebUrl.parse(wire) == once
+    if not set(path) & set("%?#\t\r\n") and path.strip() == path:
+        assert unquote(urlsplit(wire).path) == f"/{path}"
+
+
+@given(st.text(max_size=80))
+def test_no_text_breaks_the_parser(text: str) -> None:
+    for url in (text, f"http://{text}", f"http://{text}/a.jpg"):
+        try:
+            wire = str(WebUrl.parse(url))
+        except FetchError as error:
+            assert error.reason in ("bad_url", "bad_scheme")
+        else:
+            assert wire.isascii() and wire.startswith(("http://", "https://"))
+
+
+# -- opt-outs --------------------------------------------------------------------------------------------------
+
+
+def _tags(header: str) -> list[str]:
+    lines = [line.partition(":") for line in header.split("\r\n")]
+    return [value.strip() for name, _, value in lines if name.lower() == "x-robots-tag"]
+
+
+@pytest.mark.parametrize("header", OPTED_OUT_HEADERS)
+def test_robots_tag_for_us(header: str) -> None:
+    assert reserved_by_robots_tag(_tags(header), "capfilt", DIRECTIVES)
+
+
+@pytest.mark.parametrize("header", OTHERS_HEADERS)
+def test_robots_tag_not_for_us(header: str) -> None:
+    assert reserved_by_robots_tag(_tags(header), "capfilt", DIRECTIVES) is None
+
+
+HARMLESS = (
+    "all", "nofollow", "noarchive", "nosnippet", "max-image-preview: large", "max-snippet:-1",
+    "unavailable_after: 25 Jun 2050 15:00:00 PST", "unavailable_after: Sat, 25-Jun-2050 15:00:00 PST",
+    "unavailable_after: 2050-06-25T15:00:00-08:00",
+)  # fmt: skip
+ROBOTS = ("", "*:", "capfilt:", "CapFilt :", "googlebot:", "other-bot/2.0:", "GPTBot: ")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(ROBOTS),
+            st.lists(st.sampled_from((*HARMLESS, *DIRECTIVES, "none")), min_size=1, max_size=4),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from((", ", ",", " ,  ", ";")),
+    st.booleans(),
+)
+def test_robots_tag_grammar(headers: list[tuple[str, list[str]]], comma: str, shout: bool) -> None:
+    values = [f"{robot} {comma.join(directives)}" for robot, directives in headers]
+    ours = ("", "*:", "capfilt:", "CapFilt :")
+    reserved = any(robot in ours and set(parts) & (DIRECTIVES | {"none"}) for robot, parts in headers)
+    values = [value.upper() for value in values] if shout else values
+    assert (reserved_by_robots_tag(values, "capfilt", DIRECTIVES) is not None) == reserved
+
+
+@given(st.lists(st.text(max_size=60), max_size=3))
+def test_no_header_breaks_the_parser(values: list[str]) -> None:
+    reserved_by_robots_tag(values, "capfilt", DIRECTIVES)
+
+
+ROBOTS_TXT = """
+# a comment
+User-agent: other
+Disallow: /
+
+User-Agent: someone
+user-agent: Capfilt/2.0
+Disallow: /private/   # not for robots
+Allow: /private/public
+Disallow: /*.gif$
+Disallow: /*?session=
+Disallow:
+Sitemap: https://example.org/sitemap.xml
+
+User-agent: *
+Disallow: /everything
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "allowed"),
+    [
+        ("/", True),
+        ("/private/a.jpg", False),
+        ("/private/public/a.jpg", True),
+        ("/a.gif", False),
+        ("/a.gif?x", True),
+        ("/a?b&session=1", True),
+        ("/a/b?session=1", False),
+        ("/everything", True),
+        ("/%70rivate/a.jpg", False),
+    ],
+)
+def test_robots_txt_rules(target: str, allowed: bool) -> None:
+    assert RobotRules.parse(ROBOTS_TXT, "capfilt").allow(target) is allowed
+
+
+def test_robots_txt_of_everyone_holds_for_us_too() -> None:
+    assert not RobotRules.parse(ROBOTS_TXT, "newcomer").allow("/everything")
+    assert RobotRules.parse("", "capfilt").allow("/")
+
+
+def test_robots_txt_is_fetched_once_and_obeyed(site: HostileSite) -> None:
+    site.robots_txt = lambda exchange: exchange.send(
+        b"User-agent: *\nDisallow: /hop/", "X-Robots-Tag: noindex"
+    )
+    fetcher = web(site, robots_txt=True)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(map(end, pool.map(fetcher.fetch, [site.url("/plain.jpg")] * 20))) == {("ok", None)}
+    assert end(fetcher.fetch(site.url("/redirect/chain"))) == ("opted_out", "robots_txt")
+    assert site.requests["/robots.txt"] == 1
+    assert site.requests["/hop/1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("404 Not Found", ("ok", None)),
+        ("403 Forbidden", ("ok", None)),
+        ("503 Service Unavailable", ("failed", "http_5xx")),
+        ("429 Too Many Requests", ("failed", "rate_limited")),
+    ],
+)
+def test_robots_txt_that_is_not_there(
+    site: HostileSite, status: str, expected: tuple[str, str | None]
+) -> None:
+    site.robots_txt = lambda exchange: exchange.send(b"", status=status)
+    assert end(web(site, robots_txt=True).fetch(site.url("/plain.jpg"))) == expected
+    assert site.requests["/plain.jpg"] == (expected[0] == "ok")
+
+
+# -- turns -----------------------------------------------------------------------------------------------------
+
+
+def test_no_more_at_once_than_allowed() -> None:
+    turns, lock = HostTurns(3, 10_000.0), threading.Lock()
+    now, most = 0, 0
+
+    def work(_: int) -> None:
+        nonlocal now, most
+        with turns.turn("example.com"):
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.01)
+            with lock:
+                now -= 1
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(48)))
+    assert most == 3
+
+
+def test_no_more_a_second_than_allowed() -> None:
+    turns, starts = HostTurns(100, 50.0), []
+
+    def work(host: str) -> None:
+        with turns.turn(host):
+            starts.append((host, time.monotonic()))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, ["a", "b"] * 11))
+    for host in "ab":
+        times = sorted(when for name, when in starts if name == host)
+        assert times[-1] - times[0] >= 10 / 50.0
+
+
+def test_waiting_for_a_turn_is_not_held_against_the_site(site: HostileSite) -> None:
+    fetcher = web(site, rate_per_host=5.0, timeout_s=1.0)
+    with ThreadPoolExecutor(10) as pool:
+        fetches = list(pool.map(fetcher.fetch, [site.url("/plain.jpg")] * 10))
+    assert set(map(end, fetches)) == {("ok", None)}
+    assert max(fetch.seconds for fetch in fetches) < 1.0
