@@ -46,7 +46,36 @@ def config_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"config.md": config_page}
+_CLI_INTRODUCTION = """\
+# Command line
+
+`make docs` writes this page from what each command prints for `--help`; a test compares them.
+
+- Commands that work on a corpus take its config, `-c FILE`; commands that read one take its folder or URL, `CORPUS`.
+- Exit codes: **0** done; **1** our fault, or `verify` found a difference; **2** the user's input: a config, a path, a
+  stale shard, refused before any work; **3** done in part: shards are quarantined, and named; **130** interrupted.
+- Every command is safe to repeat, to kill and to start twice at once: what is committed is skipped.
+- Messages go to standard error where `--json` is given, so that standard output is one JSON value.
+"""
+
+
+def cli_page() -> str:
+    """Return docs/cli.md: every command with what it prints for ``--help``."""
+    import typer
+    from typer.testing import CliRunner
+
+    from jobs.cli import app
+
+    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+    parts = [_CLI_INTRODUCTION]
+    for name in typer.main.get_command(app).commands:
+        printed = runner.invoke(app, [name, "--help"], prog_name="capfilt")
+        assert printed.exit_code == 0, printed.output
+        parts += [f"## {name}", "", "```text", printed.output.strip(), "```", ""]
+    return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
+
+
+PAGES = {"cli.md": cli_page, "config.md": config_page}
 
 
 def main() -> None:

@@ -19,40 +19,36 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _DETAIL_CHARS = 200
 
-# What img2dataset, urllib and OpenCV say, and what it means here; the first that is found in a message counts.
-_MESSAGES = (
-    (re.compile(r"HTTP Error 429"), "rate_limited"),
-    (re.compile(r"HTTP Error 4\d\d"), "http_4xx"),
-    (re.compile(r"HTTP Error 5\d\d"), "http_5xx"),
-    (re.compile(r"redirect error that would lead to an infinite loop"), "redirect_loop"),
-    (re.compile(r"HTTP Error 30\d: .*not allowed"), "bad_scheme"),
-    (re.compile(r"HTTP Error"), "http_other"),
-    (re.compile(r"X-Robots-Tag"), "x_robots_tag"),
-    (re.compile(r"timed out", re.I), "timeout"),
-    (re.compile(r"SSL|certificate", re.I), "tls"),
-    (
-        re.compile(r"Errno -\d+\]|Name or service not known|name resolution|No address associated", re.I),
-        "dns",
-    ),
-    (re.compile(r"IncompleteRead"), "body_truncated"),
-    (re.compile(r"Remote end closed|Connection|Errno 1\d\d\]|unreachable|No route", re.I), "connect"),
-    (
-        re.compile(
-            r"unknown url type: '|no host given|codec can't|nonnumeric port|URL can't|label (?:empty|too long)",
-            re.I,
+# What img2dataset, urllib and OpenCV say, and what it means here; the first one found in a message counts.
+_MESSAGES = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason)
+    for pattern, reason in (
+        (r"HTTP Error 429", "rate_limited"),
+        (r"HTTP Error 4\d\d", "http_4xx"),
+        (r"HTTP Error 5\d\d", "http_5xx"),
+        (r"redirect error that would lead to an infinite loop", "redirect_loop"),
+        (r"HTTP Error 30\d: .*not allowed", "bad_scheme"),
+        (r"HTTP Error", "http_other"),
+        (r"X-Robots-Tag", "x_robots_tag"),
+        (r"timed out", "timeout"),
+        (r"SSL|certificate", "tls"),
+        (r"Errno -\d+\]|Name or service not known|name resolution|No address associated", "dns"),
+        (r"IncompleteRead", "body_truncated"),
+        (r"Remote end closed|Connection|Errno 1\d\d\]|unreachable|No route", "connect"),
+        (
+            r"unknown url type: '|no host given|codec can't|nonnumeric port|URL can't|label (empty|too)",
+            "bad_url",
         ),
-        "bad_url",
-    ),
-    (re.compile(r"unknown url type|file not on local host|ftp error", re.I), "bad_scheme"),
-    (re.compile(r"got more than \d+ (?:headers|bytes)"), "header_too_large"),
-    (re.compile(r"image too small"), "too_small"),
-    (re.compile(r"image area too large|CV_IO_MAX_IMAGE_PIXELS"), "too_many_pixels"),
-    (re.compile(r"aspect ratio too large"), "aspect_ratio"),
-    (re.compile(r"buf\.empty|empty"), "empty_body"),
-    (re.compile(r"Image decoding error"), "not_an_image"),
+        (r"unknown url type|file not on local host|ftp error", "bad_scheme"),
+        (r"got more than \d+ (headers|bytes)", "header_too_large"),
+        (r"image too small", "too_small"),
+        (r"image area too large|CV_IO_MAX_IMAGE_PIXELS", "too_many_pixels"),
+        (r"aspect ratio too large", "aspect_ratio"),
+        (r"buf\.empty", "empty_body"),
+        (r"Image decoding error", "not_an_image"),
+    )
 )
 _HTTP_STATUS = re.compile(r"HTTP Error (\d{3})")
-
 
 _COLUMNS = ("key", "status", "error_message", "sha256", "original_width", "original_height")
 

@@ -2,8 +2,8 @@
 
 img2dataset's Downloader, Resizer and WebDatasetSampleWriter do the work; around them stand the guarded fetch
 (web.py) and the judging of headers (images.py). The Downloader is given row numbers instead of URLs: the
-opener that answers its ``urlopen`` fetches the row's URL, and the decoder it calls takes that fetch's body. So
-every outcome keeps its row, and big bodies wait on disk instead of in the Downloader's queue.
+opener that answers its ``urlopen`` fetches the row's URL, and the decoder it calls takes that fetch's body.
+So every outcome keeps its row, and big bodies wait on disk instead of in the Downloader's queue.
 """
 
 import contextlib
@@ -265,7 +265,7 @@ def download(images: ShardImages, config: CrawlConfig) -> None:
 
 
 def make_resizer(config: CrawlConfig) -> Any:
-    """Return img2dataset's Resizer as the config wants it. What is judged from the header is judged before."""
+    """Return img2dataset's Resizer as the config wants it; what a header tells is judged before it."""
     _import_img2dataset(config.max_pixels)
     from img2dataset.resizer import Resizer
 

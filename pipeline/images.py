@@ -216,7 +216,7 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
     if image.format != "WEBP":
         image.load()
         return image
-    # Pillow's WebP decoder takes 16 bytes a pixel and more, 0.8 GB within our limit of pixels; OpenCV's takes 4.
+    # Pillow's WebP decoder takes 16 bytes a pixel, 0.8 GB within our limit; OpenCV's takes 4.
     import cv2
 
     try:

@@ -28,6 +28,7 @@ from schemas.catalog import (
     EMPTY_FOLDER,
     data_views,
     file_relations,
+    parquet_files,
     record_views,
     registered_relations,
 )
@@ -84,7 +85,7 @@ class Manifest:
 
     def open(self) -> "Query":
         """Return a connection for this package's own questions, as of now; use it as a context manager."""
-        return Query(self.storage, self._parts)
+        return Query(self.storage, self._parts, in_place=True)
 
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
@@ -126,10 +127,18 @@ class Manifest:
 
 
 class Query:
-    """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened."""
+    """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened.
 
-    def __init__(self, storage: Storage, parts: Parts, *, memory: str = "50%") -> None:
+    Args:
+        in_place: DuckDB may open the files itself where they are local: seven times faster at finding one row than
+            through Arrow, which reads every column of it; but then it has access to files.
+    """
+
+    def __init__(
+        self, storage: Storage, parts: Parts, *, memory: str = "50%", in_place: bool = False
+    ) -> None:
         self._storage = storage
+        self._in_place = in_place and storage.is_local
         # Variables of the calling Python code must not be tables.
         self._connection = duckdb.connect(
             config={"python_enable_replacements": False, "memory_limit": memory}
@@ -139,16 +148,16 @@ class Query:
         for table, rows in parts.tables().items():
             self._connection.register(f"{table}_data", rows)
         self._make(record_views(relations))
-        for name, dataset in self._datasets().items():
-            self._connection.register(f"{name}_data", dataset)
+        for name, files in self._committed().items():
+            self._add_files(f"{name}_data", files, _SCHEMAS[name])
         self._make(data_views(relations))
 
     def _make(self, statements: list[str]) -> None:
         for statement in statements:
             self._connection.execute(statement)
 
-    def _datasets(self) -> dict[str, ds.FileSystemDataset]:
-        """Return the committed files of each kind, which SQL filters on source and shard prune unopened."""
+    def _committed(self) -> dict[str, dict[tuple[str, str], str]]:
+        """Return the committed files of each kind by source and shard."""
         committed = self.rows(
             "SELECT stage, source, shard, paths['parquet'] AS path FROM shards WHERE state = 'committed'"
         )
@@ -167,9 +176,17 @@ class Query:
             chosen[_FOLDERS[stage]][source, shard] = path
             if stage == "crawl" and (source, shard) in retried:
                 chosen["retries"][source, shard] = path
-        return {name: self._dataset(files, _SCHEMAS[name]) for name, files in chosen.items()}
+        return chosen
+
+    def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
+        if self._in_place and files:
+            paths = [self._storage.url(path) for _, path in sorted(files.items())]
+            self._connection.execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
+        else:
+            self._connection.register(name, self._dataset(files, schema))
 
     def _dataset(self, files: dict[tuple[str, str], str], schema: pa.Schema) -> ds.FileSystemDataset:
+        """Return files as Arrow data; those that a filter on source and shard rules out are never opened."""
         fs = self._storage.fs
         filesystem = (
             pyarrow.fs.LocalFileSystem()

@@ -125,7 +125,7 @@ class RobotsTxt:
     """Robots.txt of every site, fetched once a day at most.
 
     As RFC 9309 asks: a client error means that there are no rules; where the site does not answer, or answers
-    with a server error, nothing is fetched, and the URL fails as its robots.txt did, to be tried another time.
+    with a server error, nothing is fetched: the URL fails as its robots.txt did, to be tried another time.
     """
 
     def __init__(self, token: str) -> None:

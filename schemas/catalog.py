@@ -5,7 +5,7 @@ where a record commits it (``file_relations``: the catalog that anyone opens), o
 registers (the sandbox of ``capfilt sql``). Everything else is the same SQL on both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -39,8 +39,9 @@ DATA_TABLES: dict[str, pa.Schema] = {
 }
 DATA_STAGES = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
 
-# A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
-EMPTY_FOLDER = "_schema"
+# A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB. It sorts
+# last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the wrong way round.
+EMPTY_FOLDER = "~empty"
 
 
 def event_schema(table: str) -> pa.Schema:
@@ -59,23 +60,48 @@ def file_relations(root: str) -> dict[str, str]:
 
     Globs also find the files of attempts that did not commit, hence the semi-joins with the committed names.
     """
-    folder = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in root)
+    folder = _literal(root)
     relations = {
-        f"{table}_events": f"SELECT * FROM read_parquet({quote(f'{folder}/manifest/{table}/*.parquet')}, union_by_name = true)"
+        f"{table}_events": f"""
+        SELECT * FROM read_parquet({quote(f"{folder}/manifest/{table}/*.parquet")}, union_by_name = true)"""
         for table in EVENT_TABLES
     }
     for name, schema in DATA_TABLES.items():
-        files = f"read_parquet({quote(f'{folder}/{name}/*/*.parquet')}, filename = true)"
-        committed = f"""
-            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM shards AS made
-            WHERE state = 'committed' AND stage = {quote(DATA_STAGES[name])}"""
-        if name == "captions":
-            committed += """ AND NOT EXISTS (
-                FROM shards AS ranked WHERE ranked.state = 'committed' AND ranked.stage = 'rank'
-                AND ranked.source = made.source AND ranked.shard = made.shard)"""
-        relations[name] = f"SELECT {_columns(schema)} FROM {files} SEMI JOIN ({committed}) USING (filename)"
-    relations["retried"] = "SELECT source, uid, shard FROM base.raw WHERE retry_of IS NOT NULL"
+        relations[name] = _committed_rows(root, folder, name, schema.names)
+    relations["retried"] = _committed_rows(root, folder, "retries", ["source", "uid", "shard"])
     return relations
+
+
+_NOT_RANKED = """ AND NOT EXISTS (
+    FROM shards AS ranked WHERE ranked.stage = 'rank' AND ranked.state = 'committed'
+    AND ranked.source = made.source AND ranked.shard = made.shard)"""
+_RETRIES = """ AND EXISTS (
+    FROM shards AS urls WHERE urls.stage = 'urls' AND urls.counts['retry'] > 0
+    AND urls.source = made.source AND urls.shard = made.shard)"""
+
+
+def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> str:
+    """Return the SELECT of one kind of file: of captions those not ranked yet, of ``retries`` those of raw."""
+    kind = "raw" if name == "retries" else name
+    condition = {"captions": _NOT_RANKED, "retries": _RETRIES}.get(name, "")
+    return f"""
+        SELECT {_quoted(columns)} FROM read_parquet({quote(f"{folder}/{kind}/*/*.parquet")}, filename = true)
+        SEMI JOIN (
+            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM shards AS made
+            WHERE made.state = 'committed' AND made.stage = {quote(DATA_STAGES[kind])}{condition}
+        ) USING (filename)"""
+
+
+def parquet_files(paths: Sequence[str], schema: pa.Schema) -> str:
+    """Return the SELECT of some Parquet files, by name."""
+    return (
+        f"SELECT {_columns(schema)} FROM read_parquet([{', '.join(quote(_literal(path)) for path in paths)}])"
+    )
+
+
+def _literal(path: str) -> str:
+    """Return a path as a glob that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
 
 
 def registered_relations() -> dict[str, str]:
@@ -110,7 +136,11 @@ def _view(name: str, sql: str) -> str:
 
 
 def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f'"{name}"' for name in schema.names)
+    return _quoted(schema.names)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _comments() -> list[str]:

@@ -75,7 +75,7 @@ class CrawlConfig(Section):
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
     max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")
     max_pixels: int = Field(
-        50_000_000, ge=1, le=178_956_970, description="read from the header, before decoding; 16 bytes of memory each"
+        50_000_000, ge=1, le=178_956_970, description="by the header; decoding one takes up to 12 bytes"
     )
     opt_out_directives: tuple[str, ...] = Field(
         ("noai", "noimageai", "noindex", "noimageindex"), description="of X-Robots-Tag, to be respected"

@@ -23,8 +23,6 @@ from schemas.tables import SAMPLES
 from tests.hostile import HostileSite
 from tests.url_tasks import corpus_config, crawl_task, new_records, url_rows
 
-PATHS = ["/plain.jpg", "/404", "/plain.png", "/500", "/html.jpg", "/plain.webp", "/pixel.gif", "/opted-out/0.jpg",
-         "/redirect/loop", "/rotated6.jpg"]  # fmt: skip
 EXPECTED = {
     "/plain.jpg": ("ok", None),
     "/404": ("failed", "http_4xx"),
@@ -44,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder of img2dataset's command line: one shard of ten URLs."""
     folder = tmp_path_factory.mktemp("img2dataset")
     with HostileSite() as site:
-        urls = [site.url(path) for path in PATHS]
+        urls = [site.url(path) for path in EXPECTED]
         pa.csv.write_csv(
-            pa.table({"url": urls, "caption": [f"at {path}" for path in PATHS]}), folder / "list.csv"
+            pa.table({"url": urls, "caption": [f"at {path}" for path in EXPECTED]}), folder / "list.csv"
         )
         command = [
             sys.executable, "-m", "img2dataset.main", f"--url_list={folder}/list.csv", "--input_format=csv",

@@ -1,4 +1,4 @@
-"""The crawl of a shard: every URL of a hostile site ends with its status, and nothing is lost or unbounded."""
+"""The crawl of a shard: every URL of a hostile site ends with its status, nothing is lost or unbounded."""
 
 import io
 import json
@@ -34,7 +34,8 @@ worker = CrawlWorker(config, records)
 start = time.monotonic()
 worker(task)
 status = Path("/proc/self/status").read_text()
-print("PEAK", int(status.split("VmHWM:")[1].split()[0]) // 1024, time.monotonic() - start, "torch" in sys.modules)
+peak_mb = int(status.split("VmHWM:")[1].split()[0]) // 1024
+print("PEAK", peak_mb, time.monotonic() - start, "torch" in sys.modules)
 """
 DETERMINISTIC = [name for name in SAMPLES.names if name not in ("seconds", "attempts")]
 
@@ -72,19 +73,20 @@ def test_the_whole_hostile_site(site: HostileSite, tmp_path: Path) -> None:
     """The acceptance: statuses, the canary, memory and time, in a worker of its own process."""
     records = new_records(tmp_path)
     cases = site.cases()
-    heavy = [(site.url(f"/heavy?{number}"), "19 MB") for number in range(40)]
+    heavy = [(site.url(f"/heavy?{number}"), "19 MB") for number in range(24)]
     task = crawl_task(records, url_rows([(case.url, case.caption) for case in cases] + heavy))
     job = tmp_path / "job.pickle"
     job.write_bytes(pickle.dumps((corpus_config(tmp_path, site.crawl_settings()), records, task)))
     printed = subprocess.run(
-        [sys.executable, "-c", WORKER, str(job)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", WORKER, str(job)], capture_output=True, text=True, timeout=240, check=False
     )
     assert printed.returncode == 0, printed.stderr
     peak_mb, seconds, has_torch = printed.stdout.split("PEAK ")[1].split()
     assert int(peak_mb) < 1000
     assert has_torch == "False"
-    # Three rounds of 64 threads would take that long if every URL used up its 8 seconds.
-    assert float(seconds) < 35
+    # Four rounds of 64 threads would take a minute if every URL used up its 15 s; the rest is for decoding.
+    assert float(seconds) < 75
+    print(f"peak {peak_mb} MB, {seconds} s")
 
     record = records.read("crawl", "web", "00000")
     assert record is not None
@@ -104,7 +106,8 @@ def test_the_whole_hostile_site(site: HostileSite, tmp_path: Path) -> None:
         assert sample["status"] in SAMPLE_STATUSES
         assert (sample["reason"] is None) == (sample["status"] == "ok")
         assert sample["reason"] is None or REASONS[sample["reason"]].status == sample["status"]
-        assert 0 <= sample["seconds"] < 12
+        assert sample["seconds"] >= 0
+        assert sample["status"] not in ("failed", "refused", "opted_out") or sample["seconds"] < 17
         assert sample["detail"] is None or len(sample["detail"]) <= 200
     ok = [sample for sample in samples if sample["status"] == "ok"]
     images = images_of(records, record)
@@ -239,7 +242,7 @@ def test_grey_stays_right_in_every_mode(small_site_worker) -> None:
 
 
 def test_jpeg_of_the_web_goes_to_the_resizer_as_it_is(small_site_worker, site: HostileSite) -> None:
-    """A plain JPEG is decoded by img2dataset alone: what it stores is what its own command line would store."""
+    """A plain JPEG is decoded by img2dataset alone, and stored as its own command line would store it."""
     from img2dataset.resizer import Resizer
 
     records, record = small_site_worker(["/plain.jpg"])

@@ -13,6 +13,8 @@ from pipeline.images import ImageError, check, decode_rgb, encode_bmp, is_plain_
 from tests import hostile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 
+# pytest resets the filters that pipeline.images sets.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 ALL = images.FORMATS
 QUARTERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
 
@@ -42,7 +44,22 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
         encoded(picture(), "GIF"),
         encoded(picture(), "BMP"),
     ],
-    ids=["jpeg", "progressive", "cmyk", "mpo", "exif3", "exif6", "exif8", "png", "palette", "rgba", "rgb16", "webp", "gif", "bmp"],
+    ids=[
+        "jpeg",
+        "progressive",
+        "cmyk",
+        "mpo",
+        "exif3",
+        "exif6",
+        "exif8",
+        "png",
+        "palette",
+        "rgba",
+        "rgb16",
+        "webp",
+        "gif",
+        "bmp",
+    ],
 )
 def test_every_format_shows_the_same_picture(data: bytes) -> None:
     header = probe(data)
@@ -60,7 +77,8 @@ def test_every_orientation(orientation: int) -> None:
     undo = {2: 0, 3: 1, 4: 2, 5: 5, 6: 4, 7: 6, 8: 3}  # orientation -> the transposition that it undoes
     transposes = [
         Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-        Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90, Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90, Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
     ]  # fmt: skip
     stored = picture().transpose(transposes[undo[orientation]]) if orientation in undo else picture()
     for format_name in ("JPEG", "PNG", "WEBP"):

@@ -1,12 +1,23 @@
 """The guarded fetch and its parts. The whole hostile site is crawled in test_crawl.py."""
 
+import functools
+import http.server
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +45,7 @@ def end(fetch: Fetch) -> tuple[str, str | None]:
     return fetch.status, fetch.reason
 
 
-# -- fetching --------------------------------------------------------------------------------------------------
+# -- fetching ----------------------------------------------------------------------------------------------
 
 
 def test_fetch_reports_what_it_did(site: HostileSite) -> None:
@@ -126,23 +137,79 @@ def test_proxies_of_the_environment_are_not_asked(site: HostileSite, monkeypatch
     assert site.canary.requests == 0
 
 
+@pytest.fixture
+def tls_site(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """An https site of its own, and a file with the authority that signed it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    authority = tmp_path / "authority.pem"
+    authority.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "server.pem").write_bytes(private + authority.read_bytes())
+    (tmp_path / "image.jpg").write_bytes(JPEG)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server.server_port, authority
+    server.shutdown()
+    server.server_close()
+
+
+def test_certificates_are_checked(tls_site: tuple[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    port, authority = tls_site
+    config = CrawlConfig(allow_hosts=(f"127.0.0.1:{port}", f"localhost:{port}"), backoff_s=0.01)
+    assert end(Web(config).fetch(f"https://127.0.0.1:{port}/image.jpg")) == ("failed", "tls")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    fetch = Web(config).fetch(f"https://127.0.0.1:{port}/image.jpg")
+    assert end(fetch) == ("ok", None)
+    assert fetch.body is not None and fetch.body.read() == JPEG
+    other_name = Web(config).fetch(f"https://localhost:{port}/image.jpg")
+    assert end(other_name) == ("failed", "tls")
+    assert Web(config).fetch(f"http://127.0.0.1:{port}/image.jpg").status == "failed"
+
+
 def test_user_names_and_fragments_are_not_sent(site: HostileSite) -> None:
     assert end(web(site).fetch(f"http://me:secret@127.0.0.1:{site.port}/plain.jpg#part")) == ("ok", None)
     assert site.requests["/plain.jpg"] == 1
 
 
-# -- addresses -------------------------------------------------------------------------------------------------
+# -- addresses ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["127.0.0.1", "0.0.0.0", "10.1.2.3", "172.31.255.255", "192.168.0.1", "100.64.0.1", "169.254.169.254", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1", "224.0.0.1", "233.252.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::7f00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "2001:db8::1", "3fff::1", "5f00::1"],
-)
+FORBIDDEN = [
+    "127.0.0.1", "0.0.0.0", "10.1.2.3", "172.31.255.255", "192.168.0.1", "100.64.0.1",
+    "169.254.169.254", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1", "224.0.0.1",
+    "233.252.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fec0::1", "fc00::1",
+    "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::7f00:1", "64:ff9b::7f00:1",
+    "64:ff9b:1::1", "2002:7f00:1::", "2001::1", "2001:db8::1", "3fff::1", "5f00::1",
+]  # fmt: skip
+PUBLIC = ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2606:4700::1111"]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN)
 def test_forbidden_addresses(address: str) -> None:
     assert is_forbidden(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2606:4700::1111"])
+@pytest.mark.parametrize("address", PUBLIC)
 def test_public_addresses(address: str) -> None:
     assert not is_forbidden(address)
 
@@ -177,7 +244,7 @@ def test_an_exempt_host_is_exempt_at_its_port_only(site: HostileSite) -> None:
     assert site.canary.requests == 0
 
 
-# -- URLs ------------------------------------------------------------------------------------------------------
+# -- URLs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +293,7 @@ def test_no_text_breaks_the_parser(text: str) -> None:
             assert wire.isascii() and wire.startswith(("http://", "https://"))
 
 
-# -- opt-outs --------------------------------------------------------------------------------------------------
+# -- opt-outs ----------------------------------------------------------------------------------------------
 
 
 def _tags(header: str) -> list[str]:
@@ -347,7 +414,7 @@ def test_robots_txt_that_is_not_there(
     assert site.requests["/plain.jpg"] == (expected[0] == "ok")
 
 
-# -- turns -----------------------------------------------------------------------------------------------------
+# -- turns -------------------------------------------------------------------------------------------------
 
 
 def test_no_more_at_once_than_allowed() -> None:
@@ -380,7 +447,8 @@ def test_no_more_a_second_than_allowed() -> None:
         list(pool.map(work, ["a", "b"] * 11))
     for host in "ab":
         times = sorted(when for name, when in starts if name == host)
-        assert times[-1] - times[0] >= 10 / 50.0
+        # Ten intervals, less what the first may have been late in noting its time.
+        assert times[-1] - times[0] >= 0.15
 
 
 def test_waiting_for_a_turn_is_not_held_against_the_site(site: HostileSite) -> None:

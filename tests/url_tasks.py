@@ -53,9 +53,9 @@ def crawl_task(records: Records, rows: Sequence[Mapping[str, Any]], adopted: str
     if adopted is not None:
         outputs["adopted"] = OutputFile(path=adopted, bytes=Path(adopted).stat().st_size, sha256="", rows=0)
     urls = ShardRecord(
-        stage="urls", source="web", shard=shard, run_id="run", attempt="test", fingerprint=file.sha256, inputs={},
-        outputs=outputs, rows_in=len(rows), rows_out=len(rows), images=0, counts={}, started_at=now(),
-        finished_at=now(),
+        stage="urls", source="web", shard=shard, run_id="run", attempt="test", fingerprint=file.sha256,
+        inputs={}, outputs=outputs, rows_in=len(rows), rows_out=len(rows), images=0, counts={},
+        started_at=now(), finished_at=now(),
     )  # fmt: skip
     return ShardTask(
         corpus=records.storage.root, stage="crawl", source="web", kind="web", shard=shard, run_id="run",

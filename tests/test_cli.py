@@ -1,0 +1,96 @@
+"""The command line as a person meets it: exit codes, one clear line for a mistake, JSON on standard output alone."""
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.demo.site import serving
+from pipeline.records import Records
+from pipeline.storage import Storage
+from tests.processes import cli, start_cli
+from tests.runs import config_file, small_config, with_values
+
+COMMANDS = (
+    "demo run crawl caption rank select submit plan status stats failures sql trace verify gc shards manifest doctor"
+)
+
+
+def test_every_command_is_there_and_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+    documented = set(re.findall(r"^## (\w+)$", page, re.M))
+    assert set(COMMANDS.split()) <= documented
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-c", "absent.toml"], r"absent\.toml: no such config file"),
+        (["run", "-c", "{good}", "--set", "crawl.thread=1"], r"crawl\.thread: unknown key; did you mean crawl\.threads"),
+        (["crawl", "-c", "{good}", "--retry", "everything"], r"--retry 'everything'"),
+        (["run", "-c", "{good}", "--set", "caption.model=./nowhere"], r"caption\.model"),
+        (["caption", "-c", "{good}"], r"no shard|model"),
+        (["stats", "{empty}"], r"no corpus"),
+        (["sql", "{empty}", "SELECT 1"], r"no corpus"),
+        (["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "run"], r"--address http://127\.0\.0\.1:9"),
+        (["submit", "-c", "{good}", "--", "demo"], r"must be one of run, crawl"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_clear_line_and_exit_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "u.csv").write_text("url,caption\nhttp://example.org/a.jpg,a cat\n")
+    good = tmp_path / "good.toml"
+    good.write_text('[corpus]\npath = "corpus"\n[[source]]\nname = "s"\ninput = ["u.csv"]\n')
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(good=good, empty=tmp_path / "empty") for argument in arguments]
+    done = cli(*filled, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(message, done.stderr) and "Traceback" not in done.stderr
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with serving(flaky=False) as url:
+        yield url
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 60, 6)
+    file = str(config_file(config, tmp_path / "c.json"))
+    run = start_cli("run", "-c", file)
+    records = Records(Storage(config.corpus.path))
+    deadline = time.monotonic() + 120
+    while not records.shards(("crawl",)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, output + errors
+    assert "the same command goes on" in output and "Traceback" not in errors
+    assert [record.outcome for record in records.runs()] == ["interrupted"]
+    again = cli("run", "-c", file)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"crawl\s+[1-9]\d* of 10 shards done", again.stdout)
+
+
+@pytest.mark.slow
+def test_plan_before_and_after(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 20, 10)
+    file = str(config_file(config, tmp_path / "c.json"))
+    before = json.loads(cli("plan", "-c", file, "--json").stdout)
+    assert [(row["stage"], row["pending"]) for row in before] == [("urls", 1)]
+    assert not (tmp_path / "corpus").exists(), "plan must not write"
+    crawled = json.loads(cli("crawl", "-c", file, "--json").stdout)
+    assert crawled["outcome"] == "done" and crawled["stages"]["crawl"] == {"done": 2, "total": 2}
+    rows = {row["stage"]: row for row in json.loads(cli("plan", "-c", file, "--json").stdout)}
+    assert rows["crawl"]["done"] == 2 and rows["crawl"]["basis"] == "measured"
+    assert rows["caption"]["pending"] == 2 and rows["caption"]["basis"] == "estimate"
+    assert rows["caption"]["worker_hours"] > 0
+    smaller = with_values(config, crawl={"image_size_px": 32})
+    stale = {row["stage"]: row for row in json.loads(cli("plan", "-c", str(config_file(smaller, tmp_path / "d.json")), "--json").stdout)}
+    assert stale["crawl"]["stale"] == 2

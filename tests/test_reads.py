@@ -1,0 +1,235 @@
+"""The reading commands: tables and JSON, exit codes, and messages that mend."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from jobs.cli import app
+from jobs.render import cell
+from pipeline.report import quantiles
+from schemas.errors import CapfiltError
+from tests.corpora import RUN, Corpus, make_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    made = make_corpus(str(tmp_path_factory.mktemp("reads") / "corpus"), sources=("cc", "laion"))
+    made.add_retry("cc", of="00000", shard="00002", batch=1)
+    made.make("cc", "00002")
+    made.manifest.compact()
+    return made
+
+
+def capfilt(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def answer(*arguments: str) -> object:
+    result = capfilt(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("status",),
+        ("stats",),
+        ("failures",),
+        ("failures", "--hosts"),
+        ("shards",),
+        ("verify",),
+        ("verify", "--quick"),
+        ("gc", "--dry-run"),
+    ],
+)
+def test_every_read_answers_as_a_table_and_as_json(corpus: Corpus, command: tuple[str, ...]) -> None:
+    result = capfilt(command[0], corpus.root, *command[1:])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+    assert answer(command[0], corpus.root, *command[1:]) is not None
+
+
+def test_status(corpus: Corpus) -> None:
+    found = answer("status", corpus.root)
+    stages = {
+        (row["source"], row["stage"]): (row["done"], row["total"], row["images"]) for row in found["stages"]
+    }
+    assert stages["cc", "crawl"] == (3, 3, 19)
+    assert stages["laion", "select"] == (2, 2, 18)
+    assert {row["source"]: (row["urls"], row["retried"], row["images"]) for row in found["sources"]} == {
+        "cc": (24, 1, 19),
+        "laion": (24, 0, 18),
+    }
+    assert (found["last_run"]["run_id"], found["last_run"]["outcome"]) == (RUN, "done")
+    assert found["attempts"] == []
+
+
+def test_status_of_a_run_under_way(tmp_path: Path) -> None:
+    made = make_corpus(str(tmp_path / "corpus"), shards=2, stages=())
+    made.make("cc", "00000", ("crawl",))
+    made.records.begin_attempt("crawl", "cc", "00001", "0123456789ab", RUN)
+    found = answer("status", made.root)
+    rows = {row["stage"]: (row["done"], row["total"]) for row in found["stages"]}
+    assert rows == {"crawl": (1, 2), "caption": (0, 2), "rank": (0, 2), "select": (0, 2)}
+    assert [(row["stage"], row["shard"], row["run_id"]) for row in found["attempts"]] == [
+        ("crawl", "00001", RUN)
+    ]
+
+
+def test_stats_are_sums_of_the_records(corpus: Corpus) -> None:
+    found = answer("stats", corpus.root)
+    ok = sum(row["rows"] for row in found["outcomes"] if (row["stage"], row["status"]) == ("crawl", "ok"))
+    assert ok == 37
+    scores = next(row for row in found["histograms"] if (row["source"], row["name"]) == ("cc", "kept_score"))
+    assert scores["p05"] <= scores["p50"] <= scores["p95"]
+    assert (
+        scores["values"]
+        == corpus.manifest.query("SELECT sum(len(captions)) FROM curated WHERE source = 'cc'").rows[0][0]
+    )
+    assert {row["stage"] for row in found["throughput"]} == {"crawl", "caption", "rank", "select"}
+
+
+def test_quantiles_of_a_histogram() -> None:
+    found = quantiles([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], [50, 0, 50])
+    assert found == {"p05": 0.1, "p25": 0.5, "p50": 1.0, "p75": 2.5, "p95": 2.9}
+    assert quantiles([0.0], [1.0], [0]) == {}
+
+
+def test_failures_count_each_url_once(corpus: Corpus) -> None:
+    rows = answer("failures", corpus.root)
+    assert {(row["source"], row["reason"]): row["samples"] for row in rows} == {
+        ("cc", "timeout"): 1,  # of two, one was retried with success
+        ("cc", "http_4xx"): 2,
+        ("cc", "not_an_image"): 2,
+        ("laion", "timeout"): 2,
+        ("laion", "http_4xx"): 2,
+        ("laion", "not_an_image"): 2,
+    }
+    assert {row["reason"] for row in rows if row["transient"]} == {"timeout"}
+    hosts = answer("failures", corpus.root, "--hosts", "--source", "laion", "--limit", "1")
+    assert len(hosts) == 1
+    assert hosts[0]["host"] in hosts[0]["example"]
+
+
+def test_shards_can_be_chosen(corpus: Corpus) -> None:
+    rows = answer("shards", corpus.root, "--stage", "rank", "--source", "cc")
+    assert [(row["stage"], row["shard"], row["state"]) for row in rows] == [
+        ("rank", f"0000{number}", "committed") for number in range(3)
+    ]
+    assert answer("shards", corpus.root, "--state", "quarantined") == []
+
+
+def test_sql_prints_tables_json_and_csv(corpus: Corpus) -> None:
+    ask = "SELECT source, count(*) AS n, NULL AS nothing FROM samples GROUP BY source ORDER BY source"
+    assert answer("sql", corpus.root, ask) == [
+        {"source": "cc", "n": 24, "nothing": None},
+        {"source": "laion", "n": 24, "nothing": None},
+    ]
+    assert capfilt("sql", corpus.root, ask).stdout.splitlines()[0].split() == ["source", "n", "nothing"]
+    assert capfilt("sql", corpus.root, ask, "--csv").stdout.split() == [
+        "source,n,nothing",
+        "cc,24,",
+        "laion,24,",
+    ]
+    assert "first 3 rows" in capfilt("sql", corpus.root, "FROM samples", "--limit", "3").stderr
+    odd = "SELECT 'NaN'::FLOAT AS a, [1, 2] AS b, MAP {'k': 1.5} AS c, TIMESTAMP '2026-01-01' AS d, 1.5::DECIMAL AS e"
+    assert answer("sql", corpus.root, odd)[0] == {
+        "a": None,
+        "b": [1, 2],
+        "c": {"k": 1.5},
+        "d": "2026-01-01T00:00:00",
+        "e": 1.5,
+    }
+
+
+def test_sql_refuses_with_the_users_exit_code(corpus: Corpus) -> None:
+    result = capfilt("sql", corpus.root, "DROP VIEW samples")
+    assert isinstance(result.exception, CapfiltError)
+    assert "read-only" in str(result.exception)
+
+
+def test_trace_prints_the_whole_way(corpus: Corpus) -> None:
+    curated = corpus.manifest.query(
+        "SELECT uid, url, caption FROM curated WHERE source = 'cc' LIMIT 1"
+    ).dicts()[0]
+    result = capfilt("trace", corpus.root, curated["uid"])
+    for word in (
+        curated["url"],
+        curated["caption"],
+        "kept as number 1",
+        "blip-tiny",
+        "clip-tiny",
+        RUN,
+        "curated/cc/",
+    ):
+        assert word in result.stdout
+    assert answer("trace", corpus.root, curated["uid"])[0]["url"] == curated["url"]
+
+
+def test_verify_exits_with_1_where_something_differs(tmp_path: Path) -> None:
+    made = make_corpus(str(tmp_path / "corpus"), shards=1)
+    made.storage.delete("curated/cc/00000.tar")
+    result = capfilt("verify", made.root)
+    assert result.exit_code == 1
+    assert "curated/cc/00000.tar  missing" in result.stdout
+    assert json.loads(capfilt("verify", made.root, "--json").stdout)["differences"] == [
+        {"path": "curated/cc/00000.tar", "what": "missing"}
+    ]
+
+
+def test_gc_lists_then_removes(tmp_path: Path) -> None:
+    made = make_corpus(str(tmp_path / "corpus"), shards=1)
+    path = tmp_path / "corpus" / "raw" / "cc" / "00000.0123456789ab.tar"
+    path.write_bytes(b"x" * 1000)
+    os.utime(path, (0, 0))
+    assert answer("gc", made.root, "--dry-run")["bytes"] == 1000
+    assert path.exists()
+    found = answer("gc", made.root, "--older-than", "7d")
+    assert [file["path"] for file in found["files"]] == ["raw/cc/00000.0123456789ab.tar"]
+    assert not path.exists()
+    assert "--older-than" in str(capfilt("gc", made.root, "--older-than", "soon").exception)
+
+
+def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
+    made = make_corpus(str(tmp_path / "corpus"), shards=1)
+    assert answer("manifest", "compact", made.root) == {"rows": 9}
+    assert answer("manifest", "compact", made.root) == {"rows": 0}
+    assert answer("manifest", "rebuild", made.root) == {"shards": 5, "runs": 2, "models": 2, "checkpoints": 0}
+    assert (tmp_path / "corpus" / "manifest.duckdb").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "stats", "failures", "shards", "verify", "gc"])
+def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path, command: str) -> None:
+    result = capfilt(command, str(tmp_path / "nowhere"))
+    assert isinstance(result.exception, CapfiltError)
+    assert "is no corpus" in str(result.exception)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_doctor_examines_machine_and_storage(tmp_path: Path) -> None:
+    result = capfilt("doctor", str(tmp_path / "corpus"), "--json")
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert {"python", "torch", "dataclasses", "import", "gpu", "scratch", "storage"} <= checks.keys()
+    assert checks["storage"]["state"] == "ok"
+    assert result.exit_code == 0, result.stdout
+    assert list((tmp_path / "corpus").iterdir()) == []
+
+
+def test_doctor_names_what_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = capfilt("doctor", str(tmp_path / "file" / "corpus"), "--json")
+    storage = next(check for check in json.loads(result.stdout) if check["name"] == "storage")
+    assert (result.exit_code, storage["state"]) == (2, "fail")
+    assert storage["mend"]
+
+
+def test_cells_are_safe_and_readable() -> None:
+    assert cell("\x1b[31mred\x07\n") == " [31mred  "
+    assert cell(1_234_567, "bytes") == "1.2 MB"
+    assert cell(0.1234, "success_share") == "12.3%"
+    assert cell(None) == "-"
+    assert cell(9455060818151941823, "seed") == "9455060818151941823"
