@@ -92,8 +92,8 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
     """Say what is pending and stale and what it will cost, before any spending."""
     from jobs.summary import plan_corpus, print_plan
 
-    rows = plan_corpus(_load(config, set_))
-    print(json.dumps(rows)) if json_ else print_plan(rows)
+    found = plan_corpus(_load(config, set_))
+    print(json.dumps(found)) if json_ else print_plan(found)
 
 
 @app.command()

@@ -5,10 +5,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Literal
 
 import ray
@@ -89,11 +90,16 @@ def digests_of(weights: dict[Stage, list[Weights]]) -> ModelDigests:
 
 
 def survey_corpus(
-    config: CapfiltConfig, records: Records, models: ModelDigests, stages: tuple[Stage, ...]
+    config: CapfiltConfig,
+    records: Records,
+    models: ModelDigests,
+    stages: tuple[Stage, ...],
+    unread_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Survey, dict[tuple[str, str], ShardRecord]]:
     """Return where the corpus stands, and its url shards."""
     urls = url_shards(records)
-    return survey(config, models, urls, records.shards(), records.quarantined(), stages), urls
+    found = survey(config, models, urls, records.shards(), records.quarantined(), stages, unread_rows)
+    return found, urls
 
 
 def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResult:

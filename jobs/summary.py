@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.run import RunResult, digests_of, model_weights, survey_corpus
-from pipeline.intake import unread_lists
-from pipeline.plan import StageCount
+from pipeline.intake import unread_rows
 from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
@@ -49,29 +48,31 @@ def print_result(result: RunResult, console: Console) -> None:
         console.print("the same command tries them again; capfilt shards CORPUS --state quarantined shows the errors")
 
 
-def plan_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
+def plan_corpus(config: CapfiltConfig) -> dict[str, Any]:
     """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing."""
     records = Records(Storage(config.corpus.path))
-    models = digests_of(model_weights(config, STAGES))
-    survey, _ = survey_corpus(config, records, models, STAGES)
-    rows = [asdict(count) for count in survey.counts]
-    rows += [
-        asdict(StageCount(stage="urls", source=source)) | {"pending": files}
-        for source, files in unread_lists(config, records).items()
-    ]
-    return rows
+    # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
+    begun = tuple(stage for stage in STAGES if records.storage.list(f"records/{stage}"))
+    models = digests_of(model_weights(config, begun))
+    rows = unread_rows(config, records)
+    survey = survey_corpus(config, records, models, STAGES, rows)[0]
+    return {
+        "stages": [asdict(count) for count in survey.counts],
+        "unread_rows": rows,
+        "gpu_hours": sum(count.gpu_hours for count in survey.counts),
+        "worker_hours": sum(count.worker_hours for count in survey.counts),
+        "bytes": sum(count.bytes_left for count in survey.counts),
+    }
 
 
-def print_plan(rows: list[dict[str, Any]]) -> None:
+def print_plan(plan: dict[str, Any]) -> None:
     """Print the plan as a table with its totals."""
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "source"):
         table.add_column(title)
     for title in ("shards", "done", "pending", "stale", "images left", "worker-hours", "GPU-hours", "GB", "basis"):
         table.add_column(title, justify="right")
-    for row in rows:
-        if row["stage"] == "urls":
-            continue
+    for row in plan["stages"]:
         table.add_row(
             row["stage"],
             row["source"],
@@ -83,8 +84,10 @@ def print_plan(rows: list[dict[str, Any]]) -> None:
         )
     console = Console()
     console.print(table)
-    for row in rows:
-        if row["stage"] == "urls":
-            console.print(f"{row['source']}: {row['pending']} list files not read yet (capfilt run reads them)")
-    gpu_hours = sum(row["gpu_hours"] for row in rows)
-    console.print(f"in all: {gpu_hours:,.2f} GPU-hours, {sum(row['bytes_left'] for row in rows) / 1e9:,.2f} GB to write")
+    for source, rows in plan["unread_rows"].items():
+        console.print(f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False)
+    console.print(
+        f"in all: {plan['worker_hours']:,.2f} worker-hours, of which {plan['gpu_hours']:,.2f} GPU-hours; "
+        f"{plan['bytes'] / 1e9:,.2f} GB to write",
+        highlight=False,
+    )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.fingerprint import digest_json
 from pipeline.foreign import ForeignShard, find_foreign_shards
-from pipeline.lists import find_files
+from pipeline.lists import count_rows, find_files
 from pipeline.pairs import Pairs
 from pipeline.records import Records, now
 from pipeline.storage import FileInfo, temporary_folder
@@ -95,13 +95,21 @@ def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[Int
     return [_take_in(found, config, records, run_id) for found in inputs]
 
 
-def unread_lists(config: CapfiltConfig, records: Records) -> dict[str, int]:
-    """Return, by source, how many files of its input wait to be read; changes nothing."""
-    waiting = {}
+def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
+    """Return, by source, how many rows its lists hold beyond those taken in; changes nothing.
+
+    Where a list was changed rather than lengthened this is an estimate: its URLs are compared only by a run.
+    """
+    rows = {}
     for source in config.source:
-        if lists := _find_input(source, records).unread(records.intakes(source.name)):
-            waiting[source.name] = len(lists)
-    return waiting
+        found, earlier = _find_input(source, records), records.intakes(source.name)
+        if not (lists := found.unread(earlier)):
+            continue
+        form = "parquet" if source.format == "img2dataset" else source.format
+        held = sum(count_rows(records.storage, path, form, source.url_column) for path in lists)
+        taken = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
+        rows[source.name] = max(held - taken, 0)
+    return rows
 
 
 def _find_input(source: SourceConfig, records: Records) -> _Input:

@@ -91,6 +91,15 @@ def read_columns(storage: Storage, path: str, form: str, columns: Sequence[str])
                 yield from _read_json_lines(_text(file, path), path, columns)
 
 
+def count_rows(storage: Storage, path: str, form: str, column: str) -> int:
+    """Return the rows of one list: from a Parquet file's footer, else by reading a column."""
+    form = _format_of(path) if form == "auto" else form
+    if form == "parquet":
+        with _readable(path), storage.open(path) as file:
+            return pq.read_metadata(file).num_rows
+    return sum(len(batch[column]) for batch in read_columns(storage, path, form, [column]))
+
+
 def _format_of(path: str) -> Format:
     name = path.removesuffix(".gz")
     for suffix, form in _SUFFIXES.items():

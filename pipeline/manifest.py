@@ -32,7 +32,7 @@ from schemas.catalog import (
     record_views,
     registered_relations,
 )
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, CorruptShardError
 
 CATALOG = "manifest.duckdb"
 _CATALOG_SQL = "manifest/catalog.sql"
@@ -83,9 +83,13 @@ class Manifest:
         self._write_catalog()
         return rows
 
-    def open(self) -> "Query":
-        """Return a connection for this package's own questions, as of now; use it as a context manager."""
-        return Query(self.storage, self._parts, in_place=True)
+    def open(self, *, in_place: bool = False) -> "Query":
+        """Return a connection for this package's own questions, as of now; use it as a context manager.
+
+        Args:
+            in_place: see ``Query``; for questions that search samples, not for those to the records alone.
+        """
+        return Query(self.storage, self._parts, in_place=in_place)
 
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
@@ -181,7 +185,7 @@ class Query:
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
         if self._in_place and files:
             paths = [self._storage.url(path) for _, path in sorted(files.items())]
-            self._connection.execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
+            self._execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
         else:
             self._connection.register(name, self._dataset(files, schema))
 
@@ -211,7 +215,14 @@ class Query:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Return the rows of this package's own SQL."""
-        return _fetch(self._connection.execute(sql, list(parameters)), None).dicts()
+        return _fetch(self._execute(sql, parameters), None).dicts()
+
+    def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
+        try:
+            return self._connection.execute(sql, list(parameters))
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            first = str(error).splitlines()[0]
+            raise CorruptShardError(f"{first}; `capfilt verify CORPUS` names every damaged file") from error
 
     def seal(self) -> None:
         """Take away every way out of the database, for good."""

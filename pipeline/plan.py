@@ -4,8 +4,10 @@
 of one ask it, so that they cannot disagree.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from pipeline.fingerprint import stage_fingerprint
@@ -135,9 +137,11 @@ def survey(
     committed: Mapping[ShardId, ShardRecord],
     quarantined: Mapping[ShardId, QuarantineRecord],
     stages: tuple[Stage, ...] = STAGES,
+    unread_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> Survey:
     """Compare what the config asks for with what is committed.
 
+    ``unread_rows``: rows of lists that no intake has read, by source; planned for as if each were a new URL.
     A stage downstream of a pending or stale one counts as pending or stale itself when it is among ``stages``:
     the run will make its input anew first.
     """
@@ -173,6 +177,14 @@ def survey(
                     stale.append((stage, source, shard))
         if wanted:
             todo.append((int(shard), source, shard))
+    for source, rows in unread_rows.items():
+        for stage in stages_of(kinds[source]):
+            if rows and stage in stages:
+                count = counts.setdefault((stage, source), StageCount(stage=stage, source=source))
+                shards = math.ceil(rows / config.corpus.samples_per_shard)
+                count.total += shards
+                count.pending += shards
+                count.images_left += round(rows * _ESTIMATED_SUCCESS)
     result = Survey(counts=list(counts.values()), todo=[item[1:] for item in sorted(todo)], stale=stale)
     _estimate_cost(config, result, committed)
     return result

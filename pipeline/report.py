@@ -76,7 +76,7 @@ def failures(
 ) -> list[Row]:
     """Return the samples that are not ok, by reason (and host), most frequent first, with one example each."""
     by = "source, status, reason, host" if hosts else "source, status, reason"
-    with manifest.open() as query:
+    with manifest.open(in_place=True) as query:
         rows = query.rows(
             f"""SELECT {by}, count(*) AS samples, arg_min(http_status, url) AS http_status, min(url) AS example,
                 arg_min(detail, url) AS detail

@@ -25,7 +25,7 @@ def trace(manifest: Manifest, who: str) -> list[Row]:
 
     Raises CapfiltError where no list has it.
     """
-    with manifest.open() as query:
+    with manifest.open(in_place=True) as query:
         found = _find(query, who)
         if not found:
             kind = "uid" if _UID.fullmatch(who) else "URL"

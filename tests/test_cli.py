@@ -82,15 +82,21 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(base_url: str, tmp_pa
 def test_plan_before_and_after(base_url: str, tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 20, 10)
     file = str(config_file(config, tmp_path / "c.json"))
-    before = json.loads(cli("plan", "-c", file, "--json").stdout)
-    assert [(row["stage"], row["pending"]) for row in before] == [("urls", 1)]
+
+    def plan(file: str) -> dict:
+        return json.loads(cli("plan", "-c", file, "--json").stdout)
+
+    before = plan(file)
+    assert before["unread_rows"] == {"world": 20} and before["worker_hours"] > 0 and before["bytes"] > 0
+    assert [(row["stage"], row["pending"], row["basis"]) for row in before["stages"]] == [
+        (stage, 2, "estimate") for stage in ("crawl", "caption", "rank", "select")
+    ]
     assert not (tmp_path / "corpus").exists(), "plan must not write"
     crawled = json.loads(cli("crawl", "-c", file, "--json").stdout)
     assert crawled["outcome"] == "done" and crawled["stages"]["crawl"] == {"done": 2, "total": 2}
-    rows = {row["stage"]: row for row in json.loads(cli("plan", "-c", file, "--json").stdout)}
+    rows = {row["stage"]: row for row in plan(file)["stages"]}
     assert rows["crawl"]["done"] == 2 and rows["crawl"]["basis"] == "measured"
     assert rows["caption"]["pending"] == 2 and rows["caption"]["basis"] == "estimate"
-    assert rows["caption"]["worker_hours"] > 0
     smaller = with_values(config, crawl={"image_size_px": 32})
-    stale = {row["stage"]: row for row in json.loads(cli("plan", "-c", str(config_file(smaller, tmp_path / "d.json")), "--json").stdout)}
+    stale = {row["stage"]: row for row in plan(str(config_file(smaller, tmp_path / "d.json")))["stages"]}
     assert stale["crawl"]["stale"] == 2

@@ -102,3 +102,11 @@ def test_an_unknown_sample_is_the_users_mistake(tmp_path, who: str) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"), shards=1, stages=("crawl",))
     with pytest.raises(CapfiltError, match="no sample of"):
         trace(corpus.manifest, who)
+
+
+def test_a_damaged_file_is_named(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    path = corpus.records.read("crawl", "cc", "00000").outputs["parquet"].path
+    corpus.storage.write(path, b"not Parquet")
+    with pytest.raises(CapfiltError, match=rf"{path}.*capfilt verify"):
+        trace(corpus.manifest, "0" * 32)
