@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 import ray
 
+from jobs.environment import WORKER_ENVIRONMENT
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import Stage
-
-# Asked for by albumentations (it calls home at import) and tokenizers (they warn after a fork).
-WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Rows are shard names: the object store holds next to nothing.
 _OBJECT_STORE_BYTES = 128 << 20

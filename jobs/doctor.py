@@ -19,8 +19,16 @@ from schemas.errors import CapfiltError
 
 _MIN_FREE_BYTES = 20_000_000_000
 _LIBRARIES = (
-    "torch", "torchvision", "transformers", "open_clip_torch", "webdataset", "img2dataset", "ray", "pyarrow", "duckdb",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "img2dataset",
+    "ray",
+    "pyarrow",
+    "duckdb",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +100,7 @@ def _canonical(name: str) -> str:
 
 
 def _dataclasses() -> Check:
-    """img2dataset installs a backport of ``dataclasses`` that breaks Python when it comes before the standard one."""
+    """img2dataset installs a backport of ``dataclasses``, which breaks Python where it comes first."""
     import dataclasses
 
     shadowed = "site-packages" in (dataclasses.__file__ or "")

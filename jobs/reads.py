@@ -1,7 +1,7 @@
 """The commands that read a corpus: status stats failures shards sql trace verify; and gc, manifest, doctor.
 
-Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value. Libraries
-are imported inside, so that ``capfilt --help`` stays quick.
+Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value.
+Libraries are imported inside, so that ``capfilt --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def trace(
     ],
     json_: JsonOption = False,
 ) -> None:
-    """Show one sample's whole way: URL, fetch, shard, captions with scores, what was kept and why, and who did it."""
+    """Show one sample's whole way: fetch, shard, captions with scores, what was kept and why, by whom."""
     from jobs.render import print_json
     from pipeline.trace import trace as trace_sample
 
@@ -216,7 +216,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Recount and re-hash everything against the records; name each difference. Exit code 1 if there is one."""
+    """Recount and re-hash everything against the records; exit code 1 and each difference if any."""
     from dataclasses import asdict
 
     from jobs.render import print_json, print_table, readable_bytes
@@ -307,7 +307,7 @@ def doctor(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check machine, libraries, storage and weights, and say what mends what. Exit code 2 if something fails."""
+    """Check machine, libraries, storage and weights, say what mends what; exit code 2 if one fails."""
     from dataclasses import asdict
 
     from jobs.doctor import examine

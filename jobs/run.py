@@ -169,7 +169,7 @@ def _refuse(before: Survey, options: RunOptions) -> None:
         )
     total = sum(count.total for count in before.counts)
     waiting = sum(count.waiting for count in before.counts)
-    if total and total == waiting:
+    if "crawl" not in options.stages and total == waiting:
         raise CapfiltError(
             f"no shard is ready for {' and '.join(options.stages)}: run the stages before it first (capfilt run)"
         )

@@ -6,18 +6,20 @@ be where every node can reach them (shared folders, S3, the hub).
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import WORKER_ENVIRONMENT
+from jobs.environment import WORKER_ENVIRONMENT, send_token_if_there_is_one
 from pipeline.configfile import dump_config, load_config
 from pipeline.fingerprint import digest_json
 from schemas.config import CapfiltConfig
@@ -27,6 +29,7 @@ _COMMANDS = ("run", "crawl", "caption", "rank", "select")
 _PACKAGES = ("pipeline", "training", "jobs", "schemas")
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CONFIG_NAME = "corpus.json"
+_AGENT_WAIT_S = 60.0
 
 
 def submit_job(
@@ -102,22 +105,21 @@ def _refuse_relative_paths(config: CapfiltConfig) -> None:
 
 
 def _client(address: str) -> Any:
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"  # the client would otherwise send no token and be refused
+    send_token_if_there_is_one()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    # Its progress lines (uploads, closed sockets) are not the job's.
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise CapfiltError(
+            f"--address {address}: the cluster refused us: {str(error).splitlines()[0]}; put its token into "
+            "RAY_AUTH_TOKEN, or into a file that RAY_AUTH_TOKEN_PATH names"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapfiltError(f"--address {address}: the Jobs API did not answer: {error}") from error
-
-
-def _has_token() -> bool:
-    return bool(
-        os.environ.get("RAY_AUTH_TOKEN")
-        or os.environ.get("RAY_AUTH_TOKEN_PATH")
-        or (Path.home() / ".ray" / "auth_token").is_file()
-    )
 
 
 def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[str, bool]:
@@ -132,20 +134,25 @@ def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[st
     job_id = base if not jobs else f"{base}-{len(jobs) + 1}"
     with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
         make_working_directory(config, Path(folder))
-        rest = shlex.join(arguments[1:])
-        try:
-            client.submit_job(
-                entrypoint=f"python -m jobs.cli {arguments[0]} -c {_CONFIG_NAME} {rest}".strip(),
-                submission_id=job_id,
-                runtime_env=runtime_environment(config, Path(folder)),
-                metadata={"corpus": config.corpus.path},
-            )
-        except RuntimeError as error:
-            # Somebody submitted the same between our look and our try: theirs is as good.
-            if "already exists" in str(error):
-                return job_id, True
-            raise CapfiltError(f"the cluster refused the job: {error}") from error
-    return job_id, False
+        job = {
+            "entrypoint": shlex.join(["python", "-m", "jobs.cli", arguments[0], "-c", _CONFIG_NAME, *arguments[1:]]),
+            "submission_id": job_id,
+            "runtime_env": runtime_environment(config, Path(folder)),
+            "metadata": {"corpus": config.corpus.path},
+        }
+        deadline = time.monotonic() + _AGENT_WAIT_S
+        while True:
+            try:
+                client.submit_job(**job)
+                return job_id, False
+            except RuntimeError as error:
+                # Somebody submitted the same between our look and our try: theirs is as good.
+                if "already exists" in str(error):
+                    return job_id, True
+                # A head node answers before the agent that starts jobs is up.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise CapfiltError(f"the cluster refused the job: {error}") from error
+                time.sleep(1)
 
 
 async def _follow(client: Any, job_id: str) -> int:

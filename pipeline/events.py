@@ -1,4 +1,4 @@
-"""Records as rows of the manifest's tables: what each JSON file under records/ says, in the tables' columns."""
+"""Records as rows of the manifest's tables: what each JSON file under records/ says, by column."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Files that no record refers to: what killed attempts left. Found by age and by the records, then removed."""
+"""Files that no record refers to: what killed attempts left, found by age and by the records."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

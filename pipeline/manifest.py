@@ -1,11 +1,12 @@
 """The manifest in SQL: ``manifest.duckdb`` for everyone's own DuckDB, and a sandbox for ``capfilt sql``.
 
-``manifest.duckdb`` holds views and macros alone, so no process ever needs a database's write lock: a run commits
-records and adds Parquet parts (pipeline/parts.py) while any number of people query.
+``manifest.duckdb`` holds views and macros alone, so no process ever needs a database's write lock: a run
+commits records and adds Parquet parts (pipeline/parts.py) while any number of people query.
 
-The sandbox is an in-memory database over registered Arrow data without any access to files. DuckDB's own list of
-allowed paths would not do: ``WITH x AS (COPY ... TO 'allowed') SELECT`` counts as a SELECT and writes. Nor would
-``register_filesystem``: DuckDB 2.0 seeks and reads one Python file handle from several threads.
+The sandbox is an in-memory database over registered Arrow data without any access to files. DuckDB's own
+list of allowed paths would not do: ``WITH x AS (COPY ... TO 'allowed') SELECT`` counts as a SELECT and
+writes. Nor would ``register_filesystem``: DuckDB 2.0 seeks and reads one Python file handle from several
+threads.
 """
 
 import re
@@ -72,7 +73,7 @@ class Manifest:
         self._parts = Parts(storage)
 
     def compact(self) -> int:
-        """Copy new records into the manifest's Parquet and see that the catalog exists; return the new rows."""
+        """Copy new records into the manifest's Parquet, see that the catalog exists; return the new rows."""
         rows = self._parts.compact()
         self._write_catalog()
         return rows
@@ -96,7 +97,8 @@ class Manifest:
     ) -> Answer:
         """Answer one SELECT (or plain EXPLAIN) in the sandbox.
 
-        Raises CapfiltError for anything that is not a single read, for errors in the SQL, and after ``timeout_s``.
+        Raises CapfiltError for anything that is not a single read, for errors in the SQL, and after
+        ``timeout_s``.
         """
         with Query(self.storage, self._parts, memory=memory) as connection:
             connection.seal()
@@ -134,8 +136,8 @@ class Query:
     """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened.
 
     Args:
-        in_place: DuckDB may open the files itself where they are local: seven times faster at finding one row than
-            through Arrow, which reads every column of it; but then it has access to files.
+        in_place: DuckDB may open the files itself where they are local, and so has access to files. Faster at
+            finding one row, of which Arrow reads every column of every file.
     """
 
     def __init__(
@@ -252,7 +254,7 @@ class Query:
 
 
 def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Refuse all but one SELECT, or a plain EXPLAIN of one: EXPLAIN ANALYZE runs its statement, a COPY too."""
+    """Refuse all but one SELECT or its plain EXPLAIN: EXPLAIN ANALYZE runs its statement, a COPY too."""
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise CapfiltError(f"one statement at a time: this has {len(statements)}")

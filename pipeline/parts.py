@@ -1,10 +1,10 @@
-"""The manifest's Parquet parts: append-only copies of the records, so that SQL need not open thousands of files.
+"""The manifest's Parquet parts: append-only copies of the records, so that SQL opens few files.
 
     manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
 
-A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep one.
-Small parts are merged: the merged part names those it replaces, which go only after a while, so that a reader
-that has already listed them still finds them.
+A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep
+one. Small parts are merged: the merged part names those it replaces, which go only after a while, so that a
+reader that has already listed them still finds them.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Parts:
         self._known: dict[str, _Part] = {}
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return each table's rows as of now: all parts, and the records that no part holds yet. Writes nothing."""
+        """Return each table's rows as of now: all parts, and the records in none. Writes nothing."""
         try:
             return self._tables()
         except FileNotFoundError:  # a rebuild deleted a part that was just listed
@@ -65,7 +65,7 @@ class Parts:
         }
 
     def compact(self) -> int:
-        """Write the records that no part holds yet as one part a table, merge small parts; return the new rows."""
+        """Write the records that no part holds as one part a table, merge small ones; return the new rows."""
         parts = self._list()
         fresh = self._unseen(parts)
         for table, rows in fresh.items():

@@ -57,7 +57,7 @@ def status(manifest: Manifest) -> dict[str, Any]:
 
 
 def stats(manifest: Manifest) -> dict[str, list[Row]]:
-    """Return success, outcomes, quantiles of every histogram, and rates: sums over records, no sample is read."""
+    """Return success, outcomes, quantiles of every histogram, rates: sums over records, no sample is read."""
     with manifest.open() as query:
         bins = query.rows(
             """SELECT source, stage, name, low, high, sum("count")::BIGINT AS "count" FROM bins
@@ -74,11 +74,12 @@ def stats(manifest: Manifest) -> dict[str, list[Row]]:
 def failures(
     manifest: Manifest, *, hosts: bool = False, source: str | None = None, limit: int = 50
 ) -> list[Row]:
-    """Return the samples that are not ok, by reason (and host), most frequent first, with one example each."""
+    """Return the samples that are not ok, by reason (and host), most frequent first, with an example each."""
     by = "source, status, reason, host" if hosts else "source, status, reason"
     with manifest.open(in_place=True) as query:
         rows = query.rows(
-            f"""SELECT {by}, count(*) AS samples, arg_min(http_status, url) AS http_status, min(url) AS example,
+            f"""SELECT {by}, count(*) AS samples, arg_min(http_status, url) AS http_status, min(url) AS
+            example,
                 arg_min(detail, url) AS detail
             FROM failures WHERE $1 IS NULL OR source = $1
             GROUP BY {by} ORDER BY samples DESC, {by} LIMIT $2""",
@@ -101,12 +102,13 @@ def shards(
     """Return the table of shards, those that match."""
     with manifest.open() as query:
         return query.rows(
-            """SELECT stage, source, shard, state, rows_in, rows_out, images, bytes, seconds['total'] AS seconds,
+            """SELECT stage, source, shard, state, rows_in, rows_out, images, bytes,
+                seconds['total'] AS seconds,
                 run_id, attempt, host, device, finished_at, error
             FROM shards WHERE ($1 IS NULL OR stage = $1) AND ($2 IS NULL OR source = $2)
                 AND ($3 IS NULL OR state = $3)
-            ORDER BY source, shard, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage), finished_at
-            LIMIT $4""",
+            ORDER BY source, shard, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage),
+            finished_at LIMIT $4""",
             (stage, source, state, limit),
         )
 

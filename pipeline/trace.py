@@ -1,4 +1,4 @@
-"""One sample's whole way: list, fetch, shard, captions with scores, what was kept and why, and who made each."""
+"""One sample's whole way: list, fetch, shard, captions with scores, what was kept and why, by whom."""
 
 import json
 import re
@@ -30,8 +30,8 @@ def trace(manifest: Manifest, who: str) -> list[Row]:
         if not found:
             kind = "uid" if _UID.fullmatch(who) else "URL"
             raise CapfiltError(
-                f"no sample of {manifest.storage.root} has the {kind} {who!r}; it is compared letter by letter, and "
-                "only what was crawled is listed: capfilt status shows what is not yet"
+                f"no sample of {manifest.storage.root} has the {kind} {who!r}; it is compared letter by letter, "
+                "and only what was crawled is listed: `capfilt status` shows what is not yet"
             )
         ways: dict[tuple[str, str], list[str]] = {}
         for row in found:
@@ -42,7 +42,8 @@ def trace(manifest: Manifest, who: str) -> list[Row]:
 def _find(query: Query, who: str) -> list[Row]:
     """Return source, uid and shard of every crawled row of a sample, those a retry replaced included.
 
-    The uid alone says nothing about the shard: this reads one column of every raw Parquet, and no other step does.
+    The uid alone says nothing about the shard: this reads one column of every raw Parquet, and no other
+    step does.
     """
     column = "uid" if _UID.fullmatch(who) else "url"
     return query.rows(
@@ -62,7 +63,8 @@ def _way(query: Query, source: str, uid: str, shards: list[str]) -> Row:
     candidates = query.rows(f"SELECT * FROM candidates WHERE {at} AND uid = $1", (uid,))
     selection = query.rows(f"SELECT * FROM base.curated WHERE {at} AND uid = $1", (uid,))
     stages = query.rows(
-        f"""SELECT stage, shard, state, run_id, attempt, fingerprint, models, paths, rows_in, rows_out, started_at,
+        f"""SELECT stage, shard, state, run_id, attempt, fingerprint, models, paths, rows_in, rows_out,
+        started_at,
             finished_at, host, device, versions, error
         FROM shards WHERE {_at(source, *shards)} ORDER BY shard, {_ORDER}, finished_at"""
     )

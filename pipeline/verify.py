@@ -1,8 +1,8 @@
 """Recount and re-hash a corpus against its records, and name each difference.
 
-What is checked: every committed file's size, sha256, rows or samples; that no uid or key is lost or doubled from
-one stage to the next; that curated tars say what their Parquet says; that what a stage was made from is what is
-committed now; that the manifest lists what the records commit.
+What is checked: every committed file's size, sha256, rows or samples; that no uid or key is lost or doubled
+from one stage to the next; that curated tars say what their Parquet says; that what a stage was made from
+is what is committed now; that the manifest lists what the records commit.
 """
 
 import json

@@ -39,8 +39,9 @@ DATA_TABLES: dict[str, pa.Schema] = {
 }
 DATA_STAGES = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
 
-# A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB. It sorts
-# last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the wrong way round.
+# A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
+# It sorts last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the
+# wrong way round.
 EMPTY_FOLDER = "~empty"
 
 
@@ -81,7 +82,7 @@ _RETRIES = """ AND EXISTS (
 
 
 def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> str:
-    """Return the SELECT of one kind of file: of captions those not ranked yet, of ``retries`` those of raw."""
+    """Return the SELECT of one kind of file: captions not ranked yet, ``retries`` of raw."""
     kind = "raw" if name == "retries" else name
     condition = {"captions": _NOT_RANKED, "retries": _RETRIES}.get(name, "")
     return f"""
@@ -105,7 +106,7 @@ def _literal(path: str) -> str:
 
 
 def registered_relations() -> dict[str, str]:
-    """Return ``base`` as SELECTs from relations registered on the connection: ``raw_data``, ``shards_data``, ..."""
+    """Return ``base`` as SELECTs from relations on the connection: ``raw_data``, ``shards_data``, ..."""
     events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in EVENT_TABLES}
     data = {name: f"SELECT * FROM {name}_data" for name in DATA_TABLES}
     return {**events, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
@@ -122,7 +123,7 @@ def record_views(relations: Mapping[str, str]) -> list[str]:
 
 
 def data_views(relations: Mapping[str, str]) -> list[str]:
-    """Return the statements that make the other tables, all views, macros and comments; after ``record_views``."""
+    """Return the statements that make all else, once ``record_views`` are made."""
     bases = [_view(f"base.{name}", relations[name]) for name in (*DATA_TABLES, "retried")]
     tables = [_view(name, sql) for name, sql in _TABLES.items() if name not in EVENT_TABLES]
     views = [_view(name, sql) for name, (_, sql) in VIEWS.items()]
@@ -153,12 +154,14 @@ def _comments() -> list[str]:
 
 
 _TABLES: dict[str, str] = {
-    # One row for each attempt that committed, its last state; a quarantined shard vanishes once it is committed.
+    # One row for each attempt that committed, its last state; a quarantined shard vanishes once it is
+    # committed.
     "shards": f"""
         WITH latest AS (
             SELECT *, state = 'quarantined' AS failed FROM base.shards_events
             QUALIFY row_number() OVER (
-                PARTITION BY stage, source, shard, attempt ORDER BY state = 'retired' DESC, finished_at DESC) = 1
+                PARTITION BY stage, source, shard, attempt
+                ORDER BY state = 'retired' DESC, finished_at DESC) = 1
         ), seen AS (
             SELECT *, bool_or(state = 'committed') OVER same_shard AS is_committed,
                 max(finished_at) FILTER (NOT failed) OVER same_shard AS last_commit
@@ -168,7 +171,8 @@ _TABLES: dict[str, str] = {
         WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
     "runs": f"""
         SELECT {_columns(RUNS)} FROM base.runs_events
-        QUALIFY row_number() OVER (PARTITION BY run_id ORDER BY outcome IS NOT NULL DESC, finished_at DESC) = 1""",
+        QUALIFY row_number() OVER (
+            PARTITION BY run_id ORDER BY outcome IS NOT NULL DESC, finished_at DESC) = 1""",
     "models": f"""
         SELECT {_columns(MODELS)} FROM base.models_events
         QUALIFY row_number() OVER (PARTITION BY digest ORDER BY registered_at) = 1""",
@@ -184,8 +188,8 @@ _TABLES: dict[str, str] = {
     "candidates": f"""
         SELECT {_columns(CANDIDATES)} FROM base.scores
         UNION ALL
-        SELECT {_columns(CAPTIONS)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS truncated
-        FROM base.captions""",
+        SELECT {_columns(CAPTIONS)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS
+        truncated FROM base.captions""",
     "curated": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'kept'",
     "dropped": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'dropped'",
 }
@@ -208,15 +212,16 @@ VIEWS: dict[str, tuple[str, str]] = {
     "outcomes": (
         "rows by source, stage, status and reason, a retry counted as a row more (records only)",
         """
-        SELECT source, stage, split_part(name, '/', 1) AS status, nullif(split_part(name, '/', 2), '') AS reason,
+        SELECT source, stage, split_part(name, '/', 1) AS status, nullif(split_part(name, '/', 2), '') AS
+        reason,
             sum("rows")::BIGINT AS "rows"
         FROM (
             SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
             FROM shards WHERE state = 'committed' AND stage <> 'urls'
         ) WHERE "rows" > 0 GROUP BY source, stage, status, reason
         -- A status with reasons is their sum: shown by its reasons alone, so that the rows add up.
-        QUALIFY reason IS NOT NULL OR NOT bool_or(reason IS NOT NULL) OVER (PARTITION BY source, stage, status)
-        ORDER BY ALL""",
+        QUALIFY reason IS NOT NULL OR NOT bool_or(reason IS NOT NULL) OVER (PARTITION BY source, stage,
+        status) ORDER BY ALL""",
     ),
     "throughput": (
         "images per second of one worker, by stage and device (records only)",
@@ -231,8 +236,8 @@ VIEWS: dict[str, tuple[str, str]] = {
     "bins": (
         "the histograms that the stages counted, a row for each shard and bin (records only)",
         """
-        SELECT stage, source, shard, name, bin, edges[bin] AS low, edges[bin + 1] AS high, counts[bin] AS "count"
-        FROM (
+        SELECT stage, source, shard, name, bin, edges[bin] AS low, edges[bin + 1] AS high, counts[bin] AS
+        "count" FROM (
             SELECT *, unnest(range(1, len(counts) + 1)) AS bin FROM (
                 SELECT made.stage, made.source, made.shard, part.key AS name,
                     from_json(part.value->'edges', '["DOUBLE"]') AS edges,
@@ -243,8 +248,8 @@ VIEWS: dict[str, tuple[str, str]] = {
     "failures": (
         "every sample that is not ok, with its host",
         """
-        SELECT source, uid, shard, status, reason, detail, http_status, attempts, url_host(url) AS host, url, seconds
-        FROM samples WHERE status <> 'ok'""",
+        SELECT source, uid, shard, status, reason, detail, http_status, attempts, url_host(url) AS host,
+        url, seconds FROM samples WHERE status <> 'ok'""",
     ),
     "kept_captions": (
         "one row for each kept caption, its place from 1 (best)",

@@ -1,6 +1,7 @@
 """Small committed corpora, made without network or models: real files through real attempts and records.
 
-What the crawl and the models would have said is made up from the uid, so that two corpora made alike are equal.
+What the crawl and the models would have said is made up from the uid, so that two corpora made alike are
+equal.
 """
 
 import io
@@ -238,7 +239,7 @@ def make_corpus(
     images: int = 12,
     stages: Sequence[Stage] = STAGES,
 ) -> Corpus:
-    """Return a corpus with ``shards`` shards of ``images`` URLs a source, a quarter of which fail, run to its end."""
+    """Return a corpus with ``shards`` shards of ``images`` URLs a source, a quarter of them failed."""
     corpus = Corpus(root)
     corpus.start_run()
     corpus.register_models()

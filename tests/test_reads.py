@@ -136,12 +136,12 @@ def test_sql_prints_tables_json_and_csv(corpus: Corpus) -> None:
         "laion,24,",
     ]
     assert "first 3 rows" in capfilt("sql", corpus.root, "FROM samples", "--limit", "3").stderr
-    odd = "SELECT 'NaN'::FLOAT AS a, [1, 2] AS b, MAP {'k': 1.5} AS c, TIMESTAMP '2026-01-01' AS d, 1.5::DECIMAL AS e"
+    odd = "SELECT 'NaN'::FLOAT a, [1, 2] b, MAP {'k': 1.5} c, DATE '2026-01-01' d, 1.5::DECIMAL e"
     assert answer("sql", corpus.root, odd)[0] == {
         "a": None,
         "b": [1, 2],
         "c": {"k": 1.5},
-        "d": "2026-01-01T00:00:00",
+        "d": "2026-01-01",
         "e": 1.5,
     }
 

@@ -1,0 +1,26 @@
+"""docs/manifest.md says what the code declares, and every question on it can be asked."""
+
+from pathlib import Path
+
+from jobs.manifest_page import ANSWERS, QUERIES, TABLE_DOCS, ask, manifest_page
+from schemas.tables import TABLES, column_doc
+from tests.corpora import make_corpus
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "manifest.md"
+
+
+def test_the_page_is_what_the_code_declares() -> None:
+    assert PAGE.read_text() == manifest_page(), "run `make docs`"
+    assert TABLE_DOCS.keys() == TABLES.keys()
+    for schema in TABLES.values():
+        for field in schema:
+            assert f"| `{field.name}` |" in manifest_page()
+            assert column_doc(field)
+
+
+def test_every_question_is_answered(tmp_path: Path) -> None:
+    answers = ask(make_corpus(str(tmp_path / "corpus")).root)
+    assert answers.keys() == QUERIES.keys()
+    empty = {question for question, answer in answers.items() if answer == "none"}
+    assert empty == {"What failed every attempt?"}
+    assert ANSWERS.exists()
