@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
 ]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
@@ -41,7 +42,7 @@ def _run(config: str, overrides: list[str] | None, as_json: bool, **options: Any
     from jobs.run import RunOptions, run
     from jobs.summary import print_result, result_json
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, soft_wrap=True)
     result = run(_load(config, overrides), RunOptions(quiet=as_json, **options), console)
     if as_json:
         print(json.dumps(result_json(result)))
@@ -51,7 +52,9 @@ def _run(config: str, overrides: list[str] | None, as_json: bool, **options: Any
 
 
 @app.command()
-def run(config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False) -> None:
+def run(
+    config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False
+) -> None:
     """Do all that is missing: crawl, caption, rank, select, in one streaming run."""
     _run(config, set_, json_, recompute=recompute, limit=limit)
 
@@ -61,7 +64,8 @@ def crawl(
     config: Config,
     set_: Set = None,
     retry: Annotated[
-        str | None, typer.Option("--retry", help='"transient": queue again what may succeed now.', metavar="WHICH")
+        str | None,
+        typer.Option("--retry", help='"transient": queue again what may succeed now.', metavar="WHICH"),
     ] = None,
     recompute: Recompute = False,
     limit: Limit = None,
@@ -70,12 +74,18 @@ def crawl(
     """Fetch the images of the lists into raw shards."""
     if retry not in (None, "transient"):
         raise CapfiltError(f'--retry {retry!r}: only "transient" failures can be queued again')
-    _run(config, set_, json_, command="crawl", stages=("crawl",), retry=retry, recompute=recompute, limit=limit)
+    _run(
+        config, set_, json_, command="crawl", stages=("crawl",), retry=retry, recompute=recompute, limit=limit
+    )
 
 
 def _stage_command(stage: Stage, text: str) -> None:
     def command(
-        config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False
+        config: Config,
+        set_: Set = None,
+        recompute: Recompute = False,
+        limit: Limit = None,
+        json_: Json = False,
     ) -> None:
         _run(config, set_, json_, command=stage, stages=(stage,), recompute=recompute, limit=limit)
 
@@ -98,11 +108,15 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
 
 @app.command()
 def submit(
-    arguments: Annotated[list[str], typer.Argument(help="After --: run, crawl, caption, rank or select, with its options.")],
+    arguments: Annotated[
+        list[str], typer.Argument(help="After --: run, crawl, caption, rank or select, with its options.")
+    ],
     config: Config,
     set_: Set = None,
     address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.", metavar="URL")] = "",
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")] = True,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
+    ] = True,
 ) -> None:
     """Run a command as a job on a Ray cluster; submitting the same twice is harmless."""
     from jobs.submit import submit_job
@@ -137,7 +151,10 @@ def main() -> None:
         sys.exit(141)
     except Exception:
         traceback.print_exc()
-        print("capfilt: this is a fault of capfilt, not of your input; please report the lines above", file=sys.stderr)
+        print(
+            "capfilt: this is a fault of capfilt, not of your input; please report the lines above",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

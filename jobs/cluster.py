@@ -60,9 +60,7 @@ def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for stage in stages:
         wanted = getattr(config.cluster, stage)
-        if not any(
-            node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes
-        ):
+        if not any(node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes):
             raise CapfiltError(
                 f"cluster.{stage}: a worker wants {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and no node of "
                 f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"

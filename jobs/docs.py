@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from jobs.manifest_page import manifest_page
 from pipeline.configerrors import section_class
 from schemas.config import CapfiltConfig
 
@@ -75,7 +76,7 @@ def cli_page() -> str:
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "config.md": config_page}
+PAGES = {"cli.md": cli_page, "config.md": config_page, "manifest.md": manifest_page}
 
 
 def main() -> None:

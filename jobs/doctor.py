@@ -55,9 +55,7 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> Iterator[Check]
     yield _scratch()
     root = config.corpus.path if config else corpus
     if root:
-        yield _guarded(
-            "storage", lambda: _storage(root), "corpus.path must be a folder or bucket that may be written"
-        )
+        yield check_storage(root)
     if config:
         yield from _weights(config)
 
@@ -156,6 +154,12 @@ def _scratch() -> Check:
         found=f"{free / 1e9:.0f} GB free in {folder}",
         mend="" if well else mend,
     )
+
+
+def check_storage(root: str) -> Check:
+    """Return what is found of the corpus's storage, whatever its library raises."""
+    mend = "corpus.path must be a folder or a bucket that may be written"
+    return _guarded("storage", lambda: _storage(root), mend)
 
 
 def _storage(root: str) -> Check:

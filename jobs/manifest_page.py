@@ -30,8 +30,9 @@ TABLE_DOCS = {
 # What people ask, in the order they ask it.
 QUERIES: dict[str, str] = {
     "How much of the web answered?": """
-SELECT source, status, count(*) AS samples, round(100 * count(*) / sum(count(*)) OVER (PARTITION BY source),
-1) AS percent FROM samples GROUP BY source, status ORDER BY samples DESC""",
+SELECT source, status, count(*) AS samples,
+    round(100 * count(*) / sum(count(*)) OVER (PARTITION BY source), 1) AS percent
+FROM samples GROUP BY source, status ORDER BY samples DESC""",
     "Which hosts fail, and why?": """
 SELECT host, reason, count(*) AS samples, round(avg(seconds), 2) AS seconds
 FROM failures GROUP BY host, reason ORDER BY samples DESC LIMIT 5""",
@@ -44,8 +45,9 @@ SELECT place, origin, count(*) AS captions, round(avg(score), 3) AS score
 FROM kept_captions GROUP BY place, origin ORDER BY place, origin""",
     "What would another threshold keep?": """
 SELECT threshold, count(*) FILTER (best >= threshold) AS images
-FROM (SELECT max(score) AS best FROM candidates GROUP BY source, uid), (VALUES (0.3), (0.5), (0.7), (0.9))
-AS t (threshold) GROUP BY threshold ORDER BY threshold""",
+FROM (SELECT max(score) AS best FROM candidates GROUP BY source, uid),
+    (VALUES (0.6), (0.7), (0.8), (0.9)) AS thresholds (threshold)
+GROUP BY threshold ORDER BY threshold""",
     "How alike are the ten captions of an image?": """
 SELECT distinct_texts, count(*) AS images
 FROM (
@@ -56,10 +58,11 @@ GROUP BY distinct_texts ORDER BY distinct_texts""",
 SELECT round(floor(low * 10) / 10, 1) AS score, sum("count")::BIGINT AS captions
 FROM histogram_of('kept_score') GROUP BY 1 HAVING captions > 0 ORDER BY 1""",
     "How fast is each stage? (records only)": """
-SELECT stage, device, shards, images, round(worker_seconds, 1) AS worker_seconds, round(images_per_second,
-1) AS images_per_second FROM throughput""",
+SELECT stage, device, shards, images, round(worker_seconds, 1) AS worker_seconds,
+    round(images_per_second, 1) AS images_per_second
+FROM throughput""",
     "Which model made which shards?": """
-SELECT stage, kind, name, count(*) AS shards
+SELECT stage, kind, left(digest, 12) AS digest, parameters, count(*) AS shards
 FROM (SELECT stage, unnest(models) AS digest FROM shards WHERE state = 'committed') JOIN models USING (digest)
 GROUP BY ALL ORDER BY stage""",
     "What failed every attempt?": """

@@ -38,7 +38,9 @@ class _Rates:
         before = self.before[stage]
         seconds = max(time.monotonic() - self.start, 1e-9)
         left = before.total - before.done - progress.shards
-        success = f"{progress.rows_out / progress.rows_in:.0%}" if progress.rows_in and stage != "caption" else "-"
+        success = (
+            f"{progress.rows_out / progress.rows_in:.0%}" if progress.rows_in and stage != "caption" else "-"
+        )
         if left <= 0:
             eta = "done"
         elif progress.shards:

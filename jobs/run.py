@@ -184,7 +184,11 @@ def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
             continue
         rest = "".join(
             f", {value} {name}"
-            for name, value in (("stale", count.stale), ("waiting", count.waiting), ("quarantined", count.quarantined))
+            for name, value in (
+                ("stale", count.stale),
+                ("waiting", count.waiting),
+                ("quarantined", count.quarantined),
+            )
             if value
         )
         console.print(f"{stage:8} {count.done:,} of {count.total:,} shards done{rest}", highlight=False)
@@ -208,12 +212,16 @@ def _stream(
         tracker = Tracker.options(scheduling_strategy=here).remote()
         stop = threading.Event()
         watcher = threading.Thread(
-            target=_watch, args=(stop, tracker, manifest, progress, config.cluster.compact_interval_s), daemon=True
+            target=_watch,
+            args=(stop, tracker, manifest, progress, config.cluster.compact_interval_s),
+            daemon=True,
         )
         watcher.start()
         try:
             for attempt in range(_PASSES):
-                dataset = build_dataset(rows, options.stages, config, models, run_id, options.recompute, tracker)
+                dataset = build_dataset(
+                    rows, options.stages, config, models, run_id, options.recompute, tracker
+                )
                 try:
                     for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                         pass

@@ -120,7 +120,9 @@ class StageActor:
                 finished_at=now(),
             )
         )
-        return Outcome(stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error)
+        return Outcome(
+            stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error
+        )
 
 
 # A class a stage, because its name is what Ray's dashboard and ``ps`` show.

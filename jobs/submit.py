@@ -43,7 +43,9 @@ def submit_job(
     refuses us.
     """
     if not arguments or arguments[0] not in _COMMANDS:
-        raise CapfiltError(f"submit -- {' '.join(arguments)}: the command must be one of {', '.join(_COMMANDS)}")
+        raise CapfiltError(
+            f"submit -- {' '.join(arguments)}: the command must be one of {', '.join(_COMMANDS)}"
+        )
     if {"-c", "--config"} & set(arguments):
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
     config = load_config(config_path, overrides)
@@ -92,7 +94,9 @@ def make_working_directory(config: CapfiltConfig, folder: Path) -> None:
     """Copy the packages and the resolved config into ``folder``."""
     root = Path(__file__).resolve().parent.parent
     for package in _PACKAGES:
-        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        shutil.copytree(
+            root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        )
     (folder / _CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
 
 
@@ -101,7 +105,9 @@ def _refuse_relative_paths(config: CapfiltConfig) -> None:
     for source in config.source:
         for entry in source.input:
             if "://" not in entry and not Path(entry).is_absolute():
-                raise CapfiltError(f"source {source.name}: input {entry!r} is relative; a cluster needs absolute paths")
+                raise CapfiltError(
+                    f"source {source.name}: input {entry!r} is relative; a cluster needs absolute paths"
+                )
 
 
 def _client(address: str) -> Any:
@@ -135,7 +141,9 @@ def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[st
     with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
         make_working_directory(config, Path(folder))
         job = {
-            "entrypoint": shlex.join(["python", "-m", "jobs.cli", arguments[0], "-c", _CONFIG_NAME, *arguments[1:]]),
+            "entrypoint": shlex.join(
+                ["python", "-m", "jobs.cli", arguments[0], "-c", _CONFIG_NAME, *arguments[1:]]
+            ),
             "submission_id": job_id,
             "runtime_env": runtime_environment(config, Path(folder)),
             "metadata": {"corpus": config.corpus.path},

@@ -38,14 +38,22 @@ def print_result(result: RunResult, console: Console) -> None:
     if record.outcome == "done" and not record.shards_done:
         console.print("nothing to do: every shard is done")
         return
-    done = ", ".join(f"{stage} {count.done:,} of {count.total:,}" for stage in STAGES if (count := survey.of(stage)).total)
-    console.print(f"{record.outcome}: {record.shards_done:,} shards in run {record.run_id} ({done})", highlight=False)
+    done = ", ".join(
+        f"{stage} {count.done:,} of {count.total:,}" for stage in STAGES if (count := survey.of(stage)).total
+    )
+    console.print(
+        f"{record.outcome}: {record.shards_done:,} shards in run {record.run_id} ({done})", highlight=False
+    )
     for name, error in sorted(result.quarantined.items()):
-        console.print(f"quarantined: {name}: {escape(error.splitlines()[-1] if error else '')}", highlight=False)
+        console.print(
+            f"quarantined: {name}: {escape(error.splitlines()[-1] if error else '')}", highlight=False
+        )
     if record.outcome == "interrupted":
         console.print("the same command goes on where this one stopped")
     elif result.quarantined:
-        console.print("the same command tries them again; capfilt shards CORPUS --state quarantined shows the errors")
+        console.print(
+            "the same command tries them again; capfilt shards CORPUS --state quarantined shows the errors"
+        )
 
 
 def plan_corpus(config: CapfiltConfig) -> dict[str, Any]:
@@ -70,7 +78,17 @@ def print_plan(plan: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "source"):
         table.add_column(title)
-    for title in ("shards", "done", "pending", "stale", "images left", "worker-hours", "GPU-hours", "GB", "basis"):
+    for title in (
+        "shards",
+        "done",
+        "pending",
+        "stale",
+        "images left",
+        "worker-hours",
+        "GPU-hours",
+        "GB",
+        "basis",
+    ):
         table.add_column(title, justify="right")
     for row in plan["stages"]:
         table.add_row(
@@ -85,7 +103,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for source, rows in plan["unread_rows"].items():
-        console.print(f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False)
+        console.print(
+            f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False
+        )
     console.print(
         f"in all: {plan['worker_hours']:,.2f} worker-hours, of which {plan['gpu_hours']:,.2f} GPU-hours; "
         f"{plan['bytes'] / 1e9:,.2f} GB to write",

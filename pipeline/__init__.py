@@ -1,1 +1,1 @@
-"""What happens to a shard: storage, records, crawl, caption, rank, select, manifest. Knows neither Ray nor a terminal."""
+"""What happens to a shard: crawl, caption, rank, select, and its records. Knows neither Ray nor a terminal."""

@@ -14,7 +14,16 @@ from pipeline.records import Records, now
 from pipeline.storage import sha256_file, temporary_folder
 from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask
 
-_LIBRARIES = ("capfilt", "torch", "transformers", "open_clip_torch", "img2dataset", "pillow", "pyarrow", "ray")
+_LIBRARIES = (
+    "capfilt",
+    "torch",
+    "transformers",
+    "open_clip_torch",
+    "img2dataset",
+    "pillow",
+    "pyarrow",
+    "ray",
+)
 
 
 def library_versions() -> dict[str, str]:
@@ -113,8 +122,11 @@ class Attempt:
             run_id=task.run_id,
             attempt=self.id,
             fingerprint=task.fingerprint,
-            inputs={f"{stage}.{name}": sha for stage, upstream in sorted(task.inputs.items())
-                    for name, sha in upstream.input_digests().items()},
+            inputs={
+                f"{stage}.{name}": sha
+                for stage, upstream in sorted(task.inputs.items())
+                for name, sha in upstream.input_digests().items()
+            },
             outputs=outputs,
             rows_in=tally.rows_in,
             rows_out=tally.rows_out,

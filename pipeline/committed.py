@@ -112,7 +112,11 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
         keys = samples["key"].to_pylist()
         # An adopted tar may hold more than its Parquet takes: duplicates, and images that were found invalid.
         adopted = records.storage.url(tar.path) == tar.path
-        if len(members) != tar.rows or not members.keys() >= set(keys) or (len(keys) != tar.rows and not adopted):
+        if (
+            len(members) != tar.rows
+            or not members.keys() >= set(keys)
+            or (len(keys) != tar.rows and not adopted)
+        ):
             raise _corrupt(
                 tar,
                 f"holds {len(members):,} images, its Parquet {len(keys):,} samples; the record: {tar.rows:,}",

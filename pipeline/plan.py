@@ -20,8 +20,18 @@ ModelDigests = Mapping[Stage, tuple[str, ...]]
 
 # GPU stages at full size on one H200 in bf16 until a corpus has measured its own: images per second and worker.
 # Estimates, from the operations counted in docs/benchmarks.md; crawl and select are per CPU worker.
-_ESTIMATED_IMAGES_PER_S: dict[Stage, float] = {"crawl": 80.0, "caption": 170.0, "rank": 900.0, "select": 2000.0}
-_ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {"crawl": 45e3, "caption": 600.0, "rank": 700.0, "select": 45e3}
+_ESTIMATED_IMAGES_PER_S: dict[Stage, float] = {
+    "crawl": 80.0,
+    "caption": 170.0,
+    "rank": 900.0,
+    "select": 2000.0,
+}
+_ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {
+    "crawl": 45e3,
+    "caption": 600.0,
+    "rank": 700.0,
+    "select": 45e3,
+}
 _ESTIMATED_SUCCESS = 0.7
 
 

@@ -1,11 +1,11 @@
 """The records on storage: reading, committing, retiring, quarantining. The record is the commit.
 
-    records/<stage>/<source>/<shard>.json                         committed
-    records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
-    records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
-    records/attempts/<stage>/<source>/<shard>/<attempt>.json      begun; removed at commit
-    records/intake/<source>/<batch>.json                          lists read into url shards
-    records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<name>.json
+records/<stage>/<source>/<shard>.json                         committed
+records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
+records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
+records/attempts/<stage>/<source>/<shard>/<attempt>.json      begun; removed at commit
+records/intake/<source>/<batch>.json                          lists read into url shards
+records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<name>.json
 """
 
 from collections.abc import Iterable
@@ -139,10 +139,16 @@ class Records:
 
     def checkpoints(self) -> list[CheckpointRecord]:
         """Return the checkpoints trained on this corpus."""
-        return self._read_all(CheckpointRecord, [info.path for info in self.storage.list("records/checkpoints")])
+        return self._read_all(
+            CheckpointRecord, [info.path for info in self.storage.list("records/checkpoints")]
+        )
 
     def _read_all(self, kind: type[R], paths: list[str]) -> list[R]:
-        """Read many small files at once; one that vanished meanwhile (retired) is left out."""
+        """Read many small files at once; one that vanished meanwhile (retired) is left out.
+
+        So is a temporary file: what a writer killed inside ``Storage.create`` left beside the name is no record.
+        """
+        paths = [path for path in paths if path.endswith(".json")]
 
         def read(path: str) -> R | None:
             try:

@@ -52,7 +52,7 @@ class SourceConfig(Section):
     )
     url_column: str = Field("url", min_length=1, description="rows without a URL are counted and left out")
     caption_column: str | None = Field(
-        "caption", description="a text or a list of texts; without one: caption_column = \"\""
+        "caption", description='a text or a list of texts; without one: caption_column = ""'
     )
     uid_column: str | None = Field(None, description="an identity of your own instead of sha256(source, url)")
     extra_columns: tuple[str, ...] = Field((), description="columns to carry along as JSON in samples.extra")
@@ -134,7 +134,9 @@ class RerankConfig(Section):
 class RankConfig(Section):
     """``[rank]``: the CLIP that scores candidates."""
 
-    model: str = Field("ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME[@REVISION] or local-dir:FOLDER")
+    model: str = Field(
+        "ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME[@REVISION] or local-dir:FOLDER"
+    )
     pretrained: str = Field(
         "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
     )

@@ -41,12 +41,16 @@ REASONS: dict[str, Reason] = {
     "body_truncated": _reason("failed", "the body ended before its Content-Length", transient=True),
     "rate_limited": _reason("failed", "429 on every attempt", transient=True),
     "http_4xx": _reason("failed", "a client error; http_status has the code"),
-    "http_5xx": _reason("failed", "a server error on every attempt; http_status has the code", transient=True),
+    "http_5xx": _reason(
+        "failed", "a server error on every attempt; http_status has the code", transient=True
+    ),
     "http_other": _reason("failed", "an unexpected status such as 204 or 304"),
     # refused: our guards
     "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
     "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),
-    "forbidden_address": _reason("refused", "the host is loopback, private, link-local, reserved or metadata"),
+    "forbidden_address": _reason(
+        "refused", "the host is loopback, private, link-local, reserved or metadata"
+    ),
     "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
     "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),
     "header_too_large": _reason("refused", "response headers over crawl.max_header_bytes"),
@@ -58,12 +62,16 @@ REASONS: dict[str, Reason] = {
     # invalid: the bytes
     "empty_body": _reason("invalid", "zero bytes"),
     "not_an_image": _reason("invalid", "HTML, text or unknown bytes"),
-    "format_refused": _reason("invalid", "an image format outside crawl.formats (SVG, TIFF, animations, ...)"),
+    "format_refused": _reason(
+        "invalid", "an image format outside crawl.formats (SVG, TIFF, animations, ...)"
+    ),
     "too_many_pixels": _reason("invalid", "more pixels than crawl.max_pixels, read from the header alone"),
     "image_truncated": _reason("invalid", "the image data stops before its end or does not decode"),
     "too_small": _reason("invalid", "the shorter side is under crawl.min_size_px"),
     "aspect_ratio": _reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
-    "missing_member": _reason("invalid", "an adopted shard's Parquet says success, its tar has no such image"),
+    "missing_member": _reason(
+        "invalid", "an adopted shard's Parquet says success, its tar has no such image"
+    ),
 }
 
 # How an image that was captioned and scored can fail to reach the curated shards.

@@ -28,7 +28,9 @@ URLS = pa.schema(
     [
         *_IDENTITY,
         _column("url", pa.string(), "the URL as the list gives it"),
-        _column("captions", pa.list_(pa.string()), "every distinct caption the list gives for this URL, in order"),
+        _column(
+            "captions", pa.list_(pa.string()), "every distinct caption the list gives for this URL, in order"
+        ),
         _column("input_rows", pa.int32(), "rows of the list with this URL: duplicates are crawled once"),
         _column("extra", pa.string(), "the source's extra_columns as a JSON object"),
         _column("retry_of", pa.string(), "the shard whose transient failure this row tries again"),
@@ -65,8 +67,12 @@ CAPTIONS = pa.schema(
         _column("raw_text", pa.string(), "exactly what the captioner or the list said"),
         _column("text", pa.string(), "cleaned: what is scored and kept"),
         _column("seed", pa.uint64(), "of the sample's random stream; NULL for given captions"),
-        _column("num_tokens", pa.int16(), "tokens sampled, end of sequence included; NULL for given captions"),
-        _column("duplicate_of", pa.int16(), "the first candidate of this origin with the same text, but for case"),
+        _column(
+            "num_tokens", pa.int16(), "tokens sampled, end of sequence included; NULL for given captions"
+        ),
+        _column(
+            "duplicate_of", pa.int16(), "the first candidate of this origin with the same text, but for case"
+        ),
     ]
 )
 
@@ -101,7 +107,11 @@ SHARDS = pa.schema(
         _column("stage", pa.string(), "urls, crawl, caption, rank or select"),
         _column("source", pa.string(), "name of the [[source]]"),
         _column("shard", pa.string(), "shard number within the source, five digits"),
-        _column("state", pa.string(), "committed, retired (recomputed since) or quarantined (failed every attempt)"),
+        _column(
+            "state",
+            pa.string(),
+            "committed, retired (recomputed since) or quarantined (failed every attempt)",
+        ),
         _column("run_id", pa.string(), "the run that made it"),
         _column("attempt", pa.string(), "the attempt that won; part of the file names"),
         _column("fingerprint", pa.string(), "digest of config section, weights, stage version and input"),
@@ -132,7 +142,9 @@ RUNS = pa.schema(
         _column("config", pa.string(), "the resolved config as JSON"),
         _column("config_digest", pa.string(), "sha256 of it"),
         _column("started_at", pa.timestamp("us", tz="UTC"), "start"),
-        _column("finished_at", pa.timestamp("us", tz="UTC"), "end; NULL while it runs, or where it was killed"),
+        _column(
+            "finished_at", pa.timestamp("us", tz="UTC"), "end; NULL while it runs, or where it was killed"
+        ),
         _column("outcome", pa.string(), "done, partial, interrupted or error; NULL without an end"),
         _column("shards_done", pa.int64(), "shards committed by it, over all stages"),
         _column("shards_skipped", pa.int64(), "shards that were there already"),

@@ -25,7 +25,11 @@ def start_cli(*arguments: str, **options: object) -> subprocess.Popen:
 def cli(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run ``capfilt`` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -14,12 +14,16 @@ from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
 
 
-def small_config(corpus: str, urls: Path, base_url: str, num_urls: int = 40, per_shard: int = 10) -> CapfiltConfig:
+def small_config(
+    corpus: str, urls: Path, base_url: str, num_urls: int = 40, per_shard: int = 10
+) -> CapfiltConfig:
     """Return the demo recipe for a corpus of a few small shards, its URL list written to ``urls``."""
     if not urls.exists():
         write_url_list(urls, base_url, num_urls)
     config = demo_config(Path("/unused"), urls, base_url)
-    return with_values(config, corpus={"path": corpus, "samples_per_shard": per_shard}, crawl={"timeout_s": 3.0})
+    return with_values(
+        config, corpus={"path": corpus, "samples_per_shard": per_shard}, crawl={"timeout_s": 3.0}
+    )
 
 
 def with_values(config: CapfiltConfig, **sections: dict) -> CapfiltConfig:

@@ -16,7 +16,8 @@ from tests.processes import cli, start_cli
 from tests.runs import config_file, small_config, with_values
 
 COMMANDS = (
-    "demo run crawl caption rank select submit plan status stats failures sql trace verify gc shards manifest doctor"
+    "demo run crawl caption rank select submit plan status stats failures sql trace verify gc shards manifest "
+    "doctor"
 )
 
 
@@ -30,13 +31,19 @@ def test_every_command_is_there_and_documented() -> None:
     ("arguments", "message"),
     [
         (["run", "-c", "absent.toml"], r"absent\.toml: no such config file"),
-        (["run", "-c", "{good}", "--set", "crawl.thread=1"], r"crawl\.thread: unknown key; did you mean crawl\.threads"),
+        (
+            ["run", "-c", "{good}", "--set", "crawl.thread=1"],
+            r"crawl\.thread: unknown key; did you mean crawl\.threads",
+        ),
         (["crawl", "-c", "{good}", "--retry", "everything"], r"--retry 'everything'"),
         (["run", "-c", "{good}", "--set", "caption.model=./nowhere"], r"caption\.model"),
         (["caption", "-c", "{good}"], r"no shard|model"),
         (["stats", "{empty}"], r"no corpus"),
         (["sql", "{empty}", "SELECT 1"], r"no corpus"),
-        (["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "run"], r"--address http://127\.0\.0\.1:9"),
+        (
+            ["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "run"],
+            r"--address http://127\.0\.0\.1:9",
+        ),
         (["submit", "-c", "{good}", "--", "demo"], r"must be one of run, crawl"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -53,7 +53,15 @@ def config(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltCo
 def test_wrong_token_is_refused(cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path) -> None:
     os.environ["RAY_AUTH_TOKEN"] = "8" * 64
     try:
-        refused = cli("submit", "-c", str(config_file(config, tmp_path / "c.json")), "--address", cluster.address, "--", "run")
+        refused = cli(
+            "submit",
+            "-c",
+            str(config_file(config, tmp_path / "c.json")),
+            "--address",
+            cluster.address,
+            "--",
+            "run",
+        )
     finally:
         del os.environ["RAY_AUTH_TOKEN"]
     assert refused.returncode == 2, refused.stderr
@@ -99,7 +107,13 @@ def test_exit_code_is_passed_on(
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     empty = with_values(config, corpus={"path": str(tmp_path / "empty")})
     failed = cli(
-        "submit", "-c", str(config_file(empty, tmp_path / "c.json")), "--address", cluster.address, "--", "rank"
+        "submit",
+        "-c",
+        str(config_file(empty, tmp_path / "c.json")),
+        "--address",
+        cluster.address,
+        "--",
+        "rank",
     )
     assert failed.returncode == 2
     assert "capfilt:" in failed.stdout + failed.stderr
@@ -121,4 +135,6 @@ def test_requirements_are_pinned_unless_installed(config: CapfiltConfig, tmp_pat
     pinned = runtime_environment(with_values(config, cluster={"requirements": "pinned"}), tmp_path)
     assert pinned["working_dir"] == str(tmp_path)
     assert pinned["pip"]["packages"] == pinned_requirements()
-    assert all("==" in pin for pin in pinned_requirements()) and any("ray[" in pin for pin in pinned_requirements())
+    assert all("==" in pin for pin in pinned_requirements()) and any(
+        "ray[" in pin for pin in pinned_requirements()
+    )

@@ -65,9 +65,13 @@ def test_file_keeps_to_its_room(path: Path) -> None:
         if room == "training" and top == "pipeline":
             assert rest[0] in PIPELINE_READ_SIDE, f"{relative}: training/ may not import {name}"
         if room == "pipeline" and relative.stem in STAGE_FILES and top == "pipeline" and rest:
-            assert rest[0] not in STAGE_FILES - {relative.stem}, f"{relative}: a stage imports a stage, {name}"
+            assert rest[0] not in STAGE_FILES - {relative.stem}, (
+                f"{relative}: a stage imports a stage, {name}"
+            )
         if top in HOMES:
-            assert any(str(relative).startswith(home) for home in HOMES[top]), f"{relative} may not import {top}"
+            assert any(str(relative).startswith(home) for home in HOMES[top]), (
+                f"{relative} may not import {top}"
+            )
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:
@@ -76,5 +80,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0, result.output; "
         "print(sorted({'torch', 'ray', 'duckdb', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert printed.stdout.strip() == "[]"

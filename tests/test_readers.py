@@ -77,7 +77,9 @@ def test_a_folder_made_by_img2dataset_goes_through(base_url: str, tmp_path: Path
     tars = sorted((tmp_path / "theirs").glob("*.tar"))
     assert len(tars) == 3, made.stderr
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url)
-    source = config.source[0].model_copy(update={"format": "img2dataset", "input": (str(tmp_path / "theirs"),)})
+    source = config.source[0].model_copy(
+        update={"format": "img2dataset", "input": (str(tmp_path / "theirs"),)}
+    )
     config = with_values(config).model_copy(update={"source": (source,)})
     before = {path: path.read_bytes() for path in tars}
     assert do_run(config).exit_code == 0

@@ -22,7 +22,14 @@ CONFIG = CapfiltConfig.model_validate({"corpus": {"path": "x"}, "source": [{"nam
 
 def task(root: str, fingerprint: str = "f" * 64) -> ShardTask:
     return ShardTask(
-        corpus=root, stage="caption", source="s", kind="web", shard="00000", run_id="r", fingerprint=fingerprint, inputs={}
+        corpus=root,
+        stage="caption",
+        source="s",
+        kind="web",
+        shard="00000",
+        run_id="r",
+        fingerprint=fingerprint,
+        inputs={},
     )
 
 
@@ -64,7 +71,9 @@ def test_commit_ends_attempts_and_quarantine(root: str) -> None:
     assert records.begin_attempt("caption", "s", "00000", "b", "r") == 2
     assert records.begin_attempt("caption", "s", "00000", "c", "another-run") == 1
     records.quarantine(
-        QuarantineRecord(stage="caption", source="s", shard="00000", run_id="r", attempts=3, error="e", finished_at=now())
+        QuarantineRecord(
+            stage="caption", source="s", shard="00000", run_id="r", attempts=3, error="e", finished_at=now()
+        )
     )
     assert ("caption", "s", "00000") in records.quarantined()
     make(records, b"abc", root)
@@ -125,7 +134,9 @@ def test_what_makes_a_caption_stale(change: str) -> None:
 
 def test_same_weights_elsewhere_are_the_same() -> None:
     moved = replace_section("caption", model="/another/folder", revision="v2")
-    assert stage_fingerprint(moved, "caption", "web", {}, ("m",)) == stage_fingerprint(CONFIG, "caption", "web", {}, ("m",))
+    assert stage_fingerprint(moved, "caption", "web", {}, ("m",)) == stage_fingerprint(
+        CONFIG, "caption", "web", {}, ("m",)
+    )
 
 
 def test_uid_is_32_hex_digits_and_depends_on_the_source() -> None:
@@ -138,7 +149,9 @@ MEMBERS = st.dictionaries(st.sampled_from(["jpg", "txt", "json"]), st.binary(max
 
 
 @given(samples=st.dictionaries(KEYS, MEMBERS, max_size=8))
-def test_tar_round_trip(samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_tar_round_trip(
+    samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     assert write_tar(path, samples.items()) == len(samples)
     with path.open("rb") as file:

@@ -19,7 +19,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 << 20,
+    )
     yield
     ray.shutdown()
 
@@ -69,7 +75,9 @@ def test_second_run_does_nothing(done: CapfiltConfig) -> None:
 
 def test_stage_by_stage_with_more_workers_equals_one_run(done: CapfiltConfig, tmp_path: Path) -> None:
     two = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
-    config = with_values(done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"caption": two})
+    config = with_values(
+        done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"caption": two}
+    )
     for stage in ("crawl", "caption", "rank", "select"):
         assert do_run(config, command=stage, stages=(stage,)).exit_code == 0
     assert curated_files(config.corpus.path) == curated_files(done.corpus.path)
@@ -94,7 +102,10 @@ def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Pa
     for record in records.shards(("select",)).values():
         rows = committed_table(records, record.outputs["parquet"]).to_pylist()
         assert all(len(row["captions"]) <= 1 for row in rows if row["status"] == "kept")
-    assert {(record.stage, record.shard) for record in records.retired()} == {("select", "00000"), ("select", "00001")}
+    assert {(record.stage, record.shard) for record in records.retired()} == {
+        ("select", "00000"),
+        ("select", "00001"),
+    }
 
 
 def test_damaged_shard_is_quarantined_and_the_rest_goes_on(base_url: str, tmp_path: Path) -> None:

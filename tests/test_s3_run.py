@@ -29,7 +29,10 @@ def test_s3_equals_local(base_url: str, s3_root: str, tmp_path: Path) -> None:
     assert committed_uids(s3_root) == committed_uids(local.corpus.path)
     verified = cli("verify", s3_root)
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    counts = [cli("sql", corpus, "SELECT count(*) AS n FROM curated", "--json").stdout for corpus in (s3_root, local.corpus.path)]
+    counts = [
+        cli("sql", corpus, "SELECT count(*) AS n FROM curated", "--json").stdout
+        for corpus in (s3_root, local.corpus.path)
+    ]
     assert counts[0] == counts[1] and '"n"' in counts[0]
 
 

@@ -19,7 +19,11 @@ def test_write_read_list_delete(root: str, tmp_path: Path) -> None:
     local = tmp_path / "file"
     local.write_bytes(b"333")
     storage.put(local, "a/three")
-    assert [(info.path, info.bytes) for info in storage.list("a")] == [("a/b/two", 2), ("a/one", 1), ("a/three", 3)]
+    assert [(info.path, info.bytes) for info in storage.list("a")] == [
+        ("a/b/two", 2),
+        ("a/one", 1),
+        ("a/three", 3),
+    ]
     assert storage.read("a/three") == b"333"
     assert storage.open("a/three").read() == b"333"
     assert storage.exists("a/one") and not storage.exists("a/four")

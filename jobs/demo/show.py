@@ -52,7 +52,7 @@ def run_demo(out: str, as_json: bool = False) -> int:
     Returns the exit code of the run. Raises CapfiltError where ``out`` holds something else.
     """
     start = time.perf_counter()
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, soft_wrap=True)
     folder = Path(out).absolute()
     urls = folder / "input" / "urls.parquet"
     if folder.exists() and any(folder.iterdir()) and not urls.exists():
@@ -167,7 +167,7 @@ def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, out: s
 
 
 def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
-    """Return the candidates of a few images whose web caption is not true, best score first, with ``kept``."""
+    """Return the candidates of the first images whose web caption is not true, best score first, with ``kept``."""
     records = Records(Storage(config.corpus.path))
     for (_, source, shard), record in sorted(records.shards(("select",)).items()):
         curated = {row["uid"]: row for row in committed_table(records, record.outputs["parquet"]).to_pylist()}
@@ -187,8 +187,6 @@ def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
             if any(row["origin"] == "web" and not row["true"] for row in rows)
             and any(row["kept"] for row in rows)
         ]
-        # Those with the most different texts show best what ranking does.
-        chosen.sort(key=lambda rows: -len({row["text"] for row in rows}))
         return chosen[:count]
     return []
 
