@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.bench.commands import bench
 from jobs.reads import reads
 from schemas.errors import CapfiltError
 from schemas.records import Stage
@@ -137,6 +138,7 @@ def demo(
 
 for read in reads.registered_commands:
     app.registered_commands.append(read)
+app.add_typer(bench, name="bench", help="Measure what the pipeline costs on this machine.")
 
 
 def main() -> None:

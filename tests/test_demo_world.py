@@ -3,6 +3,7 @@
 import http.client
 import io
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -14,13 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from jobs.demo.alt_texts import alt_text, wrong_caption, wrong_scene
+from jobs.demo.outcomes import ALT_KINDS, BLOCK, FAILURES, OPT_OUTS, SUCCESSES
 from jobs.demo.pictures import Encoding, published
 from jobs.demo.site import (
-    ALT_KINDS,
-    BLOCK,
-    FAILURES,
-    OPT_OUTS,
-    SUCCESSES,
     Page,
     page,
     page_of,
@@ -217,13 +214,16 @@ def test_broken_answers_are_broken_in_the_way_they_are_named(base_url):
     assert follow(base_url, first_page("redirect_loop").path, redirects=20)[0] in (301, 302)
 
 
-def test_hanging_and_dripping_pages_outlast_a_timeout_and_let_the_server_stop():
+def test_hanging_and_dripping_pages_outlast_a_timeout_and_let_the_server_stop(capfd):
     with serving() as url:
         for outcome in ("hang", "drip"):
             with pytest.raises((TimeoutError, http.client.IncompleteRead)):
                 connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=0.1)
                 connection.request("GET", first_page(outcome).path)
                 connection.getresponse().read()
+            connection.close()
+        time.sleep(0.6)  # The drip meets its closed connection.
+    assert capfd.readouterr().err == ""
 
 
 def test_a_steady_site_answers_at_once_and_equal_requests_equally():

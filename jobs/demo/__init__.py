@@ -3,24 +3,24 @@
 `world` defines scenes (10 colours x 10 shapes x 3 sizes x 8 backgrounds), their
 pictures (`drawing`, `pictures`), and the grammar that decides what is true;
 `alt_texts` writes what the web says of them, about half of it wrong, vague or
-spam; `site` serves it all on loopback and fails as a real web does; `weights/`
-holds a BLIP captioner and a CLIP ranker (1.4 million parameters each, stored in
-half precision, 5.7 MB in all) in the layouts of the published models, which
-`models` describes.
+spam; `site` serves it all on loopback and fails as a real web does, as often as
+`outcomes` says; `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million
+parameters each, stored in half precision, 5.7 MB in all) in the layouts of the
+published models, which `models` describes.
 
-These commands made the weights, both at once, each on one thread of a two-core
-machine that other work kept more than busy:
+The weights come from these two commands, run at once, each on one thread of a
+two-core machine that other work kept more than busy:
 
     python -m jobs.demo.train_weights captioner --until-accuracy 0.88   # 22 min, 2,032 steps
     python -m jobs.demo.train_weights ranker --minutes 37               # 37 min, 2,664 steps
 
-The schedule follows the clock, so another machine gets other weights of the
-same quality. The captioner is stopped early on purpose: at 2,600 steps 98% of
-its samples were true, and there was little left for the ranker to do.
+The schedule follows the clock, so another machine gets other weights of like
+quality. The captioner stops early on purpose: let run on to step 2,608, 98% of
+its samples were true, which leaves a ranker little to do.
 
 `python -m jobs.demo.appraisal --num-images 1000`, on pictures that no training
 saw: entirely true are 51% of the alt texts, 90% of ten nucleus samples an image
 (top_p 0.9, top_k 50, repetition penalty 1.1), and 98% of the two best of the
 eleven. On one thread, 1,000 images take 28 CPU seconds to caption ten times with
-transformers' own `generate`, and about 6 to rank.
+transformers' own `generate`, and 5 to rank.
 """

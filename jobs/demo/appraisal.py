@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration
 
 from jobs.demo.alt_texts import AltKind, alt_text
 from jobs.demo.models import CAPTIONER_DIR, RANKER_DIR
+from jobs.demo.outcomes import ALT_KINDS
 from jobs.demo.pictures import picture_set
-from jobs.demo.site import ALT_KINDS
 from jobs.demo.train_weights import to_input
 from jobs.demo.world import is_true, normalise
 

@@ -12,6 +12,7 @@ import csv
 import io
 import random
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -28,50 +29,20 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo.alt_texts import AltKind, alt_text
+from jobs.demo.outcomes import (
+    ALT_KINDS,
+    BLOCK,
+    FAILURES,
+    OPT_OUTS,
+    STATUS_BY_OUTCOME,
+    SUCCESSES,
+    Outcome,
+)
 from jobs.demo.pictures import Encoding, encode, published
 from jobs.demo.world import Scene, render
 
-Outcome = Literal[
-    "plain", "non_ascii_path", "exif_rotated", "redirect", "redirect_chain",
-    "unavailable_once", "rate_limited_once",
-    "not_found", "gone", "forbidden", "server_error", "truncated_jpeg", "html_as_image",
-    "tiny", "extreme_aspect", "opted_out", "redirect_loop", "hang", "drip",
-]  # fmt: skip
-
-# Pages of each outcome in every block of 400, in shuffled order: 60 fail (15%).
-SUCCESSES: dict[Outcome, int] = {
-    "plain": 309,
-    "non_ascii_path": 4,
-    "exif_rotated": 4,
-    "redirect": 12,
-    "redirect_chain": 3,
-    "unavailable_once": 6,
-    "rate_limited_once": 2,
-}
-FAILURES: dict[Outcome, int] = {
-    "not_found": 16,
-    "gone": 5,
-    "forbidden": 6,
-    "server_error": 5,
-    "truncated_jpeg": 6,
-    "html_as_image": 7,
-    "tiny": 4,
-    "extreme_aspect": 4,
-    "opted_out": 3,
-    "redirect_loop": 2,
-    "hang": 1,
-    "drip": 1,
-}
-ALT_KINDS: dict[AltKind, int] = {"true": 200, "wrong": 108, "vague": 40, "spam": 52}
-BLOCK = 400
 DUPLICATE_EVERY = 100
 HANG_S = 60.0
-OPT_OUTS: tuple[tuple[str, str], ...] = (
-    ("X-Robots-Tag", "noai"),
-    ("X-Robots-Tag", "max-image-preview: large, noai, noimageai"),
-    ("TDM-Reservation", "1"),
-)
-_STATUS_BY_OUTCOME: dict[str, int] = {"not_found": 404, "gone": 410, "forbidden": 403, "server_error": 500}
 _PATH = re.compile(r"/w(?P<seed>\d+)/.*?(?P<number>\d{6})(?:\.\w+)?$")
 
 
@@ -202,6 +173,11 @@ class _Server(ThreadingHTTPServer):
         self.requests_by_path: Counter[str] = Counter()
         self.lock = threading.Lock()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A crawler that gives up on a slow page breaks the pipe; that is no news.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def is_first_request(self, path: str) -> bool:
         with self.lock:
             self.requests_by_path[path] += 1
@@ -238,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         first = self.server.flaky and self.server.is_first_request(path)
         match shown.outcome:
             case "not_found" | "gone" | "forbidden" | "server_error":
-                self.answer(_STATUS_BY_OUTCOME[shown.outcome], b"sorry", Content_Type="text/plain")
+                self.answer(STATUS_BY_OUTCOME[shown.outcome], b"sorry", Content_Type="text/plain")
             case "unavailable_once" if first:
                 self.answer(503, b"busy", Content_Type="text/plain")
             case "rate_limited_once" if first:

@@ -1,0 +1,1 @@
+"""Benchmarks: what the pipeline costs on this machine. See docs/benchmarks.md."""
