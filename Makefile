@@ -26,8 +26,8 @@ test: $(STAMP) ## run the whole test suite
 lint: $(STAMP) ## check style
 	@$(BIN)/ruff check .
 
-bench: $(STAMP) ## list the benchmarks
-	@$(BIN)/capfilt bench --help
+bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
+	@for what in crawl intake manifest select; do echo "== capfilt bench $$what"; $(BIN)/capfilt bench $$what || exit; done
 
 docs: $(STAMP) ## write the generated pages of docs/
 	@$(BIN)/python -m jobs.docs

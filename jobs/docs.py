@@ -1,6 +1,7 @@
 """Write the generated pages of docs/ (``make docs``): what code declares is described from the code."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -69,11 +70,20 @@ def cli_page() -> str:
 
     runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
     parts = [_CLI_INTRODUCTION]
-    for name in typer.main.get_command(app).commands:
-        printed = runner.invoke(app, [name, "--help"], prog_name="capfilt")
+    for words in _command_names(typer.main.get_command(app)):
+        printed = runner.invoke(app, [*words, "--help"], prog_name="capfilt")
         assert printed.exit_code == 0, printed.output
-        parts += [f"## {name}", "", "```text", printed.output.strip(), "```", ""]
+        heading = "#" * (len(words) + 1)
+        parts += [f"{heading} {' '.join(words)}", "", "```text", printed.output.strip(), "```", ""]
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
+
+
+def _command_names(group: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the words of every command, a group's own before those in it."""
+    for name, command in group.commands.items():
+        yield (*above, name)
+        if hasattr(command, "commands"):
+            yield from _command_names(command, (*above, name))
 
 
 PAGES = {"cli.md": cli_page, "config.md": config_page, "manifest.md": manifest_page}

@@ -18,16 +18,16 @@ MAY_IMPORT = {
 # Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
 PIPELINE_READ_SIDE = {"storage", "shards", "images", "texts", "manifest", "records", "weights", "fingerprint"}
 STAGE_FILES = {"crawl", "caption", "rank", "selection"}
-# Heavy library -> the files or rooms that may import it.
+# Heavy library -> the files or rooms that may import it. A benchmark may also import what it compares with.
 HOMES = {
     "ray": ("jobs/",),
     "typer": ("jobs/",),
     "rich": ("jobs/",),
-    "img2dataset": ("pipeline/crawl.py",),
-    "duckdb": ("pipeline/manifest.py",),
+    "img2dataset": ("pipeline/crawl.py", "jobs/bench/crawl.py"),
+    "duckdb": ("pipeline/manifest.py", "jobs/bench/manifest.py"),
     "open_clip": ("pipeline/rank.py", "pipeline/weights.py", "training/vision.py", "jobs/demo/"),
     "transformers": ("pipeline/caption.py", "pipeline/decoding.py", "training/", "jobs/demo/"),
-    "PIL": ("pipeline/images.py", "jobs/demo/"),
+    "PIL": ("pipeline/images.py", "jobs/demo/", "jobs/bench/pictures.py"),
     "cv2": ("pipeline/images.py",),
     "torchvision": ("pipeline/images.py", "training/"),
 }

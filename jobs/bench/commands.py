@@ -5,6 +5,7 @@ and no Ray, and takes under a minute at its defaults on two cores.
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def crawl(
     """Crawl a loopback server, in turn with img2dataset's own Downloader: rate, CPU, memory, ratio."""
     from jobs.bench.crawl import measure_crawl
 
-    found = measure_crawl(images, _size(size))
+    found = _measured(measure_crawl, images, _size(size))
     rows = [{"crawler": name, **_readable(found[name])} for name in ("capfilt", "img2dataset")]
     _show(found, rows, json_)
 
@@ -38,7 +39,7 @@ def intake(
     """Read a Parquet list into url shards, then read it again grown by 1%: rate and memory."""
     from jobs.bench.intake import measure_intake
 
-    found = measure_intake(rows)
+    found = _measured(measure_intake, rows)
     _show(found, [{"reading": name, **_readable(found[name])} for name in ("first", "grown")], json_)
 
 
@@ -50,7 +51,7 @@ def manifest(
     """Ask a synthetic corpus, as `capfilt sql` does and in plain DuckDB; compact its records."""
     from jobs.bench.manifest import measure_manifest
 
-    found = measure_manifest(images)
+    found = _measured(measure_manifest, images)
     _show(found, found["queries"], json_)
 
 
@@ -62,7 +63,7 @@ def select(
     """Write curated shards from scored candidates: rate and memory."""
     from jobs.bench.selection import measure_select
 
-    found = measure_select(images)
+    found = _measured(measure_select, images)
     _show(found, [_readable(found["select"])], json_)
 
 
@@ -71,6 +72,14 @@ def _size(text: str) -> tuple[int, int]:
     if not match or min(int(match[1]), int(match[2])) < 64:
         raise CapfiltError(f"--size {text!r}: width x height from 64 to 9999 pixels, such as 640x480")
     return int(match[1]), int(match[2])
+
+
+def _measured(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Measure, and say on what machine; how busy it was is asked before the benchmark itself makes it so."""
+    from jobs.bench.machine import describe_machine
+
+    machine = describe_machine()
+    return {**measure(*arguments), "machine": machine}
 
 
 def _readable(measured: dict[str, Any]) -> dict[str, Any]:
@@ -88,13 +97,12 @@ def _readable(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
-    from jobs.bench.machine import describe_machine
     from jobs.render import print_facts, print_json, print_table
 
-    found = {**found, "machine": describe_machine()}
     if as_json:
         return print_json(found)
-    print_table(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    print_table([{name: row.get(name) for name in columns} for row in rows])
     print()
     print_facts({name: value for name, value in found.items() if isinstance(value, (int, float, str))})
     print_facts(found["machine"])

@@ -51,6 +51,7 @@ class SyntheticCorpus:
             }
         )
         self.records = Records(Storage(self.config.corpus.path))
+        assert samples_per_shard % _FAILED_EVERY == 0, "a shard's key decides which of its URLs failed"
         self._start_run()
         urls = images + images // (_FAILED_EVERY - 1)
         pq.write_table(_url_list(urls), folder / "list.parquet")
@@ -191,7 +192,6 @@ def _samples(urls: pa.Table) -> pa.Table:
     """Return what the crawl would have said of each URL."""
     answers = []
     for uid, key in _columns(urls, "uid", "key"):
-        # Shards may have any size: the place in the whole list decides, not the one in the shard.
         answers.append(_ok(uid) if int(key[5:]) % _FAILED_EVERY != _FAILED_EVERY - 1 else _failed(uid))
     columns: dict[str, Any] = {name: urls[name] for name in urls.column_names}
     return _table(columns | {name: [one[name] for one in answers] for name in answers[0]}, SAMPLES)

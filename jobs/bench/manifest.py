@@ -42,14 +42,15 @@ def measure_manifest(images: int) -> dict[str, Any]:
         manifest = Manifest(storage)
         with Stopwatch() as first:
             compacted = manifest.compact()
+        # As the run that made it: another process reads the parts first.
         with Stopwatch() as idle:
-            # As a process does that has compacted before; another one reads the parts first.
             assert manifest.compact() == 0
         [[uid, shard]] = manifest.query("SELECT uid, shard FROM curated ORDER BY uid LIMIT 1").rows
         queries = [
             _timed_query(name, sql.format(uid=uid, shard=shard), manifest) for name, sql in _QUERIES.items()
         ]
-        queries.append({"query": "trace", "capfilt_s": _timed(lambda: trace(manifest, uid))[0], "rows": 1})
+        [(traced_s, ways)] = _timed(lambda: trace(manifest, uid))
+        queries.append({"query": "trace", "capfilt_s": traced_s, "duckdb_s": None, "rows": len(ways)})
         counts = dict(manifest.query(_QUERIES["count by status"]).rows)
         candidates = manifest.query("SELECT count(*) FROM candidates").rows[0][0]
         size = sum(file.bytes for file in storage.list(""))
@@ -70,23 +71,24 @@ def measure_manifest(images: int) -> dict[str, Any]:
 
 
 def _timed_query(name: str, sql: str, manifest: Manifest) -> dict[str, Any]:
-    """Ask both ways, each time from opening to the last row."""
+    """Ask both ways in turn, each time from opening to the last row."""
 
     def plain() -> list[tuple[Any, ...]]:
         with duckdb.connect(manifest.storage.url(CATALOG), read_only=True) as connection:
             return connection.execute(sql).fetchall()
 
-    capfilt_s, answer = _timed(lambda: manifest.query(sql).rows)
-    plain_s, same = _timed(plain)
+    (capfilt_s, answer), (duckdb_s, same) = _timed(lambda: manifest.query(sql).rows, plain)
     assert answer == same, f"{name}: the two answers differ"
-    return {"query": name, "capfilt_s": capfilt_s, "duckdb_s": plain_s, "rows": len(answer)}
+    return {"query": name, "capfilt_s": capfilt_s, "duckdb_s": duckdb_s, "rows": len(answer)}
 
 
-def _timed(ask: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the median seconds of asking, files in the page cache, and the answer."""
-    seconds = []
+def _timed(*ways: Callable[[], Any]) -> list[tuple[float, Any]]:
+    """Return, for each way of asking, the median seconds and the answer; files are in the page cache by then."""
+    answers = [ask() for ask in ways]
+    seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(_TIMES):
-        with Stopwatch() as watch:
-            answer = ask()
-        seconds.append(watch.seconds)
-    return round(median(seconds), 4), answer
+        for ask, taken in zip(ways, seconds, strict=True):
+            with Stopwatch() as watch:
+                ask()
+            taken.append(watch.seconds)
+    return [(round(median(taken), 4), answer) for taken, answer in zip(seconds, answers, strict=True)]

@@ -8,7 +8,7 @@ from PIL import Image
 _QUALITY = 88
 # The contrast of each octave, coarse to fine: about 1.7 bits a pixel at this quality, as photographs have.
 _CONTRAST = 90.0
-_FADE = 0.62
+_FADE = 0.77
 
 
 def jpeg(seed: int, size_px: tuple[int, int]) -> bytes:

@@ -5,6 +5,7 @@ holds for the scene that the picture was drawn from. No model takes part in that
 """
 
 import json
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from schemas.errors import CapfiltError
 _HERE = Path(__file__).resolve().parent
 _RECIPE = _HERE.parent / "recipes" / "demo.toml"
 _WEIGHTS = _HERE / "weights"
+_USUAL_PORT = 8421
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +61,7 @@ def run_demo(out: str, as_json: bool = False) -> int:
         raise CapfiltError(
             f"--out {out}: the folder holds something other than a demo corpus; name another one"
         )
-    port = _port_of(urls) if urls.exists() else 0
+    port = _port_of(urls) if urls.exists() else _free_port()
     try:
         with serving(port) as base_url:
             if not urls.exists():
@@ -95,6 +97,16 @@ def demo_config(folder: Path, urls: Path, base_url: str) -> CapfiltConfig:
             f"crawl.allow_hosts={json.dumps([urlsplit(base_url).netloc])}",
         ],
     )
+
+
+def _free_port() -> int:
+    """Return the demo's usual port if it is free: URLs are identities, so equal ports give equal corpora."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", _USUAL_PORT))
+        except OSError:
+            return 0
+    return _USUAL_PORT
 
 
 def _port_of(urls: Path) -> int:

@@ -1,0 +1,109 @@
+"""The benchmarks at tiny sizes: they run, their numbers add up, and they leave nothing behind. No times are judged."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.bench.pictures import jpeg
+from jobs.cli import app
+from pipeline.images import decode_rgb
+from schemas.errors import CapfiltError
+
+MACHINE = {"date", "cpus", "architecture", "memory_gib", "python", "load_1m"}
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each benchmark a temporary folder of its own, and see that it is empty afterwards."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield
+    assert list(folder.glob("capfilt-*")) == []
+
+
+def bench(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["bench", *arguments, "--json"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    [line] = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["machine"].keys() == MACHINE and found["machine"]["cpus"] >= 1
+    return found
+
+
+def require_positive(values: dict[str, Any], *names: str) -> None:
+    for name in names:
+        assert values[name] > 0, (name, values)
+
+
+def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
+    found = bench("crawl", "--images", "6", "--size", "96x64")
+    assert (found["images"], found["size"]) == (6, "96x64")
+    require_positive(found, "rounds", "bytes_per_picture", "rate_ratio", "cpu_ratio")
+    for crawler in ("capfilt", "img2dataset"):
+        require_positive(found[crawler], "images_per_s", "cpu_ms_per_image", "peak_bytes")
+    shares = found["capfilt"]["share"]
+    assert shares.keys() == {"fetch", "decode", "write"}
+    assert all(share > 0 for share in shares.values()) and sum(shares.values()) <= 1
+    assert found["img2dataset"]["share"] == {}
+
+
+def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
+    found = bench("intake", "--rows", "1000")
+    first, grown = found["first"], found["grown"]
+    assert (first["rows_in"], first["rows_new"], first["rows_duplicate"], first["rows_known"]) == (1000, 900, 100, 0)
+    assert (grown["rows_in"], grown["rows_new"], grown["rows_duplicate"]) == (1010, 9, 1)
+    for reading in (first, grown):
+        total = reading["rows_new"] + reading["rows_duplicate"] + reading["rows_known"]
+        assert reading["rows_in"] == total
+        require_positive(reading, "rows_per_s", "seconds", "cpu_s", "shards")
+        assert reading["peak_bytes"] >= reading["idle_bytes"] > 0
+
+
+@pytest.mark.parametrize("images", [30, 31, 32])
+def test_manifest_asks_a_whole_corpus_both_ways(images: int) -> None:
+    found = bench("manifest", "--images", str(images))
+    assert (found["urls"], found["candidates"]) == (images + images // 3, 11 * images)
+    # One shard, five stages; a run and two models.
+    assert (found["shards"], found["records"]) == (1, 8)
+    require_positive(found, "corpus_bytes", "first_compaction_s", "idle_compaction_s", "peak_bytes", "total_s")
+    queries = {row["query"]: row for row in found["queries"]}
+    assert queries["one shard"]["rows"] == images
+    assert queries["one uid"]["rows"] == 11 and queries["by shard and origin"]["rows"] == 2
+    assert queries["trace"]["rows"] == 1 and queries["trace"].pop("duckdb_s") is None
+    assert all(value > 0 for row in queries.values() for name, value in row.items() if name != "query")
+
+
+def test_select_keeps_every_image() -> None:
+    found = bench("select", "--images", "12")
+    assert found["images"] == 12
+    require_positive(found["select"], "images_per_s", "cpu_ms_per_image", "peak_bytes")
+    assert found["select"]["share"].keys() == {"read", "select", "write"}
+    assert 0 < sum(found["select"]["share"].values()) <= 1
+
+
+def test_without_json_a_table_is_printed() -> None:
+    done = CliRunner().invoke(app, ["bench", "intake", "--rows", "100"])
+    assert done.exit_code == 0, done.output
+    header, first, grown, *_ = done.stdout.splitlines()
+    assert header.split()[:3] == ["reading", "rows_in", "rows_new"]
+    assert first.split()[:3] == ["first", "100", "90"] and grown.split()[:3] == ["grown", "101", "1"]
+
+
+@pytest.mark.parametrize("size", ["640", "640x", "32x32", "0x480", "640x480x3"])
+def test_a_wrong_size_is_the_users_mistake(size: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "crawl", "--size", size])
+    assert isinstance(done.exception, CapfiltError) and "--size" in str(done.exception)
+
+
+def test_pictures_differ_by_seed_alone_and_weigh_what_photographs_do() -> None:
+    picture = jpeg(1, (640, 480))
+    assert picture == jpeg(1, (640, 480)) != jpeg(2, (640, 480))
+    assert decode_rgb(picture).size == (640, 480)
+    assert 1.2 < 8 * len(picture) / (640 * 480) < 2.2
