@@ -28,23 +28,70 @@ Set = Annotated[
 ]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
+Source = Annotated[
+    list[str] | None, typer.Option("--source", help="Only this [[source]]; may be repeated.", metavar="NAME")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it costs; do nothing.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-def _load(config: str, overrides: list[str] | None) -> Any:
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"capfilt {version('capfilt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(config: str, overrides: list[str] | None, sources: list[str] | None = None) -> Any:
+    """Return the config, cut down to the named sources if there are any."""
     from pipeline.configfile import load_config
+    from pipeline.nearest import did_you_mean
 
-    return load_config(config, overrides or ())
+    loaded = load_config(config, overrides or ())
+    if not sources:
+        return loaded
+    names = [source.name for source in loaded.source]
+    for name in sources:
+        if name not in names:
+            raise CapfiltError(f"--source {name}: {config} has no such source{did_you_mean(name, names)}")
+    return loaded.model_copy(
+        update={"source": tuple(source for source in loaded.source if source.name in sources)}
+    )
 
 
-def _run(config: str, overrides: list[str] | None, as_json: bool, **options: Any) -> None:
+def _run(
+    config: str,
+    overrides: list[str] | None,
+    sources: list[str] | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     from rich.console import Console
 
     from jobs.run import RunOptions, run
-    from jobs.summary import print_result, result_json
+    from jobs.summary import plan_corpus, print_plan, print_result, result_json
 
+    chosen = RunOptions(quiet=as_json, **options)
+    loaded = _load(config, overrides, sources)
+    if dry_run:
+        planned = plan_corpus(loaded, chosen.stages)
+        print(json.dumps(planned)) if as_json else print_plan(planned)
+        return
     console = Console(stderr=as_json, soft_wrap=True)
-    result = run(_load(config, overrides), RunOptions(quiet=as_json, **options), console)
+    result = run(loaded, chosen, console)
     if as_json:
         print(json.dumps(result_json(result)))
     else:
@@ -54,41 +101,57 @@ def _run(config: str, overrides: list[str] | None, as_json: bool, **options: Any
 
 @app.command()
 def run(
-    config: Config, set_: Set = None, recompute: Recompute = False, limit: Limit = None, json_: Json = False
+    config: Config,
+    set_: Set = None,
+    source: Source = None,
+    recompute: Recompute = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
 ) -> None:
     """Do all that is missing: crawl, caption, rank, select, in one streaming run."""
-    _run(config, set_, json_, recompute=recompute, limit=limit)
+    _run(config, set_, source, dry_run, json_, recompute=recompute, limit=limit)
 
 
 @app.command()
 def crawl(
     config: Config,
     set_: Set = None,
+    source: Source = None,
     retry: Annotated[
         str | None,
         typer.Option("--retry", help='"transient": queue again what may succeed now.', metavar="WHICH"),
     ] = None,
     recompute: Recompute = False,
     limit: Limit = None,
+    dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
     """Fetch the images of the lists into raw shards."""
     if retry not in (None, "transient"):
         raise CapfiltError(f'--retry {retry!r}: only "transient" failures can be queued again')
-    _run(
-        config, set_, json_, command="crawl", stages=("crawl",), retry=retry, recompute=recompute, limit=limit
-    )
+    chosen = {
+        "command": "crawl",
+        "stages": ("crawl",),
+        "retry": retry,
+        "recompute": recompute,
+        "limit": limit,
+    }
+    _run(config, set_, source, dry_run, json_, **chosen)
 
 
 def _stage_command(stage: Stage, text: str) -> None:
     def command(
         config: Config,
         set_: Set = None,
+        source: Source = None,
         recompute: Recompute = False,
         limit: Limit = None,
+        dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        _run(config, set_, json_, command=stage, stages=(stage,), recompute=recompute, limit=limit)
+        chosen = {"command": stage, "stages": (stage,), "recompute": recompute, "limit": limit}
+        _run(config, set_, source, dry_run, json_, **chosen)
 
     app.command(stage, help=text)(command)
 
@@ -99,11 +162,11 @@ _stage_command("select", "Keep the best captions and write the curated shards; n
 
 
 @app.command()
-def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
+def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
     """Say what is pending and stale and what it will cost, before any spending."""
     from jobs.summary import plan_corpus, print_plan
 
-    found = plan_corpus(_load(config, set_))
+    found = plan_corpus(_load(config, set_, source))
     print(json.dumps(found)) if json_ else print_plan(found)
 
 

@@ -12,6 +12,8 @@ from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import Stage
 
+_log = logging.getLogger(__name__)
+
 # Rows are shard names: the object store holds next to nothing.
 _OBJECT_STORE_BYTES = 128 << 20
 
@@ -49,19 +51,33 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[No
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
     try:
-        _check_resources(config, stages)
+        _check_resources(config, stages, growing=bool(address))
         yield
     finally:
         ray.shutdown()
 
 
-def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...]) -> None:
-    """Refuse a pool that no node can ever host, where Ray would wait for it forever."""
+def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: bool) -> None:
+    """Refuse a pool that no node can host, where Ray would wait for it forever; of a cluster that may grow, say so.
+
+    Pools whose smallest sizes do not fit together run one after the other: that is said as well.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, key in (("CPUs", "cpus"), ("GPUs", "gpus")):
+        pools = [getattr(config.cluster, stage) for stage in stages]
+        wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools)
+        there = sum(node.get(name[:-1], 0) for node in nodes)
+        if wanted > there:
+            _log.warning(
+                "the stages want %g %s at once, the cluster has %g: some will wait", wanted, name, there
+            )
     for stage in stages:
         wanted = getattr(config.cluster, stage)
         if not any(node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes):
-            raise CapfiltError(
+            complaint = (
                 f"cluster.{stage}: a worker wants {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and no node of "
                 f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
             )
+            if not growing:
+                raise CapfiltError(complaint)
+            _log.warning("%s", complaint)

@@ -29,15 +29,21 @@ class Progress(Protocol):
 class _Rates:
     """Shards, images per second and time left, by stage."""
 
-    def __init__(self, before: Survey, stages: tuple[Stage, ...]) -> None:
+    def __init__(self, before: Survey, stages: tuple[Stage, ...], limit: int | None) -> None:
         self.stages = stages
-        self.before = {stage: before.of(stage) for stage in stages}
+        self.done_before = {stage: before.of(stage).done for stage in stages}
+        self.total = {stage: before.of(stage).total for stage in stages}
+        if limit is not None:
+            self.total = {
+                stage: min(total, self.done_before[stage] + limit) for stage, total in self.total.items()
+            }
         self.start = time.monotonic()
 
-    def row(self, stage: Stage, progress: StageProgress) -> tuple[str, str, str, str, str]:
-        before = self.before[stage]
+    def row(self, stage: Stage, progress: StageProgress) -> tuple[str, ...]:
+        """Return stage, shards, images/s, share kept, shards failed, time left."""
+        done, total = self.done_before[stage] + progress.shards, self.total[stage]
         seconds = max(time.monotonic() - self.start, 1e-9)
-        left = before.total - before.done - progress.shards
+        left = total - done
         success = (
             f"{progress.rows_out / progress.rows_in:.0%}" if progress.rows_in and stage != "caption" else "-"
         )
@@ -48,14 +54,15 @@ class _Rates:
         else:
             eta = "-"
         rate = f"{progress.images / seconds:,.1f}" if progress.images else "-"
-        return stage, f"{before.done + progress.shards:,}/{before.total:,}", rate, success, eta
+        failed = str(len(progress.quarantined)) if progress.quarantined else "-"
+        return stage, f"{done:,}/{total:,}", rate, success, failed, eta
 
 
 class LiveProgress:
     """A table that redraws itself."""
 
-    def __init__(self, console: Console, before: Survey, stages: tuple[Stage, ...]) -> None:
-        self._rates = _Rates(before, stages)
+    def __init__(self, console: Console, rates: _Rates) -> None:
+        self._rates = rates
         self._live = Live(console=console, refresh_per_second=4)
         self._live.start()
         self.update({})
@@ -63,7 +70,7 @@ class LiveProgress:
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Redraw."""
         table = Table("stage", box=None, pad_edge=False)
-        for title in ("shards", "images/s", "kept", "time left"):
+        for title in ("shards", "images/s", "kept", "failed", "time left"):
             table.add_column(title, justify="right")
         for stage in self._rates.stages:
             table.add_row(*self._rates.row(stage, snapshot.get(stage, StageProgress())))
@@ -77,8 +84,8 @@ class LiveProgress:
 class LineProgress:
     """One line an interval, for logs."""
 
-    def __init__(self, before: Survey, stages: tuple[Stage, ...]) -> None:
-        self._rates = _Rates(before, stages)
+    def __init__(self, rates: _Rates) -> None:
+        self._rates = rates
         self._next = time.monotonic() + _LINE_INTERVAL_S
         self._last: Mapping[Stage, StageProgress] = {}
 
@@ -92,8 +99,10 @@ class LineProgress:
     def _print(self) -> None:
         parts = []
         for stage in self._rates.stages:
-            _, shards, rate, _, eta = self._rates.row(stage, self._last.get(stage, StageProgress()))
-            parts.append(f"{stage} {shards} ({rate} images/s, {eta})")
+            _, shards, rate, _, failed, eta = self._rates.row(stage, self._last.get(stage, StageProgress()))
+            parts.append(
+                f"{stage} {shards} ({rate} images/s, {eta})" + (f" {failed} failed" if failed != "-" else "")
+            )
         print(f"[{time.strftime('%H:%M:%S')}] " + "  ".join(parts), file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -111,11 +120,14 @@ class NoProgress:
         """Do nothing."""
 
 
-def open_progress(console: Console, before: Survey, stages: tuple[Stage, ...], quiet: bool) -> Progress:
+def open_progress(
+    console: Console, before: Survey, stages: tuple[Stage, ...], limit: int | None, quiet: bool
+) -> Progress:
     """Return the progress that fits where the output goes."""
     if quiet:
         return NoProgress()
-    return LiveProgress(console, before, stages) if console.is_terminal else LineProgress(before, stages)
+    rates = _Rates(before, stages, limit)
+    return LiveProgress(console, rates) if console.is_terminal else LineProgress(rates)
 
 
 def _duration(seconds: float) -> str:

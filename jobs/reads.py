@@ -1,4 +1,4 @@
-"""The commands that read a corpus: status stats failures shards sql trace verify; and gc, manifest, doctor.
+"""The commands that read a corpus: status stats runs failures shards sql trace verify; and gc, manifest, doctor.
 
 Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value.
 Libraries are imported inside, so that ``capfilt --help`` stays quick.
@@ -6,6 +6,7 @@ Libraries are imported inside, so that ``capfilt --help`` stays quick.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ import typer
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from datetime import timedelta
 
     from pipeline.manifest import Manifest
@@ -71,6 +73,20 @@ def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
     for name, rows in found.items():
         print_table(rows, title=name)
         print()
+
+
+@reads.command()
+def runs(
+    corpus: CorpusArgument,
+    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
+    json_: JsonOption = False,
+) -> None:
+    """List the runs, newest first; one without an outcome is under way, or was killed."""
+    from jobs.render import print_json, print_table
+    from pipeline import report
+
+    rows = report.runs(_manifest(corpus), limit=limit)
+    print_json(rows) if json_ else print_table(rows)
 
 
 @reads.command()
@@ -132,18 +148,32 @@ def sql(
     json_: JsonOption = False,
 ) -> None:
     """Ask the manifest in SQL, read-only: no file, no network, nothing but the corpus's tables."""
-    from jobs.render import print_csv, print_json, print_table
+    from jobs.render import print_csv, print_table
 
-    shown = limit if limit is not None or csv or json_ else 1000
-    answer = _manifest(corpus).query(query, timeout_s=timeout, max_rows=shown, memory=memory)
-    if json_:
-        print_json(answer.dicts())
-    elif csv:
-        print_csv(answer.columns, answer.rows)
-    else:
+    found = _manifest(corpus)
+    if not (csv or json_):
+        answer = found.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
         print_table(answer.dicts(), answer.columns)
-    if answer.truncated:
-        typer.echo(f"the first {len(answer.rows)} rows; --limit, --json or --csv for more", err=True)
+        if answer.truncated:
+            typer.echo(f"the first {len(answer.rows)} rows; --limit, --json or --csv for more", err=True)
+        return
+    with found.stream(query, timeout_s=timeout, memory=memory) as stream:
+        rows = itertools.islice(stream.rows, limit)
+        _print_rows(stream.columns, rows) if json_ else print_csv(stream.columns, rows)
+        if limit is not None and next(stream.rows, None) is not None:
+            typer.echo(f"the first {limit} rows", err=True)
+
+
+def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a JSON list, one row a line, as the rows come."""
+    from jobs.render import print_json
+
+    before = "["
+    for row in rows:
+        print(before, end="")
+        print_json(dict(zip(columns, row, strict=True)))
+        before = ","
+    print("]" if before == "," else "[]")
 
 
 @reads.command()
@@ -257,7 +287,9 @@ def gc(
 
     records = Records(_manifest(corpus).storage)
     garbage = find_garbage(records, older_than=_age(older_than), retired=retired)
-    size = sum(file.bytes for file in garbage) if dry_run else remove(records, garbage)
+    if not dry_run:
+        garbage = remove(records, garbage)
+    size = sum(file.bytes for file in garbage)
     if json_:
         return print_json(
             {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in garbage]}

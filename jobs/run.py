@@ -1,26 +1,19 @@
-"""A run: read the lists, see what is missing, stream the shards through the stages, keep the manifest fresh."""
+"""A run: read the lists, see what is missing, have it done, say how it ended."""
 
 import secrets
-import signal
 import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Literal
 
-import ray
-from ray.data.exceptions import ExecutionTimeoutError
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.cluster import ray_session
-from jobs.progress import Progress, open_progress
-from jobs.stages import build_dataset, dataset_row
-from jobs.tracker import Tracker
+from jobs.progress import open_progress
+from jobs.stages import dataset_row
+from jobs.stream import Streaming, StreamOutcome
 from pipeline.attempt import library_versions
 from pipeline.configfile import config_digest, dump_config
 from pipeline.intake import queue_retries, read_lists
@@ -33,11 +26,6 @@ from pipeline.weights import Weights, captioner_weights, ranker_weights
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, RunRecord, ShardRecord, Stage
-
-_POLL_S = 0.5
-
-# Times that a broken execution (not a broken shard) is started anew within one run.
-_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +47,7 @@ class RunResult:
     record: RunRecord
     survey: Survey
     quarantined: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -78,8 +67,7 @@ def model_weights(config: CapfiltConfig, stages: tuple[Stage, ...]) -> dict[Stag
         weights["caption"] = [captioner_weights(config.caption)]
     if "rank" in stages:
         weights["rank"] = [ranker_weights(config.rank.model, config.rank.pretrained)]
-        if config.rank.rerank:
-            rerank = config.rank.rerank
+        if rerank := config.rank.rerank:
             weights["rank"].append(ranker_weights(rerank.model, rerank.pretrained, "rank.rerank"))
     return weights
 
@@ -109,10 +97,9 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     ``recompute``, a stage whose own input does not exist yet.
     """
     records = Records(Storage(config.corpus.path))
-    manifest = Manifest(records.storage)
     weights = model_weights(config, options.stages)
     models = digests_of(weights)
-    run_record = RunRecord(
+    started = RunRecord(
         run_id=new_run_id(),
         command=options.command,
         config=dump_config(config),
@@ -121,51 +108,67 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
         host=socket.gethostname(),
         versions=library_versions(),
     )
-    if "crawl" in options.stages:
-        _take_in_lists(config, records, run_record.run_id, options, console)
     before, urls = survey_corpus(config, records, models, options.stages)
     _refuse(before, options)
+    if "crawl" in options.stages and _take_in_lists(config, records, started, options, console):
+        before, urls = survey_corpus(config, records, models, options.stages)
     _say_before(before, options, console)
     todo = before.todo[: options.limit]
+    manifest = Manifest(records.storage)
     if not todo:
         manifest.compact()
-        done = replace(run_record, outcome="done", finished_at=now())
-        return RunResult(record=done, survey=before)
-    records.write_run(run_record)
+        return _end(started, "done", config, options, records, models, before, todo)
+    records.write_run(started)
     for models_of_stage in weights.values():
         for model in models_of_stage:
             records.register_model(model.to_record())
     kinds = {source.name: source.kind for source in config.source}
-    rows = [dataset_row(kinds[source], urls[source, shard]) for source, shard in todo]
-    progress = open_progress(console, before, options.stages, options.quiet)
+    streaming = Streaming(
+        config=config,
+        stages=options.stages,
+        models=models,
+        run_id=started.run_id,
+        recompute=options.recompute,
+        manifest=manifest,
+        progress=open_progress(console, before, options.stages, options.limit, options.quiet),
+    )
     try:
-        outcome = _stream(rows, config, models, run_record.run_id, options, manifest, progress)
+        outcome = streaming.drive([dataset_row(kinds[source], urls[source, shard]) for source, shard in todo])
+        result = _end(started, outcome, config, options, records, models, before, todo)
+        records.write_run(result.record)
     except BaseException:
-        records.write_run(replace(run_record, outcome="error", finished_at=now()))
+        records.write_run(replace(started, outcome="error", finished_at=now()))
         raise
-    return _finish(run_record, outcome, records, manifest, config, models, options, before)
+    manifest.compact()
+    return result
 
 
 def _take_in_lists(
-    config: CapfiltConfig, records: Records, run_id: str, options: RunOptions, console: Console
-) -> None:
+    config: CapfiltConfig, records: Records, started: RunRecord, options: RunOptions, console: Console
+) -> bool:
+    """Read the lists, or queue the retries; return whether that made new url shards."""
     if options.retry is not None:
-        taken = queue_retries(config, records, run_id)
+        taken = queue_retries(config, records, started.run_id)
     else:
-        taken = read_lists(config, records, run_id)
-    for intake in taken:
-        if intake.record is not None and not options.quiet:
+        taken = read_lists(config, records, started.run_id)
+    new = [intake for intake in taken if intake.record is not None]
+    if new:
+        records.write_run(started)
+    if not options.quiet:
+        for intake in new:
             console.print(escape(str(intake)), highlight=False)
+    return bool(new)
 
 
 def _refuse(before: Survey, options: RunOptions) -> None:
     """Stop before any spending where the run would not do what the user expects."""
     if before.stale and not options.recompute:
         named = ", ".join("/".join(shard) for shard in before.stale[:3])
+        more = ", ..." if len(before.stale) > 3 else ""
         raise CapfiltError(
-            f"{len(before.stale)} committed shards are stale ({named}{', ...' if len(before.stale) > 3 else ''}): "
-            "they were made with another config, other weights or other input. Restore the config, make a "
-            "corpus at another corpus.path, or run again with --recompute to replace them"
+            f"{len(before.stale)} committed shards are stale ({named}{more}): they were made with another config, "
+            "other weights or other input. Restore the config, make a corpus at another corpus.path, or run again "
+            "with --recompute to replace them"
         )
     total = sum(count.total for count in before.counts)
     waiting = sum(count.waiting for count in before.counts)
@@ -182,126 +185,45 @@ def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
         count = before.of(stage)
         if not count.total:
             continue
-        rest = "".join(
-            f", {value} {name}"
-            for name, value in (
-                ("stale", count.stale),
-                ("waiting", count.waiting),
-                ("quarantined", count.quarantined),
-            )
-            if value
-        )
+        parts = {"stale": count.stale, "waiting": count.waiting, "quarantined": count.quarantined}
+        rest = "".join(f", {value} {name}" for name, value in parts.items() if value)
         console.print(f"{stage:8} {count.done:,} of {count.total:,} shards done{rest}", highlight=False)
 
 
-def _stream(
-    rows: list[dict[str, str]],
+def _end(
+    started: RunRecord,
+    outcome: StreamOutcome,
     config: CapfiltConfig,
-    models: ModelDigests,
-    run_id: str,
     options: RunOptions,
-    manifest: Manifest,
-    progress: Progress,
-) -> Literal["done", "interrupted"]:
-    """Drive the rows through the actor pools while threads show progress and compact the manifest."""
-    with _terminated_as_interrupt(), ray_session(config, options.stages):
-        # On the driver's node, so that no other node's death takes it along.
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )
-        tracker = Tracker.options(scheduling_strategy=here).remote()
-        stop = threading.Event()
-        watcher = threading.Thread(
-            target=_watch,
-            args=(stop, tracker, manifest, progress, config.cluster.compact_interval_s),
-            daemon=True,
-        )
-        watcher.start()
-        try:
-            for attempt in range(_PASSES):
-                dataset = build_dataset(
-                    rows, options.stages, config, models, run_id, options.recompute, tracker
-                )
-                try:
-                    for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                        pass
-                    return "done"
-                except (ray.exceptions.RayError, ExecutionTimeoutError):
-                    # A node went and took the pool's actors or objects along. What was committed is skipped.
-                    if attempt == _PASSES - 1:
-                        raise
-            raise AssertionError
-        except KeyboardInterrupt:
-            return "interrupted"
-        finally:
-            stop.set()
-            watcher.join(timeout=30)
-            progress.close()
-
-
-def _watch(
-    stop: threading.Event,
-    tracker: ray.actor.ActorHandle,
-    manifest: Manifest,
-    progress: Progress,
-    compact_interval_s: float,
-) -> None:
-    compacted = time.monotonic()
-    last = False
-    while not last:
-        last = stop.wait(_POLL_S)
-        try:
-            progress.update(ray.get(tracker.snapshot.remote(), timeout=10))
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            continue  # the tracker is being restarted, or Ray is going down
-        if time.monotonic() - compacted >= compact_interval_s:
-            manifest.compact()
-            compacted = time.monotonic()
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's stop) like Ctrl-C, where signals can be set at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _finish(
-    run_record: RunRecord,
-    outcome: Literal["done", "interrupted"],
     records: Records,
-    manifest: Manifest,
-    config: CapfiltConfig,
     models: ModelDigests,
-    options: RunOptions,
     before: Survey,
+    todo: list[tuple[str, str]],
 ) -> RunResult:
-    """Recount from the records, write the run's end and the manifest."""
-    after, _ = survey_corpus(config, records, models, options.stages)
-    quarantined = {
+    """Recount from the records what became of the run."""
+    committed, quarantine, urls = records.shards(), records.quarantined(), url_shards(records)
+    after = survey(config, models, urls, committed, quarantine, options.stages)
+    # Another driver's quarantine stands in this one's way just as well; so does that of an earlier stage.
+    sources = {source.name for source in config.source}
+    in_the_way = {
         f"{stage} {source}/{shard}": record.error
-        for (stage, source, shard), record in records.quarantined().items()
-        if record.run_id == run_record.run_id
+        for (stage, source, shard), record in quarantine.items()
+        if source in sources
+        and STAGES.index(stage) <= STAGES.index(options.stages[-1])
+        and (stage, source, shard) not in committed
     }
-    done = sum(1 for record in records.shards(options.stages).values() if record.run_id == run_record.run_id)
+    undone = set(todo) & set(after.todo)
+    failed = outcome != "interrupted" and bool(in_the_way or undone or outcome == "gave up")
     ended = replace(
-        run_record,
-        outcome="partial" if outcome == "done" and quarantined else outcome,
+        started,
+        outcome="partial" if failed else outcome,
         finished_at=now(),
-        shards_done=done,
+        shards_done=sum(record.run_id == started.run_id for record in committed.values()),
         shards_skipped=sum(count.done for count in before.counts),
-        shards_failed=len(quarantined),
+        shards_failed=len(in_the_way),
     )
-    records.write_run(ended)
-    manifest.compact()
-    return RunResult(record=ended, survey=after, quarantined=quarantined)
+    waiting = sum(count.waiting for count in after.counts)
+    note = f"{waiting:,} shards wait for an earlier stage" if waiting else ""
+    if outcome == "gave up":
+        note = "stopped: too many shards failed; see the errors above"
+    return RunResult(record=ended, survey=after, quarantined=in_the_way, note=note)

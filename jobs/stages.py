@@ -1,6 +1,8 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
 import os
+import socket
+import time
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +15,11 @@ from pipeline.plan import ModelDigests, next_step, stages_of, upstream_of
 from pipeline.records import Records, now
 from pipeline.storage import Storage, sweep_temporary_folders
 from schemas.config import CapfiltConfig, StageResources
-from schemas.errors import CorruptShardError
+from schemas.errors import CapfiltError, CorruptShardError
 from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
+
+# Between tries of a step whose storage fails outside the worker's own attempts.
+_STORAGE_WAITS_S = (1.0, 10.0, 60.0)
 
 
 def stage_worker(stage: Stage, config: CapfiltConfig, records: Records) -> Any:
@@ -70,8 +75,27 @@ class StageActor:
         for source, shard, kind, urls in zip(
             batch["source"], batch["shard"], batch["kind"], batch["urls"], strict=True
         ):
-            self.tracker.note.remote(self._advance(str(source), str(shard), str(kind), str(urls)))
+            outcome = self._persist(str(source), str(shard), str(kind), str(urls))
+            self.tracker.note.remote(outcome)
         return batch
+
+    def _persist(self, source: str, shard: str, kind: Any, urls: str) -> Outcome:
+        """Do the step, through a spell in which the storage does not answer; then give the shard up."""
+        for wait_s in (*_STORAGE_WAITS_S, None):
+            try:
+                return self._advance(source, shard, kind, urls)
+            except CapfiltError as mistake:
+                # Told, not raised: across Ray Data an exception arrives as text alone.
+                return Outcome(
+                    stage=self.stage, source=source, shard=shard, state="refused", error=str(mistake)
+                )
+            except OSError as failure:
+                if wait_s is None:
+                    return Outcome(
+                        stage=self.stage, source=source, shard=shard, state="quarantined", error=repr(failure)
+                    )
+                time.sleep(wait_s)
+        raise AssertionError
 
     def _advance(self, source: str, shard: str, kind: Any, urls: str) -> Outcome:
         """Do this stage of the shard if it is to be done, and say what came of it."""
@@ -88,11 +112,10 @@ class StageActor:
         if step.task is None or (step.state == "stale" and not self.recompute):
             state = "skipped" if step.state == "done" else step.state
             return Outcome.of(state, self.stage, source, shard, committed)
-        if step.state == "stale" and step.committed is not None:
-            self.records.retire(step.committed)
         return self._attempt(step.task)
 
     def _attempt(self, task: ShardTask) -> Outcome:
+        """Try until the shard is committed or its attempts are used up. Raises CapfiltError: the run is wrong."""
         error = "the worker died on every attempt"
         while (
             begun := self.records.begin_attempt(
@@ -100,15 +123,19 @@ class StageActor:
             )
         ) <= task.max_attempts:
             try:
-                if self._worker is None:
-                    self._worker = stage_worker(self.stage, self.config, self.records)
-                record = self._worker(task)
+                record = self._ready_worker()(task)
                 return Outcome.of("done", task.stage, task.source, task.shard, record)
             except CorruptShardError as damaged:
                 error = str(damaged)
                 break  # the input is damaged: another try reads the same bytes
+            except CapfiltError:
+                raise
             except Exception as failure:
                 error = "".join(traceback.format_exception(failure, limit=-4)).strip()
+                self._worker = None  # fresh weights, fresh device memory
+        standing = self.records.read(task.stage, task.source, task.shard)
+        if standing is not None and standing.fingerprint == task.fingerprint:
+            return Outcome.of("done", task.stage, task.source, task.shard, standing)
         self.records.quarantine(
             QuarantineRecord(
                 stage=task.stage,
@@ -123,6 +150,19 @@ class StageActor:
         return Outcome(
             stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error
         )
+
+    def _ready_worker(self) -> Any:
+        """Return the worker, its weights loaded and found to be those that the fingerprints name."""
+        if self._worker is None:
+            worker = stage_worker(self.stage, self.config, self.records)
+            planned = self.models.get(self.stage, ())
+            if getattr(worker, "models", ()) != planned:
+                raise CapfiltError(
+                    f"{socket.gethostname()} has other weights for {self.stage} than the driver: pin "
+                    "caption.revision (or hf-hub:...@REVISION), or make the model folder the same on every node"
+                )
+            self._worker = worker
+        return self._worker
 
 
 # A class a stage, because its name is what Ray's dashboard and ``ps`` show.

@@ -49,13 +49,16 @@ def submit_job(
     if {"-c", "--config"} & set(arguments):
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
     config = load_config(config_path, overrides)
-    _refuse_relative_paths(config)
     client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
     job_id, attached = _start(client, config, list(arguments))
     print(f"{'attached to' if attached else 'submitted'} {job_id}", file=sys.stderr)
     if not follow:
         return 0
-    return asyncio.run(_follow(client, job_id))
+    try:
+        return asyncio.run(_follow(client, job_id))
+    except KeyboardInterrupt:
+        print(f"{job_id} goes on; submit the same again to follow it", file=sys.stderr)
+        return 130
 
 
 def submission_id(config: CapfiltConfig, arguments: Sequence[str]) -> str:
@@ -98,16 +101,6 @@ def make_working_directory(config: CapfiltConfig, folder: Path) -> None:
             root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
         )
     (folder / _CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
-
-
-def _refuse_relative_paths(config: CapfiltConfig) -> None:
-    """Refuse relative leftovers: on another machine they would mean another folder."""
-    for source in config.source:
-        for entry in source.input:
-            if "://" not in entry and not Path(entry).is_absolute():
-                raise CapfiltError(
-                    f"source {source.name}: input {entry!r} is relative; a cluster needs absolute paths"
-                )
 
 
 def _client(address: str) -> Any:
@@ -165,13 +158,22 @@ def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[st
 
 async def _follow(client: Any, job_id: str) -> int:
     """Print the job's log as it grows; return the driver's exit code."""
+    import aiohttp
+
+    printed = 0
     while True:
         try:
+            received = 0
             async for lines in client.tail_job_logs(job_id):
-                print(lines, end="", flush=True)
-        except RuntimeError:
+                # After a reconnection the log comes again from its start.
+                fresh = lines[max(printed - received, 0) :]
+                received += len(lines)
+                printed = max(printed, received)
+                print(fresh, end="", flush=True)
+            info = client.get_job_info(job_id)
+        except (RuntimeError, aiohttp.ClientError, ConnectionError):
             await asyncio.sleep(2)  # the connection broke; the job may go on
-        info = client.get_job_info(job_id)
+            info = _job_info(client, job_id)
         if info.status.is_terminal():
             break
         await asyncio.sleep(1)
@@ -179,3 +181,13 @@ async def _follow(client: Any, job_id: str) -> int:
         return info.driver_exit_code
     print(f"capfilt: {job_id} ended as {info.status}: {info.message}", file=sys.stderr)
     return 0 if str(info.status) == "SUCCEEDED" else 1
+
+
+def _job_info(client: Any, job_id: str) -> Any:
+    try:
+        return client.get_job_info(job_id)
+    except (RuntimeError, ConnectionError) as error:
+        raise CapfiltError(
+            f"{job_id}: the cluster does not answer any more ({error}); submit the same again to attach to the job, or "
+            "to go on where it stopped"
+        ) from error

@@ -12,7 +12,7 @@ from pipeline.intake import unread_rows
 from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
-from schemas.records import STAGES
+from schemas.records import STAGES, Stage
 
 
 def result_json(result: RunResult) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def result_json(result: RunResult) -> dict[str, Any]:
         "shards_done": record.shards_done,
         "shards_skipped": record.shards_skipped,
         "quarantined": result.quarantined,
+        "note": result.note,
         "stages": {
             stage: {"done": count.done, "total": count.total}
             for stage in STAGES
@@ -36,7 +37,7 @@ def print_result(result: RunResult, console: Console) -> None:
     """Say what was done and, shard by shard, what was not."""
     record, survey = result.record, result.survey
     if record.outcome == "done" and not record.shards_done:
-        console.print("nothing to do: every shard is done")
+        console.print(f"nothing to do: {result.note or 'every shard is done'}")
         return
     done = ", ".join(
         f"{stage} {count.done:,} of {count.total:,}" for stage in STAGES if (count := survey.of(stage)).total
@@ -48,24 +49,27 @@ def print_result(result: RunResult, console: Console) -> None:
         console.print(
             f"quarantined: {name}: {escape(error.splitlines()[-1] if error else '')}", highlight=False
         )
+    if result.note:
+        console.print(result.note)
     if record.outcome == "interrupted":
         console.print("the same command goes on where this one stopped")
-    elif result.quarantined:
+    elif record.outcome == "partial":
         console.print(
             "the same command tries them again; capfilt shards CORPUS --state quarantined shows the errors"
         )
 
 
-def plan_corpus(config: CapfiltConfig) -> dict[str, Any]:
+def plan_corpus(config: CapfiltConfig, stages: tuple[Stage, ...] = STAGES) -> dict[str, Any]:
     """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing."""
     records = Records(Storage(config.corpus.path))
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
-    begun = tuple(stage for stage in STAGES if records.storage.list(f"records/{stage}"))
+    begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
-    rows = unread_rows(config, records)
-    survey = survey_corpus(config, records, models, STAGES, rows)[0]
+    rows = unread_rows(config, records) if "crawl" in stages else {}
+    survey = survey_corpus(config, records, models, stages, rows)[0]
     return {
         "stages": [asdict(count) for count in survey.counts],
+        "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
         "unread_rows": rows,
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),
@@ -106,6 +110,14 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print(
             f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False
         )
+    estimated = {row["stage"] for row in plan["stages"] if row["basis"] == "estimate" and row["images_left"]}
+    for stage in plan["without_gpu"]:
+        if stage in estimated:
+            console.print(
+                f"cluster.{stage}.gpus is 0: the estimate is for one H200 a worker; a CPU takes about a hundred times "
+                "as long",
+                highlight=False,
+            )
     console.print(
         f"in all: {plan['worker_hours']:,.2f} worker-hours, of which {plan['gpu_hours']:,.2f} GPU-hours; "
         f"{plan['bytes'] / 1e9:,.2f} GB to write",

@@ -15,7 +15,7 @@ class Outcome:
     stage: Stage
     source: str
     shard: str
-    state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent"]
+    state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent", "refused"]
     images: int = 0
     rows_in: int = 0
     rows_out: int = 0
@@ -55,22 +55,30 @@ class Tracker:
     """Collects outcomes. A restarted one has forgotten: the records are the truth, this is for the eye."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str, str], Outcome] = {}
+        self._seen: set[tuple[str, str, str]] = set()
+        self._progress: dict[Stage, StageProgress] = {}
+        self._refusal = ""
 
     def note(self, outcome: Outcome) -> None:
         """Take in an outcome; a shard done twice (a killed worker's retry) counts once."""
-        if outcome.state in ("done", "quarantined"):
-            self._seen[outcome.stage, outcome.source, outcome.shard] = outcome
+        if outcome.state == "refused":
+            self._refusal = outcome.error
+        shard = (outcome.stage, outcome.source, outcome.shard)
+        if outcome.state not in ("done", "quarantined") or shard in self._seen:
+            return
+        self._seen.add(shard)
+        stage = self._progress.setdefault(outcome.stage, StageProgress())
+        stage.shards += 1
+        stage.images += outcome.images
+        stage.rows_in += outcome.rows_in
+        stage.rows_out += outcome.rows_out
+        if outcome.state == "quarantined":
+            stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
+
+    def refusal(self) -> str:
+        """Return the CapfiltError that a worker met, if any did: the run's input is wrong, not a shard."""
+        return self._refusal
 
     def snapshot(self) -> dict[Stage, StageProgress]:
         """Return the sums by stage."""
-        progress: dict[Stage, StageProgress] = {}
-        for outcome in self._seen.values():
-            stage = progress.setdefault(outcome.stage, StageProgress())
-            stage.shards += 1
-            stage.images += outcome.images
-            stage.rows_in += outcome.rows_in
-            stage.rows_out += outcome.rows_out
-            if outcome.state == "quarantined":
-                stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
-        return progress
+        return self._progress

@@ -10,12 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.images import ImageError, probe
+from pipeline.shards import image_members
 from pipeline.storage import Storage, sha256_file
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile
 from schemas.statuses import REASONS
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _DETAIL_CHARS = 200
 
@@ -144,16 +143,10 @@ def reason_of(status: str, message: str) -> str:
 def read_images(path: Path) -> dict[str, StoredImage | ImageError]:
     """Return what each image of a tar says of itself, by key. Raises tarfile.ReadError."""
     images: dict[str, StoredImage | ImageError] = {}
-    if path.stat().st_size == 0:
-        # img2dataset leaves a shard without a single image as an empty file.
-        return images
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            key, _, extension = info.name.rpartition("/")[2].partition(".")
-            if info.isfile() and extension.lower() in IMAGE_EXTENSIONS:
-                file = tar.extractfile(info)
-                assert file is not None
-                images[key] = _stored_image(file.read())
+    with path.open("rb") as tar:
+        for member in image_members(path):
+            tar.seek(member.offset)
+            images[member.key] = _stored_image(tar.read(member.size))
     return images
 
 

@@ -103,9 +103,16 @@ class Attempt:
             files: by suffix, the local file and the rows (or samples) it holds.
             adopted: files outside the corpus that the record refers to where they lie.
 
-        A loser deletes its own files. Between upload and record nothing is visible to a reader.
+        A loser deletes its own files. Between upload and record nothing is visible to a reader. A stale record
+        is retired no earlier than it must be: work that fails leaves the old shard standing.
         """
         outputs = dict(adopted or {})
+        if self.plain_names:
+            # These uploads overwrite: never under a record that stands for other bytes.
+            if self.task.replaces is not None:
+                self.records.retire(self.task.replaces)
+            if standing := self._standing():
+                return standing
         with self.tally.timed("write"):
             for suffix, (local, rows) in files.items():
                 path = self.output_path(suffix)
@@ -141,12 +148,28 @@ class Attempt:
             host=socket.gethostname(),
             versions=library_versions(),
         )
+        if task.replaces is not None:
+            self.records.retire(task.replaces)
         if self.records.commit(record):
             self.records.end_attempts(task.stage, task.source, task.shard)
             return record
+        return self._lose(record, set(files))
+
+    def _standing(self) -> ShardRecord | None:
+        return self.records.read(self.task.stage, self.task.source, self.task.shard)
+
+    def _lose(self, record: ShardRecord, suffixes: set[str]) -> ShardRecord:
+        """Take back what another attempt's record does not stand for; return that record."""
+        winner = self._standing()
+        if winner is None:
+            raise RuntimeError("the record that won was retired meanwhile: two recomputations at once")
         if not self.plain_names:
-            for suffix in files:
-                self.records.storage.delete(outputs[suffix].path)
-        winner = self.records.read(task.stage, task.source, task.shard)
-        assert winner is not None, "a record that refused ours vanished: two recomputations at once"
+            for suffix in suffixes:
+                self.records.storage.delete(record.outputs[suffix].path)
+        elif winner.input_digests() != record.input_digests():
+            # Another config's bytes, and ours lie over them now: nobody's, so the shard is to be made again.
+            self.records.retire(winner)
+            raise RuntimeError(
+                "two runs with different configs select the same shard at once; stop one of them"
+            )
         return winner

@@ -145,13 +145,14 @@ class CaptionWorker:
         self.config = config
         self.records = records
         self.weights = captioner_weights(config.caption)
+        self.models = (self.weights.digest,)
         self.captioner = Captioner(config.caption, self.weights, config.corpus.seed)
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the shard's captions; return the record that stands."""
         with Attempt(self.records, task) as attempt, ExitStack() as stack:
             tally = attempt.tally
-            tally.models = (self.weights.digest,)
+            tally.models = self.models
             tally.device = device_name(self.captioner.device)
             with tally.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))

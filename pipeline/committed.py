@@ -8,7 +8,6 @@ import contextlib
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,12 +16,10 @@ import pyarrow.parquet as pq
 
 from pipeline.images import Image, ImageError, decode_rgb
 from pipeline.records import Records
+from pipeline.shards import ImageMember, image_members
 from pipeline.storage import sha256_file
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile, ShardRecord
-
-# The members of a raw shard that are the image; img2dataset writes one of them a sample.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _SAMPLE_COLUMNS = ("uid", "source", "shard", "key", "url", "captions", "width", "height", "sha256")
 
@@ -56,20 +53,13 @@ def committed_table(records: Records, file: OutputFile, columns: Sequence[str] |
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    offset: int
-    size: int
-    extension: str
-
-
 class CrawledShard:
     """The images that a crawl stored, by key, and their rows. Reading is thread-safe.
 
     ``samples``: the rows with status ok, sorted by key; the columns that later stages read.
     """
 
-    def __init__(self, samples: pa.Table, members: dict[str, _Member], descriptor: int) -> None:
+    def __init__(self, samples: pa.Table, members: dict[str, ImageMember], descriptor: int) -> None:
         self.samples = samples
         self._members = members
         self._descriptor = descriptor
@@ -80,7 +70,7 @@ class CrawledShard:
         return self.samples["key"].to_pylist()
 
     def extension(self, key: str) -> str:
-        """Return the extension of the sample's image: one of IMAGE_EXTENSIONS."""
+        """Return the extension of the sample's image: one of shards.IMAGE_EXTENSIONS."""
         return self._members[key].extension
 
     def image_bytes(self, key: str) -> bytes:
@@ -128,22 +118,16 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
             os.close(descriptor)
 
 
-def _index_images(path: Path, file: OutputFile) -> dict[str, _Member]:
+def _index_images(path: Path, file: OutputFile) -> dict[str, ImageMember]:
     """Find the one image of each sample in a tar."""
-    members: dict[str, _Member] = {}
+    members: dict[str, ImageMember] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                key, _, extension = info.name.rpartition("/")[2].partition(".")
-                if not info.isfile() or extension.lower() not in IMAGE_EXTENSIONS:
-                    continue
-                if key in members:
-                    raise _corrupt(file, f"holds two images under the key {key}")
-                members[key] = _Member(info.offset_data, info.size, extension.lower())
+        for member in image_members(path):
+            if member.key in members:
+                raise _corrupt(file, f"holds two images under the key {member.key}")
+            members[member.key] = member
     except tarfile.ReadError as error:
-        # img2dataset closes a shard without a single image as an empty file.
-        if path.stat().st_size > 0:
-            raise _corrupt(file, f"is no readable tar ({error})") from error
+        raise _corrupt(file, f"is no readable tar ({error})") from error
     return members
 
 

@@ -69,6 +69,12 @@ class _BoundedLines(io.BufferedReader):
                 raise FetchError("header_too_large", "response headers", again=False)
         return line
 
+    def read(self, size: int | None = -1) -> bytes:
+        # http.client takes "-1" for a chunk's size, and would read all that comes into memory.
+        if size is None or size < 0:
+            raise FetchError("bad_response", "a negative chunk size", again=False)
+        return super().read(size)
+
 
 class _Socket:
     """What ``http.client`` uses of a socket."""

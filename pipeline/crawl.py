@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import io
 import json
+import operator
 import os
 import random
 import sys
@@ -35,10 +36,11 @@ from pipeline.images import FORMATS, ImageError, check, decode_rgb, encode_bmp, 
 from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet, write_tar
 from pipeline.texts import count_words
+from pipeline.urlshards import taken_over
 from pipeline.web import Fetch, Web
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import OutputFile, ShardRecord, ShardTask
-from schemas.statuses import SAMPLE_STATUSES
+from schemas.statuses import REASONS, SAMPLE_STATUSES
 from schemas.tables import SAMPLES, URLS
 
 # Shorter side, in pixels, as stored.
@@ -47,6 +49,7 @@ _META_COLUMNS = ("uid", "source", "shard", "key", "url", "sha256", "format",
                  "original_width", "original_height", "width", "height")  # fmt: skip
 _FETCH_COLUMNS = ("status", "reason", "detail", "http_status", "attempts", "final_url", "content_type",
                   "body_bytes", "sha256", "seconds")  # fmt: skip
+_RETRIED = {"status": REASONS["retried"].status, "reason": "retried", "attempts": 0, "seconds": 0.0}
 _SCHEME = "row:"
 # One shard at a time in a process: urllib has one opener.
 _OPENER_LOCK = threading.Lock()
@@ -75,7 +78,7 @@ class CrawlWorker:
         _give_freed_memory_back()
         self._config = config.crawl
         self._records = records
-        self._web = Web(config.crawl)
+        self._web = Web(config.crawl, config.cluster.crawl.max_workers)
         self._resizer = make_resizer(config.crawl)
 
     def __call__(self, task: ShardTask) -> ShardRecord:
@@ -89,7 +92,12 @@ class CrawlWorker:
             return self._crawl(attempt, rows)
 
     def _crawl(self, attempt: Attempt, rows: list[dict[str, Any]]) -> ShardRecord:
-        tally, folder = attempt.tally, attempt.folder
+        tally, folder, task = attempt.tally, attempt.folder, attempt.task
+        # Where this shard is crawled anew after its failures were queued again: they are the later shard's
+        # now, as a URL that both fetched would be in the corpus twice.
+        retried = taken_over(self._records, task.source, task.shard)
+        passed_on = [{**row, **_RETRIED} for row in rows if row["uid"] in retried]
+        rows = [row for row in rows if row["uid"] not in retried]
         images = ShardImages([row["url"] for row in rows], folder, self._web, self._resizer, self._config)
         with tally.timed("fetch"):
             download(images, self._config)
@@ -100,7 +108,7 @@ class CrawlWorker:
             samples = [{**row, **images.columns(number)} for number, row in enumerate(rows)]
             tar = folder / "samples.tar"
             stored = write_tar(tar, tar_samples(samples, stored_image))
-        parquet = _write_rows(attempt, samples)
+        parquet = _write_rows(attempt, sorted(samples + passed_on, key=operator.itemgetter("key")))
         assert stored == tally.rows_out, f"{stored} images in the tar, {tally.rows_out} rows ok"
         return attempt.commit({"tar": (tar, stored), "parquet": parquet})
 

@@ -26,6 +26,11 @@ def table_of(path: str) -> str | None:
     return kind if kind in ("runs", "models", "checkpoints") else "shards"
 
 
+def committed_path(row: Row) -> str:
+    """Return where the committed record of a row's shard is, if it has one."""
+    return f"records/{row['stage']}/{row['source']}/{row['shard']}.json"
+
+
 def rows_of(path: str, text: bytes) -> list[Row]:
     """Return the rows of one record file. Raises CapfiltError naming a file that is no record."""
     try:

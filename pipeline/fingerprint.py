@@ -47,7 +47,9 @@ def stage_fingerprint(
         inputs: by upstream stage, the sha256 of its outputs on this shard (``ShardRecord.input_digests``).
         models: digests of the weights that the stage loads.
     """
-    section = {} if stage == "urls" else output_fields(getattr(config, stage))
+    # Human captions are all kept, whatever [select] says.
+    ignored = stage == "urls" or (stage, kind) == ("select", "human")
+    section = {} if ignored else output_fields(getattr(config, stage))
     # A model is identified by the digest of its files: the same weights at another place are the same.
     for name in ("model", "revision", "pretrained"):
         section.pop(name, None)

@@ -1,5 +1,6 @@
 """Files that no record refers to: what killed attempts left, found by age and by the records."""
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from schemas.catalog import EMPTY_FOLDER
 from schemas.records import STAGE_FOLDERS, ShardRecord
 
 _DELETERS = 32
+_STAGES = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +50,45 @@ def find_garbage(records: Records, *, older_than: timedelta, retired: bool = Fal
     return garbage
 
 
-def remove(records: Records, garbage: Iterable[Garbage]) -> int:
-    """Delete the files; return their bytes."""
+def remove(records: Records, garbage: Iterable[Garbage]) -> list[Garbage]:
+    """Delete the files; return those that went.
+
+    The records are asked once more, file by file: a listing that missed one would cost committed data.
+    """
+
+    def delete(file: Garbage) -> bool:
+        if file.kind in ("orphan", "retired") and _is_needed(records, file):
+            return False
+        records.storage.delete(file.path)
+        return True
+
     garbage = list(garbage)
     with ThreadPoolExecutor(_DELETERS) as deleters:
-        list(deleters.map(lambda file: records.storage.delete(file.path), garbage))
-    return sum(file.bytes for file in garbage)
+        return [file for file, gone in zip(garbage, deleters.map(delete, garbage), strict=True) if gone]
+
+
+def _is_needed(records: Records, file: Garbage) -> bool:
+    """Tell whether a record of the file's own shard names it: the committed one; of an orphan, a retired one too."""
+    if file.path.count("/") != 2:
+        return False  # no attempt writes there
+    folder, source, name = file.path.split("/")
+    shard, *rest = name.split(".")
+    if folder == STAGE_FOLDERS["urls"]:
+        batches = (batch.shards for batch in records.intakes(source))
+        return any(shard in shards and shards[shard].path == file.path for shards in batches)
+    stage = _STAGES[folder]
+    makers = [f"records/{stage}/{source}/{shard}.json"]
+    if file.kind == "orphan" and len(rest) > 1:
+        makers.append(f"records/retired/{stage}/{source}/{shard}.{rest[0]}.json")
+    elif file.kind == "orphan":  # a curated file: its name is the shard's alone, whatever the attempt
+        retired = records.storage.list(f"records/retired/{stage}/{source}")
+        makers += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
+    for maker in makers:
+        with contextlib.suppress(FileNotFoundError):
+            record = ShardRecord.from_json(records.storage.read(maker))
+            if file.path in {made.path for made in record.outputs.values()}:
+                return True
+    return False
 
 
 def _outputs(shards: dict[object, ShardRecord]) -> set[str]:

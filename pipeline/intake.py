@@ -256,7 +256,8 @@ def _failed_rows(
     """Return the rows to try again: columns of URLS without shard and key, ``retry_of`` set."""
     retries = [batch.shards for batch in earlier if batch.kind == "retry"]
     queued = {shard: file for shards in retries for shard, file in shards.items()}
-    # The shards of a URL's tries are numbered in their order, so the last one read decides about it.
+    # The shards of a URL's tries are numbered in their order, so the last one read decides about it; a row that
+    # an earlier one left to it (``retried``) says nothing.
     latest: dict[str, str] = {}
     failed: list[pa.Table] = []
     for shard in sorted(crawled.keys() | queued.keys(), key=int):

@@ -9,9 +9,11 @@ writes. Nor would ``register_filesystem``: DuckDB 2.0 seeks and reads one Python
 threads.
 """
 
+import contextlib
+import itertools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,13 @@ _PARQUET = ds.ParquetFileFormat()
 _FOLDERS = {stage: name for name, stage in DATA_STAGES.items()}
 _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
 
+_BATCH_ROWS = 2048
+
+# The directories would tell the host's paths to who asks for the settings.
 _SANDBOX = (
+    "SET secret_directory = ''",
+    "SET extension_directory = ''",
+    "SET home_directory = ''",
     "SET temp_directory = ''",
     "SET max_temp_directory_size = '0B'",
     "SET autoinstall_known_extensions = false",
@@ -63,6 +71,14 @@ class Answer:
     def dicts(self) -> list[dict[str, Any]]:
         """Return the rows as dicts."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """The answer to a query while it is made: its rows come once."""
+
+    columns: tuple[str, ...]
+    rows: Iterator[tuple[Any, ...]]
 
 
 class Manifest:
@@ -95,14 +111,26 @@ class Manifest:
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
     ) -> Answer:
-        """Answer one SELECT (or plain EXPLAIN) in the sandbox.
+        """Answer one SELECT (or plain EXPLAIN) in the sandbox, its rows in memory all at once.
 
         Raises CapfiltError for anything that is not a single read, for errors in the SQL, and after
         ``timeout_s``.
         """
+        with self.stream(sql, timeout_s=timeout_s, memory=memory) as stream:
+            rows = list(itertools.islice(stream.rows, None if max_rows is None else max_rows + 1))
+        cut = max_rows is not None and len(rows) > max_rows
+        return Answer(columns=stream.columns, rows=rows[:max_rows], truncated=cut)
+
+    @contextlib.contextmanager
+    def stream(self, sql: str, *, timeout_s: float = 600.0, memory: str = "50%") -> Iterator[Stream]:
+        """Answer as ``query`` does, however many the rows: they are made as they are taken.
+
+        ``timeout_s`` counts until the last of them; errors come up wherever they are taken.
+        """
         with Query(self.storage, self._parts, memory=memory) as connection:
             connection.seal()
-            return connection.user(sql, timeout_s=timeout_s, max_rows=max_rows)
+            with connection.user(sql, timeout_s=timeout_s) as stream:
+                yield stream
 
     def _write_catalog(self) -> None:
         """Publish ``manifest.duckdb`` in one step, unless it is there and says the same."""
@@ -146,9 +174,11 @@ class Query:
         self._storage = storage
         self._in_place = in_place and storage.is_local
         # Variables of the calling Python code must not be tables.
-        self._connection = duckdb.connect(
-            config={"python_enable_replacements": False, "memory_limit": memory}
-        )
+        config = {"python_enable_replacements": False, "memory_limit": memory}
+        try:
+            self._connection = duckdb.connect(config=config)
+        except duckdb.Error as error:
+            raise CapfiltError(f"--memory {memory!r}: {error}; give a size such as 4GB or 50%") from error
         self._connection.execute("SET TimeZone = 'UTC'")
         relations = registered_relations()
         for table, rows in parts.tables().items():
@@ -217,7 +247,8 @@ class Query:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Return the rows of this package's own SQL."""
-        return _fetch(self._execute(sql, parameters), None).dicts()
+        result = self._execute(sql, parameters)
+        return Answer(columns=_columns(result), rows=result.fetchall()).dicts()
 
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
         try:
@@ -231,14 +262,19 @@ class Query:
         for statement in _SANDBOX:
             self._connection.execute(statement)
 
-    def user(self, sql: str, *, timeout_s: float, max_rows: int | None) -> Answer:
-        """Answer a user's SQL; see ``Manifest.query``."""
+    @contextlib.contextmanager
+    def user(self, sql: str, *, timeout_s: float) -> Iterator[Stream]:
+        """Answer a user's SQL; see ``Manifest.stream``."""
         timer = threading.Timer(timeout_s, self._connection.interrupt)
         try:
             _require_read(self._connection, sql)
             timer.daemon = True
             timer.start()
-            return _fetch(self._connection.execute(sql), max_rows)
+            result = self._connection.execute(sql)
+            # Most errors come with the first rows: before the caller has printed any.
+            first = result.fetchmany(_BATCH_ROWS)
+            rest = itertools.chain.from_iterable(iter(lambda: result.fetchmany(_BATCH_ROWS), []))
+            yield Stream(columns=_columns(result), rows=itertools.chain(first, rest))
         except duckdb.InterruptException as error:
             raise CapfiltError(
                 f"the query took over {timeout_s:g} s: narrow it, or give --timeout"
@@ -256,6 +292,11 @@ class Query:
 def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Refuse all but one SELECT or its plain EXPLAIN: EXPLAIN ANALYZE runs its statement, a COPY too."""
     statements = connection.extract_statements(sql)
+    if len(statements) == 1 and statements[0].type == duckdb.StatementType.MULTI:
+        raise CapfiltError(
+            "a PIVOT that looks up its own columns is several statements: name them, as in "
+            "PIVOT samples ON status IN ('ok', 'failed') USING count(*)"
+        )
     if len(statements) != 1:
         raise CapfiltError(f"one statement at a time: this has {len(statements)}")
     kind = statements[0].type
@@ -274,14 +315,12 @@ def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         )
 
 
-def _fetch(result: duckdb.DuckDBPyConnection, max_rows: int | None) -> Answer:
+def _columns(result: duckdb.DuckDBPyConnection) -> tuple[str, ...]:
+    """Return the names of a result's columns, each once."""
     columns: list[str] = []
     for column in result.description or ():
         name, again = column[0], 1
         while name in columns:
             name, again = f"{column[0]}_{again}", again + 1
         columns.append(name)
-    if max_rows is None:
-        return Answer(columns=tuple(columns), rows=result.fetchall())
-    rows = result.fetchmany(max_rows + 1)
-    return Answer(columns=tuple(columns), rows=rows[:max_rows], truncated=len(rows) > max_rows)
+    return tuple(columns)

@@ -3,12 +3,14 @@
     manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
 
 A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep
-one. Small parts are merged: the merged part names those it replaces, which go only after a while, so that a
-reader that has already listed them still finds them.
+one. Parts of about one size are merged into one of the next, so that a row is rewritten a logarithmic number
+of times; the merged part names those it replaces, which go only after a while, so that a reader that has
+already listed them still finds them.
 """
 
 import contextlib
 import json
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +19,13 @@ from datetime import UTC, datetime, timedelta
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.events import Row, rows_of, table_of
+from pipeline.events import Row, committed_path, rows_of, table_of
 from pipeline.shards import rows_to_table
 from pipeline.storage import FileInfo, Storage, temporary_folder
 from schemas.catalog import EVENT_TABLES, event_schema
 
 _READERS = 32
-_MERGE_AT_PARTS = 16
+_MERGE_AT_PARTS = 8
 _BIG_PART_ROWS = 1_000_000
 _GRACE = timedelta(minutes=10)
 _REPLACES = b"replaces"
@@ -41,18 +43,23 @@ class _Part:
 
 
 class Parts:
-    """The parts of one corpus. Keeps what it read of each part in memory, since parts never change."""
+    """The parts of one corpus. Keeps what it read of each part in memory, since parts never change.
+
+    Safe to use from several threads, one at a time: a run compacts beside those who ask.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._known: dict[str, _Part] = {}
+        self._lock = threading.Lock()
 
     def tables(self) -> dict[str, pa.Table]:
         """Return each table's rows as of now: all parts, and the records in none. Writes nothing."""
-        try:
-            return self._tables()
-        except FileNotFoundError:  # a rebuild deleted a part that was just listed
-            return self._tables()
+        with self._lock:
+            try:
+                return self._tables()
+            except FileNotFoundError:  # a rebuild deleted a part that was just listed
+                return self._tables()
 
     def _tables(self) -> dict[str, pa.Table]:
         parts = self._list()
@@ -66,6 +73,10 @@ class Parts:
 
     def compact(self) -> int:
         """Write the records that no part holds as one part a table, merge small ones; return the new rows."""
+        with self._lock:
+            return self._compact()
+
+    def _compact(self) -> int:
         parts = self._list()
         fresh = self._unseen(parts)
         for table, rows in fresh.items():
@@ -79,12 +90,15 @@ class Parts:
 
     def rebuild(self) -> dict[str, int]:
         """Make the parts anew from the records alone; return the rows by table."""
-        old = self._list()
-        rows = self._unseen({table: [] for table in EVENT_TABLES})
-        for table, table_rows in rows.items():
-            self._write(table, rows_to_table(table_rows, event_schema(table)))
-            for name in old[table]:
-                self.storage.delete(name)
+        with self._lock:
+            self._list()
+            # Those that a merged part replaces too: without it they would be back.
+            old = sorted(self._known, key=_name)
+            rows = self._unseen({table: [] for table in EVENT_TABLES})
+            for table, table_rows in rows.items():
+                self._write(table, rows_to_table(table_rows, event_schema(table)))
+            for path in old:
+                self.storage.delete(path)
         return {table: len(table_rows) for table, table_rows in rows.items()}
 
     def _list(self) -> dict[str, list[str]]:
@@ -134,7 +148,19 @@ class Parts:
             text = self.storage.read(info.path)
         except FileNotFoundError:  # retired, or its quarantine lifted, since it was listed
             return []
-        return [{**row, "record": info.path, "version": info.version} for row in rows_of(info.path, text)]
+        rows = [{**row, "record": info.path, "version": info.version} for row in rows_of(info.path, text)]
+        return [row for row in rows if not self._stands(row)]
+
+    def _stands(self, row: Row) -> bool:
+        """Tell whether a retired attempt is the committed one: whoever retired it was killed on the way."""
+        if row.get("state") != "retired":
+            return False
+        path = committed_path(row)
+        try:
+            (committed,) = rows_of(path, self.storage.read(path))
+        except FileNotFoundError:
+            return False
+        return committed["attempt"] == row["attempt"]
 
     def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
         def read(path: str) -> pa.Table:
@@ -152,19 +178,26 @@ class Parts:
             self.storage.put(folder / "part.parquet", path)
 
     def _merge(self, table: str, paths: list[str]) -> None:
-        """Make one part of many small ones."""
-        small = [path for path in paths if self._known[path].rows < _BIG_PART_ROWS]
-        if len(small) < _MERGE_AT_PARTS:
-            return
-        with contextlib.suppress(FileNotFoundError):  # another process rebuilds: nothing to merge any more
-            self._write(table, _distinct(pa.concat_tables(self._read(table, small))), replaces=tuple(small))
+        """Make one part of each class of size that has many: up to 3 rows, 31, 255, 2047, ..."""
+        by_size: dict[int, list[str]] = {}
+        for path in paths:
+            if (rows := self._known[path].rows) < _BIG_PART_ROWS:
+                by_size.setdefault(rows.bit_length() // 3, []).append(path)
+        for alike in by_size.values():
+            if len(alike) < _MERGE_AT_PARTS:
+                continue
+            # Suppressed where another process rebuilds: then there is nothing to merge any more.
+            with contextlib.suppress(FileNotFoundError):
+                merged = _distinct(pa.concat_tables(self._read(table, alike)))
+                self._write(table, merged, replaces=tuple(alike))
 
     def _sweep(self) -> None:
         """Delete what merged parts replaced a while ago; oldest first, so that none comes back into sight."""
-        for path in sorted(self._known, key=lambda path: path.split("/")[-1]):
-            if self._known[path].replaces and _age(path) > _GRACE:
-                for name in self._known[path].replaces:
-                    self.storage.delete(name)
+        for path in sorted(self._known, key=_name):
+            if _age(path) > _GRACE:
+                for replaced in self._known[path].replaces:
+                    if replaced in self._known:
+                        self.storage.delete(replaced)
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
@@ -179,6 +212,10 @@ def _distinct(rows: pa.Table) -> pa.Table:
     return rows.filter(pa.array(keep, pa.bool_()))
 
 
+def _name(path: str) -> str:
+    return path.split("/")[-1]
+
+
 def _age(path: str) -> timedelta:
-    written = datetime.strptime(path.split("/")[-1].split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    written = datetime.strptime(_name(path).split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
     return datetime.now(UTC) - written

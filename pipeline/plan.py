@@ -6,7 +6,7 @@ of one ask it, so that they cannot disagree.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Literal
 
@@ -32,6 +32,7 @@ _ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {
     "rank": 700.0,
     "select": 45e3,
 }
+_ESTIMATED_CAPTIONS = 10
 _ESTIMATED_SUCCESS = 0.7
 
 
@@ -97,6 +98,7 @@ def next_step(
         run_id=run_id,
         fingerprint=fingerprint,
         inputs=inputs,
+        replaces=committed,
         max_attempts=config.cluster.max_attempts,
     )
     return Step(state="pending" if committed is None else "stale", task=task, committed=committed)
@@ -133,9 +135,10 @@ class Survey:
     def of(self, stage: Stage) -> StageCount:
         """Return a stage's count over all sources."""
         total = StageCount(stage=stage, source="")
+        sums = [field.name for field in fields(StageCount) if field.name not in ("stage", "source", "basis")]
         for count in self.counts:
             if count.stage == stage:
-                for name in ("total", "done", "pending", "stale", "waiting", "quarantined", "images_left"):
+                for name in sums:
                     setattr(total, name, getattr(total, name) + getattr(count, name))
         return total
 
@@ -179,7 +182,7 @@ def survey(
             count = counts.setdefault((stage, source), StageCount(stage=stage, source=source))
             count.total += 1
             setattr(count, state, getattr(count, state) + 1)
-            count.quarantined += (stage, source, shard) in quarantined
+            count.quarantined += state != "done" and (stage, source, shard) in quarantined
             if state in ("pending", "stale"):
                 remade = wanted = True
                 count.images_left += _images(known, stage)
@@ -209,8 +212,11 @@ def _images(known: Mapping[Stage, ShardRecord], stage: Stage) -> int:
 
 def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[ShardId, ShardRecord]) -> None:
     """Fill in hours and bytes from this corpus's own rates where it has any, else from the estimates above."""
+    by_stage: dict[Stage, list[ShardRecord]] = {}
+    for (stage, _, _), record in committed.items():
+        by_stage.setdefault(stage, []).append(record)
     for count in result.counts:
-        records = [record for (stage, _, _), record in committed.items() if stage == count.stage]
+        records = by_stage.get(count.stage, [])
         images = sum(record.images for record in records)
         if images:
             seconds = sum(record.seconds.get("total", 0.0) for record in records)
@@ -219,6 +225,9 @@ def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[Sha
             count.basis = "measured"
         else:
             rate, size = _ESTIMATED_IMAGES_PER_S[count.stage], _ESTIMATED_BYTES_PER_IMAGE[count.stage]
+            if count.stage in ("caption", "rank"):
+                more = config.caption.num_captions / _ESTIMATED_CAPTIONS
+                rate, size = rate / more, size * more
         count.worker_hours = count.images_left / rate / 3600
         count.gpu_hours = count.worker_hours * getattr(config.cluster, count.stage).gpus
         count.bytes_left = round(count.images_left * size)

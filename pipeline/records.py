@@ -11,7 +11,7 @@ records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/ch
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.storage import Storage
 from schemas.records import (
@@ -57,9 +57,9 @@ class Records:
             return None
 
     def shards(self, stages: Iterable[Stage] = STAGES) -> dict[ShardId, ShardRecord]:
-        """Return every committed record of the stages."""
+        """Return every committed record of the stages, without histograms: they are most of a record's size."""
         paths = [info.path for stage in stages for info in self.storage.list(f"records/{stage}")]
-        records = self._read_all(ShardRecord, paths)
+        records = self._read_all(_LightRecord, paths)
         return {(record.stage, record.source, record.shard): record for record in records}
 
     def retired(self) -> list[ShardRecord]:
@@ -68,11 +68,12 @@ class Records:
 
     def retire(self, record: ShardRecord) -> None:
         """Take a committed record out of the readers' sight, keeping a copy, before its shard is made anew."""
-        path = f"records/retired/{record.stage}/{record.source}/{record.shard}.{record.attempt}.json"
-        self.storage.create(path, record.to_json().encode())
         committed = self.read(record.stage, record.source, record.shard)
-        if committed is not None and committed.attempt == record.attempt:
-            self.storage.delete(_shard_path(record))
+        if committed is None or committed.attempt != record.attempt:
+            return
+        path = f"records/retired/{record.stage}/{record.source}/{record.shard}.{record.attempt}.json"
+        self.storage.create(path, committed.to_json().encode())
+        self.storage.delete(_shard_path(record))
 
     # -- attempts and quarantine -----------------------------------------------------------------------------
 
@@ -158,6 +159,14 @@ class Records:
 
         with ThreadPoolExecutor(_READERS) as readers:
             return [record for record in readers.map(read, paths) if record is not None]
+
+
+class _LightRecord(ShardRecord):
+    """A shard's record read without its histograms."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShardRecord:
+        return ShardRecord.from_dict({**values, "histograms": {}})
 
 
 def _shard_path(record: ShardRecord) -> str:

@@ -71,6 +71,17 @@ def stats(manifest: Manifest) -> dict[str, list[Row]]:
         }
 
 
+def runs(manifest: Manifest, *, limit: int = 50) -> list[Row]:
+    """Return the runs, newest first; one without ``outcome`` is under way, or was killed."""
+    with manifest.open() as query:
+        return query.rows(
+            """SELECT run_id, command, started_at, finished_at, outcome, shards_done, shards_skipped,
+                shards_failed, host
+            FROM runs ORDER BY started_at DESC, run_id DESC LIMIT $1""",
+            (limit,),
+        )
+
+
 def failures(
     manifest: Manifest, *, hosts: bool = False, source: str | None = None, limit: int = 50
 ) -> list[Row]:

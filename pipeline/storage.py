@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from schemas.errors import CapfiltError
 
-_CHUNK_BYTES = 1 << 22
+# Where a put can be made conditional on absence.
+_PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,11 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise CapfiltError(f"corpus.path {root!r} cannot be opened: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        if not self.is_local and not _PROTOCOLS & set(_protocols(self.fs)):
+            raise CapfiltError(
+                f"corpus.path {root!r}: commits need create-if-absent, which is known to hold on local disk, S3 and "
+                "GCS alone; use a folder, s3:// or gs://"
+            )
         self.base = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.root = self.base if self.is_local else self.fs.unstrip_protocol(self.base)
 
@@ -107,7 +114,9 @@ class Storage:
         """Return every file under a folder, sorted by path; an absent folder is empty."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.find(self._full(prefix), detail=True)
+            # By default a local listing leaves out what it cannot read: then live files would look like orphans.
+            strict = {"on_error": _raise_unless_vanished} if self.is_local else {}
+            found = self.fs.find(self._full(prefix), detail=True, **strict)
         except FileNotFoundError:
             return []
         return sorted((self._info(full, info) for full, info in found.items()), key=lambda info: info.path)
@@ -155,13 +164,15 @@ class Storage:
         """Publish bytes only if ``path`` does not exist; of many writers exactly one gets True.
 
         The file is never visible half-written: on local disk a finished temporary file is hard-linked to its
-        name, on S3 and GCS the put is conditional.
+        name, on S3 and GCS the put is conditional. A client that repeats a put whose answer was lost is refused
+        by its own first try; hence a file with the very bytes counts as ours, and two writers that must not both
+        win write different ones (a record holds its attempt).
         """
         if not self.is_local:
             try:
                 self.fs.pipe_file(self._full(path), data, mode="create")
             except FileExistsError:
-                return False
+                return self.fs.cat_file(self._full(path)) == data
             return True
         target = Path(self._full(path))
         with _beside(target) as temporary:
@@ -170,7 +181,7 @@ class Storage:
             try:
                 target.hardlink_to(temporary)
             except FileExistsError:
-                return False
+                return target.read_bytes() == data
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
                     raise
@@ -183,6 +194,15 @@ class Storage:
             raise ValueError(f"{path} lies outside the corpus and is not ours to delete")
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._full(path))
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _raise_unless_vanished(error: Exception) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _is_absolute(path: str) -> bool:
@@ -225,7 +245,7 @@ def sha256_file(path: Path) -> str:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed."""
-    folder = Path(tempfile.mkdtemp(prefix=f"capfilt-{os.getpid()}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix()}{os.getpid()}-"))
     try:
         yield folder
     finally:
@@ -235,12 +255,22 @@ def temporary_folder() -> Iterator[Path]:
 def sweep_temporary_folders() -> int:
     """Remove the scratch folders that killed processes of this machine left; return how many."""
     swept = 0
-    for folder in Path(tempfile.gettempdir()).glob("capfilt-*-*"):
-        pid = folder.name.split("-")[1]
+    prefix = _scratch_prefix()
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = folder.name.removeprefix(prefix).split("-")[0]
         if pid.isdigit() and not _is_alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
             swept += 1
     return swept
+
+
+def _scratch_prefix() -> str:
+    """Return a name that no other machine's or container's processes use, should they share the folder."""
+    try:
+        space = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+    except OSError:
+        space = "0"
+    return f"capfilt-{socket.gethostname()}-{space}-"
 
 
 def _is_alive(pid: int) -> bool:

@@ -108,6 +108,25 @@ def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
         return KnownUids(np.concatenate([pack_uids([]), *readers.map(read, paths)]))
 
 
+def taken_over(records: Records, source: str, shard: str) -> set[str]:
+    """Return the uids of a shard that later shards, queued to try them again, took over."""
+    paths = [
+        file.path
+        for batch in records.intakes(source)
+        if batch.kind == "retry"
+        for file in batch.shards.values()
+    ]
+
+    def read(path: str) -> list[str]:
+        # The shards that a retry shard repeats are a short range, so of most files only the footer is read.
+        with records.storage.open(path) as file:
+            table = pq.read_table(file, columns=["uid"], filters=[("retry_of", "==", shard)])
+        return table["uid"].to_pylist()
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return set().union(*readers.map(read, paths))
+
+
 def url_shards(records: Records) -> dict[tuple[str, str], ShardRecord]:
     """Return every url shard, by (source, shard), as a record of the stage ``urls``.
 

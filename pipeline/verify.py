@@ -1,8 +1,9 @@
 """Recount and re-hash a corpus against its records, and name each difference.
 
 What is checked: every committed file's size, sha256, rows or samples; that no uid or key is lost or doubled
-from one stage to the next; that curated tars say what their Parquet says; that what a stage was made from
-is what is committed now; that the manifest lists what the records commit.
+from one stage to the next; that no image is stored twice, by a retry or otherwise; that curated tars say what
+their Parquet says; that what a stage was made from is what is committed now; that the manifest lists what the
+records commit.
 """
 
 import json
@@ -18,16 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.identities import pack_uids
+from pipeline.identities import pack_uids, unpack_uids
 from pipeline.manifest import Manifest
 from pipeline.records import Records
-from pipeline.shards import read_tar
+from pipeline.shards import IMAGE_EXTENSIONS, read_tar
 from pipeline.storage import sha256_file
 from pipeline.urlshards import url_shards
 from schemas.records import STAGES, OutputFile, ShardRecord, Stage
 from schemas.statuses import REASONS
 
-_IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 _COLUMNS: dict[Stage, list[str]] = {
     "urls": ["uid", "key", "retry_of"],
     "crawl": ["uid", "key", "status", "reason", "retry_of"],
@@ -94,7 +94,7 @@ class _ShardCheck:
         self.differences: list[Difference] = []
         self.files = 0
         self.bytes = 0
-        self.uids = np.empty((0, 2), np.uint64)
+        self.listed = self.stored = np.empty((0, 2), np.uint64)
 
     def differ(self, path: str, what: str) -> None:
         self.differences.append(Difference(path=path, what=what))
@@ -174,7 +174,7 @@ class _ShardCheck:
         samples: Samples = {}
         with path.open("rb") as tar:
             for key, members in read_tar(tar):
-                if not _IMAGE_EXTENSIONS & members.keys():
+                if not IMAGE_EXTENSIONS & members.keys():
                     continue
                 if key in samples:
                     self.differ(file.path, f"two samples with the key {key}")
@@ -203,7 +203,7 @@ class _ShardCheck:
         path = self.chain["urls"].outputs["parquet"].path
         self._unique(path, rows, "uid")
         self._unique(path, rows, "key")
-        self.uids = pack_uids([row["uid"] for row in rows if row["retry_of"] is None])
+        self.listed = pack_uids([row["uid"] for row in rows if row["retry_of"] is None])
 
     def _crawl(
         self, rows: list[dict[str, Any]], urls: list[dict[str, Any]] | None, tar: Samples | None
@@ -221,6 +221,7 @@ class _ShardCheck:
                 reason in REASONS and REASONS[reason].status != row["status"]
             ):
                 self.differ(path, f"{row['uid']} has status {row['status']} with reason {reason}")
+        self.stored = pack_uids([row["uid"] for row in rows if row["status"] == "ok"])
         counts = Counter(row["status"] for row in rows)
         self._counted(
             record, {name: number for name, number in record.counts.items() if "/" not in name}, counts
@@ -351,21 +352,29 @@ def _by_stage(urls: Mapping[tuple[str, str], ShardRecord]) -> dict[tuple[str, st
     return {("urls", source, shard): record for (source, shard), record in urls.items()}
 
 
-def _doubled_uids(checks: list[_ShardCheck]) -> list[Difference]:
-    """Find uids that are in two url shards, retries not counted."""
-    if not checks:
-        return []
-    uids = np.concatenate([check.uids for check in checks])
-    owners = np.repeat(np.arange(len(checks)), [len(check.uids) for check in checks])
-    order = np.lexsort((uids[:, 1], uids[:, 0]))
-    uids, owners = uids[order], owners[order]
-    again = np.flatnonzero((uids[1:] == uids[:-1]).all(axis=1) & (owners[1:] != owners[:-1]))
-    pairs = Counter(tuple(sorted((int(owners[index]), int(owners[index + 1])))) for index in again)
-    paths = [check.chain["urls"].outputs["parquet"].path if "urls" in check.chain else "" for check in checks]
-    return [
-        Difference(path=paths[second], what=f"{number:,} uids are also in {paths[first]}")
-        for (first, second), number in pairs.items()
-    ]
+def _doubled_uids(checks: list[_ShardCheck]) -> Iterator[Difference]:
+    """Find uids that two url shards list, retries not counted, or whose image two crawled shards hold."""
+    for stage, uids, what in (
+        ("urls", [check.listed for check in checks], "are also in"),
+        ("crawl", [check.stored for check in checks], "are ok, and also in"),
+    ):
+        for (first, second), shared in _shared(uids).items():
+            here, there = (checks[index].chain[stage].outputs["parquet"].path for index in (second, first))
+            [example] = unpack_uids(shared[:1])
+            yield Difference(path=here, what=f"{len(shared):,} uids {what} {there}, such as {example}")
+
+
+def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+    """Return what two of the arrays have in common, by the places of the two."""
+    words = np.concatenate([np.empty((0, 2), np.uint64), *uids])
+    owners = np.repeat(np.arange(len(uids)), [len(part) for part in uids])
+    order = np.lexsort((owners, words[:, 1], words[:, 0]))
+    words, owners = words[order], owners[order]
+    again = np.flatnonzero((words[1:] == words[:-1]).all(axis=1) & (owners[1:] != owners[:-1]))
+    places: dict[tuple[int, int], list[int]] = {}
+    for place in again.tolist():
+        places.setdefault((int(owners[place]), int(owners[place + 1])), []).append(place)
+    return {pair: words[found] for pair, found in places.items()}
 
 
 def _manifest_differences(

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from pipeline.addresses import FetchError, Resolver, WebUrl
 from pipeline.connection import Clock, read_body, read_some, request
-from pipeline.hosts import HostTurns
+from pipeline.hosts import HostHealth, HostTurns
 from pipeline.robots import RobotsTxt, product_token, reserved_by_robots_tag, reserved_by_tdm
 from schemas.config import CrawlConfig
 from schemas.statuses import REASONS
@@ -32,6 +32,9 @@ _DETAIL_CHARS = 200
 _ROBOTS_BYTES = 512_000
 # Bodies over this lie on disk until their turn at the decoder: 128 of them may wait in one worker.
 _BODY_IN_MEMORY_BYTES = 250_000
+# A bug of ours, or a full disk or memory: the shard fails, and is tried again. Everything else that a fetch
+# raises was provoked by what the server sent.
+_OUR_FAULTS = (AssertionError, OSError, MemoryError)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,15 +69,21 @@ class Fetch:
 
 
 class Web:
-    """Fetches URLs within the bounds of ``[crawl]``. Shared by the threads of one worker."""
+    """Fetches URLs within the bounds of ``[crawl]``. Shared by the threads of one worker.
 
-    def __init__(self, config: CrawlConfig) -> None:
+    Args:
+        workers: how many crawl at the same time. They do not talk to one another, so each keeps to an equal
+            share of what a host is asked at once (one request at least) and a second.
+    """
+
+    def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
         self._config = config
         self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
         self._resolver = Resolver(config.allow_hosts)
-        self._turns = HostTurns(config.requests_per_host, config.rate_per_host)
+        self._turns = HostTurns(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
+        self._health = HostHealth()
         self._robots = RobotsTxt(self._token) if config.robots_txt else None
         self._tls = ssl.create_default_context()
 
@@ -87,12 +96,18 @@ class Web:
                 fetch.end()
                 return fetch
             except FetchError as error:
+                fault = error
+            except _OUR_FAULTS:
                 fetch.close()
-                fetch.end(error.reason, error.detail)
-                wait_s = max(self._backoff_s(url, fetch.attempts), error.retry_after_s)
-                if not error.again or fetch.attempts >= config.max_attempts or not clock.has(wait_s):
-                    return fetch
-                time.sleep(wait_s)
+                raise
+            except Exception as error:
+                fault = FetchError("bad_response", repr(error), again=False)
+            fetch.close()
+            fetch.end(fault.reason, fault.detail)
+            wait_s = max(self._backoff_s(url, fetch.attempts), fault.retry_after_s)
+            if not fault.again or fetch.attempts >= config.max_attempts or not clock.has(wait_s):
+                return fetch
+            time.sleep(wait_s)
 
     def _try(self, url: WebUrl, fetch: Fetch, clock: Clock, spool: Path | None) -> None:
         """Follow a URL to an image's bytes, once. Raises FetchError."""
@@ -117,8 +132,12 @@ class Web:
             if len(visited) > config.max_redirects:
                 raise FetchError("too_many_redirects", str(url))
             visited.add(url)
+            site = f"{url.host}:{url.port}"
+            self._health.check(site)
             # The address first: a robots.txt is asked for only at a host that may be asked.
-            addresses = self._resolver.addresses(url, min(config.connect_timeout_s, clock.left_s()))
+            patience_s = min(config.connect_timeout_s, clock.left_s())
+            with self._health.watched(site, answers=False):
+                addresses = self._resolver.addresses(url, patience_s)
             if check_robots and self._robots is not None:
                 self._robots.check(url, lambda robots: self._robots_txt(robots, clock), clock.left_s())
             fetch.final_url = str(url)
@@ -126,7 +145,9 @@ class Web:
                 # A queue of our own is not the site's fault: its time does not run meanwhile.
                 clock.pause(waited_s)
                 fetch.started += waited_s
-                with request(
+                # Again: it may have gone down while this URL waited.
+                self._health.check(site)
+                with self._health.watched(site), request(
                     url, addresses, self._headers, clock=clock, silence_s=config.connect_timeout_s,
                     max_header_bytes=config.max_header_bytes, tls=self._tls,
                 ) as response:  # fmt: skip
@@ -190,7 +211,7 @@ def _retry_after_s(response: http.client.HTTPResponse) -> float:
         return float(value[:9])
     try:
         when = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError, OverflowError):
         return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())

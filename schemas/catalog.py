@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from schemas.statuses import SAMPLE_STATUSES
 from schemas.tables import (
     CANDIDATES,
     CAPTIONS,
@@ -38,6 +39,14 @@ DATA_TABLES: dict[str, pa.Schema] = {
     "curated": CURATED,
 }
 DATA_STAGES = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
+
+# What a stage's rows end as: of the counts of its records, those that sum up to rows_in. All others are notes.
+ROW_STATUSES: dict[str, tuple[str, ...]] = {
+    "crawl": tuple(SAMPLE_STATUSES),
+    "caption": ("ok", "failed"),
+    "rank": ("scored", "unscored"),
+    "select": ("kept", "dropped"),
+}
 
 # A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
 # It sorts last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the
@@ -155,7 +164,7 @@ def _comments() -> list[str]:
 
 _TABLES: dict[str, str] = {
     # One row for each attempt that committed, its last state; a quarantined shard vanishes once it is
-    # committed.
+    # committed. Of two committed attempts the older is retired, and was listed before its record went.
     "shards": f"""
         WITH latest AS (
             SELECT *, state = 'quarantined' AS failed FROM base.shards_events
@@ -164,10 +173,13 @@ _TABLES: dict[str, str] = {
                 ORDER BY state = 'retired' DESC, finished_at DESC) = 1
         ), seen AS (
             SELECT *, bool_or(state = 'committed') OVER same_shard AS is_committed,
-                max(finished_at) FILTER (NOT failed) OVER same_shard AS last_commit
+                max(finished_at) FILTER (NOT failed) OVER same_shard AS last_commit,
+                max(finished_at) FILTER (state = 'committed') OVER same_shard AS committed_at
             FROM latest WINDOW same_shard AS (PARTITION BY stage, source, shard)
         )
-        SELECT {_columns(SHARDS)} FROM seen
+        SELECT {_columns(SHARDS)} FROM (
+            SELECT * REPLACE (if(state = 'committed' AND finished_at < committed_at, 'retired', state) AS state)
+            FROM seen)
         WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
     "runs": f"""
         SELECT {_columns(RUNS)} FROM base.runs_events
@@ -194,6 +206,11 @@ _TABLES: dict[str, str] = {
     "dropped": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'dropped'",
 }
 
+_IS_STATUS = " OR ".join(
+    f"(stage = {quote(stage)} AND status IN ({', '.join(map(quote, names))}))"
+    for stage, names in ROW_STATUSES.items()
+)
+
 # Beyond the tables: name -> (what it answers, SQL). Those marked "records only" read no sample.
 VIEWS: dict[str, tuple[str, str]] = {
     "progress": (
@@ -210,18 +227,27 @@ VIEWS: dict[str, tuple[str, str]] = {
         ORDER BY source, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage)""",
     ),
     "outcomes": (
-        "rows by source, stage, status and reason, a retry counted as a row more (records only)",
-        """
-        SELECT source, stage, split_part(name, '/', 1) AS status, nullif(split_part(name, '/', 2), '') AS
-        reason,
-            sum("rows")::BIGINT AS "rows"
-        FROM (
-            SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
-            FROM shards WHERE state = 'committed' AND stage <> 'urls'
-        ) WHERE "rows" > 0 GROUP BY source, stage, status, reason
-        -- A status with reasons is their sum: shown by its reasons alone, so that the rows add up.
-        QUALIFY reason IS NOT NULL OR NOT bool_or(reason IS NOT NULL) OVER (PARTITION BY source, stage,
-        status) ORDER BY ALL""",
+        "rows by source, stage, status and reason, a retry counted as a row more; those of kind 'status' sum up to "
+        "the stage's rows_in, those of kind 'note' were counted beside them (records only)",
+        f"""
+        WITH counted AS (
+            SELECT source, stage, split_part(name, '/', 1) AS status,
+                nullif(split_part(name, '/', 2), '') AS reason, sum("rows")::BIGINT AS "rows"
+            FROM (
+                SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
+                FROM shards WHERE state = 'committed' AND stage <> 'urls')
+            GROUP BY ALL
+        ), apart AS (
+            -- A count under the status alone includes those under its reasons.
+            SELECT * REPLACE (if(reason IS NULL, "rows" - coalesce(
+                sum("rows") FILTER (reason IS NOT NULL) OVER (PARTITION BY source, stage, status), 0),
+                "rows")::BIGINT AS "rows")
+            FROM counted
+        )
+        SELECT source, stage, if({_IS_STATUS}, 'status', 'note') AS kind, status, reason, "rows"
+        FROM apart WHERE "rows" > 0
+        ORDER BY source, list_position(['crawl', 'caption', 'rank', 'select'], stage),
+            kind DESC, status, reason""",
     ),
     "throughput": (
         "images per second of one worker, by stage and device (records only)",

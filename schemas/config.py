@@ -93,8 +93,12 @@ class CrawlConfig(Section):
     max_body_bytes: int = tuning(20_000_000, ge=1024, description="of one response, whatever it declares")
     max_attempts: int = tuning(3, ge=1, description="tries of one URL; only transient errors are tried again")
     backoff_s: float = tuning(0.5, ge=0, description="before the second try; doubles, with jitter")
-    requests_per_host: int = tuning(8, ge=1, description="at once, in one worker")
-    rate_per_host: float = tuning(50.0, gt=0, description="requests per second to one host, in one worker")
+    requests_per_host: int = tuning(
+        8, ge=1, description="at once, over all workers: each takes an equal share, one at least"
+    )
+    rate_per_host: float = tuning(
+        50.0, gt=0, description="requests per second to one host, over all workers: each takes an equal share"
+    )
     allow_hosts: tuple[str, ...] = tuning((), description='"host:port" entries exempt from the address check')
 
 
@@ -183,7 +187,9 @@ class ClusterConfig(Section):
     )
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
     stall_timeout_s: float = Field(
-        7200.0, gt=0, description="without one shard done for so long, workers are given up and started anew"
+        21_600.0,
+        gt=0,
+        description="without one shard done for so long, workers are given up and started anew",
     )
     compact_interval_s: float = Field(15.0, gt=0, description="how often a run refreshes the manifest")
 

@@ -114,7 +114,7 @@ class ShardRecord(Json):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask(Json):
-    """What a worker is told to do: one stage on one shard.
+    """What a worker is told to do: one stage on one shard. ``replaces`` is the stale record to retire, if any.
 
     ``inputs`` are the upstream records by stage name: ``urls`` for crawl; ``crawl`` for caption; ``crawl`` and,
     for a web source, ``caption`` for rank; ``crawl`` and ``rank`` for select.
@@ -128,6 +128,7 @@ class ShardTask(Json):
     run_id: str
     fingerprint: str
     inputs: Mapping[str, ShardRecord]
+    replaces: ShardRecord | None = None
     max_attempts: int = 3
 
 

@@ -45,6 +45,10 @@ REASONS: dict[str, Reason] = {
         "failed", "a server error on every attempt; http_status has the code", transient=True
     ),
     "http_other": _reason("failed", "an unexpected status such as 204 or 304"),
+    "host_down": _reason(
+        "failed", "not asked: the host had failed 20 times in a row (dns, connect, timeout)", transient=True
+    ),
+    "retried": _reason("failed", "not asked: a later shard tries this URL again"),
     # refused: our guards
     "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
     "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),

@@ -32,6 +32,15 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    """Serve the demo world, every answer a function of the path alone; return its base URL."""
+    from jobs.demo.site import serving
+
+    with serving(flaky=False) as url:
+        yield url
+
+
 @pytest.fixture
 def s3_root(s3_server: str) -> str:
     """Return the URL of an empty prefix in a bucket of its own."""

@@ -414,6 +414,19 @@ def _in_a_second(exchange: Exchange) -> None:
     _coded("429 Too Many Requests", f"Retry-After: {date}")(exchange)
 
 
+# No number of seconds, and no date that a calendar has.
+_RETRY_AFTER = (
+    "01 Jan 99999999999999999999 00:00:00 GMT",
+    "Mon, 01 Jan 9999 00:00:00 -2359",
+    "Mon, 01 Jan 2024 00:00:00 +99999999999999999999",
+    "9e99",
+    "9" * 400,
+    "-5",
+    "\xb2",
+    "soon",
+)
+
+
 def _endless_redirects(exchange: Exchange) -> None:
     exchange.redirect(f"/endless?{sum(exchange.site.requests.values())}")
 
@@ -453,6 +466,15 @@ def _chunked(exchange: Exchange) -> None:
         part = JPEG[start : start + 500]
         exchange.raw(b"%x\r\n%b\r\n" % (len(part), part))
     exchange.raw(b"0\r\n\r\n")
+
+
+def _negative_chunk(exchange: Exchange) -> None:
+    exchange.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + JPEG)
+
+
+def _endless_negative_chunk(exchange: Exchange) -> None:
+    exchange.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+    exchange.forever(JPEG * 50)
 
 
 GOOD_IMAGES = {
@@ -517,6 +539,14 @@ _BEHAVIOURS: dict[str, tuple[str, str | None, Answer]] = {
     "/429/for-an-hour": ("failed", "rate_limited", _coded("429 Too Many Requests", "Retry-After: 3600")),
     "/429/for-a-second": (*OK, _at_last(1, _coded("429 Too Many Requests", "Retry-After: 1"))),
     "/429/until-a-date": (*OK, _at_last(1, _in_a_second)),
+    **{
+        f"/429/nonsense/{number}": (
+            "failed",
+            "rate_limited",
+            _coded("429 Too Many Requests", f"Retry-After: {value}"),
+        )
+        for number, value in enumerate(_RETRY_AFTER)
+    },
     "/503/twice": (*OK, _at_last(2, _coded("503 Service Unavailable"))),
     "/reset/once": (*OK, _at_last(1, Exchange.reset)),
     "/reset": ("failed", "connect", Exchange.reset),
@@ -546,6 +576,8 @@ _BEHAVIOURS: dict[str, tuple[str, str | None, Answer]] = {
         "body_truncated",
         lambda exchange: exchange.raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + JPEG),
     ),
+    "/chunked/negative": ("failed", "bad_response", _negative_chunk),
+    "/chunked/minus-one": ("failed", "bad_response", _endless_negative_chunk),
     "/gzip-label": (*OK, _sender(JPEG, "Content-Encoding: gzip")),
     "/wrong-type": (*OK, _sender(JPEG, "Content-Type: text/html")),
     "/300mb": ("refused", "body_too_large", _endless_body),
@@ -561,6 +593,8 @@ _BEHAVIOURS: dict[str, tuple[str, str | None, Answer]] = {
     "/redirect/not-ascii": (*OK, _redirector("/café.jpg")),
 }
 _HIDDEN: dict[str, Answer] = {
+    "/flaky/1": _at_last(1, _coded("503 Service Unavailable")),
+    "/flaky/2": _at_last(1, _coded("503 Service Unavailable")),
     "/hop/1": _redirector("hop2"),
     "/hop/hop2": lambda exchange: exchange.redirect(exchange.site.url("/plain.jpg").removeprefix("http:")),
     "/redirect/loop/back": _redirector("/redirect/loop"),

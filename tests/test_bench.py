@@ -42,6 +42,7 @@ def require_positive(values: dict[str, Any], *names: str) -> None:
         assert values[name] > 0, (name, values)
 
 
+@pytest.mark.slow
 def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
     found = bench("crawl", "--images", "6", "--size", "96x64")
     assert (found["images"], found["size"]) == (6, "96x64")
@@ -57,22 +58,23 @@ def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
 def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
     found = bench("intake", "--rows", "1000")
     first, grown = found["first"], found["grown"]
-    assert (first["rows_in"], first["rows_new"], first["rows_duplicate"], first["rows_known"]) == (1000, 900, 100, 0)
-    assert (grown["rows_in"], grown["rows_new"], grown["rows_duplicate"]) == (1010, 9, 1)
+    counts = ("rows_in", "rows_new", "rows_duplicate", "rows_known")
+    assert [first[name] for name in counts] == [1000, 900, 100, 0]
+    # Repeats of a known URL are known rows too.
+    assert [grown[name] for name in counts] == [1010, 9, 1, 1000]
     for reading in (first, grown):
-        total = reading["rows_new"] + reading["rows_duplicate"] + reading["rows_known"]
-        assert reading["rows_in"] == total
         require_positive(reading, "rows_per_s", "seconds", "cpu_s", "shards")
         assert reading["peak_bytes"] >= reading["idle_bytes"] > 0
 
 
-@pytest.mark.parametrize("images", [30, 31, 32])
-def test_manifest_asks_a_whole_corpus_both_ways(images: int) -> None:
+def test_manifest_asks_a_whole_corpus_both_ways() -> None:
+    images = 32
     found = bench("manifest", "--images", str(images))
     assert (found["urls"], found["candidates"]) == (images + images // 3, 11 * images)
     # One shard, five stages; a run and two models.
     assert (found["shards"], found["records"]) == (1, 8)
-    require_positive(found, "corpus_bytes", "first_compaction_s", "idle_compaction_s", "peak_bytes", "total_s")
+    require_positive(found["bytes_per_image"], "crawl", "caption", "rank", "select")
+    require_positive(found, "first_compaction_s", "idle_compaction_s", "peak_bytes")
     queries = {row["query"]: row for row in found["queries"]}
     assert queries["one shard"]["rows"] == images
     assert queries["one uid"]["rows"] == 11 and queries["by shard and origin"]["rows"] == 2

@@ -4,12 +4,10 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jobs.demo.site import serving
 from pipeline.records import Records
 from pipeline.storage import Storage
 from tests.processes import cli, start_cli
@@ -58,12 +56,6 @@ def test_mistakes_are_one_clear_line_and_exit_2(arguments: list[str], message: s
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr) and "Traceback" not in done.stderr
     assert not (tmp_path / "corpus").exists()
-
-
-@pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with serving(flaky=False) as url:
-        yield url
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.site import serving
 from jobs.submit import pinned_requirements, runtime_environment, submission_id
 from pipeline.records import Records
 from pipeline.storage import Storage
@@ -20,12 +19,6 @@ from tests.runs import committed_uids, config_file, curated_files, small_config,
 pytestmark = pytest.mark.slow
 
 TOKEN = "7" * 64
-
-
-@pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with serving(flaky=False) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,12 @@ import pytest
 from PIL import Image
 
 from pipeline.crawl import CrawlWorker
-from pipeline.records import Records
+from pipeline.intake import queue_retries
+from pipeline.records import Records, now
 from pipeline.shards import read_tar
-from schemas.records import ShardRecord
+from pipeline.urlshards import url_shards
+from schemas.config import CapfiltConfig
+from schemas.records import IntakeRecord, ShardRecord, ShardTask
 from schemas.statuses import REASONS, SAMPLE_STATUSES
 from schemas.tables import SAMPLES
 from tests.hostile import JPEG, HostileSite, encoded, picture
@@ -187,9 +190,88 @@ def test_a_row_that_img2dataset_loses_fails_the_shard(
 def test_a_bug_of_ours_in_the_fetch_fails_the_shard(
     small_site_worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.web.Web._check_opt_out", lambda *_: 1 / 0)
+    def fails(*_: Any) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("pipeline.web.Web._check_opt_out", fails)
     with pytest.raises(RuntimeError, match="lost 1 of 1 rows"):
         small_site_worker(["/plain.jpg"])
+
+
+def listed_task(records: Records, urls: list[str]) -> ShardTask:
+    """Return the crawl of a url shard that an intake has committed."""
+    task = crawl_task(records, url_rows([(url, f"caption of {url}") for url in urls]))
+    file = task.inputs["urls"].outputs["parquet"]
+    batch = IntakeRecord(
+        source="web", batch=0, kind="lists", run_id="run", attempt="test", signature="test",
+        shards={task.shard: file}, rows_in=file.rows, rows_new=file.rows, rows_duplicate=0, rows_known=0,
+        finished_at=now(),
+    )  # fmt: skip
+    assert records.commit_intake(batch)
+    return task
+
+
+def retry_task(config: CapfiltConfig, records: Records) -> ShardTask:
+    """Queue the transient failures and return the crawl of the shard that tries them again."""
+    [outcome] = queue_retries(config, records, "run")
+    assert outcome.record is not None
+    [shard] = outcome.record.shards
+    urls = url_shards(records)["web", shard]
+    return ShardTask(
+        corpus=records.storage.root, stage="crawl", source="web", kind="web", shard=shard, run_id="run",
+        fingerprint="test", inputs={"urls": urls},
+    )  # fmt: skip
+
+
+def test_a_crawl_made_anew_leaves_retried_urls_to_the_retry(site: HostileSite, tmp_path: Path) -> None:
+    paths = ["/plain.jpg", "/flaky/1", "/404", "/flaky/2"]
+    records, settings = new_records(tmp_path), site.crawl_settings()
+    task = listed_task(records, [site.url(path) for path in paths])
+    first = CrawlWorker(corpus_config(tmp_path, settings | {"max_attempts": 1}), records)(task)
+    assert first.counts == {"ok": 1, "failed": 3, "failed/http_5xx": 2, "failed/http_4xx": 1}
+    config = corpus_config(tmp_path, settings)
+    again = retry_task(config, records)
+    retry = CrawlWorker(config, records)(again)
+    assert retry.counts == {"ok": 2}
+
+    # The two are well now: without a look at the retry, they would be stored here as well.
+    asked = [site.requests[path] for path in paths]
+    records.retire(first)
+    anew = CrawlWorker(config, records)(task)
+    assert anew.attempt != first.attempt
+    assert [site.requests[path] for path in paths] == [asked[0] + 1, asked[1], asked[2] + 1, asked[3]]
+    samples = samples_of(records, anew)
+    assert [(s["status"], s["reason"]) for s in samples] == [
+        ("ok", None),
+        ("failed", "retried"),
+        ("failed", "http_4xx"),
+        ("failed", "retried"),
+    ]
+    assert [s["key"] for s in samples] == [s["key"] for s in samples_of(records, first)]
+    assert (anew.rows_in, anew.rows_out, anew.counts["failed/retried"]) == (4, 1, 2)
+    assert list(images_of(records, anew)) == [samples[0]["key"]]
+    assert [s["uid"] for s in samples_of(records, retry)] == [samples[1]["uid"], samples[3]["uid"]]
+
+    # The retry is crawled anew like any other: its rows are still its own.
+    records.retire(retry)
+    assert CrawlWorker(config, records)(again).counts == {"ok": 2}
+    [outcome] = queue_retries(config, records, "run")
+    assert outcome.record is None
+
+
+def test_a_shard_whose_every_url_is_retried(site: HostileSite, tmp_path: Path) -> None:
+    records, config = new_records(tmp_path), corpus_config(tmp_path, site.crawl_settings())
+    task = listed_task(records, [site.url("/500")])
+    worker = CrawlWorker(config, records)
+    first = worker(task)
+    worker(retry_task(config, records))
+    records.retire(first)
+    anew = worker(task)
+    assert (anew.rows_in, anew.counts) == (1, {"failed": 1, "failed/retried": 1})
+    assert images_of(records, anew) == {}
+    # The retry has failed as well: of the two, it is the one that is tried again.
+    with records.storage.open(retry_task(config, records).inputs["urls"].outputs["parquet"].path) as file:
+        assert pq.read_table(file)["retry_of"].to_pylist() == ["00001"]
 
 
 def test_a_shard_without_one_image(small_site_worker) -> None:

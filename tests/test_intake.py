@@ -18,11 +18,11 @@ from pipeline.attempt import Attempt
 from pipeline.configfile import parse_config
 from pipeline.fingerprint import sample_uid
 from pipeline.identities import KnownUids, group_rows, pack_uids, unpack_uids
-from pipeline.intake import queue_retries, read_lists, unread_lists
+from pipeline.intake import queue_retries, read_lists, unread_rows
 from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet
 from pipeline.storage import Storage
-from pipeline.urlshards import url_shards
+from pipeline.urlshards import taken_over, url_shards
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardTask
@@ -130,14 +130,15 @@ def test_lists_of_captions_and_extra_columns(folder: Path) -> None:
 def test_unchanged_lists_are_not_read_and_grown_ones_add_shards(folder: Path) -> None:
     write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(5)])
     config = configured(folder)
-    assert unread_lists(config, records_of(config)) == {"s": 1}
+    assert unread_rows(config, records_of(config)) == {"s": 5}
     take_in(config)
     before = rows_of(config)
     assert take_in(config) is None
-    assert unread_lists(config, records_of(config)) == {}
+    assert unread_rows(config, records_of(config)) == {}
 
     write_list(folder, "b.parquet", [(f"http://a/{n}", "other") for n in range(3, 9)])
     grown = configured(folder, samples_per_shard=2)
+    assert unread_rows(grown, records_of(grown)) == {"s": 6}
     batch = take_in(grown)
     assert batch is not None
     assert (batch.batch, batch.rows_known, list(batch.shards)) == (1, 7, ["00002", "00003"])
@@ -409,6 +410,45 @@ def test_transient_failures_are_queued_until_they_end(folder: Path) -> None:
     write_list(folder, "b.parquet", [("http://a/0", "x"), ("http://b/1", "x")])
     assert take_in(config) is not None
     assert [(row["url"], row["shard"]) for row in rows_of(config)[11:]] == [("http://b/1", "00005")]
+
+
+def test_a_retried_row_leaves_the_decision_to_its_retry(folder: Path) -> None:
+    """Shard 0 is crawled anew after its failures went to shard 1: what became of them there counts."""
+    write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(3)])
+    config = configured(folder)
+    records = records_of(config)
+    take_in(config)
+    crawl(config, "00000", {"http://a/0": "timeout", "http://a/1": "connect"})
+    assert taken_over(records, "s", "00000") == set()
+    assert queue(config) is not None
+    retried = {sample_uid("s", f"http://a/{n}") for n in range(2)}
+    assert taken_over(records, "s", "00000") == retried
+    assert taken_over(records, "s", "00001") == taken_over(records, "other", "00000") == set()
+
+    def crawl_anew(shard: str, reasons: dict[str, str]) -> None:
+        committed = records.read("crawl", "s", shard)
+        assert committed is not None
+        records.retire(committed)
+        crawl(config, shard, reasons)
+
+    # Whether the retry waits, has failed or is well; http://a/2, fine at first, fails now and is queued itself.
+    crawl_anew("00000", {"http://a/0": "retried", "http://a/1": "retried", "http://a/2": "dns"})
+    assert queue(config) is not None
+    crawl(config, "00001", {"http://a/1": "host_down"})
+    assert queue(config) is not None
+    assert queue(config) is None
+    assert [(row["url"], row["shard"], row["retry_of"]) for row in rows_of(config)[3:]] == [
+        ("http://a/0", "00001", "00000"),
+        ("http://a/1", "00001", "00000"),
+        ("http://a/2", "00002", "00000"),
+        ("http://a/1", "00003", "00001"),
+    ]
+    assert taken_over(records, "s", "00000") == {sample_uid("s", f"http://a/{n}") for n in range(3)}
+    assert taken_over(records, "s", "00001") == {sample_uid("s", "http://a/1")}
+    crawl(config, "00002", {})
+    crawl(config, "00003", {})
+    crawl_anew("00001", {"http://a/1": "retried"})
+    assert queue(config) is None
 
 
 def test_drivers_that_queue_at_once_queue_once(folder: Path) -> None:

@@ -2,12 +2,10 @@
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jobs.demo.site import serving
 from schemas.config import CapfiltConfig
 from tests.processes import cli, descendants, kill, stage_workers, start_cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
@@ -17,12 +15,6 @@ pytestmark = pytest.mark.slow
 KILLS = 20
 # With them all, every shard has something of each kind to lose: 12 shards of 12 URLs.
 URLS, PER_SHARD = 144, 12
-
-
-@pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with serving(flaky=False) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

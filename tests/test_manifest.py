@@ -1,19 +1,24 @@
 """The manifest: parts, rebuild, catalog, committed data only, and readers beside writers."""
 
 import multiprocessing
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 import pipeline.parts
 from pipeline.manifest import CATALOG, Manifest
+from pipeline.parts import Parts
 from pipeline.records import now
 from pipeline.storage import Storage
 from schemas.catalog import VIEWS
-from schemas.records import QuarantineRecord, ShardRecord
+from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
 from schemas.tables import TABLES
 from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus
 
@@ -160,6 +165,69 @@ def test_a_quarantine_vanishes_once_its_shard_is_committed(local_root: str) -> N
     assert sorted(corpus.manifest.query(ask).rows, key=str) == [("quarantined", "third"), ("retired", None)]
 
 
+def keep_retired_copy(corpus: Corpus, record: ShardRecord) -> str:
+    """Do the first half of ``Records.retire``, after which its process is killed."""
+    path = f"records/retired/{record.stage}/{record.source}/{record.shard}.{record.attempt}.json"
+    assert corpus.storage.create(path, record.to_json().encode())
+    return path
+
+
+def states(corpus: Corpus, stage: str) -> list[tuple[str, str]]:
+    with corpus.manifest.open() as query:
+        rows = query.rows(f"SELECT attempt, state FROM shards WHERE stage = '{stage}' ORDER BY finished_at")
+    return [(row["attempt"], row["state"]) for row in rows]
+
+
+def test_a_record_that_was_not_retired_after_all_stands(root: str) -> None:
+    corpus = make_corpus(root, shards=1)
+    corpus.manifest.compact()
+    first = corpus.records.read("crawl", "cc", "00000")
+    keep_retired_copy(corpus, first)
+    for _ in range(2):
+        assert states(corpus, "crawl") == [(first.attempt, "committed")]
+        assert count(corpus, "samples") == 12
+        assert corpus.manifest.compact() == 0
+    corpus.records.retire(first)
+    assert states(corpus, "crawl") == [(first.attempt, "retired")]
+    (second,) = corpus.make("cc", "00000", ("crawl",))
+    corpus.manifest.compact()
+    assert states(corpus, "crawl") == [(first.attempt, "retired"), (second.attempt, "committed")]
+
+
+def test_rebuild_mends_a_wrongly_retired_shard(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 2)
+    corpus = make_corpus(local_root, shards=1)
+    crawl = corpus.records.read("crawl", "cc", "00000")
+    path = keep_retired_copy(corpus, crawl)
+    corpus.storage.delete("records/crawl/cc/00000.json")
+    corpus.manifest.compact()
+    for shard in ("00007", "00008", "00009"):
+        quarantine(corpus, shard, "boom")
+        corpus.manifest.compact()  # the last one merges: what the merged part replaces must not come back
+    assert states(corpus, "crawl") == [(crawl.attempt, "retired")]
+    assert count(corpus, "samples") == 0
+    assert len(part_files(corpus)) == 5
+    corpus.storage.create("records/crawl/cc/00000.json", corpus.storage.read(path))
+    corpus.manifest.rebuild()
+    assert states(corpus, "crawl") == [(crawl.attempt, "committed")]
+    assert count(corpus, "samples") == 12
+    assert len(part_files(corpus)) == 1
+
+
+def test_a_shard_is_never_seen_twice(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    corpus.manifest.compact()
+    first = corpus.records.read("crawl", "cc", "00000")
+    corpus.records.retire(first)
+    (second,) = corpus.make("cc", "00000", ("crawl",))
+    # As a listing has it that passed records/retired before, and records/crawl after.
+    corpus.storage.delete(f"records/retired/crawl/cc/00000.{first.attempt}.json")
+    for _ in range(2):
+        assert states(corpus, "crawl") == [(first.attempt, "retired"), (second.attempt, "committed")]
+        assert count(corpus, "samples") == 12
+        corpus.manifest.compact()
+
+
 def test_compaction_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(root, stages=("crawl",))
     assert corpus.manifest.compact() > 0
@@ -192,6 +260,57 @@ def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
     assert len(part_files(corpus)) == 2
     assert contents(Manifest(Storage(local_root))) == expected
     assert Manifest(Storage(local_root)).compact() == 0
+
+
+def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compactions, rows_each = 300, 10
+    written = {"new": 0, "merged": 0}
+    original = Parts._write
+
+    def write(self: Parts, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
+        written["merged" if replaces else "new"] += rows.num_rows
+        original(self, table, rows, replaces)
+
+    monkeypatch.setattr(Parts, "_write", write)
+    corpus = Corpus(local_root)
+    batch = IntakeRecord(
+        source="cc", batch=0, kind="lists", run_id=RUN, attempt="a", signature="s", shards={},
+        rows_in=0, rows_new=0, rows_duplicate=0, rows_known=0, finished_at=now(),
+    )  # fmt: skip
+    parts = Parts(corpus.storage)
+    for number in range(compactions):
+        shards = {
+            f"{number * rows_each + index:05d}": OutputFile(path="x", bytes=1, sha256="0", rows=1)
+            for index in range(rows_each)
+        }
+        assert corpus.records.commit_intake(replace(batch, batch=number, shards=shards))
+        assert parts.compact() == rows_each
+    assert written["new"] == compactions * rows_each
+    assert written["merged"] <= 2 * compactions * rows_each
+    assert len(parts._list()["shards"]) <= 3 * 8
+    assert parts.tables()["shards"].num_rows == compactions * rows_each
+
+
+def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(local_root, shards=1)
+    inside, most = threading.Semaphore(1), []
+    original = Parts._list
+
+    def listed(self: Parts) -> dict[str, list[str]]:
+        alone = inside.acquire(blocking=False)
+        time.sleep(0.05)
+        found = original(self)
+        most.append(alone)
+        inside.release()
+        return found
+
+    monkeypatch.setattr(Parts, "_list", listed)
+    asked = (corpus.manifest.compact, corpus.manifest.rebuild, corpus.manifest._parts.tables)
+    with ThreadPoolExecutor(6) as threads:
+        for answer in [threads.submit(ask) for ask in asked * 2]:
+            answer.result()
+    assert most == [True] * 6
+    assert count(corpus, "shards") == 5
 
 
 def test_two_compactions_at_once_double_nothing(local_root: str) -> None:

@@ -48,7 +48,9 @@ def test_readers_and_a_writing_run_do_not_disturb_each_other(tmp_path: Path) -> 
         seen, errors = plain.communicate("", timeout=60)
         assert plain.returncode == 0, errors
     theirs = json.loads(seen)
-    final = json.loads(cli("sql", config.corpus.path, "SELECT count(*) AS n FROM curated", "--json").stdout)[0]["n"]
+    final = json.loads(cli("sql", config.corpus.path, "SELECT count(*) AS n FROM curated", "--json").stdout)[
+        0
+    ]["n"]
     samples, curated, empty = zip(*theirs, strict=True)
     for counts in (ours, samples, curated):
         assert list(counts) == sorted(counts)

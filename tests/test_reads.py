@@ -39,6 +39,7 @@ def answer(*arguments: str) -> object:
     [
         ("status",),
         ("stats",),
+        ("runs",),
         ("failures",),
         ("failures", "--hosts"),
         ("shards",),
@@ -86,12 +87,30 @@ def test_stats_are_sums_of_the_records(corpus: Corpus) -> None:
     ok = sum(row["rows"] for row in found["outcomes"] if (row["stage"], row["status"]) == ("crawl", "ok"))
     assert ok == 37
     scores = next(row for row in found["histograms"] if (row["source"], row["name"]) == ("cc", "kept_score"))
+    crawled = [row for row in found["outcomes"] if row["stage"] == "crawl"]
+    assert {row["kind"] for row in crawled} == {"status"}
+    assert sum(row["rows"] for row in crawled) == 49
     assert scores["p05"] <= scores["p50"] <= scores["p95"]
     assert (
         scores["values"]
         == corpus.manifest.query("SELECT sum(len(captions)) FROM curated WHERE source = 'cc'").rows[0][0]
     )
     assert {row["stage"] for row in found["throughput"]} == {"crawl", "caption", "rank", "select"}
+
+
+def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
+    made = make_corpus(str(tmp_path / "corpus"), shards=1)
+    made.start_run("20260102T000000-next")
+    rows = answer("runs", made.root)
+    assert [(row["run_id"], row["command"], row["outcome"], row["shards_done"]) for row in rows] == [
+        ("20260102T000000-next", "run", None, 0),
+        (RUN, "run", "done", 4),
+    ]
+    assert list(rows[0]) == [
+        "run_id", "command", "started_at", "finished_at", "outcome",
+        "shards_done", "shards_skipped", "shards_failed", "host",
+    ]  # fmt: skip
+    assert len(answer("runs", made.root, "--limit", "1")) == 1
 
 
 def test_quantiles_of_a_histogram() -> None:
@@ -137,6 +156,11 @@ def test_sql_prints_tables_json_and_csv(corpus: Corpus) -> None:
         "laion,24,",
     ]
     assert "first 3 rows" in capfilt("sql", corpus.root, "FROM samples", "--limit", "3").stderr
+    endless = capfilt("sql", corpus.root, "FROM range(10000000000)", "--limit", "3", "--json")
+    assert json.loads(endless.stdout) == [{"range": 0}, {"range": 1}, {"range": 2}]
+    assert "first 3 rows" in endless.stderr
+    assert "first" not in capfilt("sql", corpus.root, "FROM range(3)", "--limit", "3", "--csv").stderr
+    assert answer("sql", corpus.root, "FROM samples WHERE false") == []
     odd = "SELECT 'NaN'::FLOAT a, [1, 2] b, MAP {'k': 1.5} c, DATE '2026-01-01' d, 1.5::DECIMAL e"
     assert answer("sql", corpus.root, odd)[0] == {
         "a": None,
@@ -151,6 +175,9 @@ def test_sql_refuses_with_the_users_exit_code(corpus: Corpus) -> None:
     result = capfilt("sql", corpus.root, "DROP VIEW samples")
     assert isinstance(result.exception, CapfiltError)
     assert "read-only" in str(result.exception)
+    assert "--memory" in str(capfilt("sql", corpus.root, "SELECT 1", "--memory", "foo").exception)
+    slow = capfilt("sql", corpus.root, "FROM range(10000000000)", "--csv", "--timeout", "0.5")
+    assert "--timeout" in str(slow.exception)
 
 
 def test_trace_prints_the_whole_way(corpus: Corpus) -> None:
@@ -203,7 +230,7 @@ def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
     assert (tmp_path / "corpus" / "manifest.duckdb").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "stats", "failures", "shards", "verify", "gc"])
+@pytest.mark.parametrize("command", ["status", "stats", "runs", "failures", "shards", "verify", "gc"])
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path, command: str) -> None:
     result = capfilt(command, str(tmp_path / "nowhere"))
     assert isinstance(result.exception, CapfiltError)

@@ -51,7 +51,7 @@ def test_commit_round_trip(root: str) -> None:
     assert record.outputs["parquet"].path == f"captions/s/00000.{attempt.id}.parquet"
     assert record.counts == {"ok": 2, "dropped": 1, "dropped/why": 1}
     assert records.read("caption", "s", "00000") == record
-    assert records.shards() == {("caption", "s", "00000"): record}
+    assert records.shards() == {("caption", "s", "00000"): replace(record, histograms={})}
     assert ShardRecord.from_json(record.to_json()).digest() == record.digest()
     assert not attempt.folder.exists()
 
@@ -90,7 +90,9 @@ def test_retired_record_is_out_of_sight_but_kept(root: str) -> None:
     _, second = make(records, b"new", root)
     assert second.attempt != first.attempt
     records.retire(first)  # again, late: must not touch the new one
-    assert records.shards() == {("caption", "s", "00000"): second}
+    assert {shard: found.attempt for shard, found in records.shards().items()} == {
+        ("caption", "s", "00000"): second.attempt
+    }
 
 
 def test_plain_names_are_not_taken_back(root: str) -> None:
@@ -100,6 +102,63 @@ def test_plain_names_are_not_taken_back(root: str) -> None:
     _, second = make(records, b"same", root, plain=True)
     assert second == first
     assert storage.read("captions/s/00000.parquet") == b"same"
+
+
+def test_a_put_that_was_sent_twice_is_still_ours(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first answer is lost and the client sends again: the second is refused by what the first one made.
+    storage = Storage(root)
+    records = Records(storage)
+    create = Storage.create
+    monkeypatch.setattr(Storage, "create", lambda self, *what: create(self, *what) and create(self, *what))
+    attempt, record = make(records, b"abc", root)
+    assert record.attempt == attempt.id
+    assert storage.read(record.outputs["parquet"].path) == b"abc"
+
+
+def test_recomputation_that_fails_leaves_the_old_shard(root: str) -> None:
+    records = Records(Storage(root))
+    _, old = make(records, b"old", root)
+    stale = replace(task(root, "e" * 64), replaces=old)
+    with pytest.raises(OSError), Attempt(records, stale) as attempt:
+        attempt.commit({"parquet": (attempt.folder / "never-made", 0)})
+    assert records.read("caption", "s", "00000") == old
+    with Attempt(records, stale) as attempt:
+        (attempt.folder / "out").write_bytes(b"new")
+        new = attempt.commit({"parquet": (attempt.folder / "out", 0)})
+    assert records.read("caption", "s", "00000") == new and new.attempt == attempt.id
+    assert records.retired() == [old]
+
+
+def test_late_worker_of_another_config_overwrites_nothing(root: str) -> None:
+    records = Records(Storage(root))
+    with Attempt(records, task(root, "0" * 64), plain_names=True) as late:
+        (late.folder / "out").write_bytes(b"by the old config")
+        _, standing = make(records, b"by the new config", root, plain=True)
+        assert late.commit({"parquet": (late.folder / "out", 1)}) == standing
+    assert records.storage.read(standing.outputs["parquet"].path) == b"by the new config"
+
+
+def test_bytes_that_were_overwritten_lose_their_record(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The worst moment: the other one commits between our look and our put.
+    records = Records(Storage(root))
+    with Attempt(records, task(root, "0" * 64), plain_names=True) as late:
+        (late.folder / "out").write_bytes(b"by the old config")
+        read = Records.read
+        looks = iter([None])
+        monkeypatch.setattr(Records, "read", lambda self, *shard: next(looks, read(self, *shard)))
+        make(records, b"by the new config", root, plain=True)
+        looks = iter([None])
+        with pytest.raises(RuntimeError, match="different configs"):
+            late.commit({"parquet": (late.folder / "out", 1)})
+    assert records.shards() == {}
+
+
+def test_human_captions_do_not_go_stale_with_select() -> None:
+    inputs = {"crawl": {"tar": "1"}}
+    other = replace_section("select", top_k=5)
+    for kind, same in (("human", True), ("web", False)):
+        fingerprints = {stage_fingerprint(config, "select", kind, inputs) for config in (CONFIG, other)}
+        assert (len(fingerprints) == 1) == same
 
 
 def test_tuning_keys_make_nothing_stale() -> None:

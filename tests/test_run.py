@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
+import jobs.run
 from jobs.demo.site import serving
 from pipeline.committed import committed_table
 from pipeline.records import Records
@@ -28,12 +29,6 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with serving(flaky=False) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +119,22 @@ def test_damaged_shard_is_quarantined_and_the_rest_goes_on(base_url: str, tmp_pa
     path.write_bytes(whole)
     assert do_run(config).exit_code == 0
     assert records.quarantined() == {}
+
+
+def test_weights_that_differ_on_a_worker_end_the_run(
+    base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=10)
+    digests_of = jobs.run.digests_of
+    # As if the folder, or the hub's main branch, had changed since the driver looked.
+    monkeypatch.setattr(
+        jobs.run, "digests_of", lambda weights: {**digests_of(weights), "caption": ("0" * 64,)}
+    )
+    with pytest.raises(CapfiltError, match="other weights for caption than the driver"):
+        do_run(config)
+    records = Records(Storage(config.corpus.path))
+    assert records.shards(("caption",)) == {} == records.quarantined()
+    assert [run.outcome for run in records.runs()] == ["error"]
 
 
 def test_new_urls_become_further_shards(base_url: str, tmp_path: Path) -> None:

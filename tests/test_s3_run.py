@@ -1,22 +1,14 @@
 """The same config on the S3 protocol gives the same corpus; a broken upload leaves nothing to see."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jobs.demo.site import serving
 from pipeline.storage import Storage
 from tests.processes import cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with serving(flaky=False) as url:
-        yield url
 
 
 def test_s3_equals_local(base_url: str, s3_root: str, tmp_path: Path) -> None:

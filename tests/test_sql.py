@@ -1,11 +1,19 @@
 """The sandbox of ``capfilt sql``: what it answers, and every way out that it must not have."""
 
+import itertools
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from raw_shards import commit_crawl, config_of, encoded, picture, task_of
+from tiny_models import save_captioner, save_ranker
 
+from pipeline.caption import CaptionWorker
 from pipeline.manifest import Manifest
+from pipeline.rank import RankWorker
+from pipeline.records import Records
+from pipeline.selection import SelectWorker
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
 from tests.corpora import Corpus, make_corpus
@@ -148,6 +156,42 @@ def test_a_query_keeps_to_its_memory(corpus: Corpus) -> None:
         corpus.manifest.query("SELECT list(range::VARCHAR || 'x') FROM range(20000000)", memory="100MB")
 
 
+def test_a_memory_that_is_none_is_refused(corpus: Corpus) -> None:
+    with pytest.raises(CapfiltError, match=r"--memory 'foo': .*4GB or 50%"):
+        corpus.manifest.query("SELECT 1", memory="foo")
+
+
+def test_rows_are_streamed(corpus: Corpus) -> None:
+    """Of ten billion rows a part is taken, in memory that does not grow with it."""
+    with corpus.manifest.stream("SELECT range, 'x' || range AS x FROM range(10000000000)") as stream:
+        assert stream.columns == ("range", "x")
+        assert next(stream.rows) == (0, "x0")
+        tracemalloc.start()
+        try:
+            taken = sum(1 for _ in itertools.islice(stream.rows, 100_000))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (taken, peak < 4_000_000) == (100_000, True)
+    with (
+        pytest.raises(CapfiltError, match=r"over 0.5 s.*--timeout"),
+        corpus.manifest.stream("FROM range(10000000000)", timeout_s=0.5) as stream,
+    ):
+        for _ in stream.rows:
+            pass
+
+
+def test_a_pivot_is_refused_with_what_to_write_instead(corpus: Corpus) -> None:
+    with pytest.raises(CapfiltError, match=r"PIVOT samples ON status IN \('ok', 'failed'\)"):
+        corpus.manifest.query("PIVOT samples ON status USING count(*)")
+
+
+def test_no_setting_tells_a_path_of_the_host(corpus: Corpus) -> None:
+    paths = "SELECT name, value FROM duckdb_settings() WHERE value LIKE '%/%' AND name <> 'TimeZone'"
+    assert [name for name, _ in corpus.manifest.query(paths).rows] == ["duckdb_api"]
+    assert corpus.manifest.query("SELECT current_setting('secret_directory')").rows == [("",)]
+
+
 def test_rows_are_cut_and_columns_kept_apart(corpus: Corpus) -> None:
     answer = corpus.manifest.query("SELECT uid FROM samples", max_rows=5)
     assert (len(answer.rows), answer.truncated) == (5, True)
@@ -180,6 +224,66 @@ def test_views_agree_with_the_tables(corpus: Corpus) -> None:
     assert one("SELECT sum(images) FROM throughput WHERE stage = 'crawl'") == 18
     hosts = corpus.manifest.query("SELECT DISTINCT host FROM failures ORDER BY host").rows
     assert hosts == [("host0.example",), ("host1.example",), ("host2.example",)]
+
+
+_SUMS = """
+    SELECT stage, sum("rows")::BIGINT AS "rows", (
+        SELECT sum(rows_in)::BIGINT FROM shards WHERE shards.stage = outcomes.stage AND state = 'committed')
+    FROM outcomes WHERE kind = 'status' GROUP BY stage ORDER BY stage"""
+_NOTES = "SELECT DISTINCT stage, status, reason FROM outcomes WHERE kind = 'note' ORDER BY ALL"
+
+
+def test_statuses_sum_up_to_the_rows_that_came_in(corpus: Corpus) -> None:
+    assert corpus.manifest.query(_SUMS).rows == [
+        ("caption", 18, 18),
+        ("crawl", 24, 24),
+        ("rank", 72, 72),
+        ("select", 18, 18),
+    ]
+    assert corpus.manifest.query(_NOTES).rows == [
+        ("select", "captions", "synthetic"),
+        ("select", "captions", "web"),
+    ]
+    reasons = "SELECT status, reason, \"rows\" FROM outcomes WHERE stage = 'crawl' ORDER BY ALL"
+    assert corpus.manifest.query(reasons).rows == [
+        ("failed", "http_4xx", 2),
+        ("failed", "timeout", 2),
+        ("invalid", "not_an_image", 2),
+        ("ok", None, 18),
+    ]
+
+
+def test_what_the_workers_count_sums_up_too(tmp_path: Path) -> None:
+    """Real models, an image that does not decode, a caption too long, and texts that are empty or alike."""
+    config = config_of(
+        tmp_path / "corpus",
+        caption={"model": str(save_captioner(tmp_path / "captioner")), "num_captions": 4},
+        rank={"model": f"local-dir:{save_ranker(tmp_path / 'ranker')}", "pretrained": ""},
+    )
+    storage = Storage(config.corpus.path)
+    records = Records(storage)
+    images = {key: {"jpg": encoded(picture(index))} for index, key in enumerate("abc")}
+    images["d"] = {"jpg": encoded(picture(3))[:200]}
+    captions = {"a": ["A red circle", "  "], "b": [" ".join(["dog"] * 40)], "d": ["broken"]}
+    crawl = commit_crawl(config, images, captions)
+    caption = CaptionWorker(config, records)(task_of(config, "caption", crawl=crawl))
+    rank = RankWorker(config, records)(task_of(config, "rank", crawl=crawl, caption=caption))
+    SelectWorker(config, records)(task_of(config, "select", crawl=crawl, rank=rank))
+    manifest = Manifest(storage)
+    assert manifest.query(_SUMS).rows == [("caption", 4, 4), ("rank", 16, 16), ("select", 4, 4)]
+    statuses = """
+        SELECT stage, status, reason, "rows" FROM outcomes
+        WHERE kind = 'status' AND stage <> 'select' ORDER BY ALL"""
+    assert manifest.query(statuses).rows == [
+        ("caption", "failed", "undecodable", 1),
+        ("caption", "ok", None, 3),
+        ("rank", "scored", None, 14),
+        ("rank", "unscored", "empty", 1),
+        ("rank", "unscored", "undecodable", 1),
+    ]
+    notes = {(stage, name) for stage, name, _ in manifest.query(_NOTES).rows}
+    assert {("rank", "truncated"), ("select", "captions")} <= notes
+    assert notes <= {("caption", "duplicate"), ("rank", "truncated"), ("select", "captions")}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Storage on local disk and on S3: whole objects, create-if-absent, nothing half-written."""
 
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -102,6 +103,36 @@ def _hold_scratch(queue: "multiprocessing.Queue") -> None:
     with temporary_folder() as folder:
         queue.put(str(folder))
         multiprocessing.Event().wait()
+
+
+def test_scratch_of_other_machines_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    with temporary_folder() as theirs:
+        gone = theirs.rename(theirs.with_name(theirs.name.replace(str(os.getpid()), "999999999")))
+        monkeypatch.undo()
+        sweep_temporary_folders()
+        assert gone.is_dir()
+        gone.rename(theirs)
+
+
+def test_a_listing_that_fails_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("a/b", b"x")
+    scandir = os.scandir
+
+    def stale(path: str) -> object:
+        if str(path).endswith("/a"):
+            raise OSError(116, "Stale file handle")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        storage.list("a")
+
+
+def test_storage_without_conditional_puts_is_refused() -> None:
+    with pytest.raises(CapfiltError, match="create-if-absent"):
+        Storage("memory://corpus")
 
 
 def test_unknown_protocol_is_the_users_error() -> None:

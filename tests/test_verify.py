@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.shards import read_tar, rows_to_table, write_parquet, write_tar
 from pipeline.storage import sha256_file
+from pipeline.urlshards import taken_over
 from pipeline.verify import verify
 from schemas.records import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
@@ -55,7 +56,9 @@ def edit_tar(corpus: Corpus, stage: Stage, edit: Callable[[list], list], tmp_pat
 
 def test_a_sound_corpus_is_clean(root: str) -> None:
     corpus = make_corpus(root, sources=("cc", "laion"))
-    corpus.add_retry("cc", of="00000", shard="00002", batch=1)
+    retried = corpus.add_retry("cc", of="00000", shard="00002", batch=1)
+    assert taken_over(corpus.records, "cc", "00000") == set(retried) != set()
+    assert taken_over(corpus.records, "laion", "00000") == set()
     corpus.make("cc", "00002")
     corpus.manifest.compact()
     found = verify(corpus.manifest)
@@ -173,9 +176,33 @@ def test_a_uid_in_two_shards_is_named(tmp_path) -> None:
     rows = pq.read_table(corpus.storage.url("urls/cc/00000.list0.parquet")).to_pylist()
     again = [row | {"shard": "00001", "key": f"00001{index:05d}"} for index, row in enumerate(rows[:2])]
     corpus._commit_intake("cc", {"00001": again}, "lists", 1)
-    assert differences(corpus) == [
-        "urls/cc/00001.list1.parquet: 2 uids are also in urls/cc/00000.list0.parquet"
-    ]
+    [found] = differences(corpus)
+    assert found.startswith(
+        "urls/cc/00001.list1.parquet: 2 uids are also in urls/cc/00000.list0.parquet, such as "
+    )
+    assert found.split()[-1] in {row["uid"] for row in rows[:2]}
+
+
+def test_an_image_that_is_stored_twice_is_named(tmp_path) -> None:
+    """A first try and its retry may list the same URL; that both have stored it is a fault."""
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1, images=24, stages=("crawl",))
+    uids = corpus.add_retry("cc", of="00000", shard="00001", batch=1)
+    corpus.make("cc", "00001", ("crawl",))
+    assert len(uids) == 2
+    assert differences(corpus) == []
+
+    first = corpus.read("crawl", "cc", "00000")
+    corpus.storage.delete("records/crawl/cc/00000.json")
+    with pytest.MonkeyPatch.context() as mended:
+        mended.setattr("tests.corpora._ANSWERS", {1: ("failed", "http_4xx", 404)})
+        corpus.make("cc", "00000", ("crawl",))
+    assert sum(row["status"] == "ok" for row in corpus.read("crawl", "cc", "00000")) > len(first) - 6
+    here, there = (
+        corpus.records.read("crawl", "cc", shard).outputs["parquet"].path for shard in ("00001", "00000")
+    )
+    [found] = differences(corpus)
+    assert found.startswith(f"{here}: 2 uids are ok, and also in {there}, such as ")
+    assert found.split()[-1] in uids
 
 
 def test_a_manifest_that_differs_from_the_records_is_named(local_root: str) -> None:

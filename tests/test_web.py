@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.addresses import FetchError, Resolver, WebUrl, is_forbidden
-from pipeline.hosts import HostTurns
+from pipeline.hosts import HostHealth, HostTurns
 from pipeline.robots import RobotRules, reserved_by_robots_tag
 from pipeline.web import Fetch, Web
 from schemas.config import CrawlConfig
@@ -69,6 +69,36 @@ def test_retry_after_beyond_the_time_ends_at_once(site: HostileSite) -> None:
     fetch = web(site).fetch(site.url("/429/for-an-hour"))
     assert (*end(fetch), fetch.attempts) == ("failed", "rate_limited", 1)
     assert fetch.seconds < 2
+
+
+def test_nonsense_in_retry_after_is_no_wait(site: HostileSite) -> None:
+    fetcher = web(site)
+    for case in site.cases():
+        if "/429/nonsense/" in case.url:
+            fetch = fetcher.fetch(case.url)
+            assert end(fetch) == ("failed", "rate_limited"), case.url
+            assert fetch.seconds < 2
+
+
+def test_what_no_one_thought_of_ends_the_url_alone(
+    site: HostileSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that trips over a server's bytes costs that URL; a fault of ours is not hidden as one."""
+    fetcher = web(site)
+    assert end(fetcher.fetch(site.url("/chunked/negative"))) == ("failed", "bad_response")
+    faults: list[BaseException] = [OverflowError("too large"), RecursionError(), UnicodeError("what")]
+    for fault in [*faults, AssertionError("ours"), OSError("disk full"), KeyboardInterrupt()]:
+
+        def trip(*_: object, fault: BaseException = fault) -> None:
+            raise fault
+
+        monkeypatch.setattr("pipeline.web._check_status", trip)
+        if fault in faults:
+            fetch = fetcher.fetch(site.url("/plain.jpg"))
+            assert (*end(fetch), fetch.detail, fetch.attempts) == ("failed", "bad_response", repr(fault), 1)
+        else:
+            with pytest.raises(type(fault)):
+                fetcher.fetch(site.url("/plain.jpg"))
 
 
 def test_only_transient_errors_are_tried_again(site: HostileSite) -> None:
@@ -457,3 +487,111 @@ def test_waiting_for_a_turn_is_not_held_against_the_site(site: HostileSite) -> N
         fetches = list(pool.map(fetcher.fetch, [site.url("/plain.jpg")] * 10))
     assert set(map(end, fetches)) == {("ok", None)}
     assert max(fetch.seconds for fetch in fetches) < 1.0
+
+
+def test_workers_share_what_a_host_is_asked(site: HostileSite) -> None:
+    """Each of four workers keeps to a quarter: of ten a second, and of two at once, which is one at least."""
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def slow(exchange: Exchange) -> None:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.02)
+        with lock:
+            busy -= 1
+        exchange.send(JPEG)
+
+    site.robots_txt = slow
+    config = CrawlConfig(**site.crawl_settings() | {"requests_per_host": 2, "rate_per_host": 40.0})
+    fetcher, start = Web(config, workers=4), time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        fetches = list(pool.map(fetcher.fetch, [site.url("/robots.txt")] * 6))
+    assert set(map(end, fetches)) == {("ok", None)}
+    assert most == 1
+    assert time.monotonic() - start >= 0.5
+
+
+# -- hosts that are down -----------------------------------------------------------------------------------
+
+
+def test_a_host_that_hangs_costs_little_and_may_come_back(site: HostileSite) -> None:
+    mended = threading.Event()
+    site.robots_txt = lambda exchange: exchange.send(JPEG) if mended.is_set() else exchange.wait(30)
+    fetcher = web(site, connect_timeout_s=0.2, max_attempts=1, requests_per_host=4)
+    start = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        ends = list(map(end, pool.map(fetcher.fetch, [site.url("/robots.txt")] * 400)))
+    # One after the other, four at once, they would take 20 s.
+    assert time.monotonic() - start < 5
+    assert set(ends) == {("failed", "timeout"), ("failed", "host_down")}
+    assert ends.count(("failed", "timeout")) == site.requests["/robots.txt"] < 40
+    # Other ports of the host are not it.
+    assert fetcher.fetch(f"http://127.0.0.1:{site.canary.port}/").reason == "forbidden_address"
+    mended.set()
+    assert end(web(site).fetch(site.url("/robots.txt"))) == ("ok", None)
+    time.sleep(2.0)  # about as long again as it had failed
+    for _ in range(30):
+        assert end(fetcher.fetch(site.url("/robots.txt"))) == ("ok", None)
+
+
+def fail(health: HostHealth, reason: str, answers: bool = True) -> None:
+    with pytest.raises(FetchError), health.watched("a", answers=answers):
+        raise FetchError(reason)
+
+
+@pytest.mark.parametrize("reason", ["dns", "connect", "timeout"])
+def test_a_host_is_down_after_twenty_failures_in_a_row(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    health = HostHealth()
+    for times in range(20):
+        health.check("a")
+        now += 1.0 if times else 0.0
+        fail(health, reason, answers=reason != "dns")
+    with pytest.raises(FetchError, match="host_down: a: 20 failures in a row") as caught:
+        health.check("a")
+    assert not caught.value.again
+    health.check("b")
+    now += 18.9
+    with pytest.raises(FetchError):
+        health.check("a")
+    now += 0.2
+    health.check("a")  # as long again as it had failed
+    fail(health, reason)
+    now += 38.0
+    with pytest.raises(FetchError):
+        health.check("a")
+    now += 10_000.0
+    fail(health, reason)
+    now += 599.0
+    with pytest.raises(FetchError):
+        health.check("a")
+    now += 2.0
+    health.check("a")
+    with health.watched("a"):
+        pass
+    for _ in range(19):
+        fail(health, reason)
+    health.check("a")
+
+
+def test_any_answer_shows_that_a_host_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    health = HostHealth()
+    for reason in ("http_5xx", "http_4xx", "rate_limited", "body_truncated", "tls", "bad_response"):
+        for _ in range(19):
+            now += 1.0
+            fail(health, "timeout")
+        fail(health, reason)
+        health.check("a")
+    for _ in range(19):
+        now += 1.0
+        fail(health, "timeout")
+        with health.watched("a", answers=False):
+            pass
+    fail(health, "timeout")
+    with pytest.raises(FetchError):
+        health.check("a")

@@ -53,7 +53,9 @@ def measure_manifest(images: int) -> dict[str, Any]:
         queries.append({"query": "trace", "capfilt_s": traced_s, "duckdb_s": None, "rows": len(ways)})
         counts = dict(manifest.query(_QUERIES["count by status"]).rows)
         candidates = manifest.query("SELECT count(*) FROM candidates").rows[0][0]
-        size = sum(file.bytes for file in storage.list(""))
+        sizes = manifest.query(
+            "SELECT stage, sum(bytes)::DOUBLE FROM shards GROUP BY stage ORDER BY stage"
+        ).rows
     assert counts["ok"] == images and candidates == 11 * images, (counts, candidates)
     return {
         "images": images,
@@ -61,7 +63,7 @@ def measure_manifest(images: int) -> dict[str, Any]:
         "candidates": candidates,
         "shards": len(corpus.shards),
         "records": compacted,
-        "corpus_bytes": size,
+        "bytes_per_image": {stage: round(size / images, 1) for stage, size in sizes if stage != "urls"},
         "first_compaction_s": round(first.seconds, 3),
         "idle_compaction_s": round(idle.seconds, 3),
         "peak_bytes": peak_bytes(),
