@@ -87,17 +87,21 @@ class Manifest:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._parts = Parts(storage)
+        # The catalog is made over the parts: no rebuild of another thread may take them away meanwhile.
+        self._writing = threading.Lock()
 
     def compact(self) -> int:
         """Copy new records into the manifest's Parquet, see that the catalog exists; return the new rows."""
-        rows = self._parts.compact()
-        self._write_catalog()
+        with self._writing:
+            rows = self._parts.compact()
+            self._write_catalog()
         return rows
 
     def rebuild(self) -> dict[str, int]:
         """Make the manifest anew from the records alone; return the rows by table."""
-        rows = self._parts.rebuild()
-        self._write_catalog()
+        with self._writing:
+            rows = self._parts.rebuild()
+            self._write_catalog()
         return rows
 
     def open(self, *, in_place: bool = False) -> "Query":

@@ -50,13 +50,16 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise CapfiltError(f"corpus.path {root!r} cannot be opened: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
-        if not self.is_local and not _PROTOCOLS & set(_protocols(self.fs)):
-            raise CapfiltError(
-                f"corpus.path {root!r}: commits need create-if-absent, which is known to hold on local disk, S3 and "
-                "GCS alone; use a folder, s3:// or gs://"
-            )
         self.base = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.root = self.base if self.is_local else self.fs.unstrip_protocol(self.base)
+
+    def require_conditional_puts(self) -> None:
+        """Raise CapfiltError unless ``create`` is known to let exactly one writer win here."""
+        if not self.is_local and not _PROTOCOLS & set(_protocols(self.fs)):
+            raise CapfiltError(
+                f"corpus.path {self.root!r}: commits need create-if-absent, which is known to hold on local disk, S3 "
+                "and GCS alone; use a folder, s3:// or gs://"
+            )
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return Storage, (self.root,)

@@ -132,7 +132,7 @@ def test_a_listing_that_fails_is_not_an_empty_one(tmp_path: Path, monkeypatch: p
 
 def test_storage_without_conditional_puts_is_refused() -> None:
     with pytest.raises(CapfiltError, match="create-if-absent"):
-        Storage("memory://corpus")
+        Storage("memory://corpus").require_conditional_puts()
 
 
 def test_unknown_protocol_is_the_users_error() -> None:
