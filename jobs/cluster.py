@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import math
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 
@@ -30,24 +33,24 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[No
         return
     # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
     address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    settings: dict[str, Any] = {
+        "address": address or "local",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if not address:
+        pools = [getattr(config.cluster, stage) for stage in stages]
+        needed = math.ceil(sum(pool.cpus * pool.min_workers for pool in pools))
+        settings["num_cpus"] = max(os.cpu_count() or 1, needed)
+        settings["object_store_memory"] = _OBJECT_STORE_BYTES
+        settings["include_dashboard"] = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     os.environ.update(WORKER_ENVIRONMENT)
     # Ray's C++ side would print its own warnings between our lines; its log files keep them.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            resources = [getattr(config.cluster, stage) for stage in stages]
-            needed = sum(stage.cpus * stage.min_workers for stage in resources)
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
+        with _without_stderr():
+            ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
     try:
@@ -55,6 +58,20 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[No
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ side says on the terminal while it starts; what fails comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:  # noqa: PTH123
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: bool) -> None:

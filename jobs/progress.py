@@ -99,10 +99,17 @@ class LineProgress:
     def _print(self) -> None:
         parts = []
         for stage in self._rates.stages:
-            _, shards, rate, _, failed, eta = self._rates.row(stage, self._last.get(stage, StageProgress()))
-            parts.append(
-                f"{stage} {shards} ({rate} images/s, {eta})" + (f" {failed} failed" if failed != "-" else "")
+            _, shards, rate, kept, failed, eta = self._rates.row(
+                stage, self._last.get(stage, StageProgress())
             )
+            facts = {
+                f"{rate} images/s": rate,
+                f"{kept} kept": kept,
+                f"{failed} failed": failed,
+                f"{eta} left": eta,
+            }
+            known = ", ".join(text for text, value in facts.items() if value not in ("-", "done"))
+            parts.append(f"{stage} {shards}" + (f" ({known})" if known else ""))
         print(f"[{time.strftime('%H:%M:%S')}] " + "  ".join(parts), file=sys.stderr, flush=True)
 
     def close(self) -> None:
