@@ -11,7 +11,7 @@ import typer
 from jobs.bench.commands import bench
 from jobs.reads import reads
 from schemas.errors import CapfiltError
-from schemas.records import Stage
+from schemas.records import STAGES, Stage
 
 app = typer.Typer(
     name="capfilt",
@@ -99,18 +99,23 @@ def _run(
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
-def run(
-    config: Config,
-    set_: Set = None,
-    source: Source = None,
-    recompute: Recompute = False,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    json_: Json = False,
-) -> None:
-    """Do all that is missing: crawl, caption, rank, select, in one streaming run."""
-    _run(config, set_, source, dry_run, json_, recompute=recompute, limit=limit)
+def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
+    def command(
+        config: Config,
+        set_: Set = None,
+        source: Source = None,
+        recompute: Recompute = False,
+        limit: Limit = None,
+        dry_run: DryRun = False,
+        json_: Json = False,
+    ) -> None:
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        _run(config, set_, source, dry_run, json_, **chosen)
+
+    app.command(name, help=text)(command)
+
+
+_stage_command("run", STAGES, "Do all that is missing: crawl, caption, rank, select, in one streaming run.")
 
 
 @app.command()
@@ -140,25 +145,9 @@ def crawl(
     _run(config, set_, source, dry_run, json_, **chosen)
 
 
-def _stage_command(stage: Stage, text: str) -> None:
-    def command(
-        config: Config,
-        set_: Set = None,
-        source: Source = None,
-        recompute: Recompute = False,
-        limit: Limit = None,
-        dry_run: DryRun = False,
-        json_: Json = False,
-    ) -> None:
-        chosen = {"command": stage, "stages": (stage,), "recompute": recompute, "limit": limit}
-        _run(config, set_, source, dry_run, json_, **chosen)
-
-    app.command(stage, help=text)(command)
-
-
-_stage_command("caption", "Write the synthetic captions of every crawled image.")
-_stage_command("rank", "Score every candidate caption with CLIP.")
-_stage_command("select", "Keep the best captions and write the curated shards; needs no GPU.")
+_stage_command("caption", ("caption",), "Write the synthetic captions of every crawled image.")
+_stage_command("rank", ("rank",), "Score every candidate caption with CLIP.")
+_stage_command("select", ("select",), "Keep the best captions and write the curated shards; needs no GPU.")
 
 
 @app.command()
