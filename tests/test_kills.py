@@ -13,8 +13,8 @@ from tests.runs import committed_uids, config_file, curated_files, small_config,
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-# With them all, every shard has something of each kind to lose: 12 shards of 12 URLs.
-URLS, PER_SHARD = 144, 12
+# Enough shards for twenty kills: twenty of twelve URLs, each with something of every kind to lose.
+URLS, PER_SHARD = 240, 12
 
 
 @pytest.fixture(scope="module")
