@@ -80,19 +80,18 @@ def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: 
     Pools whose smallest sizes do not fit together run one after the other: that is said as well.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, key in (("CPUs", "cpus"), ("GPUs", "gpus")):
-        pools = [getattr(config.cluster, stage) for stage in stages]
-        wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools)
-        there = sum(node.get(name[:-1], 0) for node in nodes)
+    pools = {stage: getattr(config.cluster, stage) for stage in stages}
+    for resource, key in (("CPU", "cpus"), ("GPU", "gpus")):
+        wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools.values())
+        there = sum(node.get(resource, 0) for node in nodes)
         if wanted > there:
             _log.warning(
-                "the stages want %g %s at once, the cluster has %g: some will wait", wanted, name, there
+                "the stages want %g %ss at once, the cluster has %g: some will wait", wanted, resource, there
             )
-    for stage in stages:
-        wanted = getattr(config.cluster, stage)
-        if not any(node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes):
+    for stage, pool in pools.items():
+        if not any(node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes):
             complaint = (
-                f"cluster.{stage}: a worker wants {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and no node of "
+                f"cluster.{stage}: a worker wants {pool.cpus:g} CPUs and {pool.gpus:g} GPUs, and no node of "
                 f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
             )
             if not growing:

@@ -224,6 +224,9 @@ def _end(
     )
     waiting = sum(count.waiting for count in after.counts)
     note = f"{waiting:,} shards wait for an earlier stage" if waiting else ""
+    # Neither done nor quarantined: its worker could not even reach the storage.
+    if failed and (unreached := undone - {(source, shard) for _, source, shard in quarantine}):
+        note = "not done: " + ", ".join("/".join(shard) for shard in sorted(unreached))
     if outcome == "gave up":
         note = "stopped: too many shards failed; see the errors above"
     return RunResult(record=ended, survey=after, quarantined=in_the_way, note=note)

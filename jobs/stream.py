@@ -99,9 +99,8 @@ class Streaming:
         last = False
         while not last:
             last = stop.wait(_POLL_S)
-            with contextlib.suppress(
-                ray.exceptions.RayError
-            ):  # the tracker is being restarted, or Ray goes down
+            # Where the tracker does not answer, it is being restarted, or Ray goes down.
+            with contextlib.suppress(ray.exceptions.RayError):
                 snapshot = ray.get(tracker.snapshot.remote(), timeout=10)
                 self._finished = sum(stage.shards for stage in snapshot.values())
                 self._failed = sum(len(stage.quarantined) for stage in snapshot.values())
