@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "jobs": {"schemas", "pipeline", "training", "jobs"},
 }
 # Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
-PIPELINE_READ_SIDE = {"storage", "shards", "images", "texts", "manifest", "records", "weights", "fingerprint"}
+PIPELINE_READ_SIDE = {
+    "storage", "shards", "images", "texts", "manifest", "records", "committed", "weights", "hub", "fingerprint"
+}
 STAGE_FILES = {"crawl", "caption", "rank", "selection"}
 # Heavy library -> the files or rooms that may import it. A benchmark may also import what it compares with.
 HOMES = {
