@@ -121,7 +121,8 @@ class Attempt:
                 )
                 self.records.storage.put(local, path)
         task, tally = self.task, self.tally
-        tally.seconds["total"] = time.perf_counter() - self._start
+        # Not the time that another shard of the same worker had the device: both count that once.
+        tally.seconds["total"] = time.perf_counter() - self._start - tally.seconds.get("wait", 0.0)
         record = ShardRecord(
             stage=task.stage,
             source=task.source,

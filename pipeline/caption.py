@@ -10,7 +10,9 @@ is coarser, so a corpus that must come out the same again keeps its batch size.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,14 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.attempt import Attempt, Tally
+from pipeline.blipvision import VisionTower
 from pipeline.committed import CrawledShard, open_crawled
-from pipeline.decoding import sample_captions
-from pipeline.device import compute_dtype, device_name, worker_device
+from pipeline.decoder import Decoder
+from pipeline.decoding import NOTHING, GridSampler, RowSampler
+from pipeline.device import compute_dtype, device_name, device_turn, worker_device
 from pipeline.histograms import LENGTH_EDGES, histogram
-from pipeline.images import Image
-from pipeline.lookahead import look_ahead
+from pipeline.lookahead import decode_threads, look_ahead
+from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
 from pipeline.records import Records
 from pipeline.sampling import caption_seeds, uniforms
 from pipeline.shards import rows_to_table, write_parquet
@@ -47,6 +51,14 @@ class RawCaption:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A batch's captions as the model says them, on the CPU; NOTHING follows each end."""
+
+    tokens_BNT: Tensor
+    seeds_BN: np.ndarray
+
+
 class Captioner:
     """BLIP with its preprocessing and tokenizer, on the device of this process."""
 
@@ -55,46 +67,56 @@ class Captioner:
         self.seed = seed
         self.device = worker_device()
         self.dtype = compute_dtype(config.precision, self.device)
-        # Pillow's resize, as BLIP was trained with; the torchvision one differs by up to a level.
-        self._processor = BlipImageProcessorPil.from_pretrained(weights.path, local_files_only=True)
+        self.recipe = PixelRecipe.of_blip(
+            BlipImageProcessorPil.from_pretrained(weights.path, local_files_only=True)
+        )
         self._tokenizer = AutoTokenizer.from_pretrained(
             weights.path, local_files_only=True, trust_remote_code=False
         )
-        self._model = _load_model(weights).to(self.device, self.dtype).eval()
-        self._prompt_ids = self._encode_prompt()
+        on_gpu = self.device.type == "cuda"
+        model = _load_model(weights).to(self.device, self.dtype).eval()
+        self._start_id = model.config.text_config.bos_token_id
+        self._prompt_ids = self._encode_prompt(model.config.text_config.max_position_embeddings)
+        self._vision = VisionTower(model.vision_model, config.batch_size if on_gpu else None)
+        decoder = Decoder(model.text_decoder, compiled=on_gpu).eval()
+        self._sample = (
+            GridSampler(decoder, self._prompt_ids, config, config.batch_size)
+            if on_gpu
+            else RowSampler(decoder, self._prompt_ids, config)
+        )
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Return the pixels of one RGB image as the model takes them: float32 of shape (C, H, W)."""
-        return self._processor(image, return_tensors="pt").pixel_values[0]
+    def prepare(self, data: bytes) -> Tensor | None:
+        """Return the pixels of an encoded image, uint8 (C, H, W), or None where it does not decode."""
+        pixels = decode_pixels(data, [self.recipe], self.config.pixels)
+        return None if pixels is None else pixels[0]
 
-    def __call__(self, images: Sequence[Image.Image], uids: Sequence[str]) -> list[list[RawCaption]]:
-        """Return ``num_captions`` captions for each image."""
-        return self.caption_pixels(torch.stack([self.prepare(image) for image in images]), uids)
+    def __call__(self, images: Sequence[bytes], uids: Sequence[str]) -> list[list[RawCaption]]:
+        """Return ``num_captions`` captions for each encoded image; all of them must decode."""
+        return self.texts(self.sample([self.prepare(data) for data in images], uids))
 
-    def caption_pixels(self, pixels_BCHW: Tensor, uids: Sequence[str]) -> list[list[RawCaption]]:
-        """Return ``num_captions`` captions for each prepared image."""
+    def sample(self, pixels: Sequence[Tensor], uids: Sequence[str]) -> Sampled:
+        """Sample the captions of prepared images, at most ``batch_size`` of them. What the device does."""
         seeds_BN = caption_seeds(self.seed, uids, self.config.num_captions)
         uniforms_BNT = torch.from_numpy(uniforms(seeds_BN, self.config.max_length - len(self._prompt_ids)))
-        tokens = sample_captions(
-            self._model,
-            pixels_BCHW.to(self.device, self.dtype),
-            self._prompt_ids,
-            uniforms_BNT.to(self.device),
-            self.config,
-        )
+        pixels_BCHW = stack_pinned(pixels).to(self.device, non_blocking=True)
+        image_BPE = self._vision(normalise(pixels_BCHW, self.recipe, self.dtype))
+        tokens_BNT = self._sample(image_BPE, uniforms_BNT.to(self.device, non_blocking=True))
+        return Sampled(tokens_BNT=tokens_BNT.cpu(), seeds_BN=seeds_BN)
+
+    def texts(self, sampled: Sampled) -> list[list[RawCaption]]:
+        """Return sampled captions as text. What the device does not do."""
         return [
             [
-                RawCaption(text=self._decode(row), seed=int(seed), num_tokens=len(row))
-                for row, seed in zip(rows, seeds_N, strict=True)
+                RawCaption(text=self._decode(row), seed=seed, num_tokens=len(row))
+                for tokens, seed in zip(tokens_NT, seeds_N, strict=True)
+                if (row := [token for token in tokens if token != NOTHING]) is not None
             ]
-            for rows, seeds_N in zip(tokens, seeds_BN, strict=True)
+            for tokens_NT, seeds_N in zip(sampled.tokens_BNT.tolist(), sampled.seeds_BN.tolist(), strict=True)
         ]
 
-    def _encode_prompt(self) -> list[int]:
+    def _encode_prompt(self, limit: int) -> list[int]:
         """Return start token and prompt: BLIP puts its start in the place of [CLS] and drops the [SEP]."""
-        prompt = self._tokenizer(self.config.prompt).input_ids[1:-1]
-        ids = [self._model.config.text_config.bos_token_id, *prompt]
-        limit = self._model.config.text_config.max_position_embeddings
+        ids = [self._start_id, *self._tokenizer(self.config.prompt).input_ids[1:-1]]
         if self.config.max_length > limit:
             raise CapfiltError(
                 f"caption.max_length = {self.config.max_length}: the model ends at {limit} tokens"
@@ -138,8 +160,14 @@ def _load_model(weights: Weights) -> BlipForConditionalGeneration:
     return model
 
 
+Batch = tuple[list[dict[str, Any]], list[Tensor]]
+
+
 class CaptionWorker:
-    """Caption one shard per call; the weights are loaded once."""
+    """Caption one shard per call; the weights are loaded once.
+
+    Two calls may run at once: one has the device while the other reads, decodes or writes.
+    """
 
     def __init__(self, config: CapfiltConfig, records: Records) -> None:
         self.config = config
@@ -147,6 +175,7 @@ class CaptionWorker:
         self.weights = captioner_weights(config.caption)
         self.models = (self.weights.digest,)
         self.captioner = Captioner(config.caption, self.weights, config.corpus.seed)
+        self._turn = Lock()
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the shard's captions; return the record that stands."""
@@ -156,23 +185,30 @@ class CaptionWorker:
             tally.device = device_name(self.captioner.device)
             with tally.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-            rows = [row for batch in self._batches(shard, tally) for row in self._caption(batch, tally)]
+            batches = self._batches(shard, tally)
+            # Decoded while another shard has the device, so that nothing waits at a shard's edge.
+            first = list(islice(batches, 1))
+            with device_turn(self._turn, tally):
+                sampled = look_ahead(partial(self._sample, tally), chain(first, batches), ahead=2, threads=1)
+                # Text is made of one batch while the device samples the next.
+                rows = [row for batch in sampled for row in self._rows(*batch)]
             self._count(rows, shard.samples.num_rows, tally)
             path = attempt.folder / "captions.parquet"
             with tally.timed("write"):
                 written = write_parquet(path, rows_to_table(rows, CAPTIONS), CAPTIONS)
             return attempt.commit({"parquet": (path, written)})
 
-    def _batches(self, shard: CrawledShard, tally: Tally) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
-        """Yield batches of (sample, pixels) in order of key; images that do not decode are left out."""
+    def _batches(self, shard: CrawledShard, tally: Tally) -> Iterator[Batch]:
+        """Yield batches in order of key; images that do not decode are left out."""
 
         def prepare(sample: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-            image = shard.image(sample["key"])
-            return sample, None if image is None else self.captioner.prepare(image)
+            return sample, self.captioner.prepare(shard.image_bytes(sample["key"]))
 
         size = self.config.caption.batch_size
         samples = shard.samples.select(["uid", "source", "shard", "key"]).to_pylist()
-        threads = int(self.config.cluster.caption.cpus)
+        threads = decode_threads(
+            self.config.cluster.caption.cpus, feeds_gpu=self.captioner.device.type == "cuda"
+        )
         prepared = look_ahead(prepare, samples, ahead=2 * size, threads=threads)
         decodable = ((sample, pixels) for sample, pixels in prepared if pixels is not None)
         while True:
@@ -180,17 +216,17 @@ class CaptionWorker:
                 batch = list(islice(decodable, size))
             if not batch:
                 return
-            yield batch
+            yield [sample for sample, _ in batch], [pixels for _, pixels in batch]
 
-    def _caption(self, batch: list[tuple[dict[str, Any], Tensor]], tally: Tally) -> list[dict[str, Any]]:
-        """Return the rows of one batch of images."""
-        samples = [sample for sample, _ in batch]
+    def _sample(self, tally: Tally, batch: Batch) -> tuple[list[dict[str, Any]], Sampled]:
+        samples, pixels = batch
         with tally.timed("gpu"):
-            captions = self.captioner.caption_pixels(
-                torch.stack([pixels for _, pixels in batch]), [sample["uid"] for sample in samples]
-            )
+            return samples, self.captioner.sample(pixels, [sample["uid"] for sample in samples])
+
+    def _rows(self, samples: list[dict[str, Any]], sampled: Sampled) -> list[dict[str, Any]]:
+        """Return the rows of one batch of images."""
         rows = []
-        for sample, raw in zip(samples, captions, strict=True):
+        for sample, raw in zip(samples, self.captioner.texts(sampled), strict=True):
             texts = [clean_caption(caption.text, self.config.caption.prompt) for caption in raw]
             for index, (caption, text, earlier) in enumerate(
                 zip(raw, texts, mark_duplicates(texts), strict=True)

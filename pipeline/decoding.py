@@ -1,116 +1,246 @@
-"""Sampling captions from BLIP's text decoder: which token follows, and the loop that asks for it.
+"""Decoding many sampled captions an image with one pass over what they share.
 
-The legend of the names: B images, N samples of an image, R = B * N rows (row = image * N + sample), L tokens
-so far, T steps, V vocabulary, K tokens that may be chosen, D width.
+The legend of the names: B images, N samples of an image, S = B * N samples (sample = image * N + number),
+T steps, R rows computed at a step, L tokens so far, P image positions, E their width, V vocabulary.
 
-Nucleus sampling as BLIP does it, in transformers' order: repetition penalty, minimum length, temperature,
-top-k, top-p. The choice among what is left is the inverse of the cumulative distribution *in vocabulary
-order* at a given uniform number, so that one number a step decides, and two logits that swap places in a sort
-by rounding alone do not change the outcome.
+transformers' ``generate`` repeats the image for each of its samples before it decodes: keys and values of the
+577 image positions are projected, stored and read ten times, and a batch runs until its longest caption ends.
+Here they are projected once, and a step costs what its unfinished captions cost. There are two orders of the
+same arithmetic:
+
+``RowSampler`` computes a row for each *distinct* unfinished caption: samples that have said the same so far
+are one row, ended ones are none. Shapes change from step to step: for CPUs, where work is what costs.
+
+``GridSampler`` computes every sample of every image at every step until the last has ended. Its shapes never
+change, so that a step is one CUDA graph: for GPUs, where launching and reading memory is what costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from transformers import BlipForConditionalGeneration, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch.nn.functional import scaled_dot_product_attention
 
+from pipeline.decoder import Decoder
+from pipeline.nucleus import Nucleus, draw, nucleus
 from schemas.config import CaptionConfig
 
-
-def choose_tokens(
-    logits_RV: Tensor, tokens_RL: Tensor, uniforms_R: Tensor, end_id: int, config: CaptionConfig
-) -> Tensor:
-    """Return the next token of each row: int64 of shape (R,).
-
-    Args:
-        logits_RV: of the next token.
-        tokens_RL: what was said so far, start and prompt included; as in BLIP, the penalty is on all of it.
-        uniforms_R: float64 in [0, 1).
-        end_id: the token that ends a caption; not chosen before ``config.min_length`` tokens are there.
-        config: every knob is read from here, none from the model's files.
-    """
-    logits_RV = logits_RV.float()
-    if config.repetition_penalty != 1:
-        said_RL = logits_RV.gather(1, tokens_RL)
-        penalised_RL = torch.where(
-            said_RL < 0, said_RL * config.repetition_penalty, said_RL / config.repetition_penalty
-        )
-        logits_RV = logits_RV.scatter(1, tokens_RL, penalised_RL)
-    if tokens_RL.shape[1] < config.min_length:
-        logits_RV = logits_RV.index_fill(1, torch.tensor([end_id], device=logits_RV.device), -torch.inf)
-    # top-k first: the nucleus of 50 values needs no sort of 30,524.
-    num_kept = min(config.top_k or logits_RV.shape[1], logits_RV.shape[1])
-    logits_RK, ids_RK = (logits_RV / config.temperature).topk(num_kept)
-    probabilities_RK = logits_RK.double().softmax(-1)
-    # A token stays while those before it, likelier ones, hold less than top_p: the first always does.
-    before_RK = probabilities_RK.cumsum(-1) - probabilities_RK
-    probabilities_RK = probabilities_RK.masked_fill(before_RK >= config.top_p, 0)
-    ids_RK, order_RK = ids_RK.sort(-1)
-    cumulative_RK = probabilities_RK.gather(1, order_RK).cumsum(-1)
-    total_R1 = cumulative_RK[:, -1:]
-    # Under the total even after rounding, so that a token of no mass is never reached.
-    target_R1 = torch.minimum(uniforms_R[:, None] * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
-    return ids_RK.gather(1, (cumulative_RK <= target_R1).sum(-1, keepdim=True))[:, 0]
+NOTHING = -1
 
 
-class _Chooser(LogitsProcessor):
-    """Leave ``generate`` no choice but the token of ``choose_tokens``."""
+class RowSampler:
+    """Sample captions, computing only what is unfinished and distinct."""
 
-    def __init__(self, uniforms_RT: Tensor, prompt_length: int, end_id: int, config: CaptionConfig) -> None:
-        self.uniforms_RT = uniforms_RT
-        self.prompt_length = prompt_length
-        self.end_id = end_id
+    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], config: CaptionConfig) -> None:
+        self.decoder = decoder
+        self.prompt_ids = list(prompt_ids)
         self.config = config
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniforms_R = self.uniforms_RT[:, input_ids.shape[1] - self.prompt_length]
-        chosen_R = choose_tokens(scores, input_ids, uniforms_R, self.end_id, self.config)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen_R[:, None], 0.0)
+    @torch.inference_mode()
+    def __call__(self, image_BPE: Tensor, uniforms_BNT: Tensor) -> Tensor:
+        """Return the tokens after the prompt, the end included: int64 (B, N, T), NOTHING behind the end.
+
+        Args:
+            image_BPE: of the vision tower.
+            uniforms_BNT: float64 in [0, 1), one for each token that may be sampled.
+        """
+        num_images, num_samples, num_steps = uniforms_BNT.shape
+        decoder, length = self.decoder, len(self.prompt_ids)
+        # By image, each contiguous: every step reads them all.
+        image_kv = decoder.image_keys_values(image_BPE).contiguous()
+        logits_RV, prefix_kv = decoder.prefix(self.prompt_ids, image_kv)
+        cache = prefix_kv.new_empty(*prefix_kv.shape[:4], length + num_steps, prefix_kv.shape[5])
+        cache[..., :length, :] = prefix_kv
+        tokens_RL = torch.tensor(self.prompt_ids, device=image_BPE.device).expand(num_images, -1)
+        image_R = torch.arange(num_images, device=image_BPE.device)
+        sample_S = torch.arange(num_images * num_samples, device=image_BPE.device)
+        row_S = sample_S // num_samples
+        uniforms_ST = uniforms_BNT.flatten(0, 1)
+        said_ST = torch.full_like(uniforms_ST, NOTHING, dtype=torch.long)
+        for step in range(num_steps):
+            ids_RK, mass_RK = nucleus(logits_RV, tokens_RL, length + step, decoder.end_id, self.config)
+            token_S = draw(Nucleus(ids_RK[row_S], mass_RK[row_S]), uniforms_ST[sample_S, step])
+            said_ST[sample_S, step] = token_S
+            going_S = token_S != decoder.end_id
+            if step + 1 == num_steps or not going_S.any():
+                break
+            sample_S = sample_S[going_S]
+            # A row lives on once for each different token that its samples drew.
+            key_S = row_S[going_S] * decoder.vocabulary + token_S[going_S]
+            key_R, row_S = key_S.unique(return_inverse=True)
+            parent_R, token_R = key_R // decoder.vocabulary, key_R % decoder.vocabulary
+            image_R = image_R[parent_R]
+            tokens_RL = torch.cat([tokens_RL[parent_R], token_R[:, None]], dim=1)
+            cache = _follow(cache, parent_R, length + step)
+            logits_RV = self._step(token_R, image_R, length + step, cache, image_kv)
+        return said_ST.view(num_images, num_samples, num_steps)
+
+    def _step(
+        self, token_R: Tensor, image_R: Tensor, position: int, cache: Tensor, image_kv: Tensor
+    ) -> Tensor:
+        """Return the logits after one more token of each row; ``image_R`` is sorted."""
+        decoder = self.decoder
+        images, counts = image_R.unique_consecutive(return_counts=True)
+        bounds = [0, *counts.cumsum(0).tolist()]
+        spans = list(zip(images.tolist(), pairwise(bounds), strict=True))
+
+        def attend_image(layer: int, query_RD: Tensor) -> Tensor:
+            # Image by image: no padding to the image with most rows, no copy when one has none left.
+            keys, values = image_kv[layer]
+            return torch.cat(
+                [
+                    decoder.attend_grid(query_RD[start:stop], keys[image : image + 1], values[image : image + 1])
+                    for image, (start, stop) in spans
+                ]
+            )
+
+        hidden_RD = decoder.embed(token_R, torch.tensor(position, device=token_R.device))
+        return decoder.logits(decoder.hidden(hidden_RD, _attend_cache(cache, position), attend_image))
 
 
-@torch.inference_mode()
-def sample_captions(
-    model: BlipForConditionalGeneration,
-    pixels_BCHW: Tensor,
-    prompt_ids: Sequence[int],
-    uniforms_BNT: Tensor,
-    config: CaptionConfig,
-) -> list[list[list[int]]]:
-    """Return, for each image and sample, the tokens after the prompt, the end included where it was reached.
+class GridSampler:
+    """Sample captions of at most ``num_images`` images at once, in shapes that never change.
 
-    Args:
-        prompt_ids: start token and prompt, shared by all rows.
-        uniforms_BNT: one float64 in [0, 1) for each token that may be sampled.
+    The first call captures; later ones replay. On a CPU it computes the same without graphs.
     """
-    num_images, num_samples, _ = uniforms_BNT.shape
-    text_config = model.config.text_config
-    image_BPD = model.vision_model(pixel_values=pixels_BCHW).last_hidden_state
-    image_RPD = image_BPD.repeat_interleave(num_samples, dim=0)
-    prompt_RL = torch.tensor([prompt_ids], device=image_RPD.device).expand(len(image_RPD), -1)
-    chooser = _Chooser(uniforms_BNT.flatten(0, 1), len(prompt_ids), text_config.sep_token_id, config)
-    tokens_RL = model.text_decoder.generate(
-        input_ids=prompt_RL,
-        attention_mask=torch.ones_like(prompt_RL),
-        encoder_hidden_states=image_RPD,
-        encoder_attention_mask=torch.ones(image_RPD.shape[:2], dtype=torch.long, device=image_RPD.device),
-        # Neutral in every knob: what is not set here would come from the model's files or transformers'
-        # defaults.
-        generation_config=GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_length=config.max_length,
-            min_length=0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=text_config.sep_token_id,
-            pad_token_id=text_config.pad_token_id,
-        ),
-        logits_processor=LogitsProcessorList([chooser]),
-    )
-    rows = [_until_end(row, text_config.sep_token_id) for row in tokens_RL[:, len(prompt_ids) :].tolist()]
-    return [rows[image * num_samples : (image + 1) * num_samples] for image in range(num_images)]
+
+    def __init__(
+        self, decoder: Decoder, prompt_ids: Sequence[int], config: CaptionConfig, num_images: int
+    ) -> None:
+        self.decoder = decoder
+        self.prompt_ids = list(prompt_ids)
+        self.config = config
+        self.num_images = num_images
+        self.num_steps = config.max_length - len(prompt_ids)
+        device = decoder.weight_kv.device
+        num_rows = num_images * config.num_captions
+        self._uniforms_ST = torch.zeros(num_rows, self.num_steps, dtype=torch.float64, device=device)
+        # As many as a caption can have; behind a row's last token stands one it has said, for the penalty.
+        self._tokens_SL = torch.zeros(num_rows, config.max_length, dtype=torch.long, device=device)
+        self._ended_S = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._image_kv: list[Tensor] = []
+        self._cache: Tensor | None = None
+        self._graphs: dict[int, Callable[[], None]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, image_BPE: Tensor, uniforms_BNT: Tensor) -> Tensor:
+        """As ``RowSampler.__call__``; B may be under ``num_images``."""
+        num_images, num_samples, _ = uniforms_BNT.shape
+        num_rows = num_images * num_samples
+        self._uniforms_ST[:num_rows] = uniforms_BNT.flatten(0, 1).to(self._uniforms_ST.device)
+        self._keep_images(image_BPE)
+        self._begin()
+        for step in range(1, self.num_steps):
+            # Asking for the end waits for the GPU: now and then is enough.
+            if step % 4 == 0 and bool(self._ended_S[:num_rows].all()):
+                break
+            self._replay(step)
+        said_ST = self._tokens_SL[:num_rows, len(self.prompt_ids) :].clone()
+        ends_ST = said_ST == self.decoder.end_id
+        said_ST[(ends_ST.cumsum(1) - ends_ST.long()) > 0] = NOTHING
+        said_ST[:, step + 1 :] = NOTHING
+        return said_ST.view(num_images, num_samples, self.num_steps)
+
+    def _keep_images(self, image_BPE: Tensor) -> None:
+        """Project the images into the buffers; where there are fewer, what was there before stays."""
+        for layer in range(len(self.decoder.layers)):
+            projected = self.decoder.image_keys_values(image_BPE, layer)
+            if len(self._image_kv) == layer:
+                shape = (2, self.num_images, *projected.shape[2:])
+                self._image_kv.append(projected.new_zeros(shape))
+            self._image_kv[layer][:, : len(image_BPE)] = projected
+
+    def _begin(self) -> None:
+        """Run the prompt and draw the first token of every sample."""
+        length, num_samples = len(self.prompt_ids), self.config.num_captions
+        logits_BV, prefix_kv = self.decoder.prefix(self.prompt_ids, self._image_kv)
+        if self._cache is None:
+            layers, two, _, heads, _, width = prefix_kv.shape
+            self._cache = prefix_kv.new_zeros(
+                layers, two, len(self._tokens_SL), heads, self.config.max_length, width
+            )
+        by_image = self._cache.unflatten(2, (self.num_images, num_samples))
+        by_image[..., :length, :] = prefix_kv.unsqueeze(3)
+        self._tokens_SL[:, :length] = torch.tensor(self.prompt_ids, device=self._tokens_SL.device)
+        choice = nucleus(
+            logits_BV, self._tokens_SL[::num_samples, :length], length, self.decoder.end_id, self.config
+        )
+        self._ended_S.zero_()
+        self._say(0, Nucleus(*(part.repeat_interleave(num_samples, dim=0) for part in choice)))
+
+    def _advance(self, step: int) -> None:
+        """Compute the token of ``step`` for every row."""
+        decoder, position = self.decoder, len(self.prompt_ids) + step - 1
+        assert self._cache is not None
+
+        def attend_image(layer: int, query_RD: Tensor) -> Tensor:
+            return decoder.attend_grid(query_RD, *self._image_kv[layer])
+
+        hidden_RD = decoder.embed(
+            self._tokens_SL[:, position], torch.full((), position, device=self._tokens_SL.device)
+        )
+        hidden_RD = decoder.hidden(hidden_RD, _attend_cache(self._cache, position), attend_image)
+        length = position + 1
+        logits_RV = decoder.logits(hidden_RD)
+        self._say(
+            step, nucleus(logits_RV, self._tokens_SL[:, :length], length, decoder.end_id, self.config)
+        )
+
+    def _say(self, step: int, choice: Nucleus) -> None:
+        token_S = draw(choice, self._uniforms_ST[:, step])
+        self._tokens_SL[:, len(self.prompt_ids) + step] = token_S
+        self._ended_S |= token_S == self.decoder.end_id
+
+    def _replay(self, step: int) -> None:
+        if not self._tokens_SL.is_cuda:
+            return self._advance(step)
+        if step not in self._graphs:
+            self._graphs[step] = self._capture(step)
+        self._graphs[step]()
+
+    def _capture(self, step: int) -> Callable[[], None]:
+        """Return the step as one launch. It is run once before, for what compiles or allocates at first use."""
+        ended_S = self._ended_S.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._advance(step)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._ended_S.copy_(ended_S)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may pin memory meanwhile: theirs is none of this capture's business.
+        with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
+            self._advance(step)
+        self._ended_S.copy_(ended_S)
+        return graph.replay
+
+    def _pool(self) -> tuple[int, int]:
+        # The steps run one after another: they share their scratch memory.
+        if not hasattr(self, "_memory"):
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
 
 
-def _until_end(tokens: list[int], end_id: int) -> list[int]:
-    return tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
+def _follow(cache: Tensor, parent_R: Tensor, length: int) -> Tensor:
+    """Return the cache of rows that go on from ``parent_R``; itself where each row goes on once."""
+    if len(parent_R) == cache.shape[2] and bool((parent_R.diff() == 1).all()):
+        return cache
+    followed = cache.new_empty(*cache.shape[:2], len(parent_R), *cache.shape[3:])
+    followed[..., :length, :] = cache[..., :length, :].index_select(2, parent_R)
+    return followed
+
+
+def _attend_cache(cache: Tensor, position: int) -> Callable[[int, Tensor], Tensor]:
+    """Return self-attention of the token at ``position``, which keeps its keys and values in the cache."""
+
+    def attend(layer: int, projected_RM: Tensor) -> Tensor:
+        heads, width = cache.shape[3], cache.shape[5]
+        q_RHd, k_RHd, v_RHd = projected_RM.view(-1, 3, heads, width).unbind(1)
+        keys, values = cache[layer]
+        keys[:, :, position], values[:, :, position] = k_RHd, v_RHd
+        said = slice(0, position + 1)
+        context_RH1d = scaled_dot_product_attention(q_RHd.unsqueeze(2), keys[:, :, said], values[:, :, said])
+        return context_RH1d.flatten(1)
+
+    return attend

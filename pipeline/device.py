@@ -1,7 +1,12 @@
-"""The device a worker computes on, and the number format it computes in."""
+"""The device a worker computes on, the number format it computes in, and whose turn it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 
 import torch
 
+from pipeline.attempt import Tally
 from schemas.config import Precision
 
 
@@ -24,3 +29,14 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
             return torch.float32
         case _:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def device_turn(lock: Lock, tally: Tally) -> Iterator[None]:
+    """Hold the device for one shard; the part ``wait`` is the time that another one had it."""
+    with tally.timed("wait"):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -194,7 +194,8 @@ def _check_scans(data: bytes) -> None:
     """
     if (scans := data.count(_START_OF_SCAN)) > _MAX_SCANS:
         raise ImageError("format_refused", f"JPEG with {scans} scans")
-    if data.find(_END_OF_IMAGE, _first_scan(data)) < 0:
+    # From the end, where it is: a search of the whole file would hold the interpreter's lock as long.
+    if data.rfind(_END_OF_IMAGE, _first_scan(data)) < 0:
         raise ImageError("image_truncated", "a JPEG without its end")
 
 

@@ -1,5 +1,6 @@
 """Work done ahead of its use, in order, on threads: images are decoded while the model computes."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,11 +10,28 @@ from typing import TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
+# Sixteen decode ten times what a GPU captions.
+_MOST_THREADS = 16
+
+
+def decode_threads(cpus: float, *, feeds_gpu: bool) -> int:
+    """Return how many threads decode for a worker that reserved ``cpus``.
+
+    A worker on the CPU keeps to what it reserved: its cores are busy computing. One on a GPU leaves its cores idle,
+    so it takes as many as the process may use; threads that have nothing to decode cost nothing.
+    """
+    reserved = max(1, int(cpus))
+    if not feeds_gpu:
+        return reserved
+    return max(reserved, min(len(os.sched_getaffinity(0)), _MOST_THREADS))
+
 
 def look_ahead(work: Callable[[T], U], items: Iterable[T], ahead: int, threads: int) -> Iterator[U]:
     """Yield ``work(item)`` for each item, in order, at most ``ahead`` begun before they are asked for.
 
-    An exception of ``work`` is raised where its result would have been.
+    Memory is that of ``threads`` works under way and ``ahead`` results: bounded where results are of one size, as
+    decoded pixels are, whatever the items hold. An exception of ``work`` is raised where its result would have
+    been.
     """
     items = iter(items)
     with ThreadPoolExecutor(max(1, threads)) as pool:

@@ -1,31 +1,34 @@
 """Score captions: the cosine similarity of CLIP between an image and each of its candidates.
 
-The legend of the names: B images, T distinct texts, P (image, text) pairs, L tokens, D width.
+The legend of the names: B images, T distinct texts, P (image, text) pairs, L tokens,
+E width of the embedding.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.attempt import Attempt, Tally
+from pipeline.cliptokens import ClipTokenizer
+from pipeline.cliptowers import Encoder, image_encoder, text_encoder
 from pipeline.committed import CrawledShard, committed_table, open_crawled
-from pipeline.device import compute_dtype, device_name, worker_device
+from pipeline.device import compute_dtype, device_name, device_turn, worker_device
 from pipeline.histograms import SCORE_EDGES, histogram
-from pipeline.images import Image
-from pipeline.lookahead import look_ahead
+from pipeline.lookahead import decode_threads, look_ahead
+from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
 from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet
 from pipeline.texts import clean_caption, mark_duplicates, same_text_key
@@ -34,9 +37,6 @@ from schemas.config import CapfiltConfig, Precision
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES, CAPTIONS
-
-# Texts encoded at once: eleven an image are many small rows.
-_TEXTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,61 +50,52 @@ class Score:
 class Ranker:
     """A CLIP of open_clip's with its preprocessing and tokenizer, on the device of this process."""
 
-    def __init__(self, weights: Weights, precision: Precision) -> None:
+    def __init__(self, weights: Weights, precision: Precision, batch_size: int = 64) -> None:
+        """Load the weights.
+
+        Args:
+            weights: of the model, its files verified.
+            precision: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+            batch_size: images encoded at once on a GPU.
+        """
         self.device = worker_device()
         self.dtype = compute_dtype(precision, self.device)
-        self._model = _load_model(weights, self.dtype).to(self.device).eval()
-        self._transform = image_transform_v2(
-            PreprocessCfg(**self._model.visual.preprocess_cfg), is_train=False
-        )
-        self._tokenizer = open_clip.get_tokenizer(_open_clip_name(weights))
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Return the pixels of one RGB image as the model takes them: float32 of shape (C, H, W)."""
-        return self._transform(image)
-
-    def __call__(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]) -> list[list[Score]]:
-        """Return the score of each image's texts with that image."""
-        return self.score_pixels(torch.stack([self.prepare(image) for image in images]), texts)
+        model = _load_model(weights, self.dtype).to(self.device).eval()
+        on_gpu = self.device.type == "cuda"
+        self._encode_image = image_encoder(model, compiled_batch=batch_size if on_gpu else None)
+        self._encode_text = text_encoder(model, compiled=on_gpu)
+        self._tokenize = ClipTokenizer(open_clip.get_tokenizer(_open_clip_name(weights)))
+        self.recipe = PixelRecipe.of_open_clip(model.visual.preprocess_cfg)
 
     @torch.inference_mode()
     def score_pixels(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
-        """Return the score of each prepared image's texts; a text is encoded once a call."""
+        """Return the score of each prepared image's texts; a text is encoded once a call.
+
+        Args:
+            pixels_BCHW: uint8 as ``self.recipe`` makes them.
+            texts: of each image.
+        """
         distinct = list(dict.fromkeys(text for row in texts for text in row))
         if not distinct:
             return [[] for _ in texts]
+        pixels_BCHW = pixels_BCHW.to(self.device, non_blocking=True)
+        # A GPU computes the images while this process tokenizes.
+        image_BE = self._embed(self._encode_image, normalise(pixels_BCHW, self.recipe, self.dtype))
+        tokens_TL, truncated = self._tokenize(distinct)
+        text_TE = self._embed(self._encode_text, tokens_TL)
         index = {text: position for position, text in enumerate(distinct)}
-        text_TD = torch.cat(
-            [
-                self._encode(distinct[start : start + _TEXTS_AT_ONCE])
-                for start in range(0, len(distinct), _TEXTS_AT_ONCE)
-            ]
-        )
-        image_BD = normalize(
-            self._model.encode_image(pixels_BCHW.to(self.device, self.dtype)).float(), dim=-1
-        )
         pairs = [(image, index[text]) for image, row in enumerate(texts) for text in row]
         images_P, texts_P = torch.tensor(pairs, device=self.device).T
-        similarity_P = (image_BD[images_P] * text_TD[texts_P]).sum(-1).tolist()
-        truncated = self._truncated(distinct)
+        similarity_P = (image_BE[images_P] * text_TE[texts_P]).sum(-1).tolist()
         scores = (
             Score(similarity=similarity, truncated=truncated[text])
             for similarity, (_, text) in zip(similarity_P, pairs, strict=True)
         )
         return [list(islice(scores, len(row))) for row in texts]
 
-    def _encode(self, texts: list[str]) -> Tensor:
-        tokens_TL = self._tokenizer(texts).to(self.device)
-        return normalize(self._model.encode_text(tokens_TL).float(), dim=-1)
-
-    def _truncated(self, texts: list[str]) -> list[bool]:
-        """Tell which texts have more tokens than the context, start and end included."""
-        if isinstance(self._tokenizer, SimpleTokenizer):
-            lengths = [len(self._tokenizer.encode(text)) + 2 for text in texts]
-        else:
-            cleaned = [self._tokenizer.clean_fn(text) for text in texts]
-            lengths = [len(ids) for ids in self._tokenizer.tokenizer(cleaned, verbose=False).input_ids]
-        return [length > self._tokenizer.context_length for length in lengths]
+    @staticmethod
+    def _embed(encode: Encoder, inputs: Tensor) -> Tensor:
+        return normalize(encode(inputs).float(), dim=-1)
 
 
 def _open_clip_name(weights: Weights) -> str:
@@ -150,7 +141,10 @@ class _Image:
 
 
 class RankWorker:
-    """Score one shard per call; the weights are loaded once."""
+    """Score one shard per call; the weights are loaded once.
+
+    Two calls may run at once: one has the device while the other reads, decodes or writes.
+    """
 
     def __init__(self, config: CapfiltConfig, records: Records) -> None:
         self.config = config
@@ -160,7 +154,8 @@ class RankWorker:
         if rank.rerank is not None:
             weights.append(ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
         self.models = tuple(one.digest for one in weights)
-        self.rankers = [Ranker(one, rank.precision) for one in weights]
+        self.rankers = [Ranker(one, rank.precision, rank.batch_size) for one in weights]
+        self._turn = Lock()
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the shard's scores; return the record that stands."""
@@ -171,11 +166,13 @@ class RankWorker:
             with tally.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
                 candidates = self._candidates(shard, task)
-            rows: list[dict[str, Any]] = []
-            for batch in self._batches(shard, candidates, tally):
-                with tally.timed("gpu"):
-                    self._score([image for image in batch if image.pixels is not None])
-                rows.extend(row for image in batch for row in image.candidates)
+            batches = self._batches(shard, candidates, tally)
+            # Decoded while another shard has the device, so that nothing waits at a shard's edge.
+            first = list(islice(batches, 1))
+            with device_turn(self._turn, tally):
+                scored = look_ahead(partial(self._score, tally), chain(first, batches), ahead=1, threads=1)
+                # A batch is read back, as Python objects, while the device scores the next.
+                rows = [row for batch in scored for image in batch for row in image.candidates]
             _count(rows, shard.samples.num_rows, task.kind, tally)
             path = attempt.folder / "scores.parquet"
             with tally.timed("write"):
@@ -202,13 +199,15 @@ class RankWorker:
     ) -> Iterator[list[_Image]]:
         """Yield batches of images in order of key, those that do not decode included."""
 
+        recipes = [ranker.recipe for ranker in self.rankers]
+
         def prepare(key: str) -> _Image:
-            image = shard.image(key)
-            pixels = None if image is None else tuple(ranker.prepare(image) for ranker in self.rankers)
-            return _Image(candidates[key], pixels)
+            # Decoded once for both CLIPs.
+            return _Image(candidates[key], decode_pixels(shard.image_bytes(key), recipes, self.config.rank.pixels))
 
         size = self.config.rank.batch_size
-        threads = int(self.config.cluster.rank.cpus)
+        on_gpu = self.rankers[0].device.type == "cuda"
+        threads = decode_threads(self.config.cluster.rank.cpus, feeds_gpu=on_gpu)
         prepared = look_ahead(prepare, shard.keys, ahead=2 * size, threads=threads)
         while True:
             with tally.timed("decode"):
@@ -217,19 +216,21 @@ class RankWorker:
                 return
             yield batch
 
-    def _score(self, images: list[_Image]) -> None:
+    def _score(self, tally: Tally, batch: list[_Image]) -> list[_Image]:
         """Write score, truncated and, for the best of them, rerank_score into the candidates' rows."""
+        images = [image for image in batch if image.pixels is not None]
         if not images:
-            return
-        self._score_with(0, "score", images, [image.texts() for image in images])
-        rerank = self.config.rank.rerank
-        if rerank is not None:
-            self._score_with(
-                1, "rerank_score", images, [_best(image.candidates, rerank.first) for image in images]
-            )
+            return batch
+        with tally.timed("gpu"):
+            self._score_with(0, "score", images, [image.texts() for image in images])
+            rerank = self.config.rank.rerank
+            if rerank is not None:
+                best = [_best(image.candidates, rerank.first) for image in images]
+                self._score_with(1, "rerank_score", images, best)
+        return batch
 
     def _score_with(self, position: int, column: str, images: list[_Image], texts: list[list[str]]) -> None:
-        pixels_BCHW = torch.stack([image.pixels[position] for image in images])
+        pixels_BCHW = stack_pinned([image.pixels[position] for image in images])
         scores = self.rankers[position].score_pixels(pixels_BCHW, texts)
         for image, image_texts, image_scores in zip(images, texts, scores, strict=True):
             by_text = dict(zip(image_texts, image_scores, strict=True))

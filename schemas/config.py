@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
+PixelPath = Literal["exact", "fast"]
 
 
 def tuning(default: Any, **constraints: Any) -> Any:
@@ -117,6 +118,9 @@ class CaptionConfig(Section):
     repetition_penalty: float = Field(1.1, gt=0, description="on tokens already said; 1 switches it off")
     min_length: int = Field(5, ge=0, description="tokens, start and prompt included, before the end may come")
     max_length: int = Field(20, ge=2, description="tokens; start, prompt and end included")
+    pixels: PixelPath = Field(
+        "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
+    )
     precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     batch_size: int = tuning(32, ge=1, description="images")
 
@@ -143,6 +147,9 @@ class RankConfig(Section):
     )
     pretrained: str = Field(
         "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
+    )
+    pixels: PixelPath = Field(
+        "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
     )
     precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     batch_size: int = tuning(64, ge=1, description="images")

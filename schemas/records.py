@@ -26,7 +26,7 @@ STAGE_FOLDERS: dict[Stage, str] = {
 }
 
 # What a worker's output is a function of, apart from config, weights and input: raise it when code changes it.
-STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 1, "rank": 1, "select": 1}
+STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank": 2, "select": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

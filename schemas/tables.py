@@ -125,7 +125,11 @@ SHARDS = pa.schema(
         _column("images", pa.int64(), "images it worked on"),
         _column("counts", pa.map_(pa.string(), pa.int64()), "rows by status and by status/reason"),
         _column("histograms", pa.string(), "JSON: {name: {edges: [...], counts: [...]}}"),
-        _column("seconds", pa.map_(pa.string(), pa.float64()), "seconds by part; 'total' is the wall clock"),
+        _column(
+            "seconds",
+            pa.map_(pa.string(), pa.float64()),
+            "seconds by part, which overlap; 'total' is the wall clock without 'wait'",
+        ),
         _column("started_at", pa.timestamp("us", tz="UTC"), "when the attempt began"),
         _column("finished_at", pa.timestamp("us", tz="UTC"), "when the record was made"),
         _column("host", pa.string(), "machine that did it"),

@@ -14,6 +14,7 @@ import torch
 from raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tiny_models import END_ID, START_ID, WORDS, save_captioner
 from transformers import (
+    BlipForConditionalGeneration,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -23,7 +24,8 @@ from transformers import (
 )
 
 from pipeline.caption import Captioner, CaptionWorker, RawCaption
-from pipeline.decoding import choose_tokens
+from pipeline.nucleus import Nucleus, draw, nucleus
+from pipeline.pixels import normalise
 from pipeline.records import Records
 from pipeline.sampling import stream_seed, uniforms
 from pipeline.storage import Storage, sha256_file
@@ -45,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> list:
-    return [picture(seed) for seed in range(NUM_IMAGES)]
+    return [encoded(picture(seed)) for seed in range(NUM_IMAGES)]
 
 
 def captioner(folder: Path, seed: int = 0, **values: object) -> Captioner:
@@ -144,9 +146,8 @@ def test_the_distribution_is_that_of_transformers(knobs: dict) -> None:
     draws = 20_000
     grid = torch.arange(draws, dtype=torch.float64) / draws
     for row in range(4):
-        chosen = choose_tokens(
-            logits_RV[row].expand(draws, -1), tokens_RL[row].expand(draws, -1), grid, END_ID, config
-        )
+        choice = nucleus(logits_RV[row : row + 1].clone(), tokens_RL[row : row + 1], 5, END_ID, config)
+        chosen = draw(Nucleus(*(part.expand(draws, -1) for part in choice)), grid)
         assert (chosen.diff() >= 0).all(), "vocabulary order: a larger number, a later token"
         shares_V = torch.bincount(chosen, minlength=50) / draws
         assert torch.allclose(shares_V, expected_RV[row], atol=2 / draws)
@@ -160,13 +161,15 @@ def test_extreme_numbers_choose_tokens_that_may_be_chosen() -> None:
     first_R, last_R = allowed_RV.int().argmax(-1), 49 - allowed_RV.flip(-1).int().argmax(-1)
     for number, expected_R in ((0.0, first_R), (1 - 2**-53, last_R)):
         number_R = torch.full((200,), number, dtype=torch.float64)
-        assert (choose_tokens(logits_RV, start_RL, number_R, END_ID, config) == expected_R).all()
+        choice = nucleus(logits_RV.clone(), start_RL, 1, END_ID, config)
+        assert (draw(choice, number_R) == expected_R).all()
 
 
 def test_greedy_limit_equals_greedy_generation(folder: Path, images: list) -> None:
     one = captioner(folder, top_k=1, repetition_penalty=1.0, min_length=0, num_captions=2)
-    pixels = torch.stack([one.prepare(image) for image in images])
-    greedy = one._model.generate(pixels, do_sample=False, max_length=20, min_length=0, repetition_penalty=1.0)
+    pixels = normalise(torch.stack([one.prepare(image) for image in images]), one.recipe, torch.float32)
+    model = BlipForConditionalGeneration.from_pretrained(folder)
+    greedy = model.generate(pixels, do_sample=False, max_length=20, min_length=0, repetition_penalty=1.0)
     for row, tokens in zip(one(images, UIDS), greedy.tolist(), strict=True):
         said = tokens[1 : tokens.index(END_ID)] if END_ID in tokens else tokens[1:]
         for caption in row:

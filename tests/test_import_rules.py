@@ -27,11 +27,15 @@ HOMES = {
     "rich": ("jobs/",),
     "img2dataset": ("pipeline/crawl.py", "jobs/bench/crawl.py"),
     "duckdb": ("pipeline/manifest.py", "jobs/bench/manifest.py"),
-    "open_clip": ("pipeline/rank.py", "pipeline/weights.py", "training/vision.py", "jobs/demo/"),
-    "transformers": ("pipeline/caption.py", "pipeline/decoding.py", "training/", "jobs/demo/"),
-    "PIL": ("pipeline/images.py", "jobs/demo/", "jobs/bench/pictures.py"),
+    "open_clip": (
+        "pipeline/rank.py", "pipeline/clipblocks.py", "pipeline/cliptokens.py", "pipeline/cliptowers.py",
+        "pipeline/weights.py",
+        "training/vision.py", "jobs/demo/", "jobs/bench/images.py", "jobs/bench/rank.py",
+    ),
+    "transformers": ("pipeline/caption.py", "pipeline/decoding.py", "training/", "jobs/demo/", "jobs/bench/images.py"),
+    "PIL": ("pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/pictures.py"),
     "cv2": ("pipeline/images.py",),
-    "torchvision": ("pipeline/images.py", "training/"),
+    "torchvision": ("pipeline/images.py", "training/", "jobs/bench/loader.py"),
 }
 SCHEMAS_MAY_USE = set(sys.stdlib_module_names) | {"pydantic", "pyarrow", "schemas"}
 

@@ -11,6 +11,7 @@ from tiny_models import save_captioner, save_ranker
 
 from pipeline.caption import CaptionWorker
 from pipeline.images import decode_rgb
+from pipeline.pixels import decode_pixels
 from pipeline.rank import Ranker, RankWorker
 from pipeline.records import Records
 from pipeline.storage import Storage
@@ -36,16 +37,21 @@ def ranker(folder: Path) -> Ranker:
     return Ranker(ranker_weights(f"local-dir:{folder}", ""), "auto")
 
 
+def score_images(one: Ranker, images: list, texts: list[list[str]]) -> list:
+    levels = [decode_pixels(encoded(image), [one.recipe], "exact") for image in images]
+    return one.score_pixels(torch.stack([found for (found,) in levels]), texts)
+
+
 def test_scores_are_open_clips_cosine_similarities(folder: Path) -> None:
     images = [picture(seed) for seed in range(4)]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    scores = ranker(folder)(images, TEXTS)
+    scores = score_images(ranker(folder), images, TEXTS)
     assert [len(row) for row in scores] == [4, 0, 2, 3]
     with torch.no_grad():
         for image, texts, row in zip(images, TEXTS, scores, strict=True):
             if texts:
-                features = model.encode_image(transform(image)[None], normalize=True)
+                features = model.encode_image(transform(decode_rgb(encoded(image)))[None], normalize=True)
                 expected = (features @ model.encode_text(tokenizer(texts), normalize=True).T)[0]
                 assert torch.allclose(torch.tensor([score.similarity for score in row]), expected, atol=1e-6)
     assert scores[0][0] == scores[0][2]
@@ -54,16 +60,16 @@ def test_scores_are_open_clips_cosine_similarities(folder: Path) -> None:
 
 def test_over_long_texts_are_marked(folder: Path) -> None:
     # The context is 16 tokens, start and end included: 14 words fit.
-    row = ranker(folder)([picture(0)] * 4, TEXTS)[3]
+    row = score_images(ranker(folder), [picture(0)] * 4, TEXTS)[3]
     assert [score.truncated for score in row] == [True, False, True]
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
     one = ranker(folder)
     images = [picture(seed) for seed in range(4)]
-    whole = one(images, TEXTS)
+    whole = score_images(one, images, TEXTS)
     for index in range(4):
-        alone = one([images[index]], [TEXTS[index]])[0]
+        alone = score_images(one, [images[index]], [TEXTS[index]])[0]
         for score, other in zip(alone, whole[index], strict=True):
             assert abs(score.similarity - other.similarity) < 1e-6
 
@@ -71,7 +77,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
 def test_lower_precision_gives_nearly_the_same_scores(folder: Path) -> None:
     weights = ranker_weights(f"local-dir:{folder}", "")
     images = [picture(seed) for seed in range(4)]
-    whole, half = Ranker(weights, "fp32")(images, TEXTS), Ranker(weights, "bf16")(images, TEXTS)
+    whole, half = (score_images(Ranker(weights, name), images, TEXTS) for name in ("fp32", "bf16"))
     for row, other in zip(whole, half, strict=True):
         for one, two in zip(row, other, strict=True):
             assert one.similarity == pytest.approx(two.similarity, abs=0.02)
@@ -141,7 +147,7 @@ def test_worker_scores_synthetic_and_web_captions(tmp_path: Path, models: dict[s
     one = ranker(models["first"])
     for index, key in enumerate("dbca"):
         mine = [row for row in rows if row["key"] == key and row["text"]]
-        expected = one([decode_rgb(encoded(picture(index)))], [[row["text"] for row in mine]])[0]
+        expected = score_images(one, [picture(index)], [[row["text"] for row in mine]])[0]
         for row, score in zip(mine, expected, strict=True):
             assert abs(row["score"] - score.similarity) < 1e-6
     assert (record.rows_in, record.rows_out, record.images) == (23, 21, 5)

@@ -450,6 +450,7 @@ def test_blip_large_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     del state
     result = run_offline(
         """
+import io
 import json
 import numpy as np
 from PIL import Image
@@ -460,7 +461,9 @@ from schemas.errors import CapfiltError
 config = CaptionConfig(num_captions=2, max_length=6, min_length=3)
 weights = captioner_weights(config)
 image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
-captions = Captioner(config, weights, 0)([image], ["00"])
+data = io.BytesIO()
+image.save(data, "PNG")
+captions = Captioner(config, weights, 0)([data.getvalue()], ["00"])
 try:
     captioner_weights(config.model_copy(update={"revision": "1" * 40}))
 except CapfiltError as error:
@@ -490,16 +493,15 @@ def test_openai_clip_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     del state
     code = """
 import json
-import numpy as np
-from PIL import Image
+import torch
 from pipeline.rank import Ranker
 from pipeline.weights import ranker_weights
 from schemas.errors import CapfiltError
 weights = ranker_weights("ViT-L-14", "openai")
 ranker = Ranker(weights, "fp32")
-image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
-scores = ranker([image], [["a dog", "word " * 80]])[0]
-activation = type(ranker._model.transformer.resblocks[0].mlp.gelu).__name__
+pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+scores = ranker.score_pixels(pixels, [["a dog", "word " * 80]])[0]
+activation = type(ranker._encode_text._last._mlp.gelu).__name__
 print(json.dumps([weights.to_record().parameters, activation, weights.name, weights.revision,
                   [[score.similarity, score.truncated] for score in scores]]))
 """

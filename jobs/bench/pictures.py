@@ -11,7 +11,7 @@ _CONTRAST = 90.0
 _FADE = 0.77
 
 
-def jpeg(seed: int, size_px: tuple[int, int]) -> bytes:
+def jpeg(seed: int, size_px: tuple[int, int], quality: int = _QUALITY) -> bytes:
     """Return a JPEG of (width, height) pixels; equal arguments give equal bytes."""
     rng = np.random.default_rng(seed)
     width, height = size_px
@@ -23,5 +23,5 @@ def jpeg(seed: int, size_px: tuple[int, int]) -> bytes:
         pixels_HWC += (np.asarray(octave, np.float64) / 255 - 0.5) * contrast
         contrast, cells = contrast * _FADE, cells * 2
     body = io.BytesIO()
-    Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8)).save(body, "JPEG", quality=_QUALITY)
+    Image.fromarray(np.clip(pixels_HWC, 0, 255).astype(np.uint8)).save(body, "JPEG", quality=quality)
     return body.getvalue()

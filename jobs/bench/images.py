@@ -1,0 +1,117 @@
+"""From JPEG to the pixels of both models: the libraries' own preprocessing beside ours, in turn, on the same files.
+
+``naive`` is what a plain loop does: for BLIP and for CLIP each, decode, resize with Pillow, normalise in float32.
+``exact`` and ``fast`` are our two paths: decode once, resize for both, and hand out uint8.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from transformers import BlipImageProcessorPil
+
+from jobs.bench.machine import Stopwatch
+from jobs.bench.pictures import jpeg
+from pipeline.images import decode_rgb
+from pipeline.lookahead import decode_threads, look_ahead
+from pipeline.pixels import PixelRecipe, decode_pixels
+from schemas.config import PixelPath
+
+# The first is what a crawl stores of a photograph; the others are what shards of other makers hold.
+_SIZES_PX = ((512, 384), (512, 512), (1024, 768))
+_ROUNDS = 5
+
+_Decoder = Callable[[bytes], Any]
+
+
+def measure_images(images: int) -> dict[str, Any]:
+    """Decode ``images`` pictures of each size in every way: on one thread, then on as many as there are cores."""
+    decoders, recipes = _decoders()
+    # Every decoding thread is one thread: PyTorch must not bring its own.
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sizes = [_measure_size(size_px, images, decoders, recipes) for size_px in _SIZES_PX]
+    finally:
+        torch.set_num_threads(torch_threads)
+    return {
+        "images": images,
+        "rounds": _ROUNDS,
+        "threads": decode_threads(1, feeds_gpu=True),
+        "sizes": {found.pop("size"): found for found in sizes},
+        "max_level_difference": max(found["max_level_difference"] for found in sizes),
+    }
+
+
+def _decoders() -> tuple[dict[str, _Decoder], list[PixelRecipe]]:
+    """Return the ways to prepare an image for BLIP-large and for CLIP ViT-L/14, and their recipes."""
+    processor, cfg = BlipImageProcessorPil(), PreprocessCfg()
+    transform = image_transform_v2(cfg, is_train=False)
+    recipes = [PixelRecipe.of_blip(processor), PixelRecipe.of_open_clip(asdict(cfg))]
+
+    def naive(data: bytes) -> Any:
+        blip_CHW = processor(decode_rgb(data), return_tensors="pt").pixel_values[0]
+        return blip_CHW, transform(decode_rgb(data))
+
+    def ours(path: PixelPath) -> _Decoder:
+        return lambda data: decode_pixels(data, recipes, path)
+
+    return {"naive": naive, "exact": ours("exact"), "fast": ours("fast")}, recipes
+
+
+def _measure_size(
+    size_px: tuple[int, int], images: int, decoders: dict[str, _Decoder], recipes: list[PixelRecipe]
+) -> dict[str, Any]:
+    pictures = [jpeg(seed, size_px) for seed in range(images)]
+    threads = decode_threads(1, feeds_gpu=True)
+    one: dict[str, list[float]] = {name: [] for name in decoders}
+    every: dict[str, list[float]] = {name: [] for name in decoders}
+    # The first round warms caches: not counted.
+    for _ in range(_ROUNDS + 1):
+        for name, decode in decoders.items():
+            # By CPU time: what a core does when it has nothing else to do.
+            one[name].append(images / _decode_all(decode, pictures, 1).cpu_s)
+            every[name].append(images / _decode_all(decode, pictures, threads).seconds)
+    return {
+        "size": "x".join(map(str, size_px)),
+        "bytes_per_picture": sum(map(len, pictures)) // images,
+        **{name: _summary(one[name][1:], every[name][1:], one["naive"][1:]) for name in decoders},
+        **_differences(pictures, recipes),
+    }
+
+
+def _decode_all(decode: _Decoder, pictures: Sequence[bytes], threads: int) -> Stopwatch:
+    """Decode through the pool that workers use."""
+    with Stopwatch() as watch:
+        for pixels in look_ahead(decode, pictures, ahead=2 * threads, threads=threads):
+            assert pixels is not None
+    return watch
+
+
+def _summary(one: Sequence[float], every: Sequence[float], naive: Sequence[float]) -> dict[str, float]:
+    return {
+        "images_per_core_s": round(median(one), 1),
+        "images_per_s_all_cores": round(median(every), 1),
+        "ratio": round(median(ours / theirs for ours, theirs in zip(one, naive, strict=True)), 3),
+    }
+
+
+def _differences(pictures: Sequence[bytes], recipes: Sequence[PixelRecipe]) -> dict[str, Any]:
+    """Say how far the fast path's levels are from the exact one's."""
+    levels = torch.cat(
+        [
+            (fast.int() - exact.int()).abs().flatten()
+            for data in pictures
+            for fast, exact in zip(
+                decode_pixels(data, recipes, "fast"), decode_pixels(data, recipes, "exact"), strict=True
+            )
+        ]
+    )
+    return {
+        "max_level_difference": int(levels.max()),
+        "share_one_level": round(float((levels == 1).float().mean()), 5),
+        "share_more": float((levels > 1).double().mean()),
+    }
