@@ -48,7 +48,8 @@ class DataConfig(Section):
     captions_per_image: int = Field(2, ge=1, description="web sources: one is drawn of the first so many kept")
     max_words: int = Field(50, ge=1, description="of a caption")
     held_out: int = Field(0, ge=0, description="images set aside, by the hash of their uid, for the probe")
-    read_ahead: int = tuning(4, ge=1, description="shards held at once by one rank")
+    shuffle_shards: int = Field(8, ge=1, description="shards of a source whose samples are mixed at a time")
+    read_ahead: int = tuning(4, ge=1, description="shards fetched and checked before one rank needs them")
     workers: int = tuning(2, ge=1, description="decoding threads of one rank")
 
 
@@ -78,6 +79,8 @@ class QFormerConfig(Section):
     projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
     dropout: float = Field(0.1, ge=0, lt=1)
     max_text_tokens: int = Field(32, ge=4, description="of a caption, special tokens included")
+    vocab_size: int = Field(30523, ge=5, description="the tokenizer's words and [DEC]")
+    max_positions: int = Field(512, ge=4, description="rows of BERT's table of positions")
 
     @model_validator(mode="after")
     def _divisible(self) -> "QFormerConfig":

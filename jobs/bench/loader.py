@@ -1,0 +1,138 @@
+"""The training loader beside a plain WebDataset loop with LAVIS's transforms, on the same curated shards.
+
+Each has a process of its own and one decoding thread. Ours also checks every shard against its record, and its
+pixels stay uint8 until they are on the device; the plain loop normalises on the CPU, as LAVIS does.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jobs.bench.corpus import SyntheticCorpus
+from jobs.bench.machine import Stopwatch, peak_bytes
+from jobs.bench.pictures import jpeg
+from pipeline.selection import SelectWorker
+from pipeline.storage import temporary_folder
+
+_SIZE_PX = (512, 512)
+_QUALITY = 85
+_PICTURES = 16
+_ROUNDS = 3
+_SHARDS = 4
+_BATCH_SIZE = 64
+
+
+def measure_loader(images: int) -> dict[str, Any]:
+    """Load about ``images`` images a round with each loader in turn: whole batches, whole shards."""
+    pictures = [jpeg(seed, _SIZE_PX, _QUALITY) for seed in range(_PICTURES)]
+    batches = max(1, images // _BATCH_SIZE)
+    rounds: dict[str, list[dict[str, Any]]] = {"capfilt": [], "webdataset": []}
+    one_process = partial(ProcessPoolExecutor, 1, get_context("spawn"))
+    with temporary_folder() as folder, one_process() as ours, one_process() as theirs:
+        corpus = _curated(folder, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
+        # The first round imports libraries and warms caches: not counted.
+        for _ in range(_ROUNDS + 1):
+            rounds["capfilt"].append(ours.submit(_measure, _our_batches, corpus, batches).result())
+            rounds["webdataset"].append(theirs.submit(_measure, _plain_batches, corpus, batches).result())
+    pairs = list(zip(rounds["capfilt"], rounds["webdataset"], strict=True))[1:]
+    return {
+        "images": batches * _BATCH_SIZE,
+        "rounds": _ROUNDS,
+        "size": "x".join(map(str, _SIZE_PX)),
+        "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
+        **{name: _summary(found) for name, found in rounds.items()},
+        "rate_ratio": round(median(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs), 2),
+        "cpu_ratio": round(median(theirs["cpu_s"] / ours["cpu_s"] for ours, theirs in pairs), 2),
+    }
+
+
+def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the medians of the counted rounds, and the peak of all."""
+    counted = rounds[1:]
+    return {
+        "images_per_s": round(median(one["images"] / one["seconds"] for one in counted), 1),
+        "images_per_core_s": round(median(one["images"] / one["cpu_s"] for one in counted), 1),
+        "cpu_ms_per_image": round(median(1000 * one["cpu_s"] / one["images"] for one in counted), 3),
+        "peak_bytes": max(one["peak_bytes"] for one in rounds),
+    }
+
+
+def _curated(folder: Path, images: int, pictures: list[bytes]) -> str:
+    """Make a corpus of a few curated shards of so many images; return its path."""
+    # Three images of four URLs: that is how a synthetic shard comes.
+    urls = -(-images // 3) * 4
+    corpus = SyntheticCorpus(folder, urls * _SHARDS * 3 // 4, samples_per_shard=urls, pictures=pictures)
+    for shard in corpus.shards:
+        crawl = corpus.crawl(shard)
+        rank = corpus.rank(shard, crawl, corpus.caption(shard, crawl))
+        SelectWorker(corpus.config, corpus.records)(corpus.task("select", shard, crawl=crawl, rank=rank))
+    return corpus.config.corpus.path
+
+
+def _measure(make_batches: Callable[[str], Iterator[int]], corpus: str, batches: int) -> dict[str, Any]:
+    """Time some batches of an endless loader that is in full swing; runs in a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    endless = make_batches(corpus)
+    next(endless)
+    with Stopwatch() as watch:
+        images = sum(islice(endless, batches))
+    endless.close()
+    return {"images": images, "seconds": watch.seconds, "cpu_s": watch.cpu_s, "peak_bytes": peak_bytes()}
+
+
+def _our_batches(corpus: str) -> Iterator[int]:
+    from schemas.pretrain import PretrainConfig
+    from training.data import TrainingData
+    from training.snapshot import take_snapshot
+
+    config = PretrainConfig.model_validate(
+        {
+            "run": {"name": "bench", "stage": 1},
+            # One shard at a time: each is closed after its last image, and checked anew when it comes again.
+            "data": {"corpus": [{"path": corpus}], "workers": 1, "shuffle_shards": 1, "read_ahead": 1},
+            "optim": {"batch_size": _BATCH_SIZE},
+        }
+    )
+    for batch in TrainingData(config, take_snapshot(config.data)):
+        yield len(batch.pixels_BCHW)
+
+
+def _plain_batches(corpus: str) -> Iterator[int]:
+    """Load as LAVIS's LaionDataset does with blip2_image_train and blip_caption."""
+    import webdataset
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    from training.captions import blip_caption
+
+    image_train = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                224, scale=(0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
+    # Our own files, by plain paths: webdataset runs a shell for URLs that ask for it.
+    tars = sorted(str(path) for path in Path(corpus, "curated").rglob("*.tar"))
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=False)
+        .repeat()
+        .shuffle(1000, initial=1000)
+        .decode("pilrgb", only=["jpg"])
+        .to_tuple("jpg", "json")
+        .map_tuple(image_train, lambda texts: blip_caption(random.choice(json.loads(texts)[:2])))
+    )
+    for pixels_BCHW, _ in DataLoader(samples, batch_size=_BATCH_SIZE):
+        yield len(pixels_BCHW)
