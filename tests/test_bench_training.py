@@ -1,0 +1,48 @@
+"""The benchmarks of the training stages, on models small enough for a test."""
+
+from pathlib import Path
+
+import pytest
+from tiny_training import tiny_config
+
+from jobs.bench import stage1, stage2
+from jobs.bench.precision import measure_precision
+from jobs.bench.training import measure_steps
+from training.distributed import World
+from training.stages import empty_stage
+
+FACTS = {
+    "samples_per_s",
+    "step_s",
+    "gflop_per_sample",
+    "tflops",
+    "matmul_tflops",
+    "mfu",
+    "peak_bytes",
+    "micro_batch",
+}
+
+
+def test_stage1_steps_are_measured(tmp_path: Path) -> None:
+    stage = empty_stage(tiny_config(tmp_path, tmp_path), World(), "cpu")
+    found = measure_steps(stage.train(), stage1.synthetic_step(stage, 4), batch=4, steps=2, micro_batch=2)
+    assert found.keys() >= FACTS
+    assert found["trainable_parameters"] == sum(one.numel() for _, one in stage.trainable_named_parameters())
+    assert found["samples_per_s"] == pytest.approx(4 / found["step_s"], rel=0.2)
+    assert 0 < found["mfu"] < 1
+    assert set(found["losses"]) == {"loss", "itc", "itm", "itg", "itm_accuracy", "temperature"}
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_stage2_steps_are_measured(tmp_path: Path, family: str) -> None:
+    config = tiny_config(tmp_path, tmp_path, 2, language={"family": family, "max_text_tokens": 24})
+    stage = empty_stage(config, World(), "cpu")
+    found = measure_steps(stage.train(), stage2.synthetic_step(stage, 4), batch=4, steps=1, micro_batch=3)
+    assert found.keys() >= FACTS and found["micro_batch"] == 3
+    assert set(found["losses"]) == {"loss"}
+
+
+def test_precisions_begin_alike_and_stay_near() -> None:
+    found = measure_precision(steps=3, batch=4)
+    assert found["losses"]["bf16"] != found["losses"]["fp32"] != found["losses"]["fp32_other_seed"]
+    assert found["distance"]["bf16"] < 0.05 * found["first_loss"]

@@ -1,0 +1,48 @@
+"""The ranks: gathers, sums and means over two of them, and alone."""
+
+import torch
+from ranks import on_ranks
+
+from training import distributed
+from training.distributed import World
+
+
+def collectives(world: World) -> dict[str, object]:
+    distributed._BUCKET_ELEMENTS = 4
+    mine = torch.arange(3.0) + 10 * world.rank
+    tensors = [torch.full((2,), 1.0 + world.rank), torch.full((3, 2), 2.0 + world.rank).T, torch.tensor(5.0)]
+    world.all_reduce_sum_(tensors)
+    means = [torch.tensor(4.0 * world.rank)]
+    world.all_reduce_mean_(means)
+    world.barrier()
+    return {
+        "gathered": world.all_gather(mine.requires_grad_()),
+        "mask": world.all_gather(torch.tensor([[True, world.rank == 0]])),
+        "from_first": world.broadcast(mine.long()),
+        "sum": world.sum(mine),
+        "sums": tensors,
+        "means": means,
+    }
+
+
+def test_two_ranks() -> None:
+    for found in on_ranks(2, collectives):
+        assert found["gathered"].tolist() == [0, 1, 2, 10, 11, 12] and not found["gathered"].requires_grad
+        assert found["mask"].tolist() == [[True, True], [True, False]]
+        assert found["from_first"].tolist() == [0, 1, 2]
+        assert found["sum"].tolist() == [10, 12, 14]
+        assert [tensor.tolist() for tensor in found["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
+        assert found["means"] == [torch.tensor(2.0)]
+
+
+def test_alone_needs_no_process_group() -> None:
+    world = World.join()
+    assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+    tensors = [torch.ones(2)]
+    world.all_reduce_sum_(tensors)
+    world.all_reduce_mean_(tensors)
+    world.barrier()
+    world.leave()
+    assert tensors[0].tolist() == [1, 1]
+    assert world.all_gather(tensors[0]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]
+    assert world.broadcast(tensors[0]).tolist() == [1, 1]

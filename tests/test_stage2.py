@@ -1,0 +1,301 @@
+"""Stage 2: the losses are the language model's own, exactly accumulated; frozen parts stay frozen."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny_models import IMAGE_PX
+from tiny_training import NUM_QUERIES, save_t5, tiny_config
+from torch import Tensor
+from transformers import OPTForCausalLM, T5ForConditionalGeneration
+
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from training.distributed import World
+from training.language import load_language, split_caption
+from training.stage2 import Stage2
+from training.stages import build_stage, meta_stage
+
+CAPTIONS = [
+    "a red circle",
+    "the dog on grass",
+    "two cats near a tree under the blue sky in the street with a large dog",
+    "photo",
+    "a large white square",
+    "the small black cat running",
+]
+N = len(CAPTIONS)
+FAMILIES = ("opt", "t5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stage2")
+
+
+def exact_config(folder: Path, family: str, **overrides: Any) -> PretrainConfig:
+    language = {"family": family, **overrides.pop("language", {})}
+    return tiny_config(
+        folder, folder, 2, qformer={"dropout": 0.0}, optim={"batch_size": N}, language=language, **overrides
+    )
+
+
+def exact_stage(config: PretrainConfig, world: World, double: bool = True) -> Stage2:
+    """Return a float64 model whose weights are large enough for everything to matter; the same on every rank."""
+    stage = build_stage(config, world, "cpu")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in stage.trainable_named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    if double:
+        stage.visual_encoder.dtype = torch.float64
+        stage.Qformer._dtype = None
+        stage.double()
+    return stage
+
+
+def batch(rows: slice = slice(0, N)) -> SimpleNamespace:
+    pixels = torch.randint(0, 256, (N, 3, IMAGE_PX, IMAGE_PX), generator=torch.Generator().manual_seed(2))
+    return SimpleNamespace(
+        pixels_BCHW=pixels.to(torch.uint8)[rows],
+        captions=CAPTIONS[rows],
+        uids=[f"{index:032x}" for index in range(N)][rows],
+        position=N,
+    )
+
+
+def gradients(stage: Stage2) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in stage.trainable_named_parameters()}
+
+
+def test_opt_loss_is_transformers_own(folder: Path) -> None:
+    stage = exact_stage(exact_config(folder, "opt", language={"prompt": "a photo of "}), World())
+    found = stage.training_step(batch(), N)["loss"]
+    model = OPTForCausalLM.from_pretrained(folder / "opt").double().eval()
+    total, words = 0.0, 0
+    with torch.no_grad():
+        prompts = stage.soft_prompt(batch().pixels_BCHW)
+        for prompt, caption in zip(prompts, CAPTIONS, strict=True):
+            # One at a time there is no padding. The prompt ("</s> a photo of", four tokens) is read, not predicted.
+            text = stage.language.tokenizer(f"a photo of {caption}\n", truncation=True, max_length=12)
+            ids = torch.tensor([text.input_ids])
+            labels = torch.cat((torch.full((1, NUM_QUERIES), -100), ids), dim=1)
+            labels[:, NUM_QUERIES : NUM_QUERIES + 4] = -100
+            read = torch.cat((prompt[None], model.get_input_embeddings()(ids)), dim=1)
+            predicted = ids.shape[1] - 4
+            total += model(inputs_embeds=read, labels=labels).loss.item() * predicted
+            words += predicted
+    # transformers computes it in float32.
+    assert found.item() == pytest.approx(total / words, abs=1e-6)
+
+
+def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:
+    language = load_language(exact_config(folder, "opt").language)
+    target = language.target(CAPTIONS[:2], ["0", "1"], 0)
+    newline = language.tokenizer("\n").input_ids[-1]
+    # "</s> a red circle \n": the leading </s> too; padded to a multiple of 8.
+    first = target.words_BT[0]
+    assert (
+        first[0] == 2
+        and first[4] == newline
+        and (first[5:] == -100).all()
+        and target.words_BT.shape == (2, 8)
+    )
+    assert target.num_words == 5 + 6
+
+
+def test_t5_loss_is_transformers_own(folder: Path) -> None:
+    stage = exact_stage(exact_config(folder, "t5"), World())
+    found = stage.training_step(batch(), N)["loss"]
+    model = T5ForConditionalGeneration.from_pretrained(folder / "t5")
+    # The exact GELU that LAVIS trains with.
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.act = torch.nn.GELU()
+    model = model.double().eval()
+    target = stage.language.target(CAPTIONS, batch().uids, stage_seed(stage))
+    total, words = 0.0, 0
+    with torch.no_grad():
+        for index, prompt in enumerate(stage.soft_prompt(batch().pixels_BCHW)):
+            ids = target.read_BL[index][target.mask_BL[index]][None]
+            labels = target.words_BT[index][target.words_BT[index] != -100][None]
+            read = torch.cat((prompt[None], model.get_input_embeddings()(ids)), dim=1)
+            total += model(inputs_embeds=read, labels=labels).loss.item() * labels.shape[1]
+            words += labels.shape[1]
+    assert found.item() == pytest.approx(total / words, abs=1e-9)
+
+
+def stage_seed(stage: Stage2) -> int:
+    """Return the seed that the step hands to ``target``."""
+    seeds: list[int] = []
+    target = stage.language.target
+    stage.language.target = lambda captions, uids, seed: seeds.append(seed) or target(captions, uids, seed)
+    stage.training_step(batch(), N)
+    stage.language.target = target
+    return seeds[0]
+
+
+def test_t5_reads_a_beginning_and_writes_the_rest(folder: Path) -> None:
+    language = load_language(exact_config(folder, "t5").language)
+    seen: dict[str, set[int]] = {}
+    for seed in range(300):
+        for caption in CAPTIONS:
+            first, rest = split_caption(caption, "0", seed)
+            assert f"{first} {rest}".strip() == caption
+            seen.setdefault(caption, set()).add(len(first.split()))
+    for caption, lengths in seen.items():
+        assert lengths == set(range(1, len(caption.split()) // 2 + 1)) or lengths == {0}
+    target = language.target(["a red circle on grass"], ["0"], 3)
+    first, rest = split_caption("a red circle on grass", "0", 3)
+    assert target.read_BL[0][target.mask_BL[0]].tolist() == language.tokenizer(first).input_ids
+    assert target.words_BT[0][target.words_BT[0] != -100].tolist() == language.tokenizer(rest).input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_mean_loss(folder: Path, family: str) -> None:
+    # Against finite differences: the step's own gradient along a random direction.
+    stage = exact_stage(exact_config(folder, family), World())
+    stage.training_step(batch(), N)
+    generator = torch.Generator().manual_seed(0)
+    direction = {
+        name: torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        for name, parameter in stage.trainable_named_parameters()
+    }
+    slope = sum((gradients(stage)[name] * step).sum() for name, step in direction.items())
+    assert all(gradient.abs().max() > 0 for gradient in gradients(stage).values())
+    losses = []
+    for sign in (1, -1):
+        moved = exact_stage(exact_config(folder, family), World())
+        with torch.no_grad():
+            for name, parameter in moved.trainable_named_parameters():
+                parameter.add_(direction[name], alpha=sign * 1e-5)
+        losses.append(moved.training_step(batch(), N)["loss"])
+    # T5's norms are in float32 whatever the weights are.
+    assert ((losses[0] - losses[1]) / 2e-5).item() == pytest.approx(
+        slope.item(), rel=1e-2 if family == "t5" else 1e-4
+    )
+
+
+def whole_batch(folder: Path, family: str, micro_batch_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    stage = exact_stage(exact_config(folder, family), World())
+    return stage.training_step(batch(), micro_batch_size)["loss"], gradients(stage)
+
+
+def half_batches(world: World, folder: Path) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Do both families, the second with its language model spread over the ranks."""
+    results = []
+    for family, shard in (("opt", False), ("t5", True), ("opt", True)):
+        config = exact_config(folder, family, performance={"shard_language": shard})
+        stage = exact_stage(config, world, double=not shard)
+        size = N // world.size
+        losses = stage.training_step(batch(slice(world.rank * size, (world.rank + 1) * size)), 2)
+        summed = gradients(stage)
+        world.all_reduce_sum_(summed.values())
+        if shard:
+            held = sum(p.to_local().numel() for p in stage.language.parameters() if hasattr(p, "to_local"))
+            spread = sum(p.numel() for p in stage.language.parameters() if hasattr(p, "to_local"))
+            assert spread and held <= 0.6 * spread
+        results.append((losses["loss"], summed))
+    return results
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accumulation_is_exact(folder: Path, family: str) -> None:
+    loss, expected = whole_batch(folder, family, N)
+    for size in (2, 4):
+        found_loss, found = whole_batch(folder, family, size)
+        assert found_loss.item() == pytest.approx(loss.item(), abs=1e-10)
+        assert all((found[name] - expected[name]).abs().max() < 1e-9 for name in expected)
+
+
+def test_two_ranks_are_exact_also_with_a_spread_language_model(folder: Path) -> None:
+    expected = {family: whole_batch(folder, family, N) for family in FAMILIES}
+    for results in on_ranks(2, half_batches, folder):
+        for (loss, found), family, tolerance in zip(
+            results, ("opt", "t5", "opt"), (1e-9, 1e-4, 1e-4), strict=True
+        ):
+            wanted_loss, wanted = expected[family]
+            assert loss.item() == pytest.approx(wanted_loss.item(), rel=tolerance)
+            for name, tensor in wanted.items():
+                assert (found[name] - tensor).abs().max() < tolerance * max(1, tensor.abs().max()), name
+
+
+def test_a_language_model_in_half_precision_gives_nearly_the_same_gradients(folder: Path) -> None:
+    found = []
+    for precision in ("fp32", "fp16", "bf16"):
+        config = exact_config(folder, "opt", language={"precision": precision})
+        stage = exact_stage(config, World(), double=False)
+        stage.training_step(batch(), 3)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(stage).values()]))
+    whole, half, brain = found
+    assert whole.dtype == half.dtype == torch.float32
+    assert not torch.equal(half, whole) and torch.cosine_similarity(half, whole, dim=0) > 0.995
+    assert not torch.equal(brain, whole) and torch.cosine_similarity(brain, whole, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_qformer_is_trained(folder: Path, family: str) -> None:
+    stage = build_stage(exact_config(folder, family), World(), "cpu")
+    stage.train()
+    assert not any(module.training for module in stage.language.modules())
+    before = {name: value.clone() for name, value in stage.language.state_dict().items()}
+    stage.training_step(batch(), 3)
+    assert all(torch.equal(before[name], value) for name, value in stage.language.state_dict().items())
+    assert all(parameter.grad is None for parameter in stage.language.parameters())
+    names = {name.split(".")[0] for name, _ in stage.trainable_named_parameters()}
+    assert names == {"ln_vision", "Qformer", "query_tokens", f"{family}_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "language", "family", "parameters"),
+    [
+        ("EVA01-g-14", "laion400m_s11b_b41k", "facebook/opt-2.7b", "opt", 107_133_696),
+        ("ViT-L-14", "openai", "facebook/opt-2.7b", "opt", 103_593_984),
+        ("EVA01-g-14", "laion400m_s11b_b41k", "google/flan-t5-xl", "t5", 106_739_968),
+        ("ViT-L-14", "openai", "google/flan-t5-xl", "t5", 103_200_256),
+        ("EVA01-g-14", "laion400m_s11b_b41k", "facebook/opt-6.7b", "opt", 108_314_880),
+        ("EVA01-g-14", "laion400m_s11b_b41k", "google/flan-t5-xxl", "t5", 108_314_880),
+    ],
+)
+def test_full_size_counts(model: str, pretrained: str, language: str, family: str, parameters: int) -> None:
+    stage = meta_stage(full_size(model, pretrained, language, family))
+    assert sum(parameter.numel() for _, parameter in stage.trainable_named_parameters()) == parameters
+
+
+def test_counted_operations() -> None:
+    # ViT-g once, the Q-Former's queries three times with the image's keys and values, OPT-2.7B's 52 tokens twice.
+    stage = meta_stage(full_size("EVA01-g-14", "laion400m_s11b_b41k", "facebook/opt-2.7b", "opt"))
+    assert stage.flops_per_sample() / 1e9 == pytest.approx(1094, abs=1)
+
+
+def full_size(model: str, pretrained: str, language: str, family: str) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "run": {"name": "full", "stage": 2},
+            "data": {"corpus": [{"path": "nowhere"}]},
+            "vision": {"model": model, "pretrained": pretrained},
+            "language": {"model": language, "family": family},
+            "optim": {"batch_size": 1520},
+        }
+    )
+
+
+def test_wrong_language_models_are_named(tmp_path: Path, folder: Path) -> None:
+    for message, language in (
+        (
+            "is of the family 't5'; language.family = 'opt'",
+            {"model": str(save_t5(tmp_path / "t5")), "family": "opt"},
+        ),
+        ("language.model = .*no such folder", {"model": str(tmp_path / "nothing"), "family": "opt"}),
+        ("config.json is missing", {"model": str(tmp_path), "family": "t5"}),
+    ):
+        with pytest.raises(CapfiltError, match=message):
+            build_stage(tiny_config(folder, folder, 2, language=language), World(), "cpu")
+    with pytest.raises(CapfiltError, match="of the family 't5'"):
+        meta_stage(full_size("ViT-L-14", "openai", "google/flan-t5-xl", "opt"))
+    (tmp_path / "t5" / "model.safetensors").rename(tmp_path / "t5" / "pytorch_model.bin")
+    language = {"model": str(tmp_path / "t5"), "family": "t5"}
+    with pytest.raises(CapfiltError, match="only safetensors are read"):
+        build_stage(tiny_config(folder, folder, 2, language=language), World(), "cpu")

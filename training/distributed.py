@@ -1,0 +1,107 @@
+"""The ranks of a run: one process each, one GPU each where there are GPUs.
+
+The methods are collective: every rank calls them, in the same order. None of them carries a gradient.
+"""
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+# Elements of one all-reduce: large enough for full bandwidth, small enough to be no second copy of the model.
+_BUCKET_ELEMENTS = 32 * 2**20
+
+
+class World:
+    """All ranks, seen from one of them; alone, it needs no process group.
+
+    Args:
+        device: this rank's.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        grouped = dist.is_available() and dist.is_initialized()
+        self.device = torch.device(device)
+        self.rank = dist.get_rank() if grouped else 0
+        self.size = dist.get_world_size() if grouped else 1
+
+    @classmethod
+    def join(cls, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> "World":
+        """Join the process group that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        return cls(device)
+
+    def leave(self) -> None:
+        """Close the process group, if there is one."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """Return the ranks' tensors, of one shape, joined along the first dimension in order of rank."""
+        local = local.detach().contiguous()
+        if self.size == 1:
+            return local
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(parts, local)
+        return torch.cat(parts)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Return rank 0's tensor; the others give one of the same shape and dtype."""
+        tensor = tensor.detach().contiguous()
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors, of one dtype, by their sums over the ranks: a few large messages, whatever their number."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors, of one dtype, by their means over the ranks."""
+        tensors = list(tensors)
+        self.all_reduce_sum_(tensors)
+        for tensor in tensors:
+            tensor.div_(self.size)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,26 @@
+"""The floating-point operations of a training step, counted on the modules themselves.
+
+A product of matrices M x K and K x N counts 2 MKN, and nothing else counts. A forward pass counts once where nothing is
+trained, twice where a gradient only passes through (a frozen language model) and three times where weights are trained.
+What is computed again to save memory does not count.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+FORWARD, THROUGH, TRAINED = 1, 2, 3
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Return the FLOP of a call, which is made on tensors without contents: nothing is computed."""
+    counter = FlopCounterMode(display=False)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        counter,
+    ):
+        call()
+    return counter.get_total_flops()

@@ -1,0 +1,106 @@
+"""Folders of transformers' models: a local one, or the hub's in the local cache. Only safetensors are read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.hub import hub_folder
+from schemas.errors import CapfiltError
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def model_folder(name: str, revision: str, where: str) -> Path:
+    """Return the folder of a model with its config and weights.
+
+    Raises:
+        CapfiltError: no such folder, hub id or revision, a file is missing, or the hub cannot be reached and the
+            cache does not have it.
+    """
+    return _folder(
+        name, revision, where, ("config.json", _WEIGHTS, _INDEX, "model-*.safetensors"), _weights_gap
+    )
+
+
+def tokenizer_folder(name: str, revision: str, where: str) -> Path:
+    """Return the folder of a tokenizer; raises as ``model_folder``."""
+    return _folder(name, revision, where, ("config.json", *_TOKENIZER_FILES), _tokenizer_gap)
+
+
+def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
+    """Return a model's config.json; raises as ``model_folder``."""
+    path = _folder(name, revision, where, ("config.json",), _config_gap) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CapfiltError(f"{path} ({where}) is no JSON: {error}") from error
+
+
+def load_model(
+    model_class: type[PreTrainedModel], folder: Path, where: str, **arguments: Any
+) -> PreTrainedModel:
+    """Load a model on the CPU; refuse files that leave a part of it untrained."""
+    disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CapfiltError(f"{where}: {folder} does not load as {model_class.__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CapfiltError(
+            f"{where}: {folder} is no {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"
+        )
+    return model
+
+
+def _folder(
+    name: str, revision: str, where: str, patterns: tuple[str, ...], gap_of: Callable[[Path], str | None]
+) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = path.absolute()
+    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CapfiltError(f"{where} = {name!r}: no such folder, and no hub id (ORG/NAME)")
+    else:
+        folder = hub_folder(name, revision, patterns, gap_of, where)
+    if gap := gap_of(folder):
+        hint = "; only safetensors are read: convert the weights first" if gap == _WEIGHTS else ""
+        raise CapfiltError(f"{gap} is missing in {folder} ({where} = {name!r}){hint}")
+    return folder
+
+
+def _config_gap(folder: Path) -> str | None:
+    return None if (folder / "config.json").is_file() else "config.json"
+
+
+def _tokenizer_gap(folder: Path) -> str | None:
+    usable = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
+    return None if any((folder / name).is_file() for name in usable) else usable[0]
+
+
+def _weights_gap(folder: Path) -> str | None:
+    if gap := _config_gap(folder):
+        return gap
+    index = folder / _INDEX
+    if (folder / _WEIGHTS).is_file():
+        return None
+    if not index.is_file():
+        return _WEIGHTS
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return next((name for name in names if not (folder / name).is_file()), None)
