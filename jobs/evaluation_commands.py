@@ -1,0 +1,235 @@
+"""The commands ``evaluate`` and ``export``. Libraries are imported inside, so that --help stays quick."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from training.evaluate.annotations import CaptionedImage
+    from training.evaluate.results import Result
+
+evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run's folder or checkpoint, an export, a LAVIS .pth, a Blip2 folder.", metavar="MODEL"
+    ),
+]
+Config = Annotated[
+    str,
+    typer.Option("-c", "--config", help="Recipe of the model, where its files do not say.", metavar="FILE"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override one key of that recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
+    ),
+]
+Annotations = Annotated[
+    str, typer.Option("--annotations", help="Captions: of Karpathy, LAVIS, COCO or NoCaps.", metavar="FILE")
+]
+Images = Annotated[
+    str, typer.Option("--images", help="Folder that the annotations' file names begin in.", metavar="DIR")
+]
+Split = Annotated[str, typer.Option("--split", help="Of a Karpathy file: val, test.", metavar="NAME")]
+Dataset = Annotated[
+    str,
+    typer.Option("--dataset", help="To compare with: coco, flickr30k, nocaps, vqav2-val ...", metavar="NAME"),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at once.", metavar="N")]
+Beams = Annotated[int, typer.Option("--beams", min=1, metavar="N")]
+Predictions = Annotated[
+    str, typer.Option("--predictions", help="Write what the model said, as servers take it.", metavar="FILE")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@evaluate.command()
+def retrieval(
+    model: Model,
+    annotations: Annotations,
+    images: Images,
+    config: Config = "",
+    set_: Set = None,
+    split: Split = "test",
+    dataset: Dataset = "",
+    rerank: Annotated[
+        int, typer.Option("--rerank", min=0, help="Candidates that ITM sees; 0: ITC alone.", metavar="K")
+    ] = 128,
+    batch_size: BatchSize = 32,
+    json_: Json = False,
+) -> None:
+    """Find texts by image and images by text: ITC, and ITM over the first of each list. Stage 1."""
+    from training.evaluate.tasks import evaluate_retrieval
+
+    captioned = _captioned(annotations, split, images)
+    result = evaluate_retrieval(
+        _load(model, config, set_), captioned, images, dataset=dataset, rerank=rerank, batch_size=batch_size
+    )
+    _show(result, model, json_)
+
+
+@evaluate.command()
+def caption(
+    model: Model,
+    annotations: Annotations,
+    images: Images,
+    config: Config = "",
+    set_: Set = None,
+    split: Split = "test",
+    dataset: Dataset = "",
+    prompt: Annotated[str, typer.Option("--prompt", help='Begins every caption, as "a photo of".')] = "",
+    beams: Beams = 5,
+    min_tokens: Annotated[int, typer.Option("--min-tokens", min=0, metavar="N")] = 8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N")] = 30,
+    length_penalty: Annotated[float, typer.Option("--length-penalty")] = 1.0,
+    java: Annotated[bool, typer.Option("--java", help="Count words by Stanford's tokenizer itself.")] = False,
+    predictions: Predictions = "",
+    batch_size: BatchSize = 32,
+    json_: Json = False,
+) -> None:
+    """Caption images and score the captions by CIDEr and BLEU-4: the language model's, in stage 1 the Q-Former's."""
+    from training.evaluate.tasks import evaluate_captions
+    from training.evaluate.writing import Decoding
+
+    captioned = _captioned(annotations, split, images)
+    result = evaluate_captions(
+        _load(model, config, set_),
+        captioned,
+        images,
+        dataset=dataset,
+        prompt=prompt,
+        decoding=Decoding(
+            beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
+        ),
+        batch_size=batch_size,
+        java=java,
+        predictions=predictions,
+    )
+    _show(result, model, json_)
+
+
+@evaluate.command()
+def vqa(
+    model: Model,
+    questions: Annotated[
+        str, typer.Option("--questions", help="Of VQAv2, OK-VQA or GQA, or LAVIS's list.", metavar="FILE")
+    ],
+    images: Images,
+    answers: Annotated[
+        str, typer.Option("--answers", help="VQA's annotations; none for a hidden test set.", metavar="FILE")
+    ] = "",
+    config: Config = "",
+    set_: Set = None,
+    dataset: Dataset = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="The question stands at {}; empty: the paper's for the model.")
+    ] = "",
+    lemmatize: Annotated[
+        bool,
+        typer.Option("--lemmatize", help="Answers to their lemma, as LAVIS does for OK-VQA; needs spaCy."),
+    ] = False,
+    predictions: Predictions = "",
+    batch_size: BatchSize = 32,
+    json_: Json = False,
+) -> None:
+    """Answer questions about images, zero-shot, and score the answers officially. Stage 2."""
+    from training.evaluate.annotations import read_questions
+    from training.evaluate.tasks import evaluate_answers
+
+    asked = read_questions(questions, answers)
+    if not predictions and not any(one.answers for one in asked.questions):
+        raise CapfiltError(
+            f"{questions} comes without answers: name them with --answers, or a file for --predictions"
+        )
+    _require_picture(images, asked.questions[0].file)
+    result = evaluate_answers(
+        _load(model, config, set_),
+        asked,
+        images,
+        dataset=dataset,
+        prompt=prompt,
+        batch_size=batch_size,
+        lemmatize=lemmatize,
+        predictions=predictions,
+    )
+    _show(result, model, json_)
+
+
+@evaluate.command("probe")
+def probe_(model: Model, config: Config = "", set_: Set = None, json_: Json = False) -> None:
+    """Look at the images that the run held out: recall at 1, ITM accuracy, CIDEr."""
+    from training.evaluate.tasks import evaluate_probe
+
+    _show(evaluate_probe(_load(model, config, set_), model), model, json_)
+
+
+def export(
+    model: Model,
+    folder: Annotated[str, typer.Argument(help="New folder to write.", metavar="DIR")],
+    config: Config = "",
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Write a model as Hugging Face's Blip2 (EVA ViT-g), or in our own documented format (any other encoder)."""
+    from pathlib import Path
+
+    from jobs.render import print_json
+    from training.evaluate.model import load_trained
+    from training.export import export_model
+
+    kind = export_model(load_trained(model, _recipe(config, set_), precision="fp32"), Path(folder))
+    print_json({"folder": folder, "format": kind}) if json_ else print(f"{kind}: {folder}")
+
+
+def _recipe(config: str, overrides: list[str] | None) -> Any:
+    if not config:
+        if overrides:
+            raise CapfiltError("--set changes a recipe: name one with -c")
+        return None
+    from pipeline.configfile import load_config
+    from schemas.pretrain import PretrainConfig
+
+    return load_config(config, overrides or (), PretrainConfig)
+
+
+def _load(model: str, config: str, overrides: list[str] | None) -> Any:
+    import torch
+
+    from training.evaluate.model import load_trained
+
+    return load_trained(model, _recipe(config, overrides), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImage]":
+    from training.evaluate.annotations import read_captioned_images
+
+    captioned = read_captioned_images(annotations, split)
+    _require_picture(images, captioned[0].file)
+    return captioned
+
+
+def _require_picture(images: str, file: str) -> None:
+    """Fail before a model of many gigabytes is loaded, not after."""
+    from training.evaluate.pictures import Pictures
+
+    Pictures(images, 1).pixels(file)
+
+
+def _show(result: "Result", model: str, as_json: bool) -> None:
+    from jobs.render import print_facts, print_table
+
+    result = dataclasses.replace(result, checkpoint=model)
+    if as_json:
+        print(result.to_json())
+        return
+    print_facts({"task": result.task, "dataset": result.dataset, "images": result.samples, **result.protocol})
+    rows: list[dict[str, Any]] = [{"model": model, **result.metrics}]
+    for name, metrics in result.published.items():
+        rows.append({"model": f"published: {name}", **{key: metrics.get(key) for key in result.metrics}})
+    print()
+    print_table(rows)

@@ -1,0 +1,204 @@
+"""Weights brought in: LAVIS's checkpoints, Hugging Face's ``Blip2*`` folders, and our own exports.
+
+Our names are LAVIS's, so a LAVIS file only loses what is not trained. What a stage is given must be exactly what
+it trains: a tensor too few, too many or of another shape is named, never passed over.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from schemas.errors import CapfiltError
+from training.hfnames import Family, from_hf
+
+# Beside a Hugging Face export: what its classes have no home for.
+EXTRA_FILE = "capfilt_extra.safetensors"
+# Our own format.
+OWN_FORMAT, OWN_VERSION = "capfilt-blip2", 1
+OWN_CONFIG_FILE, OWN_WEIGHTS_FILE = "capfilt.json", "model.safetensors"
+
+# In files, but not trained: buffers, second names of tied tensors, and the frozen models.
+_NOT_TRAINED = re.compile(
+    r"Qformer\.bert\.embeddings\.position_ids|Qformer\.cls\.predictions\.decoder\.(weight|bias)"
+    r"|visual_encoder\..+|(opt|t5|language)_model\..+"
+)
+# What stage 2 leaves behind of stage 1: the text's side of the Q-Former and the heads.
+_STAGE1_ONLY = re.compile(
+    r"Qformer\.cls\..+|Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight"
+    r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+|(vision|text)_proj\..+|itm_head\..+|temp"
+)
+_PROJECTION = re.compile(r"(opt|t5)_proj\..+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """Weights under our names, and what they were."""
+
+    kind: Literal["lavis", "huggingface", "capfilt"]
+    path: str
+    tensors: dict[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that a stage trains: without frozen models, buffers and second names."""
+        return {name: one for name, one in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
+
+    @property
+    def vision(self) -> dict[str, Tensor]:
+        """The image encoder's tensors, by their names in it; empty for most of LAVIS's files."""
+        prefix = "visual_encoder."
+        return {
+            name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)
+        }
+
+
+def read_foreign(path: str) -> Imported | None:
+    """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of ours; None for anything else.
+
+    Raises:
+        CapfiltError: it is one of these, but does not read.
+    """
+    local = Path(path).expanduser()
+    if local.suffix in (".pth", ".pt"):
+        return read_lavis(local)
+    if (local / "config.json").is_file() and read_json(local / "config.json").get("model_type") == "blip-2":
+        return read_blip2(local)
+    if (local / OWN_CONFIG_FILE).is_file():
+        return read_own(local)
+    return None
+
+
+def read_lavis(path: Path) -> Imported:
+    """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, running no code of the file."""
+    if not path.is_file():
+        raise CapfiltError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CapfiltError(
+            f"{path} holds more than tensors and plain values, and is not read: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CapfiltError(f"{path} is no file of torch.save: {error}") from error
+    tensors = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
+        raise CapfiltError(f'{path} is no LAVIS checkpoint: there are no tensors under "model"')
+    if "query_tokens" not in tensors:
+        raise CapfiltError(f"{path} is no BLIP-2: it has no query_tokens")
+    return Imported(kind="lavis", path=str(path), tensors=tensors)
+
+
+def read_blip2(folder: Path) -> Imported:
+    """Read ``Blip2ForImageTextRetrieval`` or ``Blip2ForConditionalGeneration`` as ``save_pretrained`` wrote it.
+
+    What an export of ours put beside it comes along, so that ours -> Hugging Face -> ours loses no bit.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "blip-2":
+        raise CapfiltError(
+            f"{folder} is a {config.get('model_type')!r} model; a 'blip-2' one can be brought in"
+        )
+    tensors: dict[str, Tensor] = {}
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
+    if not files:
+        raise CapfiltError(f"{folder} has no .safetensors; only safetensors are read")
+    for path in files:
+        tensors |= _read_safetensors(path)
+    ours = from_hf(tensors, _family(config, folder), str(folder))
+    extra = folder / EXTRA_FILE
+    if extra.is_file():
+        ours |= _read_safetensors(extra)
+    return Imported(kind="huggingface", path=str(folder), tensors=ours, config=config)
+
+
+def read_own(folder: Path) -> Imported:
+    """Read an export in our own format."""
+    config = read_json(folder / OWN_CONFIG_FILE)
+    if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
+        raise CapfiltError(
+            f"{folder / OWN_CONFIG_FILE} is of format {config.get('format')!r}, version {config.get('version')!r}; "
+            f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
+        )
+    tensors = _read_safetensors(folder / OWN_WEIGHTS_FILE)
+    return Imported(kind="capfilt", path=str(folder), tensors=tensors, config=config)
+
+
+def stage_state(
+    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
+) -> dict[str, Tensor]:
+    """Return what a stage begins with, out of trained weights of the same stage or, for stage 2, of stage 1.
+
+    Args:
+        given: the trained weights, under our names.
+        fresh: the stage's own trainable state: its names and shapes, and the language projection's first
+            values where ``given``, from stage 1, has none.
+        stage: which one begins.
+        where: the file, for messages.
+
+    Raises:
+        CapfiltError: a tensor is missing, unexpected or of another shape.
+    """
+    state = dict(given)
+    if stage == 2:
+        state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
+        if not any(_PROJECTION.fullmatch(name) for name in state):
+            state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
+    if problems := _problems(state, fresh):
+        raise CapfiltError(f"{where} is no checkpoint of this stage {stage} model: {problems}")
+    # Half-precision files hold rounded values; training goes on in the stage's own precision.
+    return {name: state[name].to(fresh[name].dtype) for name in fresh}
+
+
+def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Say how two sets of tensors differ, the first of each kind by name."""
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    parts = [
+        f"{len(names)} {kind}, {names[0]} first"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        parts.append(f"{len(reshaped)} of another shape, {name} first ({shapes})")
+    return "; ".join(parts)
+
+
+def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
+    architectures = config.get("architectures") or []
+    if "Blip2ForConditionalGeneration" not in architectures:
+        return None
+    model_type = config.get("text_config", {}).get("model_type")
+    if model_type not in ("opt", "t5"):
+        raise CapfiltError(f"{folder}: its language model is {model_type!r}; opt and t5 can be brought in")
+    return model_type
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object. Raises CapfiltError."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise CapfiltError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CapfiltError(f"{path} is no JSON object")
+    return value
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CapfiltError(f"{path} does not read as safetensors: {error}") from error

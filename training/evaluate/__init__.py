@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: retrieval, captioning, question answering, and the probe of a run."""

@@ -1,0 +1,59 @@
+"""Images of a benchmark as an evaluation sees them: the whole picture squeezed into the square, no crop.
+
+That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessor``: Pillow's bicubic resize. The training
+data's resize differs from it by a level here and there.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.images import Image, ImageError, decode_rgb
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+
+_READERS = 8
+
+
+class Pictures:
+    """A folder of images, local or remote.
+
+    Args:
+        root: what the annotations' file names are relative to.
+        size_px: side of the square.
+    """
+
+    def __init__(self, root: str, size_px: int) -> None:
+        self.storage = Storage(root)
+        self.size_px = size_px
+
+    def batches(self, files: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 pixels_BCHW of the files in order, read ahead by a batch.
+
+        Raises CapfiltError at the first file that is missing or does not decode: a score without it would be that
+        of another benchmark.
+        """
+        with ThreadPoolExecutor(_READERS) as readers:
+            waiting = iter(files)
+            pending = [readers.submit(self.pixels, file) for file in islice(waiting, 2 * batch_size)]
+            while pending:
+                now, pending = pending[:batch_size], pending[batch_size:]
+                pending += [readers.submit(self.pixels, file) for file in islice(waiting, len(now))]
+                yield torch.stack([one.result() for one in now])
+
+    def pixels(self, file: str) -> Tensor:
+        """Return the uint8 pixels_CHW of one file."""
+        try:
+            image = decode_rgb(self.storage.read(file))
+        except FileNotFoundError as error:
+            raise CapfiltError(
+                f"{self.storage.url(file)}: no such image; --images must be the folder that file names begin in"
+            ) from error
+        except ImageError as error:
+            raise CapfiltError(f"{self.storage.url(file)} does not decode ({error})") from error
+        square = image.resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)

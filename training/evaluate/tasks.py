@@ -1,0 +1,200 @@
+"""Whole evaluations: a model and a benchmark give a ``Result``."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from training import snapshotfile
+from training.data import held_out_samples
+from training.evaluate.annotations import CaptionedImage, QuestionSet
+from training.evaluate.captioning import score_captions, write_captions
+from training.evaluate.matching import Stage1Matcher
+from training.evaluate.pictures import Pictures
+from training.evaluate.probe import probe
+from training.evaluate.results import Result, published
+from training.evaluate.retrieval import retrieve
+from training.evaluate.vqa import DECODING, PROMPTS, lemmatizer, score_answers, write_answers
+from training.evaluate.writing import Decoding, Stage1Captioner, Stage2Writer
+from training.snapshot import Snapshot, take_snapshot
+from training.stage1 import Stage1
+from training.stage2 import Stage2
+
+Stage = Stage1 | Stage2
+
+
+def evaluate_retrieval(
+    stage: Stage,
+    captioned: Sequence[CaptionedImage],
+    images: str,
+    *,
+    dataset: str,
+    rerank: int,
+    batch_size: int,
+) -> Result:
+    """Retrieve every caption by its image and every image by its captions; ``images`` is their folder."""
+    if not isinstance(stage, Stage1):
+        raise CapfiltError(
+            "retrieval is stage 1's: a stage 2 model has neither the text side nor the matching head"
+        )
+    began = time.perf_counter()
+    pictures = Pictures(images, stage.config.data.image_size_px)
+    files = [image.file for image in captioned]
+    pairs = [(caption, index) for index, image in enumerate(captioned) for caption in image.captions]
+    texts, image_of_text = zip(*pairs, strict=True)
+    matcher = Stage1Matcher(stage)
+    metrics = retrieve(matcher, lambda: pictures.batches(files, batch_size), texts, image_of_text, rerank)
+    protocol = {
+        "rerank": rerank,
+        "texts": len(texts),
+        "max_text_tokens": matcher.max_text_tokens,
+        **_common(stage),
+    }
+    return _result("retrieval", dataset, len(files), metrics, protocol, began)
+
+
+def evaluate_captions(
+    stage: Stage,
+    captioned: Sequence[CaptionedImage],
+    images: str,
+    *,
+    dataset: str,
+    prompt: str,
+    decoding: Decoding,
+    batch_size: int,
+    java: bool = False,
+    predictions: str = "",
+) -> Result:
+    """Caption every image: by the language model, or by the Q-Former in stage 1."""
+    began = time.perf_counter()
+    model = Stage1Captioner(stage) if isinstance(stage, Stage1) else Stage2Writer(stage)
+    pictures = Pictures(images, stage.config.data.image_size_px)
+    captions = write_captions(
+        model, captioned, pictures, prompt=prompt, decoding=decoding, batch_size=batch_size
+    )
+    if predictions:
+        rows = [
+            {"image_id": image.id, "caption": text} for image, text in zip(captioned, captions, strict=True)
+        ]
+        _write_rows(predictions, rows)
+    metrics = score_captions(captioned, captions, java=java)
+    tokenizer = "Stanford's PTBTokenizer 3.4.1" if java else "capfilt's port of PTBTokenizer"
+    protocol = {"prompt": prompt, **asdict(decoding), "tokenizer": tokenizer, **_common(stage)}
+    return _result("caption", dataset, len(captioned), metrics, protocol, began)
+
+
+def evaluate_answers(
+    stage: Stage,
+    asked: QuestionSet,
+    images: str,
+    *,
+    dataset: str,
+    prompt: str,
+    batch_size: int,
+    decoding: Decoding = DECODING,
+    lemmatize: bool = False,
+    predictions: str = "",
+) -> Result:
+    """Answer every question; an empty ``prompt`` is the paper's for the language model."""
+    if not isinstance(stage, Stage2):
+        raise CapfiltError("questions are answered by a language model: name a checkpoint of stage 2")
+    finish = lemmatizer() if lemmatize else str.strip
+    began = time.perf_counter()
+    prompt = prompt or PROMPTS[stage.language.name]
+    if "{}" not in prompt:
+        raise CapfiltError(f"--prompt {prompt!r} has no {{}} for the question")
+    pictures = Pictures(images, stage.config.data.image_size_px)
+    given = write_answers(
+        Stage2Writer(stage),
+        asked.questions,
+        pictures,
+        prompt=prompt,
+        decoding=decoding,
+        batch_size=batch_size,
+    )
+    given = [finish(answer) for answer in given]
+    if predictions:
+        rows = [
+            {"question_id": one.id, "answer": text} for one, text in zip(asked.questions, given, strict=True)
+        ]
+        _write_rows(predictions, rows)
+    metrics = score_answers(asked, given)
+    protocol = {"prompt": prompt, **asdict(decoding), "lemmatize": lemmatize, **_common(stage)}
+    return _result("vqa", dataset, len(given), metrics, protocol, began)
+
+
+def evaluate_probe(stage: Stage, model: str) -> Result:
+    """Do once what a run does every ``probe.every_steps``.
+
+    Args:
+        stage: the model.
+        model: where it comes from; a run's own held-out images are taken, else those that its config holds out.
+    """
+    config = stage.config
+    snapshot = _snapshot_of_run(model, config)
+    if snapshot is None:
+        if not config.data.held_out:
+            raise CapfiltError(
+                "data.held_out = 0: no images are held out; set it in a recipe for -c to take some"
+            )
+        snapshot = take_snapshot(config.data)
+    if not snapshot.num_held_out:
+        raise CapfiltError(
+            f"{model} held no images out (data.held_out): there is nothing that it has not seen"
+        )
+    began = time.perf_counter()
+    held_out = held_out_samples(config, snapshot, config.probe.images)
+    metrics = probe(stage, held_out, config)
+    return _result("probe", "held out", len(held_out), metrics, _common(stage), began)
+
+
+def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
+    """Return the shards that a run ate, with what it left out; None where the model is no run's."""
+    name = model.rstrip("/").removesuffix(".json")
+    folder, _, last = name.rpartition("/")
+    run = Storage(folder if last.startswith("step-") else name)
+    files = [info.path for info in run.list("") if info.path.startswith("snapshot-")]
+    return snapshotfile.decode(run.read(files[0]), config.data) if files else None
+
+
+def _common(stage: Stage) -> dict[str, Any]:
+    config = stage.config
+    language = config.language.model if config.language else ""
+    common = {
+        "image_size_px": config.data.image_size_px,
+        "vision": config.vision.model,
+        "language": language,
+        "precision": str(stage.Qformer.dtype).removeprefix("torch."),
+    }
+    return {name: value for name, value in common.items() if value}
+
+
+def _result(
+    task: str,
+    dataset: str,
+    samples: int,
+    metrics: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    began: float,
+) -> Result:
+    return Result(
+        task=task,
+        dataset=dataset,
+        samples=samples,
+        metrics={name: round(value, 4) for name, value in metrics.items()},
+        protocol=protocol,
+        published=published(task, dataset),
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def _write_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write predictions as the benchmarks' servers take them."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(rows, ensure_ascii=False))
