@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from jobs.bench.commands import bench
+from jobs.evaluation_commands import evaluate, export
 from jobs.reads import reads
+from jobs.training_commands import training
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
 
@@ -188,8 +190,10 @@ def demo(
     raise typer.Exit(run_demo(out, as_json=json_))
 
 
-for read in reads.registered_commands:
-    app.registered_commands.append(read)
+for command in (*reads.registered_commands, *training.registered_commands):
+    app.registered_commands.append(command)
+app.add_typer(evaluate, name="evaluate", help="Score a trained model on published benchmarks.")
+app.command()(export)
 app.add_typer(bench, name="bench", help="Measure what the pipeline costs on this machine.")
 
 

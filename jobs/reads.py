@@ -26,6 +26,8 @@ CorpusArgument = Annotated[
     str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+# Of a checkpoint's shards, how many lines.
+_SHARDS_SHOWN = 20
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
 
 
@@ -178,22 +180,51 @@ def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 @reads.command()
 def trace(
-    corpus: CorpusArgument,
-    who: Annotated[
-        str, typer.Argument(metavar="UID-or-URL", help="As the tables have it.", show_default=False)
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="CORPUS|CHECKPOINT",
+            help="Folder or URL of the corpus; or, alone, of a checkpoint (step-...).",
+            show_default=False,
+        ),
     ],
+    who: Annotated[
+        str | None, typer.Argument(metavar="[UID-or-URL]", help="As the tables have it.", show_default=False)
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show one sample's whole way: fetch, shard, captions with scores, what was kept and why, by whom."""
+    """Show one sample's whole way, from fetch to kept captions; or what a checkpoint was trained on, and its makers."""
     from jobs.render import print_json
+
+    if who is None:
+        from pipeline.lineage import trace_checkpoint
+
+        found = trace_checkpoint(where)
+        return print_json(found) if json_ else _print_lineage(found)
     from pipeline.trace import trace as trace_sample
 
-    ways = trace_sample(_manifest(corpus), who)
+    ways = trace_sample(_manifest(where), who)
     if json_:
         return print_json(ways)
     for number, way in enumerate(ways):
         print("\n" * number, end="")
         _print_way(way)
+
+
+def _print_lineage(found: dict[str, Any]) -> None:
+    from jobs.render import print_facts, print_table
+
+    names = ("path", "stage", "run_id", "step", "samples", "snapshot", "created_at", "metrics")
+    print_facts({name: found["checkpoint"][name] for name in names})
+    print_table(found["sources"], title="\nsources")
+    print_table(found["shards"][:_SHARDS_SHOWN], title="\nshards")
+    if len(found["shards"]) > _SHARDS_SHOWN:
+        print(f"... and {len(found['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
+    print_table(found["runs"], title="\nruns that made them")
+    models = [{**row, "digest": _short(row["digest"])} for row in found["models"]]
+    print_table(models, ("digest", "kind", "name", "revision", "parameters"), title="\nmodels that made them")
+    for corpus in dict.fromkeys(source["corpus"] for source in found["sources"] if source["urls"] is not None):
+        print(f"\nevery URL: capfilt sql {corpus} \"SELECT source, shard, uid, url, caption FROM curated\"")
 
 
 def _print_way(way: dict[str, Any]) -> None:

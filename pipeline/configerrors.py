@@ -23,10 +23,14 @@ _MAX_LISTED_KEYS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where the values come from: lines of a file, and the ``--set`` arguments that replaced some."""
+    """Where the values come from: lines of a file, and the ``--set`` arguments that replaced some.
+
+    ``kind`` is the config tree that they are to fill.
+    """
 
     name: str
     lines: dict[KeyPath, int]
+    kind: type[BaseModel] = CapfiltConfig
     overridden: dict[KeyPath, str] = field(default_factory=dict)
 
     def override_of(self, path: KeyPath) -> str | None:
@@ -61,7 +65,7 @@ def mistakes(error: ValidationError, values: dict[str, Any], origin: Origin) -> 
         if detail["type"] == "too_short" and len(detail["input"]) >= context["min_length"]:
             continue  # pydantic counts only the valid elements, and each invalid one has an error of its own
         label = f"{dotted_key(path, values)}: " if path else ""
-        found.append((origin.line(path) or 0, f"{origin.place(path)}: {label}{_complaint(path, detail)}"))
+        found.append((origin.line(path) or 0, f"{origin.place(path)}: {label}{_complaint(path, detail, origin.kind)}"))
     return [message for _, message in sorted(found, key=lambda mistake: mistake[0])]
 
 
@@ -83,9 +87,9 @@ def source_names(values: dict[str, Any]) -> list[str]:
     return [name if isinstance(name, str) else "" for name in names]
 
 
-def takes_text_only(path: KeyPath) -> bool:
+def takes_text_only(path: KeyPath, kind: type[BaseModel]) -> bool:
     """Tell whether the key at ``path`` takes text and nothing else; False for an unknown key."""
-    section = _section_at(path[:-1])
+    section = _section_at(path[:-1], kind)
     if section is None or path[-1] not in section.model_fields:
         return False
     annotation = section.model_fields[str(path[-1])].annotation
@@ -93,27 +97,28 @@ def takes_text_only(path: KeyPath) -> bool:
     return set(kinds) <= {str, types.NoneType}
 
 
-def _complaint(path: KeyPath, detail: Any) -> str:
+def _complaint(path: KeyPath, detail: Any, kind: type[BaseModel]) -> str:
     """Say what is wrong with the value at ``path`` and what would be right."""
     value, context, shown = detail["input"], detail.get("ctx", {}), _shown(detail["input"])
     match detail["type"]:
         case "extra_forbidden":
-            return f"unknown key{_nearest_key(path)}"
+            return f"unknown key{_nearest_key(path, kind)}"
         case "missing":
-            return f"missing{_description(path)}"
+            return f"missing{_description(path, kind)}"
         case "value_error":
             return detail["msg"].removeprefix("Value error, ")
         case "literal_error":
             near = did_you_mean(str(value), re.findall(r"'([^']*)'", context["expected"]))
             return f"{shown} is not {context['expected']}{near}"
-        case "tuple_type" if path == ("source",):
-            return "not a list of tables; write [[source]], with double brackets, and its keys below"
+        case "tuple_type" if _is_table_list(path, kind):
+            header = _header(path, kind)
+            return f"not a list of tables; write {header}, with double brackets, and its keys below"
         case "tuple_type":
             return f"{shown} is not a list" + (f"; write [{shown}]" if isinstance(value, str) else "")
         case "model_type":
-            return f"{shown} is not a section; write {_header(path)} and its keys below"
-        case "too_short" if path == ("source",):
-            return "no source; add [[source]] with a name and an input"
+            return f"{shown} is not a section; write {_header(path, kind)} and its keys below"
+        case "too_short" if _is_table_list(path, kind):
+            return f"no {path[-1]}; add {_header(path, kind)} with {_required_keys(path, kind)}"
         case "too_short":
             return "needs one element at least"
         case "string_type":
@@ -134,29 +139,43 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _header(path: KeyPath) -> str:
-    names = [part for part in path if isinstance(part, str)]
-    return "[[source]]" if names == ["source"] else f"[{'.'.join(names)}]"
+def _header(path: KeyPath, kind: type[BaseModel]) -> str:
+    names = tuple(part for part in path if isinstance(part, str))
+    return f"[[{'.'.join(names)}]]" if _is_table_list(names, kind) else f"[{'.'.join(names)}]"
 
 
-def _nearest_key(path: KeyPath) -> str:
+def _is_table_list(path: KeyPath, kind: type[BaseModel]) -> bool:
+    section = _section_at(path[:-1], kind)
+    info = section.model_fields.get(str(path[-1])) if section else None
+    is_tuple = info is not None and typing.get_origin(info.annotation) is tuple
+    return is_tuple and section_class(info.annotation) is not None
+
+
+def _required_keys(path: KeyPath, kind: type[BaseModel]) -> str:
+    section = _section_at(path, kind)
+    assert section is not None, f"{path}: no list of tables"
+    names = [name for name, info in section.model_fields.items() if info.is_required()]
+    return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
+
+
+def _nearest_key(path: KeyPath, kind: type[BaseModel]) -> str:
     """Suggest what was meant: a key of this section, else of another; or list what there is."""
     above, name = path[:-1], str(path[-1])
-    section = _section_at(above)
+    section = _section_at(above, kind)
     assert section is not None, f"{path}: pydantic refused a key of a section that is none"
     prefix = "".join(f"{part}." for part in above if isinstance(part, str))
     if near := did_you_mean(prefix + name, [prefix + key for key in section.model_fields], cutoff=0.8):
         return near
-    elsewhere = {key.rpartition(".")[2]: key for key in reversed(_keys(CapfiltConfig))}
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(_keys(kind))}
     if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.85):
         return f"; did you mean {elsewhere[near[0]]}?"
     if len(section.model_fields) > _MAX_LISTED_KEYS:
-        return f"; docs/config.md lists the keys of {_header(above)}"
-    return f"; {_header(above) if above else 'the file'} has {', '.join(section.model_fields)}"
+        return f"; docs/config.md lists the keys of {_header(above, kind) if above else 'the file'}"
+    return f"; {_header(above, kind) if above else 'the file'} has {', '.join(section.model_fields)}"
 
 
-def _description(path: KeyPath) -> str:
-    section = _section_at(path[:-1])
+def _description(path: KeyPath, kind: type[BaseModel]) -> str:
+    section = _section_at(path[:-1], kind)
     described = section.model_fields[str(path[-1])].description if section else None
     return f"; {described}" if described else ""
 
@@ -170,8 +189,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _section_at(path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = CapfiltConfig
+def _section_at(path: KeyPath, kind: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = kind
     for name in path:
         if isinstance(name, str):
             field_info = section.model_fields.get(name) if section else None

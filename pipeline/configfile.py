@@ -1,8 +1,8 @@
-"""A corpus's TOML file: read, overridden by ``--set``, checked as a whole, its relative paths resolved.
+"""The TOML file of a corpus or a training run: read, overridden by ``--set``, checked whole, its paths resolved.
 
 Relative paths are relative to the file's folder; in a ``--set``, to the current directory. What can be a path
-or a name (caption.model, rank.pretrained) is a path if it starts with ``./``, ``../``, ``~`` or ``/``, or if
-it exists there; "Salesforce/blip-image-captioning-large" stays a hub id.
+or a name (caption.model, rank.pretrained, language.model) is a path if it starts with ``./``, ``../``, ``~`` or
+``/``, or if it exists there; "Salesforce/blip-image-captioning-large" stays a hub id.
 """
 
 import difflib
@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.configerrors import Origin, dotted_key, mistakes, source_names, takes_text_only
 from pipeline.fingerprint import digest_json
@@ -22,13 +22,19 @@ from pipeline.nearest import did_you_mean
 from pipeline.tomllines import KeyPath, key_lines
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+
+C = TypeVar("C", CapfiltConfig, PretrainConfig)
 
 _TOML_PLACE = re.compile(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", re.DOTALL)
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CapfiltConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = CapfiltConfig) -> C:
     """Read a config file (TOML, or a run's resolved copy as JSON) and apply ``section.key=value`` overrides.
+
+    Args:
+        kind: the tree to read: a corpus's, or a training run's.
 
     Raises CapfiltError that names every mistake, each on a line of its own with the line of the file or the
     ``--set`` it is in.
@@ -42,12 +48,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CapfiltConfi
         raise CapfiltError(f"{path}: not a TOML file: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise CapfiltError(f"{path}: cannot be read: {error.strerror}; a config is one TOML file") from None
-    return parse_config(text, str(path), overrides, path.parent)
+    return parse_config(text, str(path), overrides, path.parent, kind)
 
 
 def parse_config(
-    text: str, origin: str, overrides: Sequence[str] = (), base_folder: str | Path = "."
-) -> CapfiltConfig:
+    text: str,
+    origin: str,
+    overrides: Sequence[str] = (),
+    base_folder: str | Path = ".",
+    kind: type[C] = CapfiltConfig,
+) -> C:
     """Turn TOML text into a config; ``origin`` is its name in messages, ``base_folder`` that of its paths."""
     is_json = text.lstrip().startswith("{")  # as no TOML does: a resolved copy, kept with a run
     try:
@@ -56,26 +66,27 @@ def parse_config(
         raise CapfiltError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
     except tomllib.TOMLDecodeError as error:
         raise CapfiltError(_syntax_message(str(error), origin)) from None
-    places = Origin(name=origin, lines={} if is_json else key_lines(text))
+    places = Origin(name=origin, lines={} if is_json else key_lines(text), kind=kind)
     errors = [message for override in overrides if (message := _apply(override, values, places))]
     errors += _secrets(values, places)
     config = None
     try:
         # Strict JSON is TOML's typing: an array makes a tuple, 1 is a float, but "1" and true are no numbers.
-        config = CapfiltConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+        config = kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         errors += mistakes(error, values, places)
     if errors or config is None:
         raise CapfiltError("\n".join(errors))
-    return _resolve_paths(config, places, Path(base_folder))
+    resolve = _resolve_training_paths if kind is PretrainConfig else _resolve_paths
+    return resolve(config, places, Path(base_folder))
 
 
-def dump_config(config: CapfiltConfig) -> dict[str, Any]:
+def dump_config(config: BaseModel) -> dict[str, Any]:
     """Return the resolved config as JSON values: the copy that is kept with a run."""
     return config.model_dump(mode="json")
 
 
-def config_digest(config: CapfiltConfig) -> str:
+def config_digest(config: BaseModel) -> str:
     """Return the sha256 of the resolved config."""
     return digest_json(dump_config(config))
 
@@ -102,7 +113,7 @@ def _apply(override: str, values: dict[str, Any], places: Origin) -> str | None:
     path: KeyPath = tuple(part.strip() for part in name.split("."))
     if not equals or len(path) < 2 or not all(path):
         return f"--set {override}: not of the form section.key=value"
-    if path[0] == "source":
+    if path[0] == "source" and places.kind is CapfiltConfig:
         path = _source_path(name.strip().removeprefix("source."), values)
         if not path:
             names = [name for name in source_names(values) if name]
@@ -110,12 +121,17 @@ def _apply(override: str, values: dict[str, Any], places: Origin) -> str | None:
             return (
                 f"--set {override}: not of the form source.NAME.key=value, NAME of {', '.join(names)}{near}"
             )
+    else:
+        path = _through_lists(path, values)
     table: Any = values
-    for part in path[:-1]:
+    for number, part in enumerate(path[:-1]):
         table = table.setdefault(part, {}) if isinstance(table, dict) else table[part]
+        if isinstance(table, list) and not isinstance(path[number + 1], int):
+            name = dotted_key(path[: number + 1], values)
+            return f"--set {override}: {name} is a list of {len(table)}; say which: {name}.0.key=value"
         if not isinstance(table, (dict, list)):
             return f"--set {override}: {dotted_key(path[:-1], values)} is not a section"
-    table[path[-1]] = _override_value(text.strip(), path)
+    table[path[-1]] = _override_value(text.strip(), path, places.kind)
     places.overridden[path] = override
     return None
 
@@ -129,14 +145,30 @@ def _source_path(address: str, values: dict[str, Any]) -> KeyPath:
     return ()
 
 
-def _override_value(text: str, path: KeyPath) -> Any:
+def _through_lists(path: KeyPath, values: Any) -> KeyPath:
+    """Return the path with places in lists: ``data.corpus.1.path``; a list of one needs no number."""
+    found: list[str | int] = []
+    for part in path:
+        step: str | int = part
+        if isinstance(values, list):
+            if str(part).isdigit() and int(part) < len(values):
+                step = int(part)
+            elif len(values) == 1:
+                found.append(0)
+                values = values[0]
+        found.append(step)
+        values = values.get(step) if isinstance(values, dict) else values[step] if isinstance(step, int) else None
+    return tuple(found)
+
+
+def _override_value(text: str, path: KeyPath, kind: type[BaseModel]) -> Any:
     """Return the value as TOML; as text where it is none, or where the key takes only text (revision=12)."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     value = parsed["value"]
-    is_text = len(parsed) > 1 or (takes_text_only(path) and not isinstance(value, (str, list, dict)))
+    is_text = len(parsed) > 1 or (takes_text_only(path, kind) and not isinstance(value, (str, list, dict)))
     return text if is_text else value
 
 
@@ -175,6 +207,26 @@ def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> 
             clip["model"] = _local_dir(clip["model"], base(*path, "model"))
             clip["pretrained"] = _path_or_name(clip["pretrained"], base(*path, "pretrained"))
     return CapfiltConfig.model_validate(values)
+
+
+def _resolve_training_paths(config: PretrainConfig, places: Origin, base_folder: Path) -> PretrainConfig:
+    def base(*path: str | int) -> Path:
+        return Path() if places.override_of(path) else base_folder
+
+    values = config.model_dump()
+    for name in ("output", "init_from"):
+        if text := values["run"][name]:
+            values["run"][name] = _anchored(text, base("run", name))
+    for number, corpus in enumerate(values["data"]["corpus"]):
+        corpus["path"] = _anchored(corpus["path"], base("data", "corpus", number, "path"))
+    vision = values["vision"]
+    vision["model"] = _local_dir(vision["model"], base("vision", "model"))
+    models = [("vision", "pretrained"), ("qformer", "weights"), ("qformer", "tokenizer")]
+    if config.language is not None:
+        models.append(("language", "model"))
+    for section, name in models:
+        values[section][name] = _path_or_name(values[section][name], base(section, name))
+    return PretrainConfig.model_validate(values)
 
 
 def _anchored(text: str, base: Path) -> str:

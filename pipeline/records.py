@@ -80,13 +80,17 @@ class Records:
 
     def begin_attempt(self, stage: Stage, source: str, shard: str, attempt: str, run_id: str) -> int:
         """Note that an attempt begins; return how many of this run have begun, this one included."""
-        folder = f"records/attempts/{stage}/{source}/{shard}"
-        self.storage.create(f"{folder}/{run_id}.{attempt}", b"")
-        return sum(info.path.split("/")[-1].startswith(f"{run_id}.") for info in self.storage.list(folder))
+        self.storage.create(f"{_attempts_folder(stage, source, shard)}/{run_id}.{attempt}", b"")
+        return self.attempts_begun(stage, source, shard, run_id)
+
+    def attempts_begun(self, stage: Stage, source: str, shard: str, run_id: str) -> int:
+        """Return how many attempts of this run have begun and not committed."""
+        begun = self.storage.list(_attempts_folder(stage, source, shard))
+        return sum(info.path.split("/")[-1].startswith(f"{run_id}.") for info in begun)
 
     def end_attempts(self, stage: Stage, source: str, shard: str) -> None:
         """Forget the shard's attempts and its quarantine: it is committed."""
-        for info in self.storage.list(f"records/attempts/{stage}/{source}/{shard}"):
+        for info in self.storage.list(_attempts_folder(stage, source, shard)):
             self.storage.delete(info.path)
         self.storage.delete(f"records/quarantine/{stage}/{source}/{shard}.json")
 
@@ -172,3 +176,7 @@ class _LightRecord(ShardRecord):
 
 def _shard_path(record: ShardRecord) -> str:
     return f"records/{record.stage}/{record.source}/{record.shard}.json"
+
+
+def _attempts_folder(stage: Stage, source: str, shard: str) -> str:
+    return f"records/attempts/{stage}/{source}/{shard}"

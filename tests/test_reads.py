@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
-from jobs.doctor import check_storage
+from jobs.doctor import check_compiler, check_storage
 from jobs.render import cell
 from pipeline.report import quantiles
 from schemas.errors import CapfiltError
@@ -253,6 +253,36 @@ def test_doctor_names_what_fails(tmp_path: Path) -> None:
     found = check_storage(str(tmp_path / "file" / "corpus"))
     assert (found.name, found.state) == ("storage", "fail")
     assert found.mend
+
+
+@pytest.mark.parametrize(
+    ("compiler", "found"),
+    [
+        (None, "neither gcc nor clang"),
+        ("#!/bin/sh\necho '<stdin>:1: fatal error: Python.h: No such file' >&2\nexit 1\n", "Python.h: No such file"),
+        ("no program", "Exec format error"),
+    ],
+)
+def test_doctor_says_what_torch_compile_would_miss(
+    compiler: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler is not None:
+        (tmp_path / "gcc").write_text(compiler)
+        (tmp_path / "gcc").chmod(0o755)
+    check = check_compiler(asked=True)
+    assert (check.name, check.state) == ("compiler", "fail") and found in check.found
+    assert "apt-get install" in check.mend
+    # Where no worker is to have a GPU, nothing fails.
+    assert check_compiler(asked=False).state == "warn"
+
+
+def test_doctor_tries_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cc").write_text('#!/bin/sh\nread line\n[ "$line" = "#include <Python.h>" ]\n')
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert check_compiler(asked=True).state == "ok"
 
 
 def test_cells_are_safe_and_readable() -> None:

@@ -1,0 +1,138 @@
+"""A training on a Ray cluster: Ray Train places the ranks and starts them again when a node dies."""
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from jobs.environment import WORKER_ENVIRONMENT
+from jobs.ranks import TIMEOUT_S, Outcome, gravest, say, train_as
+from pipeline.storage import temporary_folder
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import RunRecord
+from training.distributed import World
+
+# How often the ranks' lines are fetched.
+_LOOK_S = 1.0
+
+
+class _Board:
+    """What the ranks have to say, and how they ended: an actor, since Ray Train hands back numbers alone."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._outcomes: list[Outcome] = []
+
+    def tell(self, line: str) -> None:
+        self._lines.append(line)
+
+    def end(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+
+    def lines(self, first: int) -> list[str]:
+        return self._lines[first:]
+
+    def outcomes(self) -> list[Outcome]:
+        return self._outcomes
+
+
+def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcome:
+    """Train on the cluster at an address, on ``cluster.gpus`` GPUs, or all there are, or ``cpu_ranks`` CPUs.
+
+    Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
+    """
+    try:
+        dashboard = False if address == "local" else None
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    try:
+        # Waiting for nothing but calls, it takes no CPU from the ranks.
+        board = ray.remote(num_cpus=0)(_Board).remote()
+        # Ray itself tells on standard output of workers that died: that is kept for --json.
+        with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(board):
+            trainer = TorchTrainer(
+                _rank,
+                train_loop_config={"config": config.model_dump(mode="json"), "run": run.to_json(), "board": board},
+                torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=_backend(config)),
+                scaling_config=_scaling(config),
+                run_config=RunConfig(
+                    name=run.run_id,
+                    storage_path=str(folder),
+                    failure_config=FailureConfig(max_failures=config.cluster.max_restarts),
+                    worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                ),
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                say(str(error).splitlines()[0])
+        found = ray.get(board.outcomes.remote())
+        # Of those that a restart followed, only the last try counts: there, all ranks ended.
+        ended = [outcome for outcome in found if outcome.kind == "ended"]
+        return gravest(ended or found or [Outcome(kind="lost", text="every rank was killed")])
+    finally:
+        ray.shutdown()
+
+
+def _rank(settings: dict[str, Any]) -> None:
+    """Be one rank. Only what another try may mend is raised: Ray Train tries again."""
+    config, board = PretrainConfig.model_validate(settings["config"]), settings["board"]
+    world = World(get_device())
+    outcome = train_as(world, config, RunRecord.from_json(settings["run"]), tell=board.tell.remote)
+    ray.get(board.end.remote(outcome))
+    if outcome.kind == "lost":
+        raise RuntimeError(outcome.text)
+
+
+@contextmanager
+def _printed(board: Any) -> Iterator[None]:
+    """Print the board's lines here while the block runs."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        printed = 0
+        while True:
+            is_last = ended.wait(_LOOK_S)
+            lines = ray.get(board.lines.remote(printed))
+            for line in lines:
+                say(line)
+            printed += len(lines)
+            if is_last:
+                return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _num_gpus(config: PretrainConfig) -> int:
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if config.cluster.gpus > there:
+        raise CapfiltError(f"cluster.gpus = {config.cluster.gpus}, and the cluster has {there}; lower it, or set 0")
+    return config.cluster.gpus or there
+
+
+def _scaling(config: PretrainConfig) -> ScalingConfig:
+    if gpus := _num_gpus(config):
+        resources = {"GPU": 1, "CPU": config.cluster.cpus_per_gpu}
+        return ScalingConfig(num_workers=gpus, use_gpu=True, resources_per_worker=resources)
+    return ScalingConfig(num_workers=config.cluster.cpu_ranks, resources_per_worker={"CPU": 1})
+
+
+def _backend(config: PretrainConfig) -> str:
+    # Objects (which checkpoint to take) go over gloo, tensors over NCCL.
+    return "cpu:gloo,cuda:nccl" if _num_gpus(config) else "gloo"

@@ -1,0 +1,183 @@
+"""Checkpoints: committed last, checked when read, never overwritten, damaged ones passed over, on disk and S3."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.records import CheckpointRecord
+from tests.processes import ROOT
+from training.checkpoint import Checkpoints, DamagedCheckpointError, Progress, State, read_model
+
+
+def record(step: int) -> CheckpointRecord:
+    return CheckpointRecord(
+        path="",
+        stage="stage1",
+        run_id="r",
+        step=step,
+        samples=step * 8,
+        snapshot="f" * 64,
+        sha256={},
+        metrics={"loss": 1.5},
+        created_at="",
+    )
+
+
+def state(step: int) -> State:
+    values = torch.arange(12.0).reshape(3, 4) + step
+    return State(
+        progress=Progress(step=step, samples=step * 8, snapshot="f" * 64, config={"run": {"seed": 3}}, world_size=1),
+        model={"layer.weight": values, "temp": torch.tensor(0.07)},
+        optimizer={"layer.weight.exp_avg": values.mT, "layer.weight.step": torch.tensor(float(step))},
+    )
+
+
+def save(checkpoints: Checkpoints, step: int, keep_last: int = 9, asynchronous: bool = False) -> list[CheckpointRecord]:
+    made: list[CheckpointRecord] = []
+    options = {"asynchronous": asynchronous, "keep_last": keep_last, "committed": made.append}
+    checkpoints.save(state(step), record(step), **options)
+    return made
+
+
+def folders(checkpoints: Checkpoints) -> set[str]:
+    return {info.path.partition("/")[0] for info in checkpoints.storage.list("") if "/" in info.path}
+
+
+def test_what_is_saved_is_read(root: str) -> None:
+    checkpoints = Checkpoints(root)
+    assert checkpoints.newest_good(print) is None
+    (made,) = save(checkpoints, 5)
+    assert made == checkpoints.newest_good(print) == replace(
+        record(5), path=made.path, sha256=made.sha256, created_at=made.created_at
+    )
+    found, expected = checkpoints.read(made), state(5)
+    assert found.progress == expected.progress
+    for part in ("model", "optimizer"):
+        tensors, wanted = getattr(found, part), getattr(expected, part)
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+
+
+def test_the_model_is_a_safetensors_file_of_its_own(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (made,) = save(checkpoints, 5)
+    model = load_file(tmp_path / made.path / "model-00001-of-00002.safetensors")
+    assert set(model) == {"model.layer.weight", "model.temp"}
+    assert json.loads((tmp_path / made.path / "training.json").read_text())["step"] == 5
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.metadata"))
+
+
+def test_the_state_is_copied_before_training_goes_on(tmp_path: Path) -> None:
+    checkpoints, live = Checkpoints(str(tmp_path)), state(5)
+    options = {"asynchronous": True, "keep_last": 2, "committed": lambda made: None}
+    checkpoints.save(live, record(5), **options)
+    live.model["layer.weight"].zero_()
+    live.optimizer["layer.weight.exp_avg"].zero_()
+    checkpoints.wait()
+    found = checkpoints.read(checkpoints.committed()[0])
+    assert torch.equal(found.model["layer.weight"], state(5).model["layer.weight"])
+    assert torch.equal(found.optimizer["layer.weight.exp_avg"], state(5).optimizer["layer.weight.exp_avg"])
+
+
+def test_the_last_k_are_kept(root: str) -> None:
+    checkpoints = Checkpoints(root)
+    for step in (5, 10, 15, 20):
+        save(checkpoints, step, keep_last=2)
+    assert [one.step for one in checkpoints.committed()] == [15, 20]
+    assert folders(checkpoints) == {one.path for one in checkpoints.committed()}
+
+
+def test_a_step_made_again_is_another_attempt(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (first,), (second,) = save(checkpoints, 5), save(checkpoints, 5)
+    assert first.path != second.path
+    assert checkpoints.newest_good(print) == second
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "folder gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(root: str, damage: str) -> None:
+    checkpoints, told = Checkpoints(root), []
+    (good,), (bad,) = save(checkpoints, 5), save(checkpoints, 10)
+    storage, path = Storage(root), f"{bad.path}/model-00002-of-00002.safetensors"
+    data = storage.read(path)
+    match damage:
+        case "cut":
+            storage.write(path, data[:-4])
+        case "flipped":
+            storage.write(path, data[:-1] + bytes([data[-1] ^ 1]))
+        case "gone":
+            storage.delete(path)
+        case "folder gone":
+            for name in bad.sha256:
+                storage.delete(f"{bad.path}/{name}")
+    assert checkpoints.newest_good(told.append) == good
+    assert len(told) == 1 and bad.path in told[0] and "taking the one before" in told[0]
+    with pytest.raises(DamagedCheckpointError, match=bad.path):
+        checkpoints.read(bad)
+
+
+def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (bad,) = save(checkpoints, 5)
+    (tmp_path / bad.path / "training.json").write_text("{}")
+    with pytest.raises(CapfiltError, match=r"each of its 1 checkpoints is damaged"):
+        checkpoints.newest_good(lambda text: None)
+
+
+def test_without_its_record_a_checkpoint_is_none(root: str) -> None:
+    checkpoints = Checkpoints(root)
+    (good,), (torn,) = save(checkpoints, 5), save(checkpoints, 10)
+    checkpoints.storage.delete(f"{torn.path}.json")
+    checkpoints.storage.write("metrics.jsonl", b"")
+    checkpoints.storage.write("config.json", b"{}")
+    assert checkpoints.newest_good(print) == good
+    checkpoints.remove_unfinished()
+    assert folders(checkpoints) == {good.path}
+    assert {info.path for info in checkpoints.storage.list("")} >= {"metrics.jsonl", "config.json", f"{good.path}.json"}
+
+
+_TOO_LARGE = """
+import resource, sys, torch
+from dataclasses import replace
+from tests.test_checkpoint import *
+checkpoints = Checkpoints(sys.argv[1])
+save(checkpoints, 5)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk with so much room
+large = replace(state(10), model={"w": torch.zeros(100_000)})
+try:
+    checkpoints.save(large, record(10), asynchronous=True, keep_last=1, committed=print)
+    checkpoints.wait()
+except OSError as error:
+    print(type(error).__name__, error.strerror)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", _TOO_LARGE, str(tmp_path)]
+    printed = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert printed.strip() == "OSError File too large"
+    checkpoints = Checkpoints(str(tmp_path))
+    assert [one.step for one in checkpoints.committed()] == [5]
+    assert folders(checkpoints) == {checkpoints.committed()[0].path}
+    checkpoints.read(checkpoints.committed()[0])
+
+
+def test_a_model_is_read_by_run_folder_or_record(root: str) -> None:
+    checkpoints = Checkpoints(root)
+    (first,), (second,) = save(checkpoints, 5), save(checkpoints, 10)
+    for path in (f"{root}/{first.path}", f"{root}/{first.path}.json", f"{root}/{first.path}/"):
+        found, held = read_model(path)
+        assert (found, held.progress.step) == (first, 5)
+    assert read_model(root)[0] == second
+    with pytest.raises(CapfiltError, match="no checkpoint there"):
+        read_model(f"{root}/elsewhere")
+    with pytest.raises(CapfiltError, match="no checkpoint there"):
+        read_model(f"{root}/{first.path[:-1]}0")

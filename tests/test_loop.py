@@ -1,0 +1,308 @@
+"""The loop on a small stage: resume, checkpoints and metrics, and every way in which training can end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.errors import CapfiltError
+from tests.processes import ROOT
+from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
+from training.loop import Loop, TrainingStopped
+from training.metrics import FILE, JsonLines, Speedometer
+
+
+def weights(loop: Loop) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in loop.stage.trainable_state().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_reports_every_step_and_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    sink = Kept()
+    loop = make_loop(config(tmp_path), sinks=[sink])
+    summary = loop.run(batches())
+    assert (summary.outcome, summary.step, summary.samples) == ("done", 10, 10 * BATCH_SIZE)
+    assert sink.of("step") == list(range(1, 11))
+    assert sink.of("samples") == [BATCH_SIZE * step for step in range(1, 11)]
+    for name in ("loss", "temperature", "gradient_norm", "samples_per_s", "peak_memory_gb"):
+        assert all(value > 0 for value in sink.of(name)), name
+    assert all(0 <= share <= 1 for share in sink.of("data_wait_share"))
+    assert sink.of("mfu") == [None] * 10  # of a CPU there is no data sheet
+    assert sink.of("lr") == [loop.schedule.lr(step) for step in range(10)]
+    assert [record.step for record in loop.checkpoints.committed()] == [5, 10]
+    assert summary.checkpoint == loop.checkpoints.committed()[-1].path
+    assert sink.of("loss")[-1] < sink.of("loss")[0]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, asynchronous: bool) -> None:
+    settings = {"checkpoint": {"every_steps": 5, "asynchronous": asynchronous}}
+    whole, sink = make_loop(config(tmp_path / "a", **settings)), Kept()
+    whole.sinks = [sink]
+    whole.run(batches())
+
+    stops = iter([False] * 4 + [True])
+    first, before = make_loop(config(tmp_path / "b", **settings), stop_asked=lambda: next(stops)), Kept()
+    first.sinks = [before]
+    assert first.run(batches()).outcome == "interrupted"
+    torch.manual_seed(99)
+    second, after = make_loop(config(tmp_path / "b", **settings)), Kept()
+    second.sinks = [after]
+    record = second.checkpoints.newest_good(print)
+    second.resume(second.checkpoints.read(record), record)
+    summary = second.run(batches(second.samples))
+    assert (summary.resumed_from, summary.step) == (5, 10)
+    assert before.of("loss") + after.of("loss") == sink.of("loss")
+    assert before.of("gradient_norm") + after.of("gradient_norm") == sink.of("gradient_norm")
+    assert_equal(weights(second), weights(whole))
+    states = [loop.checkpoints.read(loop.checkpoints.committed()[-1]) for loop in (second, whole)]
+    assert_equal(states[0].optimizer, states[1].optimizer)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_take_it(tmp_path: Path) -> None:
+    loop = make_loop(config(tmp_path), SmallStage(explode_at=8))
+    with pytest.raises(TrainingStopped, match=r"step 8: loss is nan, gradient_norm is nan; stopped") as stopped:
+        loop.run(batches())
+    (kept,) = loop.checkpoints.committed()
+    assert kept.step == 5
+    assert loop.checkpoints.storage.url(kept.path) in str(stopped.value)
+    assert all(tensor.isfinite().all() for tensor in loop.stage.trainable_state().values())
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    stage = SmallStage()
+    stage.training_step = lambda batch, micro: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="size") as fault:
+        make_loop(config(tmp_path), stage).run(batches())
+    assert not isinstance(fault.value, TrainingStopped)
+
+
+def test_full_memory_names_the_key(tmp_path: Path) -> None:
+    def full(batch: object, micro: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    stage = SmallStage()
+    stage.training_step = full
+    with pytest.raises(TrainingStopped, match=r"memory is full .*performance\.micro_batch_size"):
+        make_loop(config(tmp_path), stage).run(batches())
+
+
+def test_accumulation_gives_the_same_gradient(tmp_path: Path) -> None:
+    def norms(micro: int) -> list[float]:
+        stage = SmallStage().eval()
+        stage.train = lambda mode=True: stage
+        sink = Kept()
+        settings = config(tmp_path / str(micro), performance={"micro_batch_size": micro})
+        make_loop(settings, stage, sinks=[sink]).run(batches())
+        return sink.of("gradient_norm")
+
+    assert norms(1) == pytest.approx(norms(0), rel=1e-4)
+
+
+def test_a_probe_reports_and_changes_nothing(tmp_path: Path) -> None:
+    plain, probed = Kept(), Kept()
+    make_loop(config(tmp_path / "a"), sinks=[plain]).run(batches())
+    settings = config(tmp_path / "b", probe={"every_steps": 4})
+
+    def probe() -> dict[str, float]:
+        loop.stage.eval()
+        return {"itm_accuracy": torch.rand(()).item()}
+
+    loop = make_loop(settings, sinks=[probed], probe=probe)
+    loop.run(batches())
+    looks = [line for line in probed.lines if "probe_itm_accuracy" in line]
+    assert [line["step"] for line in looks] == [4, 8]
+    assert [line["loss"] for line in probed.lines if "loss" in line] == plain.of("loss")
+
+
+def test_metrics_and_checkpoints_as_seldom_as_told(tmp_path: Path) -> None:
+    sink = Kept()
+    loop = make_loop(config(tmp_path, metrics={"every_steps": 4}, checkpoint={"every_steps": 100}), sinks=[sink])
+    loop.run(batches())
+    assert sink.of("step") == [4, 8, 10]
+    assert [record.step for record in loop.checkpoints.committed()] == [10]
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    loop = make_loop(config(tmp_path))
+    loop.run(batches())
+    again = make_loop(config(tmp_path))
+    record = again.checkpoints.newest_good(print)
+    again.resume(again.checkpoints.read(record), record)
+    assert again.run(iter(())).step == 10
+    assert len(again.checkpoints.committed()) == 2
+
+
+# -- metrics -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+def test_json_lines_hold_each_step_once(folder: str) -> None:
+    from pipeline.storage import Storage
+
+    storage = Storage(folder)
+    lines = JsonLines(storage, after_step=0)
+    for step in range(1, 8):
+        lines.write(step, {"loss": 1.0 / step, "mfu": None, "lr": math.inf})
+    lines.close()
+    storage.write(FILE, storage.read(FILE) + b'{"step": 8, "lo')
+    lines = JsonLines(storage, after_step=5)
+    for step in range(6, 10):
+        lines.write(step, {"loss": 2.0})
+    lines.flush()
+    found = [json.loads(line) for line in storage.read(FILE).decode().splitlines()]
+    assert [line["step"] for line in found] == list(range(1, 10))
+    assert found[0] == {"step": 1, "loss": 1.0, "mfu": None, "lr": None}
+    assert found[6]["loss"] == 2.0
+    lines.close()
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
+    from pipeline.storage import Storage
+
+    lines = JsonLines(Storage(str(tmp_path)), after_step=0)
+    with pytest.raises(CapfiltError, match="another process trains this run"):
+        JsonLines(Storage(str(tmp_path)), after_step=0)
+    lines.close()
+    JsonLines(Storage(str(tmp_path)), after_step=0).close()
+
+
+def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401 (its format is TFRecord)
+
+    from training.metrics import TensorBoard
+
+    board = TensorBoard(str(tmp_path))
+    board.write(3, {"loss": 0.5, "mfu": None})
+    board.close()
+    (file,) = tmp_path.glob("events.*")
+    data, values = file.read_bytes(), {}
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        values |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        data = data[16 + size :]
+    assert values == {(3, "loss"): 0.5}
+
+
+def test_wandb_offline_takes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.metrics import Wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    board = Wandb("capfilt-test", "small", "abc123", {"run": {"name": "small"}}, str(tmp_path))
+    board.write(1, {"loss": 0.5, "mfu": None})
+    board.close()
+    assert list(tmp_path.glob("wandb/offline-run-*-abc123/*.wandb"))
+
+
+def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.0, 102.0])
+    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(clock))
+    speed = Speedometer(torch.device("cpu"), 1e9, 1)
+    speed.add(30, 0.5)
+    speed.add(30, 0.5)
+    report = speed.report()
+    assert (report["samples_per_s"], report["data_wait_share"], report["mfu"]) == (30.0, 0.5, None)
+
+
+# -- kills ---------------------------------------------------------------------------------------------------
+
+_FOREVER = """
+import sys
+from pathlib import Path
+from tests.small_stage import *
+from pipeline.storage import Storage
+from training.metrics import JsonLines
+settings = config(Path(sys.argv[1]), optim={"steps": int(sys.argv[2])}, checkpoint={"every_steps": 20})
+loop = make_loop(settings)
+record = loop.checkpoints.newest_good(print)
+if record:
+    loop.resume(loop.checkpoints.read(record), record)
+loop.sinks = [JsonLines(loop.checkpoints.storage, after_step=loop.step)]
+loop.checkpoints.remove_unfinished()
+loop.run(batches(loop.samples))
+"""
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from tests.small_stage import *
+from training.loop import TrainingStopped
+loop = make_loop(config(Path(sys.argv[1]), checkpoint={"every_steps": 5, "asynchronous": sys.argv[2] == "later"}))
+
+def fill_disk() -> bool:
+    if loop.step == 7:
+        loop.checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    return False
+
+loop.stop_asked = fill_disk
+try:
+    loop.run(batches())
+except TrainingStopped as stopped:
+    print(stopped)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["now", "later"])
+def test_a_full_disk_stops_in_words_and_keeps_the_checkpoint(tmp_path: Path, when: str) -> None:
+    arguments = [sys.executable, "-c", _FULL_DISK, str(tmp_path), when]
+    printed = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    (kept,) = make_loop(config(tmp_path)).checkpoints.committed()
+    assert kept.step == 5
+    assert f"cannot write to {tmp_path}/run (File too large" in printed
+    assert f"The last checkpoint is {tmp_path}/run/{kept.path}. Make room and run the same command" in printed
+
+
+def start(folder: Path, steps: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", _FOREVER, str(folder), str(steps)], cwd=ROOT)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "run" / FILE).read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_costs_only_time(tmp_path: Path) -> None:
+    steps = 1_500
+    assert start(tmp_path / "whole", steps).wait() == 0
+    kills = 0
+    for wait_s in (0.2, 0.4, 0.6):
+        process = start(tmp_path / "killed", steps)
+        metrics = tmp_path / "killed" / "run" / FILE
+        while not metrics.exists() or metrics.stat().st_size < 100:
+            time.sleep(0.05)
+        time.sleep(wait_s)
+        os.kill(process.pid, signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "killed", steps).wait() == 0
+    assert kills >= 2
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ends = []
+    for name in ("whole", "killed"):
+        checkpoints = make_loop(config(tmp_path / name)).checkpoints
+        ends.append(checkpoints.read(checkpoints.committed()[-1]))
+        folders = {path.name for path in (tmp_path / name / "run").iterdir() if path.is_dir()}
+        assert folders == {record.path for record in checkpoints.committed()}
+    assert_equal(ends[0].model, ends[1].model)
+    assert_equal(ends[0].optimizer, ends[1].optimizer)

@@ -1,0 +1,81 @@
+"""The plan of a training: counts to the unit for every recipe, without weights, with and without the corpus."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.configfile import load_config
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from tests.corpora import make_corpus
+from tests.processes import cli
+from tests.tiny_training import tiny_config
+from training.plan import plan
+
+RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+
+# Trainable parameters: LAVIS's modules counted, of which two its training logs print. Then samples, in millions, and
+# GFLOP a sample, counted by hand from the shapes (to a few per cent).
+PUBLISHED = {
+    "blip2-stage1-vitg": (186_705_470, 420.0, 701),
+    "blip2-stage1-vitl": (183_165_758, 580.0, 330),
+    "blip2-stage2-vitg-opt2.7b": (107_133_696, 153.6, 1110),
+    "blip2-stage2-vitl-opt2.7b": (103_593_984, 153.6, 739),
+    "blip2-stage2-vitg-opt6.7b": (108_314_880, 153.6, 1943),
+    "blip2-stage2-vitl-opt6.7b": (104_775_168, 153.6, 1572),
+    "blip2-stage2-vitg-flant5xl": (106_739_968, 121.6, 868),
+    "blip2-stage2-vitl-flant5xl": (103_200_256, 121.6, 497),
+    "blip2-stage2-vitg-flant5xxl": (108_314_880, 121.6, 1785),
+    "blip2-stage2-vitl-flant5xxl": (104_775_168, 121.6, 1414),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_trains_what_the_paper_trains(name: str) -> None:
+    path = RECIPES / f"{name}.toml"
+    found = plan(load_config(path, kind=PretrainConfig))
+    trainable, samples, gflop = PUBLISHED[name]
+    assert found["trainable_parameters"] == trainable
+    assert found["samples"] == samples * 1e6
+    assert found["gflop_per_sample"] == pytest.approx(gflop, rel=0.03)
+    seconds = samples * 1e6 * found["gflop_per_sample"] * 1e9 / (0.5 * 790e12)
+    assert found["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3)
+    assert found["memory_gb"]["total"] < 80
+    assert not found["data"]["found"]
+    # What the file's opening says is what the plan says.
+    opening = " ".join(line.strip("# ") for line in path.read_text().split("\n\n")[0].splitlines())
+    assert f"{trainable:,} parameters" in opening
+    assert f"{found['gpu_hours']:,.0f} GPU-hours" in opening
+    assert f"about {found['memory_gb']['total']:,.0f} GB" in opening
+
+
+def test_every_training_recipe_is_planned() -> None:
+    assert {path.stem for path in RECIPES.glob("blip2-stage*.toml")} == set(PUBLISHED)
+
+
+def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> None:
+    recipe = RECIPES / "blip2-stage1-vitl.toml"
+    settings = ["--set", f"data.corpus.path={tmp_path}/none", "--set", f"run.output={tmp_path}/out"]
+    printed = cli("pretrain", "-c", str(recipe), "--dry-run", "--json", *settings)
+    assert printed.returncode == 0, printed.stderr
+    assert json.loads(printed.stdout)["trainable_parameters"] == 183_165_758
+    assert list(tmp_path.iterdir()) == []
+    text = cli("pretrain", "-c", str(recipe), "--dry-run", *settings).stdout
+    assert "183,165,758 parameters" in text and "is not there yet" in text
+
+
+def test_the_corpus_is_looked_at_when_it_is_there(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path / "corpus")
+    assert plan(config)["data"] == {"found": False, "paths": [str(tmp_path / "corpus")]}
+    make_corpus(str(tmp_path / "corpus"))
+    data = plan(config)["data"]
+    assert (data["found"], data["images"], data["shards"], data["sources"]) == (True, 18, 2, {"cc": 18})
+    assert data["epochs"] == pytest.approx(64 / 18, abs=0.01)
+    lavis = tiny_config(tmp_path, tmp_path / "corpus", optim={"preset": "lavis", "steps": None})
+    assert plan(lavis)["steps"] == 23  # ten epochs of 18 images, 8 at once
+
+
+def test_lavis_without_corpus_or_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CapfiltError, match=r"optim\.steps"):
+        plan(tiny_config(tmp_path, tmp_path / "corpus", optim={"preset": "lavis", "steps": None}))

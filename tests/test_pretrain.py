@@ -1,0 +1,422 @@
+"""Training runs through the command line and on real models: exact resume, restarts, refusals, lineage."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.cli import main
+from jobs.pretrain import pretrain
+from pipeline.lineage import trace_checkpoint
+from pipeline.manifest import Manifest
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from tests.corpora import make_corpus
+from tests.processes import cli, descendants, kill, start_cli
+from tests.tiny_training import tiny_config
+from training.checkpoint import Checkpoints, State, read_model
+from training.metrics import FILE
+
+Make = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a corpus of 36 curated images and, once a config asked for them, tiny models."""
+    folder = tmp_path_factory.mktemp("made")
+    make_corpus(str(folder / "corpus"), shards=2, images=24)
+    return folder
+
+
+@pytest.fixture
+def make(made: Path, tmp_path: Path) -> Make:
+    """Return configs of runs that write below ``tmp_path``; the corpus is shared, and its manifest grows."""
+
+    def tiny(**sections: dict[str, Any]) -> PretrainConfig:
+        sections["run"] = {"output": str(tmp_path / "out")} | sections.get("run", {})
+        stage = sections["run"].pop("stage", 1)
+        corpus = sections.pop("corpus", made / "corpus")
+        return tiny_config(made, corpus, stage, **sections)
+
+    return tiny
+
+
+def in_file(config: PretrainConfig, folder: Path) -> str:
+    path = folder / f"{config.run.name}.json"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    return str(path)
+
+
+def folder_of(config: PretrainConfig) -> Path:
+    return Path(config.run.output) / f"stage{config.run.stage}" / config.run.name
+
+
+def metrics(config: PretrainConfig) -> list[dict]:
+    return [json.loads(line) for line in (folder_of(config) / FILE).read_text().splitlines()]
+
+
+def losses(config: PretrainConfig) -> list[tuple]:
+    names = ("step", "samples", "loss", "itc", "itm", "itg", "gradient_norm")
+    return [tuple(line.get(name) for name in names) for line in metrics(config)]
+
+
+def last_state(config: PretrainConfig) -> State:
+    return read_model(str(folder_of(config)))[1]
+
+
+def assert_equal(one: State, other: State) -> None:
+    assert one.progress.samples == other.progress.samples
+    for part in ("model", "optimizer"):
+        tensors, others = getattr(one, part), getattr(other, part)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen) -> None:
+    path = folder_of(config) / FILE
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# -- what a run leaves ---------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_metrics_and_rows(make: Make, made: Path) -> None:
+    config = make(run={"name": "whole"}, probe={"every_steps": 4, "images": 4}, data={"held_out": 8})
+    summary = pretrain(config)
+    assert (summary.outcome, summary.step, summary.samples) == ("done", 8, 64)
+    steps = [line["step"] for line in metrics(config) if "loss" in line]
+    assert steps == list(range(1, 9))
+    assert {line["step"] for line in metrics(config) if "probe_itm_accuracy" in line} == {4, 8}
+    resolved = json.loads((folder_of(config) / "config.json").read_text())
+    assert (resolved["optim"]["min_lr"], resolved["optim"]["betas"]) == (0.0, [0.9, 0.98])
+    manifest = Manifest(Storage(str(made / "corpus")))
+    rows = manifest.query(f"SELECT * FROM checkpoints WHERE run_id = '{summary.run_id}' ORDER BY step").dicts()
+    assert [row["step"] for row in rows] == [4, 8]
+    record, state = read_model(str(folder_of(config)))
+    assert rows[1]["path"] == str(folder_of(config) / record.path)
+    assert rows[1]["snapshot"] == record.snapshot == state.progress.snapshot
+    (run,) = manifest.query(f"SELECT command, outcome FROM runs WHERE run_id = '{summary.run_id}'").dicts()
+    assert run == {"command": "pretrain", "outcome": "done"}
+
+
+def test_checkpoints_lie_in_the_corpus_unless_told(make: Make, tmp_path: Path) -> None:
+    make_corpus(str(tmp_path / "corpus"))
+    config = make(run={"output": ""}, corpus=tmp_path / "corpus")
+    summary = pretrain(config)
+    assert summary.folder == str(tmp_path / "corpus" / "checkpoints" / "stage1" / "tiny")
+    manifest = Manifest(Storage(str(tmp_path / "corpus")))
+    (path,) = manifest.query("SELECT path FROM checkpoints WHERE step = 8").rows[0]
+    assert path == f"checkpoints/stage1/tiny/{summary.checkpoint}"
+
+
+def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, made: Path) -> None:
+    config = make(run={"name": "traced"})
+    summary = pretrain(config)
+    found = trace_checkpoint(f"{summary.folder}/{summary.checkpoint}")
+    assert found["checkpoint"]["step"] == 8
+    (source,) = found["sources"]
+    assert (source["source"], source["shards"], source["images"], source["urls"]) == ("cc", 2, 36, 48)
+    assert {shard["tar"] for shard in found["shards"]} == {"curated/cc/00000.tar", "curated/cc/00001.tar"}
+    assert [row["stage"] for row in found["stages"]][:5] == ["urls", "crawl", "caption", "rank", "select"]
+    assert [model["kind"] for model in found["models"]] == ["captioner", "ranker"]
+    assert len(found["runs"]) == 1
+    printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
+    assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
+    refused = cli("trace", f"{summary.folder}/step-00000001.000000000000")
+    assert refused.returncode == 2 and "no checkpoint there" in refused.stderr
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_stage_2_goes_on_from_stage_1(make: Make, family: str) -> None:
+    first = make(run={"name": "first"}, optim={"steps": 4})
+    pretrain(first)
+    second = make(
+        run={"name": f"second-{family}", "stage": 2, "init_from": str(folder_of(first))},
+        language={"family": family},
+        optim={"steps": 4},
+    )
+    assert pretrain(second).step == 4
+    assert all(line["loss"] > 0 for line in metrics(second))
+    before, after = last_state(first).model, last_state(second).model
+    assert f"{family}_proj.weight" in after and "itm_head.weight" not in after
+    assert after.keys() - before.keys() == {f"{family}_proj.weight", f"{family}_proj.bias"}
+
+
+def test_a_run_on_s3_resumes_there(make: Make, s3_root: str) -> None:
+    config = make(run={"name": "remote", "output": s3_root}, optim={"steps": 8})
+    pretrain(config)
+    folder = f"{s3_root}/stage1/remote"
+    checkpoints = Checkpoints(folder)
+    *_, last = checkpoints.committed()
+    checkpoints.storage.delete(f"{last.path}.json")
+    summary = pretrain(config)
+    assert (summary.resumed_from, summary.step) == (4, 8)
+    lines = checkpoints.storage.read(FILE).decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+
+
+# -- resume --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_kill_twenty_is_forty(make: Make, tmp_path: Path) -> None:
+    settings = {"optim": {"steps": 40}, "checkpoint": {"every_steps": 10, "asynchronous": True}}
+    whole, killed = make(run={"name": "whole"}, **settings), make(run={"name": "killed"}, **settings)
+    assert cli("pretrain", "-c", in_file(whole, tmp_path)).returncode == 0
+    process = start_cli("pretrain", "-c", in_file(killed, tmp_path))
+    wait_for_steps(killed, 23, process)
+    assert kill(process.pid)
+    assert process.wait() == -signal.SIGKILL
+    resumed = cli("pretrain", "-c", in_file(killed, tmp_path), "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["resumed_from"] in (20, 30)
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == 40
+    assert_equal(last_state(killed), last_state(whole))
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make, tmp_path: Path) -> None:
+    config = make(run={"name": "asked"}, optim={"steps": 400}, checkpoint={"every_steps": 400})
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    wait_for_steps(config, 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in output
+    assert last_state(config).progress.step == len(losses(config)) >= 5
+
+
+def _take_back_to(config: PretrainConfig, step: int) -> None:
+    """Undo a run's checkpoints after a step."""
+    for record in Checkpoints(str(folder_of(config))).committed():
+        if record.step > step:
+            (folder_of(config) / f"{record.path}.json").unlink()
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_sees_the_same_samples(make: Make) -> None:
+    settings = {"qformer": {"dropout": 0.0}, "run": {"name": "one"}}
+    one = make(**settings)
+    pretrain(one)
+    two = make(**settings | {"run": {"name": "two"}}, cluster={"cpu_ranks": 2})
+    pretrain(two)
+    _take_back_to(two, 4)
+    assert pretrain(two.model_copy(update={"cluster": one.cluster})).resumed_from == 4
+    found, expected = losses(two), losses(one)
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row[2:] == pytest.approx(other[2:], rel=2e-3)
+
+
+def test_a_damaged_checkpoint_is_passed_over(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make(run={"name": "damaged"})
+    pretrain(config)
+    before, newest = last_state(config), Checkpoints(str(folder_of(config))).committed()[-1]
+    path = folder_of(config) / newest.path / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert pretrain(config).resumed_from == 4
+    assert f"{path} has another sha256 than its record; taking the one before" in capsys.readouterr().err
+    assert_equal(last_state(config), before)
+    assert [line[0] for line in losses(config)] == list(range(1, 9))
+
+
+def test_a_finished_run_is_left_as_it_is(make: Make) -> None:
+    config = make(run={"name": "finished"})
+    pretrain(config)
+    files = {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")}
+    summary = pretrain(config)
+    assert (summary.outcome, summary.step, summary.resumed_from) == ("done", 8, 8)
+    assert {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")} == files
+
+
+def test_a_grown_corpus_does_not_change_a_run(make: Make, tmp_path: Path) -> None:
+    whole = make(run={"name": "as-it-was"})
+    pretrain(whole)
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=2, images=24)
+    config = make(run={"name": "grown"}, corpus=tmp_path / "corpus")
+    pretrain(config)
+    _take_back_to(config, 4)
+    corpus.add_urls("cc", ["00002"], 12, batch=1)
+    corpus.make("cc", "00002")
+    assert pretrain(config).resumed_from == 4
+    assert losses(config) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("optim", "peak_lr", 0.01), ("run", "seed", 8), ("data", "flip", False), ("qformer", "dropout", 0.2)],
+)
+def test_a_key_that_changes_what_is_learnt_is_refused(make: Make, section: str, key: str, value: Any) -> None:
+    config = make(run={"name": "changed"})
+    pretrain(config)
+    changed = getattr(config, section).model_copy(update={key: value})
+    with pytest.raises(CapfiltError, match=rf"began with another config \({section}\.{key}: .* -> {value!r}\)"):
+        pretrain(config.model_copy(update={section: changed}))
+
+
+def test_keys_of_speed_may_change(make: Make) -> None:
+    config = make(run={"name": "faster"}, optim={"steps": 8})
+    pretrain(config)
+    _take_back_to(config, 4)
+    changed = make(run={"name": "faster"}, performance={"micro_batch_size": 4}, checkpoint={"keep_last": 1})
+    assert pretrain(changed).resumed_from == 4
+    assert [record.step for record in Checkpoints(str(folder_of(config))).committed()] == [8]
+
+
+# -- ranks that die ------------------------------------------------------------------------------------------
+
+
+def _ranks(pid: int, command_has: str = "spawn_main") -> list[int]:
+    """Return the processes of the ranks, in the order of their start."""
+    found = []
+    for child in sorted(descendants(pid)):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if command_has in command:
+            found.append(child)
+    return found
+
+
+@pytest.mark.slow
+def test_a_dead_rank_restarts_all_from_the_checkpoint(make: Make, tmp_path: Path) -> None:
+    settings = {"optim": {"steps": 30}, "checkpoint": {"every_steps": 5}, "cluster": {"cpu_ranks": 2}}
+    whole, config = make(run={"name": "whole"}, **settings), make(run={"name": "restarted"}, **settings)
+    pretrain(whole)
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
+    wait_for_steps(config, 7, process)
+    assert kill(_ranks(process.pid)[1])
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "restart 1 of 3, from the last checkpoint" in errors
+    assert json.loads(output)["step"] == 30
+    assert losses(config) == losses(whole)
+    assert_equal(last_state(config), last_state(whole))
+
+
+@pytest.mark.slow
+def test_without_restarts_a_dead_rank_ends_the_run_in_words(make: Make, tmp_path: Path) -> None:
+    cluster = {"cpu_ranks": 2, "max_restarts": 0}
+    config = make(run={"name": "dead"}, optim={"steps": 400}, checkpoint={"every_steps": 5}, cluster=cluster)
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    wait_for_steps(config, 12, process)
+    ranks = _ranks(process.pid)
+    assert kill(ranks[1])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "another rank is gone" in errors or "rank 1 was killed (SIGKILL)" in errors
+    assert "Traceback" not in errors
+    assert last_state(config).progress.step >= 5
+    assert not Path(f"/proc/{ranks[0]}").exists()
+
+
+@pytest.mark.slow
+def test_ray_train_does_the_same_and_survives_a_killed_worker(make: Make, tmp_path: Path) -> None:
+    settings = {"optim": {"steps": 40}, "checkpoint": {"every_steps": 5}}
+    whole = make(run={"name": "here"}, **settings, cluster={"cpu_ranks": 2})
+    pretrain(whole)
+    config = make(run={"name": "ray"}, **settings, cluster={"cpu_ranks": 2, "address": "local"})
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
+    wait_for_steps(config, 7, process)
+    assert kill(_ranks(process.pid, "ray::RayTrainWorker")[-1])
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "goes on after step" in errors
+    summary = json.loads(output)
+    assert (summary["outcome"], summary["step"]) == ("done", 40)
+    assert summary["resumed_from"] >= 5
+    assert losses(config) == losses(whole)
+    assert_equal(last_state(config), last_state(whole))
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_ranks_is_the_users_message(make: Make) -> None:
+    config = make(run={"name": "uneven"}, optim={"batch_size": 7}, cluster={"cpu_ranks": 2})
+    with pytest.raises(CapfiltError, match=r"optim\.batch_size.*2 ranks"):
+        pretrain(config)
+    assert not folder_of(config).exists()
+
+
+@pytest.mark.slow
+def test_numbers_that_are_none_stop_with_the_step_and_the_checkpoint(make: Make, tmp_path: Path) -> None:
+    optim = {"steps": 30, "peak_lr": 1e20, "warmup_steps": 3, "warmup_lr": 0.0, "eps": 1e-30}
+    config = make(run={"name": "wild"}, optim=optim, checkpoint={"every_steps": 1, "asynchronous": True})
+    ended = cli("pretrain", "-c", in_file(config, tmp_path))
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("capfilt: ")]
+    kept = Checkpoints(str(folder_of(config))).committed()[-1]
+    assert f"step {kept.step + 1}: " in line and (" is nan" in line or " is inf" in line)
+    assert f"{folder_of(config)}/{kept.path}" in line
+    read_model(str(folder_of(config)))
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def _broken_shard(corpus: Path) -> None:
+    path = corpus / "curated" / "cc" / "00000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"vision": {"model": "local-dir:/nowhere/clip"}}, "/nowhere/clip"),
+        ({"qformer": {"weights": "/nowhere/bert"}}, "qformer.weights"),
+        ({"qformer": {"layers": 6}}, "qformer.weights"),
+        ({"data": {"corpus": [{"path": "/nowhere/corpus"}]}}, "/nowhere/corpus"),
+        ({"run": {"init_from": "/nowhere/run"}}, "/nowhere/run: no checkpoint there"),
+        ({"run": {"init_from": "other"}}, "lacks|shape|missing|no checkpoint of this stage 1 model"),
+        ({"run": {"stage": 2}}, "run.init_from: not set; stage 2 goes on from a stage 1"),
+        ({"probe": {"every_steps": 4}}, "probe.every_steps: there are no images for the probe; set data.held_out"),
+        ({"cluster": {"gpus": 64}}, "cluster.gpus = 64, and this machine has"),
+        ({"corpus": "broken"}, "00000.tar"),
+        ({"corpus": "empty"}, "has no curated shards"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    make: Make,
+    tmp_path: Path,
+    change: dict[str, Any],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if change.get("run", {}).get("init_from") == "other":
+        other = make(run={"name": "other", "output": str(tmp_path / "before")}, qformer={"projection_width": 8})
+        pretrain(other)
+        change = {"run": {"init_from": str(folder_of(other))}}
+    if kind := change.get("corpus"):
+        corpus = tmp_path / "corpus"
+        make_corpus(str(corpus), stages=("crawl",) if kind == "empty" else ("crawl", "caption", "rank", "select"))
+        if kind == "broken":
+            _broken_shard(corpus)
+        change = {"corpus": corpus}
+    config = make(**{name: dict(value) if isinstance(value, dict) else value for name, value in change.items()})
+    roots = [Path(slice_.path) for slice_ in config.data.corpus]
+    before = {path: path.stat().st_mtime_ns for root in roots for path in root.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["capfilt", "pretrain", "-c", in_file(config, tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("capfilt: ")]
+    assert any(part in line for part in complaint.split("|")), line
+    assert "Traceback" not in errors
+    assert not Path(config.run.output).exists()
+    after = {path: path.stat().st_mtime_ns for root in roots for path in root.rglob("*") if path.is_file()}
+    assert after == before

@@ -1,0 +1,280 @@
+"""Checkpoints of a run: written under a name of their own, committed by a small record last, read back checked.
+
+<run folder>/step-00001000.<attempt>/           safetensors (model, optimiser), their index, training.json
+<run folder>/step-00001000.<attempt>.json       the record: it commits the folder, and has each file's sha256
+
+Nothing is ever overwritten: a step that is trained again, after a damaged checkpoint was passed over, gets
+another attempt. ``torch.distributed.checkpoint`` writes the files, as safetensors, so that reading one runs no
+code. What is trained is the same on every rank (DDP), so rank 0 writes alone: a rank that dies cannot tear a
+checkpoint, and any number of ranks may resume from it.
+"""
+
+import contextlib
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pipeline.records import now
+from pipeline.storage import Storage, sha256_file, temporary_folder
+from schemas.errors import CapfiltError
+from schemas.records import CheckpointRecord, Json
+
+_FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
+_PROGRESS = "training.json"
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+# One process saves, and torch warns that it does.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress(Json):
+    """Where a run stands: with the seed in its config, all that order, crops and dropout are a function of."""
+
+    step: int
+    samples: int
+    snapshot: str
+    config: Mapping[str, Any]
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a checkpoint holds."""
+
+    progress: Progress
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+class DamagedCheckpointError(CapfiltError):
+    """Report a checkpoint whose files are not those of its record."""
+
+
+class Checkpoints:
+    """The checkpoints in one run's folder, on local disk or S3.
+
+    Saving is for one process at a time: ``save`` returns as soon as the state is copied, a thread does the rest,
+    and ``wait`` (or the next ``save``) raises what went wrong there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.storage = Storage(folder)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[CheckpointRecord] | None = None
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def committed(self) -> list[CheckpointRecord]:
+        """Return the records of the checkpoints that are there, oldest first."""
+        paths = [info.path for info in self.storage.list("") if _is_record(info.path)]
+        records = [CheckpointRecord.from_json(self.storage.read(path)) for path in paths]
+        return sorted(records, key=lambda record: (record.step, record.created_at))
+
+    def newest_good(self, tell: Callable[[str], None]) -> CheckpointRecord | None:
+        """Return the newest checkpoint whose files are those of its record; each damaged one is told and passed over.
+
+        Raises CapfiltError where there are checkpoints and all are damaged: training anew under the same name
+        would hide that.
+        """
+        records = self.committed()
+        for record in reversed(records):
+            try:
+                with self._checked_files(record):
+                    return record
+            except DamagedCheckpointError as error:
+                tell(f"{error}; taking the one before")
+        if records:
+            raise CapfiltError(
+                f"{self.storage.root}: each of its {len(records)} checkpoints is damaged; begin anew under another "
+                "run.name"
+            )
+        return None
+
+    def read(self, record: CheckpointRecord) -> State:
+        """Return a checkpoint's state, on the CPU. Raises DamagedCheckpointError."""
+        with self._checked_files(record) as folder:
+            return _read_state(folder)
+
+    @contextlib.contextmanager
+    def _checked_files(self, record: CheckpointRecord) -> Iterator[Path]:
+        """Yield a local folder with the checkpoint's files, each compared with the record."""
+        with contextlib.ExitStack() as stack:
+            if self.storage.is_local:
+                folder = Path(self.storage.url(record.path))
+            else:
+                folder = stack.enter_context(temporary_folder())
+            for name, digest in record.sha256.items():
+                path = f"{record.path}/{name}"
+                try:
+                    if not self.storage.is_local:
+                        with self.storage.local_copy(path) as copy:
+                            shutil.move(copy, folder / name)
+                    found = sha256_file(folder / name)
+                except FileNotFoundError:
+                    raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
+                if found != digest:
+                    raise DamagedCheckpointError(f"{self.storage.url(path)} has another sha256 than its record")
+            yield folder
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: State,
+        record: CheckpointRecord,
+        *,
+        asynchronous: bool,
+        keep_last: int,
+        committed: Callable[[CheckpointRecord], None],
+    ) -> None:
+        """Write a state and commit it; then remove the oldest checkpoints but ``keep_last``.
+
+        Args:
+            record: without path, digests and time, which come with the files.
+            asynchronous: return once the state is copied; else when it is committed.
+            committed: called with the record that was made, before older ones go.
+
+        Raises:
+            OSError: the storage did not take it (full disk): what was written of it is removed, and the
+                checkpoints before it stand.
+        """
+        self.wait()
+        name = f"step-{record.step:08d}.{uuid.uuid4().hex[:12]}"
+        scratch = contextlib.ExitStack()
+        tensors = _copied_tensors(state)
+
+        def finish() -> CheckpointRecord:
+            try:
+                folder = self._make_folder(name, scratch)
+                _write_state(tensors, state.progress, folder)
+                made = self._commit(name, folder, record)
+            except (Exception, CheckpointException) as error:
+                scratch.close()
+                self._remove(name)
+                raise _os_error(error) from error
+            scratch.close()
+            committed(made)
+            self._remove_all_but(keep_last)
+            return made
+
+        self._pending = self._writer.submit(finish)
+        if not asynchronous:
+            self.wait()
+
+    def wait(self, *, block: bool = True) -> None:
+        """Raise what went wrong with the last ``save``, once it is done (not waiting for it: if it is done)."""
+        if self._pending is not None and (block or self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed writers left: files under a checkpoint's name that no record commits."""
+        names = {record.path for record in self.committed()}
+        for info in self.storage.list(""):
+            folder, _, rest = info.path.partition("/")
+            if rest and _FOLDER.fullmatch(folder) and folder not in names:
+                self._remove(folder)
+
+    def _make_folder(self, name: str, scratch: contextlib.ExitStack) -> Path:
+        """Return where the files are made: in place on local disk, since no record names them yet."""
+        if not self.storage.is_local:
+            return scratch.enter_context(temporary_folder())
+        folder = Path(self.storage.url(name))
+        folder.mkdir(parents=True)
+        return folder
+
+    def _commit(self, name: str, folder: Path, record: CheckpointRecord) -> CheckpointRecord:
+        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+        if not self.storage.is_local:
+            for file in files:
+                self.storage.put(folder / file, f"{name}/{file}")
+        made = replace(record, path=name, sha256=files, created_at=now())
+        created = self.storage.create(f"{name}.json", made.to_json().encode())
+        assert created, f"{name} was there already"
+        return made
+
+    def _remove_all_but(self, keep_last: int) -> None:
+        for record in self.committed()[:-keep_last]:
+            # The record goes first: a reader must never find one whose files are gone.
+            self.storage.delete(f"{record.path}.json")
+            self._remove(record.path)
+
+    def _remove(self, name: str) -> None:
+        if self.storage.is_local:
+            shutil.rmtree(self.storage.url(name), ignore_errors=True)
+            return
+        for info in self.storage.list(name):
+            self.storage.delete(info.path)
+
+
+def read_model(path: str) -> tuple[CheckpointRecord, State]:
+    """Return a checkpoint by its record's path (``.../step-00001000.<attempt>.json``), its folder's or its run's.
+
+    Of a run, the newest good one. Raises CapfiltError where there is none, or its files differ from its record.
+    """
+    name = path.rstrip("/").removesuffix(".json")
+    folder, _, last = name.rpartition("/")
+    run = folder if _FOLDER.fullmatch(last) else name
+    checkpoints = Checkpoints(run)
+    if _FOLDER.fullmatch(last):
+        found = [record for record in checkpoints.committed() if record.path == last]
+    else:
+        newest = checkpoints.newest_good(lambda _: None)
+        found = [newest] if newest else []
+    if not found:
+        raise CapfiltError(f"{path}: no checkpoint there; name a run's folder, or one of its step-... records")
+    return found[0], checkpoints.read(found[0])
+
+
+def _is_record(path: str) -> bool:
+    return path.endswith(".json") and _FOLDER.fullmatch(path.removesuffix(".json")) is not None
+
+
+def _copied_tensors(state: State) -> dict[str, Tensor]:
+    """Return every tensor of a state, copied to the CPU: training goes on while these are written."""
+    tensors = {f"{_MODEL}{name}": tensor for name, tensor in state.model.items()}
+    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in state.optimizer.items()}
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _write_state(tensors: Mapping[str, Tensor], progress: Progress, folder: Path) -> None:
+    (folder / _PROGRESS).write_text(progress.to_json())
+    # The model in a file of its own: who wants it alone (stage 2, exports, evaluation) reads a third of the bytes.
+    files = {name: 1 if name.startswith(_MODEL) else 2 for name in tensors}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+
+
+def _read_state(folder: Path) -> State:
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                kind = model if name.startswith(_MODEL) else optimizer
+                # A copy: the tensor itself is the file mapped into memory, which may be gone before it is.
+                kind[name.partition(".")[2]] = file.get_tensor(name).clone()
+    progress = Progress.from_json((folder / _PROGRESS).read_text())
+    return State(progress=progress, model=model, optimizer=optimizer)
+
+
+def _os_error(error: BaseException) -> BaseException:
+    """Return what the storage said (a full disk), which torch wraps; else the error itself."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return next((cause for cause in causes if isinstance(cause, OSError)), error)

@@ -1,0 +1,182 @@
+"""One rank's training run from its config: data, model and checkpoint found and checked, then the loop."""
+
+import itertools
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch import distributed
+
+from pipeline.fingerprint import digest_json, output_fields
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import CheckpointRecord, RunRecord
+from training import snapshotfile
+from training.checkpoint import Checkpoints, State
+from training.data import TrainingData, held_out_samples
+from training.distributed import World
+from training.evaluate.probe import probe
+from training.ledger import Ledger, is_corpus
+from training.loop import Loop, Summary
+from training.metrics import JsonLines, further_sinks
+from training.schedule import fill_preset
+from training.snapshot import Snapshot, take_snapshot
+from training.stages import build_stage
+
+Say = Callable[[str], None]
+
+
+def pretrain(
+    config: PretrainConfig, world: World, run: RunRecord, *, stop_asked: Callable[[], bool], say: Say
+) -> Summary:
+    """Train on this rank, from the newest good checkpoint of ``run.name`` if there is one.
+
+    Nothing is written before all ranks have found data, weights and checkpoint in order.
+
+    Args:
+        run: of the command; rank 0 notes it with the filled config.
+
+    Raises:
+        CapfiltError: the input is at fault.
+        TrainingStopped: see ``Loop.run``.
+    """
+    if config.run.stage == 2 and not config.run.init_from:
+        raise CapfiltError("run.init_from: not set; stage 2 goes on from a stage 1: name its run, or a LAVIS .pth")
+    if config.probe.every_steps and not config.data.held_out:
+        raise CapfiltError("probe.every_steps: there are no images for the probe; set data.held_out")
+    if world.rank != 0:
+        say = _nothing
+    checkpoints = Checkpoints(run_folder(config))
+    newest = _agreed_checkpoint(checkpoints, world, say)
+    state = checkpoints.read(newest) if newest else None
+    snapshot = _snapshot(config, checkpoints.storage, state)
+    config = fill_preset(config, snapshot.num_images)
+    if state is not None:
+        refuse_changes(PretrainConfig.model_validate(state.progress.config), config)
+    consumed = state.progress.samples if state else 0
+    data = TrainingData(config, snapshot, world.rank, world.size, consumed)
+    loop = Loop(
+        config=config,
+        world=world,
+        stage=build_stage(config, world, world.device, begin=state is None),
+        checkpoints=checkpoints,
+        run_id=run.run_id,
+        snapshot=snapshot.digest,
+        stop_asked=stop_asked,
+        say=say,
+    )
+    if newest is not None and state is not None:
+        loop.resume(state, newest)
+        say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
+    if loop.step == loop.schedule.steps:
+        return loop.run(iter(()))
+    batches = iter(data)
+    # The first batch comes before anything is written: a shard that differs from its record shows here.
+    batches = itertools.chain([next(batches)], batches)
+    world.barrier()
+    with ExitStack() as stack:
+        if world.rank == 0:
+            _open_books(loop, snapshot, run, stack)
+        return loop.run(batches)
+
+
+def run_folder(config: PretrainConfig) -> str:
+    """Return the folder or URL of a run's checkpoints and metrics."""
+    root = config.run.output
+    if not root:
+        corpus = Storage(config.data.corpus[0].path)
+        if not is_corpus(corpus):
+            raise CapfiltError(
+                f"run.output: not set, and the first of data.corpus ({corpus.root}) is no corpus of ours that could "
+                "keep the checkpoints; set run.output"
+            )
+        root = f"{corpus.root}/checkpoints"
+    return f"{root}/stage{config.run.stage}/{config.run.name}"
+
+
+def refuse_changes(before: PretrainConfig, after: PretrainConfig) -> None:
+    """Raise CapfiltError, naming the keys, where a resumed run would learn something else than it began with.
+
+    Keys declared with ``tuning()`` may differ, and so may places: the snapshot says whether the data is the same.
+    """
+    old, new = _what_is_learnt(before), _what_is_learnt(after)
+    changed = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)]
+    if changed:
+        raise CapfiltError(
+            f"run.name {after.run.name!r} began with another config ({'; '.join(changed)}); restore it, or set "
+            "run.name to begin another run"
+        )
+
+
+def _what_is_learnt(config: PretrainConfig) -> dict[str, Any]:
+    """Return the keys that decide what a run learns, as ``section.key``."""
+    found = {}
+    for section in PretrainConfig.model_fields:
+        values = getattr(config, section)
+        found |= {f"{section}.{key}": value for key, value in (output_fields(values) if values else {}).items()}
+    del found["run.output"]
+    places = ("path", "snapshot")
+    found["data.corpus"] = [
+        {key: value for key, value in corpus.items() if key not in places} for corpus in found["data.corpus"]
+    ]
+    return found
+
+
+def _agreed_checkpoint(checkpoints: Checkpoints, world: World, say: Say) -> CheckpointRecord | None:
+    """Return the newest good checkpoint as rank 0 finds it: all ranks must take the same."""
+    found = [checkpoints.newest_good(say) if world.rank == 0 else None]
+    if world.size > 1:
+        distributed.broadcast_object_list(found, src=0, device=world.device)
+    return found[0]
+
+
+def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> Snapshot:
+    """Return the shards to train on: those that the run began with, whatever the corpora have become since."""
+    if state is None:
+        return take_snapshot(config.data)
+    digest = state.progress.snapshot
+    name = snapshotfile.file_name(digest)
+    try:
+        kept = snapshotfile.decode(folder.read(name), config.data)
+    except FileNotFoundError:
+        raise CapfiltError(f"{folder.url(name)} is missing: without it the run cannot go on with its data") from None
+    assert kept.digest == digest, "the snapshot's file is another's"
+    return kept
+
+
+def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
+    """Open what rank 0 alone writes: metrics, the run's own files, the manifests' rows."""
+    config, storage = loop.config, loop.checkpoints.storage
+    resolved = config.model_dump(mode="json")
+    lines = JsonLines(storage, after_step=loop.step)
+    stack.callback(lines.close)
+    loop.checkpoints.remove_unfinished()
+    storage.write("config.json", json.dumps(resolved, indent=1).encode())
+    storage.write(snapshotfile.file_name(snapshot.digest), snapshotfile.encode(snapshot))
+    local = storage.base if storage.is_local else f"runs/{config.run.name}"
+    loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, _run_key(storage), resolved, local)]
+    for sink in loop.sinks[1:]:
+        stack.callback(sink.close)
+    ledger = Ledger(config.data)
+    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)))
+
+    def record_checkpoint(record: CheckpointRecord) -> None:
+        lines.flush()
+        ledger.checkpoint(record, storage.url(record.path))
+
+    loop.record_checkpoint = record_checkpoint
+    if config.probe.every_steps:
+        held_out = held_out_samples(config, snapshot, config.probe.images)
+        loop.probe = lambda: probe(loop.stage, held_out, config)
+
+
+def _run_key(storage: Storage) -> str:
+    """Return an id that a run keeps when it is resumed."""
+    return digest_json(storage.root)[:16]
+
+
+def _nothing(text: str) -> None:
+    pass
