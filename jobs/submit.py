@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,12 @@ def submission_id(config: CapfiltConfig, arguments: Sequence[str]) -> str:
     return f"capfilt-{arguments[0]}-{digest[:16]}"
 
 
-def pinned_requirements() -> list[str]:
-    """Return capfilt's direct requirements at the versions installed here."""
+def pinned_requirements(extras: Collection[str] = ()) -> list[str]:
+    """Return capfilt's direct requirements, and those of some extras, at the versions installed here."""
     pins = []
     for requirement in requires("capfilt") or []:
-        if "extra ==" in requirement:
+        extra = re.search(r"extra == ['\"](\w+)", requirement)
+        if extra and extra[1] not in extras:
             continue
         name = re.match(r"[A-Za-z0-9_.-]+(\[[^]]*\])?", requirement)
         assert name is not None, requirement
@@ -89,7 +90,8 @@ def runtime_environment(config: CapfiltConfig, folder: Path) -> dict[str, Any]:
         "env_vars": WORKER_ENVIRONMENT,
     }
     if config.cluster.requirements == "pinned":
-        environment["pip"] = {"packages": pinned_requirements(), "pip_check": False}
+        extras = {"fp8"} & {config.caption.precision, config.rank.precision}
+        environment["pip"] = {"packages": pinned_requirements(extras), "pip_check": False}
     return environment
 
 

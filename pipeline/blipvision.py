@@ -24,12 +24,17 @@ class VisionTower(nn.Module):
         self._batch = compiled_batch or 0
         self._block = torch.compile(_block, dynamic=False) if compiled_batch else _block
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, one after the other."""
+        return self.model.encoder.layers
+
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the features of every position: (B, P, E)."""
         images = len(pixels_BCHW)
         hidden_BPE = self.model.embeddings(pad(pixels_BCHW, (0, 0) * 3 + (0, max(self._batch - images, 0))))
-        for layer in self.model.encoder.layers:
+        for layer in self.blocks:
             hidden_BPE = self._block(layer, hidden_BPE)
         return self.model.post_layernorm(hidden_BPE[:images])
 

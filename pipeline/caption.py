@@ -28,6 +28,7 @@ from pipeline.committed import CrawledShard, open_crawled
 from pipeline.decoder import Decoder
 from pipeline.decoding import NOTHING, GridSampler, RowSampler
 from pipeline.device import compute_dtype, device_name, device_turn, worker_device
+from pipeline.fp8 import quantise, require_fp8
 from pipeline.histograms import LENGTH_EDGES, histogram
 from pipeline.lookahead import decode_threads, look_ahead
 from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
@@ -67,6 +68,8 @@ class Captioner:
         self.seed = seed
         self.device = worker_device()
         self.dtype = compute_dtype(config.precision, self.device)
+        if config.precision == "fp8":
+            require_fp8("caption", self.device)
         self.recipe = PixelRecipe.of_blip(
             BlipImageProcessorPil.from_pretrained(weights.path, local_files_only=True)
         )
@@ -77,7 +80,9 @@ class Captioner:
         model = _load_model(weights).to(self.device, self.dtype).eval()
         self._start_id = model.config.text_config.bos_token_id
         self._prompt_ids = self._encode_prompt(model.config.text_config.max_position_embeddings)
-        self._vision = VisionTower(model.vision_model, config.batch_size if on_gpu else None)
+        self.vision = VisionTower(model.vision_model, config.batch_size if on_gpu else None)
+        if config.precision == "fp8":
+            quantise(self.vision.blocks)
         decoder = Decoder(model.text_decoder, compiled=on_gpu).eval()
         self._sample = (
             GridSampler(decoder, self._prompt_ids, config, config.batch_size)
@@ -99,7 +104,7 @@ class Captioner:
         seeds_BN = caption_seeds(self.seed, uids, self.config.num_captions)
         uniforms_BNT = torch.from_numpy(uniforms(seeds_BN, self.config.max_length - len(self._prompt_ids)))
         pixels_BCHW = stack_pinned(pixels).to(self.device, non_blocking=True)
-        image_BPE = self._vision(normalise(pixels_BCHW, self.recipe, self.dtype))
+        image_BPE = self.vision(normalise(pixels_BCHW, self.recipe, self.dtype))
         tokens_BNT = self._sample(image_BPE, uniforms_BNT.to(self.device, non_blocking=True))
         return Sampled(tokens_BNT=tokens_BNT.cpu(), seeds_BN=seeds_BN)
 

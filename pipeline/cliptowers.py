@@ -182,13 +182,12 @@ class ImageTower(nn.Module):
         super().__init__()
         self._visual = visual
         *blocks, last = visual.transformer.resblocks
-        self._blocks = nn.ModuleList(Block(block) for block in blocks)
-        self._last = LastBlock(last)
+        self.blocks = nn.ModuleList([*map(Block, blocks), LastBlock(last)])
         self._is_compiled = compiled_batch is not None
         device = visual.positional_embedding.device.type
         self._at_once = compiled_batch or max(1, _TOKENS_AT_ONCE[device] // len(visual.positional_embedding))
         if self._is_compiled:
-            for block in (*self._blocks, self._last):
+            for block in self.blocks:
                 block.compile(dynamic=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
@@ -203,10 +202,11 @@ class ImageTower(nn.Module):
 
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
         x_BLD = self._visual._embeds(pixels_BCHW)
-        for block in self._blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BLD = block(x_BLD)
         # The class token is the first.
-        x_BD = self._visual.ln_post(self._last(x_BLD))
+        x_BD = self._visual.ln_post(last(x_BLD))
         return x_BD if self._visual.proj is None else x_BD @ self._visual.proj
 
 

@@ -7,7 +7,7 @@ from threading import Lock
 import torch
 
 from pipeline.attempt import Tally
-from schemas.config import Precision
+from schemas.config import InferencePrecision
 
 
 def worker_device() -> torch.device:
@@ -20,10 +20,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the number format: ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+def compute_dtype(precision: InferencePrecision, device: torch.device) -> torch.dtype:
+    """Return the number format: ``auto`` is bfloat16 on a GPU, float32 on a CPU; ``fp8`` is bfloat16 in most parts."""
     match precision:
-        case "bf16":
+        case "bf16" | "fp8":
             return torch.bfloat16
         case "fp32":
             return torch.float32

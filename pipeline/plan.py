@@ -22,8 +22,8 @@ ModelDigests = Mapping[Stage, tuple[str, ...]]
 # Estimates, from the operations counted in docs/benchmarks.md; crawl and select are per CPU worker.
 _ESTIMATED_IMAGES_PER_S: dict[Stage, float] = {
     "crawl": 80.0,
-    "caption": 170.0,
-    "rank": 900.0,
+    "caption": 500.0,
+    "rank": 1300.0,
     "select": 2000.0,
 }
 _ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {

@@ -23,9 +23,10 @@ from torch.nn.functional import normalize
 
 from pipeline.attempt import Attempt, Tally
 from pipeline.cliptokens import ClipTokenizer
-from pipeline.cliptowers import Encoder, image_encoder, text_encoder
+from pipeline.cliptowers import Encoder, ImageTower, image_encoder, text_encoder
 from pipeline.committed import CrawledShard, committed_table, open_crawled
 from pipeline.device import compute_dtype, device_name, device_turn, worker_device
+from pipeline.fp8 import quantise, require_fp8
 from pipeline.histograms import SCORE_EDGES, histogram
 from pipeline.lookahead import decode_threads, look_ahead
 from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
@@ -33,7 +34,7 @@ from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet
 from pipeline.texts import clean_caption, mark_duplicates, same_text_key
 from pipeline.weights import Weights, ranker_weights
-from schemas.config import CapfiltConfig, Precision
+from schemas.config import CapfiltConfig, InferencePrecision
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES, CAPTIONS
@@ -50,19 +51,28 @@ class Score:
 class Ranker:
     """A CLIP of open_clip's with its preprocessing and tokenizer, on the device of this process."""
 
-    def __init__(self, weights: Weights, precision: Precision, batch_size: int = 64) -> None:
+    def __init__(self, weights: Weights, precision: InferencePrecision, batch_size: int = 64) -> None:
         """Load the weights.
 
         Args:
             weights: of the model, its files verified.
-            precision: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+            precision: ``auto`` is bfloat16 on a GPU and float32 on a CPU; ``fp8`` needs a tower of plain blocks.
             batch_size: images encoded at once on a GPU.
         """
         self.device = worker_device()
         self.dtype = compute_dtype(precision, self.device)
+        if precision == "fp8":
+            require_fp8("rank", self.device)
         model = _load_model(weights, self.dtype).to(self.device).eval()
         on_gpu = self.device.type == "cuda"
-        self._encode_image = image_encoder(model, compiled_batch=batch_size if on_gpu else None)
+        self.encode_image = image_encoder(model, compiled_batch=batch_size if on_gpu else None)
+        if precision == "fp8":
+            if not isinstance(self.encode_image, ImageTower):
+                raise CapfiltError(
+                    f'rank.precision = "fp8": the image tower of {weights.name!r} is not of plain transformer '
+                    'blocks; set "bf16"'
+                )
+            quantise(self.encode_image.blocks)
         self._encode_text = text_encoder(model, compiled=on_gpu)
         self._tokenize = ClipTokenizer(open_clip.get_tokenizer(_open_clip_name(weights)))
         self.recipe = PixelRecipe.of_open_clip(model.visual.preprocess_cfg)
@@ -80,7 +90,7 @@ class Ranker:
             return [[] for _ in texts]
         pixels_BCHW = pixels_BCHW.to(self.device, non_blocking=True)
         # A GPU computes the images while this process tokenizes.
-        image_BE = self._embed(self._encode_image, normalise(pixels_BCHW, self.recipe, self.dtype))
+        image_BE = self._embed(self.encode_image, normalise(pixels_BCHW, self.recipe, self.dtype))
         tokens_TL, truncated = self._tokenize(distinct)
         text_TE = self._embed(self._encode_text, tokens_TL)
         index = {text: position for position, text in enumerate(distinct)}

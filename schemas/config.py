@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
+# Of a model that is run as it is, not trained.
+InferencePrecision = Literal["auto", "fp32", "bf16", "fp8"]
 PixelPath = Literal["exact", "fast"]
 
 
@@ -121,7 +123,10 @@ class CaptionConfig(Section):
     pixels: PixelPath = Field(
         "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
     )
-    precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    precision: InferencePrecision = Field(
+        "auto",
+        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8",
+    )
     batch_size: int = tuning(32, ge=1, description="images")
 
     @model_validator(mode="after")
@@ -151,7 +156,10 @@ class RankConfig(Section):
     pixels: PixelPath = Field(
         "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
     )
-    precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    precision: InferencePrecision = Field(
+        "auto",
+        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8",
+    )
     batch_size: int = tuning(64, ge=1, description="images")
     rerank: RerankConfig | None = Field(None, description="a second CLIP; without the section there is none")
 

@@ -128,6 +128,10 @@ def test_requirements_are_pinned_unless_installed(config: CapfiltConfig, tmp_pat
     pinned = runtime_environment(with_values(config, cluster={"requirements": "pinned"}), tmp_path)
     assert pinned["working_dir"] == str(tmp_path)
     assert pinned["pip"]["packages"] == pinned_requirements()
+    eight_bits = with_values(config, cluster={"requirements": "pinned"}, rank={"precision": "fp8"})
+    packages = runtime_environment(eight_bits, tmp_path)["pip"]["packages"]
+    assert packages == pinned_requirements(["fp8"])
+    assert [pin.split("==")[0] for pin in set(packages) - set(pinned_requirements())] == ["torchao"]
     assert all("==" in pin for pin in pinned_requirements()) and any(
         "ray[" in pin for pin in pinned_requirements()
     )

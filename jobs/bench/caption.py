@@ -6,7 +6,7 @@ thread, a GPU in bfloat16.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageP
 
 import pipeline.decoding
 from jobs.bench.compute import counted_flops, matmul_rate, one_thread, seconds
-from jobs.bench.models import blip_large, end_after, save_captioner, save_ranker
+from jobs.bench.models import BLIP_LARGE, END_CHANCE, blip_large, end_after, save_captioner, save_ranker
 from jobs.bench.pictures import jpeg
 from pipeline.caption import Captioner
 from pipeline.decoder import Decoder
@@ -36,8 +36,6 @@ from pipeline.storage import temporary_folder
 from pipeline.weights import captioner_weights, ranker_weights
 from schemas.config import CaptionConfig
 
-# Of a step's end: captions of five tokens at least, about eleven in the mean and twenty at most.
-_END_CHANCE = 0.13
 _PICTURE_PX = (512, 512)
 # Counted operations of the design, in GF at BLIP-large: keys and values of an image, and one row of one step.
 _GFLOP_IMAGE, _GFLOP_ROW = 21.8, 0.267
@@ -60,27 +58,31 @@ _SIZES = {
 }
 
 
-def measure_caption(batch_size: int, rounds: int) -> dict[str, Any]:
+def measure_caption(
+    batch_size: int, rounds: int, captioner: Mapping[str, Any] = BLIP_LARGE, ranker: str = "ViT-L-14"
+) -> dict[str, Any]:
     """Measure agreement, counted operations, the decoder alone, and JPEG to top two.
 
     Args:
         batch_size: of ours on a GPU.
         rounds: pairs; the ratios are medians over them.
+        captioner: its sizes; the shares and bounds that are derived from counted operations hold for BLIP-large.
+        ranker: its architecture; as ``captioner``.
     """
     device = worker_device()
     dtype = compute_dtype("auto", device)
     sizes = _SIZES[device.type]
     with one_thread(device), temporary_folder() as folder:
-        model = blip_large(device)
+        model = blip_large(device, sizes=captioner)
         features_BPE = _features(model, sizes.ending)
         agreement = _agreement(model, features_BPE)
         found: dict[str, Any] = {**agreement, **_counted(model, features_BPE[:2])}
         lowered = {} if dtype == torch.float32 else _lowered(model, features_BPE[:8], dtype)
         model, features_BPE = model.to(dtype), features_BPE.to(dtype)
-        for name, chance, count in (("", 0.0, sizes.whole), ("_early_stop", _END_CHANCE, sizes.ending)):
+        for name, chance, count in (("", 0.0, sizes.whole), ("_early_stop", END_CHANCE, sizes.ending)):
             found |= _decode(model, features_BPE[:count], chance, rounds, f"decode{name}")
         save_captioner(model.float(), folder / "captioner")
-        save_ranker(folder / "ranker")
+        save_ranker(folder / "ranker", ranker)
         del model, features_BPE
         found |= lowered | _end_to_end(folder, sizes, batch_size, rounds)
         rate = matmul_rate(device, dtype)
@@ -177,7 +179,7 @@ def _teacher_forced(model: BlipForConditionalGeneration, tokens_RL: Tensor, feat
 
 def _agreement(model: BlipForConditionalGeneration, features_BPE: Tensor) -> dict[str, Any]:
     """Compare logits in float32 where the engine samples, and greedy captions whole."""
-    end_after(model, features_BPE[:1], _END_CHANCE)
+    end_after(model, features_BPE[:1], END_CHANCE)
     decoder = Decoder(model.text_decoder).eval()
     config = _config()
     with _recorded_logits() as recorded:
@@ -246,7 +248,7 @@ def _counted(model: BlipForConditionalGeneration, features_BPE: Tensor) -> dict[
     uniforms_BNT = _uniforms(images, config).to(model.device)
     ours = RowSampler(decoder, _prompt(model), config)
     counts = {}
-    for name, chance in (("", 0.0), ("_early_stop", _END_CHANCE)):
+    for name, chance in (("", 0.0), ("_early_stop", END_CHANCE)):
         end_after(model, features_BPE, chance)
         decoder = Decoder(model.text_decoder).eval()
         ours = RowSampler(decoder, _prompt(model), config)

@@ -1,0 +1,306 @@
+"""Float8 in the vision towers: refused where nothing computes it, in the blocks alone, rounded as torchao rounds."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+import torchao.quantization.quant_api
+from pydantic import ValidationError
+from raw_shards import encoded, picture
+from test_rank import TEXTS, score_images
+from tiny_models import save_captioner, save_ranker
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import linear
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
+
+import pipeline.blipvision
+import pipeline.caption
+import pipeline.rank
+from jobs.bench.fp8 import _changes, _Outcome, measure_fp8, measure_speed
+from jobs.demo.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.caption import Captioner
+from pipeline.cliptowers import image_encoder
+from pipeline.fp8 import quantise, require_fp8
+from pipeline.rank import Ranker
+from pipeline.selection import Candidate
+from pipeline.weights import Weights, captioner_weights, ranker_weights
+from schemas.config import CaptionConfig
+from schemas.errors import CapfiltError
+from schemas.pretrain import PerformanceConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine with a GPU test what one without it does."""
+    for module in ("pipeline.caption", "pipeline.rank", "jobs.bench.fp8"):
+        monkeypatch.setattr(f"{module}.worker_device", lambda: CPU)
+
+
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the models run in float8 here, which is exact and slow, as if this CPU were a GPU for it."""
+    for module in ("pipeline.caption", "pipeline.rank"):
+        monkeypatch.setattr(f"{module}.require_fp8", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture(scope="module")
+def ranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_ranker(tmp_path_factory.mktemp("ranker"))
+
+
+def captioner(folder: Path, precision: str) -> Captioner:
+    config = CaptionConfig(model=str(folder), precision=precision)
+    return Captioner(config, captioner_weights(config), 7)
+
+
+def ranker(folder: Path, precision: str) -> Ranker:
+    return Ranker(ranker_weights(f"local-dir:{folder}", ""), precision)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_refused_before_any_weight_is_read() -> None:
+    nowhere = Weights(kind="captioner", name="x", revision="", path="nowhere", digest="", files={})
+    with pytest.raises(CapfiltError) as caption_error:
+        Captioner(CaptionConfig(precision="fp8"), nowhere, 0)
+    with pytest.raises(CapfiltError) as rank_error:
+        Ranker(nowhere, "fp8")
+    for stage, error in (("caption", caption_error), ("rank", rank_error)):
+        message = str(error.value)
+        assert f'{stage}.precision = "fp8"' in message and platform.node() in message
+        assert f"cluster.{stage}.gpus" in message and '"auto"' in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "words"),
+    [
+        ((8, 0), True, ("A100", "8.0", "8.9", 'set "bf16"')),
+        ((8, 6), True, ("8.6",)),
+        ((9, 0), False, ("torchao", "pip install", "[fp8]", 'set "bf16"')),
+        ((8, 9), True, ()),
+        ((9, 0), True, ()),
+    ],
+)
+def test_a_gpu_is_asked_for_its_capability_and_the_installation_for_torchao(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_installed: bool, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    if not is_installed:
+        monkeypatch.setattr("pipeline.fp8.find_spec", lambda _: None)
+    if not words:
+        return require_fp8("rank", torch.device("cuda"))
+    with pytest.raises(CapfiltError) as error:
+        require_fp8("rank", torch.device("cuda"))
+    for word in ('rank.precision = "fp8"', platform.node(), *words):
+        assert word in str(error.value)
+
+
+def test_an_image_tower_of_another_kind_is_refused(allowed: None, tmp_path: Path) -> None:
+    file = save_ranker(tmp_path / "ranker") / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    file.write_text(json.dumps(config))
+    ranker(file.parent, "bf16")
+    with pytest.raises(CapfiltError, match=r'rank.precision = "fp8".*bf16'):
+        ranker(file.parent, "fp8")
+
+
+def test_training_has_no_fp8() -> None:
+    with pytest.raises(ValidationError):
+        PerformanceConfig(precision="fp8")
+
+
+# -- what becomes float8 -------------------------------------------------------------------------------------
+
+
+def lowered_names(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Return the parameters that are float8; all others must be what they were."""
+    names = set()
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Float8Tensor):
+            names.add(name)
+        else:
+            assert torch.equal(parameter, before[name]), name
+    assert len(names) < len(before) == len(dict(model.named_parameters()))
+    return names
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder: Path) -> None:
+    model = pipeline.caption._load_model(captioner_weights(CaptionConfig(model=str(captioner_folder)))).bfloat16()
+    before = copied(model)
+    quantise(pipeline.blipvision.VisionTower(model.vision_model).blocks)
+    layers = ("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2")
+    assert lowered_names(model, before) == {
+        f"vision_model.encoder.layers.{block}.{layer}.weight" for block in range(2) for layer in layers
+    }
+
+
+def test_of_clip_the_layers_of_the_image_towers_blocks_and_nothing_else(ranker_folder: Path) -> None:
+    model = pipeline.rank._load_model(ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16)
+    before = copied(model)
+    tower = image_encoder(model)
+    before_blocks = copied(tower.blocks)
+    quantise(tower.blocks)
+    # open_clip keeps query, key and value as one parameter that is no layer: the tower's own layers have it.
+    assert lowered_names(model, before) == {
+        f"visual.transformer.resblocks.{block}.{layer}.weight"
+        for block in range(2)
+        for layer in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    layers = {"_out", "_mlp.c_fc", "_mlp.c_proj"}
+    assert lowered_names(tower.blocks, before_blocks) == {
+        *(f"0.{layer}.weight" for layer in layers | {"query_key_value"}),
+        *(f"1.{layer}.weight" for layer in layers | {"query", "key_value"}),
+    }
+
+
+def test_a_shape_that_no_kernel_takes_stays() -> None:
+    blocks = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 32), nn.Linear(32, 32)).bfloat16()
+    quantise(blocks)
+    assert [isinstance(layer.weight, Float8Tensor) for layer in blocks] == [False, False, True]
+
+
+def test_it_is_what_torchaos_own_call_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda _: None)
+    ours, theirs = nn.Linear(64, 48).bfloat16(), nn.Linear(64, 48).bfloat16()
+    theirs.load_state_dict(ours.state_dict())
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantise(ours)
+    quantize_(theirs, config)
+    assert torch.equal(ours.weight.qdata.float(), theirs.weight.qdata.float())
+    assert torch.equal(ours.weight.scale, theirs.weight.scale) and ours.weight.scale.shape == (48, 1)
+    assert ours.weight._quantization_type() == theirs.weight._quantization_type()
+    assert torch.equal(ours(noise(5, 64)), theirs(noise(5, 64)))
+
+
+@torch.inference_mode()
+def test_products_are_those_of_the_rounded_numbers_and_rounded_once() -> None:
+    layer = nn.Linear(256, 64).bfloat16()
+    exact, x_BLD = linear(noise(3, 7, 256).float(), layer.weight.float(), layer.bias.float()), noise(3, 7, 256)
+    quantise(layer)
+    rounded_BLD = Float8Tensor.from_hp(x_BLD, granularity=PerRow()).dequantize(torch.float32)
+    expected = linear(rounded_BLD, layer.weight.dequantize(torch.float32), layer.bias.float())
+    found = layer(x_BLD)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    # Three bits of mantissa on either side.
+    assert 0.01 < float((found - exact).std() / exact.std()) < 0.06
+
+
+# -- the models ----------------------------------------------------------------------------------------------
+
+
+def test_a_captioner_sees_in_float8_and_speaks_in_bfloat16(allowed: None, captioner_folder: Path) -> None:
+    lowered, whole = captioner(captioner_folder, "fp8"), captioner(captioner_folder, "bf16")
+    pixels_BCHW = noise(3, 3, *lowered.recipe.size_px)
+    seen_BPE, whole_BPE = lowered.vision(pixels_BCHW), whole.vision(pixels_BCHW)
+    assert seen_BPE.dtype == torch.bfloat16
+    assert 0.005 < float((seen_BPE - whole_BPE).std() / whole_BPE.std()) < 0.2
+    quantise(whole.vision.blocks)
+    assert torch.equal(seen_BPE, whole.vision(pixels_BCHW))
+    images = [encoded(picture(index)) for index in range(3)]
+    assert lowered(images, list("abc")) == whole(images, list("abc"))
+
+
+def test_each_row_is_rounded_by_itself(allowed: None, captioner_folder: Path) -> None:
+    tower = captioner(captioner_folder, "fp8").vision
+    pixels_BCHW = noise(3, 3, 32, 32)
+    # A bright picture must not coarsen its neighbours.
+    pixels_BCHW[0] *= 50
+    whole_BPE = tower(pixels_BCHW)
+    for index in range(3):
+        alone_BPE = tower(pixels_BCHW[index : index + 1])
+        assert torch.allclose(alone_BPE, whole_BPE[index : index + 1], atol=0.02)
+
+
+def test_one_graph_serves_every_block(
+    allowed: None, captioner_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = captioner(captioner_folder, "fp8").vision
+    pixels_BCHW = noise(2, 3, 32, 32)
+    expected = tower(pixels_BCHW)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        tower, "_block", torch.compile(pipeline.blipvision._block, backend=graphs, fullgraph=True, dynamic=False)
+    )
+    assert torch.equal(tower(pixels_BCHW), expected)
+    assert graphs.frame_count == 1
+
+
+def test_a_ranker_scores_nearly_the_same(allowed: None, ranker_folder: Path) -> None:
+    images = [picture(seed) for seed in range(4)]
+    scores = {name: score_images(ranker(ranker_folder, name), images, TEXTS) for name in ("bf16", "fp8")}
+    differences = [
+        abs(one.similarity - other.similarity)
+        for row, other_row in zip(*scores.values(), strict=True)
+        for one, other in zip(row, other_row, strict=True)
+    ]
+    assert 1e-5 < max(differences) < 0.05
+
+
+# -- the benchmark -------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_what_float8_changes() -> None:
+    found = measure_fp8(24)
+    assert (found["device"], found["is_emulated"], found["captions"]) == ("cpu", True, 240)
+    assert found["speed"] is None and "GPU" in found["speed_missing"]
+    for kind in ("sampled_true", "kept_true"):
+        assert found[kind].keys() == {"fp32", "bf16", "fp8"}
+    assert all(0.7 < share <= 1 for share in found["sampled_true"].values())
+    assert all(0.9 < share <= 1 for share in found["kept_true"].values())
+    # Scores spread by 0.1 within an image; float8 rounds 16 times as coarsely as bfloat16, in the blocks.
+    assert 0.05 < found["score_spread"] < 0.3
+    bf16, fp8 = found["bf16_from_fp32"], found["fp8_from_fp32"]
+    assert 1e-5 < bf16["score_mean"] < fp8["score_mean"] / 2 < 0.0025
+    assert found["fp8_from_bf16"]["score_mean"] > 0.0005 and fp8["score_max"] < 0.06
+    for changes in (bf16, fp8, found["fp8_from_bf16"]):
+        assert changes["top_two"] <= 0.15 and changes["captions"] <= 0.15 and changes["own_top_two"] <= 0.4
+    assert fp8["captions"] > 0
+
+
+def outcome(captions: list[str], *scores: float) -> _Outcome:
+    texts = ["one", "two", "three", "web"]
+    row = [
+        Candidate(origin="web" if text == "web" else "synthetic", candidate=index, text=text, score=score)
+        for index, (text, score) in enumerate(zip(texts, scores, strict=True))
+    ]
+    return _Outcome(captions=[captions], scored=[row], own=[row[::-1]])
+
+
+def test_changes_are_of_what_is_kept_and_not_of_its_order() -> None:
+    old = outcome(["one", "two", "three"], 0.5, 0.4, 0.3, 0.1)
+    swapped = _changes(outcome(["one", "two", "four"], 0.4, 0.5, 0.3, 0.1), old)
+    assert swapped["top_two"] == swapped["own_top_two"] == 0
+    assert swapped["captions"] == pytest.approx(1 / 3)
+    assert swapped["score_mean"] == pytest.approx(0.05) and swapped["score_max"] == pytest.approx(0.1)
+    other = _changes(outcome(["one", "two", "three"], 0.5, 0.4, 0.3, 0.6), old)
+    assert other["top_two"] == other["own_top_two"] == 1 and other["captions"] == 0
+
+
+def test_the_benchmark_times_both_towers_in_turn() -> None:
+    found = measure_speed(CAPTIONER_DIR, RANKER_DIR, batch=2, rounds=1)
+    assert (found["batch"], found["rounds"]) == (2, 1)
+    for tower in ("blip", "clip"):
+        rates = found[f"{tower}_images_per_s_fp8"], found[f"{tower}_images_per_s_bf16"]
+        assert min(rates) > 0 and found[f"{tower}_ratio"] == pytest.approx(rates[0] / rates[1])
