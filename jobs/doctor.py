@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -51,7 +52,11 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> Iterator[Check]
         "img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"
     )
     yield _imports("ray", "pip install -c constraints.txt 'ray[default,data,train]'")
-    yield _gpu(config)
+    asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
+    found = _gpus()
+    yield _gpu(found, asked)
+    if found:
+        yield check_compiler(asked)
     yield _scratch()
     root = config.corpus.path if config else corpus
     if root:
@@ -126,11 +131,14 @@ def _imports(modules: str, mend: str) -> Check:
     return Check(name="import", state="fail", found=f"{modules}: {last}", mend=mend)
 
 
-def _gpu(config: CapfiltConfig | None) -> Check:
-    asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
+def _gpus() -> str:
+    """Return the names of the GPUs that PyTorch sees."""
     code = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    found = done.stdout.strip().strip("[]").replace("'", "")
+    return done.stdout.strip().strip("[]").replace("'", "")
+
+
+def _gpu(found: str, asked: bool) -> Check:
     if found:
         return Check(name="gpu", state="ok", found=found)
     return Check(
@@ -141,6 +149,37 @@ def _gpu(config: CapfiltConfig | None) -> Check:
         if asked
         else "",
     )
+
+
+def check_compiler(asked: bool) -> Check:
+    """See that Triton could build what torch.compile makes for a GPU: it needs a C compiler and Python's headers.
+
+    Args:
+        asked: the config gives workers GPUs, so that captioning and ranking would fail without.
+    """
+    # Triton's own order.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    state = "fail" if asked else "warn"
+    mend = "workers on a GPU use torch.compile; on every node: apt-get install gcc libc6-dev, or set CC"
+    if compiler is None:
+        return Check(name="compiler", state=state, found="neither gcc nor clang", mend=mend)
+    headers = sysconfig.get_paths("posix_prefix")["include"]
+    try:
+        done = subprocess.run(
+            [compiler, "-fsyntax-only", f"-I{headers}", "-x", "c", "-"],
+            input="#include <Python.h>\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        return Check(name="compiler", state=state, found=f"{compiler}: {error.strerror}", mend=mend)
+    if done.returncode == 0:
+        return Check(name="compiler", state="ok", found=f"{compiler}, {headers}/Python.h")
+    first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    mend = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
+    return Check(name="compiler", state=state, found=f"{compiler}: {first}", mend=mend)
 
 
 def _scratch() -> Check:

@@ -5,11 +5,13 @@ import socket
 import time
 import traceback
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from jobs.sharing import Calls
 from jobs.tracker import Outcome
 from pipeline.plan import ModelDigests, next_step, stages_of, upstream_of
 from pipeline.records import Records, now
@@ -49,10 +51,12 @@ class StageActor:
 
     Ray runs a task at least once; what it has done before is skipped by its record. An exception is tried again
     here (Ray restarts only killed actors), up to ``cluster.max_attempts`` begun attempts in this run, whoever
-    began them: a shard that kills its worker ends in quarantine too.
+    began them: a shard that kills its worker ends in quarantine too. Where calls run at once, a shard whose
+    attempt did not end well is tried again alone, so that it costs its neighbours one attempt at most.
     """
 
     stage: Stage
+    calls_at_once = 1
 
     def __init__(
         self,
@@ -69,6 +73,8 @@ class StageActor:
         self.tracker = tracker
         self.records = Records(Storage(config.corpus.path))
         self._worker: Any = None
+        self._loading = Lock()
+        self._calls = Calls()
         sweep_temporary_folders()
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,22 +123,26 @@ class StageActor:
     def _attempt(self, task: ShardTask) -> Outcome:
         """Try until the shard is committed or its attempts are used up. Raises CapfiltError: the run is wrong."""
         error = "the worker died on every attempt"
-        while (
-            begun := self.records.begin_attempt(
-                task.stage, task.source, task.shard, os.urandom(6).hex(), task.run_id
-            )
-        ) <= task.max_attempts:
-            try:
-                record = self._ready_worker()(task)
-                return Outcome.of("done", task.stage, task.source, task.shard, record)
-            except CorruptShardError as damaged:
-                error = str(damaged)
-                break  # the input is damaged: another try reads the same bytes
-            except CapfiltError:
-                raise
-            except Exception as failure:
-                error = "".join(traceback.format_exception(failure, limit=-4)).strip()
-                self._worker = None  # fresh weights, fresh device memory
+        shard = (task.stage, task.source, task.shard)
+        while True:
+            again = self.records.attempts_begun(*shard, task.run_id) > 0
+            with self._calls.alone() if again else self._calls.together():
+                begun = self.records.begin_attempt(*shard, os.urandom(6).hex(), task.run_id)
+                if begun > task.max_attempts:
+                    break
+                try:
+                    record = self._ready_worker()(task)
+                    return Outcome.of("done", *shard, record)
+                except CorruptShardError as damaged:
+                    error = str(damaged)
+                    break  # the input is damaged: another try reads the same bytes
+                except CapfiltError:
+                    raise
+                except Exception as failure:
+                    error = "".join(traceback.format_exception(failure, limit=-4)).strip()
+            # Fresh weights, fresh device memory, once nobody uses the old ones.
+            with self._calls.alone():
+                self._worker = None
         standing = self.records.read(task.stage, task.source, task.shard)
         if standing is not None and standing.fingerprint == task.fingerprint:
             return Outcome.of("done", task.stage, task.source, task.shard, standing)
@@ -153,16 +163,18 @@ class StageActor:
 
     def _ready_worker(self) -> Any:
         """Return the worker, its weights loaded and found to be those that the fingerprints name."""
-        if self._worker is None:
-            worker = stage_worker(self.stage, self.config, self.records)
-            planned = self.models.get(self.stage, ())
-            if getattr(worker, "models", ()) != planned:
-                raise CapfiltError(
-                    f"{socket.gethostname()} has other weights for {self.stage} than the driver: pin "
-                    "caption.revision (or hf-hub:...@REVISION), or make the model folder the same on every node"
-                )
-            self._worker = worker
-        return self._worker
+        with self._loading:
+            if self._worker is None:
+                worker = stage_worker(self.stage, self.config, self.records)
+                planned = self.models.get(self.stage, ())
+                if getattr(worker, "models", ()) != planned:
+                    raise CapfiltError(
+                        f"{socket.gethostname()} has other weights for {self.stage} than the driver: pin "
+                        "caption.revision (or hf-hub:...@REVISION), or make the model folder the same on every "
+                        "node"
+                    )
+                self._worker = worker
+            return self._worker
 
 
 # A class a stage, because its name is what Ray's dashboard and ``ps`` show.
@@ -173,15 +185,17 @@ class CrawlActor(StageActor):
 
 
 class CaptionActor(StageActor):
-    """Captions."""
+    """Captions: one shard has the device while the other is read, decoded or written."""
 
     stage = "caption"
+    calls_at_once = 2
 
 
 class RankActor(StageActor):
-    """Ranks."""
+    """Ranks, two shards at once as ``CaptionActor``."""
 
     stage = "rank"
+    calls_at_once = 2
 
 
 class SelectActor(StageActor):
@@ -212,11 +226,16 @@ def build_dataset(
     # An actor killed while it starts is replaced, as one killed at work is; by default it would fail the job.
     context.max_consecutive_actor_init_deaths = 10
     context.execution_no_progress_timeout_s = config.cluster.stall_timeout_s
+    # Shards in flight over calls at once: Ray's 1.75 is out of reach for two calls and two shards. Down under a
+    # half, where one actor's two shards leave a second one that just came up.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.4
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage in stages:
+        actor = _ACTORS[stage]
         resources: StageResources = getattr(config.cluster, stage)
         dataset = dataset.map_batches(
-            _ACTORS[stage],
+            actor,
             batch_size=1,
             fn_constructor_args=(config, models, run_id, recompute, tracker),
             num_cpus=resources.cpus,
@@ -226,6 +245,9 @@ def build_dataset(
                 max_size=resources.max_workers,
                 # One in work, one at hand: a deeper queue leaves shards behind a slow worker at the end.
                 max_tasks_in_flight_per_actor=2,
+                max_concurrent_calls_per_actor=actor.calls_at_once,
+                # Otherwise Ray Data overlaps its own part of the calls, and not ours.
+                enable_true_multi_threading=actor.calls_at_once > 1,
             ),
         )
     return dataset

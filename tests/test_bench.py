@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from jobs.bench.caption import measure_caption
+from jobs.bench.commands import _caption_rows
+from jobs.bench.models import BLIP_LARGE
 from jobs.bench.pictures import jpeg
 from jobs.cli import app
 from pipeline.images import decode_rgb
 from schemas.errors import CapfiltError
 
+# As BLIP-large, but for depth and width.
+SMALL_BLIP = {
+    "text_config": BLIP_LARGE["text_config"]
+    | {"hidden_size": 32, "encoder_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "intermediate_size": 64, "initializer_range": 0.1},
+    "vision_config": BLIP_LARGE["vision_config"]
+    | {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+       "patch_size": 32, "initializer_range": 0.1},
+    "initializer_range": 0.1,
+}  # fmt: skip
 MACHINE = {"date", "cpus", "architecture", "memory_gib", "python", "load_1m"}
 
 
@@ -88,6 +101,50 @@ def test_select_keeps_every_image() -> None:
     require_positive(found["select"], "images_per_s", "cpu_ms_per_image", "peak_bytes")
     assert found["select"]["share"].keys() == {"read", "select", "write"}
     assert 0 < sum(found["select"]["share"].values()) <= 1
+
+
+def test_images_are_decoded_in_every_way() -> None:
+    found = bench("images", "--images", "1")
+    assert found["images"] == 1 and found["max_level_difference"] <= 2
+    assert list(found["sizes"]) == ["512x384", "512x512", "1024x768"]
+    for at_size in found["sizes"].values():
+        for way in ("naive", "exact", "fast"):
+            require_positive(at_size[way], "images_per_core_s", "images_per_s_all_cores", "ratio")
+
+
+def test_rank_prints_both_sides() -> None:
+    found = bench("rank", "--model", "ViT-S-32-alt", "--images", "1", "--rounds", "1", "--mean-tokens", "9")
+    assert (found["images"], found["captions"], found["mean_tokens"]) == (1, 11, 9)
+    assert found["max_similarity_difference"] < 1e-6
+    require_positive(found, "text_ratio", "image_ratio", "matmul_tflop_per_s")
+    for side in ("open_clip", "capfilt"):
+        require_positive(found[side], "images_per_s", "gflop_text", "matmul_share", "peak_bytes")
+
+
+def test_whole_shards_say_what_the_bare_engine_says() -> None:
+    # Seven images are nine: every fourth URL of the synthetic corpus failed.
+    found = bench("shard", "--size", "demo", "--images", "7", "--shards", "3", "--rounds", "1")
+    assert (found["images"], found["shards"], found["dtype"]) == (9, 3, "float32")
+    assert found["same_captions"] and found["same_scores"]
+    assert 3 <= found["mean_tokens"] <= 20
+    for stage in ("caption", "rank"):
+        require_positive(found[stage], "images_per_s", "bare_images_per_s", "bare_share")
+        seconds = found[stage]["seconds"]
+        assert seconds.keys() == {"read", "decode", "gpu", "write", "wait", "total"}
+        require_positive(seconds, "read", "gpu", "write", "total")
+        # What is rounded to a millisecond, six times.
+        assert max(seconds[part] for part in ("read", "gpu", "write")) <= seconds["total"] + 0.01
+
+
+@pytest.mark.slow
+def test_captioning_is_compared_with_transformers() -> None:
+    found = measure_caption(32, 1, SMALL_BLIP, "ViT-S-32-alt")
+    assert found["max_logit_difference"] < 1e-4 and found["greedy_equal"]
+    assert found["logit_rows_compared"] > 20
+    for name in ("decode_ratio", "decode_ratio_early_stop", "decode_flops_ratio", "end_to_end_ratio"):
+        require_positive(found, name)
+    assert found["decode_early_stop_mean_tokens"] < found["decode_mean_tokens"] == 19
+    assert len(_caption_rows(found)) == 3
 
 
 def test_without_json_a_table_is_printed() -> None:

@@ -30,10 +30,17 @@ HOMES = {
     "open_clip": (
         "pipeline/rank.py", "pipeline/clipblocks.py", "pipeline/cliptokens.py", "pipeline/cliptowers.py",
         "pipeline/weights.py",
-        "training/vision.py", "jobs/demo/", "jobs/bench/images.py", "jobs/bench/rank.py",
+        "training/vision.py", "jobs/demo/", "jobs/bench/caption.py", "jobs/bench/images.py", "jobs/bench/models.py",
+        "jobs/bench/rank.py",
     ),
-    "transformers": ("pipeline/caption.py", "pipeline/decoding.py", "training/", "jobs/demo/", "jobs/bench/images.py"),
-    "PIL": ("pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/pictures.py"),
+    "transformers": (
+        "pipeline/caption.py", "pipeline/blipvision.py", "pipeline/decoder.py", "training/", "jobs/demo/",
+        "jobs/bench/caption.py", "jobs/bench/images.py", "jobs/bench/models.py",
+    ),
+    "torchao": ("pipeline/fp8.py",),
+    "PIL": (
+        "pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/caption.py", "jobs/bench/pictures.py",
+    ),
     "cv2": ("pipeline/images.py",),
     "torchvision": ("pipeline/images.py", "training/", "jobs/bench/loader.py"),
 }

@@ -1,12 +1,13 @@
 """``capfilt bench``: a command for each thing measured, and how its result is printed.
 
-A command does its own set-up in a temporary folder that it always removes, needs no network beyond loopback
-and no Ray, and takes under a minute at its defaults on two cores.
+A command does its own set-up in a temporary folder that it always removes, and needs no weights, no Ray and no
+network beyond loopback. At its defaults it takes about a minute on two idle cores; ``caption`` and ``shard`` run
+models of the published sizes, which takes about five on a CPU, and some on a GPU, most of them to compile.
 """
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +16,7 @@ from schemas.errors import CapfiltError
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Each way, in turn; medians are shown.", metavar="N")]
 
 
 @bench.command()
@@ -65,6 +67,105 @@ def select(
 
     found = _measured(measure_select, images)
     _show(found, [_readable(found["select"])], json_)
+
+
+@bench.command()
+def images(
+    images: Annotated[int, typer.Option(min=1, help="Of each size.", metavar="N")] = 16,
+    json_: Json = False,
+) -> None:
+    """Decode JPEGs for both models: with the libraries' own code, and on our two pixel paths."""
+    from jobs.bench.images import measure_images
+
+    found = _measured(measure_images, images)
+    rows = [
+        {"size": size, "way": way, **at_size[way]}
+        for size, at_size in found["sizes"].items()
+        for way in ("naive", "exact", "fast")
+    ]
+    _show(found, rows, json_)
+
+
+@bench.command()
+def caption(
+    batch_size: Annotated[int, typer.Option(min=1, help="Ours, on a GPU.", metavar="N")] = 256,
+    rounds: Rounds = 5,
+    json_: Json = False,
+) -> None:
+    """Caption beside transformers' generate: agreement, operations, decoding alone, JPEG to the best two."""
+    from jobs.bench.caption import measure_caption
+
+    found = _measured(measure_caption, batch_size, rounds)
+    _show(found, _caption_rows(found), json_)
+
+
+@bench.command()
+def rank(
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Default: 2, on a GPU 256.", metavar="N", show_default=False)
+    ] = None,
+    captions: Annotated[int, typer.Option(min=2, help="Of each image.", metavar="N")] = 11,
+    mean_tokens: Annotated[
+        int, typer.Option(min=4, max=77, help="Of a caption, start and end included.", metavar="N")
+    ] = 14,
+    rounds: Rounds = 5,
+    model: Annotated[str, typer.Option(help="open_clip architecture.", metavar="NAME")] = "ViT-L-14",
+    json_: Json = False,
+) -> None:
+    """Rank beside open_clip's own: agreement, operations, both towers and the tokenizer."""
+    from jobs.bench.rank import measure_rank
+    from pipeline.device import worker_device
+
+    device = worker_device()
+    images = images or {"cpu": 2, "cuda": 256}[device.type]
+    found = _measured(measure_rank, images, captions, mean_tokens, rounds, device, model)
+    _show(found, [{"side": side, **_readable(found[side])} for side in ("open_clip", "capfilt")], json_)
+
+
+@bench.command()
+def shard(
+    images: Annotated[
+        int | None, typer.Option(min=1, help="A shard's. Default: 3, on a GPU 2001.", metavar="N")
+    ] = None,
+    shards: Annotated[int, typer.Option(min=1, metavar="N")] = 2,
+    rounds: Rounds = 3,
+    size: Annotated[Literal["full", "demo"], typer.Option(help="Of the models.")] = "full",
+    json_: Json = False,
+) -> None:
+    """Send whole shards through both GPU stages, beside the bare engine on decoded images: share of its rate."""
+    from jobs.bench.shard import measure_shard
+    from pipeline.device import worker_device
+
+    images = images or {"cpu": 3, "cuda": 2001}[worker_device().type]
+    found = _measured(measure_shard, images, shards, rounds, size)
+    rows = []
+    for stage in ("caption", "rank"):
+        rates = {name: value for name, value in found[stage].items() if name != "seconds"}
+        parts = {f"{part}_s": value for part, value in found[stage]["seconds"].items()}
+        rows.append({"stage": stage, **rates, **parts})
+    _show(found, rows, json_)
+
+
+def _caption_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each of the three things that are timed."""
+    decoding = [
+        {
+            "part": part,
+            "ratio": found[f"decode_ratio{suffix}"],
+            "s_per_image": found[f"decode{suffix}_s_per_image"],
+            "transformers_s_per_image": found[f"decode{suffix}_s_per_image_transformers"],
+            "mean_tokens": found[f"decode{suffix}_mean_tokens"],
+            "gflop": found[f"gflop_ours{suffix}"],
+        }
+        for part, suffix in (("decode, to the last token", ""), ("decode, captions end", "_early_stop"))
+    ]
+    whole = {
+        "part": "JPEG to the best two",
+        "ratio": found["end_to_end_ratio"],
+        "s_per_image": 1 / found["images_per_s"],
+        "transformers_s_per_image": 1 / found["transformers_images_per_s"],
+    }
+    return [*decoding, whole]
 
 
 def _size(text: str) -> tuple[int, int]:

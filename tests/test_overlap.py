@@ -1,0 +1,269 @@
+"""Two shards at once in one actor: what overlaps, what comes out the same, and what one does to the other."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+import jobs.stages
+from jobs.bench.corpus import SOURCE, SyntheticCorpus
+from jobs.sharing import Calls
+from jobs.stages import CaptionActor, RankActor, dataset_row
+from jobs.tracker import Outcome
+from pipeline.caption import CaptionWorker
+from pipeline.records import Records
+from pipeline.storage import Storage
+from pipeline.urlshards import url_shards
+from pipeline.weights import captioner_weights
+from schemas.config import CapfiltConfig
+from schemas.records import ShardRecord, ShardTask, Stage
+from tests.raw_shards import encoded, picture
+from tests.runs import curated_files, do_run, small_config, with_values
+from tests.tiny_models import save_captioner
+
+RUN = "20260101T000000-test"
+# Longer than anything here takes: what does not happen by then will not.
+PATIENCE_S = 60
+
+
+# -- calls together and alone --------------------------------------------------------------------------------
+
+
+def test_calls_run_together() -> None:
+    calls, both = Calls(), threading.Barrier(2, timeout=PATIENCE_S)
+
+    def work() -> None:
+        with calls.together():
+            both.wait()
+
+    in_two_threads(work, work)
+
+
+def test_alone_waits_for_the_others_and_comes_before_those_that_follow() -> None:
+    calls, order = Calls(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with calls.together():
+            inside.set()
+            leave.wait(PATIENCE_S)
+            order.append("first")
+
+    def alone() -> None:
+        with calls.alone():
+            order.append("alone")
+
+    def later() -> None:
+        with calls.together():
+            order.append("later")
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    inside.wait(PATIENCE_S)
+    for work in (alone, later):
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+        wait_until(lambda: calls._asked_alone == 1)
+    assert order == []
+    leave.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert order == ["first", "alone", "later"]
+
+
+def test_an_exception_gives_the_place_back() -> None:
+    calls = Calls()
+    for enter in (calls.together, calls.alone):
+        with pytest.raises(RuntimeError), enter():
+            raise RuntimeError
+    with calls.alone():
+        pass
+    with calls.together():
+        pass
+
+
+# -- one actor, in this process ------------------------------------------------------------------------------
+
+
+class Watched(CaptionWorker):
+    """A captioner that knows how many of its calls run, in whichever of its instances, and obeys a script."""
+
+    running = 0
+    most = 0
+    made = 0
+    script: Callable[[str], None]
+    _lock = threading.Lock()
+
+    def __init__(self, config: CapfiltConfig, records: Records) -> None:
+        super().__init__(config, records)
+        Watched.made += 1
+        # The old weights must be out of use before the new ones take their memory.
+        assert Watched.made == 1 or Watched.running == 0
+
+    def __call__(self, task: ShardTask) -> ShardRecord:
+        with Watched._lock:
+            Watched.running += 1
+            Watched.most = max(Watched.most, Watched.running)
+        try:
+            Watched.script(task.shard)
+            return super().__call__(task)
+        finally:
+            with Watched._lock:
+                Watched.running -= 1
+
+
+@pytest.fixture
+def crawled(tmp_path: Path) -> SyntheticCorpus:
+    """A corpus of two raw shards with six images each, and a tiny captioner for it."""
+    pictures = [encoded(picture(seed)) for seed in range(5)]
+    corpus = SyntheticCorpus(tmp_path, 12, samples_per_shard=8, pictures=pictures)
+    assert corpus.shards == ["00000", "00001"]
+    for shard in corpus.shards:
+        corpus.crawl(shard)
+    model = {"model": str(save_captioner(tmp_path / "captioner")), "batch_size": 2}
+    corpus.config = with_values(corpus.config, caption=model)
+    return corpus
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    monkeypatch.setattr(
+        jobs.stages, "stage_worker", lambda stage, config, records: Watched(config, records)
+    )
+    Watched.running = Watched.most = Watched.made = 0
+    Watched.script = staticmethod(lambda shard: None)
+    return Watched
+
+
+def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
+    """Have one actor caption both shards, one call each, at once; return what it said of them."""
+    told: list[Outcome] = []
+    tracker = SimpleNamespace(note=SimpleNamespace(remote=told.append))
+    models = {"caption": (captioner_weights(corpus.config.caption).digest,)}
+    actor = CaptionActor(corpus.config, models, RUN, False, tracker)
+    rows = {shard: dataset_row("web", urls) for (_, shard), urls in url_shards(corpus.records).items()}
+    in_two_threads(
+        *(lambda row=row: actor({name: [value] for name, value in row.items()}) for row in rows.values())
+    )
+    return {outcome.shard: outcome for outcome in told}
+
+
+def test_two_calls_share_one_worker_and_its_captions_do_not_change(
+    crawled: SyntheticCorpus, watched: type[Watched]
+) -> None:
+    both = threading.Barrier(2, timeout=PATIENCE_S)
+    watched.script = staticmethod(lambda shard: both.wait())
+    outcomes = caption_both(crawled)
+    assert {shard: outcome.state for shard, outcome in outcomes.items()} == {"00000": "done", "00001": "done"}
+    assert (watched.made, watched.most) == (1, 2)
+    by_itself = CaptionWorker(crawled.config, crawled.records)
+    for shard in crawled.shards:
+        together = crawled.records.read("caption", SOURCE, shard)
+        crawled.records.retire(together)
+        alone = by_itself(crawled.task("caption", shard, crawl=crawled.records.read("crawl", SOURCE, shard)))
+        assert alone.attempt != together.attempt
+        assert alone.outputs["parquet"].sha256 == together.outputs["parquet"].sha256
+
+
+def test_a_shard_that_fails_leaves_the_other_undisturbed(
+    crawled: SyntheticCorpus, watched: type[Watched]
+) -> None:
+    begun, failed = threading.Event(), threading.Event()
+
+    def script(shard: str) -> None:
+        if shard == "00001":
+            # In the midst of the other one's work.
+            assert begun.wait(PATIENCE_S)
+            failed.set()
+            raise RuntimeError("device-side assert")
+        begun.set()
+        assert failed.wait(PATIENCE_S)
+
+    watched.script = staticmethod(script)
+    outcomes = caption_both(crawled)
+    assert outcomes["00000"].state == "done" and outcomes["00000"].images == 6
+    assert outcomes["00001"].state == "quarantined" and "device-side assert" in outcomes["00001"].error
+    assert watched.most == 2
+    # Loaded anew for each further attempt, and never while the other shard used the old weights.
+    assert watched.made == crawled.config.cluster.max_attempts
+    [(_, quarantine)] = crawled.records.quarantined().items()
+    assert (quarantine.shard, quarantine.attempts) == ("00001", 3)
+
+
+def test_what_died_with_its_worker_is_tried_again_alone(
+    crawled: SyntheticCorpus, watched: type[Watched]
+) -> None:
+    # A worker that was killed leaves attempts that began and nothing else.
+    for shard in crawled.shards:
+        crawled.records.begin_attempt("caption", SOURCE, shard, "killed", RUN)
+    outcomes = caption_both(crawled)
+    assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
+    assert (watched.made, watched.most) == (1, 1)
+
+
+# -- on Ray --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 << 20,
+    )
+    yield
+    ray.shutdown()
+
+
+def overlapping(corpus: str, stage: Stage) -> int:
+    """Return how many shards of a stage began before the one before them had ended."""
+    records = Records(Storage(corpus)).shards((stage,)).values()
+    times = sorted((record.started_at, record.finished_at) for record in records)
+    return sum(later_began < ended for (_, ended), (later_began, _) in pairwise(times))
+
+
+@pytest.mark.slow
+def test_shards_overlap_in_one_actor_and_the_corpus_is_the_same_byte_for_byte(
+    local_ray: None, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crawled = small_config(str(tmp_path / "crawled"), tmp_path / "urls.parquet", base_url)
+    assert do_run(crawled, command="crawl", stages=("crawl",)).exit_code == 0
+    assert overlapping(crawled.corpus.path, "crawl") == 0
+    curated = {}
+    for calls in (1, 2):
+        config = with_values(crawled, corpus={"path": str(tmp_path / str(calls))})
+        shutil.copytree(crawled.corpus.path, config.corpus.path)
+        for actor in (CaptionActor, RankActor):
+            monkeypatch.setattr(actor, "calls_at_once", calls)
+        # One after the other, so that a stage finds all of its shards ready.
+        assert do_run(config, command="caption", stages=("caption",)).exit_code == 0
+        assert do_run(config, stages=("rank", "select")).exit_code == 0
+        for stage in ("caption", "rank"):
+            assert (overlapping(config.corpus.path, stage) > 0) == (calls == 2), (stage, calls)
+        assert overlapping(config.corpus.path, "select") == 0
+        curated[calls] = curated_files(config.corpus.path)
+    assert curated[1] == curated[2] and len(curated[1]) == 8
+
+
+# -- aids ----------------------------------------------------------------------------------------------------
+
+
+def in_two_threads(*works: Callable[[], Any]) -> None:
+    with ThreadPoolExecutor(len(works)) as pool:
+        for result in [pool.submit(work) for work in works]:
+            result.result(PATIENCE_S)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    patience = threading.Event()
+    while not condition():
+        patience.wait(0.001)
