@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from jobs.manifest_page import manifest_page
 from pipeline.configerrors import section_class
 from schemas.config import CapfiltConfig
+from schemas.pretrain import PretrainConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs"
 
@@ -44,6 +45,47 @@ def config_page() -> str:
     """Return docs/config.md: every section and key of the config with type, default and meaning."""
     parts = [_CONFIG_INTRODUCTION]
     for section, headers in _sections(CapfiltConfig).items():
+        parts += ["## " + ", ".join(f"`{header}`" for header in headers), "", *_key_table(section)]
+    return "\n".join(parts)
+
+
+_PRETRAIN_INTRODUCTION = """\
+# Pretraining
+
+One TOML file describes one training run: `capfilt pretrain -c recipe.toml`. `make docs` writes this page from
+`schemas/pretrain.py`; edit that. Files, overrides and mistakes are dealt with as for a corpus ([config](config.md)).
+
+```console
+$ capfilt pretrain -c blip2-stage1-vitg.toml --dry-run    # parameters, steps, GPU-hours, memory; needs no weights
+$ capfilt pretrain -c blip2-stage1-vitg.toml              # trains; the same command goes on after any stop
+$ capfilt trace CHECKPOINT                                # shards, sources, runs and models it was made of
+$ capfilt evaluate retrieval CHECKPOINT --annotations coco_karpathy_test.json --images coco/
+$ capfilt export CHECKPOINT blip2-hf                      # transformers' Blip2 (EVA ViT-g), or a format of our own
+```
+
+- **Data.** Curated shards of one or more corpora, or folders of WebDataset shards of others' make. The order is a
+  function of (snapshot of the shards, seed): the whole state is the number of samples consumed, so that a run goes on
+  with the very next sample, on any number of ranks. Each image comes once before any comes twice; `weights` change how
+  often a source comes. Each shard is checked against its record before a sample of it is used.
+- **Where.** On this machine: a process for each GPU, or one on the CPU. With `cluster.address`, on a Ray cluster,
+  through Ray Train.
+- **Losses** are those of the whole batch, in whatever shares it is computed: `performance.micro_batch_size` and the
+  number of GPUs decide memory and speed, not which texts an image is compared with.
+- **Checkpoints** lie in `run.output`, or in the first corpus, as safetensors; each counts once its record exists, and a
+  damaged one is passed over for the one before. A run may be resumed with other *free* keys, and with no others.
+- **Every loss**, ITM's accuracy, temperature, learning rate, gradient norm, samples per second, share of the GPU's
+  peak and waiting time is a line of `metrics.jsonl` beside the checkpoints.
+- Weights are safetensors only. A model that the hub has as `.bin` alone is converted once: load it with transformers
+  where you trust it, and `save_pretrained` it to a folder that the recipe names.
+- Recipes: `jobs/recipes/blip2-stage{1,2}-*.toml`, one for each published combination, and the demo's. How results are
+  scored: [evaluation](evaluate.md).
+"""
+
+
+def pretrain_page() -> str:
+    """Return docs/pretrain.md: every section and key of a training run."""
+    parts = [_PRETRAIN_INTRODUCTION]
+    for section, headers in _sections(PretrainConfig).items():
         parts += ["## " + ", ".join(f"`{header}`" for header in headers), "", *_key_table(section)]
     return "\n".join(parts)
 
@@ -86,7 +128,12 @@ def _command_names(group: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[st
             yield from _command_names(command, (*above, name))
 
 
-PAGES = {"cli.md": cli_page, "config.md": config_page, "manifest.md": manifest_page}
+PAGES = {
+    "cli.md": cli_page,
+    "config.md": config_page,
+    "pretrain.md": pretrain_page,
+    "manifest.md": manifest_page,
+}
 
 
 def main() -> None:
@@ -127,10 +174,17 @@ def _type(info: FieldInfo) -> str:
     options = [part for part in get_args(annotation) if part is not type(None)]
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{json.dumps(option)}`" for option in options)
+    numbers = [part for part in (annotation, *options) if get_origin(part) is dict or _is_pair(part)]
+    if numbers:
+        return "a number for each name" if get_origin(numbers[0]) is dict else "two numbers"
     if get_origin(annotation) is tuple:
         return "list of text"
     names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
     return names[options[0] if options else annotation] + _range(info)
+
+
+def _is_pair(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple and len(get_args(annotation)) == 2 and ... not in get_args(annotation)
 
 
 def _range(info: FieldInfo) -> str:

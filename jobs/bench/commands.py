@@ -3,20 +3,19 @@
 A command does its own set-up in a temporary folder that it always removes, and needs no weights, no Ray and no
 network beyond loopback. At its defaults it takes about a minute on two idle cores; ``caption`` and ``shard`` run
 models of the published sizes, which takes about five on a CPU, and some on a GPU, most of them to compile.
+``stage1`` and ``stage2`` train models of the published sizes: a step takes minutes on a CPU.
 """
 
 import re
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
 
+from jobs.bench.printing import Json, Rounds, measured, readable, show
+from jobs.bench.training_commands import training_bench
 from schemas.errors import CapfiltError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Each way, in turn; medians are shown.", metavar="N")]
 
 
 @bench.command()
@@ -28,9 +27,9 @@ def crawl(
     """Crawl a loopback server, in turn with img2dataset's own Downloader: rate, CPU, memory, ratio."""
     from jobs.bench.crawl import measure_crawl
 
-    found = _measured(measure_crawl, images, _size(size))
-    rows = [{"crawler": name, **_readable(found[name])} for name in ("capfilt", "img2dataset")]
-    _show(found, rows, json_)
+    found = measured(measure_crawl, images, _size(size))
+    rows = [{"crawler": name, **readable(found[name])} for name in ("capfilt", "img2dataset")]
+    show(found, rows, json_)
 
 
 @bench.command()
@@ -41,8 +40,8 @@ def intake(
     """Read a Parquet list into url shards, then read it again grown by 1%: rate and memory."""
     from jobs.bench.intake import measure_intake
 
-    found = _measured(measure_intake, rows)
-    _show(found, [{"reading": name, **_readable(found[name])} for name in ("first", "grown")], json_)
+    found = measured(measure_intake, rows)
+    show(found, [{"reading": name, **readable(found[name])} for name in ("first", "grown")], json_)
 
 
 @bench.command()
@@ -53,8 +52,8 @@ def manifest(
     """Ask a synthetic corpus, as `capfilt sql` does and in plain DuckDB; compact its records."""
     from jobs.bench.manifest import measure_manifest
 
-    found = _measured(measure_manifest, images)
-    _show(found, found["queries"], json_)
+    found = measured(measure_manifest, images)
+    show(found, found["queries"], json_)
 
 
 @bench.command()
@@ -65,8 +64,8 @@ def select(
     """Write curated shards from scored candidates: rate and memory."""
     from jobs.bench.selection import measure_select
 
-    found = _measured(measure_select, images)
-    _show(found, [_readable(found["select"])], json_)
+    found = measured(measure_select, images)
+    show(found, [readable(found["select"])], json_)
 
 
 @bench.command()
@@ -77,13 +76,13 @@ def images(
     """Decode JPEGs for both models: with the libraries' own code, and on our two pixel paths."""
     from jobs.bench.images import measure_images
 
-    found = _measured(measure_images, images)
+    found = measured(measure_images, images)
     rows = [
         {"size": size, "way": way, **at_size[way]}
         for size, at_size in found["sizes"].items()
         for way in ("naive", "exact", "fast")
     ]
-    _show(found, rows, json_)
+    show(found, rows, json_)
 
 
 @bench.command()
@@ -95,8 +94,8 @@ def caption(
     """Caption beside transformers' generate: agreement, operations, decoding alone, JPEG to the best two."""
     from jobs.bench.caption import measure_caption
 
-    found = _measured(measure_caption, batch_size, rounds)
-    _show(found, _caption_rows(found), json_)
+    found = measured(measure_caption, batch_size, rounds)
+    show(found, _caption_rows(found), json_)
 
 
 @bench.command()
@@ -118,8 +117,8 @@ def rank(
 
     device = worker_device()
     images = images or {"cpu": 2, "cuda": 256}[device.type]
-    found = _measured(measure_rank, images, captions, mean_tokens, rounds, device, model)
-    _show(found, [{"side": side, **_readable(found[side])} for side in ("open_clip", "capfilt")], json_)
+    found = measured(measure_rank, images, captions, mean_tokens, rounds, device, model)
+    show(found, [{"side": side, **readable(found[side])} for side in ("open_clip", "capfilt")], json_)
 
 
 @bench.command()
@@ -137,13 +136,30 @@ def shard(
     from pipeline.device import worker_device
 
     images = images or {"cpu": 3, "cuda": 2001}[worker_device().type]
-    found = _measured(measure_shard, images, shards, rounds, size)
+    found = measured(measure_shard, images, shards, rounds, size)
     rows = []
     for stage in ("caption", "rank"):
         rates = {name: value for name, value in found[stage].items() if name != "seconds"}
         parts = {f"{part}_s": value for part, value in found[stage]["seconds"].items()}
         rows.append({"stage": stage, **rates, **parts})
-    _show(found, rows, json_)
+    show(found, rows, json_)
+
+
+@bench.command()
+def fp8(
+    images: Annotated[int, typer.Option(min=2, help="Of the demo's world.", metavar="N")] = 500,
+    json_: Json = False,
+) -> None:
+    """Compare float32, bfloat16 and float8 on the demo's trained models: scores, captions, what is kept."""
+    from jobs.bench.fp8 import measure_fp8
+
+    found = measured(measure_fp8, images)
+    pairs = ("bf16_from_fp32", "fp8_from_fp32", "fp8_from_bf16")
+    show(found, [{"change": pair, **found[pair]} for pair in pairs], json_)
+
+
+for command in training_bench.registered_commands:
+    bench.registered_commands.append(command)
 
 
 def _caption_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,37 +189,3 @@ def _size(text: str) -> tuple[int, int]:
     if not match or min(int(match[1]), int(match[2])) < 64:
         raise CapfiltError(f"--size {text!r}: width x height from 64 to 9999 pixels, such as 640x480")
     return int(match[1]), int(match[2])
-
-
-def _measured(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Measure, and say on what machine; how busy it was is asked before the benchmark itself makes it so."""
-    from jobs.bench.machine import describe_machine
-
-    machine = describe_machine()
-    return {**measure(*arguments), "machine": machine}
-
-
-def _readable(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return a measurement for a table: memory in MiB, shares in percent."""
-    row: dict[str, Any] = {}
-    for name, value in measured.items():
-        match value:
-            case dict():
-                row |= {f"{part}_%": round(100 * share, 1) for part, share in value.items()}
-            case _ if name.endswith("_bytes"):
-                row[f"{name.removesuffix('_bytes')}_mib"] = round(value / 2**20)
-            case _:
-                row[name] = value
-    return row
-
-
-def _show(found: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
-    from jobs.render import print_facts, print_json, print_table
-
-    if as_json:
-        return print_json(found)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    print_table([{name: row.get(name) for name in columns} for row in rows])
-    print()
-    print_facts({name: value for name, value in found.items() if isinstance(value, (int, float, str))})
-    print_facts(found["machine"])
