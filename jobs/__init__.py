@@ -1,1 +1,6 @@
 """Everything that knows Ray, the terminal, or money: the command line, the runs, the demo."""
+
+import logging
+
+# transformers imports torchao wherever it is installed, and torch 2.15 warns of two of its classes each time.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ is coarser, so a corpus that must come out the same again keeps its batch size.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -50,6 +50,15 @@ class RawCaption:
     text: str
     seed: int
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """A batch as the device fetches it: stacked levels and the uniform numbers of their captions."""
+
+    pixels_BCHW: Tensor
+    uniforms_BNT: Tensor
+    seeds_BN: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,24 +109,37 @@ class Captioner:
         return self.texts(self.sample([self.prepare(data) for data in images], uids))
 
     def sample(self, pixels: Sequence[Tensor], uids: Sequence[str]) -> Sampled:
-        """Sample the captions of prepared images, at most ``batch_size`` of them. What the device does."""
+        """Sample the captions of prepared images, at most ``batch_size`` of them."""
+        return self.compute(self.gather(pixels, uids))
+
+    def gather(self, pixels: Sequence[Tensor], uids: Sequence[str]) -> Gathered:
+        """Bring prepared images together, at most ``batch_size``: some 50 ms of a CPU core for 256."""
         seeds_BN = caption_seeds(self.seed, uids, self.config.num_captions)
-        uniforms_BNT = torch.from_numpy(uniforms(seeds_BN, self.config.max_length - len(self._prompt_ids)))
-        pixels_BCHW = stack_pinned(pixels).to(self.device, non_blocking=True)
+        num_steps = self.config.max_length - len(self._prompt_ids)
+        return Gathered(
+            pixels_BCHW=stack_pinned(pixels),
+            uniforms_BNT=torch.from_numpy(uniforms(seeds_BN, num_steps)),
+            seeds_BN=seeds_BN,
+        )
+
+    def compute(self, batch: Gathered) -> Sampled:
+        """Sample a batch's captions. What the device does, and nothing else."""
+        # Not from pinned memory, so that this waits for the device: before the tower it has nothing to do.
+        uniforms_BNT = batch.uniforms_BNT.to(self.device)
+        pixels_BCHW = batch.pixels_BCHW.to(self.device, non_blocking=True)
         image_BPE = self.vision(normalise(pixels_BCHW, self.recipe, self.dtype))
-        tokens_BNT = self._sample(image_BPE, uniforms_BNT.to(self.device, non_blocking=True))
-        return Sampled(tokens_BNT=tokens_BNT.cpu(), seeds_BN=seeds_BN)
+        return Sampled(tokens_BNT=self._sample(image_BPE, uniforms_BNT).cpu(), seeds_BN=batch.seeds_BN)
 
     def texts(self, sampled: Sampled) -> list[list[RawCaption]]:
         """Return sampled captions as text. What the device does not do."""
         return [
-            [
-                RawCaption(text=self._decode(row), seed=seed, num_tokens=len(row))
-                for tokens, seed in zip(tokens_NT, seeds_N, strict=True)
-                if (row := [token for token in tokens if token != NOTHING]) is not None
-            ]
+            [self._raw_caption(*caption) for caption in zip(tokens_NT, seeds_N, strict=True)]
             for tokens_NT, seeds_N in zip(sampled.tokens_BNT.tolist(), sampled.seeds_BN.tolist(), strict=True)
         ]
+
+    def _raw_caption(self, tokens: list[int], seed: int) -> RawCaption:
+        said = [token for token in tokens if token != NOTHING]
+        return RawCaption(text=self._decode(said), seed=seed, num_tokens=len(said))
 
     def _encode_prompt(self, limit: int) -> list[int]:
         """Return start token and prompt: BLIP puts its start in the place of [CLS] and drops the [SEP]."""
@@ -165,7 +187,7 @@ def _load_model(weights: Weights) -> BlipForConditionalGeneration:
     return model
 
 
-Batch = tuple[list[dict[str, Any]], list[Tensor]]
+Batch = tuple[list[dict[str, Any]], Gathered]
 
 
 class CaptionWorker:
@@ -193,9 +215,14 @@ class CaptionWorker:
             batches = self._batches(shard, tally)
             # Decoded while another shard has the device, so that nothing waits at a shard's edge.
             first = list(islice(batches, 1))
-            with device_turn(self._turn, tally):
-                sampled = look_ahead(partial(self._sample, tally), chain(first, batches), ahead=2, threads=1)
-                # Text is made of one batch while the device samples the next.
+            with (
+                device_turn(self._turn, tally),
+                # Closed before the turn ends, however it ends: the engine's buffers are one batch's at a time.
+                closing(
+                    look_ahead(partial(self._sample, tally), chain(first, batches), ahead=2, threads=1)
+                ) as sampled,
+            ):
+                # Batches are gathered, and texts made, while the device samples another.
                 rows = [row for batch in sampled for row in self._rows(*batch)]
             self._count(rows, shard.samples.num_rows, tally)
             path = attempt.folder / "captions.parquet"
@@ -219,14 +246,16 @@ class CaptionWorker:
         while True:
             with tally.timed("decode"):
                 batch = list(islice(decodable, size))
-            if not batch:
-                return
-            yield [sample for sample, _ in batch], [pixels for _, pixels in batch]
+                if not batch:
+                    return
+                kept, pixels = zip(*batch, strict=True)
+                gathered = self.captioner.gather(pixels, [sample["uid"] for sample in kept])
+            yield list(kept), gathered
 
     def _sample(self, tally: Tally, batch: Batch) -> tuple[list[dict[str, Any]], Sampled]:
-        samples, pixels = batch
+        samples, gathered = batch
         with tally.timed("gpu"):
-            return samples, self.captioner.sample(pixels, [sample["uid"] for sample in samples])
+            return samples, self.captioner.compute(gathered)
 
     def _rows(self, samples: list[dict[str, Any]], sampled: Sampled) -> list[dict[str, Any]]:
         """Return the rows of one batch of images."""

@@ -116,12 +116,17 @@ class GridSampler:
         device = decoder.weight_kv.device
         num_rows = num_images * config.num_captions
         self._uniforms_ST = torch.zeros(num_rows, self.num_steps, dtype=torch.float64, device=device)
-        # As many as a caption can have; behind a row's last token stands one it has said, for the penalty.
         self._tokens_SL = torch.zeros(num_rows, config.max_length, dtype=torch.long, device=device)
+        self._tokens_SL[:, : len(prompt_ids)] = torch.tensor(self.prompt_ids, device=device)
         self._ended_S = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._image_kv: list[Tensor] = []
         self._cache: Tensor | None = None
         self._graphs: dict[int, Callable[[], None]] = {}
+        if device.type == "cuda":
+            # One for all steps: cuBLAS keeps a workspace of its own for every stream that it ever saw.
+            self._side_stream = torch.cuda.Stream()
+            # The steps run one after another: they share their scratch memory.
+            self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def __call__(self, image_BPE: Tensor, uniforms_BNT: Tensor) -> Tensor:
@@ -138,8 +143,8 @@ class GridSampler:
             self._replay(step)
         said_ST = self._tokens_SL[:num_rows, len(self.prompt_ids) :].clone()
         ends_ST = said_ST == self.decoder.end_id
+        # What an earlier batch left there goes as well: the loop leaves early only where all have ended.
         said_ST[(ends_ST.cumsum(1) - ends_ST.long()) > 0] = NOTHING
-        said_ST[:, step + 1 :] = NOTHING
         return said_ST.view(num_images, num_samples, self.num_steps)
 
     def _keep_images(self, image_BPE: Tensor) -> None:
@@ -162,7 +167,6 @@ class GridSampler:
             )
         by_image = self._cache.unflatten(2, (self.num_images, num_samples))
         by_image[..., :length, :] = prefix_kv.unsqueeze(3)
-        self._tokens_SL[:, :length] = torch.tensor(self.prompt_ids, device=self._tokens_SL.device)
         choice = nucleus(
             logits_BV, self._tokens_SL[::num_samples, :length], length, self.decoder.end_id, self.config
         )
@@ -202,24 +206,16 @@ class GridSampler:
     def _capture(self, step: int) -> Callable[[], None]:
         """Return the step as one launch. It is run once before, for what compiles or allocates at first use."""
         ended_S = self._ended_S.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
             self._advance(step)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._side_stream)
         self._ended_S.copy_(ended_S)
         graph = torch.cuda.CUDAGraph()
         # Other threads may pin memory meanwhile: theirs is none of this capture's business.
-        with torch.cuda.graph(graph, pool=self._pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._advance(step)
-        self._ended_S.copy_(ended_S)
         return graph.replay
-
-    def _pool(self) -> tuple[int, int]:
-        # The steps run one after another: they share their scratch memory.
-        if not hasattr(self, "_memory"):
-            self._memory = torch.cuda.graph_pool_handle()
-        return self._memory
 
 
 def _follow(cache: Tensor, parent_R: Tensor, length: int) -> Tensor:

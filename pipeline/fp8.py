@@ -1,8 +1,9 @@
 """Matrix products in float8 (e4m3), for the blocks of a vision tower. The home of torchao.
 
 Each weight is rounded once, with one scale for each output. Each row of its input is rounded when it comes, with
-one scale too. The products are summed in float32 and come out as bfloat16. All else stays as it is: norms,
-attention, biases, embeddings, the projection after the blocks.
+one scale too. The products are summed in float32 (on Hopper in its fast mode, which keeps a little less of it)
+and come out as bfloat16. All else stays as it is: norms, attention, biases, embeddings, the projection after the
+blocks.
 
 This is what torchao's ``quantize_`` makes of ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())``,
 but for three things: it works on a CPU too (slowly, in the same roundings), attention's output projection is

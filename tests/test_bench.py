@@ -140,6 +140,7 @@ def test_whole_shards_say_what_the_bare_engine_says() -> None:
 def test_captioning_is_compared_with_transformers() -> None:
     found = measure_caption(32, 1, SMALL_BLIP, "ViT-S-32-alt")
     assert found["max_logit_difference"] < 1e-4 and found["greedy_equal"]
+    assert found["grid_same_tokens"] > 0.999
     assert found["logit_rows_compared"] > 20
     for name in ("decode_ratio", "decode_ratio_early_stop", "decode_flops_ratio", "end_to_end_ratio"):
         require_positive(found, name)

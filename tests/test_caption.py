@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,33 @@ def test_workers_and_batch_sizes_commit_the_same_bytes(shard: tuple, tmp_path: P
         )
         digests.add(worker(task_of(config, "caption", crawl=outside)).outputs["parquet"].sha256)
     assert len(digests) == 1
+
+
+def test_a_call_that_fails_leaves_nothing_on_the_device(shard: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next call would share the engine's buffers with it."""
+    config, crawl = shard
+    worker = CaptionWorker(config, Records(Storage(config.corpus.path)))
+    begun, ended, compute = [], [], worker.captioner.compute
+
+    def slow(batch: object) -> object:
+        begun.append(batch)
+        time.sleep(0.05)
+        sampled = compute(batch)
+        ended.append(batch)
+        return sampled
+
+    def fail(_: object) -> None:
+        raise ValueError("no text")
+
+    monkeypatch.setattr(worker.captioner, "compute", slow)
+    monkeypatch.setattr(worker.captioner, "texts", fail)
+    with pytest.raises(ValueError, match="no text") as failure:
+        worker(task_of(config, "caption", crawl=crawl))
+    done = len(ended)
+    assert len(begun) == done and not worker._turn.locked()
+    time.sleep(0.1)
+    # ``failure`` holds the frames of the call, as an actor that tries again does.
+    assert len(begun) == done and failure.tb is not None
 
 
 def test_an_image_that_does_not_decode_is_counted_and_passed_over(tmp_path: Path, folder: Path) -> None:

@@ -123,6 +123,7 @@ OPTIONS = [
     {"repetition_penalty": 0.8, "min_length": 0},
     {"min_length": 12, "max_length": 30},
     {"top_k": 1, "min_length": 0},
+    {"max_length": 6, "min_length": 0},
 ]
 
 

@@ -30,16 +30,17 @@ HOMES = {
     "open_clip": (
         "pipeline/rank.py", "pipeline/clipblocks.py", "pipeline/cliptokens.py", "pipeline/cliptowers.py",
         "pipeline/weights.py",
-        "training/vision.py", "jobs/demo/", "jobs/bench/caption.py", "jobs/bench/images.py", "jobs/bench/models.py",
-        "jobs/bench/rank.py",
+        "training/vision.py", "jobs/demo/", "jobs/bench/images.py", "jobs/bench/models.py", "jobs/bench/rank.py",
+        "jobs/bench/toptwo.py",
     ),
     "transformers": (
         "pipeline/caption.py", "pipeline/blipvision.py", "pipeline/decoder.py", "training/", "jobs/demo/",
-        "jobs/bench/caption.py", "jobs/bench/images.py", "jobs/bench/models.py",
+        "jobs/bench/agreement.py", "jobs/bench/caption.py", "jobs/bench/generate.py", "jobs/bench/images.py",
+        "jobs/bench/models.py", "jobs/bench/toptwo.py",
     ),
     "torchao": ("pipeline/fp8.py",),
     "PIL": (
-        "pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/caption.py", "jobs/bench/pictures.py",
+        "pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/pictures.py", "jobs/bench/toptwo.py",
     ),
     "cv2": ("pipeline/images.py",),
     "torchvision": ("pipeline/images.py", "training/", "jobs/bench/loader.py"),

@@ -41,6 +41,22 @@ def seconds(run: Run, device: torch.device) -> float:
     return watch.cpu_s if device.type == "cpu" else watch.seconds
 
 
+def in_turn(
+    ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds of each way in each of ``rounds``."""
+    timed: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            timed[name].append(seconds(way, device))
+    return timed
+
+
+def median_ratio(timed: dict[str, list[float]]) -> float:
+    """Return how many times as long theirs takes: the median over the pairs."""
+    return round(median(t / o for t, o in zip(timed["theirs"], timed["ours"], strict=True)), 2)
+
+
 def peak_memory(run: Run, device: torch.device) -> int:
     """Return the most memory held during a run: of a GPU what tensors took, else this process's own."""
     if device.type == "cuda":
