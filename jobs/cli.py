@@ -164,7 +164,7 @@ def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = 
 @app.command()
 def submit(
     arguments: Annotated[
-        list[str], typer.Argument(help="After --: run, crawl, caption, rank or select, with its options.")
+        list[str], typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options.")
     ],
     config: Config,
     set_: Set = None,
@@ -182,12 +182,13 @@ def submit(
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the demo corpus.", metavar="DIR")] = "demo-corpus",
+    corpus_only: Annotated[bool, typer.Option("--corpus-only", help="Leave out the training.")] = False,
     json_: Json = False,
 ) -> None:
-    """Build a corpus from a small world served on this machine, and say how true its captions are."""
+    """Build a corpus from a small world served on this machine, train on it, and say how true and how useful it is."""
     from jobs.demo.show import run_demo
 
-    raise typer.Exit(run_demo(out, as_json=json_))
+    raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
 
 
 for command in (*reads.registered_commands, *training.registered_commands):

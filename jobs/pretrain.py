@@ -2,7 +2,6 @@
 
 import os
 import socket
-from dataclasses import replace
 
 from jobs.ranks import Outcome, train_here
 from jobs.run import new_run_id
@@ -62,11 +61,6 @@ def _train(config: PretrainConfig, run: RunRecord) -> Outcome:
 
 def _note_end(config: PretrainConfig, run: RunRecord, outcome: Outcome | None) -> None:
     """Write the run's end beside its start; of a run that was refused there is neither."""
-    ledger = Ledger(config.data)
-    started = ledger.started(run.run_id)
-    if started is None:
-        return
     ended = outcome.summary.outcome if outcome and outcome.summary else "error"
-    ledger.end(replace(started, outcome=ended, finished_at=now()))
-    for records in ledger.corpora:
+    for records in Ledger(config.data).end(run.run_id, ended):
         Manifest(records.storage).compact()

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -118,23 +119,29 @@ def gravest(outcomes: Sequence[Outcome]) -> Outcome:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop after this step; a second one acts at once."""
+    """Turn the first SIGINT or SIGTERM into a wish to stop after this step; a second one acts at once.
+
+    What is ignored stays ignored.
+    """
     asked = False
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    heard = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+
+    def let_go() -> None:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        for other in _SIGNALS:
-            signal.signal(other, before[other])
+        let_go()
 
-    for number in _SIGNALS:
+    for number in heard:
         signal.signal(number, ask)
     try:
         yield lambda: asked
     finally:
-        for number in _SIGNALS:
-            signal.signal(number, before[number])
+        let_go()
 
 
 def _attempt(config: PretrainConfig, run: RunRecord, size: int) -> Outcome:
@@ -151,8 +158,11 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int) -> Outcome:
         ours.close()
         processes.append(process)
         answers.append(answer)
-    with _forwarding_signals(processes):
-        return gravest(_outcomes(processes, answers))
+    with _forwarding_signals(processes) as was_asked:
+        outcome = gravest(_outcomes(processes, answers))
+    if outcome.kind == "lost" and was_asked():
+        return Outcome(kind="stopped", text=f"{outcome.text}, after it was asked to stop; the same command goes on")
+    return outcome
 
 
 def _outcomes(processes: list[BaseProcess], answers: list[Connection]) -> list[Outcome]:
@@ -185,6 +195,9 @@ def _answer(rank: int, process: BaseProcess, answer: Connection) -> Outcome:
 
 def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answer: Connection) -> None:
     """Be one rank; the answer is small, so that it fits the pipe before anybody reads."""
+    # A terminal's Ctrl-C reaches every process; the parent passes it on, and two of them would not wait for the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -198,18 +211,29 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answe
     answer.close()
 
 
+def _stop_without_parent() -> None:
+    """Ask this rank to stop once its parent is gone, however it went: nobody would hear of what it does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
-def _forwarding_signals(processes: list[BaseProcess]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the ranks, which stop after their step."""
+def _forwarding_signals(processes: list[BaseProcess]) -> Iterator[Callable[[], bool]]:
+    """Pass SIGINT and SIGTERM on to the ranks, which stop after their step; say whether there was one."""
+    asked = False
 
     def forward(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
         for process in processes:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
-        yield
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -43,6 +43,14 @@ class _Board:
     def outcomes(self) -> list[Outcome]:
         return self._outcomes
 
+    def is_over(self) -> bool:
+        return any(map(_is_final, self._outcomes))
+
+
+def _is_final(outcome: Outcome) -> bool:
+    """Tell whether another try would end no better."""
+    return outcome.kind not in ("ended", "lost")
+
 
 def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcome:
     """Train on the cluster at an address, on ``cluster.gpus`` GPUs, or all there are, or ``cpu_ranks`` CPUs.
@@ -77,20 +85,26 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcom
             except TrainingFailedError as error:
                 say(str(error).splitlines()[0])
         found = ray.get(board.outcomes.remote())
-        # Of those that a restart followed, only the last try counts: there, all ranks ended.
+        # A rank that lost another was started again: what counts is what stopped that, or the end of the last try.
+        final = [outcome for outcome in found if _is_final(outcome)]
         ended = [outcome for outcome in found if outcome.kind == "ended"]
-        return gravest(ended or found or [Outcome(kind="lost", text="every rank was killed")])
+        return gravest(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
     finally:
         ray.shutdown()
 
 
 def _rank(settings: dict[str, Any]) -> None:
-    """Be one rank. Only what another try may mend is raised: Ray Train tries again."""
+    """Be one rank. One that fails raises, so that Ray Train ends the others, which may wait for it, and tries again.
+
+    Where another try mends nothing (a refusal, a full memory), the ranks of that try leave at once.
+    """
     config, board = PretrainConfig.model_validate(settings["config"]), settings["board"]
+    if ray.get(board.is_over.remote()):
+        return
     world = World(get_device())
     outcome = train_as(world, config, RunRecord.from_json(settings["run"]), tell=board.tell.remote)
     ray.get(board.end.remote(outcome))
-    if outcome.kind == "lost":
+    if outcome.kind != "ended":
         raise RuntimeError(outcome.text)
 
 

@@ -97,6 +97,7 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     ``recompute``, a stage whose own input does not exist yet.
     """
     records = Records(Storage(config.corpus.path))
+    records.storage.require_conditional_puts()
     weights = model_weights(config, options.stages)
     models = digests_of(weights)
     started = RunRecord(

@@ -24,12 +24,15 @@ from pipeline.configfile import dump_config, load_config
 from pipeline.fingerprint import digest_json
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
 
-_COMMANDS = ("run", "crawl", "caption", "rank", "select")
+_COMMANDS = ("run", "crawl", "caption", "rank", "select", "pretrain")
 _PACKAGES = ("pipeline", "training", "jobs", "schemas")
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_CONFIG_NAME = "corpus.json"
+_CONFIG_NAME = "config.json"
 _AGENT_WAIT_S = 60.0
+
+Config = CapfiltConfig | PretrainConfig
 
 
 def submit_job(
@@ -48,7 +51,8 @@ def submit_job(
         )
     if {"-c", "--config"} & set(arguments):
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
-    config = load_config(config_path, overrides)
+    kind = PretrainConfig if arguments[0] == "pretrain" else CapfiltConfig
+    config = load_config(config_path, overrides, kind)
     client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
     job_id, attached = _start(client, config, list(arguments))
     print(f"{'attached to' if attached else 'submitted'} {job_id}", file=sys.stderr)
@@ -61,7 +65,7 @@ def submit_job(
         return 130
 
 
-def submission_id(config: CapfiltConfig, arguments: Sequence[str]) -> str:
+def submission_id(config: Config, arguments: Sequence[str]) -> str:
     """Return the id of a submission: equal configs and arguments give equal ids."""
     digest = digest_json({"config": dump_config(config), "arguments": list(arguments)})
     return f"capfilt-{arguments[0]}-{digest[:16]}"
@@ -83,19 +87,20 @@ def pinned_requirements(extras: Collection[str] = ()) -> list[str]:
     return pins
 
 
-def runtime_environment(config: CapfiltConfig, folder: Path) -> dict[str, Any]:
+def runtime_environment(config: Config, folder: Path) -> dict[str, Any]:
     """Return the job's Ray runtime environment: the working directory and, unless installed there, the pins."""
     environment: dict[str, Any] = {
         "working_dir": str(folder),
         "env_vars": WORKER_ENVIRONMENT,
     }
     if config.cluster.requirements == "pinned":
-        extras = {"fp8"} & {config.caption.precision, config.rank.precision}
+        stages = () if isinstance(config, PretrainConfig) else (config.caption, config.rank)
+        extras = {"fp8"} & {stage.precision for stage in stages}
         environment["pip"] = {"packages": pinned_requirements(extras), "pip_check": False}
     return environment
 
 
-def make_working_directory(config: CapfiltConfig, folder: Path) -> None:
+def make_working_directory(config: Config, folder: Path) -> None:
     """Copy the packages and the resolved config into ``folder``."""
     root = Path(__file__).resolve().parent.parent
     for package in _PACKAGES:
@@ -103,6 +108,10 @@ def make_working_directory(config: CapfiltConfig, folder: Path) -> None:
             root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
         )
     (folder / _CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
+
+
+def _corpus(config: Config) -> str:
+    return config.data.corpus[0].path if isinstance(config, PretrainConfig) else config.corpus.path
 
 
 def _client(address: str) -> Any:
@@ -123,7 +132,7 @@ def _client(address: str) -> Any:
         raise CapfiltError(f"--address {address}: the Jobs API did not answer: {error}") from error
 
 
-def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[str, bool]:
+def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool]:
     """Return the job's id, and whether it was there already."""
     base = submission_id(config, arguments)
     jobs: Mapping[str, Any] = {
@@ -141,7 +150,7 @@ def _start(client: Any, config: CapfiltConfig, arguments: list[str]) -> tuple[st
             ),
             "submission_id": job_id,
             "runtime_env": runtime_environment(config, Path(folder)),
-            "metadata": {"corpus": config.corpus.path},
+            "metadata": {"corpus": _corpus(config)},
         }
         deadline = time.monotonic() + _AGENT_WAIT_S
         while True:

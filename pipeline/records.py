@@ -41,7 +41,6 @@ class Records:
     """The records of one corpus. Stateless: every call asks the storage. Pickles."""
 
     def __init__(self, storage: Storage) -> None:
-        storage.require_conditional_puts()
         self.storage = storage
 
     # -- shards ----------------------------------------------------------------------------------------------

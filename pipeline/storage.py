@@ -48,14 +48,19 @@ class Storage:
         try:
             self.fs, path = fsspec.core.url_to_fs(root)
         except (ValueError, ImportError) as error:
-            raise CapfiltError(f"corpus.path {root!r} cannot be opened: {error}") from error
+            raise CapfiltError(f"{root!r} cannot be opened: {error}; name a folder, s3:// or gs://") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.base = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.root = self.base if self.is_local else self.fs.unstrip_protocol(self.base)
 
+    @property
+    def takes_commits(self) -> bool:
+        """Whether ``create`` is known to let exactly one writer win here. Anything that lists can be read."""
+        return self.is_local or bool(_PROTOCOLS & set(_protocols(self.fs)))
+
     def require_conditional_puts(self) -> None:
-        """Raise CapfiltError unless ``create`` is known to let exactly one writer win here."""
-        if not self.is_local and not _PROTOCOLS & set(_protocols(self.fs)):
+        """Raise CapfiltError unless this storage takes commits."""
+        if not self.takes_commits:
             raise CapfiltError(
                 f"corpus.path {self.root!r}: commits need create-if-absent, which is known to hold on local disk, S3 "
                 "and GCS alone; use a folder, s3:// or gs://"

@@ -78,6 +78,9 @@ class QFormerConfig(Section):
     cross_attention_every: int = Field(2, ge=1, description="layers 0, 2, 4 ... see the image")
     projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
     dropout: float = Field(0.1, ge=0, lt=1)
+    initializer_range: float = Field(
+        0.02, gt=0, description="of weights that start at random; BERT's 0.02 is right at width 768, too small below"
+    )
     max_text_tokens: int = Field(32, ge=4, description="of a caption, special tokens included")
     vocab_size: int = Field(30523, ge=5, description="the tokenizer's words and [DEC]")
     max_positions: int = Field(512, ge=4, description="rows of BERT's table of positions")
@@ -167,6 +170,9 @@ class TrainingResources(Section):
     gpus: int = tuning(0, ge=0, description="ranks, one GPU each; 0: every GPU of this machine, else the CPU")
     cpus_per_gpu: float = tuning(8.0, ge=1, description="of one rank, on a cluster")
     cpu_ranks: int = tuning(1, ge=1, description="processes where there is no GPU")
+    requirements: Literal["pinned", "installed"] = tuning(
+        "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
+    )
     max_restarts: int = tuning(3, ge=0, description="from the last checkpoint, when a rank dies")
 
 

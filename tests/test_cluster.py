@@ -13,8 +13,11 @@ from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.cluster import ClusterProcess, three_nodes
+from tests.corpora import make_corpus
 from tests.processes import cli, stage_workers, start_cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+from tests.tiny_training import tiny_config
+from training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +113,21 @@ def test_exit_code_is_passed_on(
     )
     assert failed.returncode == 2
     assert "capfilt:" in failed.stdout + failed.stderr
+
+
+def test_a_training_is_a_job_too(cluster: ClusterProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    make_corpus(str(tmp_path / "corpus"))
+    training = tiny_config(
+        tmp_path, tmp_path / "corpus", cluster={"cpu_ranks": 2, "requirements": "installed"}, optim={"steps": 4}
+    )
+    assert "pip" not in runtime_environment(training, tmp_path)
+    file = tmp_path / "training.json"
+    file.write_text(training.model_dump_json())
+    done = cli("submit", "-c", str(file), "--address", cluster.address, "--", "pretrain", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [committed] = Checkpoints(f"{training.run.output}/stage1/tiny").committed()
+    assert committed.step == 4
 
 
 def test_submission_id_follows_config_and_arguments(config: CapfiltConfig) -> None:

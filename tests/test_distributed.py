@@ -1,8 +1,10 @@
 """The ranks: gathers, sums and means over two of them, and alone."""
 
+import pytest
 import torch
 from ranks import on_ranks
 
+from schemas.errors import CapfiltError
 from training import distributed
 from training.distributed import World
 
@@ -35,6 +37,32 @@ def test_two_ranks() -> None:
         assert found["means"] == [torch.tensor(2.0)]
 
 
+def agreements(world: World) -> dict[str, object]:
+    def second_refuses() -> int:
+        if world.rank == 1:
+            raise CapfiltError("no weights here")
+        return 7
+
+    def first_alone(text: str = "") -> int:
+        assert world.rank == 0
+        if text:
+            raise CapfiltError(text)
+        return 41
+
+    refusals = []
+    for ask in (lambda: world.together(second_refuses), lambda: world.from_first(lambda: first_alone("no corpus"))):
+        with pytest.raises(CapfiltError) as refused:
+            ask()
+        refusals.append(str(refused.value))
+    own = world.together(lambda: 10 + world.rank)
+    return {"refusals": refusals, "own": own, "first's": world.from_first(first_alone)}
+
+
+def test_a_refusal_of_one_rank_is_everybodys() -> None:
+    for rank, found in enumerate(on_ranks(2, agreements)):
+        assert found == {"refusals": ["no weights here", "no corpus"], "own": 10 + rank, "first's": 41}
+
+
 def test_alone_needs_no_process_group() -> None:
     world = World.join()
     assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
@@ -43,6 +71,7 @@ def test_alone_needs_no_process_group() -> None:
     world.all_reduce_mean_(tensors)
     world.barrier()
     world.leave()
+    assert (world.together(lambda: 3), world.from_first(lambda: 4)) == (3, 4)
     assert tensors[0].tolist() == [1, 1]
     assert world.all_gather(tensors[0]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]
     assert world.broadcast(tensors[0]).tolist() == [1, 1]

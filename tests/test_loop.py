@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from schemas.errors import CapfiltError
+from schemas.pretrain import MetricsConfig
 from tests.processes import ROOT
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
 from training.loop import Loop, TrainingStopped
-from training.metrics import FILE, JsonLines, Speedometer
+from training.metrics import FILE, JsonLines, Speedometer, require_libraries
 
 
 def weights(loop: Loop) -> dict[str, torch.Tensor]:
@@ -212,6 +213,20 @@ def test_wandb_offline_takes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.glob("wandb/offline-run-*-abc123/*.wandb"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "library"), [("tensorboard", True, "tensorboardX"), ("wandb_project", "mine", "wandb")]
+)
+def test_a_missing_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: object, library: str
+) -> None:
+    wanted = MetricsConfig.model_validate({key: value})
+    require_libraries(wanted)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(CapfiltError, match=rf"metrics\.{key}: {library} is not installed: pip install {library}"):
+        require_libraries(wanted)
+    require_libraries(MetricsConfig())
+
+
 def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 102.0])
     monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(clock))
@@ -285,7 +300,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.slow
 def test_kill_minus_nine_costs_only_time(tmp_path: Path) -> None:
     steps = 1_500
-    assert start(tmp_path / "whole", steps).wait() == 0
+    whole = make_loop(config(tmp_path / "whole", optim={"steps": steps}, checkpoint={"every_steps": 20}))
+    whole.sinks = [JsonLines(whole.checkpoints.storage, after_step=0)]
+    whole.run(batches())
     kills = 0
     for wait_s in (0.2, 0.4, 0.6):
         process = start(tmp_path / "killed", steps)

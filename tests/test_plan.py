@@ -76,6 +76,18 @@ def test_the_corpus_is_looked_at_when_it_is_there(tmp_path: Path) -> None:
     assert plan(lavis)["steps"] == 23  # ten epochs of 18 images, 8 at once
 
 
+def test_a_spread_language_model_takes_a_share_of_each_rank() -> None:
+    recipe = RECIPES / "blip2-stage2-vitg-flant5xxl.toml"
+
+    def memory_gb(*more: str) -> float:
+        planned = plan(load_config(recipe, ["cluster.gpus=8", *more], PretrainConfig))
+        return planned["memory_gb"]["weights_and_optimizer"]
+
+    blocks = 24 * 2 * 4 * 4096**2 + 24 * 4 * 4096**2 + 48 * 3 * 4096 * 10240  # attention, cross-attention, gated FFN
+    saved = memory_gb() - memory_gb("performance.shard_language=true")
+    assert saved == pytest.approx(blocks * 2 * 7 / 8 / 1e9, rel=0.01)
+
+
 def test_lavis_without_corpus_or_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match=r"optim\.steps"):
         plan(tiny_config(tmp_path, tmp_path / "corpus", optim={"preset": "lavis", "steps": None}))

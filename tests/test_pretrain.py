@@ -1,9 +1,11 @@
 """Training runs through the command line and on real models: exact resume, restarts, refusals, lineage."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from jobs.cli import main
-from jobs.pretrain import pretrain
+from jobs.pretrain import TrainingFailedError, pretrain
 from pipeline.lineage import trace_checkpoint
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
@@ -80,11 +82,32 @@ def assert_equal(one: State, other: State) -> None:
         assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen) -> None:
+def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen | None = None) -> None:
     path = folder_of(config) / FILE
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(made: Path) -> PretrainConfig:
+    """Return a run of two ranks that nothing disturbed: 30 steps, a checkpoint each 5."""
+    config = tiny_config(
+        made,
+        made / "corpus",
+        run={"name": "whole", "output": str(made / "whole-of-two")},
+        optim={"steps": 30},
+        checkpoint={"every_steps": 5},
+        cluster={"cpu_ranks": 2},
+    )
+    pretrain(config)
+    return config
+
+
+def like(whole: PretrainConfig, tmp_path: Path, name: str, **cluster: Any) -> PretrainConfig:
+    """Return the same run under another name and folder."""
+    run = whole.run.model_copy(update={"name": name, "output": str(tmp_path / "out")})
+    return whole.model_copy(update={"run": run, "cluster": whole.cluster.model_copy(update=cluster)})
 
 
 # -- what a run leaves ---------------------------------------------------------------------------------------
@@ -152,6 +175,35 @@ def test_stage_2_goes_on_from_stage_1(make: Make, family: str) -> None:
     assert after.keys() - before.keys() == {f"{family}_proj.weight", f"{family}_proj.bias"}
 
 
+@pytest.mark.slow
+def test_a_language_model_spread_over_the_ranks_is_probed_by_all(make: Make) -> None:
+    first = make(run={"name": "first"}, optim={"steps": 1})
+    pretrain(first)
+    config = make(
+        run={"name": "spread", "stage": 2, "init_from": str(folder_of(first))},
+        optim={"steps": 2},
+        data={"held_out": 8},
+        probe={"every_steps": 1, "images": 4},
+        performance={"shard_language": True},
+        cluster={"cpu_ranks": 2},
+    )
+    assert pretrain(config).step == 2
+    assert [line["step"] for line in metrics(config) if "probe_cider" in line] == [1, 2]
+
+
+def test_a_corpus_that_may_only_be_read_is_trained_on_without_rows(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    make_corpus(str(corpus))
+    (corpus / "records" / "runs").rename(corpus / "records" / "elsewhere")
+    (corpus / "records" / "runs").write_text("no folder")
+    config = make(run={"name": "reader"}, corpus=corpus)
+    assert pretrain(config).outcome == "done"
+    assert f"{corpus} takes no rows" in capsys.readouterr().err
+    assert not (corpus / "records" / "checkpoints").exists()
+
+
 def test_a_run_on_s3_resumes_there(make: Make, s3_root: str) -> None:
     config = make(run={"name": "remote", "output": s3_root}, optim={"steps": 8})
     pretrain(config)
@@ -172,27 +224,64 @@ def test_a_run_on_s3_resumes_there(make: Make, s3_root: str) -> None:
 def test_twenty_kill_twenty_is_forty(make: Make, tmp_path: Path) -> None:
     settings = {"optim": {"steps": 40}, "checkpoint": {"every_steps": 10, "asynchronous": True}}
     whole, killed = make(run={"name": "whole"}, **settings), make(run={"name": "killed"}, **settings)
-    assert cli("pretrain", "-c", in_file(whole, tmp_path)).returncode == 0
     process = start_cli("pretrain", "-c", in_file(killed, tmp_path))
     wait_for_steps(killed, 23, process)
     assert kill(process.pid)
     assert process.wait() == -signal.SIGKILL
-    resumed = cli("pretrain", "-c", in_file(killed, tmp_path), "--json")
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["resumed_from"] in (20, 30)
+    pretrain(whole)
+    assert pretrain(killed).resumed_from in (20, 30)
     assert losses(killed) == losses(whole)
     assert len(losses(whole)) == 40
     assert_equal(last_state(killed), last_state(whole))
 
 
+def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
+    config = make(run={"name": "asked"}, optim={"steps": 4000}, checkpoint={"every_steps": 4000})
+
+    def ask() -> None:
+        wait_for_steps(config, 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert pretrain(config).outcome == "interrupted"
+    asking.join()
+    assert last_state(config).progress.step == len(losses(config)) >= 5
+
+
 @pytest.mark.slow
-def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make, tmp_path: Path) -> None:
-    config = make(run={"name": "asked"}, optim={"steps": 400}, checkpoint={"every_steps": 400})
+def test_control_c_reaches_all_processes_and_waits_for_the_step(make: Make, tmp_path: Path) -> None:
+    config = make(
+        run={"name": "control-c"},
+        optim={"steps": 4000},
+        checkpoint={"every_steps": 4000},
+        cluster={"cpu_ranks": 2},
+    )
     process = start_cli("pretrain", "-c", in_file(config, tmp_path))
     wait_for_steps(config, 5, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in output
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command goes on" in output, errors
+    assert last_state(config).progress.step == len(losses(config)) >= 5
+
+
+@pytest.mark.slow
+def test_ranks_whose_parent_was_killed_stop_with_a_checkpoint(make: Make, tmp_path: Path) -> None:
+    config = make(
+        run={"name": "orphans"},
+        optim={"steps": 4000},
+        checkpoint={"every_steps": 4000},
+        cluster={"cpu_ranks": 2},
+    )
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    wait_for_steps(config, 5, process)
+    ranks = _ranks(process.pid)
+    assert len(ranks) == 2 and kill(process.pid)
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert last_state(config).progress.step == len(losses(config)) >= 5
 
 
@@ -290,10 +379,8 @@ def _ranks(pid: int, command_has: str = "spawn_main") -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_dead_rank_restarts_all_from_the_checkpoint(make: Make, tmp_path: Path) -> None:
-    settings = {"optim": {"steps": 30}, "checkpoint": {"every_steps": 5}, "cluster": {"cpu_ranks": 2}}
-    whole, config = make(run={"name": "whole"}, **settings), make(run={"name": "restarted"}, **settings)
-    pretrain(whole)
+def test_a_dead_rank_restarts_all_from_the_checkpoint(whole_of_two: PretrainConfig, tmp_path: Path) -> None:
+    config = like(whole_of_two, tmp_path, "restarted")
     process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
     wait_for_steps(config, 7, process)
     assert kill(_ranks(process.pid)[1])
@@ -301,8 +388,8 @@ def test_a_dead_rank_restarts_all_from_the_checkpoint(make: Make, tmp_path: Path
     assert process.returncode == 0, errors
     assert "restart 1 of 3, from the last checkpoint" in errors
     assert json.loads(output)["step"] == 30
-    assert losses(config) == losses(whole)
-    assert_equal(last_state(config), last_state(whole))
+    assert losses(config) == losses(whole_of_two)
+    assert_equal(last_state(config), last_state(whole_of_two))
 
 
 @pytest.mark.slow
@@ -322,11 +409,8 @@ def test_without_restarts_a_dead_rank_ends_the_run_in_words(make: Make, tmp_path
 
 
 @pytest.mark.slow
-def test_ray_train_does_the_same_and_survives_a_killed_worker(make: Make, tmp_path: Path) -> None:
-    settings = {"optim": {"steps": 40}, "checkpoint": {"every_steps": 5}}
-    whole = make(run={"name": "here"}, **settings, cluster={"cpu_ranks": 2})
-    pretrain(whole)
-    config = make(run={"name": "ray"}, **settings, cluster={"cpu_ranks": 2, "address": "local"})
+def test_ray_train_does_the_same_and_survives_a_killed_worker(whole_of_two: PretrainConfig, tmp_path: Path) -> None:
+    config = like(whole_of_two, tmp_path, "ray", address="local")
     process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
     wait_for_steps(config, 7, process)
     assert kill(_ranks(process.pid, "ray::RayTrainWorker")[-1])
@@ -334,10 +418,10 @@ def test_ray_train_does_the_same_and_survives_a_killed_worker(make: Make, tmp_pa
     assert process.returncode == 0, errors
     assert "goes on after step" in errors
     summary = json.loads(output)
-    assert (summary["outcome"], summary["step"]) == ("done", 40)
+    assert (summary["outcome"], summary["step"]) == ("done", 30)
     assert summary["resumed_from"] >= 5
-    assert losses(config) == losses(whole)
-    assert_equal(last_state(config), last_state(whole))
+    assert losses(config) == losses(whole_of_two)
+    assert_equal(last_state(config), last_state(whole_of_two))
 
 
 @pytest.mark.slow
@@ -348,13 +432,12 @@ def test_a_refusal_of_the_ranks_is_the_users_message(make: Make) -> None:
     assert not folder_of(config).exists()
 
 
-@pytest.mark.slow
-def test_numbers_that_are_none_stop_with_the_step_and_the_checkpoint(make: Make, tmp_path: Path) -> None:
+def test_numbers_that_are_none_stop_with_the_step_and_the_checkpoint(make: Make) -> None:
     optim = {"steps": 30, "peak_lr": 1e20, "warmup_steps": 3, "warmup_lr": 0.0, "eps": 1e-30}
     config = make(run={"name": "wild"}, optim=optim, checkpoint={"every_steps": 1, "asynchronous": True})
-    ended = cli("pretrain", "-c", in_file(config, tmp_path))
-    assert ended.returncode == 1
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("capfilt: ")]
+    with pytest.raises(TrainingFailedError) as failed:
+        pretrain(config)
+    line = str(failed.value)
     kept = Checkpoints(str(folder_of(config))).committed()[-1]
     assert f"step {kept.step + 1}: " in line and (" is nan" in line or " is inf" in line)
     assert f"{folder_of(config)}/{kept.path}" in line

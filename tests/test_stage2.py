@@ -1,5 +1,6 @@
 """Stage 2: the losses are the language model's own, exactly accumulated; frozen parts stay frozen."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from safetensors.torch import load_file
 from tiny_models import IMAGE_PX
-from tiny_training import NUM_QUERIES, save_t5, tiny_config
+from tiny_training import NUM_QUERIES, save_opt, save_t5, tiny_config
 from torch import Tensor
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
@@ -295,7 +297,22 @@ def test_wrong_language_models_are_named(tmp_path: Path, folder: Path) -> None:
             build_stage(tiny_config(folder, folder, 2, language=language), World(), "cpu")
     with pytest.raises(CapfiltError, match="of the family 't5'"):
         meta_stage(full_size("ViT-L-14", "openai", "google/flan-t5-xl", "opt"))
-    (tmp_path / "t5" / "model.safetensors").rename(tmp_path / "t5" / "pytorch_model.bin")
-    language = {"model": str(tmp_path / "t5"), "family": "t5"}
-    with pytest.raises(CapfiltError, match="only safetensors are read"):
-        build_stage(tiny_config(folder, folder, 2, language=language), World(), "cpu")
+
+
+def test_older_files_are_refused_with_the_command_that_converts_them(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save_opt(tmp_path / "opt")
+    tensors = load_file(old / "model.safetensors")
+    torch.save(tensors, old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+
+    def build(model: str) -> Stage2:
+        return build_stage(tiny_config(folder, folder, 2, language={"model": model}), World(), "cpu")
+
+    with pytest.raises(CapfiltError, match="only safetensors are read") as refused:
+        build(str(old))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*)"', str(refused.value))[1])
+    found = build(re.search(r"set language.model = '(.*?)'", str(refused.value))[1]).language.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

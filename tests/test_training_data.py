@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from corpora import Corpus, make_corpus
@@ -23,6 +24,7 @@ from schemas.errors import CapfiltError, CorruptShardError
 from schemas.pretrain import PretrainConfig
 from training.data import Batch, TrainingData, held_out_samples
 from training.index import open_shard
+from training.ledger import Ledger
 from training.snapshot import take_snapshot
 
 BATCH_SIZE = 8
@@ -280,6 +282,16 @@ def test_a_folder_of_others_shards_trains(tmp_path: Path) -> None:
     assert take_snapshot(config.data).weights == {"laion": 27}
     assert {caption.split()[0] for batch in found for caption in batch.captions} == {"best", "second"}
     require_equal(batches(config, 3, rank=1, world_size=3), shares(found, 1, 3))
+
+
+def test_a_folder_that_takes_no_commits_trains(tmp_path: Path) -> None:
+    foreign_folder(tmp_path / "laion", 2, 9)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "laion"), "/served/laion", recursive=True)
+    served = config_of("memory://served/laion", held_out=2)
+    require_equal(batches(served, 3), batches(config_of(tmp_path / "laion", held_out=2), 3))
+    assert len(held_out_samples(served, take_snapshot(served.data))) == 2
+    assert Ledger(served.data).corpora == []
 
 
 def test_img2datasets_folders_train_on_their_txt(tmp_path: Path) -> None:

@@ -4,15 +4,24 @@ The methods are collective: every rank calls them, in the same order. None of th
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from schemas.errors import CapfiltError
+
+T = TypeVar("T")
+
 # Elements of one all-reduce: large enough for full bandwidth, small enough to be no second copy of the model.
 _BUCKET_ELEMENTS = 32 * 2**20
+
+# How long ranks wait for one that reads others' shards for the first time or fetches weights. One that died is
+# noticed at once: its connection closes.
+_PATIENCE = timedelta(days=1)
 
 
 class World:
@@ -52,6 +61,44 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Return what ``do`` returns on this rank, once all ranks are through.
+
+        Raises CapfiltError on every rank where it does on one: nobody goes on alone to a collective that the
+        others never reach.
+        """
+        refusal, result = None, None
+        try:
+            result = do()
+        except CapfiltError as error:
+            if self.size == 1:
+                raise
+            refusal = error
+        told = self._exchanged(refusal and str(refusal))
+        if refusal is not None:
+            raise refusal
+        if refusals := [text for text in told if text is not None]:
+            raise CapfiltError(refusals[0])
+        return result
+
+    def from_first(self, find: Callable[[], T]) -> T:
+        """Return what ``find`` returns on rank 0, which alone calls it: what must be the same on all ranks.
+
+        Raises CapfiltError on every rank where it does on rank 0.
+        """
+        found = self.together(find if self.rank == 0 else lambda: None)
+        return self._exchanged(found)[0]
+
+    def _exchanged(self, mine: T) -> list[T]:
+        """Return an object of each rank, in order."""
+        if self.size == 1:
+            return [mine]
+        found: list[T] = [mine] * self.size
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        dist.all_gather_object(found, mine, group=patient)
+        dist.destroy_process_group(patient)
+        return found
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Return the ranks' tensors, of one shape, joined along the first dimension in order of rank."""

@@ -85,6 +85,8 @@ class FrozenLanguage(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.width = model.config.hidden_size
+        # Over the ranks: then all of them have to call it together.
+        self.is_spread = False
         self.requires_grad_(False)
         self.train(False)
 

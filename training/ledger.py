@@ -1,27 +1,29 @@
-"""What the corpora's manifests are told of a training: the run, its models, each checkpoint and its snapshot."""
+"""What the corpora's manifests are told of a training: the run, each checkpoint and its snapshot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.records import Records
+from pipeline.records import Records, now
 from pipeline.storage import Storage
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunRecord
+from schemas.records import CheckpointRecord, RunRecord
 
 
 class Ledger:
-    """The manifests of the corpora that a run reads; a folder of others' shards has none."""
+    """The manifests of the corpora that a run reads; others' shards have none, nor has what is only served (HTTP)."""
 
     def __init__(self, data: DataConfig) -> None:
         storages = [Storage(path) for path in dict.fromkeys(corpus.path for corpus in data.corpus)]
-        self.corpora = [Records(storage) for storage in storages if is_corpus(storage)]
+        self.corpora = [Records(storage) for storage in storages if storage.takes_commits and is_corpus(storage)]
 
-    def begin(self, run: RunRecord, models: Sequence[ModelRecord] = ()) -> None:
-        """Note the start of a run, and what it loads."""
-        for records in self.corpora:
-            records.write_run(run)
-            for model in models:
-                records.register_model(model)
+    def begin(self, run: RunRecord, tell: Callable[[str], None]) -> None:
+        """Note the start of a run. A corpus that may only be read is told, and gets no rows of the run."""
+        for records in list(self.corpora):
+            try:
+                records.write_run(run)
+            except OSError as error:
+                self.corpora.remove(records)
+                tell(f"{records.storage.root} takes no rows ({error}): the run will not be in its manifest")
 
     def checkpoint(self, record: CheckpointRecord, url: str) -> None:
         """Note a committed checkpoint that lies at ``url``; the row stays when ``keep_last`` removes the files."""
@@ -30,18 +32,15 @@ class Ledger:
             path = url.removeprefix(f"{records.storage.root}/")
             records.write_checkpoint(name, replace(record, path=path))
 
-    def started(self, run_id: str) -> RunRecord | None:
-        """Return the start of a run, None where it was refused before it began."""
+    def end(self, run_id: str, outcome: str) -> list[Records]:
+        """Note how a run ended, in the manifests that have its start, and return them; a refused run began in none."""
+        noted = []
         for records in self.corpora:
-            found = [run for run in records.runs() if run.run_id == run_id]
-            if found:
-                return found[0]
-        return None
-
-    def end(self, run: RunRecord) -> None:
-        """Note how a run ended."""
-        for records in self.corpora:
-            records.write_run(run)
+            for started in records.runs():
+                if started.run_id == run_id:
+                    records.write_run(replace(started, outcome=outcome, finished_at=now()))
+                    noted.append(records)
+        return noted
 
 
 def is_corpus(storage: Storage) -> bool:

@@ -80,8 +80,8 @@ class Summary(Json):
 class Loop:
     """What the training of one rank needs; ``run`` does it.
 
-    ``config`` is filled by its preset. Rank 0 alone has ``sinks``, ``probe`` and ``record_checkpoint`` (called when a
-    checkpoint is committed). ``stop_asked`` is looked at in each step, on every rank.
+    ``config`` is filled by its preset. Rank 0 alone has ``sinks`` and ``record_checkpoint`` (called when a checkpoint
+    is committed), and ``probe`` unless it needs all ranks. ``stop_asked`` is looked at in each step, on every rank.
     """
 
     config: PretrainConfig

@@ -1,6 +1,7 @@
 """What a run tells while it trains: JSON lines always, TensorBoard and wandb as further sinks."""
 
 import fcntl
+import importlib.util
 import json
 import math
 import resource
@@ -18,7 +19,17 @@ from schemas.pretrain import MetricsConfig
 FILE = "metrics.jsonl"
 
 # Dense bf16 rates of the data sheets, in FLOP/s, by a part of the device's name; the first that fits.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
 
 
 class Sink(Protocol):
@@ -93,12 +104,8 @@ class TensorBoard:
     """Event files in the run's local folder, or in ``runs/`` where the run's folder is remote."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise CapfiltError(
-                "metrics.tensorboard: tensorboardX is not installed: pip install tensorboardX"
-            ) from error
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(folder)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -116,10 +123,8 @@ class Wandb:
     """A wandb run of the same name, resumed where the training is."""
 
     def __init__(self, project: str, name: str, run_key: str, config: Mapping[str, Any], folder: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise CapfiltError("metrics.wandb_project: wandb is not installed: pip install wandb") from error
+        import wandb
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -139,10 +144,18 @@ class Wandb:
         self._run.finish()
 
 
+def require_libraries(config: MetricsConfig) -> None:
+    """Raise CapfiltError where the library of a sink is missing, before anything is loaded or written."""
+    wanted = {"tensorboard": ("tensorboardX", config.tensorboard), "wandb_project": ("wandb", config.wandb_project)}
+    for key, (library, is_wanted) in wanted.items():
+        if is_wanted and importlib.util.find_spec(library) is None:
+            raise CapfiltError(f"metrics.{key}: {library} is not installed: pip install {library}, or leave it out")
+
+
 def further_sinks(
     config: MetricsConfig, name: str, run_key: str, resolved: Mapping[str, Any], folder: str
 ) -> list[Sink]:
-    """Return the sinks that the config asks for beside the JSON lines. Raises CapfiltError for a missing library."""
+    """Return the sinks that the config asks for beside the JSON lines. Raises CapfiltError where wandb refuses."""
     sinks: list[Sink] = []
     if config.tensorboard:
         sinks.append(TensorBoard(folder))

@@ -77,6 +77,9 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
 def _memory_gb(config: PretrainConfig, stage: TrainingStage, trained: int, frozen: int) -> dict[str, float]:
     """Estimate the memory of one rank from counted elements; what a kernel takes for itself comes on top."""
     ranks = config.cluster.gpus or 1
+    if config.language is not None and config.performance.shard_language:
+        language = sum(parameter.numel() for block in stage.language.blocks for parameter in block.parameters())
+        frozen -= language - language // ranks
     share = config.optim.batch_size // ranks
     micro = min(config.performance.micro_batch_size or share, share)
     found = {

@@ -80,9 +80,20 @@ def _folder(
     else:
         folder = hub_folder(name, revision, patterns, gap_of, where)
     if gap := gap_of(folder):
-        hint = "; only safetensors are read: convert the weights first" if gap == _WEIGHTS else ""
+        hint = _how_to_convert(name, folder, where) if gap == _WEIGHTS else ""
         raise CapfiltError(f"{gap} is missing in {folder} ({where} = {name!r}){hint}")
     return folder
+
+
+def _how_to_convert(name: str, folder: Path, where: str) -> str:
+    """Return what makes safetensors of older files, as the hub has of OPT; transformers runs no code of theirs."""
+    kind = (json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModel"])[0]
+    new = f"{name.rstrip('/').rpartition('/')[2]}-safetensors"
+    return (
+        f"; only safetensors are read. Convert once, and set {where} = {new!r}: python -c \"from transformers import "
+        f"AutoTokenizer, {kind}; [one.from_pretrained({name!r}).save_pretrained({new!r}) for one in (AutoTokenizer, "
+        f'{kind})]"'
+    )
 
 
 def _config_gap(folder: Path) -> str | None:

@@ -19,6 +19,8 @@ The legend of the names: B rows, Q queries, L text tokens, S = Q + L, K tokens a
 E its width, D the Q-Former's width, H heads, d = D / H, V words.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +28,7 @@ from torch.nn import functional as F
 from schemas.pretrain import QFormerConfig
 from training.precision import LayerNorm, Linear
 
-# BERT's: the range of its initialisation, the epsilon of its norms.
-INITIALIZER_RANGE = 0.02
+# The epsilon of BERT's norms.
 NORM_EPS = 1e-12
 
 # Keys and values, each (B, H, K, d).
@@ -243,7 +244,7 @@ class QFormer(nn.Module):
         if text:
             self.cls = _Head(config)
         self._dtype = dtype
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=config.initializer_range))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -323,15 +324,15 @@ class QFormer(nn.Module):
             block.compile(dynamic=False)
 
 
-def initial_queries(num_queries: int, width: int) -> nn.Parameter:
+def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Parameter:
     """Return the query tokens (1, Q, D) as training begins."""
-    return nn.Parameter(torch.empty(1, num_queries, width).normal_(std=INITIALIZER_RANGE))
+    return nn.Parameter(torch.empty(1, num_queries, width).normal_(std=std))
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     """Start as BERT does."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        module.weight.data.normal_(std=INITIALIZER_RANGE)
+        module.weight.data.normal_(std=std)
     if isinstance(module, nn.Linear):
         module.bias.data.zero_()
 

@@ -2,12 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
-
-from torch import distributed
 
 from pipeline.fingerprint import digest_json, output_fields
 from pipeline.storage import Storage
@@ -16,14 +14,15 @@ from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord
 from training import snapshotfile
 from training.checkpoint import Checkpoints, State
-from training.data import TrainingData, held_out_samples
+from training.data import Batch, TrainingData, held_out_samples
 from training.distributed import World
 from training.evaluate.probe import probe
 from training.ledger import Ledger, is_corpus
 from training.loop import Loop, Summary
-from training.metrics import JsonLines, further_sinks
+from training.metrics import JsonLines, further_sinks, require_libraries
 from training.schedule import fill_preset
 from training.snapshot import Snapshot, take_snapshot
+from training.stage2 import Stage2
 from training.stages import build_stage
 
 Say = Callable[[str], None]
@@ -47,12 +46,26 @@ def pretrain(
         raise CapfiltError("run.init_from: not set; stage 2 goes on from a stage 1: name its run, or a LAVIS .pth")
     if config.probe.every_steps and not config.data.held_out:
         raise CapfiltError("probe.every_steps: there are no images for the probe; set data.held_out")
+    require_libraries(config.metrics)
     if world.rank != 0:
         say = _nothing
+    loop, snapshot, batches = world.together(lambda: _prepare(config, world, run, stop_asked, say))
+    if loop.step == loop.schedule.steps:
+        return loop.run(iter(()))
+    with ExitStack() as stack:
+        world.from_first(lambda: _open_books(loop, snapshot, run, stack))
+        return loop.run(batches)
+
+
+def _prepare(
+    config: PretrainConfig, world: World, run: RunRecord, stop_asked: Callable[[], bool], say: Say
+) -> tuple[Loop, Snapshot, Iterator[Batch]]:
+    """Return the loop as it goes on, what it eats, and its batches; write nothing."""
     checkpoints = Checkpoints(run_folder(config))
-    newest = _agreed_checkpoint(checkpoints, world, say)
+    newest = world.from_first(lambda: checkpoints.newest_good(say))
     state = checkpoints.read(newest) if newest else None
-    snapshot = _snapshot(config, checkpoints.storage, state)
+    # One reading for all ranks: shards may be added while they start.
+    snapshot = world.from_first(lambda: _snapshot(config, checkpoints.storage, state))
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
         refuse_changes(PretrainConfig.model_validate(state.progress.config), config)
@@ -72,15 +85,15 @@ def pretrain(
         loop.resume(state, newest)
         say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
     if loop.step == loop.schedule.steps:
-        return loop.run(iter(()))
+        return loop, snapshot, iter(())
+    # One rank's business, unless the language model answers to all of them together.
+    spread = isinstance(loop.stage, Stage2) and loop.stage.language.is_spread
+    if config.probe.every_steps and (world.rank == 0 or spread):
+        held_out = held_out_samples(config, snapshot, config.probe.images)
+        loop.probe = lambda: probe(loop.stage, held_out, config)
     batches = iter(data)
     # The first batch comes before anything is written: a shard that differs from its record shows here.
-    batches = itertools.chain([next(batches)], batches)
-    world.barrier()
-    with ExitStack() as stack:
-        if world.rank == 0:
-            _open_books(loop, snapshot, run, stack)
-        return loop.run(batches)
+    return loop, snapshot, itertools.chain([next(batches)], batches)
 
 
 def run_folder(config: PretrainConfig) -> str:
@@ -125,14 +138,6 @@ def _what_is_learnt(config: PretrainConfig) -> dict[str, Any]:
     return found
 
 
-def _agreed_checkpoint(checkpoints: Checkpoints, world: World, say: Say) -> CheckpointRecord | None:
-    """Return the newest good checkpoint as rank 0 finds it: all ranks must take the same."""
-    found = [checkpoints.newest_good(say) if world.rank == 0 else None]
-    if world.size > 1:
-        distributed.broadcast_object_list(found, src=0, device=world.device)
-    return found[0]
-
-
 def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> Snapshot:
     """Return the shards to train on: those that the run began with, whatever the corpora have become since."""
     if state is None:
@@ -161,16 +166,13 @@ def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
     ledger = Ledger(config.data)
-    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)))
+    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.say)
 
     def record_checkpoint(record: CheckpointRecord) -> None:
         lines.flush()
         ledger.checkpoint(record, storage.url(record.path))
 
     loop.record_checkpoint = record_checkpoint
-    if config.probe.every_steps:
-        held_out = held_out_samples(config, snapshot, config.probe.images)
-        loop.probe = lambda: probe(loop.stage, held_out, config)
 
 
 def _run_key(storage: Storage) -> str:

@@ -93,7 +93,7 @@ class Stage1(nn.Module):
         self.visual_encoder = vision
         self.ln_vision = LayerNorm(vision.width)
         self.Qformer = QFormer(shape, vision.width, dtype=dtype)
-        self.query_tokens = initial_queries(shape.num_queries, shape.width)
+        self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
         self.vision_proj = Linear(shape.width, shape.projection_width)
         self.text_proj = Linear(shape.width, shape.projection_width)
         self.itm_head = Linear(shape.width, 2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from schemas.pretrain import PretrainConfig
 from training.distributed import World
 from training.flops import FORWARD, THROUGH, TRAINED, count_flops
-from training.language import Decoder, EncoderDecoder, Target
+from training.language import Decoder, EncoderDecoder, Target, empty_language
 from training.precision import LayerNorm, Linear
 from training.qformer import QFormer, initial_queries
 from training.seeds import seed_for
@@ -53,7 +53,7 @@ class Stage2(nn.Module):
         self.visual_encoder = vision
         self.ln_vision = LayerNorm(vision.width)
         self.Qformer = QFormer(shape, vision.width, text=False, dtype=dtype)
-        self.query_tokens = initial_queries(shape.num_queries, shape.width)
+        self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
         self.projection_name = f"{language.name}_proj"
         # "opt_proj" or "t5_proj", as in LAVIS.
         self.add_module(self.projection_name, Linear(shape.width, language.width))
@@ -138,10 +138,10 @@ class Stage2(nn.Module):
         self._prompt(torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device))
 
     def _flops_of_language(self) -> None:
-        shape = (1, self.config.qformer.num_queries, self.language.width)
-        self.language.read_typical(
-            torch.empty(shape, dtype=self.language.dtype, device=self.query_tokens.device)
-        )
+        # On a twin without weights: the model itself may be spread over the ranks, which would have to meet for it.
+        twin = empty_language(self.config.language, "meta")
+        shape = (1, self.config.qformer.num_queries, twin.width)
+        twin.read_typical(torch.empty(shape, dtype=twin.dtype, device="meta"))
 
     def compile_blocks(self) -> None:
         """Compile the blocks of the image encoder, the Q-Former and the language model."""

@@ -106,6 +106,7 @@ def shard_language(language: Decoder | EncoderDecoder) -> None:
     for root in language.roots:
         whole = {parameter for parameter in root.parameters() if parameter not in in_blocks}
         fully_shard(root, ignored_params=whole)
+    language.is_spread = True
 
 
 def _begin_from(stage: Stage, config: PretrainConfig) -> None:

@@ -6,7 +6,9 @@ pictures (`drawing`, `pictures`), and the grammar that decides what is true;
 spam; `site` serves it all on loopback and fails as a real web does, as often as
 `outcomes` says; `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million
 parameters each, stored in half precision, 5.7 MB in all) in the layouts of the
-published models, which `models` describes.
+published models, which `models` describes. `pretraining` goes on from the
+curated shards to stage 1 and stage 2, `heldout` has scenes that nothing was
+trained on, and `examination` asks what was learnt.
 
 The weights come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:
@@ -17,6 +19,13 @@ two-core machine that other work kept more than busy:
 The schedule follows the clock, so another machine gets other weights of like
 quality. The captioner stops early on purpose: let run on to step 2,608, 98% of
 its samples were true, which leaves a ranker little to do.
+
+Stage 2 needs language models that know the grammar and have never seen a
+picture (`language`; 280,000 and 330,000 parameters). Each comes from 800 steps on
+text alone, about a minute of one thread; equal machines get equal weights:
+
+    python -m jobs.demo.train_language opt
+    python -m jobs.demo.train_language t5
 
 `python -m jobs.demo.appraisal --num-images 1000`, on pictures that no training
 saw: entirely true are 51% of the alt texts, 90% of ten nucleus samples an image

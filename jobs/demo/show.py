@@ -1,4 +1,4 @@
-"""``capfilt demo``: the main job on the demo world, and how true its captions are.
+"""``capfilt demo``: the main job on the demo world, how true its captions are, and what training makes of them.
 
 The truth is the world's: a caption counts as true only if it parses under the world's grammar and every claim in it
 holds for the scene that the picture was drawn from. No model takes part in that.
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
@@ -27,6 +27,9 @@ from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 
+if TYPE_CHECKING:
+    from jobs.demo.pretraining import TrainingResult
+
 _HERE = Path(__file__).resolve().parent
 _RECIPE = _HERE.parent / "recipes" / "demo.toml"
 _WEIGHTS = _HERE / "weights"
@@ -35,7 +38,7 @@ _USUAL_PORT = 8421
 
 @dataclass(slots=True, kw_only=True)
 class DemoResult:
-    """The demo's figures; ``seconds`` is the wall clock of the whole command."""
+    """The corpus's figures; ``seconds`` is the wall clock of making it."""
 
     urls: int
     images: int
@@ -48,8 +51,8 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(out: str, as_json: bool = False) -> int:
-    """Build the demo corpus in ``out`` (what is there already is kept) and print what came of it.
+def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
+    """Build the demo corpus in ``out`` (what is there already is kept), train on it, and print what came of both.
 
     Returns the exit code of the run. Raises CapfiltError where ``out`` holds something else.
     """
@@ -78,10 +81,21 @@ def run_demo(out: str, as_json: bool = False) -> int:
             f"--out {out}: its URLs name port {port}, which cannot be served ({error}); remove the folder"
         ) from error
     figures = appraise(config, time.perf_counter() - start)
+    if not as_json:
+        _print(figures, config, result, console)
+    trained = None
+    if result.exit_code == 0 and not corpus_only:
+        # Here, so that a corpus alone needs no trainer.
+        from jobs.demo.pretraining import train_demo
+
+        trained = train_demo(folder, lambda text: console.print(text, highlight=False))
     if as_json:
-        print(json.dumps({name: getattr(figures, name) for name in figures.__slots__}))
+        corpus = {name: getattr(figures, name) for name in figures.__slots__}
+        print(json.dumps(corpus | (trained.figures() if trained else {})))
     else:
-        _print(figures, config, result, out, console)
+        if trained:
+            _print_training(trained, console)
+        _print_next(config, out, trained is not None, console)
     return result.exit_code
 
 
@@ -152,7 +166,7 @@ def _share(flags: list[bool]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
 
 
-def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, out: str, console: Console) -> None:
+def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, console: Console) -> None:
     console.print(
         f"\n{figures.urls:,} URLs  ->  {figures.images:,} images  ->  {figures.curated_images:,} curated"
         f"  ({figures.dropped} dropped)  in {figures.seconds:.0f} s",
@@ -165,17 +179,44 @@ def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, out: s
         f"  ->  curated {figures.curated_true_share:.1%}\n",
         highlight=False,
     )
-    example = ""
     for rows in examples(config, count=3):
-        example = rows[0]["uid"]
         _print_example(rows, console)
     for name, error in result.quarantined.items():
         console.print(f"quarantined: {name}: {escape(error)}")
-    console.print("try next:")
-    console.print(f"  capfilt stats {out}", highlight=False)
-    console.print(f"  capfilt trace {out} {example}", highlight=False)
+
+
+def _print_training(trained: "TrainingResult", console: Console) -> None:
+    lines = [
+        f"\nretrieval among {1 / trained.chance:.0f} new scenes, R@1 (chance {trained.chance:.1%}), after as many "
+        "steps on the same images",
+        f"  {'trained on':18}{'text':>8}{'image':>8}{'text, ITM':>12}{'image, ITM':>12}{'ITM accuracy':>14}",
+    ]
+    for captions, of in trained.stage1.items():
+        by_itc = f"{of.text_r1:8.1%}{of.image_r1:8.1%}"
+        by_itm = f"{of.text_r1_reranked:12.1%}{of.image_r1_reranked:12.1%}{of.itm_accuracy:14.1%}"
+        lines.append(f"  {captions + ' captions':18}{by_itc}{by_itm}")
+    lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
+    for family, of in trained.stage2.items():
+        lines.append(
+            f"  {family.upper():4}on text alone {of.text_only_loss:.3f}  ->  with the picture {of.caption_loss:.3f};  "
+            f"{of.true_share:.1%} of the captions that it writes are entirely true"
+        )
+    lines.append(f"\ntrained and examined in {trained.training_seconds:.0f} s of CPU\n")
+    console.print("\n".join(lines), highlight=False)
+
+
+def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console) -> None:
+    uid = next((rows[0]["uid"] for rows in examples(config, count=3)[-1:]), "")
     query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
-    console.print(f'  capfilt sql {out} "{query}"', highlight=False)
+    commands = [f"stats {out}", f"trace {out} {uid}", f'sql {out} "{query}"']
+    if trained:
+        commands.append(
+            f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
+            f" --annotations {out}/held-out/captions.json --images {out}/held-out"
+        )
+    console.print("try next:")
+    for command in commands:
+        console.print(f"  capfilt {command}", highlight=False)
 
 
 def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:

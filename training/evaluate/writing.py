@@ -106,6 +106,8 @@ class Stage2Writer:
         ids_BL = language.model.generate(
             inputs_embeds=read_BSW,
             attention_mask=mask_BS,
+            # A rank that is through goes on calling the model until all are.
+            synced_gpus=language.is_spread,
             generation_config=decoding.config(
                 eos_token_id=end_of_text(self.stage),
                 pad_token_id=shape.pad_token_id,

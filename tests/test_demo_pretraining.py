@@ -1,0 +1,156 @@
+"""The demo's training: held-out scenes, language models that read text alone, and what a short training learns."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.demo.alt_texts import alt_text
+from jobs.demo.heldout import ANNOTATIONS, held_out_scenes, write_benchmark
+from jobs.demo.language import OPT_DIR, T5_DIR
+from jobs.demo.outcomes import ALT_KINDS
+from jobs.demo.pictures import Encoding, published
+from jobs.demo.pretraining import link_web_captions, stage1_config, stage2_config, train_demo
+from jobs.demo.train_language import documents, opt_loss, t5_loss
+from jobs.demo.world import Scene, is_true, parse, write_caption
+from pipeline.attempt import Attempt
+from pipeline.fingerprint import sample_uid
+from pipeline.records import Records
+from pipeline.shards import rows_to_table, write_parquet, write_tar
+from pipeline.storage import Storage
+from schemas.records import ShardTask, Stage
+from schemas.tables import CURATED, SAMPLES
+from training.data import TrainingData
+from training.evaluate.annotations import read_captioned_images
+from training.evaluate.pictures import Pictures
+from training.language import load_language
+from training.snapshot import take_snapshot
+
+SHARDS, IMAGES = 2, 150
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a corpus of the demo world as a run would leave it: half of the web's captions true, all curated ones."""
+    folder = tmp_path_factory.mktemp("demo") / "corpus"
+    rng = random.Random(5)
+    for shard in range(SHARDS):
+        rows, pictures = [], []
+        for index in range(IMAGES):
+            scene, key = Scene.random(rng), f"{shard:05}{index:05}"
+            encoding = Encoding(size_px=(96, 96), format="jpg", quality=90)
+            pictures.append((key, published(scene, encoding, rng.getrandbits(32))))
+            web = alt_text(scene, rng.choices(tuple(ALT_KINDS), tuple(ALT_KINDS.values()))[0], rng)
+            rows.append({"key": key, "web": web, "curated": [write_caption(scene, rng) for _ in range(2)]})
+        commit(folder, "crawl", shard, rows, pictures)
+        commit(folder, "select", shard, rows, pictures)
+    return folder
+
+
+def commit(folder: Path, stage: Stage, number: int, rows: list[dict], pictures: list[tuple[str, bytes]]) -> None:
+    records, shard = Records(Storage(str(folder))), f"{number:05}"
+    task = ShardTask(
+        corpus=str(folder), stage=stage, source="world", kind="web", shard=shard, run_id="r", fingerprint="f", inputs={}
+    )
+    texts = {
+        row["key"]: {"txt": row["web"].encode()} if stage == "crawl" else {"json": json.dumps(row["curated"]).encode()}
+        for row in rows
+    }
+    schema = SAMPLES if stage == "crawl" else CURATED
+    identities = [
+        {
+            "uid": sample_uid("world", row["key"]),
+            "source": "world",
+            "shard": shard,
+            "key": row["key"],
+            "url": row["key"],
+            "status": "ok" if stage == "crawl" else "kept",
+        }
+        for row in rows
+    ]
+    with Attempt(records, task) as attempt:
+        tar, parquet = attempt.folder / "x.tar", attempt.folder / "x.parquet"
+        stored = write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures))
+        written = write_parquet(parquet, rows_to_table(identities, schema), schema)
+        attempt.tally.rows_in = attempt.tally.rows_out = stored
+        attempt.commit({"tar": (tar, stored), "parquet": (parquet, written)})
+
+
+# -- held-out scenes -----------------------------------------------------------------------------------------
+
+
+def test_each_held_out_caption_fits_one_scene_only() -> None:
+    held_out = held_out_scenes(60)
+    assert len(set(held_out.scenes)) == 60
+    for sample, scene in zip(held_out.samples, held_out.scenes, strict=True):
+        (caption,) = sample.captions
+        assert is_true(caption, scene) and len(parse(caption)) == 4
+        assert sum(is_true(caption, other) for other in held_out.scenes) == 1
+
+
+def test_held_out_scenes_are_a_benchmark_that_evaluate_reads(tmp_path: Path) -> None:
+    held_out = held_out_scenes(12)
+    write_benchmark(held_out, tmp_path)
+    images = read_captioned_images(str(tmp_path / ANNOTATIONS))
+    assert [image.captions for image in images] == [tuple(sample.captions) for sample in held_out.samples]
+    pictures = Pictures(str(tmp_path), 64)
+    for image, sample in zip(images, held_out.samples, strict=True):
+        assert torch.equal(pictures.pixels(image.file), sample.pixels_CHW)
+
+
+# -- the language models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_language_model_knows_the_grammar_and_takes_up_what_it_read(family: str) -> None:
+    config = stage2_config(Path("/nowhere"), family).language
+    assert Path(config.model) == (OPT_DIR if family == "opt" else T5_DIR)
+    language = load_language(config)
+    loss_of = opt_loss if family == "opt" else t5_loss
+    texts = [document for document in documents(600, random.Random(9)) if len(document) == 3]
+    alone = [[document[-1]] for document in texts]
+    others = [[*texts[row - 1][:-1], document[-1]] for row, document in enumerate(texts)]
+    with torch.no_grad():
+        in_place, by_itself, out_of_place = (
+            loss_of(language.model, language.tokenizer, kind, random.Random(2)).item()
+            for kind in (texts, alone, others)
+        )
+    # A word of 80 is 4.4 for one who knows nothing.
+    assert by_itself < 2.0
+    assert in_place < by_itself < out_of_place
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_see_the_same_images_in_the_same_order(corpus: Path) -> None:
+    link_web_captions(corpus)
+    streams = []
+    for captions in ("curated", "web"):
+        # Whole pictures: the crops are each side's own.
+        config = stage1_config(corpus, captions, ["data.min_scale=1.0", "data.flip=false"])
+        streams.append(iter(TrainingData(config, take_snapshot(config.data))))
+    for _ in range(12):
+        curated, web = (next(stream) for stream in streams)
+        assert curated.captions != web.captions
+        assert torch.equal(curated.pixels_BCHW, web.pixels_BCHW)
+
+
+@pytest.mark.slow
+def test_a_short_training_learns(corpus: Path) -> None:
+    said: list[str] = []
+    overrides = ["optim.batch_size=32", "metrics.every_steps=20"]
+    result = train_demo(corpus, said.append, [*overrides, "optim.steps=90"])
+    figures = result.figures()
+    assert json.loads(json.dumps(figures)) == figures
+    assert figures["stage1"]["chance"] == 0.005
+    print(figures)
+    curated = figures["stage1"]["curated"]
+    assert min(curated["text_r1"], curated["image_r1"]) >= 5 * figures["stage1"]["chance"]
+    for family in ("opt", "t5"):
+        assert figures["stage2"][family]["caption_loss"] < figures["stage2"][family]["text_only_loss"]
+    assert len(said) == 4 and figures["training_seconds"] > 0
+    checkpoints = Records(Storage(str(corpus))).storage.list("checkpoints")
+    assert {info.path.split("/")[1] for info in checkpoints} == {"stage1", "stage2"}
