@@ -35,7 +35,7 @@ def test_demo_makes_captions_true_and_training_better(demo: tuple[Path, dict]) -
     curated, web, chance = (figures["stage1"][name] for name in ("curated", "web", "chance"))
     for recall in ("text_r1", "image_r1"):
         assert curated[recall] >= 5 * chance
-        assert curated[recall] >= 2 * web[recall]
+        assert curated[recall] >= web[recall] + 0.1
     assert curated["itm_accuracy"] > 0.80
     for found in figures["stage2"].values():
         assert found["caption_loss"] < found["text_only_loss"]

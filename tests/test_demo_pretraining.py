@@ -146,7 +146,6 @@ def test_a_short_training_learns(corpus: Path) -> None:
     figures = result.figures()
     assert json.loads(json.dumps(figures)) == figures
     assert figures["stage1"]["chance"] == 0.005
-    print(figures)
     curated = figures["stage1"]["curated"]
     assert min(curated["text_r1"], curated["image_r1"]) >= 5 * figures["stage1"]["chance"]
     for family in ("opt", "t5"):

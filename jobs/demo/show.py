@@ -198,8 +198,7 @@ def _print_training(trained: "TrainingResult", console: Console) -> None:
     lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
     for family, of in trained.stage2.items():
         lines.append(
-            f"  {family.upper():4}on text alone {of.text_only_loss:.3f}  ->  with the picture {of.caption_loss:.3f};  "
-            f"{of.true_share:.1%} of the captions that it writes are entirely true"
+            f"  {family.upper():4}text alone {of.text_only_loss:.3f}  ->  with the picture {of.caption_loss:.3f}"
         )
     lines.append(f"\ntrained and examined in {trained.training_seconds:.0f} s of CPU\n")
     console.print("\n".join(lines), highlight=False)
