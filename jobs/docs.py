@@ -72,7 +72,8 @@ $ capfilt export CHECKPOINT blip2-hf                      # transformers' Blip2 
 - **Losses** are those of the whole batch, in whatever shares it is computed: `performance.micro_batch_size` and the
   number of GPUs decide memory and speed, not which texts an image is compared with.
 - **Checkpoints** lie in `run.output`, or in the first corpus, as safetensors; each counts once its record exists, and a
-  damaged one is passed over for the one before. A run may be resumed with other *free* keys, and with no others.
+  damaged one is passed over for the one before. A run may be resumed with other *free* keys, and with no others, and
+  only with the files that it began with: each model it loads is a row of the table `models`, known by its digest.
 - **Every loss**, ITM's accuracy, temperature, learning rate, gradient norm, samples per second, share of the GPU's
   peak and waiting time is a line of `metrics.jsonl` beside the checkpoints.
 - Weights are safetensors only. A model that the hub has as `.bin` alone is converted once: load it with transformers

@@ -216,13 +216,13 @@ def _print_lineage(found: dict[str, Any]) -> None:
 
     names = ("path", "stage", "run_id", "step", "samples", "snapshot", "created_at", "metrics")
     print_facts({name: found["checkpoint"][name] for name in names})
+    _print_models(found["loaded"], "models it loaded or began from")
     print_table(found["sources"], title="\nsources")
     print_table(found["shards"][:_SHARDS_SHOWN], title="\nshards")
     if len(found["shards"]) > _SHARDS_SHOWN:
         print(f"... and {len(found['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
     print_table(found["runs"], title="\nruns that made them")
-    models = [{**row, "digest": _short(row["digest"])} for row in found["models"]]
-    print_table(models, ("digest", "kind", "name", "revision", "parameters"), title="\nmodels that made them")
+    _print_models(found["models"], "models that made them")
     for corpus in dict.fromkeys(source["corpus"] for source in found["sources"] if source["urls"] is not None):
         print(f"\nevery URL: capfilt sql {corpus} \"SELECT source, shard, uid, url, caption FROM curated\"")
 
@@ -258,13 +258,19 @@ def _print_way(way: dict[str, Any]) -> None:
         for row in way["stages"]
     ]
     print_table(short, stages, title="\nmade by")
-    models = [{**row, "digest": _short(row["digest"])} for row in way["models"]]
-    print_table(models, ("digest", "kind", "name", "revision", "parameters"), title="\nmodels")
+    _print_models(way["models"], "models")
     print_table(
         way["runs"],
         ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at"),
         title="\nruns",
     )
+
+
+def _print_models(models: Sequence[dict[str, Any]], title: str) -> None:
+    from jobs.render import print_table
+
+    shown = [{**row, "digest": _short(row["digest"])} for row in models]
+    print_table(shown, ("digest", "kind", "name", "revision", "parameters"), title=f"\n{title}")
 
 
 def _short(digest: str | None) -> str | None:

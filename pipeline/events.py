@@ -165,6 +165,7 @@ def _checkpoint(text: bytes) -> list[Row]:
             "step": record.step,
             "samples": record.samples,
             "snapshot": record.snapshot,
+            "models": list(record.models),
             "sha256": _pairs(record.sha256),
             "metrics": _json(record.metrics),
             "created_at": _time(record.created_at),

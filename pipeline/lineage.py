@@ -19,9 +19,9 @@ _ORDER = ("urls", *STAGES)
 def trace_checkpoint(path: str) -> Row:
     """Return the way of a checkpoint, named by its record or its folder.
 
-    Keys: ``checkpoint``; ``config`` of its training; ``sources``, each with corpus, weight, images and URLs;
-    ``shards``, each with the tar that was read; ``stages``, which made them; ``runs`` and ``models``. Others'
-    shards, which no record commits, have neither stages nor URLs.
+    Keys: ``checkpoint``; ``config`` of its training; ``loaded``: the models it loaded or began from; ``sources``,
+    each with corpus, weight, images and URLs; ``shards``, each with the tar that was read; ``stages``, which made
+    them; ``runs`` and ``models`` of these. Others' shards, which no record commits, have neither stages nor URLs.
 
     Raises CapfiltError where there is no checkpoint, or the file of its snapshot is gone.
     """
@@ -52,6 +52,7 @@ def trace_checkpoint(path: str) -> Row:
     return {
         "checkpoint": {**record, "path": storage.url(last)},
         "config": progress["config"],
+        "loaded": progress["models"],
         "sources": [_source(source, urls) for source in slices],
         "shards": [_shard(source, shard) for source in slices for shard in source["shards"]],
         "stages": made,

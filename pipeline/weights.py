@@ -8,7 +8,7 @@ another place, or under another name, are the same model.
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.records import ModelRecord
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "sentencepiece.bpe.model",
@@ -35,9 +35,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_CAPTIONER_FILES = ("config.json", "preprocessor_config.json", *_TOKENIZER_FILES)
+_CAPTIONER_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 _CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_CLIP_FILES = ("open_clip_config.json", *_TOKENIZER_FILES)
+_CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # open_clip's own order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 
@@ -60,16 +60,28 @@ class Weights:
     def to_record(self) -> ModelRecord:
         """Return the row of the table ``models``."""
         folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-        shards = [folder / name for name in self.files if name.endswith(".safetensors")]
-        return ModelRecord(
-            digest=self.digest,
-            kind=self.kind,
-            name=self.name,
-            revision=self.revision,
-            files=dict(self.files),
-            parameters=sum(_count_parameters(shard) for shard in shards),
-            registered_at=now(),
-        )
+        return model_record(self.kind, self.name, self.revision, folder, self.files)
+
+
+def model_record(
+    kind: str, name: str, revision: str, folder: Path, files: Mapping[str, str], parameters: int | None = None
+) -> ModelRecord:
+    """Return the row of a model made of these files (sha256 by name), found in a folder.
+
+    Args:
+        parameters: how many; None counts those of the safetensors files.
+    """
+    if parameters is None:
+        parameters = sum(_count_parameters(folder / name) for name in files if name.endswith(".safetensors"))
+    return ModelRecord(
+        digest=digest_json(dict(files)),
+        kind=kind,
+        name=name,
+        revision=revision,
+        files=dict(files),
+        parameters=parameters,
+        registered_at=now(),
+    )
 
 
 def captioner_weights(config: CaptionConfig) -> Weights:
@@ -96,7 +108,7 @@ def captioner_weights(config: CaptionConfig) -> Weights:
         raise CapfiltError(
             f"{where} = {config.model!r} is a {model_type!r} model; the captioner must be a 'blip' one"
         )
-    names = [name for name in _CAPTIONER_FILES if (folder / name).is_file()] + _weight_files(folder)
+    names = [name for name in _CAPTIONER_FILES if (folder / name).is_file()] + weight_files(folder)
     return _weights("captioner", config.model, revision, folder, folder, names)
 
 
@@ -210,7 +222,7 @@ def _captioner_gaps(folder: Path) -> str | None:
             return name
     if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
         return _CAPTIONER_WEIGHTS[0]
-    if missing := [name for name in _weight_files(folder) if not (folder / name).is_file()]:
+    if missing := [name for name in weight_files(folder) if not (folder / name).is_file()]:
         return missing[0]
     return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
 
@@ -231,12 +243,15 @@ def _first_gap(names: tuple[str, ...]) -> Callable[[Path], str | None]:
     return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the weights, one file or the shards that the index lists."""
+def weight_files(folder: Path, where: str = "caption.model") -> list[str]:
+    """Return the names of a transformers model's weights: one file, or the index and the shards that it lists.
+
+    Raises CapfiltError where the index is no JSON object. Some of the files may be missing.
+    """
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    return [index.name, *sorted(set(_read_json(index, "caption.model").get("weight_map", {}).values()))]
+    return [index.name, *sorted(set(_read_json(index, where).get("weight_map", {}).values()))]
 
 
 def _read_json(path: Path, where: str) -> dict[str, Any]:
@@ -258,10 +273,15 @@ def _weights(
     names: list[str],
     extra: Mapping[str, str] | None = None,
 ) -> Weights:
-    files = {name: _sha256(folder / name) for name in names} | dict(extra or {})
+    files = file_digests(folder, names) | dict(extra or {})
     return Weights(
         kind=kind, name=name, revision=revision, path=str(path), digest=digest_json(files), files=files
     )
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of files by their names."""
+    return {name: _sha256(folder / name) for name in names}
 
 
 def _sha256(path: Path) -> str:

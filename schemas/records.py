@@ -225,3 +225,9 @@ class CheckpointRecord(Json):
     sha256: Mapping[str, str]
     metrics: Mapping[str, float]
     created_at: str
+    models: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a dict of JSON values."""
+        return cls(**values | {"models": tuple(values.get("models", ()))})

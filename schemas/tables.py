@@ -161,7 +161,7 @@ RUNS = pa.schema(
 MODELS = pa.schema(
     [
         _column("digest", pa.string(), "sha256 over the weights and config files"),
-        _column("kind", pa.string(), "captioner, ranker, or what a pretraining stage loads"),
+        _column("kind", pa.string(), "captioner, ranker, or (of a training) vision, language, tokenizer, qformer"),
         _column("name", pa.string(), "hub id, architecture or folder, as the config names it"),
         _column("revision", pa.string(), "hub revision or pretrained tag"),
         _column("files", pa.map_(pa.string(), pa.string()), "sha256 of each file"),
@@ -178,6 +178,7 @@ CHECKPOINTS = pa.schema(
         _column("step", pa.int64(), "optimiser steps"),
         _column("samples", pa.int64(), "samples consumed"),
         _column("snapshot", pa.string(), "digest of the curated shards it ate"),
+        _column("models", pa.list_(pa.string()), "digests of the models it loads or began from"),
         _column("sha256", pa.map_(pa.string(), pa.string()), "sha256 of each file"),
         _column("metrics", pa.string(), "JSON: losses at this step"),
         _column("created_at", pa.timestamp("us", tz="UTC"), "when it was complete"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.cli import main
 from jobs.pretrain import TrainingFailedError, pretrain
@@ -153,6 +155,15 @@ def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, made: Path)
     assert [row["stage"] for row in found["stages"]][:5] == ["urls", "crawl", "caption", "rank", "select"]
     assert [model["kind"] for model in found["models"]] == ["captioner", "ranker"]
     assert len(found["runs"]) == 1
+    loaded = {model["kind"]: model for model in found["loaded"]}
+    assert list(loaded) == ["vision", "tokenizer", "qformer"]
+    assert loaded["qformer"]["name"] == config.qformer.weights and loaded["qformer"]["parameters"] > 0
+    assert set(loaded["qformer"]["files"]) == {"config.json", "model.safetensors"}
+    joined = Manifest(Storage(str(made / "corpus"))).query(
+        "SELECT m.digest FROM checkpoints AS c, UNNEST(c.models) AS used (digest) JOIN models AS m USING (digest) "
+        f"WHERE c.run_id = '{summary.run_id}' AND c.step = 8"
+    )
+    assert {digest for (digest,) in joined.rows} == {model["digest"] for model in found["loaded"]}
     printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
     assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
     refused = cli("trace", f"{summary.folder}/step-00000001.000000000000")
@@ -173,6 +184,13 @@ def test_stage_2_goes_on_from_stage_1(make: Make, family: str) -> None:
     before, after = last_state(first).model, last_state(second).model
     assert f"{family}_proj.weight" in after and "itm_head.weight" not in after
     assert after.keys() - before.keys() == {f"{family}_proj.weight", f"{family}_proj.bias"}
+    models = {model.kind: model for model in last_state(second).progress.models}
+    assert list(models) == ["vision", "language", "qformer"]
+    record, _ = read_model(str(folder_of(first)))
+    assert models["qformer"].name == str(folder_of(first)) and models["qformer"].files == record.sha256
+    assert models["language"].parameters == sum(
+        tensor.numel() for tensor in load_file(Path(second.language.model) / "model.safetensors").values()
+    )
 
 
 @pytest.mark.slow
@@ -351,6 +369,40 @@ def test_a_key_that_changes_what_is_learnt_is_refused(make: Make, section: str, 
     changed = getattr(config, section).model_copy(update={key: value})
     with pytest.raises(CapfiltError, match=rf"began with another config \({section}\.{key}: .* -> {value!r}\)"):
         pretrain(config.model_copy(update={section: changed}))
+
+
+def test_a_frozen_model_that_changed_is_refused(make: Make, tmp_path: Path) -> None:
+    """The same name may hold other weights: what is compared on resume is the files."""
+    config = make(run={"name": "other-weights"})
+    vision = tmp_path / "vision"
+    shutil.copytree(config.vision.model.removeprefix("local-dir:"), vision)
+    config = config.model_copy(
+        update={"vision": config.vision.model_copy(update={"model": f"local-dir:{vision}"})}
+    )
+    pretrain(config)
+    _take_back_to(config, 4)
+    file = vision / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file)
+    before = sorted(folder_of(config).rglob("*"))
+    with pytest.raises(CapfiltError, match=r"the vision files of .* began with \(open_clip_model\.safetensors\)"):
+        pretrain(config)
+    assert sorted(folder_of(config).rglob("*")) == before
+    save_file(tensors, file)
+    assert pretrain(config).resumed_from == 4
+
+
+def test_what_a_run_began_from_need_not_stay(make: Make, tmp_path: Path) -> None:
+    config = make(run={"name": "begun"})
+    bert = tmp_path / "bert"
+    shutil.copytree(config.qformer.weights, bert)
+    config = config.model_copy(update={"qformer": config.qformer.model_copy(update={"weights": str(bert)})})
+    pretrain(config)
+    began = last_state(config).progress.models
+    _take_back_to(config, 4)
+    shutil.rmtree(bert)
+    assert pretrain(config).resumed_from == 4
+    assert last_state(config).progress.models == began
 
 
 def test_keys_of_speed_may_change(make: Make) -> None:

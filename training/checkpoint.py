@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pipeline.records import now
 from pipeline.storage import Storage, sha256_file, temporary_folder
 from schemas.errors import CapfiltError
-from schemas.records import CheckpointRecord, Json
+from schemas.records import CheckpointRecord, Json, ModelRecord
 
 _FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
 _PROGRESS = "training.json"
@@ -48,6 +48,12 @@ class Progress(Json):
     snapshot: str
     config: Mapping[str, Any]
     world_size: int
+    models: tuple[ModelRecord, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a dict of JSON values, nested parts included."""
+        return cls(**values | {"models": tuple(ModelRecord.from_dict(model) for model in values["models"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,15 @@ class Imported:
         return {name: one for name, one in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
 
     @property
+    def files(self) -> list[Path]:
+        """The files that it was read from."""
+        path = Path(self.path)
+        if path.is_file():
+            return [path]
+        configs = ("config.json", OWN_CONFIG_FILE)
+        return sorted(one for one in path.iterdir() if one.suffix == ".safetensors" or one.name in configs)
+
+    @property
     def vision(self) -> dict[str, Tensor]:
         """The image encoder's tensors, by their names in it; empty for most of LAVIS's files."""
         prefix = "visual_encoder."

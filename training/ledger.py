@@ -1,12 +1,12 @@
 """What the corpora's manifests are told of a training: the run, each checkpoint and its snapshot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from pipeline.records import Records, now
 from pipeline.storage import Storage
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, RunRecord
+from schemas.records import CheckpointRecord, ModelRecord, RunRecord
 
 
 class Ledger:
@@ -16,11 +16,13 @@ class Ledger:
         storages = [Storage(path) for path in dict.fromkeys(corpus.path for corpus in data.corpus)]
         self.corpora = [Records(storage) for storage in storages if storage.takes_commits and is_corpus(storage)]
 
-    def begin(self, run: RunRecord, tell: Callable[[str], None]) -> None:
-        """Note the start of a run. A corpus that may only be read is told, and gets no rows of the run."""
+    def begin(self, run: RunRecord, models: Iterable[ModelRecord], tell: Callable[[str], None]) -> None:
+        """Note the start of a run and its models. A corpus that may only be read is told, and gets no rows."""
         for records in list(self.corpora):
             try:
                 records.write_run(run)
+                for model in models:
+                    records.register_model(model)
             except OSError as error:
                 self.corpora.remove(records)
                 tell(f"{records.storage.root} takes no rows ({error}): the run will not be in its manifest")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, Json
+from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
 from training.data import Batch
 from training.distributed import World
@@ -90,6 +90,7 @@ class Loop:
     checkpoints: Checkpoints
     run_id: str
     snapshot: str
+    models: Sequence[ModelRecord] = ()
     sinks: Sequence[Sink] = ()
     record_checkpoint: Callable[[CheckpointRecord], None] = lambda record: None
     probe: Callable[[], Mapping[str, float]] | None = None
@@ -243,6 +244,7 @@ class Loop:
             snapshot=self.snapshot,
             config=self.config.model_dump(mode="json"),
             world_size=self.world.size,
+            models=tuple(self.models),
         )
         record = CheckpointRecord(
             path="",
@@ -254,6 +256,7 @@ class Loop:
             sha256={},
             metrics=dict(losses),
             created_at="",
+            models=tuple(model.digest for model in self.models),
         )
         state = State(
             progress=progress,

@@ -10,18 +10,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.hub import hub_folder
+from pipeline.weights import TOKENIZER_FILES, weight_files
 from schemas.errors import CapfiltError
 
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -39,7 +30,17 @@ def model_folder(name: str, revision: str, where: str) -> Path:
 
 def tokenizer_folder(name: str, revision: str, where: str) -> Path:
     """Return the folder of a tokenizer; raises as ``model_folder``."""
-    return _folder(name, revision, where, ("config.json", *_TOKENIZER_FILES), _tokenizer_gap)
+    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), _tokenizer_gap)
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that decide what a model computes."""
+    return ["config.json", *weight_files(folder)]
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that decide how a text is split."""
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
@@ -108,10 +109,6 @@ def _tokenizer_gap(folder: Path) -> str | None:
 def _weights_gap(folder: Path) -> str | None:
     if gap := _config_gap(folder):
         return gap
-    index = folder / _INDEX
-    if (folder / _WEIGHTS).is_file():
-        return None
-    if not index.is_file():
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         return _WEIGHTS
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return next((name for name in names if not (folder / name).is_file()), None)
+    return next((name for name in weight_files(folder) if not (folder / name).is_file()), None)

@@ -20,6 +20,7 @@ from training.evaluate.probe import probe
 from training.ledger import Ledger, is_corpus
 from training.loop import Loop, Summary
 from training.metrics import JsonLines, further_sinks, require_libraries
+from training.origins import models_used
 from training.schedule import fill_preset
 from training.snapshot import Snapshot, take_snapshot
 from training.stage2 import Stage2
@@ -69,6 +70,7 @@ def _prepare(
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
         refuse_changes(PretrainConfig.model_validate(state.progress.config), config)
+    models = world.from_first(lambda: models_used(config, state.progress.models if state else None))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
     loop = Loop(
@@ -78,6 +80,7 @@ def _prepare(
         checkpoints=checkpoints,
         run_id=run.run_id,
         snapshot=snapshot.digest,
+        models=models,
         stop_asked=stop_asked,
         say=say,
     )
@@ -166,7 +169,7 @@ def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
     ledger = Ledger(config.data)
-    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.say)
+    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.say)
 
     def record_checkpoint(record: CheckpointRecord) -> None:
         lines.flush()
