@@ -12,6 +12,7 @@ from jobs.bench.commands import bench
 from jobs.evaluation_commands import evaluate, export
 from jobs.reads import reads
 from jobs.training_commands import training
+from pipeline.trouble import storage_trouble
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
 
@@ -208,7 +209,10 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)
-    except Exception:
+    except Exception as error:
+        if told := storage_trouble(error):
+            print(f"capfilt: {told}", file=sys.stderr)
+            sys.exit(2)
         traceback.print_exc()
         print(
             "capfilt: this is a fault of capfilt, not of your input; please report the lines above",

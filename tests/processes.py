@@ -22,11 +22,12 @@ def start_cli(*arguments: str, **options: object) -> subprocess.Popen:
     )
 
 
-def cli(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run ``capfilt`` to its end."""
+def cli(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``capfilt`` to its end, with changes to this process's environment."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *arguments],
         cwd=ROOT,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -285,7 +285,7 @@ def test_a_full_disk_stops_in_words_and_keeps_the_checkpoint(tmp_path: Path, whe
     (kept,) = make_loop(config(tmp_path)).checkpoints.committed()
     assert kept.step == 5
     assert f"cannot write to {tmp_path}/run (File too large" in printed
-    assert f"The last checkpoint is {tmp_path}/run/{kept.path}. Make room and run the same command" in printed
+    assert f"The last checkpoint is {tmp_path}/run/{kept.path}. Then run the same command" in printed
 
 
 def start(folder: Path, steps: int) -> subprocess.Popen:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.trouble import storage_trouble
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
@@ -291,11 +292,13 @@ class Loop:
         """Say in words that the storage did not take what was written: most often, the disk is full."""
         try:
             yield
-        except OSError as error:
-            what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        except Exception as error:
+            what = storage_trouble(error) or (str(error) if isinstance(error, OSError) else "")
+            if not what:
+                raise
             raise TrainingStopped(
-                f"step {self.step}: cannot write to {self.checkpoints.storage.root} ({what}). {self._last_good()} Make "
-                "room and run the same command: it goes on from there"
+                f"step {self.step}: cannot write to {self.checkpoints.storage.root} ({what}). {self._last_good()} Then "
+                "run the same command: it goes on from there"
             ) from error
 
     def _settle(self) -> None:

@@ -1,0 +1,58 @@
+"""What storage refuses is one line that says how to mend it, and no fault of ours."""
+
+import errno
+import os
+
+import pytest
+
+from pipeline.trouble import storage_trouble
+from tests.processes import cli
+
+_CONFIG = """
+[corpus]
+path = "s3://no-such-bucket/corpus"
+[[source]]
+name = "web"
+input = ["{folder}/urls.csv"]
+[crawl]
+contact = "https://example.org"
+"""
+
+
+def told(*arguments: str, **environment: str) -> str:
+    found = cli(*arguments, **environment)
+    assert found.returncode == 2, found.stderr
+    assert "Traceback" not in found.stderr and "fault of capfilt" not in found.stderr
+    (line,) = found.stderr.strip().splitlines()
+    return line
+
+
+def test_s3_without_credentials(tmp_path) -> None:
+    env = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+    env |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    assert "AWS_PROFILE, or AWS_ACCESS_KEY_ID" in told("status", "s3://bucket/corpus", **env)
+
+
+def test_s3_that_does_not_answer() -> None:
+    line = told("status", "s3://bucket/corpus", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
+    assert "http://127.0.0.1:9" in line and "AWS_ENDPOINT_URL" in line
+
+
+def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
+    (tmp_path / "urls.csv").write_text("url,caption\nhttp://a.example/1.jpg,one\n")
+    (tmp_path / "corpus.toml").write_text(_CONFIG.format(folder=tmp_path))
+    line = told("crawl", "-c", str(tmp_path / "corpus.toml"))
+    assert "bucket does not exist" in line and "check that the bucket exists" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"), [(errno.ENOSPC, "make room"), (errno.EACCES, "right to"), (errno.EROFS, "may be written")]
+)
+def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
+    line = storage_trouble(OSError(number, os.strerror(number), "/data/x"))
+    assert line is not None and os.strerror(number) in line and "/data/x" in line and mend in line
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError("y")])
+def test_other_errors_are_not_explained_away(error: Exception) -> None:
+    assert storage_trouble(error) is None
