@@ -195,6 +195,22 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
     assert results[0][0] != results[1][0]
 
 
+@pytest.mark.slow
+def test_compiled_dropout_is_repeated(folder: Path) -> None:
+    """Code compiled without gradient and code compiled with it are two graphs: both must draw the same masks."""
+    stage = exact_stage(tiny_config(folder, folder, qformer={"dropout": 0.3, "layers": 2}), World()).float().train()
+    stage.visual_encoder.dtype = torch.float32
+    (share,) = stage._shares(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
+    with torch.no_grad():
+        eager = stage._encode(share)
+        stage.Qformer.compile_blocks()
+        first = stage._encode(share)
+    again = stage._encode(share)
+    assert torch.equal(first.image_BQC, again.image_BQC) and torch.equal(first.text_BC, again.text_BC)
+    # It was compiled: inductor's masks are not those of eager dropout.
+    assert not torch.allclose(first.image_BQC, eager.image_BQC, atol=0.01)
+
+
 def test_weights_of_the_losses(folder: Path, whole: tuple) -> None:
     config = exact_config(folder, objective={"itc": 0.5, "itm": 0.0, "itg": 2.0})
     stage = exact_stage(config, World())

@@ -48,6 +48,7 @@ def _frozen(config: PretrainConfig) -> list[ModelRecord]:
     folder = model_folder(name, revision, "language.model")
     tokenizer = tokenizer_folder(name, revision, "language.model")
     files = file_digests(tokenizer, tokenizer_files(tokenizer)) | file_digests(folder, model_files(folder))
+    revision = "" if Path(name).expanduser().is_dir() else revision
     return [*models, model_record("language", name, revision, folder, files)]
 
 
