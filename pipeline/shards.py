@@ -50,6 +50,13 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) ->
     return count
 
 
+def key_and_extension(name: str) -> tuple[str, str]:
+    """Part a member's name as WebDataset does, at the first dot after its folder; the extension in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
 def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield (key, {extension: content}) for each sample; members of one key are adjacent, as WebDataset asks.
 
@@ -60,19 +67,17 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
         for info in tar:
             if not info.isfile():
                 continue
-            folder, _, name = info.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            stem = f"{folder}/{stem}" if folder else stem
-            if stem != key:
+            own, extension = key_and_extension(info.name)
+            if own != key:
                 if members:
                     yield key, members
-                key, members = stem, {}
+                key, members = own, {}
             content = tar.extractfile(info)
             assert content is not None
             data = content.read()
             if len(data) != info.size:
                 raise tarfile.ReadError(f"{info.name}: {len(data)} bytes of {info.size}")
-            members[extension.lower()] = data
+            members[extension] = data
     if members:
         yield key, members
 

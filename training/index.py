@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.committed import committed_file, committed_table
 from pipeline.fingerprint import sample_uid
 from pipeline.records import Records
-from pipeline.shards import IMAGE_EXTENSIONS
+from pipeline.shards import IMAGE_EXTENSIONS, key_and_extension
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile
 
@@ -92,14 +92,12 @@ def _samples(path: Path) -> Iterator[tuple[str, list[tuple[int, int] | None]]]:
         for info in tar:
             if not info.isfile():
                 continue
-            folder, _, name = info.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            stem = f"{folder}/{stem}" if folder else stem
-            if stem != key:
+            own, extension = key_and_extension(info.name)
+            if own != key:
                 if key:
                     yield key, found
-                key, found = stem, [None, None, None]
-            kind = _MEMBERS.get(extension.lower())
+                key, found = own, [None, None, None]
+            kind = _MEMBERS.get(extension)
             if kind is not None:
                 found[kind] = (info.offset_data, info.size)
     if key:
