@@ -12,7 +12,6 @@ from jobs.bench.commands import bench
 from jobs.evaluation_commands import evaluate, export
 from jobs.reads import reads
 from jobs.training_commands import training
-from pipeline.trouble import storage_trouble
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
 
@@ -210,6 +209,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:
+        from pipeline.storage import storage_trouble
+
         if told := storage_trouble(error):
             print(f"capfilt: {told}", file=sys.stderr)
             sys.exit(2)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.trouble import storage_trouble
+from pipeline.storage import storage_trouble
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State

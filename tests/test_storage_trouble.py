@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline.trouble import storage_trouble
+from pipeline.storage import storage_trouble
 from tests.processes import cli
 
 _CONFIG = """
