@@ -312,10 +312,10 @@ def storage_trouble(error: BaseException) -> str | None:
         )
     if _is(error, "botocore.exceptions", "BotoCoreError"):
         hint = "check AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the network"
-        return f"S3 cannot be used: {_first_line(error)}; {hint}"
+        return f"S3 cannot be used: {first_line(error)}; {hint}"
     if _is(error, "google.auth.exceptions", "GoogleAuthError"):
         return (
-            f"GCS wants credentials: {_first_line(error)} Set GOOGLE_APPLICATION_CREDENTIALS, or log in with "
+            f"GCS wants credentials: {first_line(error)} Set GOOGLE_APPLICATION_CREDENTIALS, or log in with "
             "`gcloud auth application-default login`"
         )
     if not isinstance(error, OSError):
@@ -324,7 +324,7 @@ def storage_trouble(error: BaseException) -> str | None:
     if _is(cause, "botocore.exceptions", "ClientError"):
         call = getattr(cause, "operation_name", "a request")
         hint = "check that the bucket exists, and that these credentials may use it"
-        return f"S3 refused {call}: {_first_line(error)}; {hint}"
+        return f"S3 refused {call}: {first_line(error)}; {hint}"
     if error.errno in _ERRNO_HINTS:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}; {_ERRNO_HINTS[error.errno]}"
@@ -337,5 +337,6 @@ def _is(error: BaseException | None, module: str, name: str) -> bool:
     return loaded is not None and isinstance(error, getattr(loaded, name))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

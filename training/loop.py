@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.storage import storage_trouble
+from pipeline.storage import first_line, storage_trouble
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
@@ -319,18 +319,18 @@ class Loop:
 
     def _in_words(self, error: RuntimeError) -> TrainingStopped | None:
         """Return what stopped the training as people can use it; None for a fault of ours."""
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = first_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             return TrainingStopped(
-                f"step {self.step + 1}: the device's memory is full ({first_line}). Set "
+                f"step {self.step + 1}: the device's memory is full ({said}). Set "
                 "performance.micro_batch_size, or a smaller one: it changes memory and speed, not what is learnt. "
                 f"{self._last_good()}"
             )
         if isinstance(error, torch.AcceleratorError):
-            return LostRankError(f"rank {self.world.rank}, step {self.step + 1}: its device failed ({first_line})")
+            return LostRankError(f"rank {self.world.rank}, step {self.step + 1}: its device failed ({said})")
         if is_lost_rank(error):
             return LostRankError(
-                f"rank {self.world.rank}, step {self.step + 1}: another rank is gone ({first_line}). "
+                f"rank {self.world.rank}, step {self.step + 1}: another rank is gone ({said}). "
                 f"{self._last_good()}"
             )
         return None

@@ -53,13 +53,12 @@ class TrainingResult:
         }
 
 
-def train_demo(corpus: Path, say: Callable[[str], None], overrides: Sequence[str] = ()) -> TrainingResult:
+def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
     """Train on a demo corpus and examine what came of it.
 
     Args:
         corpus: the corpus's folder, its curated shards made.
         say: is told what begins.
-        overrides: of all recipes: ``optim.steps=20``.
     """
     began = time.process_time()
     # A second thread gains little on models of this size, and waits by spinning.
@@ -69,13 +68,13 @@ def train_demo(corpus: Path, say: Callable[[str], None], overrides: Sequence[str
     write_benchmark(held_out, corpus / HELD_OUT)
     stage1: dict[Captions, RetrievalScores] = {}
     for captions in ("curated", "web"):
-        config = stage1_config(corpus, captions, overrides)
+        config = stage1_config(corpus, captions)
         say(f"stage 1 on {captions} captions: {config.optim.steps} steps of {config.optim.batch_size} images")
         pretrain(config)
         stage1[captions] = examine_retrieval(load_trained(run_folder(config)), held_out)
     stage2: dict[Family, LanguageScores] = {}
     for family in ("opt", "t5"):
-        config = stage2_config(corpus, family, overrides)
+        config = stage2_config(corpus, family)
         say(f"stage 2 with a frozen {family.upper()}: {config.optim.steps} steps of {config.optim.batch_size} images")
         pretrain(config)
         stage2[family] = examine_language(load_trained(run_folder(config)), held_out)
@@ -92,10 +91,10 @@ def stage1_config(corpus: Path, captions: Captions, overrides: Sequence[str] = (
     return _config("demo-stage1", corpus, captions, overrides)
 
 
-def stage2_config(corpus: Path, family: Family, overrides: Sequence[str] = ()) -> PretrainConfig:
+def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
     """Return stage 2's recipe for a language model, to begin with the stage 1 of the curated captions."""
     begin = json.dumps(run_folder(stage1_config(corpus, "curated")))
-    return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={begin}", *overrides])
+    return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={begin}"])
 
 
 def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:
