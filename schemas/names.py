@@ -1,0 +1,46 @@
+"""Names that somebody else wrote: confined to the folder they belong to, and safe to print."""
+
+import re
+
+from schemas.errors import CapfiltError
+
+# Windows and S3 both allow less; nothing that capfilt or a model library writes comes near.
+_MAX_NAME = 1024
+_DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+def confined_name(name: object, where: str) -> str:
+    """Return a relative file name unchanged if it stays inside the folder it is relative to.
+
+    For every file name that comes from a record, an index, an archive, a list or a config that somebody else
+    may have written; called before anything is opened. Checks the text alone: a link inside the folder may
+    still lead out of it (the hub's cache is made of such links).
+
+    Args:
+        name: what stands in the file; anything but a usable name is refused.
+        where: the file that holds the name, for the message.
+
+    Raises:
+        CapfiltError: the name is not a text, empty, too long, absolute, has a drive or a scheme, a backslash, a
+            control character, or an empty, ``.`` or ``..`` part.
+    """
+    if not isinstance(name, str):
+        raise CapfiltError(f"{where}: a file name is expected, not {printable(repr(name)[:80])}")
+    usable = (
+        0 < len(name) <= _MAX_NAME
+        and not _DRIVE_OR_SCHEME.match(name)
+        and "\\" not in name
+        and name.isprintable()
+        and not {"", ".", ".."} & set(name.split("/"))
+    )
+    if not usable:
+        raise CapfiltError(
+            f"{where}: the file name {printable(name)[:200]!r} leads outside its folder or is not usable; "
+            "nothing was read. Use only files from a source that you trust"
+        )
+    return name
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would act on: control characters and the like become spaces."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
