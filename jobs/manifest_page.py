@@ -88,7 +88,8 @@ anew from the records alone.
 ## Two ways to ask
 
 `capfilt sql CORPUS "SELECT ..."` is a sandbox: one SELECT, DESCRIBE, SUMMARIZE or EXPLAIN; no other file, no
-network, no writing in any form; bounded in time (`--timeout`) and memory (`--memory`). It works on S3 and
+network, no writing in any form, nothing about the machine (settings, platform, folders); bounded in time
+(`--timeout`) and memory (`--memory`). It works on S3 and
 GCS as on local disk, includes what the manifest has not copied yet, and prints a table, `--json` or
 `--csv`. It opens only the files that a filter on `source` and `shard` leaves.
 
@@ -103,8 +104,16 @@ corpus.sql("SELECT status, count(*) FROM samples GROUP BY status")
 
 The views look for new shards each time they are asked, so an open connection sees a run's progress. They
 need no extension on local disk; for a corpus on S3, load `httpfs` and set the credentials first, or use
-`capfilt sql`. The views hold absolute paths: after moving a corpus, `capfilt manifest compact CORPUS`
-writes them anew. Do not write into the file: it is replaced when capfilt's views change.
+`capfilt sql`. DuckDB's own shell opens the file as well, from version 1.5 on. The views hold absolute paths:
+where a corpus was copied or moved, the first capfilt command that reads it there writes them anew.
+
+Do not write into the file: it is replaced when capfilt's views change. To take rows out, print them (`--csv`,
+`--json`), or attach the file to a database of your own, where any `COPY` and `CREATE TABLE` works:
+
+```sql
+ATTACH 'corpus/manifest.duckdb' AS corpus (READ_ONLY);
+COPY (SELECT uid, url, captions FROM corpus.curated) TO 'captions.parquet';
+```
 """
 
 

@@ -41,7 +41,10 @@ def _manifest(corpus: str) -> Manifest:
         raise CapfiltError(
             f"{corpus} is no corpus: it has no records/ folder; give the [corpus] path of its config"
         )
-    return Manifest(storage)
+    manifest = Manifest(storage)
+    if warning := manifest.rewrite_copied_catalog():
+        typer.echo(f"capfilt: {warning}", err=True)
+    return manifest
 
 
 @reads.command()

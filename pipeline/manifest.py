@@ -11,10 +11,12 @@ threads.
 
 import contextlib
 import itertools
+import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -24,27 +26,48 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pipeline.parts import Parts
-from pipeline.storage import Storage, temporary_folder
+from pipeline.storage import Storage, first_line, temporary_folder
 from schemas.catalog import (
     DATA_STAGES,
     DATA_TABLES,
     EMPTY_FOLDER,
+    VIEWS,
     data_views,
     file_relations,
     parquet_files,
     record_views,
     registered_relations,
+    unquote_glob,
 )
 from schemas.errors import CapfiltError, CorruptShardError
+from schemas.tables import TABLES
 
 CATALOG = "manifest.duckdb"
 _CATALOG_SQL = "manifest/catalog.sql"
+# A format that DuckDB's shells since 1.2 open; the newest version's own is refused by all before it.
+_STORAGE_VERSION = "v1.2.0"
+# Where the corpus lay when its catalog was written, as its globs have it.
+_PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
 
 _PARQUET = ds.ParquetFileFormat()
 _FOLDERS = {stage: name for name, stage in DATA_STAGES.items()}
 _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
 
 _BATCH_ROWS = 2048
+
+# What DuckDB says of itself tells about the machine (memory, cores, platform, folders). Of its own tables these stay.
+_OF_THE_DATABASE = ("duckdb_", "pragma_", "pg_settings", "current_setting")
+_ANSWERED = {
+    "duckdb_columns",
+    "duckdb_functions",
+    "duckdb_keywords",
+    "duckdb_schemas",
+    "duckdb_tables",
+    "duckdb_types",
+    "duckdb_views",
+}
+# Run an SQL text, or a table's name, that nobody has looked at.
+_INDIRECT = {"query", "query_table"}
 
 # The directories would tell the host's paths to who asks for the settings.
 _SANDBOX = (
@@ -136,18 +159,52 @@ class Manifest:
             with connection.user(sql, timeout_s=timeout_s) as stream:
                 yield stream
 
+    def rewrite_copied_catalog(self) -> str | None:
+        """Write ``manifest.duckdb`` anew if it came here with a copied corpus: it would answer from the original.
+
+        Returns:
+            What to tell the user where that is so and it cannot be written, else None.
+        """
+        written_at = _PLACE.search(self._read(_CATALOG_SQL).decode())
+        if written_at is None:
+            return None
+        place = unquote_glob(written_at[1])
+        if self._is_here(place):
+            return None
+        try:
+            with self._writing:
+                self._write_catalog()
+        except (OSError, duckdb.Error) as error:
+            return (
+                f"{self.storage.url(CATALOG)} answers from {place}, where this corpus was copied from, and cannot be "
+                f"written ({first_line(error)}); run `capfilt manifest compact {self.storage.root}` as a user who may "
+                "write there, before you open it in a DuckDB of your own"
+            )
+        return None
+
+    def _is_here(self, place: str) -> bool:
+        """Tell whether a place is this corpus's own, under another name (a link) perhaps."""
+        if place == self.storage.root:
+            return True
+        try:
+            return self.storage.is_local and Path(place).samefile(self.storage.root)
+        except OSError:
+            return False
+
     def _write_catalog(self) -> None:
         """Publish ``manifest.duckdb`` in one step, unless it is there and says the same."""
         relations = file_relations(self.storage.root)
         statements = [*record_views(relations), *data_views(relations)]
-        text = ";\n".join([*statements, ""]).encode()
+        text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
         if self.storage.exists(CATALOG) and self._read(_CATALOG_SQL) == text:
             return
         with temporary_folder() as folder:
             for name, schema in DATA_TABLES.items():
                 pq.write_table(schema.empty_table(), folder / "empty.parquet")
                 self.storage.put(folder / "empty.parquet", f"{name}/{EMPTY_FOLDER}/00000.parquet")
-            connection = duckdb.connect(str(folder / CATALOG))
+            connection = duckdb.connect(
+                str(folder / CATALOG), config={"storage_compatibility_version": _STORAGE_VERSION}
+            )
             if not self.storage.is_local:
                 connection.register_filesystem(self.storage.fs)
             for statement in statements:
@@ -286,7 +343,10 @@ class Query:
         except duckdb.OutOfMemoryException as error:
             raise CapfiltError(f"the query needs more memory than it may use: {error}") from error
         except duckdb.PermissionException as error:
-            raise CapfiltError(f"only the corpus's own tables can be read here: {error}") from error
+            # Not the error's own words: they have this machine's folders.
+            raise CapfiltError(
+                "only the corpus's own tables can be read here: no other file, no URL, no extension"
+            ) from error
         except duckdb.Error as error:
             raise CapfiltError(f"SQL: {error}") from error
         finally:
@@ -294,7 +354,7 @@ class Query:
 
 
 def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Refuse all but one SELECT or its plain EXPLAIN: EXPLAIN ANALYZE runs its statement, a COPY too."""
+    """Refuse all but one SELECT of the corpus, or its plain EXPLAIN: EXPLAIN ANALYZE runs its statement, a COPY too."""
     statements = connection.extract_statements(sql)
     if len(statements) == 1 and statements[0].type == duckdb.StatementType.MULTI:
         raise CapfiltError(
@@ -308,15 +368,42 @@ def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         explained = re.match(r"\s*EXPLAIN\s+(?!ANALYZE\b|\()(.*)", statements[0].query, re.I | re.S)
         inner = connection.extract_statements(explained[1]) if explained else []
         if len(inner) == 1 and inner[0].type == duckdb.StatementType.SELECT:
-            return
+            return _require_nothing_of_the_machine(connection, inner[0].query)
         raise CapfiltError(
             "only a plain EXPLAIN of one SELECT is answered: EXPLAIN ANALYZE would run the statement"
         )
     if kind != duckdb.StatementType.SELECT:
         raise CapfiltError(
             f"the manifest is read-only: one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) is answered, "
-            f"this is {kind.name}; to write, open {CATALOG} in a DuckDB of your own"
+            f"this is {kind.name}; to take rows out, print them: --csv or --json, into a file"
         )
+    _require_nothing_of_the_machine(connection, statements[0].query)
+
+
+def _require_nothing_of_the_machine(connection: duckdb.DuckDBPyConnection, select: str) -> None:
+    """Refuse a SELECT that names what tells about the machine rather than the corpus."""
+    (tree,) = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
+    for node in _nodes(json.loads(tree)):
+        name = str(node.get("function_name") or node.get("table_name") or "").lower()
+        # SHOW of what is not a relation is the value of a setting.
+        of_a_setting = node.get("show_type") == "SHOW" and name not in (*TABLES, *VIEWS)
+        if name in _INDIRECT:
+            raise CapfiltError(f"{name}() is not answered here: write the SELECT itself")
+        if of_a_setting or (name.startswith(_OF_THE_DATABASE) and name not in _ANSWERED):
+            raise CapfiltError(
+                f"{name} tells about this machine, not about the corpus, and is not answered here; "
+                "SHOW TABLES and DESCRIBE tell about the corpus"
+            )
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Yield every node of a parsed statement: what it names stands in some of them."""
+    if isinstance(tree, dict):
+        yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for part in tree:
+            yield from _nodes(part)
 
 
 def _columns(result: duckdb.DuckDBPyConnection) -> tuple[str, ...]:

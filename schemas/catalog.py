@@ -1,10 +1,14 @@
 """The SQL of the manifest: the tables as views over committed files, and the views and macros on top of them.
 
+The SQL keeps to what DuckDB 1.5 knows too (``CASE``, not the ``if()`` of 2.0), since people open the catalog in the
+shell that they have.
+
 Two layers. ``base`` has one relation for each kind of file; it is either Parquet found by name and kept only
 where a record commits it (``file_relations``: the catalog that anyone opens), or Arrow data that the caller
 registers (the sandbox of ``capfilt sql``). Everything else is the same SQL on both.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
@@ -114,6 +118,11 @@ def _literal(path: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
 
 
+def unquote_glob(text: str) -> str:
+    """Return the path of which ``file_relations`` made this part of a string literal."""
+    return re.sub(r"\[([*?[])\]", r"\1", text.replace("''", "'"))
+
+
 def registered_relations() -> dict[str, str]:
     """Return ``base`` as SELECTs from relations on the connection: ``raw_data``, ``shards_data``, ..."""
     events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in EVENT_TABLES}
@@ -178,7 +187,8 @@ _TABLES: dict[str, str] = {
             FROM latest WINDOW same_shard AS (PARTITION BY stage, source, shard)
         )
         SELECT {_columns(SHARDS)} FROM (
-            SELECT * REPLACE (if(state = 'committed' AND finished_at < committed_at, 'retired', state) AS state)
+            SELECT * REPLACE (CASE WHEN state = 'committed' AND finished_at < committed_at THEN 'retired'
+                ELSE state END AS state)
             FROM seen)
         WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
     "runs": f"""
@@ -239,12 +249,13 @@ VIEWS: dict[str, tuple[str, str]] = {
             GROUP BY ALL
         ), apart AS (
             -- A count under the status alone includes those under its reasons.
-            SELECT * REPLACE (if(reason IS NULL, "rows" - coalesce(
-                sum("rows") FILTER (reason IS NOT NULL) OVER (PARTITION BY source, stage, status), 0),
-                "rows")::BIGINT AS "rows")
+            SELECT * REPLACE (("rows" - CASE WHEN reason IS NULL THEN coalesce(
+                sum("rows") FILTER (reason IS NOT NULL) OVER (PARTITION BY source, stage, status), 0)
+                ELSE 0 END)::BIGINT AS "rows")
             FROM counted
         )
-        SELECT source, stage, if({_IS_STATUS}, 'status', 'note') AS kind, status, reason, "rows"
+        SELECT source, stage, CASE WHEN {_IS_STATUS} THEN 'status' ELSE 'note' END AS kind,
+            status, reason, "rows"
         FROM apart WHERE "rows" > 0
         ORDER BY source, list_position(['crawl', 'caption', 'rank', 'select'], stage),
             kind DESC, status, reason""",

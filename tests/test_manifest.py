@@ -1,6 +1,10 @@
 """The manifest: parts, rebuild, catalog, committed data only, and readers beside writers."""
 
+import json
 import multiprocessing
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +21,7 @@ from pipeline.manifest import CATALOG, Manifest
 from pipeline.parts import Parts
 from pipeline.records import now
 from pipeline.storage import Storage
-from schemas.catalog import VIEWS
+from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
 from schemas.tables import TABLES
 from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus
@@ -325,12 +329,85 @@ def test_two_compactions_at_once_double_nothing(local_root: str) -> None:
     assert count(corpus, "samples") == 24
 
 
+def test_older_duckdb_shells_answer_from_the_catalog(tmp_path: Path) -> None:
+    """The shell of 1.5, as a distribution packages it: every table, view and macro, and the comments."""
+    corpus = make_corpus(str(tmp_path / "corpus"))
+    corpus.manifest.compact()
+    asked = {
+        **{name: f"SELECT count(*) AS n FROM {name}" for name in (*TABLES, *VIEWS)},
+        "histogram_of": "SELECT count(*) AS n FROM histogram_of('kept_score')",
+        "sample": "SELECT count(*) AS n FROM sample('http://host0.example/00000/0.jpg')",
+        "url_host": "SELECT count(*) AS n FROM samples WHERE url_host(url) = 'host0.example'",
+        "comments": "SELECT count(*) AS n FROM duckdb_columns() WHERE comment IS NOT NULL",
+    }
+    assert len(asked) == len(TABLES) + len(VIEWS) + len(FUNCTIONS) + len(TABLE_MACROS) + 1
+    for what, sql in asked.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "duckdb_cli", "-readonly", "-json", f"{corpus.root}/{CATALOG}", "-c", sql],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, (what, done.stderr)
+        assert json.loads(done.stdout)[0]["n"] == corpus.manifest.query(sql).rows[0][0], what
+    version = subprocess.run([sys.executable, "-m", "duckdb_cli", "--version"], capture_output=True, text=True)
+    assert version.stdout.startswith("v1.5."), "a shell of the series before the library's"
+
+
+def test_rows_are_taken_out_through_a_database_of_ones_own(tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"))
+    corpus.manifest.compact()
+    with duckdb.connect() as own:
+        own.execute(f"ATTACH '{corpus.root}/{CATALOG}' AS corpus (READ_ONLY)")
+        own.execute(f"COPY (SELECT uid, url, captions FROM corpus.curated) TO '{tmp_path}/captions.parquet'")
+        assert own.execute(f"SELECT count(*) FROM '{tmp_path}/captions.parquet'").fetchone()[0] > 0
+
+
 def test_a_moved_corpus_gets_a_new_catalog(tmp_path: Path) -> None:
     make_corpus(str(tmp_path / "old")).manifest.compact()
     (tmp_path / "old").rename(tmp_path / "new")
     Manifest(Storage(str(tmp_path / "new"))).compact()
     with duckdb.connect(str(tmp_path / "new" / CATALOG), read_only=True) as plain:
         assert plain.execute("SELECT count(*) FROM samples").fetchone() == (24,)
+
+
+def _plainly(root: Path, sql: str = "SELECT count(*) FROM samples") -> int:
+    with duckdb.connect(str(root / CATALOG), read_only=True) as plain:
+        return plain.execute(sql).fetchone()[0]
+
+
+# A quote, a glob's letters and a blank: the place is read back out of SQL.
+@pytest.mark.parametrize("name", ["old", "it's [a] *corpus?"])
+def test_a_copied_corpus_answers_for_itself_once_it_is_read(tmp_path: Path, name: str) -> None:
+    old, new = tmp_path / name, tmp_path / "new"
+    make_corpus(str(old)).manifest.compact()
+    shutil.copytree(old, new)
+    shutil.rmtree(old / "raw")
+    manifest = Manifest(Storage(str(new)))
+    assert manifest.rewrite_copied_catalog() is None
+    assert _plainly(new) == 24
+    # What is in its place is left alone, under another name too.
+    before = (new / CATALOG).stat().st_mtime_ns
+    (tmp_path / "link").symlink_to(new)
+    for place in (new, tmp_path / "link"):
+        assert Manifest(Storage(str(place))).rewrite_copied_catalog() is None
+    assert (new / CATALOG).stat().st_mtime_ns == before
+
+
+def test_a_copied_catalog_that_cannot_be_rewritten_is_told(tmp_path: Path) -> None:
+    make_corpus(str(tmp_path / "old")).manifest.compact()
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    # What stands in the way of a file, for root too.
+    (tmp_path / "new" / CATALOG).unlink()
+    (tmp_path / "new" / CATALOG / "x").mkdir(parents=True)
+    told = Manifest(Storage(str(tmp_path / "new"))).rewrite_copied_catalog()
+    assert f"answers from {tmp_path / 'old'}" in told and "capfilt manifest compact" in told
+
+
+def test_a_corpus_copied_from_s3_answers_for_itself(s3_root: str, tmp_path: Path) -> None:
+    corpus = make_corpus(s3_root)
+    corpus.manifest.compact()
+    Storage(s3_root).fs.get(s3_root, str(tmp_path / "mirror"), recursive=True)
+    assert Manifest(Storage(str(tmp_path / "mirror"))).rewrite_copied_catalog() is None
+    assert _plainly(tmp_path / "mirror") == 24
 
 
 _SEEN = "SELECT count(*), count(DISTINCT uid) FROM samples"
