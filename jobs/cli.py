@@ -10,17 +10,20 @@ import typer
 
 from jobs.bench.commands import bench
 from jobs.evaluation_commands import evaluate, export
+from jobs.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
 from jobs.reads import reads
+from jobs.render import complain, printable_lines
 from jobs.training_commands import training
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
 
 app = typer.Typer(
     name="capfilt",
+    cls=CommandGroup,
+    context_settings=HELP_OPTIONS,
     help="Build a CapFilt corpus from image URLs: crawl, caption ten times, rank, keep two.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
 )
 Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
@@ -81,13 +84,14 @@ def _run(
     as_json: bool,
     **options: Any,
 ) -> None:
+    # Before the imports of a run, which take seconds: a mistake in the config is told at once.
+    loaded = _load(config, overrides, sources)
     from rich.console import Console
 
     from jobs.run import RunOptions, run
     from jobs.summary import plan_corpus, print_plan, print_result, result_json
 
     chosen = RunOptions(quiet=as_json, **options)
-    loaded = _load(config, overrides, sources)
     if dry_run:
         planned = plan_corpus(loaded, chosen.stages)
         print(json.dumps(planned)) if as_json else print_plan(planned)
@@ -114,13 +118,13 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
         _run(config, set_, source, dry_run, json_, **chosen)
 
-    app.command(name, help=text)(command)
+    app.command(name, help=text, rich_help_panel=BUILD)(command)
 
 
-_stage_command("run", STAGES, "Do all that is missing: crawl, caption, rank, select, in one streaming run.")
+_stage_command("run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run.")
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 def crawl(
     config: Config,
     set_: Set = None,
@@ -149,19 +153,20 @@ def crawl(
 
 _stage_command("caption", ("caption",), "Write the synthetic captions of every crawled image.")
 _stage_command("rank", ("rank",), "Score every candidate caption with CLIP.")
-_stage_command("select", ("select",), "Keep the best captions and write the curated shards; needs no GPU.")
+_stage_command("select", ("select",), "Keep the best captions and write the curated shards. Needs no GPU.")
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
-    """Say what is pending and stale and what it will cost, before any spending."""
+    """Say what is pending and stale, and what it will cost. Changes nothing."""
+    loaded = _load(config, set_, source)
     from jobs.summary import plan_corpus, print_plan
 
-    found = plan_corpus(_load(config, set_, source))
+    found = plan_corpus(loaded)
     print(json.dumps(found)) if json_ else print_plan(found)
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 def submit(
     arguments: Annotated[
         list[str], typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options.")
@@ -173,19 +178,22 @@ def submit(
         bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
     ] = True,
 ) -> None:
-    """Run a command as a job on a Ray cluster; submitting the same twice is harmless."""
+    """Run a command as a job on a Ray cluster. Submitting the same twice is harmless."""
     from jobs.submit import submit_job
 
     raise typer.Exit(submit_job(config, set_ or [], arguments, address, follow))
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the demo corpus.", metavar="DIR")] = "demo-corpus",
     corpus_only: Annotated[bool, typer.Option("--corpus-only", help="Leave out the training.")] = False,
     json_: Json = False,
 ) -> None:
-    """Build a corpus from a small world served on this machine, train on it, and say how true and how useful it is."""
+    """Build a small corpus on this machine, train on it, and judge both.
+
+    Its web is a small world served on loopback, so that the truth of every caption can be checked.
+    """
     from jobs.demo.show import run_demo
 
     raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
@@ -193,9 +201,13 @@ def demo(
 
 for command in (*reads.registered_commands, *training.registered_commands):
     app.registered_commands.append(command)
-app.add_typer(evaluate, name="evaluate", help="Score a trained model on published benchmarks.")
-app.command()(export)
-app.add_typer(bench, name="bench", help="Measure what the pipeline costs on this machine.")
+app.command(rich_help_panel=TRAIN)(export)
+app.add_typer(
+    evaluate, name="evaluate", help="Score a trained model on published benchmarks.", rich_help_panel=MEASURE
+)
+app.add_typer(
+    bench, name="bench", help="Measure what the pipeline costs on this machine.", rich_help_panel=MEASURE
+)
 
 
 def main() -> None:
@@ -204,21 +216,16 @@ def main() -> None:
     try:
         app()
     except CapfiltError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(141)
     except Exception as error:
         from pipeline.storage import storage_trouble
 
         if told := storage_trouble(error):
-            print(f"capfilt: {told}", file=sys.stderr)
+            complain(told)
             sys.exit(2)
-        traceback.print_exc()
-        print(
-            "capfilt: this is a fault of capfilt, not of your input; please report the lines above",
-            file=sys.stderr,
-        )
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
+        complain("this is a fault of capfilt, not of your input; please report the lines above")
         sys.exit(1)
 
 

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.groups import CommandGroup
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
     from training.evaluate.annotations import CaptionedImage
     from training.evaluate.results import Result
 
-evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+evaluate = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
 Model = Annotated[
     str,
@@ -64,11 +65,12 @@ def retrieval(
     json_: Json = False,
 ) -> None:
     """Find texts by image and images by text: ITC, and ITM over the first of each list. Stage 1."""
+    recipe = _recipe(config, set_)
+    captioned = _captioned(annotations, split, images)
     from training.evaluate.tasks import evaluate_retrieval
 
-    captioned = _captioned(annotations, split, images)
     result = evaluate_retrieval(
-        _load(model, config, set_), captioned, images, dataset=dataset, rerank=rerank, batch_size=batch_size
+        _load(model, recipe), captioned, images, dataset=dataset, rerank=rerank, batch_size=batch_size
     )
     _show(result, model, json_)
 
@@ -93,12 +95,13 @@ def caption(
     json_: Json = False,
 ) -> None:
     """Caption images and score the captions by CIDEr and BLEU-4: the language model's, in stage 1 the Q-Former's."""
+    recipe = _recipe(config, set_)
+    captioned = _captioned(annotations, split, images)
     from training.evaluate.tasks import evaluate_captions
     from training.evaluate.writing import Decoding
 
-    captioned = _captioned(annotations, split, images)
     result = evaluate_captions(
-        _load(model, config, set_),
+        _load(model, recipe),
         captioned,
         images,
         dataset=dataset,
@@ -139,16 +142,18 @@ def vqa(
 ) -> None:
     """Answer questions about images, zero-shot, and score the answers officially. Stage 2."""
     from training.evaluate.annotations import read_questions
-    from training.evaluate.tasks import evaluate_answers
 
+    recipe = _recipe(config, set_)
     asked = read_questions(questions, answers)
     if not predictions and not any(one.answers for one in asked.questions):
         raise CapfiltError(
             f"{questions} comes without answers: name them with --answers, or a file for --predictions"
         )
     _require_picture(images, asked.questions[0].file)
+    from training.evaluate.tasks import evaluate_answers
+
     result = evaluate_answers(
-        _load(model, config, set_),
+        _load(model, recipe),
         asked,
         images,
         dataset=dataset,
@@ -163,9 +168,10 @@ def vqa(
 @evaluate.command("probe")
 def probe_(model: Model, config: Config = "", set_: Set = None, json_: Json = False) -> None:
     """Look at the images that the run held out: recall at 1, ITM accuracy, CIDEr."""
+    recipe = _recipe(config, set_)
     from training.evaluate.tasks import evaluate_probe
 
-    _show(evaluate_probe(_load(model, config, set_), model), model, json_)
+    _show(evaluate_probe(_load(model, recipe), model), model, json_)
 
 
 def export(
@@ -175,18 +181,23 @@ def export(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Write a model as Hugging Face's Blip2 (EVA ViT-g), or in our own documented format (any other encoder)."""
+    """Write a model in a format that others can load.
+
+    Hugging Face's Blip2 where the image encoder is EVA ViT-g, our own documented format with any other.
+    """
     from pathlib import Path
 
+    recipe = _recipe(config, set_)
     from jobs.render import print_json
     from training.evaluate.model import load_trained
     from training.export import export_model
 
-    kind = export_model(load_trained(model, _recipe(config, set_), precision="fp32"), Path(folder))
+    kind = export_model(load_trained(model, recipe, precision="fp32"), Path(folder))
     print_json({"folder": folder, "format": kind}) if json_ else print(f"{kind}: {folder}")
 
 
 def _recipe(config: str, overrides: list[str] | None) -> Any:
+    """Return the recipe; asked for before the imports of a model, which take seconds."""
     if not config:
         if overrides:
             raise CapfiltError("--set changes a recipe: name one with -c")
@@ -197,12 +208,12 @@ def _recipe(config: str, overrides: list[str] | None) -> Any:
     return load_config(config, overrides or (), PretrainConfig)
 
 
-def _load(model: str, config: str, overrides: list[str] | None) -> Any:
+def _load(model: str, recipe: Any) -> Any:
     import torch
 
     from training.evaluate.model import load_trained
 
-    return load_trained(model, _recipe(config, overrides), "cuda" if torch.cuda.is_available() else "cpu")
+    return load_trained(model, recipe, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImage]":

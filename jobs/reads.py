@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from jobs.groups import KEEP, LOOK
+from jobs.render import complain
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
@@ -33,27 +35,29 @@ SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[
 
 def _manifest(corpus: str) -> Manifest:
     """Open a corpus that exists: a mistyped name must not read as an empty one."""
-    from pipeline.manifest import Manifest
     from pipeline.storage import Storage
 
     storage = Storage(corpus)
     if not storage.fs.exists(f"{storage.base}/records"):
         raise CapfiltError(
-            f"{corpus} is no corpus: it has no records/ folder; give the [corpus] path of its config"
+            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
         )
+    from pipeline.manifest import Manifest
+
     manifest = Manifest(storage)
     if warning := manifest.rewrite_copied_catalog():
-        typer.echo(f"capfilt: {warning}", err=True)
+        complain(warning)
     return manifest
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def status(corpus: CorpusArgument, json_: JsonOption = False) -> None:
-    """Say how far each stage is, how much of the web answered, and what the last run did."""
+    """Say how far each stage is, and what the last run did. Also how much of the web answered."""
+    manifest = _manifest(corpus)
     from jobs.render import print_facts, print_json, print_table
     from pipeline import report
 
-    found = report.status(_manifest(corpus))
+    found = report.status(manifest)
     if json_:
         return print_json(found)
     print_facts({"corpus": found["corpus"]})
@@ -66,13 +70,14 @@ def status(corpus: CorpusArgument, json_: JsonOption = False) -> None:
         print_table(found["attempts"], title="\nbegun and not committed: under way, or killed")
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
-    """Sum up success, scores, lengths and rates, from the records alone."""
+    """Sum up success, scores, lengths and rates. From the records alone: no sample is read."""
+    manifest = _manifest(corpus)
     from jobs.render import print_json, print_table
     from pipeline import report
 
-    found = report.stats(_manifest(corpus))
+    found = report.stats(manifest)
     if json_:
         return print_json(found)
     for name, rows in found.items():
@@ -80,21 +85,22 @@ def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
         print()
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def runs(
     corpus: CorpusArgument,
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
     json_: JsonOption = False,
 ) -> None:
-    """List the runs, newest first; one without an outcome is under way, or was killed."""
+    """List the runs, newest first. One without an outcome is under way, or was killed."""
+    manifest = _manifest(corpus)
     from jobs.render import print_json, print_table
     from pipeline import report
 
-    rows = report.runs(_manifest(corpus), limit=limit)
+    rows = report.runs(manifest, limit=limit)
     print_json(rows) if json_ else print_table(rows)
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def failures(
     corpus: CorpusArgument,
     hosts: Annotated[bool, typer.Option("--hosts", help="Count by host too.")] = False,
@@ -102,15 +108,16 @@ def failures(
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
     json_: JsonOption = False,
 ) -> None:
-    """Count the URLs that gave no image, by reason, each with an example."""
+    """Count the URLs that gave no image, by reason. Each with an example."""
+    manifest = _manifest(corpus)
     from jobs.render import print_json, print_table
     from pipeline import report
 
-    rows = report.failures(_manifest(corpus), hosts=hosts, source=source, limit=limit)
+    rows = report.failures(manifest, hosts=hosts, source=source, limit=limit)
     print_json(rows) if json_ else print_table(rows)
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def shards(
     corpus: CorpusArgument,
     stage: Annotated[
@@ -123,15 +130,16 @@ def shards(
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 100,
     json_: JsonOption = False,
 ) -> None:
-    """List shards: rows, seconds, who made them, and the error of those that failed."""
+    """List the shards: rows, seconds, who made them, errors."""
+    manifest = _manifest(corpus)
     from jobs.render import print_json, print_table
     from pipeline import report
 
-    rows = report.shards(_manifest(corpus), stage=stage, source=source, state=state, limit=limit)
+    rows = report.shards(manifest, stage=stage, source=source, state=state, limit=limit)
     print_json(rows) if json_ else print_table(rows)
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
@@ -152,7 +160,7 @@ def sql(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Ask the manifest in SQL, read-only: no file, no network, nothing but the corpus's tables."""
+    """Ask the manifest in SQL, read-only. No file, no network, nothing but the corpus's tables."""
     from jobs.render import print_csv, print_table
 
     found = _manifest(corpus)
@@ -181,7 +189,7 @@ def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     print("]" if before == "," else "[]")
 
 
-@reads.command()
+@reads.command(rich_help_panel=LOOK)
 def trace(
     where: Annotated[
         str,
@@ -196,7 +204,11 @@ def trace(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show one sample's whole way, from fetch to kept captions; or what a checkpoint was trained on, and its makers."""
+    """Show how one sample, or a checkpoint, came about.
+
+    A sample: from its fetch to the captions that were kept. A checkpoint: the shards it was trained on, and the
+    runs and models that made these.
+    """
     from jobs.render import print_json
 
     if who is None:
@@ -204,9 +216,10 @@ def trace(
 
         found = trace_checkpoint(where)
         return print_json(found) if json_ else _print_lineage(found)
+    manifest = _manifest(where)
     from pipeline.trace import trace as trace_sample
 
-    ways = trace_sample(_manifest(where), who)
+    ways = trace_sample(manifest, who)
     if json_:
         return print_json(ways)
     for number, way in enumerate(ways):
@@ -280,19 +293,20 @@ def _short(digest: str | None) -> str | None:
     return digest and digest[:12]
 
 
-@reads.command()
+@reads.command(rich_help_panel=KEEP)
 def verify(
     corpus: CorpusArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Recount and re-hash everything against the records; exit code 1 and each difference if any."""
+    """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any."""
+    manifest = _manifest(corpus)
     from dataclasses import asdict
 
     from jobs.render import print_json, print_table, readable_bytes
     from pipeline.verify import verify as verify_corpus
 
-    found = verify_corpus(_manifest(corpus), quick=quick)
+    found = verify_corpus(manifest, quick=quick)
     if json_:
         print_json(asdict(found))
     else:
@@ -306,7 +320,7 @@ def verify(
     raise typer.Exit(1 if found.differences else 0)
 
 
-@reads.command()
+@reads.command(rich_help_panel=KEEP)
 def gc(
     corpus: CorpusArgument,
     older_than: Annotated[
@@ -318,14 +332,15 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List them, remove nothing.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Remove the files that killed attempts left and no record refers to."""
+    """Remove the files of killed attempts, which no record refers to."""
+    storage = _manifest(corpus).storage
     from dataclasses import asdict
 
     from jobs.render import print_json, print_table, readable_bytes
     from pipeline.garbage import find_garbage, remove
     from pipeline.records import Records
 
-    records = Records(_manifest(corpus).storage)
+    records = Records(storage)
     garbage = find_garbage(records, older_than=_age(older_than), retired=retired)
     if not dry_run:
         garbage = remove(records, garbage)
@@ -349,7 +364,7 @@ def _age(text: str) -> timedelta:
     return timedelta(**{units[match[2]]: float(match[1])})
 
 
-@reads.command()
+@reads.command(rich_help_panel=KEEP)
 def manifest(
     action: Annotated[
         Literal["compact", "rebuild"],
@@ -360,7 +375,7 @@ def manifest(
     corpus: CorpusArgument,
     json_: JsonOption = False,
 ) -> None:
-    """Bring the manifest's Parquet and manifest.duckdb up to date with the records."""
+    """Bring the manifest up to date with the records. Its Parquet files and manifest.duckdb."""
     from jobs.render import print_facts, print_json
 
     found = _manifest(corpus)
@@ -368,7 +383,7 @@ def manifest(
     print_json(rows) if json_ else print_facts(rows)
 
 
-@reads.command()
+@reads.command(rich_help_panel=KEEP)
 def doctor(
     corpus: Annotated[
         str | None,
@@ -379,7 +394,7 @@ def doctor(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check machine, libraries, storage and weights, say what mends what; exit code 2 if one fails."""
+    """Check machine, libraries, storage and weights. Says what mends what; exit code 2 if a check fails."""
     from dataclasses import asdict
 
     from jobs.doctor import examine

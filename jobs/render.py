@@ -7,29 +7,34 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from schemas.names import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Without a terminal rich would fold every table to 80 columns: a pipe has no width.
 _PIPE_WIDTH = 1000
 
 
-def console() -> Console:
+def console() -> "Console":
     """Return a console for standard output that leaves lines whole in a pipe."""
+    from rich.console import Console
+
     return Console(highlight=False) if sys.stdout.isatty() else Console(width=_PIPE_WIDTH, highlight=False)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON value; a NaN, which JSON has not, as null."""
-    print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    # In JSON they stand in strings alone, and can be escaped: a terminal would act on them.
+    print(text if text.isprintable() else "".join(map(_escaped, text)))
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print rows as CSV with a header; lists and maps as JSON."""
-    writer = csv.writer(sys.stdout)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow([json.dumps(_plain(one)) if isinstance(one, (list, dict)) else one for one in row])
@@ -37,6 +42,9 @@ def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = (), title: str = "") -> None:
     """Print rows under their column names; a column that no row fills is left out unless it is asked for."""
+    from rich.table import Table
+    from rich.text import Text
+
     names = list(columns) or list(rows[0] if rows else ())
     table = Table(box=None, pad_edge=False)
     for name in names:
@@ -87,10 +95,20 @@ def cell(value: Any, name: str = "") -> str:
         case list():
             return " | ".join(cell(item) for item in value)
         case dict():
-            return ", ".join(f"{key}={cell(item)}" for key, item in value.items())
+            return ", ".join(f"{printable(str(key))}={cell(item)}" for key, item in value.items())
         case _:
             # Alt texts and server messages may hold terminal control sequences.
-            return "".join(letter if letter.isprintable() else " " for letter in str(value))
+            return printable(str(value))
+
+
+def complain(message: object) -> None:
+    """Print an error, which may quote the names and texts of others, on standard error."""
+    print(printable_lines(f"capfilt: {message}"), file=sys.stderr)
+
+
+def printable_lines(text: str) -> str:
+    """Return lines without what a terminal would act on."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def readable_bytes(number: int) -> str:
@@ -101,6 +119,10 @@ def readable_bytes(number: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else json.dumps(letter)[1:-1]
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from pipeline.intake import unread_rows
 from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
+from schemas.names import printable
 from schemas.records import STAGES, Stage
 
 
@@ -47,7 +48,7 @@ def print_result(result: RunResult, console: Console) -> None:
     )
     for name, error in sorted(result.quarantined.items()):
         console.print(
-            f"quarantined: {name}: {escape(error.splitlines()[-1] if error else '')}", highlight=False
+            f"quarantined: {name}: {escape(printable(error.splitlines()[-1]) if error else '')}", highlight=False
         )
     if result.note:
         console.print(result.note)

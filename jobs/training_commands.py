@@ -1,15 +1,17 @@
 """The commands of the training room: pretrain. Libraries are imported inside, so that --help stays quick."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
+from jobs.groups import TRAIN
+from jobs.render import complain
+
 training = typer.Typer()
 
 
-@training.command()
+@training.command(rich_help_panel=TRAIN)
 def pretrain(
     config: Annotated[
         str, typer.Option("-c", "--config", help="The training run's TOML file.", metavar="FILE")
@@ -23,7 +25,7 @@ def pretrain(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Train BLIP-2 on curated shards, from the last checkpoint if there is one. Exit code 1 where it cannot go on."""
+    """Train BLIP-2 on curated shards. From the last checkpoint if there is one; exit code 1 where it cannot go on."""
     from pipeline.configfile import load_config
     from schemas.pretrain import PretrainConfig
 
@@ -40,7 +42,7 @@ def pretrain(
     try:
         summary = train(loaded)
     except TrainingFailedError as error:
-        print(f"capfilt: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(1) from error
     if json_:
         print(summary.to_json())

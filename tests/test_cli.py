@@ -1,16 +1,21 @@
 """The command line as a person meets it: exit codes, one clear line for a mistake, JSON on standard output alone."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.records import Records
 from pipeline.storage import Storage
-from tests.processes import cli, start_cli
+from tests.processes import ROOT, cli, start_cli
 from tests.runs import config_file, small_config, with_values
 
 COMMANDS = (
@@ -36,8 +41,8 @@ def test_every_command_is_there_and_documented() -> None:
         (["crawl", "-c", "{good}", "--retry", "everything"], r"--retry 'everything'"),
         (["run", "-c", "{good}", "--set", "caption.model=./nowhere"], r"caption\.model"),
         (["caption", "-c", "{good}"], r"no shard|model"),
-        (["stats", "{empty}"], r"no corpus"),
-        (["sql", "{empty}", "SELECT 1"], r"no corpus"),
+        (["stats", "{empty}"], r"is not a corpus"),
+        (["sql", "{empty}", "SELECT 1"], r"is not a corpus"),
         (
             ["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "run"],
             r"--address http://127\.0\.0\.1:9",
@@ -56,6 +61,53 @@ def test_mistakes_are_one_clear_line_and_exit_2(arguments: list[str], message: s
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(message, done.stderr) and "Traceback" not in done.stderr
     assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("bench",), ("evaluate",)], ids=" ".join)
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_cuts_no_description(words: tuple[str, ...], columns: str) -> None:
+    printed = CliRunner(env={"COLUMNS": columns}).invoke(app, [*words, "-h"]).output
+    assert "..." not in printed.replace("[ARGS]...", "").replace("(step-...)", "")
+    assert all(len(line) <= int(columns) for line in printed.splitlines())
+
+
+def test_help_groups_the_commands_each_on_one_line() -> None:
+    printed = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["--help"]).output
+    sections = dict(re.findall(r"^(\w[^\n]*):\n((?:  .*\n)+)", printed, re.M))
+    groups = {
+        heading: [line.split()[0] for line in lines.splitlines()]
+        for heading, lines in sections.items()
+        if heading != "Options"
+    }
+    assert groups == {
+        "Build a corpus": ["run", "crawl", "caption", "rank", "select", "plan", "submit", "demo"],
+        "Look into a corpus": ["status", "stats", "runs", "failures", "shards", "sql", "trace"],
+        "Keep a corpus in order": ["verify", "gc", "manifest", "doctor"],
+        "Train": ["pretrain", "export"],
+        "Measure": ["evaluate", "bench"],
+    }
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    def complete(line: str) -> list[str]:
+        words = line.split(" ")
+        asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CAPFILT_COMPLETE": "complete_bash"}
+        script = "from jobs.cli import main; import sys; sys.argv = ['capfilt']; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, **asked}, capture_output=True, text=True, cwd=ROOT
+        )
+        return done.stdout.split()
+
+    assert complete("capfilt st") == ["status", "stats"]
+    assert "--hosts" in complete("capfilt failures --h")
+
+
+@pytest.mark.parametrize("command", ["run", "stats"])
+def test_no_name_reaches_the_terminal_as_a_control_sequence(command: str, tmp_path: Path) -> None:
+    name = str(tmp_path / "\x1b[31mred\x9b2J\u202e.toml")
+    done = cli(*([command, "-c", name] if command == "run" else [command, name]))
+    assert done.returncode == 2
+    assert done.stderr.replace("\n", "").isprintable() and "[31mred" in done.stderr
 
 
 @pytest.mark.slow

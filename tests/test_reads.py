@@ -231,10 +231,10 @@ def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "stats", "runs", "failures", "shards", "verify", "gc"])
-def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path, command: str) -> None:
+def test_a_folder_that_is_not_a_corpus_is_refused(tmp_path: Path, command: str) -> None:
     result = capfilt(command, str(tmp_path / "nowhere"))
     assert isinstance(result.exception, CapfiltError)
-    assert "is no corpus" in str(result.exception)
+    assert "is not a corpus" in str(result.exception)
     assert not (tmp_path / "nowhere").exists()
 
 

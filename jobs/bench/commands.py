@@ -13,9 +13,10 @@ import typer
 
 from jobs.bench.printing import Json, Rounds, measured, readable, show
 from jobs.bench.training_commands import training_bench
+from jobs.groups import CommandGroup
 from schemas.errors import CapfiltError
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench.command()
