@@ -1,11 +1,13 @@
 """What a site reserves: X-Robots-Tag and TDM-Reservation headers, and robots.txt (RFC 9309)."""
 
+import io
 import re
+import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from urllib.parse import unquote
 
 from pipeline.addresses import FetchError, WebUrl
@@ -18,7 +20,10 @@ _ROBOT = re.compile(r"\*|[a-z][a-z0-9_.*/-]*")
 # ``none`` is short for both.
 _SHORT = {"none": ("noindex", "nofollow")}
 
+# Letters of a path times wildcards of the rules: a check takes a tenth of a second at most.
+_MAX_STEPS = 50_000_000
 _CACHED_SITES = 1_000
+_CACHED_BYTES = 50_000_000
 _FRESH_S = 24 * 3600.0
 _FAILED_FRESH_S = 60.0
 
@@ -57,42 +62,57 @@ def reserved_by_tdm(values: Iterable[str]) -> bool:
     return any(value.strip(" \t\"'") == "1" for value in values)
 
 
-@dataclass(slots=True)
 class RobotRules:
-    """The rules of one robots.txt that concern us: (allows, pattern) pairs."""
+    """The rules of one robots.txt that concern us.
 
-    rules: list[tuple[bool, str]] = field(default_factory=list)
+    Args:
+        rules: whether a pattern allows, by pattern.
+    """
+
+    def __init__(self, rules: Mapping[str, bool] = MappingProxyType({})) -> None:
+        # The longest rule that matches decides; of equally long ones, one that allows.
+        self._rules = sorted(rules.items(), key=lambda rule: (-len(rule[0]), not rule[1]))
+        self._wildcards = sum(pattern.count("*") for pattern in rules)
 
     @classmethod
     def parse(cls, text: str, token: str) -> "RobotRules":
-        """Read a robots.txt: our own groups if it has any, else those of ``*``."""
-        groups: dict[str, list[tuple[bool, str]]] = {}
-        agents: list[str] = []
+        """Read a robots.txt: our own groups if it has any, else those of ``*``.
+
+        Only rules of these two are kept, each pattern once: the memory is in proportion to the text, however
+        many robots a group names. ``text`` is what bounds their number.
+        """
+        groups: dict[str, dict[str, bool]] = {}
+        # Those of our two names that the group being read is for.
+        agents: set[str] = set()
         in_rules = False
-        for line in text.removeprefix("\ufeff").splitlines():
+        for line in io.StringIO(text.removeprefix("\ufeff"), newline=None):
             name, colon, value = (part.strip() for part in line.partition("#")[0].partition(":"))
             match name.lower():
                 case "user-agent" if colon:
-                    agents = [*agents, product_token(value)] if not in_rules else [product_token(value)]
+                    agents = set() if in_rules else agents
                     in_rules = False
-                    groups.setdefault(agents[-1], [])
-                case "allow" | "disallow" if colon:
+                    if (agent := product_token(value)) in (token, "*"):
+                        agents.add(agent)
+                        groups.setdefault(agent, {})
+                case "allow" | "disallow" as verb if colon:
                     in_rules = True
-                    if value:
-                        for agent in agents:
-                            groups[agent].append((name.lower() == "allow", value))
-        return cls(groups.get(token, groups.get("*", [])))
+                    for agent in agents if value else ():
+                        pattern = unquote(value)
+                        # Of two equal patterns, allow wins.
+                        groups[agent][pattern] = verb == "allow" or groups[agent].get(pattern, False)
+        return cls(groups.get(token, groups.get("*", {})))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return about how much memory the rules take."""
+        return sum(sys.getsizeof(rule) + sys.getsizeof(rule[0]) for rule in self._rules)
 
     def allow(self, target: str) -> bool:
-        """Tell whether a path with its query may be fetched: the longest rule that matches decides."""
+        """Tell whether a path with its query may be fetched; one too long to be checked may not."""
         path = unquote(target)
-        longest, allowed = -1, True
-        for allows, pattern in self.rules:
-            if len(pattern) >= longest and _matches(unquote(pattern), path):
-                # Of two equally long ones, allow wins.
-                allowed = allows or (allowed and len(pattern) == longest)
-                longest = len(pattern)
-        return allowed
+        if self._wildcards * len(path) > _MAX_STEPS:
+            return False
+        return next((allows for pattern, allows in self._rules if _matches(pattern, path)), True)
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -119,6 +139,7 @@ class _Site:
         self.lock = threading.Lock()
         self.answer: RobotRules | FetchError | None = None
         self.expires = 0.0
+        self.memory_bytes = 0
 
 
 class RobotsTxt:
@@ -131,6 +152,7 @@ class RobotsTxt:
     def __init__(self, token: str) -> None:
         self._token = token
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._sites: OrderedDict[str, _Site] = OrderedDict()
 
     def check(self, url: WebUrl, get: Callable[[WebUrl], bytes], timeout_s: float) -> None:
@@ -152,15 +174,19 @@ class RobotsTxt:
         try:
             if site.answer is None or site.expires < time.monotonic():
                 site.answer = self._fetch(url.join("/robots.txt"), get)
-                fresh = _FAILED_FRESH_S if isinstance(site.answer, FetchError) else _FRESH_S
-                site.expires = time.monotonic() + fresh
+                failed = isinstance(site.answer, FetchError)
+                site.expires = time.monotonic() + (_FAILED_FRESH_S if failed else _FRESH_S)
+                self._bound_cache(site)
             return site.answer
         finally:
             site.lock.release()
 
     def _fetch(self, url: WebUrl, get: Callable[[WebUrl], bytes]) -> RobotRules | FetchError:
         try:
-            return RobotRules.parse(get(url).decode("utf-8", "replace"), self._token)
+            text = get(url)
+            # One at a time: reading one of the greatest size takes some 20 MB.
+            with self._reading:
+                return RobotRules.parse(text.decode("utf-8", "replace"), self._token)
         except FetchError as error:
             # Not transient: a client error, or a way to it that a guard of ours refuses. There are no rules.
             return error if REASONS[error.reason].transient else RobotRules()
@@ -169,6 +195,13 @@ class RobotsTxt:
         with self._lock:
             site = self._sites.setdefault(name, _Site())
             self._sites.move_to_end(name)
-            if len(self._sites) > _CACHED_SITES:
-                self._sites.popitem(last=False)
             return site
+
+    def _bound_cache(self, newest: _Site) -> None:
+        """Forget the sites that were asked for longest ago where the cache grew too large."""
+        rules = newest.answer
+        with self._lock:
+            newest.memory_bytes = rules.memory_bytes if isinstance(rules, RobotRules) else 0
+            total = sum(site.memory_bytes for site in self._sites.values())
+            while self._sites and (len(self._sites) > _CACHED_SITES or total > _CACHED_BYTES):
+                total -= self._sites.popitem(last=False)[1].memory_bytes

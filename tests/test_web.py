@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from pipeline.addresses import FetchError, Resolver, WebUrl, is_forbidden
 from pipeline.hosts import HostHealth, HostTurns
-from pipeline.robots import RobotRules, reserved_by_robots_tag
+from pipeline.robots import RobotRules, RobotsTxt, reserved_by_robots_tag
 from pipeline.web import Fetch, Web
 from schemas.config import CrawlConfig
 from tests.hostile import JPEG, OPTED_OUT_HEADERS, OTHERS_HEADERS, Exchange, HostileSite
@@ -413,6 +414,93 @@ def test_robots_txt_rules(target: str, allowed: bool) -> None:
 def test_robots_txt_of_everyone_holds_for_us_too() -> None:
     assert not RobotRules.parse(ROBOTS_TXT, "newcomer").allow("/everything")
     assert RobotRules.parse("", "capfilt").allow("/")
+
+
+def agents(number: int) -> str:
+    return "".join(f"User-agent: robot-{index}\n" for index in range(number))
+
+
+def rules(number: int, pattern: str = "/{}") -> str:
+    return "".join(f"Disallow: {pattern.format(index)}\n" for index in range(number))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Each of these names holds for each of the rules: a million pairs.
+        agents(1000) + "User-agent: capfilt\nUser-agent: *\n" + rules(1000),
+        agents(1000) + rules(1000),
+        "".join(agents(50) + rules(20) for _ in range(25)),
+        "User-agent: capfilt\n" * 1000 + rules(1000, "/same"),
+        agents(2000),
+    ],
+    ids=["ours", "others", "groups", "the same", "no rules"],
+)
+def test_robots_txt_takes_memory_in_proportion_to_its_text(text: str) -> None:
+    tracemalloc.start()
+    try:
+        kept = RobotRules.parse(text, "capfilt")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(text) + 100_000
+    assert kept.allow("/none-of-them")
+
+
+def test_robots_txt_at_its_greatest_is_obeyed(site: HostileSite) -> None:
+    """Only what is over the bound of a robots.txt is not read."""
+    start = agents(10_000) + "User-agent: capfilt\n" + rules(9_000, "/folder-{}/")
+    text = f"{start}Disallow: /hop/\n{'#' * 512_000}\nDisallow: /plain.jpg\n".encode()
+    assert len(start) < 500_000
+    site.robots_txt = lambda exchange: exchange.send(text)
+    fetcher = web(site, robots_txt=True)
+    assert end(fetcher.fetch(site.url("/plain.jpg"))) == ("ok", None)
+    assert end(fetcher.fetch(site.url("/hop/1"))) == ("opted_out", "robots_txt")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["/" + "*a" * 5000 + "b$", "/" + "*a*aa" * 2000 + "*b", "*" * 20_000 + "b$", "/" + "*a" * 40],
+)
+def test_no_pattern_of_robots_txt_takes_long_to_match(pattern: str) -> None:
+    """A match that goes back and tries anew would take longer than the tests may."""
+    found = RobotRules.parse(f"User-agent: *\nDisallow: {pattern}\n", "capfilt")
+    assert found.allow("/" + "a" * 30)
+    found.allow("/" + "a" * 50_000)
+
+
+def test_a_path_that_cannot_be_checked_is_left_alone() -> None:
+    """Tens of thousands of wildcards against a path of 60 kB would hold all threads for seconds."""
+    found = RobotRules.parse("User-agent: *\n" + rules(30_000, "*/{}"), "capfilt")
+    assert found.allow("/some/image.jpg") and not found.allow("/some/17.jpg")
+    assert not found.allow("/" + "a" * 60_000)
+    plain = RobotRules.parse("User-agent: *\n" + rules(10, "/*.gif") + rules(30_000), "capfilt")
+    assert plain.allow("/" + "a" * 60_000)
+
+
+def test_what_is_kept_of_all_robots_txt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.robots._CACHED_BYTES", 1_000_000)
+    robots, asked = RobotsTxt("capfilt"), []
+
+    def get(url: WebUrl) -> bytes:
+        asked.append(url.host)
+        return ("User-agent: *\n" + rules(1000)).encode()
+
+    def check(host: str) -> None:
+        robots.check(WebUrl.parse(f"http://{host}.example/image.jpg"), get, 5.0)
+
+    tracemalloc.start()
+    try:
+        for number in range(60):
+            check(f"site-{number}")
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 2_000_000
+    check("site-59")
+    assert len(asked) == 60
+    check("site-0")
+    assert len(asked) == 61
 
 
 def test_robots_txt_is_fetched_once_and_obeyed(site: HostileSite) -> None:
