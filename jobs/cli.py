@@ -13,7 +13,9 @@ from jobs.evaluation_commands import evaluate, export
 from jobs.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
 from jobs.reads import reads
 from jobs.render import complain, printable_lines
+from jobs.trace_commands import traces
 from jobs.training_commands import training
+from jobs.upkeep_commands import upkeep
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
 
@@ -199,8 +201,8 @@ def demo(
     raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
 
 
-for command in (*reads.registered_commands, *training.registered_commands):
-    app.registered_commands.append(command)
+for commands in (reads, traces, upkeep, training):
+    app.registered_commands.extend(commands.registered_commands)
 app.command(rich_help_panel=TRAIN)(export)
 app.add_typer(
     evaluate, name="evaluate", help="Score a trained model on published benchmarks.", rich_help_panel=MEASURE
