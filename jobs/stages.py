@@ -17,7 +17,7 @@ from pipeline.plan import ModelDigests, next_step, stages_of, upstream_of
 from pipeline.records import Records, now
 from pipeline.storage import Storage, sweep_temporary_folders
 from schemas.config import CapfiltConfig, StageResources
-from schemas.errors import CapfiltError, CorruptShardError
+from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
 
 # Between tries of a step whose storage fails outside the worker's own attempts.
@@ -133,9 +133,9 @@ class StageActor:
                 try:
                     record = self._ready_worker()(task)
                     return Outcome.of("done", *shard, record)
-                except CorruptShardError as damaged:
+                except (CorruptShardError, NotFiniteError) as damaged:
                     error = str(damaged)
-                    break  # the input is damaged: another try reads the same bytes
+                    break  # another try reads the same bytes, and computes the same
                 except CapfiltError:
                     raise
                 except Exception as failure:

@@ -26,8 +26,9 @@ from pipeline.attempt import Attempt, Tally
 from pipeline.blipvision import VisionTower
 from pipeline.committed import CrawledShard, open_crawled
 from pipeline.decoder import Decoder
-from pipeline.decoding import NOTHING, GridSampler, RowSampler
+from pipeline.decoding import NOT_FINITE, NOTHING, GridSampler, RowSampler
 from pipeline.device import compute_dtype, device_name, device_turn, worker_device
+from pipeline.finite import not_finite, require_finite_weights
 from pipeline.fp8 import quantise, require_fp8
 from pipeline.histograms import LENGTH_EDGES, histogram
 from pipeline.lookahead import decode_threads, look_ahead
@@ -75,6 +76,7 @@ class Captioner:
     def __init__(self, config: CaptionConfig, weights: Weights, seed: int) -> None:
         self.config = config
         self.seed = seed
+        self.name = weights.name
         self.device = worker_device()
         self.dtype = compute_dtype(config.precision, self.device)
         if config.precision == "fp8":
@@ -123,12 +125,18 @@ class Captioner:
         )
 
     def compute(self, batch: Gathered) -> Sampled:
-        """Sample a batch's captions. What the device does, and nothing else."""
+        """Sample a batch's captions. What the device does, and nothing else.
+
+        Raises NotFiniteError where logits are NaN or infinite.
+        """
         # Not from pinned memory, so that this waits for the device: before the tower it has nothing to do.
         uniforms_BNT = batch.uniforms_BNT.to(self.device)
         pixels_BCHW = batch.pixels_BCHW.to(self.device, non_blocking=True)
         image_BPE = self.vision(normalise(pixels_BCHW, self.recipe, self.dtype))
-        return Sampled(tokens_BNT=self._sample(image_BPE, uniforms_BNT).cpu(), seeds_BN=batch.seeds_BN)
+        tokens_BNT = self._sample(image_BPE, uniforms_BNT).cpu()
+        if bool((tokens_BNT == NOT_FINITE).any()):
+            raise not_finite(f"the logits of caption.model = {self.name!r}")
+        return Sampled(tokens_BNT=tokens_BNT, seeds_BN=batch.seeds_BN)
 
     def texts(self, sampled: Sampled) -> list[list[RawCaption]]:
         """Return sampled captions as text. What the device does not do."""
@@ -182,6 +190,7 @@ def _load_model(weights: Weights) -> BlipForConditionalGeneration:
             f"caption.model = {weights.name!r} in {weights.path} is no BLIP captioner: {len(missing)} "
             f"tensors are missing, {missing[0]} first"
         )
+    require_finite_weights(model.state_dict(), f"caption.model = {weights.name!r} in {weights.path}")
     # Generation settings that came with the files must not fill what a call leaves open.
     model.text_decoder.generation_config = GenerationConfig()
     return model

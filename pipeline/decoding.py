@@ -23,10 +23,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.decoder import Decoder
-from pipeline.nucleus import Nucleus, draw, nucleus
+from pipeline.nucleus import Nucleus, draw, is_finite, nucleus
 from schemas.config import CaptionConfig
 
 NOTHING = -1
+# Somewhere in a sample whose logits were NaN or infinite. It travels with the tokens, so that nobody has to ask
+# the device at every step.
+NOT_FINITE = -2
 
 
 class RowSampler:
@@ -40,6 +43,8 @@ class RowSampler:
     @torch.inference_mode()
     def __call__(self, image_BPE: Tensor, uniforms_BNT: Tensor) -> Tensor:
         """Return the tokens after the prompt, the end included: int64 (B, N, T), NOTHING behind the end.
+
+        A sample whose logits were not finite holds NOT_FINITE.
 
         Args:
             image_BPE: of the vision tower.
@@ -59,9 +64,9 @@ class RowSampler:
         uniforms_ST = uniforms_BNT.flatten(0, 1)
         said_ST = torch.full_like(uniforms_ST, NOTHING, dtype=torch.long)
         for step in range(num_steps):
-            ids_RK, mass_RK = nucleus(logits_RV, tokens_RL, length + step, decoder.end_id, self.config)
-            token_S = draw(Nucleus(ids_RK[row_S], mass_RK[row_S]), uniforms_ST[sample_S, step])
-            said_ST[sample_S, step] = token_S
+            choice = nucleus(logits_RV, tokens_RL, length + step, decoder.end_id, self.config)
+            token_S = draw(Nucleus(*(part[row_S] for part in choice)), uniforms_ST[sample_S, step])
+            said_ST[sample_S, step] = token_S.where(is_finite(choice)[row_S], NOT_FINITE)
             going_S = token_S != decoder.end_id
             if step + 1 == num_steps or not going_S.any():
                 break
@@ -119,6 +124,7 @@ class GridSampler:
         self._tokens_SL = torch.zeros(num_rows, config.max_length, dtype=torch.long, device=device)
         self._tokens_SL[:, : len(prompt_ids)] = torch.tensor(self.prompt_ids, device=device)
         self._ended_S = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._broken_S = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._image_kv: list[Tensor] = []
         self._cache: Tensor | None = None
         self._graphs: dict[int, Callable[[], None]] = {}
@@ -145,6 +151,7 @@ class GridSampler:
         ends_ST = said_ST == self.decoder.end_id
         # What an earlier batch left there goes as well: the loop leaves early only where all have ended.
         said_ST[(ends_ST.cumsum(1) - ends_ST.long()) > 0] = NOTHING
+        said_ST.masked_fill_(self._broken_S[:num_rows, None], NOT_FINITE)
         return said_ST.view(num_images, num_samples, self.num_steps)
 
     def _keep_images(self, image_BPE: Tensor) -> None:
@@ -171,6 +178,7 @@ class GridSampler:
             logits_BV, self._tokens_SL[::num_samples, :length], length, self.decoder.end_id, self.config
         )
         self._ended_S.zero_()
+        self._broken_S.zero_()
         self._say(0, Nucleus(*(part.repeat_interleave(num_samples, dim=0) for part in choice)))
 
     def _advance(self, step: int) -> None:
@@ -194,6 +202,7 @@ class GridSampler:
     def _say(self, step: int, choice: Nucleus) -> None:
         token_S = draw(choice, self._uniforms_ST[:, step])
         self._tokens_SL[:, len(self.prompt_ids) + step] = token_S
+        self._broken_S |= ~(is_finite(choice) | self._ended_S)
         self._ended_S |= token_S == self.decoder.end_id
 
     def _replay(self, step: int) -> None:

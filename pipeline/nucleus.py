@@ -68,6 +68,11 @@ def draw(nucleus: Nucleus, uniforms_S: Tensor) -> Tensor:
     return nucleus.ids_RK.gather(1, (nucleus.mass_RK <= target_S1).sum(-1, keepdim=True))[:, 0]
 
 
+def is_finite(nucleus: Nucleus) -> Tensor:
+    """Tell for each row whether its logits were finite: NaN or infinity among them makes all of its mass NaN."""
+    return nucleus.mass_RK[:, -1].isfinite()
+
+
 def _largest(logits_RV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """Return the largest logits of each row in descending order, and where they are."""
     rows, vocabulary = logits_RV.shape

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from math import isfinite
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,13 +20,13 @@ import open_clip
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pipeline.attempt import Attempt, Tally
 from pipeline.cliptokens import ClipTokenizer
 from pipeline.cliptowers import Encoder, ImageTower, image_encoder, text_encoder
 from pipeline.committed import CrawledShard, committed_table, open_crawled
 from pipeline.device import compute_dtype, device_name, device_turn, worker_device
+from pipeline.finite import not_finite, require_finite_weights
 from pipeline.fp8 import quantise, require_fp8
 from pipeline.histograms import SCORE_EDGES, histogram
 from pipeline.lookahead import decode_threads, look_ahead
@@ -59,6 +60,7 @@ class Ranker:
             precision: ``auto`` is bfloat16 on a GPU and float32 on a CPU; ``fp8`` needs a tower of plain blocks.
             batch_size: images encoded at once on a GPU.
         """
+        self.name = weights.name
         self.device = worker_device()
         self.dtype = compute_dtype(precision, self.device)
         if precision == "fp8":
@@ -84,6 +86,9 @@ class Ranker:
         Args:
             pixels_BCHW: uint8 as ``self.recipe`` makes them.
             texts: of each image.
+
+        Raises:
+            NotFiniteError: a score is NaN or infinite.
         """
         distinct = list(dict.fromkeys(text for row in texts for text in row))
         if not distinct:
@@ -97,6 +102,8 @@ class Ranker:
         pairs = [(image, index[text]) for image, row in enumerate(texts) for text in row]
         images_P, texts_P = torch.tensor(pairs, device=self.device).T
         similarity_P = (image_BE[images_P] * text_TE[texts_P]).sum(-1).tolist()
+        if not all(map(isfinite, similarity_P)):
+            raise not_finite(f"the scores of rank.model = {self.name!r}")
         scores = (
             Score(similarity=similarity, truncated=truncated[text])
             for similarity, (_, text) in zip(similarity_P, pairs, strict=True)
@@ -105,7 +112,10 @@ class Ranker:
 
     @staticmethod
     def _embed(encode: Encoder, inputs: Tensor) -> Tensor:
-        return normalize(encode(inputs).float(), dim=-1)
+        embedding = encode(inputs).float()
+        length = torch.linalg.vector_norm(embedding, dim=-1, keepdim=True)
+        # As ``normalize``, but for an embedding whose length overflows: divided by infinity it would score 0.
+        return embedding / length.clamp_min(1e-12).masked_fill(length.isinf(), torch.nan)
 
 
 def _open_clip_name(weights: Weights) -> str:
@@ -129,13 +139,15 @@ def _load_model(weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
         }
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     try:
-        return open_clip.create_model(
+        model = open_clip.create_model(
             _open_clip_name(weights), precision=precision, require_pretrained=True, **arguments
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CapfiltError(
             f"rank.model = {weights.name!r} in {weights.path} does not load: {error}"
         ) from error
+    require_finite_weights(model.state_dict(), f"rank.model = {weights.name!r} in {weights.path}")
+    return model
 
 
 @dataclass(slots=True)

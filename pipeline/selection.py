@@ -12,8 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from operator import itemgetter
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.attempt import Attempt, Tally
 from pipeline.committed import CrawledShard, committed_table, open_crawled
@@ -22,6 +26,7 @@ from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet, write_tar
 from pipeline.texts import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
+from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CURATED
 
@@ -61,12 +66,13 @@ def select(
       ``min_score`` too (``always``).
     - A human source keeps every distinct caption: they are the truth here, and a model's score is no reason
       to drop one. ``top_k`` and ``min_score`` do not apply.
-    - A candidate without a score (its text is empty, or the image does not decode) is never kept.
+    - A candidate without a score (its text is empty, or the image does not decode) is never kept, nor one whose
+      score is NaN or infinite.
     """
     if kind == "web" and config.web_caption == "never":
         candidates = [one for one in candidates if one.origin != "web"]
     texts = [one for one in candidates if one.text]
-    scored = [one for one in texts if one.score is not None]
+    scored = [one for one in texts if _has_score(one)]
     if not scored:
         return Selection(kept=(), reason="not_scored" if texts else "no_candidates")
     if kind == "human":
@@ -79,6 +85,10 @@ def select(
         others = _distinct([one for one in passing if one.origin != "web"])
         return Selection(kept=_distinct([*others[: config.top_k], *web]))
     return Selection(kept=_distinct(passing)[: config.top_k])
+
+
+def _has_score(one: Candidate) -> bool:
+    return one.score is not None and isfinite(one.score) and isfinite(one.rerank_score or 0.0)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -114,9 +124,9 @@ class SelectWorker:
             tally = attempt.tally
             with tally.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-                scores = committed_table(
-                    self.records, task.inputs["rank"].outputs["parquet"], _CANDIDATE_COLUMNS
-                )
+                file = task.inputs["rank"].outputs["parquet"]
+                scores = committed_table(self.records, file, _CANDIDATE_COLUMNS)
+                _require_finite_scores(scores, file.path)
             with tally.timed("select"):
                 candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
                 selections = {
@@ -131,6 +141,18 @@ class SelectWorker:
             _count(selections, tally)
             assert tally.rows_out == kept and tally.rows_in == written, "a sample was lost on the way"
             return attempt.commit({"tar": (tar, kept), "parquet": (parquet, written)})
+
+
+def _require_finite_scores(scores: pa.Table, path: str) -> None:
+    """Raise CorruptShardError for scores of a ranker whose weights were damaged, as older versions stored them."""
+    for name in ("score", "rerank_score"):
+        known = scores[name].drop_null()
+        wrong = len(known) - (pc.sum(pc.is_finite(known)).as_py() or 0)
+        if wrong:
+            raise CorruptShardError(
+                f"{path}: {wrong:,} of {len(known):,} values of {name} are not finite (NaN or infinite): the ranker's "
+                "weights were damaged. Set rank.model to sound ones and run `capfilt rank --recompute`"
+            )
 
 
 def _candidates_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Candidate]]:

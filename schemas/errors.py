@@ -9,5 +9,12 @@ class CapfiltError(Exception):
     """
 
 
+class NotFiniteError(CapfiltError):
+    """Report that a model computed NaN or infinity from weights and inputs that are finite.
+
+    It computes the same at every try: a stage quarantines the shard, and an evaluation ends.
+    """
+
+
 class CorruptShardError(CapfiltError):
     """Report bytes on storage that differ from the record that committed them."""

@@ -1,10 +1,14 @@
 """The main job on real Ray, real HTTP and the demo's weights: chained, repeated, changed, damaged."""
 
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file, save_file
 
 import jobs.run
 from jobs.demo.site import serving
@@ -135,6 +139,30 @@ def test_weights_that_differ_on_a_worker_end_the_run(
     records = Records(Storage(config.corpus.path))
     assert records.shards(("caption",)) == {} == records.quarantined()
     assert [run.outcome for run in records.runs()] == ["error"]
+
+
+def test_a_model_that_is_not_finite_curates_nothing(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
+    ranker = Path(shutil.copytree(config.rank.model.removeprefix("local-dir:"), tmp_path / "ranker"))
+    file = ranker / "open_clip_model.safetensors"
+    sound = load_file(file)
+
+    def with_text_norm(value: float) -> CapfiltConfig:
+        changed = torch.full(sound["ln_final.weight"].shape, value)
+        save_file(sound | {"ln_final.weight": changed}, file)
+        return with_values(config, rank={"model": f"local-dir:{ranker}"})
+
+    with pytest.raises(CapfiltError, match=r"rank\.model = .*1 of \d+ tensors hold values that are not finite"):
+        do_run(with_text_norm(math.nan))
+    records = Records(Storage(config.corpus.path))
+    assert records.shards(("rank", "select")) == {} == records.quarantined()
+    # Finite weights, and an embedding whose length overflows: no try can do better, so there is one.
+    result = do_run(with_text_norm(1e30))
+    assert result.exit_code == 3
+    assert list(result.quarantined) == ["rank world/00000", "rank world/00001"]
+    assert all("the scores of rank.model" in error for error in result.quarantined.values())
+    assert [record.attempts for record in records.quarantined().values()] == [1, 1]
+    assert records.shards(("rank", "select")) == {}
 
 
 def test_new_urls_become_further_shards(base_url: str, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""NaN and infinity: refused in weights when they are read, and in what a model computes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from schemas.errors import CapfiltError, NotFiniteError
+from schemas.names import printable
+
+
+def require_finite_weights(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise CapfiltError where a tensor holds NaN or infinity.
+
+    Each tensor is read once, without a copy: under a second for BLIP-large on one core.
+
+    Args:
+        tensors: by name; integers and tensors on ``meta`` are passed over.
+        where: the setting and the place of the weights, for the message.
+    """
+    names = [name for name, tensor in tensors.items() if _can_check(tensor)]
+    if not names:
+        return
+    # NaN is both the smallest and the largest of what it is among. Copied to the CPU all at once.
+    extremes_N2 = torch.stack([torch.stack(torch.aminmax(tensors[name].detach())).double() for name in names])
+    finite_N = extremes_N2.isfinite().all(dim=1).tolist()
+    if broken := [name for name, is_finite in zip(names, finite_N, strict=True) if not is_finite]:
+        raise CapfiltError(
+            f"{where}: {len(broken)} of {len(names)} tensors hold values that are not finite (NaN or infinite), "
+            f"{printable(broken[0])} first; the file is damaged, or a training that diverged wrote it: use another one"
+        )
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise NotFiniteError where a value is NaN or infinite. Waits for the device that computes ``values``.
+
+    Args:
+        values: what a model computed.
+        what: says what they are and which model computed them, plural: "the scores of rank.model = 'x'".
+    """
+    if not bool(values.isfinite().all()):
+        raise not_finite(what)
+
+
+def not_finite(what: str) -> NotFiniteError:
+    """Return the error for numbers that turned out not to be finite; ``what`` as in ``require_finite``."""
+    return NotFiniteError(
+        f"{what} are not finite (NaN or infinite), though its weights are: a number overflows in it. Use a precision "
+        'with a wider range ("fp32"), or another model'
+    )
+
+
+def _can_check(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
