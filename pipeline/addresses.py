@@ -7,15 +7,12 @@ second time (DNS rebinding) gains nothing.
 import ipaddress
 import re
 import socket
-import threading
-import time
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 from urllib.parse import quote, urljoin, urlsplit
 
+from pipeline.lookups import Lookup, Lookups, SocketAddress
 from schemas.statuses import REASONS
 
 # Left alone by the encoding: RFC 3986's reserved characters, and ``%``, because what is encoded stays so.
@@ -25,10 +22,6 @@ _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# Look-ups run beside the fetching threads, because getaddrinfo has no time limit of its own.
-_RESOLVER_THREADS = 32
-_DNS_TTL_S = 300.0
-_DNS_CACHE_HOSTS = 50_000
 
 _FORBIDDEN_NETWORKS = tuple(
     ipaddress.ip_network(text)
@@ -44,8 +37,6 @@ _FORBIDDEN_NETWORKS = tuple(
 )
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-SocketAddress = tuple[socket.AddressFamily, Any]
 
 
 class FetchError(Exception):
@@ -142,49 +133,37 @@ def is_forbidden(text: str) -> bool:
 
 
 class Resolver:
-    """Turns a URL's host into addresses that may be connected to; remembers them for five minutes."""
+    """Turns a URL's host into addresses that may be connected to.
 
-    def __init__(self, allow_hosts: Collection[str] = ()) -> None:
+    Args:
+        allow_hosts: ``host:port`` entries whose addresses are not checked.
+        lookups_at_once: see ``Lookups``.
+    """
+
+    def __init__(self, allow_hosts: Collection[str] = (), lookups_at_once: int = 320) -> None:
         self._allowed = {entry.lower() for entry in allow_hosts}
-        self._lookups = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="dns")
-        self._lock = threading.Lock()
-        self._cache: dict[tuple[str, int], tuple[float, Future[list[SocketAddress]]]] = {}
+        self._lookups = Lookups(lookups_at_once)
 
-    def addresses(self, url: WebUrl, timeout_s: float) -> list[SocketAddress]:
-        """Return the host's addresses, each checked: one bad one refuses the host. Raises FetchError."""
+    def lookup(self, url: WebUrl) -> Lookup:
+        """Return the look-up of the host, begun now unless there is one. Raises FetchError."""
         try:
-            addresses = self._lookup(url.host, url.port).result(timeout_s)
-        except FutureTimeout as error:
-            raise FetchError("dns", "no answer in time") from error
+            return self._lookups.of(url.host, url.port)
+        except TimeoutError as error:
+            raise FetchError("dns", str(error), again=False) from error
+
+    def addresses(self, url: WebUrl, timeout_s: float, lookup: Lookup | None = None) -> list[SocketAddress]:
+        """Return the host's addresses, each checked: one bad one refuses the host. Raises FetchError."""
+        lookup = lookup or self.lookup(url)
+        try:
+            addresses = lookup.result(timeout_s)
+        except TimeoutError as error:
+            raise FetchError("dns", str(error), again=False) from error
         except socket.gaierror as error:
-            self._forget(url)
-            raise FetchError("dns", str(error), again=error.errno == socket.EAI_AGAIN) from error
+            raise FetchError("dns", str(error), again=lookup.worth_another) from error
         except (UnicodeError, OSError) as error:
-            self._forget(url)
             raise FetchError("bad_url", f"host {url.host!r}: {error}") from error
         if f"{url.host}:{url.port}" not in self._allowed:
             for _, address in addresses:
                 if is_forbidden(address[0]):
                     raise FetchError("forbidden_address", f"{url.host} is {address[0]}")
         return addresses
-
-    def _lookup(self, host: str, port: int) -> Future[list[SocketAddress]]:
-        """Return the answer, awaited by everyone who asks for the same host."""
-        now = time.monotonic()
-        with self._lock:
-            expires, answer = self._cache.get((host, port), (0.0, None))
-            if answer is None or expires < now:
-                if len(self._cache) >= _DNS_CACHE_HOSTS:
-                    self._cache.clear()
-                answer = self._lookups.submit(_resolve, host, port)
-                self._cache[host, port] = (now + _DNS_TTL_S, answer)
-            return answer
-
-    def _forget(self, url: WebUrl) -> None:
-        with self._lock:
-            self._cache.pop((url.host, url.port), None)
-
-
-def _resolve(host: str, port: int) -> list[SocketAddress]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(family, address) for family, _, _, _, address in found]

@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-from pipeline.addresses import FetchError, SocketAddress, WebUrl
+from pipeline.addresses import FetchError, WebUrl
+from pipeline.lookups import SocketAddress
 
 _CHUNK_BYTES = 1 << 16
 

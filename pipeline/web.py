@@ -30,6 +30,8 @@ _ACCEPT = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.5"
 _DETAIL_CHARS = 200
 # RFC 9309: at least 500 KiB of a robots.txt are read.
 _ROBOTS_BYTES = 512_000
+# Look-ups that may still be under way after every fetch has given them up.
+_SILENT_NAMES = 256
 # Bodies over this lie on disk until their turn at the decoder: 128 of them may wait in one worker.
 _BODY_IN_MEMORY_BYTES = 250_000
 # A bug of ours, or a full disk or memory: the shard fails, and is tried again. Everything else that a fetch
@@ -61,6 +63,11 @@ class Fetch:
         self.detail = detail[:_DETAIL_CHARS] or None
         self.seconds = time.monotonic() - self.started
 
+    def pause(self, clock: Clock, waited_s: float) -> None:
+        """Take out time in a queue of our own: it is not the site's fault."""
+        clock.pause(waited_s)
+        self.started += waited_s
+
     def close(self) -> None:
         """Free the body."""
         if self.body is not None:
@@ -81,7 +88,7 @@ class Web:
         self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
-        self._resolver = Resolver(config.allow_hosts)
+        self._resolver = Resolver(config.allow_hosts, config.threads + _SILENT_NAMES)
         self._turns = HostTurns(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
         self._health = HostHealth()
         self._robots = RobotsTxt(self._token) if config.robots_txt else None
@@ -135,16 +142,17 @@ class Web:
             site = f"{url.host}:{url.port}"
             self._health.check(site)
             # The address first: a robots.txt is asked for only at a host that may be asked.
+            asked = time.monotonic()
+            lookup = self._resolver.lookup(url)
+            fetch.pause(clock, time.monotonic() - asked)
             patience_s = min(config.connect_timeout_s, clock.left_s())
             with self._health.watched(site, answers=False):
-                addresses = self._resolver.addresses(url, patience_s)
+                addresses = self._resolver.addresses(url, patience_s, lookup)
             if check_robots and self._robots is not None:
                 self._robots.check(url, lambda robots: self._robots_txt(robots, clock), clock.left_s())
             fetch.final_url = str(url)
             with self._turns.turn(url.host) as waited_s:
-                # A queue of our own is not the site's fault: its time does not run meanwhile.
-                clock.pause(waited_s)
-                fetch.started += waited_s
+                fetch.pause(clock, waited_s)
                 # Again: it may have gone down while this URL waited.
                 self._health.check(site)
                 with self._health.watched(site), request(

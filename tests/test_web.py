@@ -1,6 +1,9 @@
 """The guarded fetch and its parts. The whole hostile site is crawled in test_crawl.py."""
 
+import collections
+import contextlib
 import functools
+import hashlib
 import http.server
 import socket
 import ssl
@@ -273,6 +276,111 @@ def test_an_exempt_host_is_exempt_at_its_port_only(site: HostileSite) -> None:
     assert end(fetcher.fetch(f"http://127.0.0.1:{site.canary.port}/")) == ("refused", "forbidden_address")
     assert end(fetcher.fetch(f"http://localhost:{site.port}/plain.jpg")) == ("refused", "forbidden_address")
     assert site.canary.requests == 0
+
+
+class Names:
+    """Stands in for the system's resolver: good names lead to a site, others behave as their name says."""
+
+    def __init__(self, site: HostileSite, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.port = site.port
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.silence = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
+
+    def _resolve(self, host: str, port: int, **_: object) -> list[tuple]:
+        self.asked[host] += 1
+        kind = host.replace(".", "-").split("-")[0]
+        if kind == "silent":
+            self.silence.wait(60)
+        if kind == "slow":
+            time.sleep(0.3)
+        if kind in ("silent", "servfail"):
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        if kind == "unknown":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", self.port))]
+
+
+@pytest.fixture
+def names(site: HostileSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    names = Names(site, monkeypatch)
+    yield names
+    names.silence.set()
+
+
+def crawl(site: HostileSite, hosts: list[str], **settings: object) -> dict[str, Fetch]:
+    """Fetch a picture of each host, eight at once, in an order that mixes the kinds."""
+    settings = {
+        "connect_timeout_s": 0.2,
+        "threads": 8,
+        "allow_hosts": {f"{host}:80" for host in hosts},
+    } | settings
+    fetcher = web(site, **settings)
+    hosts = sorted(hosts, key=lambda host: hashlib.sha256(host.encode()).digest())
+    with ThreadPoolExecutor(8) as pool:
+        fetches = pool.map(lambda host: fetcher.fetch(f"http://{host}/plain.jpg"), hosts)
+        return dict(zip(hosts, fetches, strict=True))
+
+
+def some(kind: str, number: int) -> list[str]:
+    return [f"{kind}-{index}.example" for index in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "asked"),
+    [("silent", "dns", 1), ("servfail", "dns", 3), ("unknown", "dns", 1), ("slow", None, 1)],
+)
+def test_names_that_do_not_answer_cost_the_others_nothing(
+    site: HostileSite, names: Names, kind: str, expected: str | None, asked: int
+) -> None:
+    """Twice as many of them as of good hosts, and more than threads that look names up at once."""
+    bad, good = some(kind, 80), some("good", 40)
+    fetches = crawl(site, bad + good, connect_timeout_s=0.2 if expected else 5.0)
+    assert {end(fetches[host]) for host in good} == {("ok", None)}
+    assert {fetches[host].reason for host in bad} == {expected}
+    assert {names.asked[host] for host in bad} == {asked}
+
+
+def test_good_hosts_wait_for_room_among_names_that_never_answer(
+    site: HostileSite, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the look-ups that may be under way are stuck for longer than a URL may take."""
+    monkeypatch.setattr("pipeline.web._SILENT_NAMES", 4)
+    threading.Timer(1.5, names.silence.set).start()
+    fetches = crawl(site, some("silent", 40) + some("good", 20), timeout_s=1.0)
+    assert {end(fetches[host]) for host in some("good", 20)} == {("ok", None)}
+    assert {fetches[host].reason for host in some("silent", 40)} == {"dns"}
+
+
+def test_many_urls_at_a_name_that_never_answers(site: HostileSite, names: Names) -> None:
+    fetcher = web(site, connect_timeout_s=0.3, allow_hosts=("good.example:80",))
+    with ThreadPoolExecutor(8) as pool:
+        fetches = list(pool.map(fetcher.fetch, [f"http://silent.example/{index}" for index in range(200)]))
+    assert {fetch.reason for fetch in fetches} == {"dns", "host_down"}
+    assert fetches[0].detail == "no answer within 0.3 s"
+    assert names.asked["silent.example"] == 1
+    assert end(fetcher.fetch("http://good.example/plain.jpg")) == ("ok", None)
+
+
+def test_a_late_answer_counts_for_the_next_url(site: HostileSite, names: Names) -> None:
+    fetcher = web(site, connect_timeout_s=0.1, allow_hosts=("slow.example:80",))
+    assert end(fetcher.fetch("http://slow.example/plain.jpg")) == ("failed", "dns")
+    time.sleep(0.5)
+    assert end(fetcher.fetch("http://slow.example/plain.jpg")) == ("ok", None)
+    assert names.asked["slow.example"] == 1
+
+
+def test_hosts_that_accept_and_never_answer_cost_the_others_nothing(site: HostileSite) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(20)]
+        hosts = [f"127.0.0.1:{server.getsockname()[1]}" for server in silent]
+        own = f"127.0.0.1:{site.port}"
+        fetcher = web(site, connect_timeout_s=0.2, max_attempts=2, allow_hosts=(own, *hosts))
+        urls = [f"http://{host}/plain.jpg" for index in range(3) for host in (*hosts, own)]
+        with ThreadPoolExecutor(8) as pool:
+            fetches = list(pool.map(fetcher.fetch, urls))
+    for url, fetch in zip(urls, fetches, strict=True):
+        assert end(fetch) == (("ok", None) if own in url else ("failed", "timeout"))
 
 
 # -- URLs --------------------------------------------------------------------------------------------------
