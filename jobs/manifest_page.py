@@ -108,7 +108,8 @@ need no extension on local disk; for a corpus on S3, load `httpfs` and set the c
 where a corpus was copied or moved, the first capfilt command that reads it there writes them anew.
 
 Do not write into the file: it is replaced when capfilt's views change. To take rows out, print them (`--csv`,
-`--json`), or attach the file to a database of your own, where any `COPY` and `CREATE TABLE` works:
+`--json`), or attach the file to a database of your own, where any `COPY` and `CREATE TABLE` works (the macros
+need `USE corpus` first):
 
 ```sql
 ATTACH 'corpus/manifest.duckdb' AS corpus (READ_ONLY);

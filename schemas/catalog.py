@@ -87,10 +87,10 @@ def file_relations(root: str) -> dict[str, str]:
 
 
 _NOT_RANKED = """ AND NOT EXISTS (
-    FROM shards AS ranked WHERE ranked.stage = 'rank' AND ranked.state = 'committed'
+    FROM main.shards AS ranked WHERE ranked.stage = 'rank' AND ranked.state = 'committed'
     AND ranked.source = made.source AND ranked.shard = made.shard)"""
 _RETRIES = """ AND EXISTS (
-    FROM shards AS urls WHERE urls.stage = 'urls' AND urls.counts['retry'] > 0
+    FROM main.shards AS urls WHERE urls.stage = 'urls' AND urls.counts['retry'] > 0
     AND urls.source = made.source AND urls.shard = made.shard)"""
 
 
@@ -101,7 +101,7 @@ def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> st
     return f"""
         SELECT {_quoted(columns)} FROM read_parquet({quote(f"{folder}/{kind}/*/*.parquet")}, filename = true)
         SEMI JOIN (
-            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM shards AS made
+            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM main.shards AS made
             WHERE made.state = 'committed' AND made.stage = {quote(DATA_STAGES[kind])}{condition}
         ) USING (filename)"""
 

@@ -359,6 +359,10 @@ def test_rows_are_taken_out_through_a_database_of_ones_own(tmp_path: Path) -> No
         own.execute(f"ATTACH '{corpus.root}/{CATALOG}' AS corpus (READ_ONLY)")
         own.execute(f"COPY (SELECT uid, url, captions FROM corpus.curated) TO '{tmp_path}/captions.parquet'")
         assert own.execute(f"SELECT count(*) FROM '{tmp_path}/captions.parquet'").fetchone()[0] > 0
+        for name in (*TABLES, *VIEWS):
+            own.execute(f"SELECT count(*) FROM corpus.{name}")
+        own.execute("USE corpus")
+        assert own.execute("SELECT count(*) FROM histogram_of('kept_score')").fetchone()[0] > 0
 
 
 def test_a_moved_corpus_gets_a_new_catalog(tmp_path: Path) -> None:
