@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from jobs.bench.commands import bench
 from jobs.evaluation_commands import evaluate, export
 from jobs.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
+from jobs.interrupts import Interrupts
 from jobs.reads import reads
 from jobs.render import complain, printable_lines
 from jobs.trace_commands import traces
@@ -18,6 +20,8 @@ from jobs.training_commands import training
 from jobs.upkeep_commands import upkeep
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, Stage
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="capfilt",
@@ -123,7 +127,9 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
     app.command(name, help=text, rich_help_panel=BUILD)(command)
 
 
-_stage_command("run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run.")
+_stage_command(
+    "run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
+)
 
 
 @app.command(rich_help_panel=BUILD)
@@ -171,7 +177,8 @@ def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = 
 @app.command(rich_help_panel=BUILD)
 def submit(
     arguments: Annotated[
-        list[str], typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options.")
+        list[str],
+        typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options."),
     ],
     config: Config,
     set_: Set = None,
@@ -212,11 +219,21 @@ app.add_typer(
 )
 
 
+def _interruptible(command: Callable[[], Any]) -> None:
+    """Call a command, which SIGTERM ends as Ctrl-C does: with 128 + the signal's number."""
+    with Interrupts() as interrupts:
+        try:
+            command()
+        except SystemExit as ended:
+            # Typer says 130 whichever signal it was.
+            sys.exit(interrupts.exit_code if interrupts.count and ended.code == _INTERRUPTED else ended.code)
+
+
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part."""
+    """Run the command line. Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part, 130 or 143 stopped."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
-        app()
+        _interruptible(app)
     except CapfiltError as error:
         complain(error)
         sys.exit(2)

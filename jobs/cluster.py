@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 
 from jobs.environment import WORKER_ENVIRONMENT
+from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import Stage
@@ -22,13 +24,14 @@ _OBJECT_STORE_BYTES = 128 << 20
 
 
 @contextlib.contextmanager
-def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[None]:
+def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: Interrupts) -> Iterator[None]:
     """Connect to ``cluster.address`` (or the job's own cluster), else start a local Ray; leave it at the end.
 
     A local Ray is given at least the CPUs that one worker of each stage asks for, so that a small machine
     streams too: its workers then share the cores.
     """
     if ray.is_initialized():
+        interrupts.listen()
         yield
         return
     # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
@@ -51,13 +54,17 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...]) -> Iterator[No
     try:
         with _without_stderr():
             ray.init(**settings)
+    except SystemExit:
+        interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
     try:
+        interrupts.listen()
         _check_resources(config, stages, growing=bool(address))
         yield
     finally:
         ray.shutdown()
+        interrupts.listen()  # Ray sets SIGTERM back to ending the process
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """A run: read the lists, see what is missing, have it done, say how it ended."""
 
+import contextlib
 import secrets
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +13,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.interrupts import Interrupts
 from jobs.progress import open_progress
 from jobs.stages import dataset_row
 from jobs.stream import Streaming, StreamOutcome
@@ -26,6 +29,12 @@ from pipeline.weights import Weights, captioner_weights, ranker_weights
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, RunRecord, ShardRecord, Stage
+
+_FIRST_SIGNAL = (
+    "committed shards stay, those under way are begun anew by the same command; a second signal does not wait for Ray "
+    "and the manifest"
+)
+_SECOND_SIGNAL = "not waiting for Ray and the manifest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +57,13 @@ class RunResult:
     survey: Survey
     quarantined: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    signal: int = signal.SIGINT
 
     @property
     def exit_code(self) -> int:
-        """Return 0 where everything is done, 3 where shards are quarantined, 130 after Ctrl-C."""
-        return {"done": 0, "partial": 3, "interrupted": 130}.get(self.record.outcome or "", 1)
+        """Return 0 where everything is done, 3 where shards are quarantined, 128 + the signal that stopped it."""
+        codes = {"done": 0, "partial": 3, "interrupted": 128 + self.signal}
+        return codes.get(self.record.outcome or "", 1)
 
 
 def new_run_id() -> str:
@@ -90,16 +101,34 @@ def survey_corpus(
     return found, urls
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A run that is about to begin: what it was asked for, and where the corpus stands before it."""
+
+    config: CapfiltConfig
+    options: RunOptions
+    records: Records
+    manifest: Manifest
+    started: RunRecord
+    weights: dict[Stage, list[Weights]]
+    before: Survey
+    urls: dict[tuple[str, str], ShardRecord]
+
+    @property
+    def todo(self) -> list[tuple[str, str]]:
+        return self.before.todo[: self.options.limit]
+
+
 def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResult:
     """Do what is missing of the chosen stages. Safe to repeat, to kill, and to start twice at once.
+
+    SIGINT and SIGTERM end it in order, whenever they come: as ``interrupted``, with what was committed counted.
 
     Raises CapfiltError before any work where the input is at fault: lists, weights, stale shards without
     ``recompute``, a stage whose own input does not exist yet.
     """
     records = Records(Storage(config.corpus.path))
     records.storage.require_conditional_puts()
-    weights = model_weights(config, options.stages)
-    models = digests_of(weights)
     started = RunRecord(
         run_id=new_run_id(),
         command=options.command,
@@ -109,38 +138,100 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
         host=socket.gethostname(),
         versions=library_versions(),
     )
+    with Interrupts(_FIRST_SIGNAL, _SECOND_SIGNAL) as interrupts:
+        work = None
+        try:
+            work = _prepare(config, options, console, records, started)
+            return _carry_out(work, console, interrupts)
+        except KeyboardInterrupt:
+            return _interrupted(records, started, work, interrupts)
+
+
+def _prepare(
+    config: CapfiltConfig, options: RunOptions, console: Console, records: Records, started: RunRecord
+) -> _Work:
+    """Check the input, read new lists, and return what there is to do."""
+    weights = model_weights(config, options.stages)
+    models = digests_of(weights)
     before, urls = survey_corpus(config, records, models, options.stages)
     _refuse(before, options)
     if "crawl" in options.stages and _take_in_lists(config, records, started, options, console):
         before, urls = survey_corpus(config, records, models, options.stages)
-    _say_before(before, options, console)
-    todo = before.todo[: options.limit]
-    manifest = Manifest(records.storage)
-    if not todo:
-        manifest.compact()
-        return _end(started, "done", config, options, records, models, before, todo)
-    records.write_run(started)
-    for models_of_stage in weights.values():
-        for model in models_of_stage:
-            records.register_model(model.to_record())
-    kinds = {source.name: source.kind for source in config.source}
+    return _Work(
+        config=config,
+        options=options,
+        records=records,
+        manifest=Manifest(records.storage),
+        started=started,
+        weights=weights,
+        before=before,
+        urls=urls,
+    )
+
+
+def _carry_out(work: _Work, console: Console, interrupts: Interrupts) -> RunResult:
+    """Do the work, and note its start and its end. Raises KeyboardInterrupt where it was asked to stop."""
+    _say_before(work.before, work.options, console)
+    if not work.todo:
+        work.manifest.compact()
+        return _end(work, "done")
+    work.records.write_run(work.started)
+    for models in work.weights.values():
+        for model in models:
+            work.records.register_model(model.to_record())
+    try:
+        outcome = _stream(work, console, interrupts)
+        result = _end(work, outcome)
+        work.records.write_run(result.record)
+    except Exception:
+        work.records.write_run(_ended(work.records, work.started, "error"))
+        raise
+    work.manifest.compact()
+    return result
+
+
+def _stream(work: _Work, console: Console, interrupts: Interrupts) -> StreamOutcome:
+    config, options = work.config, work.options
+
+    def note_interruption(shards_done: int) -> None:
+        # At once, from what the workers told: a scheduler may leave no time to take Ray down and to recount.
+        record = replace(work.started, outcome="interrupted", finished_at=now(), shards_done=shards_done)
+        work.records.write_run(record)
+
     streaming = Streaming(
         config=config,
         stages=options.stages,
-        models=models,
-        run_id=started.run_id,
+        models=digests_of(work.weights),
+        run_id=work.started.run_id,
         recompute=options.recompute,
-        manifest=manifest,
-        progress=open_progress(console, before, options.stages, options.limit, options.quiet),
+        manifest=work.manifest,
+        progress=open_progress(console, work.before, options.stages, options.limit, options.quiet),
+        interrupts=interrupts,
+        note_interruption=note_interruption,
     )
-    try:
-        outcome = streaming.drive([dataset_row(kinds[source], urls[source, shard]) for source, shard in todo])
-        result = _end(started, outcome, config, options, records, models, before, todo)
+    kinds = {source.name: source.kind for source in config.source}
+    return streaming.drive(
+        [dataset_row(kinds[source], work.urls[source, shard]) for source, shard in work.todo]
+    )
+
+
+def _interrupted(
+    records: Records, started: RunRecord, work: _Work | None, interrupts: Interrupts
+) -> RunResult:
+    """Note the end of a run that was asked to stop, by what is committed; of one that had not begun, nothing."""
+    with interrupts.ignored():
+        if work is not None:
+            result = _end(work, "interrupted")
+        else:
+            record = _ended(records, started, "interrupted")
+            result = RunResult(record=record, survey=Survey(counts=[]))
+        result.signal = interrupts.number
+        if not records.has_begun(started.run_id):
+            return result
         records.write_run(result.record)
-    except BaseException:
-        records.write_run(replace(started, outcome="error", finished_at=now()))
-        raise
-    manifest.compact()
+    if interrupts.count == 1:
+        with contextlib.suppress(KeyboardInterrupt):  # readers find the records without it
+            Manifest(records.storage).compact()
     return result
 
 
@@ -191,19 +282,17 @@ def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
         console.print(f"{stage:8} {count.done:,} of {count.total:,} shards done{rest}", highlight=False)
 
 
-def _end(
-    started: RunRecord,
-    outcome: StreamOutcome,
-    config: CapfiltConfig,
-    options: RunOptions,
-    records: Records,
-    models: ModelDigests,
-    before: Survey,
-    todo: list[tuple[str, str]],
-) -> RunResult:
+def _ended(records: Records, started: RunRecord, outcome: Literal["interrupted", "error"]) -> RunRecord:
+    """Return the record of a run's end, its shards counted from what is committed."""
+    done = sum(record.run_id == started.run_id for record in records.shards().values())
+    return replace(started, outcome=outcome, finished_at=now(), shards_done=done)
+
+
+def _end(work: _Work, outcome: StreamOutcome) -> RunResult:
     """Recount from the records what became of the run."""
+    config, options, records, started = work.config, work.options, work.records, work.started
     committed, quarantine, urls = records.shards(), records.quarantined(), url_shards(records)
-    after = survey(config, models, urls, committed, quarantine, options.stages)
+    after = survey(config, digests_of(work.weights), urls, committed, quarantine, options.stages)
     # Another driver's quarantine stands in this one's way just as well; so does that of an earlier stage.
     sources = {source.name for source in config.source}
     in_the_way = {
@@ -213,18 +302,18 @@ def _end(
         and STAGES.index(stage) <= STAGES.index(options.stages[-1])
         and (stage, source, shard) not in committed
     }
-    undone = set(todo) & set(after.todo)
+    undone = set(work.todo) & set(after.todo)
     failed = outcome != "interrupted" and bool(in_the_way or undone or outcome == "gave up")
     ended = replace(
         started,
         outcome="partial" if failed else outcome,
         finished_at=now(),
         shards_done=sum(record.run_id == started.run_id for record in committed.values()),
-        shards_skipped=sum(count.done for count in before.counts),
+        shards_skipped=sum(count.done for count in work.before.counts),
         shards_failed=len(in_the_way),
     )
     waiting = sum(count.waiting for count in after.counts)
-    note = f"{waiting:,} shards wait for an earlier stage" if waiting else ""
+    note = f"{waiting:,} shards wait for an earlier stage" if waiting and outcome == "done" else ""
     # Neither done nor quarantined: its worker could not even reach the storage.
     if failed and (unreached := undone - {(source, shard) for _, source, shard in quarantine}):
         note = "not done: " + ", ".join("/".join(shard) for shard in sorted(unreached))

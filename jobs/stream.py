@@ -2,10 +2,9 @@
 
 import contextlib
 import logging
-import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,9 +13,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import ray_session
+from jobs.interrupts import Interrupts
 from jobs.progress import Progress
 from jobs.stages import build_dataset
-from jobs.tracker import Tracker
+from jobs.tracker import StageProgress, Tracker
 from pipeline.manifest import Manifest
 from pipeline.plan import ModelDigests
 from schemas.config import CapfiltConfig
@@ -45,6 +45,9 @@ class Streaming:
     recompute: bool
     manifest: Manifest
     progress: Progress
+    interrupts: Interrupts
+    # Told at once, with the shards that are committed, when the run is asked to stop.
+    note_interruption: Callable[[int], None]
     _finished: int = field(default=0, init=False)
     _failed: int = field(default=0, init=False)
     _refused: bool = field(default=False, init=False)
@@ -55,7 +58,7 @@ class Streaming:
         An execution that breaks (a node went, and took actors or objects along) is started anew: what is
         committed is skipped. Raises CapfiltError that a worker raised: the run is wrong, not a shard.
         """
-        with _terminated_as_interrupt(), ray_session(self.config, self.stages):
+        with ray_session(self.config, self.stages, self.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             tracker = Tracker.options(scheduling_strategy=here).remote()
@@ -65,10 +68,12 @@ class Streaming:
             try:
                 return self._pass_until_done(rows, tracker)
             except KeyboardInterrupt:
-                return "interrupted"
+                self.note_interruption(self._committed(tracker))
+                raise
             finally:
                 stop.set()
-                watcher.join(timeout=30)
+                # A watcher that compacts is not waited for where the run is to stop.
+                watcher.join(timeout=1 if self.interrupts.count else 30)
                 self.progress.close()
 
     def _pass_until_done(self, rows: list[dict[str, str]], tracker: ray.actor.ActorHandle) -> StreamOutcome:
@@ -93,6 +98,18 @@ class Streaming:
                     raise
                 _log.warning("the execution broke and is started anew: %s", error)
 
+    def _look(self, tracker: ray.actor.ActorHandle, timeout_s: float) -> dict[Stage, StageProgress]:
+        snapshot = ray.get(tracker.snapshot.remote(), timeout=timeout_s)
+        self._finished = sum(stage.shards for stage in snapshot.values())
+        self._failed = sum(len(stage.quarantined) for stage in snapshot.values())
+        return snapshot
+
+    def _committed(self, tracker: ray.actor.ActorHandle) -> int:
+        """Return the shards that this run has committed, as far as can be told within a second."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._look(tracker, timeout_s=1)
+        return self._finished - self._failed
+
     def _watch(self, stop: threading.Event, tracker: ray.actor.ActorHandle) -> None:
         """Show progress and compact, whatever either of them meets, until told to stop."""
         compacted, interval_s = time.monotonic(), self.config.cluster.compact_interval_s
@@ -101,9 +118,7 @@ class Streaming:
             last = stop.wait(_POLL_S)
             # Where the tracker does not answer, it is being restarted, or Ray goes down.
             with contextlib.suppress(ray.exceptions.RayError):
-                snapshot = ray.get(tracker.snapshot.remote(), timeout=10)
-                self._finished = sum(stage.shards for stage in snapshot.values())
-                self._failed = sum(len(stage.quarantined) for stage in snapshot.values())
+                snapshot = self._look(tracker, timeout_s=10)
                 self._refused = bool(ray.get(tracker.refusal.remote(), timeout=10))
                 self.progress.update(snapshot)
             if not last and time.monotonic() - compacted >= interval_s:
@@ -115,20 +130,3 @@ class Streaming:
                 compacted = time.monotonic()
                 # A large corpus takes a while to list: never spend more than a tenth of the time on it.
                 interval_s = max(self.config.cluster.compact_interval_s, 10 * (compacted - start))
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM (a scheduler's stop) like Ctrl-C, where signals can be set at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

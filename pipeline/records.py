@@ -121,6 +121,10 @@ class Records:
         part = "start" if record.outcome is None else "end"
         self.storage.write(f"records/runs/{record.run_id}.{part}.json", record.to_json().encode())
 
+    def has_begun(self, run_id: str) -> bool:
+        """Tell whether the start of a run was written."""
+        return self.storage.exists(f"records/runs/{run_id}.start.json")
+
     def runs(self) -> list[RunRecord]:
         """Return every run once, by its end where it has one, oldest first."""
         paths = [info.path for info in self.storage.list("records/runs")]

@@ -130,6 +130,40 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(base_url: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["python's start", "ray's start", "streaming", "streaming, twice"])
+def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
+    moment: str, base_url: str, tmp_path: Path
+) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 60, 6)
+    run = start_cli("run", "-c", str(config_file(config, tmp_path / "c.json")))
+    records = Records(Storage(config.corpus.path))
+    reached = {
+        "python's start": lambda: time.sleep(1) or True,
+        "ray's start": records.runs,
+        "streaming": lambda: records.shards(("crawl",)),
+        "streaming, twice": lambda: records.shards(("crawl",)),
+    }[moment]
+    deadline = time.monotonic() + 120
+    while not reached() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    if moment.endswith("twice"):
+        time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 143, output + errors
+    assert "SIGTERM: stopping" in errors and "Traceback" not in errors and "***" not in errors
+    if moment == "python's start":
+        assert not (tmp_path / "corpus").exists()
+        return
+    assert "the same command goes on" in output
+    [ended] = records.runs()
+    committed = records.shards()
+    assert (ended.outcome, ended.shards_done) == ("interrupted", len(committed))
+    assert moment == "ray's start" or committed
+
+
+@pytest.mark.slow
 def test_plan_before_and_after(base_url: str, tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 20, 10)
     file = str(config_file(config, tmp_path / "c.json"))

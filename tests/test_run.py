@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import jobs.run
 from jobs.demo.site import serving
 from pipeline.committed import committed_table
+from pipeline.manifest import Manifest
 from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
@@ -163,6 +165,27 @@ def test_a_model_that_is_not_finite_curates_nothing(base_url: str, tmp_path: Pat
     assert all("the scores of rank.model" in error for error in result.quarantined.values())
     assert [record.attempts for record in records.quarantined().values()] == [1, 1]
     assert records.shards(("rank", "select")) == {}
+
+
+def test_sigterm_in_the_last_compaction_ends_the_run_in_order(
+    base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=10)
+    compact, asked = Manifest.compact, []
+
+    def interrupted_once(manifest: Manifest) -> int:
+        if Records(manifest.storage).runs()[0].outcome == "done" and not asked:
+            asked.append(True)
+            signal.raise_signal(signal.SIGTERM)
+        return compact(manifest)
+
+    monkeypatch.setattr(Manifest, "compact", interrupted_once)
+    result = do_run(config)
+    assert asked and result.exit_code == 143
+    records = Records(Storage(config.corpus.path))
+    [ended] = records.runs()
+    assert (ended.outcome, ended.shards_done) == ("interrupted", 4) and len(records.shards()) == 4
+    assert do_run(config).exit_code == 0
 
 
 def test_new_urls_become_further_shards(base_url: str, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Being asked to stop: Ctrl-C (SIGINT), or a scheduler, a spot machine, ``ray job stop`` (SIGTERM)."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_ENDS_AT_ONCE = 3
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Interrupts:
+    """While it is entered, SIGINT and SIGTERM are said at once and raise KeyboardInterrupt.
+
+    The first asks for an orderly end. The second raises again, so that what the end waits for is left. The third
+    ends the process. A signal that is ignored (``nohup``, a background job) stays ignored. Outside the main
+    thread, where no handler can be set, nothing changes.
+
+    Args:
+        first: what becomes of the work, and what a second signal does: for the line that the first one prints.
+        second: what the second signal prints.
+    """
+
+    def __init__(self, first: str = "", second: str = "") -> None:
+        self._words = (first, second)
+        self.count = 0
+        self.number = int(signal.SIGINT)
+        self._is_ignored = False
+
+    @property
+    def exit_code(self) -> int:
+        """Return what a shell calls a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+    def __enter__(self) -> Self:
+        # Of its own: Ray's start is silenced by pointing descriptor 2 elsewhere.
+        self._stderr = os.dup(2)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {
+                number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN
+            }
+            self.listen()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._stderr)
+
+    def listen(self) -> None:
+        """Take the signals; again after a library has set handlers of its own."""
+        for number in self._before:
+            signal.signal(number, self.hear)
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Let no further signal interrupt the block: it notes the end. The third still ends the process."""
+        self._is_ignored = True
+        try:
+            yield
+        finally:
+            self._is_ignored = False
+
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """Take in one signal. Raises KeyboardInterrupt."""
+        self.count += 1
+        if self.count == 1:
+            self.number = number
+        if self.count >= _ENDS_AT_ONCE:
+            os._exit(self.exit_code)
+        words = self._words[self.count - 1]
+        again = "" if self.count == 1 else " again"
+        self.say(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
+        if not self._is_ignored:
+            raise KeyboardInterrupt
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error, whatever the process was doing."""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(self._stderr, f"capfilt: {text}\n".encode())
