@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
+from pipeline.records import parse_record
 from schemas.errors import CapfiltError
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
+    Json,
     ModelRecord,
     QuarantineRecord,
     RunRecord,
@@ -33,12 +35,12 @@ def committed_path(row: Row) -> str:
 
 def rows_of(path: str, text: bytes) -> list[Row]:
     """Return the rows of one record file. Raises CapfiltError naming a file that is no record."""
+    kind, rows = _READERS[path.split("/")[1]]
+    record = parse_record(kind, path, text)
     try:
-        return _READERS[path.split("/")[1]](text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CapfiltError(
-            f"{path} is not a record ({error}): restore it, or delete it so that its shard is made anew"
-        ) from error
+        return rows(record)
+    except (ValueError, OverflowError) as error:  # a time that is none
+        raise CapfiltError(f"{path} is not a record ({error}): restore it, or delete it") from error
 
 
 def _shard_row(record: ShardRecord, state: str) -> Row:
@@ -72,16 +74,15 @@ def _shard_row(record: ShardRecord, state: str) -> Row:
     }
 
 
-def _committed(text: bytes) -> list[Row]:
-    return [_shard_row(ShardRecord.from_json(text), "committed")]
+def _committed(record: ShardRecord) -> list[Row]:
+    return [_shard_row(record, "committed")]
 
 
-def _retired(text: bytes) -> list[Row]:
-    return [_shard_row(ShardRecord.from_json(text), "retired")]
+def _retired(record: ShardRecord) -> list[Row]:
+    return [_shard_row(record, "retired")]
 
 
-def _quarantined(text: bytes) -> list[Row]:
-    record = QuarantineRecord.from_json(text)
+def _quarantined(record: QuarantineRecord) -> list[Row]:
     return [
         {
             "stage": record.stage,
@@ -96,9 +97,8 @@ def _quarantined(text: bytes) -> list[Row]:
     ]
 
 
-def _intake(text: bytes) -> list[Row]:
+def _intake(batch: IntakeRecord) -> list[Row]:
     """Return one row for each url shard of a batch; ``counts`` names the kind, by which retries are found."""
-    batch = IntakeRecord.from_json(text)
     return [
         {
             "stage": "urls",
@@ -120,8 +120,7 @@ def _intake(text: bytes) -> list[Row]:
     ]
 
 
-def _run(text: bytes) -> list[Row]:
-    record = RunRecord.from_json(text)
+def _run(record: RunRecord) -> list[Row]:
     return [
         {
             "run_id": record.run_id,
@@ -140,8 +139,7 @@ def _run(text: bytes) -> list[Row]:
     ]
 
 
-def _model(text: bytes) -> list[Row]:
-    record = ModelRecord.from_json(text)
+def _model(record: ModelRecord) -> list[Row]:
     return [
         {
             "digest": record.digest,
@@ -155,8 +153,7 @@ def _model(text: bytes) -> list[Row]:
     ]
 
 
-def _checkpoint(text: bytes) -> list[Row]:
-    record = CheckpointRecord.from_json(text)
+def _checkpoint(record: CheckpointRecord) -> list[Row]:
     return [
         {
             "path": record.path,
@@ -173,17 +170,18 @@ def _checkpoint(text: bytes) -> list[Row]:
     ]
 
 
-_READERS: dict[str, Callable[[bytes], list[Row]]] = {
-    "crawl": _committed,
-    "caption": _committed,
-    "rank": _committed,
-    "select": _committed,
-    "retired": _retired,
-    "quarantine": _quarantined,
-    "intake": _intake,
-    "runs": _run,
-    "models": _model,
-    "checkpoints": _checkpoint,
+# By the folder under records/: what its files are, and their rows.
+_READERS: dict[str, tuple[type[Json], Callable[[Any], list[Row]]]] = {
+    "crawl": (ShardRecord, _committed),
+    "caption": (ShardRecord, _committed),
+    "rank": (ShardRecord, _committed),
+    "select": (ShardRecord, _committed),
+    "retired": (ShardRecord, _retired),
+    "quarantine": (QuarantineRecord, _quarantined),
+    "intake": (IntakeRecord, _intake),
+    "runs": (RunRecord, _run),
+    "models": (ModelRecord, _model),
+    "checkpoints": (CheckpointRecord, _checkpoint),
 }
 
 

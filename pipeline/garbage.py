@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from pipeline.records import Records
+from pipeline.records import Records, parse_record
 from pipeline.storage import FileInfo
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import STAGE_FOLDERS, ShardRecord
@@ -85,7 +85,7 @@ def _is_needed(records: Records, file: Garbage) -> bool:
         makers += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
     for maker in makers:
         with contextlib.suppress(FileNotFoundError):
-            record = ShardRecord.from_json(records.storage.read(maker))
+            record = parse_record(ShardRecord, maker, records.storage.read(maker))
             if file.path in {made.path for made in record.outputs.values()}:
                 return True
     return False

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import Row, committed_path, rows_of, table_of
+from pipeline.records import read_bounded
 from pipeline.shards import rows_to_table
 from pipeline.storage import FileInfo, Storage, temporary_folder
 from schemas.catalog import EVENT_TABLES, event_schema
@@ -145,7 +146,7 @@ class Parts:
 
     def _read_record(self, info: FileInfo) -> list[Row]:
         try:
-            text = self.storage.read(info.path)
+            text = read_bounded(self.storage, info)
         except FileNotFoundError:  # retired, or its quarantine lifted, since it was listed
             return []
         rows = [{**row, "record": info.path, "version": info.version} for row in rows_of(info.path, text)]

@@ -7,6 +7,8 @@ from schemas.errors import CapfiltError
 # Windows and S3 both allow less; nothing that capfilt or a model library writes comes near.
 _MAX_NAME = 1024
 _DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+# Where adopted tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
+_SCHEMES = ("file://", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
 
 
 def confined_name(name: object, where: str) -> str:
@@ -26,19 +28,34 @@ def confined_name(name: object, where: str) -> str:
     """
     if not isinstance(name, str):
         raise CapfiltError(f"{where}: a file name is expected, not {printable(repr(name)[:80])}")
-    usable = (
+    if not is_confined(name):
+        raise CapfiltError(
+            f"{where}: the file name {printable(name)[:200]!r} leads outside its folder or is not usable; "
+            "nothing was read. Use only files from a source that you trust"
+        )
+    return name
+
+
+def is_confined(name: str) -> bool:
+    """Tell whether a relative file name stays inside its folder, as ``confined_name`` asks."""
+    return (
         0 < len(name) <= _MAX_NAME
         and not _DRIVE_OR_SCHEME.match(name)
         and "\\" not in name
         and name.isprintable()
         and not {"", ".", ".."} & set(name.split("/"))
     )
-    if not usable:
-        raise CapfiltError(
-            f"{where}: the file name {printable(name)[:200]!r} leads outside its folder or is not usable; "
-            "nothing was read. Use only files from a source that you trust"
-        )
-    return name
+
+
+def is_one_part(name: str) -> bool:
+    """Tell whether a name is confined and has no folder: what a record may make a file's name of."""
+    return is_confined(name) and "/" not in name
+
+
+def is_outside_tar(path: str) -> bool:
+    """Tell whether a path is that of a tar where it lies: absolute, or the URL of an object store or web server."""
+    absolute = path.startswith(("/", *_SCHEMES))
+    return absolute and "::" not in path and path.isprintable() and path.endswith(".tar")
 
 
 def printable(text: str) -> str:

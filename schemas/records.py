@@ -1,15 +1,21 @@
 """The records: what a stage promises about a shard once it is committed, and the task that leads to it.
 
 Frozen dataclasses that go to and from JSON without loss. The JSON is canonical (sorted keys, no spaces), so a
-record's digest is the digest of its bytes.
+record's digest is the digest of its bytes. A corpus may be somebody else's: ``from_json`` takes only what has the
+declared types, and names that stay in the corpus's own folders.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from schemas.names import is_confined, is_one_part, is_outside_tar, printable
 
 Stage = Literal["urls", "crawl", "caption", "rank", "select"]
 
@@ -29,9 +35,33 @@ STAGE_FOLDERS: dict[Stage, str] = {
 STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank": 2, "select": 1}
 
 
+# What the manifest's columns hold.
+_INT64 = 2**63
+
+
+def _file_name(name: str) -> str:
+    if not is_one_part(name):
+        raise ValueError(f"{name[:200]!r} is not usable in a file's name")
+    return name
+
+
+def _shard_name(name: str) -> str:
+    if not (name.isascii() and name.isdigit() and len(name) < 16):
+        raise ValueError(f"{name[:200]!r} is not a shard's number")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, lt=_INT64)]
+# Checked where a record is read, not where one is made.
+FileName = Annotated[str, AfterValidator(_file_name)]
+ShardName = Annotated[str, AfterValidator(_shard_name)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Json:
     """Base of the records: canonical JSON and back."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def to_json(self) -> str:
         """Return canonical JSON."""
@@ -39,7 +69,11 @@ class Json:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote. Raises ValueError, in one line, where the text is not that."""
+        try:
+            _types(cls).validate_json(text)
+        except ValidationError as error:
+            raise ValueError(_first_complaint(error)) from None
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -52,14 +86,27 @@ class Json:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+@functools.cache
+def _types(cls: type[Json]) -> TypeAdapter[Any]:
+    """Return the check of a record's types. It builds nothing that is kept: an int stays one in a field of floats."""
+    return TypeAdapter(cls)
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    what = first["msg"].removeprefix("Value error, ")
+    return printable(f"{place}: {what}" if place else what)[:400]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile(Json):
     """One file that a record commits. ``path`` is relative to the corpus, or a URL outside it (adopted tars)."""
 
     path: str
-    bytes: int
+    bytes: Count
     sha256: str
-    rows: int
+    rows: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +114,7 @@ class Histogram(Json):
     """``counts[i]`` values fell in ``[edges[i], edges[i+1])``; values outside go to the first or last bin."""
 
     edges: tuple[float, ...]
-    counts: tuple[int, ...]
+    counts: tuple[Count, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +122,17 @@ class ShardRecord(Json):
     """The commit of one shard by one stage. Times are ISO 8601 in UTC."""
 
     stage: Stage
-    source: str
-    shard: str
-    run_id: str
-    attempt: str
+    source: FileName
+    shard: ShardName
+    run_id: FileName
+    attempt: FileName
     fingerprint: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, OutputFile]
-    rows_in: int
-    rows_out: int
-    images: int
-    counts: Mapping[str, int]
+    rows_in: Count
+    rows_out: Count
+    images: Count
+    counts: Mapping[str, Count]
     started_at: str
     finished_at: str
     models: tuple[str, ...] = ()
@@ -105,11 +152,44 @@ class ShardRecord(Json):
             for name, part in values["histograms"].items()
         }
         values["models"] = tuple(values["models"])
-        return cls(**values)
+        record = cls(**values)
+        record.require_own_files()
+        return record
+
+    def require_own_files(self) -> None:
+        """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
+
+        A tar that was adopted where it lies may be outside the corpus; whoever reads the record sees that the lists
+        say so (``pipeline.records``).
+        """
+        expected = _OUTPUTS[self.stage]
+        if self.stage != "urls" and self.outputs.keys() != expected:
+            raise ValueError(f"outputs: {sorted(self.outputs)}, not {sorted(expected)}"[:200])
+        for name, file in self.outputs.items():
+            if not (is_own_file(file.path, self.stage, self.source, self.shard) or self._may_be_outside(name)):
+                raise ValueError(f"outputs.{name}.path: {file.path[:200]!r} is not a file of this shard")
+
+    def _may_be_outside(self, name: str) -> bool:
+        adopted = (self.stage, name) in (("crawl", "tar"), ("urls", "adopted"))
+        return adopted and is_outside_tar(self.outputs[name].path)
 
     def input_digests(self) -> dict[str, str]:
         """Return the sha256 of each output by name: what the next stage's fingerprint takes in."""
         return {name: file.sha256 for name, file in sorted(self.outputs.items())}
+
+
+_OUTPUTS: dict[Stage, set[str]] = {
+    "urls": {"parquet"},
+    "crawl": {"parquet", "tar"},
+    "caption": {"parquet"},
+    "rank": {"parquet"},
+    "select": {"parquet", "tar"},
+}
+
+
+def is_own_file(path: str, stage: Stage, source: str, shard: str) -> bool:
+    """Tell whether a path, relative to the corpus, is where a stage puts the files of a shard."""
+    return is_confined(path) and path.count("/") == 2 and path.startswith(f"{STAGE_FOLDERS[stage]}/{source}/{shard}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,22 +222,22 @@ class IntakeRecord(Json):
     by shard, the tars of img2dataset's that stay where they lie.
     """
 
-    source: str
-    batch: int
+    source: FileName
+    batch: Count
     kind: Literal["lists", "img2dataset", "retry"]
-    run_id: str
-    attempt: str
+    run_id: FileName
+    attempt: FileName
     signature: str
-    shards: Mapping[str, OutputFile]
-    rows_in: int
-    rows_new: int
-    rows_duplicate: int
-    rows_known: int
+    shards: Mapping[ShardName, OutputFile]
+    rows_in: Count
+    rows_new: Count
+    rows_duplicate: Count
+    rows_known: Count
     finished_at: str
     files: tuple[str, ...] = ()
-    rows_without_url: int = 0
-    adopted: Mapping[str, str] = field(default_factory=dict)
-    adopted_bytes: Mapping[str, int] = field(default_factory=dict)
+    rows_without_url: Count = 0
+    adopted: Mapping[ShardName, str] = field(default_factory=dict)
+    adopted_bytes: Mapping[ShardName, Count] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -165,7 +245,20 @@ class IntakeRecord(Json):
         values = dict(values)
         values["shards"] = {name: OutputFile.from_dict(file) for name, file in values["shards"].items()}
         values["files"] = tuple(values["files"])
-        return cls(**values)
+        record = cls(**values)
+        record.require_own_files()
+        return record
+
+    def require_own_files(self) -> None:
+        """Raise ValueError unless the url shards lie in the corpus, and what is adopted is a tar where it lies."""
+        for shard, file in self.shards.items():
+            if not is_own_file(file.path, "urls", self.source, shard):
+                raise ValueError(f"shards.{shard}.path: {file.path[:200]!r} is not a url shard of this source")
+        for shard, path in self.adopted.items():
+            if self.kind != "img2dataset" or shard not in self.shards or shard not in self.adopted_bytes:
+                raise ValueError(f"adopted.{shard}: only a shard of img2dataset's is adopted, with its bytes")
+            if not is_outside_tar(path):
+                raise ValueError(f"adopted.{shard}: {path[:200]!r} is not the absolute path or URL of a tar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,10 +266,10 @@ class QuarantineRecord(Json):
     """A shard that failed every attempt of a run; the next run tries it again."""
 
     stage: Stage
-    source: str
-    shard: str
-    run_id: str
-    attempts: int
+    source: FileName
+    shard: ShardName
+    run_id: FileName
+    attempts: Count
     error: str
     finished_at: str
 
@@ -185,7 +278,7 @@ class QuarantineRecord(Json):
 class RunRecord(Json):
     """The start (outcome None) or the end of a run; columns as in the table ``runs``."""
 
-    run_id: str
+    run_id: FileName
     command: str
     config: Mapping[str, Any]
     config_digest: str
@@ -194,21 +287,21 @@ class RunRecord(Json):
     versions: Mapping[str, str]
     finished_at: str | None = None
     outcome: Literal["done", "partial", "interrupted", "error"] | None = None
-    shards_done: int = 0
-    shards_skipped: int = 0
-    shards_failed: int = 0
+    shards_done: Count = 0
+    shards_skipped: Count = 0
+    shards_failed: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord(Json):
     """A model that a run used; columns as in the table ``models``."""
 
-    digest: str
+    digest: FileName
     kind: str
     name: str
     revision: str
     files: Mapping[str, str]
-    parameters: int
+    parameters: Count
     registered_at: str
 
 
@@ -218,9 +311,9 @@ class CheckpointRecord(Json):
 
     path: str
     stage: str
-    run_id: str
-    step: int
-    samples: int
+    run_id: FileName
+    step: Count
+    samples: Count
     snapshot: str
     sha256: Mapping[str, str]
     metrics: Mapping[str, float]

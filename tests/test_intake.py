@@ -361,7 +361,8 @@ def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
             row["status"] = "failed" if row["reason"] else "ok"
             attempt.tally.count(row["status"], row["reason"])
         write_parquet(attempt.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
-        attempt.commit({"parquet": (attempt.folder / "x", len(rows))})
+        (attempt.folder / "no-images").touch()
+        attempt.commit({"parquet": (attempt.folder / "x", len(rows)), "tar": (attempt.folder / "no-images", 0)})
 
 
 def queue(config: CapfiltConfig) -> IntakeRecord | None:

@@ -283,9 +283,9 @@ def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.Monke
     )  # fmt: skip
     parts = Parts(corpus.storage)
     for number in range(compactions):
+        names = [f"{number * rows_each + index:05d}" for index in range(rows_each)]
         shards = {
-            f"{number * rows_each + index:05d}": OutputFile(path="x", bytes=1, sha256="0", rows=1)
-            for index in range(rows_each)
+            name: OutputFile(path=f"urls/cc/{name}.a.parquet", bytes=1, sha256="0", rows=1) for name in names
         }
         assert corpus.records.commit_intake(replace(batch, batch=number, shards=shards))
         assert parts.compact() == rows_each
