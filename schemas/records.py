@@ -73,7 +73,7 @@ class Json:
         try:
             _types(cls).validate_json(text)
         except ValidationError as error:
-            raise ValueError(_first_complaint(error)) from None
+            raise ValueError(first_complaint(error)) from None
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -92,7 +92,8 @@ def _types(cls: type[Json]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def _first_complaint(error: ValidationError) -> str:
+def first_complaint(error: ValidationError) -> str:
+    """Return the first thing that does not fit, and where, in one line that may be printed."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     what = first["msg"].removeprefix("Value error, ")

@@ -1,5 +1,6 @@
 """Checkpoints: committed last, checked when read, never overwritten, damaged ones passed over, on disk and S3."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
@@ -34,13 +35,17 @@ def record(step: int) -> CheckpointRecord:
 def state(step: int) -> State:
     values = torch.arange(12.0).reshape(3, 4) + step
     return State(
-        progress=Progress(step=step, samples=step * 8, snapshot="f" * 64, config={"run": {"seed": 3}}, world_size=1),
+        progress=Progress(
+            step=step, samples=step * 8, snapshot="f" * 64, config={"run": {"seed": 3}}, world_size=1
+        ),
         model={"layer.weight": values, "temp": torch.tensor(0.07)},
         optimizer={"layer.weight.exp_avg": values.mT, "layer.weight.step": torch.tensor(float(step))},
     )
 
 
-def save(checkpoints: Checkpoints, step: int, keep_last: int = 9, asynchronous: bool = False) -> list[CheckpointRecord]:
+def save(
+    checkpoints: Checkpoints, step: int, keep_last: int = 9, asynchronous: bool = False
+) -> list[CheckpointRecord]:
     made: list[CheckpointRecord] = []
     options = {"asynchronous": asynchronous, "keep_last": keep_last, "committed": made.append}
     checkpoints.save(state(step), record(step), **options)
@@ -55,8 +60,10 @@ def test_what_is_saved_is_read(root: str) -> None:
     checkpoints = Checkpoints(root)
     assert checkpoints.newest_good(print) is None
     (made,) = save(checkpoints, 5)
-    assert made == checkpoints.newest_good(print) == replace(
-        record(5), path=made.path, sha256=made.sha256, created_at=made.created_at
+    assert (
+        made
+        == checkpoints.newest_good(print)
+        == replace(record(5), path=made.path, sha256=made.sha256, created_at=made.created_at)
     )
     found, expected = checkpoints.read(made), state(5)
     assert found.progress == expected.progress
@@ -141,7 +148,111 @@ def test_without_its_record_a_checkpoint_is_none(root: str) -> None:
     assert checkpoints.newest_good(print) == good
     checkpoints.remove_unfinished()
     assert folders(checkpoints) == {good.path}
-    assert {info.path for info in checkpoints.storage.list("")} >= {"metrics.jsonl", "config.json", f"{good.path}.json"}
+    assert {info.path for info in checkpoints.storage.list("")} >= {
+        "metrics.jsonl",
+        "config.json",
+        f"{good.path}.json",
+    }
+
+
+def plant(checkpoints: Checkpoints, made: CheckpointRecord, changes: dict) -> str:
+    """Rewrite a checkpoint's record as somebody else might; return its file's name."""
+    values = json.loads(checkpoints.storage.read(f"{made.path}.json")) | changes
+    checkpoints.storage.write(f"{made.path}.json", json.dumps(values).encode())
+    return f"{made.path}.json"
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/x", "../victim", "../../victim", "a/../../victim", "a/b", "", "s3://b/x", "x\\y"]
+)
+def test_a_record_names_files_of_its_folder_alone(root: str, name: str) -> None:
+    checkpoints = Checkpoints(root)
+    (made,) = save(checkpoints, 5)
+    checkpoints.storage.write("victim", b"the user's own")
+    record_file = plant(checkpoints, made, {"sha256": {**made.sha256, name: "0" * 64}})
+    for read in (checkpoints.committed, lambda: checkpoints.newest_good(print), lambda: read_model(root)):
+        with pytest.raises(CapfiltError, match=f"{record_file} is not a checkpoint's record"):
+            read()
+    assert checkpoints.storage.read("victim") == b"the user's own"
+
+
+@pytest.mark.parametrize(
+    "path", ["..", "/tmp", "", ".", "../other", "s3://bucket/x", "step-00000007.0123456789ab"]
+)
+def test_a_record_commits_the_folder_beside_it_alone(tmp_path: Path, path: str) -> None:
+    # ``keep_last`` removes the folders of old records: one that names another folder would remove that.
+    checkpoints = Checkpoints(str(tmp_path / "run"))
+    (made,) = save(checkpoints, 5)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    plant(checkpoints, made, {"path": path})
+    with pytest.raises(CapfiltError, match="is not the folder beside it"):
+        save(checkpoints, 10, keep_last=1)
+    assert (tmp_path / "other" / "file").exists() and (tmp_path / "run" / made.path).exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff\xfe{",
+        b"[" * 100_000,
+        b'{"path": 7}',
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_record_of_another_shape_is_one_line(tmp_path: Path, text: bytes) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (made,) = save(checkpoints, 5)
+    (tmp_path / f"{made.path}.json").write_bytes(text)
+    with pytest.raises(CapfiltError) as error:
+        read_model(str(tmp_path))
+    assert (
+        f"{made.path}.json is not a checkpoint's record" in str(error.value)
+        and str(error.value).isprintable()
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\x01",
+        b"\xff" * 8,
+        (2**60).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"[]",
+        (40).to_bytes(8, "little") + b'{"model.w":{"shape":[1],"dtype":"F32"}} ',
+        (9).to_bytes(8, "little") + b"{" * 9,
+    ],
+)
+def test_weights_with_a_false_header_are_one_line(tmp_path: Path, text: bytes) -> None:
+    refuse_file(tmp_path, "model-00001-of-00002.safetensors", text)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"step": "five"}'])
+def test_progress_of_another_shape_is_one_line(tmp_path: Path, text: bytes) -> None:
+    refuse_file(tmp_path, "training.json", text)
+
+
+def refuse_file(folder: Path, name: str, text: bytes) -> None:
+    """Replace a file and, in the record, its digest: the record of others agrees with what they planted."""
+    checkpoints = Checkpoints(str(folder))
+    (made,) = save(checkpoints, 5)
+    (folder / made.path / name).write_bytes(text)
+    plant(checkpoints, made, {"sha256": {**made.sha256, name: hashlib.sha256(text).hexdigest()}})
+    with pytest.raises(DamagedCheckpointError) as error:
+        read_model(str(folder))
+    assert made.path in str(error.value) and str(error.value).isprintable()
+
+
+def test_files_that_no_record_names_are_not_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (made,) = save(checkpoints, 5)
+    save_file({"model.planted": torch.zeros(1)}, tmp_path / made.path / "model-00003.safetensors")
+    assert "planted" not in checkpoints.read(made).model
 
 
 _TOO_LARGE = """

@@ -7,6 +7,9 @@ Nothing is ever overwritten: a step that is trained again, after a damaged check
 another attempt. ``torch.distributed.checkpoint`` writes the files, as safetensors, so that reading one runs no
 code. What is trained is the same on every rank (DDP), so rank 0 writes alone: a rank that dies cannot tear a
 checkpoint, and any number of ranks may resume from it.
+
+A run's folder may be somebody else's: a record counts only where it is that of the folder beside it and names files in
+it, and of that folder only these files are read.
 """
 
 import contextlib
@@ -22,14 +25,17 @@ from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pipeline.records import now
-from pipeline.storage import Storage, sha256_file, temporary_folder
+from pipeline.records import now, read_bounded
+from pipeline.storage import FileInfo, Storage, first_line, sha256_file, temporary_folder
 from schemas.errors import CapfiltError
-from schemas.records import CheckpointRecord, Json, ModelRecord
+from schemas.names import is_one_part
+from schemas.pretrain import PretrainConfig
+from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint
 
 _FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
 _PROGRESS = "training.json"
@@ -43,11 +49,11 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 class Progress(Json):
     """Where a run stands: with the seed in its config, all that order, crops and dropout are a function of."""
 
-    step: int
-    samples: int
-    snapshot: str
+    step: Count
+    samples: Count
+    snapshot: FileName
     config: Mapping[str, Any]
-    world_size: int
+    world_size: Count
     models: tuple[ModelRecord, ...] = ()
 
     @classmethod
@@ -85,8 +91,7 @@ class Checkpoints:
 
     def committed(self) -> list[CheckpointRecord]:
         """Return the records of the checkpoints that are there, oldest first."""
-        paths = [info.path for info in self.storage.list("") if _is_record(info.path)]
-        records = [CheckpointRecord.from_json(self.storage.read(path)) for path in paths]
+        records = [_record(self.storage, info) for info in self.storage.list("") if _is_record(info.path)]
         return sorted(records, key=lambda record: (record.step, record.created_at))
 
     def newest_good(self, tell: Callable[[str], None]) -> CheckpointRecord | None:
@@ -112,7 +117,13 @@ class Checkpoints:
     def read(self, record: CheckpointRecord) -> State:
         """Return a checkpoint's state, on the CPU. Raises DamagedCheckpointError."""
         with self._checked_files(record) as folder:
-            return _read_state(folder)
+            try:
+                return _read_state(folder, record)
+            # What safetensors and torch say to a header that is not one; the files are those of the record.
+            except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+                raise DamagedCheckpointError(
+                    f"{self.storage.url(record.path)} is not a checkpoint that can be read: {first_line(error)}"
+                ) from error
 
     @contextlib.contextmanager
     def _checked_files(self, record: CheckpointRecord) -> Iterator[Path]:
@@ -129,7 +140,7 @@ class Checkpoints:
                         with self.storage.local_copy(path) as copy:
                             shutil.move(copy, folder / name)
                     found = sha256_file(folder / name)
-                except FileNotFoundError:
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                     raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
                 if found != digest:
                     raise DamagedCheckpointError(f"{self.storage.url(path)} has another sha256 than its record")
@@ -219,6 +230,7 @@ class Checkpoints:
             self._remove(record.path)
 
     def _remove(self, name: str) -> None:
+        assert _FOLDER.fullmatch(name), f"{name} is not a checkpoint's folder"
         if self.storage.is_local:
             shutil.rmtree(self.storage.url(name), ignore_errors=True)
             return
@@ -245,8 +257,36 @@ def read_model(path: str) -> tuple[CheckpointRecord, State]:
     return found[0], checkpoints.read(found[0])
 
 
+def recorded_config(values: Any, where: str) -> PretrainConfig:
+    """Return the config that comes with trained weights. Raises CapfiltError where this version cannot read it."""
+    try:
+        return PretrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise CapfiltError(
+            f"{where}: its config is of another version ({first_complaint(error)}); name a recipe with -c"
+        ) from error
+
+
 def _is_record(path: str) -> bool:
     return path.endswith(".json") and _FOLDER.fullmatch(path.removesuffix(".json")) is not None
+
+
+def _record(storage: Storage, info: FileInfo) -> CheckpointRecord:
+    """Read a checkpoint's record. Raises CapfiltError where it is not the record of the folder beside it."""
+    text = read_bounded(storage, info)
+    try:
+        record = CheckpointRecord.from_json(text)
+        if f"{record.path}.json" != info.path:
+            raise ValueError(f"path: {record.path[:200]!r} is not the folder beside it")
+        for name in record.sha256:
+            if not is_one_part(name):
+                raise ValueError(f"sha256: {name[:200]!r} is not a file of its folder")
+    except ValueError as error:
+        raise CapfiltError(
+            f"{storage.url(info.path)} is not a checkpoint's record ({error}); nothing was read: restore it, or "
+            "delete it and its folder"
+        ) from error
+    return record
 
 
 def _copied_tensors(state: State) -> dict[str, Tensor]:
@@ -267,16 +307,24 @@ def _write_state(tensors: Mapping[str, Tensor], progress: Progress, folder: Path
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
 
 
-def _read_state(folder: Path) -> State:
+def _read_state(folder: Path, record: CheckpointRecord) -> State:
+    """Read the files that the record names, and no other."""
     model: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                kind = model if name.startswith(_MODEL) else optimizer
+    if _PROGRESS not in record.sha256:
+        raise ValueError(f"its record has no {_PROGRESS}")
+    for name in sorted(record.sha256):
+        if not name.endswith(".safetensors"):
+            continue
+        with safe_open(folder / name, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 (not a mapping)
+                kind = model if tensor.startswith(_MODEL) else optimizer
                 # A copy: the tensor itself is the file mapped into memory, which may be gone before it is.
-                kind[name.partition(".")[2]] = file.get_tensor(name).clone()
-    progress = Progress.from_json((folder / _PROGRESS).read_text())
+                kind[tensor.partition(".")[2]] = file.get_tensor(tensor).clone()
+    try:
+        progress = Progress.from_json((folder / _PROGRESS).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{_PROGRESS}: {error}") from error
     return State(progress=progress, model=model, optimizer=optimizer)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.storage import first_line, storage_trouble
+from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
@@ -116,7 +117,11 @@ class Loop:
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer)
         self.step = state.progress.step
         self._last = record
-        assert self.samples == state.progress.samples, "the batch size may not change within a run"
+        if self.samples != state.progress.samples:
+            raise CapfiltError(
+                f"{self.checkpoints.storage.url(record.path)} says {state.progress.samples:,} samples after "
+                f"{self.step:,} steps, and a batch has {self.config.optim.batch_size:,}; it is not of this run"
+            )
 
     def run(self, batches: Iterator[Batch]) -> Summary:
         """Train from where the loop stands to the last step, or until somebody asks to stop.

@@ -79,13 +79,15 @@ def optimizer_state(optimizer: torch.optim.AdamW, parameters: NamedParameters) -
 def load_optimizer_state(
     optimizer: torch.optim.AdamW, parameters: NamedParameters, state: dict[str, Tensor]
 ) -> None:
-    """Take in what ``optimizer_state`` gave. Raises CapfiltError where a parameter's moments are missing."""
+    """Take in what ``optimizer_state`` gave. Raises CapfiltError where a moment is missing or misshapen."""
     for name, parameter in parameters:
         moments = {}
         for moment in _MOMENTS:
             if f"{name}.{moment}" not in state:
                 raise CapfiltError(f"the checkpoint's optimiser has no {moment} of {name}: it is another model's")
             value = state[f"{name}.{moment}"]
+            if value.shape != (() if moment == "step" else parameter.shape):
+                raise CapfiltError(f"the checkpoint's optimiser has a {moment} of {name} of another shape")
             # AdamW's step counter stays on the CPU unless the kernel is fused.
             on_device = moment != "step" or bool(optimizer.defaults["fused"])
             moments[moment] = value.to(parameter.device if on_device else "cpu", copy=True)

@@ -29,6 +29,8 @@ def models_used(config: PretrainConfig, before: Sequence[ModelRecord] | None = N
         return _frozen(config) + _begun_from(config)
     known = {model.kind: model for model in before}
     for model in _frozen(config):
+        if model.kind not in known:
+            raise CapfiltError(f"the checkpoint of run.name {config.run.name!r} does not name its {model.kind} model")
         if model.digest != known[model.kind].digest:
             raise CapfiltError(
                 f"the {model.kind} files of {model.name!r} are not those that run.name {config.run.name!r} began with "

@@ -13,7 +13,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord
 from training import snapshotfile
-from training.checkpoint import Checkpoints, State
+from training.checkpoint import Checkpoints, State, recorded_config
 from training.data import Batch, TrainingData, held_out_samples
 from training.distributed import World
 from training.evaluate.probe import probe
@@ -69,7 +69,7 @@ def _prepare(
     snapshot = world.from_first(lambda: _snapshot(config, checkpoints.storage, state))
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
-        refuse_changes(PretrainConfig.model_validate(state.progress.config), config)
+        refuse_changes(recorded_config(state.progress.config, checkpoints.storage.root), config)
     models = world.from_first(lambda: models_used(config, state.progress.models if state else None))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
@@ -148,10 +148,11 @@ def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> S
     digest = state.progress.snapshot
     name = snapshotfile.file_name(digest)
     try:
-        kept = snapshotfile.decode(folder.read(name), config.data)
+        kept = snapshotfile.decode(folder.read(name), config.data, folder.url(name))
     except FileNotFoundError:
         raise CapfiltError(f"{folder.url(name)} is missing: without it the run cannot go on with its data") from None
-    assert kept.digest == digest, "the snapshot's file is another's"
+    if kept.digest != digest:
+        raise CapfiltError(f"{folder.url(name)} is the snapshot of another run; restore it")
     return kept
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.checkpoint import read_model
+from training.checkpoint import read_model, recorded_config
 from training.convert import OWN_CONFIG_FILE, Imported, read_foreign, read_json, stage_state
 from training.distributed import World
 from training.hfnames import hf_name
@@ -83,14 +82,7 @@ def _parsed(values: Any, path: str) -> PretrainConfig:
         raise CapfiltError(
             f"{path} does not say what model it is; name its recipe with -c, as blip2-stage1-vitg.toml"
         )
-    try:
-        return PretrainConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise CapfiltError(
-            f"{path}: its config is of another version ({key}: {first['msg']}); name a recipe with -c"
-        ) from error
+    return recorded_config(values, path)
 
 
 def _load_vision(vision: FrozenVision, imported: Imported) -> None:

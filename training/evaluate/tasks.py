@@ -159,7 +159,7 @@ def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
     folder, _, last = name.rpartition("/")
     run = Storage(folder if last.startswith("step-") else name)
     files = [info.path for info in run.list("") if info.path.startswith("snapshot-")]
-    return snapshotfile.decode(run.read(files[0]), config.data) if files else None
+    return snapshotfile.decode(run.read(files[0]), config.data, run.url(files[0])) if files else None
 
 
 def _common(stage: Stage) -> dict[str, Any]:

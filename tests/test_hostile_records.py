@@ -1,0 +1,264 @@
+"""A corpus of somebody else: its records write, read and delete nothing but the corpus's own files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.records import Records, parse_record
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.names import is_outside_tar
+from schemas.records import (
+    CheckpointRecord,
+    IntakeRecord,
+    Json,
+    ModelRecord,
+    QuarantineRecord,
+    RunRecord,
+    ShardRecord,
+)
+from tests.corpora import Corpus, make_corpus
+
+OUTSIDE = [
+    "/etc/passwd",
+    "../../victim",
+    "curated/cc/../../victim",
+    "file:///etc/passwd",
+    "s3://another/x.tar",
+    "simplecache::http://127.0.0.1/x.tar",
+    "records/crawl/cc/00000.json",
+    "raw/other/00000.a.tar",
+    "raw/cc/00001.a.tar",
+    "",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    return make_corpus(str(tmp_path / "corpus"), shards=1, images=4)
+
+
+def plant(corpus: Corpus, path: str, change: Callable[[dict], object]) -> None:
+    """Change a record as somebody else might."""
+    values = json.loads(corpus.storage.read(path))
+    change(values)
+    corpus.storage.write(path, json.dumps(values).encode())
+
+
+def refused(corpus: Corpus, *arguments: str) -> str:
+    """Run a command that must end with exit code 2 and one printable line; return the line."""
+    result = CliRunner().invoke(app, [arguments[0], corpus.root, *arguments[1:]])
+    assert isinstance(result.exception, CapfiltError), result.output
+    assert str(result.exception).isprintable()
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize(
+    ("stage", "output"), [("crawl", "tar"), ("crawl", "parquet"), ("rank", "parquet"), ("select", "tar")]
+)
+def test_outputs_are_the_shards_own_files(corpus: Corpus, stage: str, output: str, path: str) -> None:
+    record = f"records/{stage}/cc/00000.json"
+    plant(corpus, record, lambda values: values["outputs"][output].update(path=path))
+    for command in (("verify",), ("verify", "--quick"), ("gc", "--dry-run")):
+        assert record in refused(corpus, *command)
+    with pytest.raises(CapfiltError, match=record):
+        corpus.records.read(stage, "cc", "00000")
+
+
+@pytest.mark.parametrize("path", OUTSIDE[:5])
+def test_url_shards_are_the_sources_own_files(corpus: Corpus, path: str) -> None:
+    record = "records/intake/cc/00000.json"
+    plant(corpus, record, lambda values: values["shards"]["00000"].update(path=path))
+    for command in (("verify",), ("status",), ("gc", "--dry-run")):
+        assert record in refused(corpus, *command)
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x.tar", "x.tar", "ftp://host/x.tar", "zip://x.tar::/etc/a.zip", 7]
+)
+def test_only_a_tar_where_it_lies_is_adopted(corpus: Corpus, path: object) -> None:
+    def adopt(values: dict) -> None:
+        values |= {"kind": "img2dataset", "adopted": {"00000": path}, "adopted_bytes": {"00000": 1}}
+
+    plant(corpus, "records/intake/cc/00000.json", adopt)
+    assert "records/intake/cc/00000.json" in refused(corpus, "verify")
+
+
+def test_a_tar_outside_that_no_list_adopted_is_not_opened(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "own.tar").write_bytes(
+        corpus.storage.read(corpus.records.shards()["crawl", "cc", "00000"].outputs["tar"].path)
+    )
+    plant(
+        corpus,
+        "records/crawl/cc/00000.json",
+        lambda values: values["outputs"]["tar"].update(path=str(tmp_path / "own.tar")),
+    )
+    for command in (("verify",), ("gc", "--dry-run")):
+        assert "no list of it adopted" in refused(corpus, *command)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", "../select"),
+        ("source", "../../other"),
+        ("source", "/etc"),
+        ("source", "laion"),
+        ("shard", "../00001"),
+        ("shard", "00001"),
+        ("shard", "first"),
+        ("attempt", "../../x"),
+        ("run_id", "a/b"),
+        ("rows_in", "12"),
+        ("rows_in", -1),
+        ("rows_in", 2**63),
+        ("counts", {"ok": "many"}),
+        ("outputs", {}),
+        ("outputs", []),
+        ("finished_at", 7),
+        ("models", "abc"),
+        ("unknown", 1),
+        ("host", "\x1b[2J"),
+    ],
+)
+def test_records_have_the_declared_types_and_their_own_names(corpus: Corpus, key: str, value: object) -> None:
+    path = "records/rank/cc/00000.json"
+    plant(corpus, path, lambda values: values.update({key: value}))
+    if key == "host":  # text of others is kept; printing it is another matter
+        assert corpus.records.shards()
+        return
+    for command in (("status",), ("verify",), ("gc",), ("sql", "SELECT 1")):
+        assert path in refused(corpus, *command)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"null", b"{}", b"7", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"stage": "crawl"}'],
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "records/crawl/cc/00000.json",
+        "records/retired/crawl/cc/00000.a.json",
+        "records/quarantine/crawl/cc/00001.json",
+        "records/intake/cc/00001.json",
+        "records/runs/x.end.json",
+        "records/models/x.json",
+        "records/checkpoints/x.json",
+    ],
+)
+def test_what_is_not_a_record_is_named(corpus: Corpus, path: str, text: bytes) -> None:
+    corpus.storage.write(path, text)
+    assert path in refused(corpus, "status")
+
+
+def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
+    with Path(corpus.root, "records/crawl/cc/00000.json").open("r+b") as file:
+        file.truncate(10 * 2**30)
+    for command in (("status",), ("verify",)):
+        assert "10,737,418,240 bytes" in refused(corpus, *command)
+
+
+def test_a_retired_record_of_another_shard_makes_nothing_garbage(corpus: Corpus) -> None:
+    record = corpus.records.shards()["select", "cc", "00000"]
+    text = record.to_json().encode()
+    corpus.storage.write(f"records/retired/select/cc/00001.{record.attempt}.json", text)
+    with pytest.raises(CapfiltError, match="something else than its name says"):
+        corpus.records.retired()
+
+
+# What capfilt 0.1.0 wrote before records were checked, letter by letter: such corpora are read for good.
+_FILE = '{"bytes":1566720,"path":"%s","rows":171,"sha256":"82e1"}'
+GOLDEN: dict[str, tuple[type[Json], str]] = {
+    "records/crawl/world/00000.json": (
+        ShardRecord,
+        '{"attempt":"00c6ab0d0503","counts":{"failed":14,"failed/http_4xx":12,"ok":171},"device":"cpu",'
+        '"fingerprint":"e4bf","finished_at":"2026-11-28T10:58:45.822057+00:00","histograms":{"caption_words":'
+        '{"counts":[0,13],"edges":[0.0,1.0,2.0]}},"host":"vm","images":171,"inputs":{"urls.parquet":"4199"},"models":[],'
+        f'"outputs":{{"parquet":{_FILE % "raw/world/00000.00c6ab0d0503.parquet"},'
+        f'"tar":{_FILE % "raw/world/00000.00c6ab0d0503.tar"}}},"rows_in":200,"rows_out":171,'
+        '"run_id":"20261128T105829-1528ef","seconds":{"decode":0.9789,"fetch":3},"shard":"00000","source":"world",'
+        '"stage":"crawl","started_at":"2026-11-28T10:58:41.701440+00:00","versions":{"capfilt":"0.1.0"}}',
+    ),
+    "records/retired/crawl/old/00003.a1.json": (
+        ShardRecord,
+        '{"attempt":"a1","counts":{},"device":"NVIDIA H200","fingerprint":"e4bf",'
+        '"finished_at":"2026-11-28T10:58:45+00:00","histograms":{},"host":"vm","images":0,"inputs":{},"models":["c0ffee"],'
+        f'"outputs":{{"parquet":{_FILE % "raw/old/00003.a1.parquet"},"tar":{_FILE % "/data/img2dataset/00003.tar"}}},'
+        '"rows_in":0,"rows_out":0,"run_id":"r","seconds":{},"shard":"00003","source":"old","stage":"crawl",'
+        '"started_at":"2026-11-28T10:58:41+00:00","versions":{}}',
+    ),
+    "records/intake/old/00000.json": (
+        IntakeRecord,
+        '{"adopted":{"00000":"s3://bucket/img2dataset/00000.tar"},"adopted_bytes":{"00000":12},"attempt":"a1","batch":0,'
+        '"files":["s3://bucket/img2dataset/00000.parquet"],"finished_at":"2026-11-28T10:58:45+00:00","kind":"img2dataset",'
+        '"rows_duplicate":0,"rows_in":171,"rows_known":0,"rows_new":171,"rows_without_url":0,"run_id":"r",'
+        f'"shards":{{"00000":{_FILE % "urls/old/00000.a1.parquet"}}},"signature":"ab","source":"old"}}',
+    ),
+    "records/quarantine/rank/cc3m/00007.json": (
+        QuarantineRecord,
+        '{"attempts":3,"error":"OSError: no\\nroom","finished_at":"2026-11-28T10:58:45+00:00","run_id":"r",'
+        '"shard":"00007","source":"cc3m","stage":"rank"}',
+    ),
+    "records/runs/r.start.json": (
+        RunRecord,
+        '{"command":"run","config":{"corpus":{"path":"x"},"source":[{"name":"s"}]},"config_digest":"ab",'
+        '"finished_at":null,"host":"vm","outcome":null,"run_id":"r","shards_done":0,"shards_failed":0,"shards_skipped":0,'
+        '"started_at":"2026-11-28T10:58:45+00:00","versions":{}}',
+    ),
+    "records/runs/r.end.json": (
+        RunRecord,
+        '{"command":"pretrain","config":{},"config_digest":"ab","finished_at":"2026-11-28T10:59:45+00:00","host":"vm",'
+        '"outcome":"partial","run_id":"r","shards_done":3,"shards_failed":1,"shards_skipped":0,'
+        '"started_at":"2026-11-28T10:58:45+00:00","versions":{}}',
+    ),
+    "records/models/c0ffee.json": (
+        ModelRecord,
+        '{"digest":"c0ffee","files":{"model.safetensors":"ab"},"kind":"captioner","name":"Salesforce/blip","parameters":7,'
+        '"registered_at":"2026-11-28T10:58:45+00:00","revision":"main"}',
+    ),
+    "records/checkpoints/r.step-00000450.053441459282.json": (
+        CheckpointRecord,
+        '{"created_at":"2026-11-28T10:58:45+00:00","metrics":{"loss":NaN,"lr":0},"models":["c0ffee"],'
+        '"path":"checkpoints/stage2/t5/step-00000450.053441459282","run_id":"r","samples":14400,'
+        '"sha256":{"training.json":"ab"},"snapshot":"c8a1","stage":"stage2","step":450}',
+    ),
+}
+
+
+@pytest.mark.parametrize("path", GOLDEN)
+def test_records_of_the_first_release_are_read_for_good(path: str) -> None:
+    kind, text = GOLDEN[path]
+    assert parse_record(kind, path, text.encode()).to_json() == text
+
+
+def test_adopted_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for path in ("records/retired/crawl/old/00003.a1.json", "records/intake/old/00000.json"):
+        storage.write(path, GOLDEN[path][1].encode())
+    values = json.loads(GOLDEN["records/retired/crawl/old/00003.a1.json"][1]) | {"shard": "00000"}
+    values["outputs"]["parquet"]["path"] = "raw/old/00000.a1.parquet"
+    values["outputs"]["tar"]["path"] = "s3://bucket/img2dataset/00000.tar"
+    storage.write("records/crawl/old/00000.json", json.dumps(values).encode())
+    records = Records(storage)
+    assert (
+        records.shards()["crawl", "old", "00000"].outputs["tar"].path == "s3://bucket/img2dataset/00000.tar"
+    )
+    assert records.read("crawl", "old", "00000") is not None
+    assert len(records.retired()) == 1
+
+
+def test_paths_of_adopted_tars() -> None:
+    fine = ["/data/a b/00000.tar", "s3://b/x.tar", "gs://b/x.tar", "https://host/x.tar", "file:///data/x.tar"]
+    assert all(map(is_outside_tar, fine))
+    assert not any(
+        map(
+            is_outside_tar,
+            ["x.tar", "../x.tar", "/etc/passwd", "ssh://h/x.tar", "zip://a::/x.tar", "/a\n.tar"],
+        )
+    )
