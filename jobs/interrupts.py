@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -18,19 +18,24 @@ class Interrupts:
     """While it is entered, SIGINT and SIGTERM are said at once and raise KeyboardInterrupt.
 
     The first asks for an orderly end. The second raises again, so that what the end waits for is left. The third
-    ends the process. A signal that is ignored (``nohup``, a background job) stays ignored. Outside the main
-    thread, where no handler can be set, nothing changes.
+    ends the process. Work that asks ``asked`` between its steps is not interrupted by the first. A signal that is
+    ignored (``nohup``, a background job) stays ignored. Outside the main thread, where no handler can be set,
+    nothing changes.
 
     Args:
         first: what becomes of the work, and what a second signal does: for the line that the first one prints.
         second: what the second signal prints.
+        quiet: print nothing: another process does.
     """
 
-    def __init__(self, first: str = "", second: str = "") -> None:
+    def __init__(self, first: str = "", second: str = "", quiet: bool = False) -> None:
         self._words = (first, second)
+        self._is_quiet = quiet
         self.count = 0
         self.number = int(signal.SIGINT)
         self._is_ignored = False
+        self._is_polled = False
+        self._pass_on: Callable[[], None] | None = None
 
     @property
     def exit_code(self) -> int:
@@ -68,6 +73,20 @@ class Interrupts:
         finally:
             self._is_ignored = False
 
+    def asked(self) -> bool:
+        """Tell whether a signal came; once this was asked, the first signal waits for the next time."""
+        self._is_polled = True
+        return self.count > 0
+
+    @contextlib.contextmanager
+    def passed_on(self, call: Callable[[], None]) -> Iterator[None]:
+        """Have signals call something instead of interrupting the block."""
+        self._pass_on = call
+        try:
+            yield
+        finally:
+            self._pass_on = None
+
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """Take in one signal. Raises KeyboardInterrupt."""
         self.count += 1
@@ -78,10 +97,14 @@ class Interrupts:
         words = self._words[self.count - 1]
         again = "" if self.count == 1 else " again"
         self.say(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
-        if not self._is_ignored:
+        if self._pass_on is not None:
+            self._pass_on()
+        elif not (self._is_ignored or (self._is_polled and self.count == 1)):
             raise KeyboardInterrupt
 
     def say(self, text: str) -> None:
         """Print a line on standard error, whatever the process was doing."""
+        if self._is_quiet:
+            return
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(self._stderr, f"capfilt: {text}\n".encode())

@@ -3,6 +3,7 @@
 import os
 import socket
 
+from jobs.interrupts import Interrupts
 from jobs.ranks import Outcome, train_here
 from jobs.run import new_run_id
 from pipeline.attempt import library_versions
@@ -21,13 +22,35 @@ class TrainingFailedError(Exception):
     """Report a training that ended before its last step, as one message for people."""
 
 
-def pretrain(config: PretrainConfig) -> Summary:
+class TrainingInterruptedError(TrainingFailedError):
+    """Report a training that a signal ended before it could make a checkpoint."""
+
+
+def pretrain(config: PretrainConfig, interrupts: Interrupts | None = None) -> Summary:
     """Train until the last step, from the newest good checkpoint of ``run.name``. Safe to repeat and to kill.
+
+    SIGINT and SIGTERM end it after the step, with a checkpoint; before the first step and, on a cluster, at once.
+
+    Args:
+        interrupts: not yet entered, for a caller that wants to know which signal it was.
 
     Raises:
         CapfiltError: the input is at fault; nothing was written.
         TrainingFailedError: it ended early; the message says why, and from where it can go on.
     """
+    with interrupts or training_interrupts() as entered:
+        return _pretrain(config, entered)
+
+
+def training_interrupts() -> Interrupts:
+    """Return what takes a training's signals."""
+    return Interrupts(
+        "after the step under way, with a checkpoint; a second signal does not wait for them",
+        "at the last checkpoint",
+    )
+
+
+def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
     sweep_temporary_folders()
     run = RunRecord(
         run_id=new_run_id(),
@@ -40,27 +63,37 @@ def pretrain(config: PretrainConfig) -> Summary:
     )
     outcome = None
     try:
-        outcome = _train(config, run)
+        outcome = _train(config, run, interrupts)
+    except KeyboardInterrupt:
+        outcome = Outcome(kind="interrupted")
     finally:
-        _note_end(config, run, outcome)
+        with interrupts.ignored():
+            _note_end(config, run, outcome)
     if outcome.kind == "refused":
         raise CapfiltError(outcome.text)
+    if outcome.kind == "interrupted":
+        raise TrainingInterruptedError(
+            f"{config.run.name} was stopped without a new checkpoint; the same command goes on from the last one, or "
+            "begins where there is none"
+        )
     if outcome.summary is None:
         raise TrainingFailedError(outcome.text)
     return outcome.summary
 
 
-def _train(config: PretrainConfig, run: RunRecord) -> Outcome:
+def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
     # A submitted job is told its cluster by Ray itself.
     if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
         from jobs.raytrain import train_on_ray
 
-        return train_on_ray(config, run, address)
-    return train_here(config, run)
+        return train_on_ray(config, run, address, interrupts)
+    return train_here(config, run, interrupts)
 
 
 def _note_end(config: PretrainConfig, run: RunRecord, outcome: Outcome | None) -> None:
     """Write the run's end beside its start; of a run that was refused there is neither."""
-    ended = outcome.summary.outcome if outcome and outcome.summary else "error"
+    ended = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
+    if outcome and outcome.summary:
+        ended = outcome.summary.outcome
     for records in Ledger(config.data).end(run.run_id, ended):
         Manifest(records.storage).compact()

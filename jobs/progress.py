@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.tracker import StageProgress
+from pipeline.durations import readable_duration
 from pipeline.plan import Survey
 from schemas.records import Stage
 
@@ -50,7 +51,7 @@ class _Rates:
         if left <= 0:
             eta = "done"
         elif progress.shards:
-            eta = _duration(left * seconds / progress.shards)
+            eta = readable_duration(left * seconds / progress.shards)
         else:
             eta = "-"
         rate = f"{progress.images / seconds:,.1f}" if progress.images else "-"
@@ -135,9 +136,3 @@ def open_progress(
         return NoProgress()
     rates = _Rates(before, stages, limit)
     return LiveProgress(console, rates) if console.is_terminal else LineProgress(rates)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import distributed
 
+from jobs.interrupts import Interrupts
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
@@ -31,19 +32,17 @@ TIMEOUT_S = 900.0
 # After one rank has failed: for the others to find out and to have their last checkpoint committed.
 _GRACE_S = 60.0
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a rank ended, or all of them: something that goes between processes whatever happened."""
 
-    kind: Literal["ended", "refused", "stopped", "fault", "lost"]
+    kind: Literal["ended", "refused", "stopped", "fault", "interrupted", "lost"]
     text: str = ""
     summary: Summary | None = None
 
 
-_GRAVITY = ("refused", "stopped", "fault", "lost", "ended")
+_GRAVITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
 
 
 def say(text: str) -> None:
@@ -51,17 +50,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train_here(config: PretrainConfig, run: RunRecord) -> Outcome:
+def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
     """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
     size = num_ranks(config)
     if size == 1:
-        return train_rank(config, run, device_of(0))
-    outcome = _attempt(config, run, size)
+        return train_rank(config, run, device_of(0), interrupts)
+    outcome = _attempt(config, run, size, interrupts)
     for restart in range(config.cluster.max_restarts):
         if outcome.kind != "lost":
             break
         say(f"{outcome.text}; restart {restart + 1} of {config.cluster.max_restarts}, from the last checkpoint")
-        outcome = _attempt(config, run, size)
+        outcome = _attempt(config, run, size, interrupts)
     return outcome
 
 
@@ -78,15 +77,16 @@ def device_of(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def train_rank(config: PretrainConfig, run: RunRecord, device: torch.device) -> Outcome:
+def train_rank(
+    config: PretrainConfig, run: RunRecord, device: torch.device, interrupts: Interrupts
+) -> Outcome:
     """Train as the rank that this process is, told by its environment; whatever happens, return it."""
     try:
         world = World.join(device, TIMEOUT_S)
     except distributed.DistError as error:
         return Outcome(kind="lost", text=f"rank {os.environ['RANK']} did not meet the others: {error}")
     try:
-        with _asked_to_stop() as stop_asked:
-            return train_as(world, config, run, stop_asked)
+        return train_as(world, config, run, interrupts.asked)
     finally:
         world.leave()
 
@@ -101,6 +101,8 @@ def train_as(
     """Train as one rank of a world; whatever happens, return it."""
     try:
         return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, say=tell))
+    except KeyboardInterrupt:
+        return Outcome(kind="interrupted")
     except CapfiltError as error:
         return Outcome(kind="refused", text=str(error))
     except LostRankError as error:
@@ -117,34 +119,7 @@ def gravest(outcomes: Sequence[Outcome]) -> Outcome:
     return min(outcomes, key=lambda outcome: _GRAVITY.index(outcome.kind))
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop after this step; a second one acts at once.
-
-    What is ignored stays ignored.
-    """
-    asked = False
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    heard = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-
-    def let_go() -> None:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        let_go()
-
-    for number in heard:
-        signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        let_go()
-
-
-def _attempt(config: PretrainConfig, run: RunRecord, size: int) -> Outcome:
+def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> Outcome:
     """Start all ranks and wait for them; when one fails, the others get some time, then are killed."""
     context = multiprocessing.get_context("spawn")
     port = _free_port()
@@ -158,11 +133,9 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int) -> Outcome:
         ours.close()
         processes.append(process)
         answers.append(answer)
-    with _forwarding_signals(processes) as was_asked:
+    with interrupts.passed_on(lambda: _ask_to_stop(processes)):
         outcome = gravest(_outcomes(processes, answers))
-    if outcome.kind == "lost" and was_asked():
-        return Outcome(kind="stopped", text=f"{outcome.text}, after it was asked to stop; the same command goes on")
-    return outcome
+    return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
 
 
 def _outcomes(processes: list[BaseProcess], answers: list[Connection]) -> list[Outcome]:
@@ -206,9 +179,15 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answe
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    outcome = train_rank(PretrainConfig.model_validate(config), RunRecord.from_json(run), device_of(rank))
-    answer.send(outcome)
-    answer.close()
+    with Interrupts(quiet=True) as interrupts:
+        try:
+            arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
+            outcome = train_rank(*arguments, device_of(rank), interrupts)
+        except KeyboardInterrupt:
+            outcome = Outcome(kind="interrupted")
+    with suppress(OSError):  # the parent is gone
+        answer.send(outcome)
+        answer.close()
 
 
 def _stop_without_parent() -> None:
@@ -219,24 +198,10 @@ def _stop_without_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextmanager
-def _forwarding_signals(processes: list[BaseProcess]) -> Iterator[Callable[[], bool]]:
-    """Pass SIGINT and SIGTERM on to the ranks, which stop after their step; say whether there was one."""
-    asked = False
-
-    def forward(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        for process in processes:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _ask_to_stop(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -1,9 +1,11 @@
 """A training on a Ray cluster: Ray Train places the ranks and starts them again when a node dies."""
 
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -13,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs.environment import WORKER_ENVIRONMENT
+from jobs.interrupts import Interrupts
 from jobs.ranks import TIMEOUT_S, Outcome, gravest, say, train_as
 from pipeline.storage import temporary_folder
 from schemas.errors import CapfiltError
@@ -52,25 +55,34 @@ def _is_final(outcome: Outcome) -> bool:
     return outcome.kind not in ("ended", "lost")
 
 
-def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcome:
+def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupts: Interrupts) -> Outcome:
     """Train on the cluster at an address, on ``cluster.gpus`` GPUs, or all there are, or ``cpu_ranks`` CPUs.
 
     Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
     """
     try:
         dashboard = False if address == "local" else None
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+        ray.init(
+            address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard
+        )
+    except SystemExit:
+        interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     try:
+        interrupts.listen()
         # Waiting for nothing but calls, it takes no CPU from the ranks.
         board = ray.remote(num_cpus=0)(_Board).remote()
         # Ray itself tells on standard output of workers that died: that is kept for --json.
         with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(board):
             trainer = TorchTrainer(
                 _rank,
-                train_loop_config={"config": config.model_dump(mode="json"), "run": run.to_json(), "board": board},
+                train_loop_config={
+                    "config": config.model_dump(mode="json"),
+                    "run": run.to_json(),
+                    "board": board,
+                },
                 torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=_backend(config)),
                 scaling_config=_scaling(config),
                 run_config=RunConfig(
@@ -81,7 +93,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcom
                 ),
             )
             try:
-                trainer.fit()
+                _fit(trainer)
             except TrainingFailedError as error:
                 say(str(error).splitlines()[0])
         found = ray.get(board.outcomes.remote())
@@ -91,6 +103,22 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str) -> Outcom
         return gravest(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
     finally:
         ray.shutdown()
+        interrupts.listen()  # Ray sets SIGTERM back to ending the process
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Train in a thread: in the main one Ray Train would take Ctrl-C for itself and end the process with 0."""
+    ended: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    ended.result()
 
 
 def _rank(settings: dict[str, Any]) -> None:
@@ -136,7 +164,9 @@ def _printed(board: Any) -> Iterator[None]:
 def _num_gpus(config: PretrainConfig) -> int:
     there = int(ray.cluster_resources().get("GPU", 0))
     if config.cluster.gpus > there:
-        raise CapfiltError(f"cluster.gpus = {config.cluster.gpus}, and the cluster has {there}; lower it, or set 0")
+        raise CapfiltError(
+            f"cluster.gpus = {config.cluster.gpus}, and the cluster has {there}; lower it, or set 0"
+        )
     return config.cluster.gpus or there
 
 

@@ -36,21 +36,22 @@ def pretrain(
         planned = plan(loaded)
         print(json.dumps(planned) if json_ else _plan_text(planned))
         return
-    from jobs.pretrain import TrainingFailedError
+    from jobs.pretrain import TrainingFailedError, TrainingInterruptedError, training_interrupts
     from jobs.pretrain import pretrain as train
 
+    interrupts = training_interrupts()
     try:
-        summary = train(loaded)
+        summary = train(loaded, interrupts)
     except TrainingFailedError as error:
         complain(error)
-        raise typer.Exit(1) from error
+        raise typer.Exit(interrupts.exit_code if isinstance(error, TrainingInterruptedError) else 1) from error
     if json_:
         print(summary.to_json())
     else:
         print(f"{summary.outcome}: step {summary.step:,} of {summary.steps:,}; {summary.folder}/{summary.checkpoint}")
         if summary.outcome == "interrupted":
             print("the same command goes on where this one stopped")
-    raise typer.Exit(0 if summary.outcome == "done" else 130)
+    raise typer.Exit(0 if summary.outcome == "done" else interrupts.exit_code)
 
 
 def _plan_text(plan: dict) -> str:

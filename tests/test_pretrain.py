@@ -284,6 +284,40 @@ def test_control_c_reaches_all_processes_and_waits_for_the_step(make: Make, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_stops_after_the_step_and_a_second_one_at_once(make: Make, tmp_path: Path, ranks: int) -> None:
+    settings = {"optim": {"steps": 40_000}, "checkpoint": {"every_steps": 40_000}, "cluster": {"cpu_ranks": ranks}}
+    config = make(run={"name": "asked"}, **settings)
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    wait_for_steps(config, 3, process)
+    process.terminate()
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 143 and "the same command goes on" in output, errors
+    assert errors.count("SIGTERM: stopping") == 1 and "Traceback" not in errors
+    step = last_state(config).progress.step
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    wait_for_steps(config, step + 3, process)
+    process.terminate()
+    time.sleep(0.01)
+    process.terminate()
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    assert last_state(config).progress.step >= step
+
+
+@pytest.mark.slow
+def test_sigterm_while_weights_are_read_ends_at_once_and_trains_nothing(make: Make, tmp_path: Path) -> None:
+    config = make(run={"name": "early"}, optim={"steps": 40_000}, cluster={"cpu_ranks": 2})
+    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
+    while len(_ranks(process.pid)) < 2:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM: stopping" in errors and "Traceback" not in errors, errors
+    assert not (folder_of(config) / FILE).exists()
+
+
+@pytest.mark.slow
 def test_ranks_whose_parent_was_killed_stop_with_a_checkpoint(make: Make, tmp_path: Path) -> None:
     config = make(
         run={"name": "orphans"},

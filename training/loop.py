@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.durations import readable_duration
 from pipeline.storage import first_line, storage_trouble
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -351,5 +352,5 @@ def progress_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
     shown = [f"{name} {values[name]:.4g}" for name in ("loss", "itc", "itm", "itg", "lr") if name in values]
     rate = values.get("samples_per_s") or 0.0
     left_s = (steps - step) * values["samples"] / step / rate if rate else 0.0
-    left = f", {left_s / 3600:.1f} h left" if left_s > 600 else ""
-    return f"step {step:,} of {steps:,}: {', '.join(shown)}; {rate:,.1f} samples/s{left}"
+    left = f", {readable_duration(left_s)} left" if left_s else ""
+    return f"step {step:,} of {steps:,} ({step / steps:.0%}): {', '.join(shown)}; {rate:,.1f} samples/s{left}"
