@@ -13,6 +13,7 @@ from pipeline.images import ImageError, probe
 from pipeline.shards import image_members
 from pipeline.storage import Storage, sha256_file
 from schemas.errors import CorruptShardError
+from schemas.names import is_one_part
 from schemas.records import OutputFile
 from schemas.statuses import REASONS
 
@@ -76,10 +77,10 @@ def adopt_shard(
     tar_url = adopted.path
     parquet_url = tar_url.removesuffix(".tar") + ".parquet"
     try:
-        with storage.local_copy(parquet_url) as path:
+        with storage.committed_copy(parquet_url) as path:
             columns = [name for name in _COLUMNS if name in pq.read_schema(path).names]
             theirs = {row["key"]: row for row in pq.read_table(path, columns=columns).to_pylist()}
-        with storage.local_copy(tar_url) as path:
+        with storage.committed_copy(tar_url) as path:
             images = read_images(path)
             tar = OutputFile(
                 path=tar_url, bytes=path.stat().st_size, sha256=sha256_file(path), rows=len(images)
@@ -88,6 +89,8 @@ def adopt_shard(
         raise CorruptShardError(f"{tar_url}: {error}; restore the folder that img2dataset made") from error
     if tar.bytes != adopted.bytes:
         raise CorruptShardError(f"{tar_url} has {tar.bytes} bytes, and {adopted.bytes} when it was read")
+    if strange := [row["key"] for row in rows if not (row["key"] and is_one_part(row["key"]))]:
+        raise CorruptShardError(f"{parquet_url} has the key {strange[0]!r}, which cannot be a file's name")
     if missing := [row["key"] for row in rows if row["key"] not in theirs]:
         raise CorruptShardError(
             f"{parquet_url} has no row with key {missing[0]!r}: it changed after it was read"

@@ -19,6 +19,7 @@ from pipeline.records import Records
 from pipeline.shards import ImageMember, image_members
 from pipeline.storage import sha256_file
 from schemas.errors import CorruptShardError
+from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord
 
 _SAMPLE_COLUMNS = ("uid", "source", "shard", "key", "url", "captions", "width", "height", "sha256")
@@ -33,7 +34,7 @@ def committed_file(records: Records, file: OutputFile) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(records.storage.local_copy(file.path))
+            path = stack.enter_context(records.storage.committed_copy(file.path))
         except FileNotFoundError as error:
             raise _corrupt(file, "is missing") from error
         size = path.stat().st_size
@@ -97,6 +98,8 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
     tar = record.outputs["tar"]
     table = committed_table(records, record.outputs["parquet"], (*_SAMPLE_COLUMNS, "status"))
     samples = table.filter(pc.equal(table["status"], "ok")).select(_SAMPLE_COLUMNS).sort_by("key")
+    if strange := [key for key in samples["key"].to_pylist() if not (key and is_one_part(key))]:
+        raise _corrupt(record.outputs["parquet"], f"has the key {strange[0]!r}, which cannot be a file's name,")
     with committed_file(records, tar) as path:
         members = _index_images(path, tar)
         keys = samples["key"].to_pylist()

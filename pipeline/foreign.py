@@ -24,6 +24,11 @@ def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> l
     """
     shards = []
     for folder in folders:
+        if not storage.is_local and Storage(folder).is_local:
+            raise CapfiltError(
+                f"{key}: {folder} is a folder of this machine, and the corpus is {storage.root}: whoever reads the "
+                "corpus elsewhere would miss its images. Copy the folder to the bucket"
+            )
         paths = set(_files(folder, key))
         tars = sorted(path for path in paths if path.endswith(".tar"))
         if not tars:

@@ -1,16 +1,22 @@
 """Files that no record refers to: what killed attempts left, found by age and by the records."""
 
 import contextlib
+import functools
+import logging
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Literal
 
 from pipeline.records import Records, parse_record
-from pipeline.storage import FileInfo
+from pipeline.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import STAGE_FOLDERS, ShardRecord
+
+_log = logging.getLogger(__name__)
 
 _DELETERS = 32
 _STAGES = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
@@ -43,11 +49,31 @@ def find_garbage(records: Records, *, older_than: timedelta, retired: bool = Fal
     }
     replaced = {file.path for record in records.retired() for file in record.outputs.values()} - needed
     garbage = []
+    behind_links = _behind_links(storage, (*files, *others))
+    if behind_links:
+        _log.warning(
+            "%s: %d links, or files behind links that lead out of it, are left alone", storage.root, len(behind_links)
+        )
     for info in (*files, *others):
+        if info.path in behind_links:
+            continue
         kind = _kind(info, needed, replaced, is_data=info.path.split("/")[0] in STAGE_FOLDERS.values())
         if kind is not None and info.modified < before and (kind != "retired" or retired):
             garbage.append(Garbage(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
     return garbage
+
+
+def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
+    """Return links, and files that a linked folder makes seem to lie in the corpus: capfilt makes neither."""
+    if not storage.is_local:
+        return set()
+    root = os.path.realpath(storage.base)
+    inside = functools.cache(lambda folder: f"{os.path.realpath(f'{root}/{folder}')}/".startswith(f"{root}/"))
+    return {
+        info.path
+        for info in files
+        if not inside(info.path.rpartition("/")[0]) or Path(root, info.path).is_symlink()
+    }
 
 
 def remove(records: Records, garbage: Iterable[Garbage]) -> list[Garbage]:

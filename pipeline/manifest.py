@@ -40,6 +40,7 @@ from schemas.catalog import (
     unquote_glob,
 )
 from schemas.errors import CapfiltError, CorruptShardError
+from schemas.records import is_own_file
 from schemas.tables import TABLES
 
 CATALOG = "manifest.duckdb"
@@ -270,6 +271,11 @@ class Query:
         for (stage, source, shard), path in paths.items():
             if stage == "urls" or (stage == "caption" and (source, shard) in ranked):
                 continue
+            if stage not in _FOLDERS or path is None or not is_own_file(path, stage, source, shard):
+                raise CorruptShardError(
+                    f"manifest/shards names {path!r} as the {stage} of {source}/{shard}, which is not a file of that "
+                    "shard; nothing of it was read. `capfilt manifest rebuild CORPUS` makes it anew from the records"
+                )
             chosen[_FOLDERS[stage]][source, shard] = path
             if stage == "crawl" and (source, shard) in retried:
                 chosen["retries"][source, shard] = path

@@ -12,6 +12,7 @@ import contextlib
 import json
 import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,8 +23,9 @@ import pyarrow.parquet as pq
 from pipeline.events import Row, committed_path, rows_of, table_of
 from pipeline.records import read_bounded
 from pipeline.shards import rows_to_table
-from pipeline.storage import FileInfo, Storage, temporary_folder
+from pipeline.storage import FileInfo, Storage, first_line, temporary_folder
 from schemas.catalog import EVENT_TABLES, event_schema
+from schemas.errors import CorruptShardError
 
 _READERS = 32
 _MERGE_AT_PARTS = 8
@@ -40,7 +42,7 @@ class _Part:
 
     seen: Seen
     rows: int
-    replaces: tuple[str, ...]
+    replaces: frozenset[str]
 
 
 class Parts:
@@ -92,9 +94,8 @@ class Parts:
     def rebuild(self) -> dict[str, int]:
         """Make the parts anew from the records alone; return the rows by table."""
         with self._lock:
-            self._list()
-            # Those that a merged part replaces too: without it they would be back.
-            old = sorted(self._known, key=_name)
+            # Damaged ones too, and those that a merged part replaces: without it they would be back.
+            old = sorted((path for paths in self._found().values() for path in paths), key=_name)
             rows = self._unseen({table: [] for table in EVENT_TABLES})
             for table, table_rows in rows.items():
                 self._write(table, rows_to_table(table_rows, event_schema(table)))
@@ -104,12 +105,7 @@ class Parts:
 
     def _list(self) -> dict[str, list[str]]:
         """Return the parts of each table, oldest first, without those that a merged part replaces."""
-        found = {
-            table: [
-                info.path for info in self.storage.list(f"manifest/{table}") if info.path.endswith(".parquet")
-            ]
-            for table in EVENT_TABLES
-        }
+        found = self._found()
         listed = {path for paths in found.values() for path in paths}
         missing = sorted(listed - self._known.keys())
         with ThreadPoolExecutor(_READERS) as readers:
@@ -123,15 +119,23 @@ class Parts:
             for table, paths in found.items()
         }
 
+    def _found(self) -> dict[str, list[str]]:
+        return {
+            table: [
+                info.path for info in self.storage.list(f"manifest/{table}") if info.path.endswith(".parquet")
+            ]
+            for table in EVENT_TABLES
+        }
+
     def _inspect(self, path: str) -> _Part | None:
         try:
-            with self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
+            with _readable(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
                 table = parquet.read(["record", "version"])
-                replaces = json.loads((parquet.schema_arrow.metadata or {}).get(_REPLACES, b"[]"))
+                replaces = frozenset(json.loads((parquet.schema_arrow.metadata or {}).get(_REPLACES, b"[]")))
         except FileNotFoundError:
             return None
         seen = frozenset(zip(table["record"].to_pylist(), table["version"].to_pylist(), strict=True))
-        return _Part(seen=seen, rows=table.num_rows, replaces=tuple(replaces))
+        return _Part(seen=seen, rows=table.num_rows, replaces=replaces)
 
     def _unseen(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
@@ -165,7 +169,7 @@ class Parts:
 
     def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
         def read(path: str) -> pa.Table:
-            with self.storage.open(path) as file:
+            with _readable(path), self.storage.open(path) as file:
                 return pq.read_table(file).cast(event_schema(table))
 
         with ThreadPoolExecutor(_READERS) as readers:
@@ -195,10 +199,23 @@ class Parts:
     def _sweep(self) -> None:
         """Delete what merged parts replaced a while ago; oldest first, so that none comes back into sight."""
         for path in sorted(self._known, key=_name):
-            if _age(path) > _GRACE:
+            if self._known[path].replaces and _age(path) > _GRACE:
                 for replaced in self._known[path].replaces:
                     if replaced in self._known:
                         self.storage.delete(replaced)
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Say of a part that is not one which it is, and what mends it."""
+    try:
+        yield
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the storage's, not Arrow's
+            raise
+        raise CorruptShardError(
+            f"{path} is not a part of the manifest ({first_line(error)}); `capfilt manifest rebuild CORPUS` mends it"
+        ) from error
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
@@ -218,5 +235,8 @@ def _name(path: str) -> str:
 
 
 def _age(path: str) -> timedelta:
-    written = datetime.strptime(_name(path).split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    try:
+        written = datetime.strptime(_name(path).split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    except ValueError:  # not a name of ours: as if written now
+        return timedelta(0)
     return datetime.now(UTC) - written

@@ -25,6 +25,7 @@ from pipeline.records import Records
 from pipeline.shards import IMAGE_EXTENSIONS, read_tar
 from pipeline.storage import sha256_file
 from pipeline.urlshards import url_shards
+from schemas.errors import CorruptShardError
 from schemas.records import STAGES, OutputFile, ShardRecord, Stage
 from schemas.statuses import REASONS
 
@@ -148,7 +149,7 @@ class _ShardCheck:
     def _content(self, stage: Stage, name: str, file: OutputFile) -> list[dict[str, Any]] | Samples | None:
         """Return a file's rows or samples, or None where it cannot be read."""
         try:
-            with self.storage.local_copy(file.path) as path:
+            with self.storage.committed_copy(file.path) as path:
                 self.files += 1
                 self.bytes += path.stat().st_size
                 if path.stat().st_size != file.bytes:
@@ -158,6 +159,8 @@ class _ShardCheck:
                 return self._tar(stage, file, path) if name == "tar" else self._parquet(stage, file, path)
         except FileNotFoundError:
             self.differ(file.path, "missing")
+        except CorruptShardError as error:
+            self.differ(file.path, str(error))
         except (OSError, pa.ArrowInvalid, EOFError) as error:  # tarfile's errors are OSErrors
             self.differ(file.path, f"cannot be read: {str(error).splitlines()[0]}")
         return None

@@ -100,3 +100,30 @@ def test_what_a_killed_create_left_is_no_record(local_root: str) -> None:
     corpus.storage.write(left, record.replace(b'"shard":"00000"', b'"shard":"00001"'))
     assert [shard for _, _, shard in corpus.records.shards()] == ["00000"]
     assert [file.path for file in find_garbage(corpus.records, older_than=NOW)] == [left]
+
+
+@pytest.mark.parametrize("folder", ["raw/cc/linked", "raw/linked", "scores"])
+def test_files_behind_a_link_out_of_the_corpus_are_left_alone(
+    tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A corpus unpacked from others may hold a link to a folder of the user's, in which all looks like orphans.
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1, stages=("crawl", "caption"))
+    (tmp_path / "own" / "deep").mkdir(parents=True)
+    own = [tmp_path / "own" / "letter.txt", tmp_path / "own" / "deep" / "00000.0123456789ab.tar"]
+    for file in own:
+        file.write_text("mine")
+    (tmp_path / "corpus" / folder).symlink_to(tmp_path / "own")
+    corpus.storage.write("raw/cc/00000.000000000000.tar", b"orphan")
+    garbage = find_garbage(corpus.records, older_than=NOW, retired=True)
+    assert [file.path for file in garbage] == ["raw/cc/00000.000000000000.tar"]
+    assert "behind links that lead out of it, are left alone" in caplog.text
+    remove(corpus.records, garbage)
+    assert all(file.exists() for file in own) and (tmp_path / "corpus" / folder).is_symlink()
+
+
+def test_a_corpus_that_is_itself_behind_a_link_is_cleaned(tmp_path: Path) -> None:
+    make_corpus(str(tmp_path / "corpus"), shards=1)
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    records = Corpus(str(tmp_path / "link")).records
+    records.storage.write("raw/cc/00000.000000000000.tar", b"orphan")
+    assert [file.path for file in find_garbage(records, older_than=NOW)] == ["raw/cc/00000.000000000000.tar"]

@@ -2,25 +2,33 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.committed import committed_file, open_crawled
+from pipeline.foreign import find_foreign_shards
 from pipeline.records import Records, parse_record
-from pipeline.storage import Storage
-from schemas.errors import CapfiltError
+from pipeline.shards import rows_to_table, write_parquet
+from pipeline.storage import Storage, sha256_file
+from schemas.catalog import event_schema
+from schemas.errors import CapfiltError, CorruptShardError
 from schemas.names import is_outside_tar
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
     Json,
     ModelRecord,
+    OutputFile,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
 )
+from schemas.tables import SAMPLES
 from tests.corpora import Corpus, make_corpus
 
 OUTSIDE = [
@@ -162,6 +170,62 @@ def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
         file.truncate(10 * 2**30)
     for command in (("status",), ("verify",)):
         assert "10,737,418,240 bytes" in refused(corpus, *command)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.parquet", "raw/other/00000.a.parquet", None])
+def test_the_manifests_parts_name_the_shards_own_files(corpus: Corpus, path: str | None) -> None:
+    corpus.manifest.compact()
+    rows = corpus.manifest._parts.tables()["shards"].to_pylist()
+    for row in rows:
+        row["paths"] = [(name, path if row["stage"] == "crawl" else own) for name, own in row["paths"]]
+    for part in Path(corpus.root, "manifest/shards").glob("*.parquet"):
+        pq.write_table(rows_to_table(rows, event_schema("shards")), part)
+    for command in (("sql", "SELECT count(*) FROM samples"), ("status",), ("trace", "http://x/")):
+        assert "manifest rebuild" in refused(corpus, *command)
+    assert CliRunner().invoke(app, ["manifest", "rebuild", corpus.root]).exit_code == 0
+    assert CliRunner().invoke(app, ["sql", corpus.root, "SELECT count(*) FROM samples"]).exit_code == 0
+
+
+@pytest.mark.parametrize("text", [b"", b"PAR1", b"PAR1" * 9, b"no Parquet at all"])
+def test_a_damaged_part_is_named_and_rebuilt(corpus: Corpus, text: bytes) -> None:
+    corpus.manifest.compact()
+    corpus.storage.write("manifest/shards/20990101T000000-0123.parquet", text)
+    corpus.storage.write("manifest/runs/mine.parquet", text)
+    assert "manifest/" in (told := refused(corpus, "status")) and "manifest rebuild" in told
+    assert CliRunner().invoke(app, ["manifest", "rebuild", corpus.root]).exit_code == 0
+    assert CliRunner().invoke(app, ["status", corpus.root]).exit_code == 0
+
+
+@pytest.mark.parametrize("key", ["../../x", "/etc/x", "a/b", "", None])
+def test_keys_are_names_of_files(corpus: Corpus, key: str | None) -> None:
+    # The key becomes the name of a member of the curated tar.
+    record = corpus.records.shards()["crawl", "cc", "00000"]
+    file = record.outputs["parquet"]
+    rows = pq.read_table(Path(corpus.root, file.path)).to_pylist()
+    changed = [row | {"key": key if row["status"] == "ok" else row["key"]} for row in rows]
+    path = Path(corpus.root, file.path)
+    write_parquet(path, rows_to_table(changed, SAMPLES), SAMPLES)
+    planted = replace(file, bytes=path.stat().st_size, sha256=sha256_file(path))
+    record = replace(record, outputs={**record.outputs, "parquet": planted})
+    with pytest.raises(CorruptShardError, match="cannot be a file's name"), open_crawled(corpus.records, record):
+        pass
+
+
+def test_a_corpus_on_a_bucket_names_no_file_of_this_machine(s3_root: str, tmp_path: Path) -> None:
+    storage = Storage(s3_root)
+    tar = tmp_path / "own.tar"
+    tar.write_bytes(b"the user's own")
+    named = OutputFile(path=str(tar), bytes=tar.stat().st_size, sha256=sha256_file(tar), rows=1)
+    for path in (str(tar), f"file://{tar}"):
+        with (
+            pytest.raises(CorruptShardError, match="own disk, which was not read"),
+            committed_file(Records(storage), replace(named, path=path)),
+        ):
+            pass
+    with pytest.raises(CapfiltError, match="Copy the folder to the bucket"):
+        find_foreign_shards([str(tmp_path)], storage, "source.s.input")
+    with committed_file(Records(Storage(str(tmp_path / "corpus"))), named) as path:
+        assert path == tar
 
 
 def test_a_retired_record_of_another_shard_makes_nothing_garbage(corpus: Corpus) -> None:
