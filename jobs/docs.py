@@ -104,6 +104,12 @@ _CLI_INTRODUCTION = """\
   third ends the process.
 - Every command is safe to repeat, to kill and to start twice at once: what is committed is skipped.
 - Messages go to standard error where `--json` is given, so that standard output is one JSON value.
+- Tables fit the screen, and break no value. Text wraps at spaces; a uid, run id, path or URL is shown whole. What finds
+  no room is left out, column by column, and a line below the table names it; a digest is shown by its first 12 digits.
+  A single row, or rows of few columns, become records: a line for each column. In these every value is whole; one
+  longer than the screen is one line all the same, so that it can be copied. `--wide` shows everything, and so do
+  `--json` and a pipe: `capfilt trace CORPUS UID | less -S`.
+- `capfilt --install-completion` lets the shell complete commands and options.
 """
 
 

@@ -18,6 +18,9 @@ CorpusArgument = Annotated[
     str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+WideOption = Annotated[
+    bool, typer.Option("--wide", help="Show every column and digest whole, however narrow the screen.")
+]
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
 
 

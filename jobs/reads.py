@@ -13,16 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jobs.groups import LOOK
-from jobs.options import CorpusArgument, JsonOption, SourceOption, open_manifest
+from jobs.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 reads = typer.Typer()
 
+# What a narrow screen does without first. A run's id begins with the time that it started.
+_SPARE_STAGES = ("last_commit", "quarantined")
+_SPARE_RUNS = ("host", "shards_skipped", "finished_at", "started_at")
+_SPARE_FAILURES = ("detail", "http_status", "transient", "status", "source")
+_SPARE_SHARDS = (
+    "attempt", "host", "device", "images", "finished_at", "bytes", "seconds", "rows_in", "rows_out", "error"
+)  # fmt: skip
+
 
 @reads.command(rich_help_panel=LOOK)
-def status(corpus: CorpusArgument, json_: JsonOption = False) -> None:
+def status(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Say how far each stage is, and what the last run did. Also how much of the web answered."""
     manifest = open_manifest(corpus)
     from jobs.render import print_facts, print_json, print_table
@@ -32,17 +40,17 @@ def status(corpus: CorpusArgument, json_: JsonOption = False) -> None:
     if json_:
         return print_json(found)
     print_facts({"corpus": found["corpus"]})
-    print_table(found["stages"], title="\nstages")
-    print_table(found["sources"], title="\nimages")
+    print_table(found["stages"], title="\nstages", spare=_SPARE_STAGES, wide=wide)
+    print_table(found["sources"], title="\nimages", wide=wide)
     if found["last_run"]:
         print("\nlast run")
         print_facts(found["last_run"])
     if found["attempts"]:
-        print_table(found["attempts"], title="\nbegun and not committed: under way, or killed")
+        print_table(found["attempts"], title="\nbegun and not committed: under way, or killed", wide=wide)
 
 
 @reads.command(rich_help_panel=LOOK)
-def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
+def stats(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Sum up success, scores, lengths and rates. From the records alone: no sample is read."""
     manifest = open_manifest(corpus)
     from jobs.render import print_json, print_table
@@ -52,7 +60,7 @@ def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
     if json_:
         return print_json(found)
     for name, rows in found.items():
-        print_table(rows, title=name)
+        print_table(rows, title=name, wide=wide)
         print()
 
 
@@ -60,6 +68,7 @@ def stats(corpus: CorpusArgument, json_: JsonOption = False) -> None:
 def runs(
     corpus: CorpusArgument,
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """List the runs, newest first. One without an outcome is under way, or was killed."""
@@ -68,7 +77,7 @@ def runs(
     from pipeline import report
 
     rows = report.runs(manifest, limit=limit)
-    print_json(rows) if json_ else print_table(rows)
+    print_json(rows) if json_ else print_table(rows, spare=_SPARE_RUNS, wide=wide)
 
 
 @reads.command(rich_help_panel=LOOK)
@@ -77,6 +86,7 @@ def failures(
     hosts: Annotated[bool, typer.Option("--hosts", help="Count by host too.")] = False,
     source: SourceOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Count the URLs that gave no image, by reason. Each with an example."""
@@ -85,7 +95,7 @@ def failures(
     from pipeline import report
 
     rows = report.failures(manifest, hosts=hosts, source=source, limit=limit)
-    print_json(rows) if json_ else print_table(rows)
+    print_json(rows) if json_ else print_table(rows, spare=_SPARE_FAILURES, wide=wide)
 
 
 @reads.command(rich_help_panel=LOOK)
@@ -99,6 +109,7 @@ def shards(
         Literal["committed", "retired", "quarantined"] | None, typer.Option(help="Only this state.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 100,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """List the shards: rows, seconds, who made them, errors."""
@@ -107,7 +118,7 @@ def shards(
     from pipeline import report
 
     rows = report.shards(manifest, stage=stage, source=source, state=state, limit=limit)
-    print_json(rows) if json_ else print_table(rows)
+    print_json(rows) if json_ else print_table(rows, spare=_SPARE_SHARDS, wide=wide)
 
 
 @reads.command(rich_help_panel=LOOK)
@@ -128,6 +139,7 @@ def sql(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most N rows; a table shows 1000 unless told.", metavar="N")
     ] = None,
+    wide: WideOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -137,7 +149,7 @@ def sql(
     found = open_manifest(corpus)
     if not (csv or json_):
         answer = found.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
-        print_table(answer.dicts(), answer.columns)
+        print_table(answer.dicts(), answer.columns, wide=wide)
         if answer.truncated:
             typer.echo(f"the first {len(answer.rows)} rows; --limit, --json or --csv for more", err=True)
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from jobs.groups import KEEP
-from jobs.options import CorpusArgument, JsonOption, open_manifest
+from jobs.options import CorpusArgument, JsonOption, WideOption, open_manifest
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ upkeep = typer.Typer()
 def verify(
     corpus: CorpusArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any."""
     manifest = open_manifest(corpus)
     from dataclasses import asdict
 
-    from jobs.render import print_json, print_table, readable_bytes
+    from jobs.render import print_json, print_table
+    from jobs.values import readable_bytes
     from pipeline.verify import verify as verify_corpus
 
     found = verify_corpus(manifest, quick=quick)
@@ -35,7 +37,7 @@ def verify(
         print_json(asdict(found))
     else:
         if found.differences:
-            print_table([asdict(one) for one in found.differences])
+            print_table([asdict(one) for one in found.differences], wide=wide)
         depth = "sizes of" if quick else "read"
         print(
             f"{depth} {found.files:,} files ({readable_bytes(found.bytes)}) of {found.shards:,} shards: "
@@ -54,13 +56,15 @@ def gc(
         bool, typer.Option("--retired", help="Also the files of shards that were recomputed since.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List them, remove nothing.")] = False,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Remove the files of killed attempts, which no record refers to."""
     storage = open_manifest(corpus).storage
     from dataclasses import asdict
 
-    from jobs.render import print_json, print_table, readable_bytes
+    from jobs.render import print_json, print_table
+    from jobs.values import readable_bytes
     from pipeline.garbage import find_garbage, remove
     from pipeline.records import Records
 
@@ -74,7 +78,7 @@ def gc(
             {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in garbage]}
         )
     if garbage:
-        print_table([asdict(file) for file in garbage])
+        print_table([asdict(file) for file in garbage], wide=wide)
     print(f"{'would remove' if dry_run else 'removed'} {len(garbage):,} files, {readable_bytes(size)}")
 
 
@@ -122,7 +126,7 @@ def doctor(
     from dataclasses import asdict
 
     from jobs.doctor import examine
-    from jobs.render import print_json
+    from jobs.render import print_json, printable_lines
 
     loaded = None
     if config:
@@ -134,7 +138,7 @@ def doctor(
         checks.append(check)
         if not json_:
             mend = f"\n      {check.mend}" if check.mend else ""
-            print(f"{check.state:<5} {check.name:<15} {check.found}{mend}", flush=True)
+            print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{mend}"), flush=True)
     if json_:
         print_json([asdict(check) for check in checks])
     raise typer.Exit(2 if any(check.state == "fail" for check in checks) else 0)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from jobs.doctor import check_compiler, check_storage
-from jobs.render import cell
+from jobs.values import cell
 from pipeline.report import quantiles
 from schemas.errors import CapfiltError
 from tests.corpora import RUN, Corpus, make_corpus
