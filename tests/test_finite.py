@@ -73,7 +73,7 @@ def test_one_bad_value_is_found_in_any_dtype(value: float, dtype: torch.dtype) -
     require_finite_weights({}, "here")
     bad = sound["large"].clone()
     bad[177] = value
-    with pytest.raises(CapfiltError, match=r"^here: 1 of 2 tensors hold .*NaN or infinite.*, b\w+ first"):
+    with pytest.raises(CapfiltError, match=r"^here: 1 of 6 tensors hold .*NaN or infinite.*, b\w+ first"):
         require_finite_weights(sound | {"bad": bad}, "here")
 
 

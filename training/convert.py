@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.finite import require_finite_weights
 from schemas.errors import CapfiltError
 from training.hfnames import Family, from_hf
 
@@ -154,7 +155,7 @@ def stage_state(
         where: the file, for messages.
 
     Raises:
-        CapfiltError: a tensor is missing, unexpected or of another shape.
+        CapfiltError: a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
     """
     state = dict(given)
     if stage == 2:
@@ -163,6 +164,7 @@ def stage_state(
             state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
     if problems := _problems(state, fresh):
         raise CapfiltError(f"{where} is no checkpoint of this stage {stage} model: {problems}")
+    require_finite_weights(state, where)
     # Half-precision files hold rounded values; training goes on in the stage's own precision.
     return {name: state[name].to(fresh[name].dtype) for name in fresh}
 

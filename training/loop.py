@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.durations import readable_duration
+from pipeline.finite import not_finite_tensors, require_finite_weights
 from pipeline.storage import first_line, storage_trouble
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -28,6 +29,11 @@ from training.optim import (
     set_lr,
 )
 from training.schedule import Schedule
+
+_CALM_DOWN = (
+    "The same command would meet it again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
+    "run.init_from that checkpoint"
+)
 
 
 class TrainingStage(Protocol):
@@ -113,7 +119,13 @@ class Loop:
         return self.step * self.config.optim.batch_size
 
     def resume(self, state: State, record: CheckpointRecord) -> None:
-        """Go back to a checkpoint: after this, ``run`` does exactly what it would have done uninterrupted."""
+        """Go back to a checkpoint: after this, ``run`` does exactly what it would have done uninterrupted.
+
+        Raises CapfiltError where it holds NaN or infinity.
+        """
+        where = self.checkpoints.storage.url(record.path)
+        require_finite_weights(state.model, where)
+        require_finite_weights(state.optimizer, f"{where}: the optimiser")
         self.stage.load_trainable_state(state.model)
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer)
         self.step = state.progress.step
@@ -219,12 +231,25 @@ class Loop:
 
     def _require_finite(self, values: Mapping[str, float]) -> None:
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if wrong:
-            named = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        if not wrong:
+            return
+        named = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        if self.step == 0:
             raise TrainingStopped(
-                f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} The same "
-                "command would meet it again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
-                "run.init_from that checkpoint"
+                f"step 1: {named}, before any weight was changed: a number overflows in the frozen models or in what "
+                'run.init_from gave. Set performance.precision = "fp32" (stage 2: language.precision too), or use '
+                "other weights"
+            )
+        raise TrainingStopped(
+            f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} {_CALM_DOWN}"
+        )
+
+    def _require_finite_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TrainingStopped, on every rank, where the last update overflowed: that is not a checkpoint."""
+        if broken := not_finite_tensors(state):
+            raise TrainingStopped(
+                f"step {self.step}: after it {broken[0]} is nan or infinite, and {len(broken) - 1} other tensors; no "
+                f"checkpoint was made of them. {self._last_good()} {_CALM_DOWN}"
             )
 
     def _probe(self) -> None:
@@ -243,6 +268,8 @@ class Loop:
 
     def _save(self, losses: Mapping[str, float]) -> None:
         """Have rank 0 write a checkpoint; its trouble shows here, or at a later step."""
+        model = self.stage.trainable_state()
+        self._require_finite_weights(model)
         if self.world.rank != 0 or (self._last is not None and self._last.step == self.step):
             return
         progress = Progress(
@@ -267,7 +294,7 @@ class Loop:
         )
         state = State(
             progress=progress,
-            model=self.stage.trainable_state(),
+            model=model,
             optimizer=optimizer_state(self.optimizer, self.parameters),
         )
         options = self.config.checkpoint

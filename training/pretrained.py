@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.finite import require_finite_weights
 from pipeline.hub import hub_folder
 from pipeline.weights import TOKENIZER_FILES, weight_files
 from schemas.errors import CapfiltError
@@ -67,6 +68,7 @@ def load_model(
         raise CapfiltError(
             f"{where}: {folder} is no {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"
         )
+    require_finite_weights(model.state_dict(), f"{where}: {folder}, read as {model.dtype}")
     return model
 
 

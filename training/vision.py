@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.finite import require_finite_weights
 from pipeline.weights import ranker_weights
 from schemas.errors import CapfiltError
 from schemas.pretrain import VisionConfig
@@ -135,9 +136,11 @@ def load_vision(config: VisionConfig, image_size_px: int, dtype: torch.dtype) ->
             f"vision.model = {weights.name!r} takes images of {size} pixels; set data.image_size_px = {size}"
         )
     preprocess = visual.preprocess_cfg
-    return FrozenVision(
+    vision = FrozenVision(
         visual, config.drop_blocks, dtype, tuple(preprocess["mean"]), tuple(preprocess["std"])
     )
+    require_finite_weights(vision.tower.state_dict(), f"vision.model = {weights.name!r} in {weights.path}")
+    return vision
 
 
 def empty_vision(config: VisionConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenVision:

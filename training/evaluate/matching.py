@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.finite import require_finite
 from training.captions import blip_caption
 from training.qformer import KeyValue
 from training.stage1 import Stage1
@@ -44,6 +45,8 @@ class ReadTexts:
 class Stage1Matcher:
     """The contrastive and the matching side of a stage 1 model, in evaluation mode and without gradients.
 
+    Its methods raise NotFiniteError where the model computes NaN or infinity.
+
     Args:
         stage: the model; put in evaluation mode.
         max_text_tokens: of a caption, special tokens included.
@@ -62,15 +65,19 @@ class Stage1Matcher:
     @torch.no_grad()
     def embed_texts(self, texts: ReadTexts) -> Tensor:
         """Return the normalised embeddings (M, C)."""
-        return self._in_place(
+        embeddings_MC = self._in_place(
             (places, self.stage.embed_texts(part))
             for places, part in texts.by_length(torch.arange(len(texts.lengths_M)))
         )
+        require_finite(embeddings_MC, "the model's embeddings of texts")
+        return embeddings_MC
 
     @torch.no_grad()
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the normalised embeddings (B, Q, C) of uint8 pixels."""
-        return self.stage.embed_images(self.stage.encode_pixels(pixels_BCHW.to(self.device)))[0]
+        embeddings_BQC = self.stage.embed_images(self.stage.encode_pixels(pixels_BCHW.to(self.device)))[0]
+        require_finite(embeddings_BQC, "the model's embeddings of images")
+        return embeddings_BQC
 
     @torch.no_grad()
     def match(self, pixels_BCHW: Tensor, texts: ReadTexts, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -94,9 +101,11 @@ class Stage1Matcher:
     def _match_one(self, image: list[KeyValue | None], texts: ReadTexts, rows_R: Tensor) -> Tensor:
         if not len(rows_R):
             return torch.empty(0, 2, device=self.device)
-        return self._in_place(
+        logits_R2 = self._in_place(
             (places, self.stage.match(image, part).mean(dim=1)) for places, part in texts.by_length(rows_R)
         )
+        require_finite(logits_R2, "the model's matching logits")
+        return logits_R2
 
     def _in_place(self, parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """Join rows that were computed in another order."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.finite import require_finite_weights
 from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -87,6 +88,7 @@ def _parsed(values: Any, path: str) -> PretrainConfig:
 
 def _load_vision(vision: FrozenVision, imported: Imported) -> None:
     """Take the image encoder from the file too: a fine-tuned model's differs from open_clip's."""
+    require_finite_weights(imported.vision, f"{imported.path}: its image encoder")
     try:
         vision.tower.load_state_dict(imported.vision, strict=True)
     except RuntimeError as error:

@@ -11,9 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
+from pipeline.finite import require_finite
 from training.qformer import KeyValue
 from training.stage1 import Stage1
 from training.stage2 import Stage2
@@ -65,8 +73,9 @@ class Stage1Captioner:
         begin_L = torch.tensor(
             [stage.begin_id, *words(prompt, add_special_tokens=False).input_ids], device=device
         )
-        ids_BL = self._writer.generate(
-            begin_L.expand(len(pixels_BCHW), -1),
+        ids_BL = _generate(
+            self._writer,
+            inputs=begin_L.expand(len(pixels_BCHW), -1),
             queries=_pack(queries),
             generation_config=decoding.config(
                 bos_token_id=stage.begin_id,
@@ -103,7 +112,8 @@ class Stage2Writer:
         )
         read_BSW = torch.cat([soft_BQW, language.embed(read.input_ids)], dim=1)
         mask_BS = torch.cat([read.attention_mask.new_ones(soft_BQW.shape[:2]), read.attention_mask], dim=1)
-        ids_BL = language.model.generate(
+        ids_BL = _generate(
+            language.model,
             inputs_embeds=read_BSW,
             attention_mask=mask_BS,
             # A rank that is through goes on calling the model until all are.
@@ -125,6 +135,29 @@ def end_of_text(stage: Stage2) -> int:
         if stage.language.name == "opt"
         else words.eos_token_id
     )
+
+
+class _LargestLogits(LogitsProcessor):
+    """Keeps the largest logit of each step: NaN or infinity if one of them is. Nothing waits for the device.
+
+    The others may be minus infinity: words that must not come yet.
+    """
+
+    def __init__(self) -> None:
+        self.of_step_N: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits as they are."""
+        self.of_step_N.append(scores.amax(dim=-1))
+        return scores
+
+
+def _generate(model: Any, **arguments: Any) -> Tensor:
+    """Return the tokens of ``model.generate``. Raises NotFiniteError where a logit is NaN or infinite."""
+    largest = _LargestLogits()
+    ids_BL = model.generate(**arguments, logits_processor=LogitsProcessorList([largest]))
+    require_finite(torch.cat(largest.of_step_N), "the model's logits of words")
+    return ids_BL
 
 
 class _QFormerWriter(PreTrainedModel, GenerationMixin):
