@@ -7,6 +7,7 @@ read gets what is left of the URL's time.
 
 import contextlib
 import hashlib
+import http
 import http.client
 import io
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from pipeline.addresses import FetchError, WebUrl
+from pipeline.encodings import bounded, decompressed
 from pipeline.lookups import SocketAddress
 
 _CHUNK_BYTES = 1 << 16
@@ -96,6 +98,18 @@ class _Socket:
         """Leave the closing to whoever opened the socket: the body is still to be read."""
 
 
+class _Response(http.client.HTTPResponse):
+    """Passes over interim answers (103 Early Hints and the like), of which http.client knows only 100."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()
+            # 101 is final: what follows it is another protocol.
+            if status <= http.HTTPStatus.SWITCHING_PROTOCOLS or status >= http.HTTPStatus.OK:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
 @contextlib.contextmanager
 def request(
     url: WebUrl,
@@ -115,6 +129,7 @@ def request(
                 sock = stack.enter_context(_encrypt(sock, url, clock, silence_s, tls))
             wire = _Socket(sock, clock, silence_s, max_header_bytes)
             connection = http.client.HTTPConnection(url.host, url.port)
+            connection.response_class = _Response
             connection.sock = wire  # type: ignore[assignment]
             fields = {"Host": url.netloc, "Accept-Encoding": "identity", "Connection": "close", **headers}
             connection.request("GET", url.target, headers=fields)
@@ -124,26 +139,48 @@ def request(
 
 
 def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int) -> tuple[int, str]:
-    """Copy the body to ``sink``; return its bytes and sha256. Raises FetchError once it is too long."""
+    """Copy the body, decompressed, to ``sink``; return its bytes and sha256.
+
+    Raises FetchError once it is too long, as it comes over the wire or as it unfolds.
+    """
     declared = response.length
     if declared is not None and declared > max_bytes:
         raise FetchError("body_too_large", f"Content-Length {declared}")
     digest, received = hashlib.sha256(), 0
-    while chunk := read_some(response, _CHUNK_BYTES):
+    for chunk in _body(response, max_bytes):
         received += len(chunk)
-        if received > max_bytes:
-            raise FetchError("body_too_large", f"over {max_bytes} bytes")
         digest.update(chunk)
         sink.write(chunk)
-    if declared is not None and received < declared:
-        raise FetchError("body_truncated", f"{received} of {declared} bytes")
     return received, digest.hexdigest()
 
 
-def read_some(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return the next bytes of the body. Raises FetchError."""
+def read_start(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    """Return so much of the body, decompressed. Raises FetchError."""
+    start = b""
+    try:
+        # The chunk that goes over the bound does not arrive.
+        for chunk in _body(response, max_bytes + _CHUNK_BYTES):
+            start += chunk
+    except FetchError as error:
+        if error.reason != "body_too_large":
+            raise
+    return start[:max_bytes]
+
+
+def _body(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[bytes]:
+    """Yield the body as its Content-Encoding unfolds it. Raises FetchError."""
+    wire = bounded(_wire(response), max_bytes)
+    return decompressed(wire, response.headers.get_all("Content-Encoding", []), max_bytes)
+
+
+def _wire(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    declared, received = response.length, 0
     with _faults_named():
-        return response.read(max_bytes)
+        while chunk := response.read(_CHUNK_BYTES):
+            received += len(chunk)
+            yield chunk
+    if declared is not None and received < declared:
+        raise FetchError("body_truncated", f"{received} of {declared} bytes")
 
 
 def _connect(addresses: Sequence[SocketAddress], clock: Clock, silence_s: float) -> socket.socket:

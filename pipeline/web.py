@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.addresses import FetchError, Resolver, WebUrl
-from pipeline.connection import Clock, read_body, read_some, request
+from pipeline.connection import Clock, read_body, read_start, request
 from pipeline.hosts import HostHealth, HostTurns
 from pipeline.robots import RobotsTxt, product_token, reserved_by_robots_tag, reserved_by_tdm
 from schemas.config import CrawlConfig
 from schemas.statuses import REASONS
 
+_DELIVERED = frozenset({200, 203})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ACCEPT = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.5"
 _DETAIL_CHARS = 200
@@ -131,7 +132,7 @@ class Web:
     def _follow(
         self, url: WebUrl, fetch: Fetch, clock: Clock, *, check_robots: bool
     ) -> Iterator[http.client.HTTPResponse]:
-        """Follow redirects and yield a response with status 200. Raises FetchError."""
+        """Follow redirects and yield a response that delivers. Raises FetchError."""
         config, visited = self._config, set[WebUrl]()
         while True:
             if url in visited:
@@ -177,7 +178,12 @@ class Web:
     def _robots_txt(self, url: WebUrl, clock: Clock) -> bytes:
         """Fetch the start of a robots.txt within the time of the URL that needs it. Raises FetchError."""
         with self._follow(url, Fetch(), clock, check_robots=False) as response:
-            return read_some(response, _ROBOTS_BYTES)
+            start = read_start(response, _ROBOTS_BYTES + 1)
+        if len(start) <= _ROBOTS_BYTES:
+            return start
+        # Half a line would be another rule.
+        end = max(start.rfind(line_end, 0, _ROBOTS_BYTES) for line_end in (b"\n", b"\r"))
+        return start[: end + 1]
 
     def _backoff_s(self, url: str, attempt: int) -> float:
         """Return the wait before the next try: doubling, with jitter that differs by URL but not by run."""
@@ -191,14 +197,15 @@ def user_agent(config: CrawlConfig) -> str:
 
 
 def _check_status(response: http.client.HTTPResponse) -> None:
-    """Raise FetchError unless the status is 200."""
+    """Raise FetchError unless the status is 200, or 203: a proxy's 200."""
     code, detail = response.status, f"{response.status} {response.reason}"
     if code == 429:
         raise FetchError("rate_limited", detail, retry_after_s=_retry_after_s(response))
-    if code >= 500:
+    if 500 <= code < 600:
         raise FetchError("http_5xx", detail, retry_after_s=_retry_after_s(response))
-    if code != 200:
-        raise FetchError("http_4xx" if code >= 400 else "http_other", detail)
+    if code not in _DELIVERED:
+        # 999 and the like are how some sites refuse robots: asking again does not help.
+        raise FetchError("http_4xx" if 400 <= code < 500 else "http_other", detail)
 
 
 def _location(response: http.client.HTTPResponse) -> str:

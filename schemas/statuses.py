@@ -37,14 +37,16 @@ REASONS: dict[str, Reason] = {
     "connect": _reason("failed", "no connection: refused, unreachable or reset", transient=True),
     "tls": _reason("failed", "the TLS handshake or certificate check failed"),
     "timeout": _reason("failed", "the URL's total time ran out, retries included", transient=True),
-    "bad_response": _reason("failed", "the answer is not HTTP that can be read", transient=True),
-    "body_truncated": _reason("failed", "the body ended before its Content-Length", transient=True),
+    "bad_response": _reason("failed", "the answer, or its Content-Encoding, cannot be read", transient=True),
+    "body_truncated": _reason(
+        "failed", "the body, or what was compressed in it, ended before its end", transient=True
+    ),
     "rate_limited": _reason("failed", "429 on every attempt", transient=True),
     "http_4xx": _reason("failed", "a client error; http_status has the code"),
     "http_5xx": _reason(
         "failed", "a server error on every attempt; http_status has the code", transient=True
     ),
-    "http_other": _reason("failed", "an unexpected status such as 204 or 304"),
+    "http_other": _reason("failed", "a status that brings no image, such as 204, 206, 304 or 999"),
     "host_down": _reason(
         "failed", "not asked: the host had failed 20 times in a row (dns, connect, timeout)", transient=True
     ),
@@ -58,7 +60,7 @@ REASONS: dict[str, Reason] = {
     "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
     "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),
     "header_too_large": _reason("refused", "response headers over crawl.max_header_bytes"),
-    "body_too_large": _reason("refused", "a body over crawl.max_body_bytes, declared or real"),
+    "body_too_large": _reason("refused", "a body over crawl.max_body_bytes: declared, sent or decompressed"),
     # opted out
     "x_robots_tag": _reason("opted_out", "an X-Robots-Tag directive that crawl.opt_out_directives names"),
     "tdm_reservation": _reason("opted_out", "the TDM-Reservation header is 1"),

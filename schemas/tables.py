@@ -33,7 +33,7 @@ URLS = pa.schema(
         ),
         _column("input_rows", pa.int32(), "rows of the list with this URL: duplicates are crawled once"),
         _column("extra", pa.string(), "the source's extra_columns as a JSON object"),
-        _column("retry_of", pa.string(), "the shard whose transient failure this row tries again"),
+        _column("retry_of", pa.string(), "the shard in which this URL failed: this row tries it again"),
     ]
 )
 
@@ -47,9 +47,9 @@ SAMPLES = pa.schema(
         _column("attempts", pa.int16(), "requests made for it, redirects not counted"),
         _column("final_url", pa.string(), "the URL after redirects"),
         _column("content_type", pa.string(), "Content-Type of the last response"),
-        _column("body_bytes", pa.int64(), "bytes downloaded"),
-        _column("sha256", pa.string(), "of the bytes downloaded (a property: it changes between crawls)"),
-        _column("format", pa.string(), "format of the bytes downloaded: JPEG, PNG, WEBP, ..."),
+        _column("body_bytes", pa.int64(), "bytes of the body, decompressed where it came compressed"),
+        _column("sha256", pa.string(), "of those bytes (a property: it changes between crawls)"),
+        _column("format", pa.string(), "format of those bytes: JPEG, PNG, WEBP, ..."),
         _column("original_width", pa.int32(), "pixels, after EXIF orientation"),
         _column("original_height", pa.int32(), "pixels, after EXIF orientation"),
         _column("width", pa.int32(), "pixels as stored"),
@@ -161,7 +161,9 @@ RUNS = pa.schema(
 MODELS = pa.schema(
     [
         _column("digest", pa.string(), "sha256 over the weights and config files"),
-        _column("kind", pa.string(), "captioner, ranker, or (of a training) vision, language, tokenizer, qformer"),
+        _column(
+            "kind", pa.string(), "captioner, ranker, or (of a training) vision, language, tokenizer, qformer"
+        ),
         _column("name", pa.string(), "hub id, architecture or folder, as the config names it"),
         _column("revision", pa.string(), "hub revision or pretrained tag"),
         _column("files", pa.map_(pa.string(), pa.string()), "sha256 of each file"),

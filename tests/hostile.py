@@ -4,6 +4,7 @@ Every case says how a URL must end. The site speaks raw TCP, so that it can lie 
 """
 
 import collections
+import gzip
 import io
 import socketserver
 import struct
@@ -405,6 +406,14 @@ def _not_found(exchange: Exchange) -> None:
     exchange.send(HTML, status="404 Not Found")
 
 
+def _after(interim: bytes) -> Answer:
+    def answer(exchange: Exchange) -> None:
+        exchange.raw(interim)
+        exchange.send(JPEG)
+
+    return answer
+
+
 def _at_last(times: int, refusal: Answer) -> Answer:
     return lambda exchange: refusal(exchange) if exchange.nth <= times else exchange.send(JPEG)
 
@@ -579,6 +588,23 @@ _BEHAVIOURS: dict[str, tuple[str, str | None, Answer]] = {
     "/chunked/negative": ("failed", "bad_response", _negative_chunk),
     "/chunked/minus-one": ("failed", "bad_response", _endless_negative_chunk),
     "/gzip-label": (*OK, _sender(JPEG, "Content-Encoding: gzip")),
+    "/gzip": (*OK, _sender(gzip.compress(JPEG), "Content-Encoding: gzip")),
+    "/deflate": (*OK, _sender(zlib.compress(JPEG), "Content-Encoding: deflate")),
+    "/gzip/bomb": (
+        "refused",
+        "body_too_large",
+        _sender(gzip.compress(bytes(40_000_000), 1), "Content-Encoding: gzip"),
+    ),
+    "/brotli": ("failed", "bad_response", _sender(b"\x8b\x02\x80!\x03", "Content-Encoding: br")),
+    "/early-hints": (*OK, _after(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n" * 3)),
+    "/early-hints/endless": (
+        "refused",
+        "header_too_large",
+        lambda exchange: exchange.forever(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n" * 100),
+    ),
+    "/203": (*OK, lambda exchange: exchange.send(JPEG, status="203 Non-Authoritative Information")),
+    "/206": ("failed", "http_other", lambda exchange: exchange.send(JPEG[:99], status="206 Partial Content")),
+    "/999": ("failed", "http_other", _coded("999 Request denied")),
     "/wrong-type": (*OK, _sender(JPEG, "Content-Type: text/html")),
     "/300mb": ("refused", "body_too_large", _endless_body),
     "/300mb/declared": ("refused", "body_too_large", _declared_huge),
