@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.fingerprint import digest_json
 from pipeline.foreign import ForeignShard, find_foreign_shards
-from pipeline.lists import count_rows, find_files
+from pipeline.lists import caption_files, count_rows, find_files
 from pipeline.pairs import Pairs
 from pipeline.records import Records, now
 from pipeline.storage import FileInfo, temporary_folder
@@ -54,9 +54,13 @@ class IntakeOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Input:
-    """The files of a source as they are now; ``adoptable`` are img2dataset's shards, by Parquet."""
+    """The files of a source as they are now; ``adoptable`` are img2dataset's shards, by Parquet.
+
+    ``files`` are the lists and what belongs to them: a change of any is a change of the source.
+    """
 
     source: SourceConfig
+    lists: tuple[str, ...]
     files: tuple[FileInfo, ...]
     adoptable: dict[str, ForeignShard]
 
@@ -76,7 +80,7 @@ class _Input:
         if self.signature in {batch.signature for batch in earlier}:
             return []
         if self.source.format != "img2dataset":
-            return [file.path for file in self.files]
+            return list(self.lists)
         taken = {path for batch in earlier for path in batch.files}
         return [path for path in self.adoptable if path not in taken]
 
@@ -86,12 +90,12 @@ def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[Int
 
     Of each batch, rows_in = rows_new + rows_duplicate + rows_known + rows_without_url. A malformed URL is
     taken in: the crawl gives it a status. Raises CapfiltError, before any work, where an input is missing or
-    its first file lacks a column.
+    one of its files lacks a column.
     """
     inputs = [_find_input(source, records) for source in config.source]
     for found in inputs:
         if lists := found.unread(records.intakes(found.source.name)):
-            Pairs(found.source, records.storage, lists[:1]).check()
+            Pairs(found.source, records.storage, lists).check()
     return [_take_in(found, config, records, run_id) for found in inputs]
 
 
@@ -99,12 +103,14 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
     """Return, by source, how many rows its lists hold beyond those taken in; changes nothing.
 
     Where a list was changed rather than lengthened this is an estimate: its URLs are compared only by a run.
+    Raises CapfiltError, as ``read_lists`` does, where a list cannot be read or lacks a column.
     """
     rows = {}
     for source in config.source:
         found, earlier = _find_input(source, records), records.intakes(source.name)
         if not (lists := found.unread(earlier)):
             continue
+        Pairs(source, records.storage, lists).check()
         form = "parquet" if source.format == "img2dataset" else source.format
         held = sum(count_rows(records.storage, path, form, source.url_column) for path in lists)
         taken = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
@@ -116,10 +122,18 @@ def _find_input(source: SourceConfig, records: Records) -> _Input:
     key = f"source.{source.name}.input"
     if source.format != "img2dataset":
         files = find_files(source.input, records.storage, key)
-        return _Input(source=source, files=tuple(files), adoptable={})
+        captions = caption_files(files, source.format, records.storage)
+        lists = [file for file in files if file.path not in {beside.path for beside in captions}]
+        return _Input(
+            source=source,
+            lists=tuple(file.path for file in lists),
+            files=(*lists, *captions),
+            adoptable={},
+        )
     shards = find_foreign_shards(source.input, records.storage, key)
     return _Input(
         source=source,
+        lists=tuple(shard.parquet.path for shard in shards),
         files=tuple(file for shard in shards for file in (shard.tar, shard.parquet)),
         adoptable={shard.parquet.path: shard for shard in shards},
     )

@@ -1,31 +1,27 @@
 """Lists of image-text pairs as files: found by globs, read in batches of columns, whatever their format.
 
-Parquet, CSV, TSV and JSON lines, gzip'd or not, on any storage. A CSV is quoted as RFC 4180 says; a TSV is
-not quoted at all (one line is one row, as in CC3M's and CC12M's files).
+Parquet, CSV, TSV, JSON and plain lists of URLs, packed by gzip, bzip2 or zstd or not, on any storage.
 """
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.nearest import did_you_mean
-from pipeline.storage import FileInfo, Storage
+from pipeline.listcolumns import Columns, Rows, Unit, Wanted, require
+from pipeline.listlines import MAX_ROW_BYTES, UNREADABLE, content_of
+from pipeline.listparquet import ParquetList, cells_of
+from pipeline.listtext import Cells, captions_beside, text_rows
+from pipeline.storage import FileInfo, Storage, temporary_folder
 from schemas.errors import CapfiltError
 
-Format = Literal["parquet", "csv", "tsv", "jsonl"]
-# Some consecutive rows, by column; every column has the same length, a missing cell is None.
-Columns = dict[str, list[Any]]
+Format = Literal["parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt"]
 
 BATCH_ROWS = 65_536
+_BATCH_BYTES = MAX_ROW_BYTES
 _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -35,7 +31,10 @@ _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".txt": "txt",
 }
+# What a name may end with besides; whether a file is packed, its content says.
+_PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
 
 
 def find_files(inputs: Sequence[str], storage: Storage, key: str) -> list[FileInfo]:
@@ -72,8 +71,14 @@ def expand(pattern: str, key: str) -> list[str]:
     return [fs.unstrip_protocol(path) if "://" in pattern else path for path in paths]
 
 
-def read_columns(storage: Storage, path: str, form: str, columns: Sequence[str]) -> Iterator[Columns]:
-    """Yield the named columns of one list, in batches, in order.
+def caption_files(lists: Sequence[FileInfo], form: str, storage: Storage) -> list[FileInfo]:
+    """Return the files that hold the captions of plain lists of URLs: no lists themselves, though a glob may say so."""
+    plain = [file.path for file in lists if (_format_of(file.path) if form == "auto" else form) == "txt"]
+    return [storage.info(captions) for path in plain if (captions := captions_beside(path, storage))]
+
+
+def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iterator[Rows]:
+    """Yield the wanted columns of one list, in batches, in order.
 
     Args:
         form: a Format, or ``auto`` to go by the file's name.
@@ -81,159 +86,118 @@ def read_columns(storage: Storage, path: str, form: str, columns: Sequence[str])
     Raises CapfiltError that names file and row where the list cannot be read, or the columns it has instead.
     """
     form = _format_of(path) if form == "auto" else form
-    with _readable(path), storage.open(path) as file:
-        match form:
-            case "parquet":
-                yield from _read_parquet(file, path, columns)
-            case "csv" | "tsv":
-                yield from _read_separated(_text(file, path), path, form, columns)
-            case "jsonl":
-                yield from _read_json_lines(_text(file, path), path, columns)
+    with _opened(storage, path) as file:
+        if form == "parquet":
+            yield from _read_parquet(file, path, wanted)
+        else:
+            unit, rows = text_rows(storage, file, path, form, wanted)
+            yield from _batches(rows, wanted, unit)
 
 
-def count_rows(storage: Storage, path: str, form: str, column: str) -> int:
+def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
+    """Look at the beginning of a list: raise CapfiltError if it cannot be read or lacks a column."""
+    form = _format_of(path) if form == "auto" else form
+    with _opened(storage, path) as file:
+        if form == "parquet":
+            with _parquet(file, path) as parquet:
+                require(wanted, parquet.names, path)
+        else:
+            next(text_rows(storage, file, path, form, wanted)[1], None)
+
+
+def count_rows(storage: Storage, path: str, form: str, url_column: str) -> int:
     """Return the rows of one list: from a Parquet file's footer, else by reading a column."""
     form = _format_of(path) if form == "auto" else form
     if form == "parquet":
-        with _readable(path), storage.open(path) as file:
-            return pq.read_metadata(file).num_rows
-    return sum(len(batch[column]) for batch in read_columns(storage, path, form, [column]))
+        with _opened(storage, path) as file, _parquet(file, path) as parquet:
+            return parquet.num_rows
+    wanted = Wanted(url=url_column, columns=(url_column,))
+    return sum(len(batch.numbers) for batch in read_columns(storage, path, form, wanted))
 
 
 def _format_of(path: str) -> Format:
-    name = path.removesuffix(".gz")
+    name = path.lower()
+    for suffix in _PACKED:
+        name = name.removesuffix(suffix)
     for suffix, form in _SUFFIXES.items():
-        if name.lower().endswith(suffix):
+        if name.endswith(suffix):
             return form
     raise CapfiltError(
-        f"{path}: its name does not tell the format ({', '.join(_SUFFIXES)}, .gz or not); "
+        f"{path}: its name does not tell the format ({', '.join(_SUFFIXES)}, {', '.join(_PACKED)} or not); "
         "set the source's format"
     )
 
 
-def _text(file: BinaryIO, path: str) -> io.TextIOWrapper:
-    """Decode text, a byte order mark skipped; only ``\\n`` ends a line here, the readers handle ``\\r``."""
-    stream = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
-
-
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Turn what a damaged or mislabelled file raises into one error that names it."""
+def _opened(storage: Storage, path: str) -> Iterator[BinaryIO]:
+    """Open a list; what a damaged or mislabelled file raises becomes one error that names it."""
     try:
-        yield
-    except UnicodeDecodeError as error:
-        raise CapfiltError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except (pa.ArrowException, zlib.error, EOFError, OSError) as error:
+        with storage.open(path) as file:
+            yield file
+    except UNREADABLE as error:
         raise CapfiltError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_parquet(file: BinaryIO, path: str, columns: Sequence[str]) -> Iterator[Columns]:
-    parquet = pq.ParquetFile(file, pre_buffer=False)
-    _require(columns, parquet.schema_arrow.names, path)
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
-        yield {name: batch.column(name).to_pylist() for name in columns}
+def _batches(rows: Iterable[Cells], wanted: Wanted, unit: Unit) -> Iterator[Rows]:
+    """Transpose rows into batches of bounded length and size."""
+    numbers: list[int] = []
+    batch: list[Sequence[Any]] = []
+    size = 0
+    for number, row_bytes, cells in rows:
+        numbers.append(number)
+        batch.append(cells)
+        size += row_bytes
+        if len(batch) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield _transposed(batch, wanted, numbers, unit)
+            numbers, batch, size = [], [], 0
+    if batch:
+        yield _transposed(batch, wanted, numbers, unit)
 
 
-def _read_separated(text: io.TextIOBase, path: str, form: str, columns: Sequence[str]) -> Iterator[Columns]:
-    rows = _csv_rows(text, path) if form == "csv" else _tsv_rows(text)
-    _, header = next(rows, (0, None))
-    if header is None:
+def _transposed(batch: Sequence[Sequence[Any]], wanted: Wanted, numbers: Sequence[int], unit: Unit) -> Rows:
+    by_column = dict(zip(wanted.columns, map(list, zip(*batch, strict=True)), strict=True))
+    return Rows(columns=by_column, numbers=numbers, unit=unit)
+
+
+@contextmanager
+def _parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
+    """Read a Parquet file's footer; a packed file is unpacked first, since Parquet is read from the back."""
+    start = file.read(4)
+    file.seek(0)
+    if start == b"PAR1":
+        yield ParquetList(file, path)
         return
-    _require(columns, header, path)
-    places = [header.index(name) for name in columns]
-    batch: list[list[str]] = []
-    for line, row in rows:
-        if len(row) != len(header):
-            raise CapfiltError(f"{path}: line {line} has {len(row)} fields, the header has {len(header)}")
-        batch.append([row[place] for place in places])
-        if len(batch) == BATCH_ROWS:
-            yield _by_column(batch, columns)
-            batch = []
-    if batch:
-        yield _by_column(batch, columns)
+    with temporary_folder() as folder:
+        unpacked = folder / "list.parquet"
+        with unpacked.open("wb") as target:
+            shutil.copyfileobj(content_of(file), target)
+        with unpacked.open("rb") as content:
+            yield ParquetList(content, path)
 
 
-def _by_column(rows: list[list[str]], columns: Sequence[str]) -> Columns:
-    """Transpose; an empty cell is a missing one, since text formats have no other way to say so."""
-    return {
-        name: [cell or None for cell in column]
-        for name, column in zip(columns, zip(*rows, strict=True), strict=True)
-    }
+def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
+    with _parquet(file, path) as parquet:
+        require(wanted, parquet.names, path)
+        start = 1
+        for pieces in _gathered(parquet.pieces(wanted.columns)):
+            batch: Columns = {name: [] for name in wanted.columns}
+            first = start
+            for piece in pieces:
+                for name, cells in batch.items():
+                    cells.extend(cells_of(piece, name, path, start))
+                start += piece.num_rows
+            yield Rows(columns=batch, numbers=range(first, start), unit="row")
 
 
-def _csv_rows(text: io.TextIOBase, path: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(text, strict=True)
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise CapfiltError(f"{path}: line {reader.line_num}: {error}") from error
-
-
-def _tsv_rows(text: io.TextIOBase) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text, start=1):
-        if stripped := line.rstrip("\r\n"):
-            yield number, stripped.split("\t")
-
-
-def _read_json_lines(text: io.TextIOBase, path: str, columns: Sequence[str]) -> Iterator[Columns]:
-    batch: list[dict[str, Any]] = []
-    checked = False
-    for number, line in enumerate(text, start=1):
-        if line.isspace():
-            continue
-        batch.append(_json_row(line, f"{path}: line {number}"))
-        if len(batch) == BATCH_ROWS:
-            checked = checked or _require_in_any(columns, batch, path)
-            yield {name: [row.get(name) for row in batch] for name in columns}
-            batch = []
-    if batch:
-        _ = checked or _require_in_any(columns, batch, path)
-        yield {name: [row.get(name) for row in batch] for name in columns}
-
-
-def _json_row(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        if line.lstrip().startswith("["):
-            row = []
-        else:
-            raise CapfiltError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-    if isinstance(row, list):
-        raise CapfiltError(f"{place}: an array where a row is an object; jq -c '.[]' FILE makes lines of it")
-    if not isinstance(row, dict):
-        raise CapfiltError(f"{place}: {line.strip()[:40]} is not an object")
-    return _encodable(row) if "\\ud" in line.lower() else row
-
-
-def _encodable(value: Any) -> Any:
-    """Replace lone surrogates, which JSON can spell and UTF-8 cannot."""
-    match value:
-        case str():
-            return value.encode("utf-8", "replace").decode()
-        case list():
-            return [_encodable(part) for part in value]
-        case dict():
-            return {name: _encodable(part) for name, part in value.items()}
-    return value
-
-
-def _require_in_any(columns: Sequence[str], rows: list[dict[str, Any]], path: str) -> bool:
-    """Check that each column is in one row at least: objects may leave out what they do not have."""
-    _require(columns, list({name: None for row in rows for name in row}), path)
-    return True
-
-
-def _require(columns: Sequence[str], present: Sequence[str], path: str) -> None:
-    """Refuse a list without one of the columns, naming those it has."""
-    for name in columns:
-        if name in present:
-            continue
-        has = ", ".join(present) or "none"
-        message = f"{path}: no column {name!r}{did_you_mean(name, present)} (it has {has})"
-        if any("://" in column for column in present):
-            message += "; its first line looks like data: put a header line (url<TAB>caption) above it"
-        raise CapfiltError(message)
+def _gathered(pieces: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Yield pieces in groups that are batches."""
+    group: list[pa.RecordBatch] = []
+    rows = size = 0
+    for piece in pieces:
+        group.append(piece)
+        rows, size = rows + piece.num_rows, size + piece.nbytes
+        if rows >= BATCH_ROWS or size >= _BATCH_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group

@@ -4,10 +4,11 @@ The lists are streamed three times (to identify the rows; where URLs repeat, to 
 out the new ones), so that memory holds 16 bytes a row and the captions of the rows that share a URL.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,18 @@ from numpy.typing import NDArray
 
 from pipeline.fingerprint import sample_uid
 from pipeline.identities import Grouping, KnownUids, Words, group_rows, pack_uids, unpack_uids
-from pipeline.lists import Columns, read_columns
+from pipeline.listcolumns import Rows, Unit, Wanted
+from pipeline.listlines import not_utf8, shown
+from pipeline.lists import read_columns, require_columns
 from pipeline.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
 from schemas.tables import URLS
 
 _KEY = "key"  # img2dataset's name for a sample
+_READERS = 16
+_TEXT_KINDS = {str, type(None)}
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +57,14 @@ class _Batch:
     file: str
     start: int
     rows_in: int
-    columns: Columns
+    rows: Rows
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
+        return len(self.rows.numbers)
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for a complaint about it."""
+        return f"{self.file}: {self.rows.place(row)}"
 
 
 class Pairs:
@@ -72,15 +82,21 @@ class Pairs:
         self.adopts = source.format == "img2dataset"
 
     def check(self) -> None:
-        """Read the beginning of the first list: wrong columns show before any work."""
-        columns = {self.source.url_column, *self._identity_columns(), *self._payload_columns()}
-        for _ in read_columns(self.storage, self.files[0], self._form(), sorted(columns)):
-            return
+        """Look at the beginning of every list: a missing column shows before any work."""
+        wanted = self._wanted(*self._payload_columns(), *self._identity_columns())
+        with ThreadPoolExecutor(_READERS) as readers:
+            # In order, so that it is always the first faulty list that is named.
+            for _ in readers.map(
+                lambda file: require_columns(self.storage, file, self._form(), wanted), self.files
+            ):
+                pass
 
     def identify(self, known: KnownUids) -> Identified:
         """Read every row's identity. Raises CapfiltError where no row has a URL."""
         words, flags, rows_in = [np.empty((0, 2), np.uint64)], [np.empty(0, bool)], 0
         for batch in self._batches(*self._identity_columns()):
+            if batch.start == 0:
+                self._require_urls(batch)
             words_N2 = pack_uids(self._uids(batch))
             words.append(words_N2)
             flags.append(known.contains(words_N2))
@@ -116,39 +132,50 @@ class Pairs:
         caption = (self.source.caption_column,) if self.source.caption_column else ()
         return (*caption, *self.source.extra_columns, *((_KEY,) if self.adopts else ()))
 
+    def _wanted(self, *columns: str) -> Wanted:
+        url, caption = self.source.url_column, self.source.caption_column or None
+        return Wanted(url=url, caption=caption, columns=tuple(dict.fromkeys((url, *columns))))
+
     def _batches(self, *columns: str) -> Iterator[_Batch]:
-        url_column = self.source.url_column
-        wanted = list(dict.fromkeys((url_column, *columns)))
+        url_column, wanted = self.source.url_column, self._wanted(*columns)
         start = 0
         for file in self.files:
-            for read in read_columns(self.storage, file, self._form(), wanted):
-                urls = read[url_column]
-                _require_text(urls, url_column, file)
+            for rows in read_columns(self.storage, file, self._form(), wanted):
+                urls = rows.columns[url_column] = _texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
-                if len(kept) < len(urls):
-                    read = {name: [cells[row] for row in kept] for name, cells in read.items()}
-                yield _Batch(file=file, start=start, rows_in=len(urls), columns=read)
+                batch = rows if len(kept) == len(urls) else rows.take(kept)
+                yield _Batch(file=file, start=start, rows_in=len(urls), rows=batch)
                 start += len(kept)
+
+    def _require_urls(self, batch: _Batch) -> None:
+        """Refuse lists whose URLs are none: a header over the wrong columns would be kept for good."""
+        urls = batch.rows.columns[self.source.url_column]
+        if urls and not any(map(_SCHEME.match, urls)):
+            raise CapfiltError(
+                f"{batch.place(0)}: {self.source.url_column} is {shown(urls[0])!r}, which is not a URL, and no other "
+                "one near it is; name the columns in the order that the list has them"
+            )
 
     def _uids(self, batch: _Batch) -> Iterator[str]:
         name, column = self.source.name, self.source.uid_column
         if not column:
-            return (sample_uid(name, url) for url in batch.columns[self.source.url_column])
+            return (sample_uid(name, url) for url in batch.rows.columns[self.source.url_column])
         return (
-            sample_uid(name, self._own_identity(value, url, batch.file))
-            for value, url in zip(batch.columns[column], batch.columns[self.source.url_column], strict=True)
+            sample_uid(name, self._own_identity(batch, row, value))
+            for row, value in enumerate(batch.rows.columns[column])
         )
 
-    def _own_identity(self, value: Any, url: str, file: str) -> str:
+    def _own_identity(self, batch: _Batch, row: int, value: Any) -> str:
         """Return a uid column's value as text: it is hashed as a URL would be."""
         if isinstance(value, str) and value:
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
+        url = batch.rows.columns[self.source.url_column][row]
         raise CapfiltError(
-            f"{file}: {self.source.uid_column} is {value!r} where {self.source.url_column} is {url}; "
-            "an identity is text or a whole number, in every row"
+            f"{batch.place(row)}: {self.source.uid_column} is {shown(value)} where {self.source.url_column} is "
+            f"{shown(url)}; an identity is text or a whole number, in every row"
         )
 
     # -- captions --------------------------------------------------------------------------------------------
@@ -158,13 +185,13 @@ class Pairs:
         column = self.source.caption_column
         if not column:
             return [[]] * len(rows)
-        cells = [batch.columns[column][row] for row in rows]
-        if list not in set(map(type, cells)):
-            _require_text(cells, column, batch.file)
+        cells = [batch.rows.columns[column][row] for row in rows]
+        if set(map(type, cells)) <= _TEXT_KINDS:
             return [[text] if text and not text.isspace() else [] for text in cells]
-        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
-        _require_text(itertools.chain.from_iterable(lists), column, batch.file)
-        return [list(dict.fromkeys(text for text in texts if text and not text.isspace())) for texts in lists]
+        return [
+            _distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
+            for row, cell in zip(rows, cells, strict=True)
+        ]
 
     def _merge(self, grouping: Grouping) -> dict[int, _Merged]:
         """Gather, under its first row's number, what the rows of a repeated uid say."""
@@ -177,11 +204,12 @@ class Pairs:
             rows = (grouping.members[first:last] - batch.start).tolist()
             heads, captions = grouping.heads[first:last].tolist(), self._captions(batch, rows)
             for row, head, texts in zip(rows, heads, captions, strict=True):
-                url = batch.columns[self.source.url_column][row]
+                url = batch.rows.columns[self.source.url_column][row]
                 entry = merged.setdefault(head, _Merged(url=url))
                 if entry.url != url:
                     raise CapfiltError(
-                        f"{batch.file}: two URLs share one {self.source.uid_column}: {entry.url} and {url}"
+                        f"{batch.place(row)}: two URLs share one {self.source.uid_column}: "
+                        f"{shown(entry.url)} and {shown(url)}"
                     )
                 entry.rows += 1
                 entry.captions.update(dict.fromkeys(texts))
@@ -192,7 +220,7 @@ class Pairs:
         columns: dict[str, list[Any]] = {
             "uid": uids,
             "source": [self.source.name] * len(rows),
-            "url": [batch.columns[self.source.url_column][row] for row in rows],
+            "url": [batch.rows.columns[self.source.url_column][row] for row in rows],
             "captions": [
                 texts if entry is None else list(entry.captions)
                 for texts, entry in zip(self._captions(batch, rows), entries, strict=True)
@@ -201,26 +229,63 @@ class Pairs:
             "extra": [self._extra(batch, row) for row in rows],
         }
         if self.adopts:
-            columns["key"] = [batch.columns[_KEY][row] for row in rows]
+            columns["key"] = [batch.rows.columns[_KEY][row] for row in rows]
         return pa.table({name: pa.array(cells, URLS.field(name).type) for name, cells in columns.items()})
 
     def _extra(self, batch: _Batch, row: int) -> str | None:
         if not self.source.extra_columns:
             return None
-        values = {name: batch.columns[name][row] for name in self.source.extra_columns}
-        return json.dumps(_without_nan(values), ensure_ascii=False, default=str)
+        values = {name: batch.rows.columns[name][row] for name in self.source.extra_columns}
+        return json.dumps(_finite(values), ensure_ascii=False, default=str)
 
 
-def _require_text(cells: Iterable[Any], column: str, file: str) -> None:
-    """Refuse a column whose cells are neither text nor missing."""
-    if strange := set(map(type, cells)) - {str, type(None)}:
-        names = ", ".join(sorted(kind.__name__ for kind in strange))
-        raise CapfiltError(f"{file}: {column} holds {names} where text is expected")
+def _texts(rows: Rows, column: str, file: str) -> list[str | None]:
+    """Return a column's cells as texts, or None where they are missing."""
+    cells = rows.columns[column]
+    if set(map(type, cells)) <= _TEXT_KINDS:
+        return cells
+    return [
+        cell if type(cell) in _TEXT_KINDS else _text(cell, f"{file}: {rows.place(row)}: {column}")
+        for row, cell in enumerate(cells)
+    ]
 
 
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinities, which JSON does not have, by null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def _text(cell: Any, place: str, *, numbers: bool = False) -> str | None:
+    """Return a cell's text, None where it is missing (NaN too: pandas writes it); refuse any other value."""
+    match cell:
+        case None | str():
+            return cell
+        case bytes():
+            try:
+                return cell.decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(place, error) from error
+        case float() if not math.isfinite(cell):
+            return None
+        case int() | float() if numbers and not isinstance(cell, bool):
+            return str(cell)
+        case _:
+            raise CapfiltError(f"{place} is {shown(cell)} ({type(cell).__name__}) where text is expected")
+
+
+def _distinct_texts(cell: Any, unit: Unit, place: str) -> list[str]:
+    """Return the distinct texts of a caption's cell in order: a text, a list of texts, or nothing.
+
+    JSON has no type for a column, so that a caption of digits alone may have become a number there; a Parquet
+    column of numbers is the wrong column.
+    """
+    cells = cell if isinstance(cell, list) else [cell]
+    texts = (_text(each, place, numbers=unit != "row") for each in cells)
+    return list(dict.fromkeys(text for text in texts if text and not text.isspace()))
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by None, however deep they are."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case list():
+            return [_finite(part) for part in value]
+        case dict():
+            return {name: _finite(part) for name, part in value.items()}
+    return value

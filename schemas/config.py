@@ -50,8 +50,8 @@ class SourceConfig(Section):
         "web", description="web: captioned, its text one candidate more; human: its captions are kept"
     )
     input: tuple[str, ...] = Field(min_length=1, description="files or globs, local or remote; or one folder")
-    format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "img2dataset"] = Field(
-        "auto", description="auto: by the file's name, .gz or not; img2dataset: folders of its shards"
+    format: Literal["auto", "parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt", "img2dataset"] = Field(
+        "auto", description="auto: by the file's name; txt: a URL a line; img2dataset: folders of its shards"
     )
     url_column: str = Field("url", min_length=1, description="rows without a URL are counted and left out")
     caption_column: str | None = Field(

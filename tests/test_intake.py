@@ -181,11 +181,11 @@ def test_own_identity(folder: Path) -> None:
     ("table", "source", "complaint"),
     [
         ({"url": ["http://a/1"], "text": ["x"]}, "", r"a\.parquet: no column 'caption' \(it has url, text\)"),
-        ({"url": [1], "caption": ["x"]}, "", r"a\.parquet: url holds int where text is expected"),
+        ({"url": [1], "caption": ["x"]}, "", r"a\.parquet: row 1: url is 1 \(int\) where text is expected"),
         (
             {"url": ["http://a/1"], "caption": [1.5]},
             "",
-            r"a\.parquet: caption holds float where text is expected",
+            r"a\.parquet: row 1: caption is 1\.5 \(float\) where text is expected",
         ),
         (
             {"url": [None, ""], "caption": ["x", "y"]},
