@@ -25,6 +25,16 @@ CASES = {
     "half a pair \ud83d": "half a pair",
     "一只红色的狗": "一只红色的狗",
     "<p></p>": "",
+    "<PERSON> and <PERSON><PERSON>'s hat": "person and person person's hat",
+    "portrait of &lt;PERSON&gt;": "portrait of person",
+    "by<PERSON>today": "by person today",
+    "<Untitled> by <Name of artist>, <Spider-Man>": "Untitled by Name of artist, Spider-Man",
+    "<BR>a<IMG SRC=a.png>dog<hr />": "a dog",
+    "<p class='x'>a dog</p><o:p></o:p>": "a dog",
+    "<my-tag>a dog</my-tag> <custom x=1>": "a dog",
+    "<?xml version='1.0'?><!DOCTYPE html>a dog": "a dog",
+    "write to <someone@a.example>": "write to someone@a.example",
+    "a <!-- b <!-- c --> d": "a <!-- b d",
     "\u200b": "",
     "": "",
 }
@@ -65,6 +75,11 @@ def test_duplicates_point_at_the_first_of_their_kind(texts: list[str]) -> None:
     for index, (text, mark) in enumerate(zip(texts, marks, strict=True)):
         first = kinds.index(kinds[index])
         assert mark == (None if not text or first == index else first)
+
+
+@pytest.mark.parametrize("piece", ["<!--", "<a", "<PERSON>", "e\u0301\u0323", "&amp;", "</x"])
+def test_a_text_without_an_end_is_cut(piece: str) -> None:
+    assert len(clean_caption(piece * 1_000_000)) <= 30_000
 
 
 def test_words() -> None:
