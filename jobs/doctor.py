@@ -1,5 +1,6 @@
 """Is this machine fit for the job? Each check says what it found and, where it is not well, what mends it."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -30,6 +31,12 @@ _LIBRARIES = (
     "pyarrow",
     "duckdb",
 )
+# What workers import, and what mends it.
+_IMPORTED = (
+    ("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together"),
+    ("img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"),
+    ("ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,26 +49,32 @@ class Check:
     mend: str = ""
 
 
-def examine(corpus: str | None, config: CapfiltConfig | None) -> Iterator[Check]:
-    """Yield the checks one by one, quick ones first: machine, libraries, corpus, weights."""
+def examine(
+    corpus: str | None, config: CapfiltConfig | None, begin: Callable[[str], None] = lambda text: None
+) -> Iterator[Check]:
+    """Yield the checks one by one, quick ones first: machine, storage, weights, and what has to be imported.
+
+    Args:
+        begin: told what is about to be checked, where that takes seconds.
+    """
     yield _python()
     yield from _versions()
     yield _dataclasses()
-    yield _imports("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together")
-    yield _imports(
-        "img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"
-    )
-    yield _imports("ray", "pip install -c constraints.txt 'ray[default,data,train]'")
+    yield _scratch()
+    root = config.corpus.path if config else corpus
+    if root:
+        yield check_storage(root)
+    for modules, mend in _IMPORTED:
+        begin(f"importing {modules}, which can take a minute")
+        yield _imports(modules, mend)
+    begin("asking PyTorch for GPUs")
     asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
     found = _gpus()
     yield _gpu(found, asked)
     if found:
         yield check_compiler(asked)
-    yield _scratch()
-    root = config.corpus.path if config else corpus
-    if root:
-        yield check_storage(root)
     if config:
+        begin("reading the weights that the config names")
         yield from _weights(config)
 
 
@@ -206,12 +219,18 @@ def _storage(root: str) -> Check:
     from pipeline.storage import Storage
 
     storage = Storage(root)
+    storage.require_place("corpus.path")
     path = f".doctor-{uuid.uuid4().hex}"
+    folder = Path(storage.base)
+    made = [place for place in (folder, *folder.parents) if storage.is_local and not place.exists()]
     try:
         first, second = storage.create(path, b"first"), storage.create(path, b"second")
         kept = storage.read(path)
     finally:
         storage.delete(path)
+        with contextlib.suppress(OSError):  # not empty: a run has begun meanwhile
+            for place in made:
+                place.rmdir()
     if (first, second, kept) == (True, False, b"first"):
         return Check(name="storage", state="ok", found=f"{storage.root}: writable, create-if-absent works")
     mend = "this store does not honour If-None-Match: two workers could commit one shard; use another"

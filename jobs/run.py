@@ -129,6 +129,7 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     """
     records = Records(Storage(config.corpus.path))
     records.storage.require_conditional_puts()
+    records.storage.require_place("corpus.path")
     started = RunRecord(
         run_id=new_run_id(),
         command=options.command,

@@ -22,6 +22,7 @@ from typing import Any
 from jobs.environment import WORKER_ENVIRONMENT, send_token_if_there_is_one
 from pipeline.configfile import dump_config, load_config
 from pipeline.fingerprint import digest_json
+from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -53,6 +54,8 @@ def submit_job(
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
     kind = PretrainConfig if arguments[0] == "pretrain" else CapfiltConfig
     config = load_config(config_path, overrides, kind)
+    if isinstance(config, CapfiltConfig):
+        Storage(config.corpus.path).require_place("corpus.path")
     client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
     job_id, attached = _start(client, config, list(arguments))
     print(f"{'attached to' if attached else 'submitted'} {job_id}", file=sys.stderr)

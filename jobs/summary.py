@@ -63,6 +63,7 @@ def print_result(result: RunResult, console: Console) -> None:
 def plan_corpus(config: CapfiltConfig, stages: tuple[Stage, ...] = STAGES) -> dict[str, Any]:
     """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing."""
     records = Records(Storage(config.corpus.path))
+    records.storage.require_place("corpus.path")
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))

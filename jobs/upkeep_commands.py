@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -134,7 +135,11 @@ def doctor(
 
         loaded = load_config(config)
     checks = []
-    for check in examine(corpus, loaded):
+
+    def begin(text: str) -> None:
+        print(f"...   {text}", file=sys.stderr, flush=True)
+
+    for check in examine(corpus, loaded, begin):
         checks.append(check)
         if not json_:
             mend = f"\n      {check.mend}" if check.mend else ""

@@ -24,6 +24,12 @@ from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 
+# What a config describes, its sections, and the command that takes it.
+_KINDS: dict[type[BaseModel], tuple[str, str, str]] = {
+    CapfiltConfig: ("a corpus", "[corpus] and [[source]]", "capfilt run"),
+    PretrainConfig: ("a training run", "[run], [data] and [optim]", "capfilt pretrain"),
+}
+
 C = TypeVar("C", CapfiltConfig, PretrainConfig)
 
 _TOML_PLACE = re.compile(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", re.DOTALL)
@@ -45,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] =
     except FileNotFoundError:
         raise CapfiltError(f"{path}: no such config file{_nearest_file(path)}") from None
     except UnicodeDecodeError as error:
-        raise CapfiltError(f"{path}: not a TOML file: not UTF-8 at byte {error.start}") from None
+        raise CapfiltError(f"{path}: not a TOML file: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise CapfiltError(f"{path}: cannot be read: {error.strerror}; a config is one TOML file") from None
     return parse_config(text, str(path), overrides, path.parent, kind)
@@ -66,6 +72,10 @@ def parse_config(
         raise CapfiltError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
     except tomllib.TOMLDecodeError as error:
         raise CapfiltError(_syntax_message(str(error), origin)) from None
+    if not values and not overrides:
+        what, sections, _ = _KINDS[kind]
+        raise CapfiltError(f"{origin}: the file is empty; the config of {what} has {sections}")
+    _refuse_other_kind(values, origin, kind)
     places = Origin(name=origin, lines={} if is_json else key_lines(text), kind=kind)
     errors = [message for override in overrides if (message := _apply(override, values, places))]
     errors += _secrets(values, places)
@@ -79,6 +89,19 @@ def parse_config(
         raise CapfiltError("\n".join(errors))
     resolve = _resolve_training_paths if kind is PretrainConfig else _resolve_paths
     return resolve(config, places, Path(base_folder))
+
+
+def _refuse_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:
+    """Raise CapfiltError that names the command, where every section is of the other kind of config."""
+    (other,) = _KINDS.keys() - {kind}
+    own, others = (set(tree.model_fields) - {"cluster"} for tree in (kind, other))
+    if values.keys() & others and not values.keys() & own:
+        found, _, command = _KINDS[other]
+        wanted, sections, _ = _KINDS[kind]
+        raise CapfiltError(
+            f"{origin}: this is the config of {found}, for {command}; this command takes the config of {wanted}, "
+            f"which has {sections}"
+        )
 
 
 def dump_config(config: BaseModel) -> dict[str, Any]:

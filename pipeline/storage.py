@@ -34,6 +34,9 @@ _ERRNO_HINTS = {
     errno.EROFS: "name a folder that may be written",
     errno.EACCES: "give this user the right to, or name another place",
     errno.EPERM: "give this user the right to, or name another place",
+    errno.ENOTDIR: "a file stands where a folder is expected; name a folder",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "a link leads back to itself; name a folder",
 }
 
 
@@ -74,6 +77,31 @@ class Storage:
             raise CapfiltError(
                 f"corpus.path {self.root!r}: commits need create-if-absent, which is known to hold on local disk, S3 "
                 "and GCS alone; use a folder, s3:// or gs://"
+            )
+
+    def require_place(self, key: str) -> None:
+        """Raise CapfiltError where the root can be no folder: a file, or a dangling link, stands there or above it.
+
+        A folder that is not there yet is fine if it can be made. Changes nothing.
+        """
+        if not self.is_local:
+            if self.fs.isfile(self.base) and not self.fs.isdir(self.base):
+                raise CapfiltError(f"{key} {self.root!r} is an object; name a prefix")
+            return
+        root = Path(self.base)
+        place = next(path for path in (root, *root.parents) if path.is_symlink() or path.exists())
+        above = "" if place == root else f": {place} above it"
+        if not place.exists():
+            raise CapfiltError(
+                f"{key} {self.root!r}{above} is a link to {place.readlink()}, which is not there; make that folder, or "
+                "name another one"
+            )
+        if not place.is_dir():
+            raise CapfiltError(f"{key} {self.root!r}{above} is a file; name a folder, or one that can be made")
+        if place != root and not os.access(place, os.W_OK | os.X_OK):
+            raise CapfiltError(
+                f"{key} {self.root!r} is not there, and nothing can be made in {place}: permission denied; name a "
+                "folder that may be written"
             )
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
@@ -245,7 +273,10 @@ def _is_absolute(path: str) -> bool:
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """Yield a temporary name in the target's folder (same filesystem, so that renaming is atomic)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError) as error:
+        raise CapfiltError(f"{target.parent}: no folder can be made there ({error.strerror}); name another") from error
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary

@@ -48,6 +48,10 @@ def test_every_command_is_there_and_documented() -> None:
             r"--address http://127\.0\.0\.1:9",
         ),
         (["submit", "-c", "{good}", "--", "demo"], r"must be one of run, crawl"),
+        (["plan", "-c", "{good}", "--set", "corpus.path={good}"], r"corpus\.path '.*good\.toml' is a file"),
+        (["run", "-c", "{good}", "--set", "corpus.path={good}/x"], r"corpus\.path .* above it is a file"),
+        (["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "run"], r"corpus\.path .* is a file"),
+        (["pretrain", "-c", "{good}"], r"is the config of a corpus, for capfilt run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -10,6 +10,7 @@ from pipeline.configfile import config_digest, dump_config, load_config, parse_c
 from pipeline.tomllines import key_lines
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
 
 MINIMAL = """\
 [corpus]
@@ -35,6 +36,26 @@ def test_minimal_file_has_the_defaults(tmp_path: Path) -> None:
     assert config.select.top_k == 2
     assert config == load_config(str(file))
     assert CapfiltConfig.model_validate(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "complaint"),
+    [
+        (
+            "[run]\nstage = 1\n[optim]\nsteps = 3\n[cluster]\ngpus = 8",
+            CapfiltConfig,
+            "this is the config of a training run, for capfilt pretrain; this command takes the config of a corpus",
+        ),
+        (MINIMAL, PretrainConfig, "this is the config of a corpus, for capfilt run; this command takes the"),
+        ("[select]\nbest = 2", PretrainConfig, "this is the config of a corpus, for capfilt run"),
+        ("", CapfiltConfig, "the file is empty; the config of a corpus has [corpus] and [[source]]"),
+        ("# nothing yet\n", PretrainConfig, "the file is empty; the config of a training run has [run]"),
+    ],
+)
+def test_a_config_of_another_command_is_one_line(text: str, kind: type, complaint: str) -> None:
+    with pytest.raises(CapfiltError) as error:
+        parse_config(text, "x.toml", kind=kind)
+    assert str(error.value).startswith(f"x.toml: {complaint}") and len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,37 @@ def test_storage_without_conditional_puts_is_refused() -> None:
 def test_unknown_protocol_is_the_users_error() -> None:
     with pytest.raises(CapfiltError, match="'nosuch://bucket' cannot be opened: .*; name a folder"):
         Storage("nosuch://bucket")
+
+
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [
+        ("file", "'{root}/file' is a file; name a folder"),
+        ("file/below/deeper", "{root}/file above it is a file"),
+        ("link", "is a link to /nowhere/at/all, which is not there"),
+        ("link/below", "{root}/link above it is a link to"),
+    ],
+)
+def test_a_root_that_can_be_no_folder_is_refused(place: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    with pytest.raises(CapfiltError, match=re.escape(complaint.format(root=tmp_path))):
+        Storage(str(tmp_path / place)).require_place("corpus.path")
+
+
+def test_a_root_that_is_there_or_can_be_made_is_fine(tmp_path: Path, s3_root: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for place in ("folder", "link", "folder/new/newer", "link/new"):
+        Storage(str(tmp_path / place)).require_place("corpus.path")
+    Storage(s3_root).require_place("corpus.path")
+    Storage(s3_root).write("object", b"x")
+    Storage(s3_root).require_place("corpus.path")
+    with pytest.raises(CapfiltError, match="is an object; name a prefix"):
+        Storage(f"{s3_root}/object").require_place("corpus.path")
+    assert not (tmp_path / "folder" / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line() -> None:
+    with pytest.raises(CapfiltError, match="/proc/capfilt: no folder can be made there"):
+        Storage("/proc/capfilt").write("file", b"")
