@@ -9,13 +9,15 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 # One row group of a big shard; 100-row groups (img2dataset's) read 20 times slower per row in DuckDB.
 _ROW_GROUP = 122_880
+
+_CHUNK = 2**20
 
 # The members of a raw shard that are the image; img2dataset writes one of them a sample.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -82,6 +84,43 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, members
 
 
+class PlainFiles:
+    """The plain files of a tar on disk, in order. Links, devices, folders and sparse files are passed over.
+
+    Iterating raises tarfile.ReadError, whatever a false header made tarfile say. After it, ``end`` is the byte behind
+    the last member: tarfile stops without an error at a header that is damaged, or where a tar was cut.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.end = 0
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        """Yield each file's header."""
+        last = -1
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                for info in tar:
+                    # A negative size leads tarfile back to where it was, for ever.
+                    if info.size < 0 or info.offset_data <= last:
+                        raise tarfile.ReadError("a member's size is false")
+                    last, self.end = info.offset_data, tar.offset
+                    if info.isfile() and not info.issparse():
+                        yield info
+        except (ValueError, OverflowError, IndexError, KeyError, RecursionError, EOFError) as error:
+            raise tarfile.ReadError(f"a false header: {type(error).__name__}") from error
+
+    def what_follows(self) -> Literal["end", "nothing", "damage", "more"]:
+        """Tell what stands behind the last member: the mark of the end alone, or what should not be so."""
+        with self.path.open("rb") as file:
+            file.seek(self.end)
+            block = file.read(tarfile.BLOCKSIZE)
+            if not block.strip(b"\0"):
+                rest = iter(lambda: file.read(_CHUNK), b"")
+                return ("more" if any(chunk.strip(b"\0") for chunk in rest) else "end") if block else "nothing"
+        return "damage"
+
+
 def image_members(path: Path) -> Iterator[ImageMember]:
     """Yield the place of every image in a tar, in order; a key may come twice. Raises tarfile.ReadError.
 
@@ -89,11 +128,10 @@ def image_members(path: Path) -> Iterator[ImageMember]:
     """
     if path.stat().st_size == 0:
         return
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            key, _, extension = info.name.rpartition("/")[2].partition(".")
-            if info.isfile() and extension.lower() in IMAGE_EXTENSIONS:
-                yield ImageMember(key, extension.lower(), info.offset_data, info.size)
+    for info in PlainFiles(path):
+        key, _, extension = info.name.rpartition("/")[2].partition(".")
+        if extension.lower() in IMAGE_EXTENSIONS:
+            yield ImageMember(key, extension.lower(), info.offset_data, info.size)
 
 
 def write_parquet(path: Path, table: pa.Table, schema: pa.Schema) -> int:

@@ -8,6 +8,7 @@ records commit.
 
 import json
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,7 @@ class _ShardCheck:
             self.differ(file.path, "missing")
         except CorruptShardError as error:
             self.differ(file.path, str(error))
-        except (OSError, pa.ArrowInvalid, EOFError) as error:  # tarfile's errors are OSErrors
+        except (OSError, pa.ArrowInvalid, EOFError, tarfile.TarError) as error:
             self.differ(file.path, f"cannot be read: {str(error).splitlines()[0]}")
         return None
 

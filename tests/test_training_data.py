@@ -421,7 +421,7 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
         take_snapshot(config_of(crawled.root).data)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(CapfiltError, match=r"x\.tar is no readable tar"):
+    with pytest.raises(CapfiltError, match=r"x\.tar is not a readable tar"):
         take_snapshot(config_of(tmp_path / "broken").data)
 
 
