@@ -45,6 +45,15 @@ Source = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done and what it costs; do nothing.")
 ]
+Retry = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--retry",
+        help="Queue again what ended so, instead of reading the lists: transient, statuses or reasons "
+        "(refused,http_4xx). A wrong word lists them.",
+        metavar="WHICH",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -99,7 +108,7 @@ def _run(
 
     chosen = RunOptions(quiet=as_json, **options)
     if dry_run:
-        planned = plan_corpus(loaded, chosen.stages)
+        planned = plan_corpus(loaded, chosen.stages, chosen.retry)
         print(json.dumps(planned)) if as_json else print_plan(planned)
         return
     console = Console(stderr=as_json, soft_wrap=True)
@@ -124,41 +133,38 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
         _run(config, set_, source, dry_run, json_, **chosen)
 
-    app.command(name, help=text, rich_help_panel=BUILD)(command)
+    def crawling_command(
+        config: Config,
+        set_: Set = None,
+        source: Source = None,
+        retry: Retry = None,
+        recompute: Recompute = False,
+        limit: Limit = None,
+        dry_run: DryRun = False,
+        json_: Json = False,
+    ) -> None:
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        _run(config, set_, source, dry_run, json_, retry=_retry_words(retry), **chosen)
+
+    shown = crawling_command if "crawl" in stages else command
+    app.command(name, help=text, rich_help_panel=BUILD)(shown)
+
+
+def _retry_words(given: list[str] | None) -> str | None:
+    """Return all that --retry names, checked."""
+    from pipeline.retries import retried_reasons
+
+    if not given:
+        return None
+    words = ",".join(given)
+    retried_reasons(words)
+    return words
 
 
 _stage_command(
     "run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
 )
-
-
-@app.command(rich_help_panel=BUILD)
-def crawl(
-    config: Config,
-    set_: Set = None,
-    source: Source = None,
-    retry: Annotated[
-        str | None,
-        typer.Option("--retry", help='"transient": queue again what may succeed now.', metavar="WHICH"),
-    ] = None,
-    recompute: Recompute = False,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    json_: Json = False,
-) -> None:
-    """Fetch the images of the lists into raw shards."""
-    if retry not in (None, "transient"):
-        raise CapfiltError(f'--retry {retry!r}: only "transient" failures can be queued again')
-    chosen = {
-        "command": "crawl",
-        "stages": ("crawl",),
-        "retry": retry,
-        "recompute": recompute,
-        "limit": limit,
-    }
-    _run(config, set_, source, dry_run, json_, **chosen)
-
-
+_stage_command("crawl", ("crawl",), "Fetch the images of the lists into raw shards.")
 _stage_command("caption", ("caption",), "Write the synthetic captions of every crawled image.")
 _stage_command("rank", ("rank",), "Score every candidate caption with CLIP.")
 _stage_command("select", ("select",), "Keep the best captions and write the curated shards. Needs no GPU.")

@@ -23,6 +23,7 @@ from pipeline.intake import queue_retries, read_lists
 from pipeline.manifest import Manifest
 from pipeline.plan import ModelDigests, Survey, survey
 from pipeline.records import Records, now
+from pipeline.retries import retried_reasons
 from pipeline.storage import Storage
 from pipeline.urlshards import url_shards
 from pipeline.weights import Weights, captioner_weights, ranker_weights
@@ -44,7 +45,8 @@ class RunOptions:
     command: str = "run"
     stages: tuple[Stage, ...] = STAGES
     recompute: bool = False
-    retry: Literal["transient"] | None = None
+    # Words of pipeline.retries: what ended so is queued again, instead of reading the lists.
+    retry: str | None = None
     limit: int | None = None
     quiet: bool = False
 
@@ -241,7 +243,7 @@ def _take_in_lists(
 ) -> bool:
     """Read the lists, or queue the retries; return whether that made new url shards."""
     if options.retry is not None:
-        taken = queue_retries(config, records, started.run_id)
+        taken = queue_retries(config, records, started.run_id, retried_reasons(options.retry))
     else:
         taken = read_lists(config, records, started.run_id)
     new = [intake for intake in taken if intake.record is not None]
@@ -250,6 +252,8 @@ def _take_in_lists(
     if not options.quiet:
         for intake in new:
             console.print(escape(str(intake)), highlight=False)
+        if options.retry is not None and not new:
+            console.print(f"--retry {options.retry}: no URL whose last try ended so", highlight=False)
     return bool(new)
 
 

@@ -8,8 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.run import RunResult, digests_of, model_weights, survey_corpus
-from pipeline.intake import unread_rows
+from pipeline.intake import count_retries, unread_rows
 from pipeline.records import Records
+from pipeline.retries import retried_reasons
 from pipeline.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.names import printable
@@ -60,19 +61,26 @@ def print_result(result: RunResult, console: Console) -> None:
         )
 
 
-def plan_corpus(config: CapfiltConfig, stages: tuple[Stage, ...] = STAGES) -> dict[str, Any]:
-    """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing."""
+def plan_corpus(
+    config: CapfiltConfig, stages: tuple[Stage, ...] = STAGES, retry: str | None = None
+) -> dict[str, Any]:
+    """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing.
+
+    Args:
+        retry: words of pipeline.retries; the URLs that a run with them would queue again are counted.
+    """
     records = Records(Storage(config.corpus.path))
     records.storage.require_place("corpus.path")
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
-    rows = unread_rows(config, records) if "crawl" in stages else {}
+    rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
     survey = survey_corpus(config, records, models, stages, rows)[0]
     return {
         "stages": [asdict(count) for count in survey.counts],
         "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
         "unread_rows": rows,
+        "retries": {} if retry is None else count_retries(config, records, retried_reasons(retry)),
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),
         "bytes": sum(count.bytes_left for count in survey.counts),
@@ -112,6 +120,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print(
             f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False
         )
+    for source, urls in plan["retries"].items():
+        console.print(f"{source}: {urls:,} URLs to be tried again, not counted above", highlight=False)
     estimated = {row["stage"] for row in plan["stages"] if row["basis"] == "estimate" and row["images_left"]}
     for stage in plan["without_gpu"]:
         if stage in estimated:

@@ -4,6 +4,7 @@ The address that is checked is the address that is connected to, so that a name 
 second time (DNS rebinding) gains nothing.
 """
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -141,7 +142,7 @@ class Resolver:
     """
 
     def __init__(self, allow_hosts: Collection[str] = (), lookups_at_once: int = 320) -> None:
-        self._allowed = {entry.lower() for entry in allow_hosts}
+        self._allowed = {_allowed_site(entry) for entry in allow_hosts}
         self._lookups = Lookups(lookups_at_once)
 
     def lookup(self, url: WebUrl) -> Lookup:
@@ -162,8 +163,24 @@ class Resolver:
             raise FetchError("dns", str(error), again=lookup.worth_another) from error
         except (UnicodeError, OSError) as error:
             raise FetchError("bad_url", f"host {url.host!r}: {error}") from error
-        if f"{url.host}:{url.port}" not in self._allowed:
+        if _site(url) not in self._allowed:
             for _, address in addresses:
                 if is_forbidden(address[0]):
-                    raise FetchError("forbidden_address", f"{url.host} is {address[0]}")
+                    raise FetchError(
+                        "forbidden_address",
+                        f'{url.host} is {address[0]}; crawl.allow_hosts = ["{_site(url)}"] would exempt it',
+                    )
         return addresses
+
+
+def _site(url: WebUrl) -> str:
+    return f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
+
+
+def _allowed_site(entry: str) -> str:
+    """Return an entry of crawl.allow_hosts in the form of ``_site``; an IPv6 address may lack its brackets."""
+    host, _, port = entry.lower().rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    with contextlib.suppress(FetchError):
+        host = _encode_host(host)
+    return f"[{host}]:{int(port)}" if ":" in host else f"{host}:{int(port)}"

@@ -69,7 +69,7 @@ class _BoundedLines(io.BufferedReader):
         if self.lines_left is not None:
             self.lines_left -= len(line)
             if self.lines_left < 0:
-                raise FetchError("header_too_large", "response headers", again=False)
+                raise FetchError("header_too_large", "over crawl.max_header_bytes", again=False)
         return line
 
     def read(self, size: int | None = -1) -> bytes:
@@ -145,7 +145,7 @@ def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int
     """
     declared = response.length
     if declared is not None and declared > max_bytes:
-        raise FetchError("body_too_large", f"Content-Length {declared}")
+        raise FetchError("body_too_large", f"Content-Length {declared}, over crawl.max_body_bytes")
     digest, received = hashlib.sha256(), 0
     for chunk in _body(response, max_bytes):
         received += len(chunk)

@@ -47,7 +47,7 @@ def bounded(chunks: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:
     for chunk in chunks:
         received += len(chunk)
         if received > max_bytes:
-            raise FetchError("body_too_large", f"over {max_bytes} bytes")
+            raise FetchError("body_too_large", f"over {max_bytes} bytes (crawl.max_body_bytes)")
         yield chunk
 
 

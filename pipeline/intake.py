@@ -8,7 +8,7 @@ Earlier batches are never changed: what a list has gained becomes further shards
 import itertools
 import operator
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,15 +20,13 @@ from pipeline.foreign import ForeignShard, find_foreign_shards
 from pipeline.lists import caption_files, count_rows, find_files
 from pipeline.pairs import Pairs
 from pipeline.records import Records, now
+from pipeline.retries import TRANSIENT
 from pipeline.storage import FileInfo, temporary_folder
 from pipeline.urlshards import UrlShardWriter, known_uids, next_number
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardRecord
-from schemas.statuses import REASONS
 from schemas.tables import URLS
-
-_TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,25 +210,48 @@ def _make_batch(
 # -- retries -------------------------------------------------------------------------------------------------
 
 
-def queue_retries(config: CapfiltConfig, records: Records, run_id: str) -> list[IntakeOutcome]:
-    """Queue, as further shards, the URLs whose latest try ended with a transient reason.
+def queue_retries(
+    config: CapfiltConfig, records: Records, run_id: str, reasons: Collection[str] = TRANSIENT
+) -> list[IntakeOutcome]:
+    """Queue, as further shards, the URLs whose latest try ended with one of the reasons.
 
     A URL that waits in a retry shard already is left alone, so that a second call, or a second driver, adds
     nothing.
     """
+    crawled = _crawled(config, records)
+    return [_queue_source(name, shards, config, records, run_id, reasons) for name, shards in crawled.items()]
+
+
+def count_retries(config: CapfiltConfig, records: Records, reasons: Collection[str]) -> dict[str, int]:
+    """Return, by source, how many URLs ``queue_retries`` would queue; changes nothing."""
+    crawled = _crawled(config, records)
+    rows = {
+        name: _failed_rows(shards, records.intakes(name), records, reasons)
+        for name, shards in crawled.items()
+    }
+    return {name: table.num_rows for name, table in rows.items()}
+
+
+def _crawled(config: CapfiltConfig, records: Records) -> dict[str, dict[str, ShardRecord]]:
+    """Return the crawled shards by source."""
     crawled: dict[str, dict[str, ShardRecord]] = {source.name: {} for source in config.source}
     for (_, name, shard), record in records.shards(["crawl"]).items():
         if name in crawled:
             crawled[name][shard] = record
-    return [_queue_source(name, shards, config, records, run_id) for name, shards in crawled.items()]
+    return crawled
 
 
 def _queue_source(
-    name: str, crawled: dict[str, ShardRecord], config: CapfiltConfig, records: Records, run_id: str
+    name: str,
+    crawled: dict[str, ShardRecord],
+    config: CapfiltConfig,
+    records: Records,
+    run_id: str,
+    reasons: Collection[str],
 ) -> IntakeOutcome:
     while True:
         earlier = records.intakes(name)
-        rows = _failed_rows(crawled, earlier, records)
+        rows = _failed_rows(crawled, earlier, records, reasons)
         if not rows.num_rows:
             return IntakeOutcome(source=name, record=None)
         attempt = uuid.uuid4().hex[:12]
@@ -265,7 +286,10 @@ def _queue_source(
 
 
 def _failed_rows(
-    crawled: dict[str, ShardRecord], earlier: Sequence[IntakeRecord], records: Records
+    crawled: dict[str, ShardRecord],
+    earlier: Sequence[IntakeRecord],
+    records: Records,
+    reasons: Collection[str],
 ) -> pa.Table:
     """Return the rows to try again: columns of URLS without shard and key, ``retry_of`` set."""
     retries = [batch.shards for batch in earlier if batch.kind == "retry"]
@@ -278,11 +302,11 @@ def _failed_rows(
         if shard not in crawled:
             waiting = _read(records, queued[shard].path, ["uid"])
             latest.update(dict.fromkeys(waiting["uid"].to_pylist(), ""))
-        elif shard in queued or _has_transient(crawled[shard]):
+        elif shard in queued or _counts_any(crawled[shard], reasons):
             table = _read(records, crawled[shard].outputs["parquet"].path, [*URLS.names, "reason"])
             if shard in queued:
                 latest.update(dict.fromkeys(table["uid"].to_pylist(), ""))
-            table = table.filter(pc.is_in(table["reason"], pa.array(sorted(_TRANSIENT))))
+            table = table.filter(pc.is_in(table["reason"], pa.array(sorted(reasons))))
             latest.update(dict.fromkeys(table["uid"].to_pylist(), shard))
             failed.append(table)
     rows = pa.concat_tables(failed) if failed else URLS.empty_table()
@@ -293,8 +317,8 @@ def _failed_rows(
     )
 
 
-def _has_transient(record: ShardRecord) -> bool:
-    return any(name.partition("/")[2] in _TRANSIENT for name in record.counts)
+def _counts_any(record: ShardRecord, reasons: Collection[str]) -> bool:
+    return any(name.partition("/")[2] in reasons for name in record.counts)
 
 
 def _read(records: Records, path: str, columns: list[str]) -> pa.Table:

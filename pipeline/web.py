@@ -138,7 +138,7 @@ class Web:
             if url in visited:
                 raise FetchError("redirect_loop", str(url))
             if len(visited) > config.max_redirects:
-                raise FetchError("too_many_redirects", str(url))
+                raise FetchError("too_many_redirects", f"over crawl.max_redirects ({config.max_redirects}): {url}")
             visited.add(url)
             site = f"{url.host}:{url.port}"
             self._health.check(site)

@@ -4,9 +4,11 @@
 a stage's section enters that stage's fingerprint (see pipeline/fingerprint.py).
 """
 
+import ipaddress
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -32,6 +34,35 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, defaults checked too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _host_and_port(entry: str) -> str:
+    """Refuse what names no host and port, and so could never match."""
+    host, _, port = entry.rpartition(":")
+    if _is_host(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65_536:
+        return entry
+    scheme, _, rest = entry.strip().rpartition("://")
+    place = rest.partition("/")[0].rpartition("@")[2]
+    host, _, port = (place, "", "") if _is_host(place) else place.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        port = "443" if scheme == "https" else "80"
+    host = f"[{host}]" if _is_ipv6(host) and not host.startswith("[") else host
+    form = f"{host}:{port}" if _is_host(host) else "example.org:443"
+    raise ValueError(f'"{entry}" is not a host with its port; write "{form}"')
+
+
+def _is_host(text: str) -> bool:
+    return _is_ipv6(text) or re.fullmatch(r"[\w.-]+", text) is not None
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text.removeprefix("[").removesuffix("]")).version == 6
+    except ValueError:
+        return False
+
+
+HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
 
 
 class CorpusConfig(Section):
@@ -102,7 +133,9 @@ class CrawlConfig(Section):
     rate_per_host: float = tuning(
         50.0, gt=0, description="requests per second to one host, over all workers: each takes an equal share"
     )
-    allow_hosts: tuple[str, ...] = tuning((), description='"host:port" entries exempt from the address check')
+    allow_hosts: tuple[HostAndPort, ...] = tuning(
+        (), description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address'
+    )
 
 
 class CaptionConfig(Section):

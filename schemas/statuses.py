@@ -1,7 +1,8 @@
 """How a sample can end: every status and every reason, declared once.
 
 A sample of the crawl ends with a status and, unless it is ``ok``, a reason; a reason belongs to exactly
-one status and says whether another try may succeed (``crawl --retry transient``).
+one status and says whether another try may succeed without a change (``--retry transient``). The others can be
+tried again by name once their cause is mended (``--retry forbidden_address``).
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ REASONS: dict[str, Reason] = {
     "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
     "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),
     "forbidden_address": _reason(
-        "refused", "the host is loopback, private, link-local, reserved or metadata"
+        "refused", "the host is loopback, private, link-local, reserved or metadata, and not of crawl.allow_hosts"
     ),
     "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
     "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),
