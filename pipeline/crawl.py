@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from pipeline.adopt import adopt_shard
 from pipeline.attempt import Attempt, Tally
 from pipeline.histograms import LENGTH_EDGES, histogram
-from pipeline.images import FORMATS, ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
+from pipeline.images import FORMATS, ImageError, check, decode_srgb, encode_bmp, probe
 from pipeline.records import Records
 from pipeline.shards import rows_to_table, write_parquet, write_tar
 from pipeline.texts import count_words
@@ -218,9 +218,9 @@ class ShardImages:
             min_size_px=config.min_size_px,
             max_aspect_ratio=config.max_aspect_ratio,
         )
-        if not is_plain_jpeg(data, header):
-            data = encode_bmp(decode_rgb(data, formats=FORMATS, max_pixels=config.max_pixels))
-        jpeg, width, height, *originals, error = self._resizer(io.BytesIO(data))
+        # Decoded here, and whole: OpenCV, which the Resizer decodes with, fills up with grey what a file lacks.
+        bmp = encode_bmp(decode_srgb(data, formats=FORMATS, max_pixels=config.max_pixels))
+        jpeg, width, height, *originals, error = self._resizer(io.BytesIO(bmp))
         if error is not None:
             raise ImageError("image_truncated", error)
         columns.update(width=width, height=height, image_bytes=len(jpeg))

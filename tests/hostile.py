@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from tests.profiles import rgb_profile
+
 OK = ("ok", None)
 
 
@@ -511,6 +513,8 @@ GOOD_IMAGES = {
     "/b%C3%BCcher/stra%C3%9Fe%201.jpg?gr%C3%B6%C3%9Fe=%C3%A4&b=%C3%A4": JPEG,
     "/100%25.jpg": JPEG,
     "/spaces.jpg": JPEG,
+    "/no-end.jpg": JPEG[:-2],
+    "/wide-gamut.jpg": encoded(Image.new("RGB", (96, 96), (189, 35, 35)), "JPEG", icc_profile=rgb_profile()),
 }
 BAD_IMAGES = {
     "/empty.jpg": ("empty_body", b""),
@@ -519,12 +523,15 @@ BAD_IMAGES = {
     "/gzip.jpg": ("not_an_image", b"\x1f\x8b\x08\0" + bytes(500)),
     "/drawing.svg": ("format_refused", SVG),
     "/scan.tiff": ("format_refused", encoded(picture(), "TIFF")),
+    "/packed.svgz": ("format_refused", gzip.compress(SVG)),
+    "/picture.tga": ("format_refused", encoded(picture(), "TGA")),
     "/icon.ico": ("format_refused", encoded(picture(), "ICO")),
     "/animated.gif": ("format_refused", animated("GIF")),
     "/animated.webp": ("format_refused", animated("WEBP")),
     "/animated.png": ("format_refused", animated("PNG")),
     "/many-scans.jpg": ("format_refused", many_scans_jpeg()),
     "/truncated.jpg": ("image_truncated", JPEG[: len(JPEG) // 2]),
+    "/half-with-an-end.jpg": ("image_truncated", JPEG[: len(JPEG) // 2] + b"\xff\xd9"),
     "/truncated-header.jpg": ("image_truncated", JPEG[:100]),
     "/truncated.png": ("image_truncated", rgb16_png()[:-60]),
     "/truncated.webp": ("image_truncated", encoded(picture(), "WEBP", lossless=True)[:-40]),

@@ -144,6 +144,16 @@ def test_stored_pixels_are_right(small_site_worker) -> None:
     assert [sample["format"] for sample in samples[-5:]] == ["PNG", "PNG", "WEBP", "GIF", "BMP"]
 
 
+def test_stored_colours_are_srgb(small_site_worker) -> None:
+    records, record = small_site_worker(["/wide-gamut.jpg", "/no-end.jpg"])
+    samples, images = samples_of(records, record), images_of(records, record)
+    with Image.open(io.BytesIO(images[samples[0]["key"]]["jpg"])) as image:
+        assert "icc_profile" not in image.info
+        assert np.abs(np.subtract(image.getpixel((48, 48)), (220, 30, 30))).max() <= 4
+    with Image.open(io.BytesIO(images[samples[1]["key"]]["jpg"])) as image:
+        assert_quarters(image, tolerance=16)
+
+
 def test_resizing_is_img2datasets(small_site_worker) -> None:
     paths = ["/plain.jpg", "/rotated6.jpg", "/rgba.png"]
     records, record = small_site_worker(paths, image_size_px=60)

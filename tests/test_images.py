@@ -1,5 +1,6 @@
 """Headers judged without decoding, and pixels right whatever the format."""
 
+import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline import images
 from pipeline.images import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
@@ -87,6 +89,75 @@ def test_every_orientation(orientation: int) -> None:
         assert_quarters(decode_rgb(data), tolerance=40)
 
 
+XMP_6 = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_that_of_exif_whatever_xmp_says(format_name: str) -> None:
+    def with_xmp(exif: Image.Exif | None) -> bytes:
+        options: dict[str, object] = {"exif": exif} if exif else {}
+        if format_name == "PNG":
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP_6.decode())
+            return encoded(stored, format_name, **options)
+        return encoded(stored, format_name, xmp=XMP_6, **options)
+
+    stored = picture()
+    assert (probe(with_xmp(None)).width, probe(with_xmp(None)).orientation) == (160, 1)
+    assert_quarters(decode_rgb(with_xmp(None)), tolerance=40)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    stored = picture().transpose(Image.Transpose.ROTATE_180)
+    assert probe(with_xmp(exif)).orientation == 3
+    assert_quarters(decode_rgb(with_xmp(exif)), tolerance=40)
+
+
+DTD = b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">'
+ENTITIES = b'<!DOCTYPE svg [\n<!ENTITY ns "http://www.w3.org/2000/svg">\n<!ENTITY gt "a > b">\n]>'
+TGA = encoded(picture(), "TGA")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (hostile.SVG, "SVG"),
+        (b'<?xml version="1.0"?>\n' + DTD + b"<svg/>", "SVG"),
+        (b'<?xml version="1.0"?><?xml-stylesheet href="a.css"?><!-- a -->' + ENTITIES + b"<svg/>", "SVG"),
+        (b"<!-- a --><svg:svg xmlns:svg='http://www.w3.org/2000/svg'/>", "SVG"),
+        (gzip.compress(b'<?xml version="1.0"?>' + DTD + b"<svg/>"), "SVG"),
+        (gzip.compress(hostile.SVG + bytes(1_000_000))[:-900], "SVG"),
+        (TGA, "TGA"),
+        (TGA[:-26], "TGA"),
+        (encoded(picture(), "TGA", compression="tga_rle")[:-26], "TGA"),
+        (encoded(picture().convert("L"), "TGA")[:-26], "TGA"),
+        (encoded(picture().quantize(8), "TGA"), "TGA"),
+        (encoded(picture(), "ICO"), "ICO"),
+        (encoded(picture(), "TIFF"), "TIFF"),
+    ],
+)
+def test_formats_are_refused_by_their_name(data: bytes, name: str) -> None:
+    with pytest.raises(ImageError) as raised:
+        probe(data)
+    assert (raised.value.reason, raised.value.detail) == ("format_refused", name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        hostile.HTML,
+        b"<!DOCTYPE html PUBLIC '-//W3C//DTD XHTML 1.0//EN'><html><svg/></html>",
+        gzip.compress(hostile.HTML),
+        b"\x1f\x8b\x08" + bytes(40),
+        b"<!---->" * 500,
+        b"<?a?>" * 500,
+        bytes(200),
+    ],
+)
+def test_what_is_not_an_image(data: bytes) -> None:
+    with pytest.raises(ImageError, match="not_an_image"):
+        probe(data)
+
+
 def test_transparency_lies_on_white() -> None:
     image = decode_rgb(hostile.rgba_png())
     assert image.getpixel((40, 30)) == (255, 0, 0)
@@ -158,8 +229,9 @@ def test_a_thumbnails_end_is_not_the_pictures() -> None:
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     whole = JPEG[:2] + segment + JPEG[2:]
     assert is_plain_jpeg(whole, probe(whole))
+    assert not is_plain_jpeg(whole[:-200], probe(whole[:-200]))
     with pytest.raises(ImageError, match="image_truncated"):
-        is_plain_jpeg(whole[:-200], probe(whole[:-200]))
+        decode_rgb(whole[:-200])
 
 
 def test_damage_is_never_an_exception_of_another_kind() -> None:

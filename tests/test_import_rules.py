@@ -41,6 +41,7 @@ HOMES = {
     ),
     "torchao": ("pipeline/fp8.py",),
     "PIL": (
+        "pipeline/colour.py",
         "pipeline/images.py", "pipeline/pixels.py", "jobs/demo/", "jobs/bench/pictures.py", "jobs/bench/toptwo.py",
     ),
     "cv2": ("pipeline/images.py",),

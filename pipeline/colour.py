@@ -1,0 +1,66 @@
+"""Colours as their ICC profile means them, converted to sRGB: the one space that stored images are in.
+
+Browsers show them so; the bytes of a wide-gamut image taken as sRGB are paler than what its caption speaks of.
+"""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+# Longer than any profile of a scanner or a press; a longer one is taken as none.
+MAX_PROFILE_BYTES = 4_000_000
+# A profile that moves no colour by more than this is sRGB itself, of which there are many versions.
+_SAME_LEVELS = 2
+_SPACES = {"RGB": ("RGB",), "RGBA": ("RGB",), "L": ("GRAY",), "CMYK": ("CMYK",)}
+# Of an image's own space; links, abstract and named profiles convert something else.
+_CLASSES = ("scnr", "mntr", "prtr", "spac")
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return an image of mode L, RGB, RGBA or CMYK in sRGB: RGB, or RGBA with the alpha it had.
+
+    The same image where there is no profile, or none that fits: a damaged one, or one of another colour space,
+    means sRGB, as in browsers.
+    """
+    if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode not in _SPACES:
+        return image
+    transform = _transform(profile, image.mode)
+    return image if transform is None else ImageCms.applyTransform(image, transform)
+
+
+# A few profiles are in nearly all images that have one; a printer's takes some megabytes.
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts to sRGB, or None where nothing is to be converted."""
+    to_mode = "RGBA" if mode == "RGBA" else "RGB"
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space.strip() not in _SPACES[mode]:
+            return None
+        if opened.profile.device_class not in _CLASSES:
+            return None
+        transform = ImageCms.buildTransform(opened, _srgb(), mode, to_mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    return None if _changes_nothing(transform, mode) else transform
+
+
+@lru_cache(maxsize=1)
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.createProfile("sRGB")
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Tell whether colours from the whole cube, or all greys, stay as they are."""
+    if mode == "CMYK":
+        return False
+    if mode == "L":
+        colours = np.arange(256, dtype=np.uint8)[None]
+    else:
+        levels = np.linspace(0, 255, 18).astype(np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(18, -1, 3)
+    image = Image.fromarray(colours)
+    converted = np.asarray(ImageCms.applyTransform(image.convert(mode), transform))[..., :3]
+    return bool(np.abs(converted.astype(int) - np.asarray(image.convert("RGB"))).max() <= _SAME_LEVELS)

@@ -1,0 +1,175 @@
+"""The structure of a JPEG file, read from its markers: its scans, where their data ends, and what is missing.
+
+Nothing is decoded here. Section numbers are those of ITU-T T.81.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+END_OF_IMAGE = b"\xff\xd9"
+# A JPEG of many empty scans costs minutes of decoding a megabyte; libjpeg-turbo's own tools stop at 500.
+MAX_SCANS = 500
+
+_SOI, _EOI, _SOS, _DRI, _TEM, _RST0, _RST7 = 0xD8, 0xD9, 0xDA, 0xDD, 0x01, 0xD0, 0xD7
+# Frame headers (B.2.2); C4, C8 and CC lie between them and are something else.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
+_ARITHMETIC = frozenset(range(0xC9, 0xD0))
+_COEFFICIENTS = 64
+
+
+class JpegError(ValueError):
+    """Say what a JPEG file lacks."""
+
+
+@dataclass(slots=True)
+class _Frame:
+    """The frame header; the components in its order."""
+
+    marker: int
+    width: int
+    height: int
+    identifiers: list[int]
+    sampling: list[tuple[int, int]]  # (horizontal, vertical)
+
+    def minimum_coded_units(self) -> int:
+        """Return how many MCUs a scan of all components has (A.2)."""
+        interleaved = len(self.sampling) > 1
+        across = 8 * max(h for h, _ in self.sampling) if interleaved else 8
+        down = 8 * max(v for _, v in self.sampling) if interleaved else 8
+        return -(-self.width // across) * -(-self.height // down)
+
+
+@dataclass(slots=True)
+class JpegScans:
+    """The scans of a JPEG.
+
+    Attributes:
+        count: how many there are; reading stops above ``MAX_SCANS``.
+        data_end: offset of the first byte behind the last scan's data.
+        has_end_marker: whether the file goes on to EOI.
+        is_one_scan: the first scan holds all components in full, so that libjpeg decodes it line by line.
+        is_arithmetic: coded arithmetically, not by Huffman.
+    """
+
+    count: int = 0
+    data_end: int = 0
+    has_end_marker: bool = False
+    is_one_scan: bool = False
+    is_arithmetic: bool = False
+    # For each component and coefficient, how many of its low bits are still to come; None: all of them.
+    _bits_to_come: list[list[int | None]] = field(default_factory=list)
+
+    def check_complete(self) -> None:
+        """Raise JpegError unless the scans hold every coefficient to its last bit (G.1.2).
+
+        A progressive JPEG that stops between two scans decodes without an error, but blurred.
+        """
+        if not self.count:
+            raise JpegError("a JPEG without a scan")
+        if any(bits != 0 for coefficients in self._bits_to_come for bits in coefficients):
+            raise JpegError(f"scans are missing behind the first {self.count}")
+
+    def add(self, frame: _Frame, header: bytes) -> None:
+        """Note a scan by its header (B.2.3)."""
+        self.count += 1
+        self._bits_to_come = self._bits_to_come or [[None] * _COEFFICIENTS for _ in frame.identifiers]
+        identifiers = header[1 : 1 + 2 * header[0] : 2]
+        first, last, approximation = header[1 + 2 * header[0] : 4 + 2 * header[0]]
+        if frame.marker not in _PROGRESSIVE:
+            first, last, approximation = 0, _COEFFICIENTS - 1, 0
+            self.is_one_scan |= self.count == 1 and len(identifiers) == len(frame.identifiers)
+        last = min(last, _COEFFICIENTS - 1)
+        for component in _components(frame.identifiers, identifiers):
+            self._bits_to_come[component][first : last + 1] = [approximation & 15] * (last + 1 - first)
+
+
+def read_scans(data: bytes) -> JpegScans:
+    """Read the markers of a JPEG to its end, or to where it stops.
+
+    Raises:
+        JpegError: a segment is damaged, or restart markers are missing or out of order.
+    """
+    scans, frame, restart_interval, position = JpegScans(), None, 0, 2
+    markers, restarts = _find_markers(data)
+    for offset in markers.tolist():
+        marker = data[offset + 1]
+        # Inside a segment lie markers of something else, such as a thumbnail.
+        if offset < position or marker in (_SOI, _TEM):
+            continue
+        if marker == _EOI:
+            scans.has_end_marker = True
+            break
+        position = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4])
+        segment = data[offset + 4 : position]
+        try:
+            if marker in _FRAMES:
+                frame = _read_frame(marker, segment)
+                scans.is_arithmetic = marker in _ARITHMETIC
+            elif marker == _DRI:
+                (restart_interval,) = struct.unpack(">H", segment)
+            elif marker == _SOS and frame is not None:
+                scans.add(frame, segment)
+        except (struct.error, ValueError, IndexError) as error:
+            raise JpegError(f"the segment {marker:#x} is damaged") from error
+        if marker == _SOS and frame is not None:
+            scans.data_end = _first_from(markers, position, len(data.rstrip(b"\xff")))
+            inside = restarts[np.searchsorted(restarts, position) : np.searchsorted(restarts, scans.data_end)]
+            _check_restarts([data[at + 1] - _RST0 for at in inside.tolist()], restart_interval, frame, scans)
+            if scans.count > MAX_SCANS:
+                break
+    return scans
+
+
+def _find_markers(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets of all markers but restarts, and those of restarts.
+
+    In entropy-coded data every 0xff is followed by a zero (B.1.1.5); 0xff before 0xff is a fill byte.
+    """
+    octets = np.frombuffer(data, np.uint8)
+    offsets = np.flatnonzero(octets[:-1] == 0xFF)
+    codes = octets[offsets + 1]
+    is_restart = (codes >= _RST0) & (codes <= _RST7)
+    return offsets[(codes != 0) & (codes != 0xFF) & ~is_restart], offsets[is_restart]
+
+
+def _first_from(offsets: np.ndarray, position: int, default: int) -> int:
+    index = np.searchsorted(offsets, position)
+    return int(offsets[index]) if index < len(offsets) else default
+
+
+def _read_frame(marker: int, segment: bytes) -> _Frame:
+    _, height, width, count = struct.unpack(">BHHB", segment[:6])
+    components = [struct.unpack(">BBB", segment[6 + 3 * index : 9 + 3 * index]) for index in range(count)]
+    return _Frame(
+        marker=marker,
+        width=width,
+        height=height,
+        identifiers=[identifier for identifier, _, _ in components],
+        sampling=[(factors >> 4 or 1, factors & 15 or 1) for _, factors, _ in components],
+    )
+
+
+def _components(frame: Sequence[int], scan: bytes) -> list[int]:
+    """Return which of the frame's components a scan has; some encoders call them all by one number."""
+    found: list[int] = []
+    for identifier in scan:
+        found += [i for i, known in enumerate(frame) if known == identifier and i not in found][:1]
+    return found
+
+
+def _check_restarts(numbers: Sequence[int], interval: int, frame: _Frame, scans: JpegScans) -> None:
+    """Raise JpegError unless a scan's restart markers count from 0 to 7 again and again, and none is missing (E.1.4).
+
+    libjpeg goes on silently where one is missing, and puts what follows into the wrong place or leaves it grey.
+    """
+    if numbers and not interval:
+        raise JpegError("a restart marker, and no restart interval")
+    if any(number != index % 8 for index, number in enumerate(numbers)):
+        raise JpegError("restart markers out of order")
+    expected = -(-frame.minimum_coded_units() // interval) - 1 if interval else 0
+    if scans.is_one_scan and scans.count == 1 and len(numbers) < expected:
+        raise JpegError(f"{len(numbers)} restart markers of {expected}")
