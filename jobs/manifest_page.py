@@ -11,21 +11,10 @@ import sys
 from pathlib import Path
 
 from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
-from schemas.tables import TABLES, column_doc
+from schemas.tables import TABLE_DOCS, TABLES, column_doc
 
 # Real output, kept beside the page so that `make docs` gives the same page on every machine.
 ANSWERS = Path(__file__).resolve().parent.parent / "docs" / "manifest_answers.json"
-
-TABLE_DOCS = {
-    "samples": "One row for every URL of every list, whatever became of it; of a retried URL, its last try.",
-    "candidates": "One row for each image and caption, synthetic, web or human, with score. All are kept.",
-    "curated": "One row for each image that training reads.",
-    "dropped": "One row for each image that was captioned and scored, and of whose captions none was kept.",
-    "shards": "One row for each shard and stage: the commits. Statistics are sums over these rows.",
-    "runs": "One row for each run.",
-    "models": "One row for each set of weights that a run used.",
-    "checkpoints": "One row for each checkpoint trained on this corpus.",
-}
 
 # What people ask, in the order they ask it.
 QUERIES: dict[str, str] = {

@@ -19,7 +19,7 @@ CorpusArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 WideOption = Annotated[
-    bool, typer.Option("--wide", help="Show every column and digest whole, however narrow the screen.")
+    bool, typer.Option("--wide", help="Show every column and every digest whole.")
 ]
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
 

@@ -8,12 +8,15 @@ mistyped name is told at once.
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from jobs.groups import LOOK
 from jobs.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
+from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -125,11 +128,16 @@ def shards(
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="SELECT", help="One SELECT, DESCRIBE, SUMMARIZE or EXPLAIN.", show_default=False
+            metavar="SELECT",
+            help="One SELECT, DESCRIBE, SUMMARIZE or EXPLAIN; from standard input if none is given.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("-f", "--file", help="Read the statement from a file.", metavar="FILE")
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Give up after so many seconds.", metavar="S")
     ] = 600,
@@ -143,10 +151,19 @@ def sql(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Ask the manifest in SQL, read-only. No file, no network, nothing but the corpus's tables."""
+    """Ask the manifest in SQL, read-only. No file, no network, nothing but the corpus's tables.
+
+    \b
+    capfilt sql demo-corpus "SHOW TABLES"
+    capfilt sql demo-corpus "DESCRIBE samples"
+    capfilt sql demo-corpus "SELECT status, count(*) FROM samples GROUP BY status"
+    capfilt sql demo-corpus "SELECT uid, caption FROM curated" --csv > captions.csv
+    capfilt sql demo-corpus --file question.sql --json
+    """
+    query = _statement(query, file)
+    found = open_manifest(corpus)
     from jobs.render import print_csv, print_table
 
-    found = open_manifest(corpus)
     if not (csv or json_):
         answer = found.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
         print_table(answer.dicts(), answer.columns, wide=wide)
@@ -158,6 +175,26 @@ def sql(
         _print_rows(stream.columns, rows) if json_ else print_csv(stream.columns, rows)
         if limit is not None and next(stream.rows, None) is not None:
             typer.echo(f"the first {limit} rows", err=True)
+
+
+def _statement(query: str | None, file: str | None) -> str:
+    """Return the SQL: as given, from a file, or from standard input."""
+    if query is not None and file is not None:
+        raise CapfiltError("a SELECT and --file: give one of them")
+    if query is not None:
+        return query
+    if file is None and sys.stdin.isatty():
+        raise CapfiltError("no statement: give one, such as 'SHOW TABLES', or --file FILE, or standard input")
+    try:
+        text = sys.stdin.buffer.read() if file in (None, "-") else Path(file).read_bytes()
+        query = text.decode("utf-8-sig")
+    except OSError as error:
+        raise CapfiltError(f"--file {file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CapfiltError(f"{file or 'standard input'}: not UTF-8 text at byte {error.start}") from error
+    if not query.strip():
+        raise CapfiltError(f"{file or 'standard input'}: no statement in it")
+    return query
 
 
 def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -44,7 +44,7 @@ def trace(
         ),
     ],
     who: Annotated[
-        str | None, typer.Argument(metavar="[UID-or-URL]", help="As the tables have it.", show_default=False)
+        str | None, typer.Argument(metavar="UID-or-URL", help="As the tables have it.", show_default=False)
     ] = None,
     wide: WideOption = False,
     json_: JsonOption = False,

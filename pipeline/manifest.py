@@ -25,6 +25,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from pipeline.describe import commented
 from pipeline.parts import Parts
 from pipeline.storage import Storage, first_line, temporary_folder
 from schemas.catalog import (
@@ -337,7 +338,7 @@ class Query:
             _require_read(self._connection, sql)
             timer.daemon = True
             timer.start()
-            result = self._connection.execute(sql)
+            result = self._connection.execute(commented(sql))
             # Most errors come with the first rows: before the caller has printed any.
             first = result.fetchmany(_BATCH_ROWS)
             rest = itertools.chain.from_iterable(iter(lambda: result.fetchmany(_BATCH_ROWS), []))
@@ -381,7 +382,8 @@ def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     if kind != duckdb.StatementType.SELECT:
         raise CapfiltError(
             f"the manifest is read-only: one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE) is answered, "
-            f"this is {kind.name}; to take rows out, print them: --csv or --json, into a file"
+            f"this is {kind.name}; to take rows out, print them into a file with --csv or --json, or COPY them in a "
+            f"DuckDB of your own that attaches {CATALOG} (READ_ONLY)"
         )
     _require_nothing_of_the_machine(connection, statements[0].query)
 

@@ -23,6 +23,7 @@ from schemas.tables import (
     RUNS,
     SAMPLES,
     SHARDS,
+    TABLE_DOCS,
     TABLES,
     column_doc,
 )
@@ -168,7 +169,8 @@ def _comments() -> list[str]:
         for table, schema in TABLES.items()
         for field in schema
     ]
-    return tables + [f"COMMENT ON VIEW {name} IS {quote(doc)}" for name, (doc, _) in VIEWS.items()]
+    docs = TABLE_DOCS | {name: doc for name, (doc, _) in VIEWS.items()}
+    return tables + [f"COMMENT ON VIEW {name} IS {quote(doc)}" for name, doc in docs.items()]
 
 
 _TABLES: dict[str, str] = {

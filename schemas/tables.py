@@ -198,3 +198,14 @@ TABLES: dict[str, pa.Schema] = {
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
 }
+
+TABLE_DOCS: dict[str, str] = {
+    "samples": "One row for every URL of every list, whatever became of it; of a retried URL, its last try.",
+    "candidates": "One row for each image and caption, synthetic, web or human, with score. All are kept.",
+    "curated": "One row for each image that training reads.",
+    "dropped": "One row for each image that was captioned and scored, and of whose captions none was kept.",
+    "shards": "One row for each shard and stage: the commits. Statistics are sums over these rows.",
+    "runs": "One row for each run.",
+    "models": "One row for each set of weights that a run used.",
+    "checkpoints": "One row for each checkpoint trained on this corpus.",
+}

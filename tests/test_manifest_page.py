@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from jobs.manifest_page import ANSWERS, QUERIES, TABLE_DOCS, ask, manifest_page
-from schemas.tables import TABLES, column_doc
+from jobs.manifest_page import ANSWERS, QUERIES, ask, manifest_page
+from schemas.tables import TABLE_DOCS, TABLES, column_doc
 from tests.corpora import make_corpus
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "manifest.md"

@@ -11,8 +11,11 @@ from jobs.cli import app
 from jobs.doctor import check_compiler, check_storage
 from jobs.values import cell
 from pipeline.report import quantiles
+from schemas.catalog import VIEWS
 from schemas.errors import CapfiltError
+from schemas.tables import SAMPLES, TABLES, column_doc
 from tests.corpora import RUN, Corpus, make_corpus
+from tests.processes import start_cli
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +174,86 @@ def test_sql_prints_tables_json_and_csv(corpus: Corpus) -> None:
     }
 
 
+def test_sql_takes_its_statement_from_a_file_or_from_standard_input(corpus: Corpus, tmp_path: Path) -> None:
+    statement = "-- how many of 猫\nSELECT count(*) AS n\nFROM samples;\n-- that is all\n"
+    (tmp_path / "question.sql").write_bytes(b"\xef\xbb\xbf" + statement.encode())
+    assert answer("sql", corpus.root, "--file", str(tmp_path / "question.sql")) == [{"n": 48}]
+    for arguments in ((), ("--file", "-")):
+        given = CliRunner().invoke(app, ["sql", corpus.root, *arguments, "--csv"], input=statement)
+        assert given.stdout == "n\n48\n", given.exception
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [
+        (("SELECT 1", "--file", "question.sql"), "", "give one of them"),
+        (("--file", "nowhere.sql"), "", "nowhere.sql: cannot be read"),
+        (("--file", "/"), "", "/: cannot be read"),
+        ((), " \n", "standard input: no statement"),
+        ((), b"SELECT '\xff'", "not UTF-8 text at byte 8"),
+    ],
+)
+def test_a_statement_that_cannot_be_read_is_one_line(
+    corpus: Corpus, arguments: tuple[str, ...], given: str | bytes, message: str
+) -> None:
+    result = CliRunner().invoke(app, ["sql", corpus.root, *arguments], input=given)
+    assert isinstance(result.exception, CapfiltError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("statement", ["SHOW TABLES", "show all tables ;", "-- which\n/* all */ SHOW TABLES"])
+def test_show_tables_lists_what_people_ask_and_says_what_it_holds(corpus: Corpus, statement: str) -> None:
+    rows = corpus.manifest.query(statement).dicts()
+    assert [row["name"] for row in rows] == [*TABLES, *VIEWS]
+    assert all(row["comment"] for row in rows)
+
+
+def test_describe_says_what_each_column_means(corpus: Corpus) -> None:
+    for statement in ("DESCRIBE samples", 'desc "SAMPLES";', "DESCRIBE TABLE samples", "SHOW samples"):
+        rows = corpus.manifest.query(statement).dicts()
+        assert [(row["column_name"], row["comment"]) for row in rows] == [
+            (field.name, column_doc(field)) for field in SAMPLES
+        ]
+    assert {row["column_type"] for row in rows} >= {"VARCHAR", "VARCHAR[]", "INTEGER"}
+    assert corpus.manifest.query("DESCRIBE failures").columns == ("column_name", "column_type", "comment")
+    assert corpus.manifest.query("DESCRIBE SELECT 1 AS one").dicts()[0]["column_name"] == "one"
+    with pytest.raises(CapfiltError, match="sample"):
+        corpus.manifest.query("DESCRIBE sampels")
+
+
+@pytest.mark.parametrize("format_", ["--csv", "--json"])
+def test_a_reader_that_has_seen_enough_is_no_error(corpus: Corpus, format_: str) -> None:
+    asked = start_cli("sql", corpus.root, "FROM range(3000000)", format_)
+    first = asked.stdout.readline()
+    asked.stdout.close()
+    assert asked.wait(60) == 0, asked.stderr.read()
+    assert first and not asked.stderr.read()
+    asked.stderr.close()
+
+
+def test_verify_does_not_say_that_all_is_well_to_a_closed_pipe(corpus: Corpus) -> None:
+    verify = start_cli("verify", corpus.root)
+    verify.stdout.close()
+    assert verify.wait(60) == 141
+    assert not verify.stderr.read()
+    verify.stderr.close()
+
+
+def test_json_and_csv_hold_every_letter_and_no_control_sequence(corpus: Corpus) -> None:
+    ask = "SELECT 'a' || chr(155) || '2J' || chr(27) || chr(8238) || '猫' || chr(128576) AS text"
+    text = "a\x9b2J\x1b\u202e猫🙀"
+    printed = capfilt("sql", corpus.root, ask, "--json").stdout
+    assert json.loads(printed) == [{"text": text}]
+    assert printed.replace("\n", "").isprintable() and "猫🙀" in printed
+    assert capfilt("sql", corpus.root, ask, "--csv").stdout == f"text\n{text}\n"  # in a pipe as it is
+
+
 def test_sql_refuses_with_the_users_exit_code(corpus: Corpus) -> None:
     result = capfilt("sql", corpus.root, "DROP VIEW samples")
     assert isinstance(result.exception, CapfiltError)
     assert "read-only" in str(result.exception)
+    copy = str(capfilt("sql", corpus.root, "COPY samples TO 'x.csv'").exception)
+    assert "--csv or --json" in copy and "manifest.duckdb (READ_ONLY)" in copy
     assert "--memory" in str(capfilt("sql", corpus.root, "SELECT 1", "--memory", "foo").exception)
     slow = capfilt("sql", corpus.root, "FROM range(10000000000)", "--csv", "--timeout", "0.5")
     assert "--timeout" in str(slow.exception)
