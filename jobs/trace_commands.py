@@ -39,7 +39,7 @@ def trace(
         str,
         typer.Argument(
             metavar="CORPUS|CHECKPOINT",
-            help="Folder or URL of the corpus; or, alone, of a checkpoint (step-...).",
+            help="Folder or URL of the corpus; or, alone, of a run or its checkpoint (step-...).",
             show_default=False,
         ),
     ],

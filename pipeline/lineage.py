@@ -3,38 +3,72 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.checkpoints import find_checkpoint
 from pipeline.manifest import Manifest
+from pipeline.records import is_corpus
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
-from schemas.records import STAGES
+from schemas.names import is_one_part
+from schemas.records import STAGES, Count, ModelRecord, first_complaint
 
 Row = dict[str, Any]
 
-_OR = ", or a corpus and one of its uids or URLs"
 _ORDER = ("urls", *STAGES)
 
 
+class _Tar(BaseModel):
+    path: str
+    sha256: str
+    rows: Count
+
+
+class _Shard(BaseModel):
+    corpus: str
+    shard: str
+    tar: _Tar
+    held_out: list[str]
+
+
+class _Source(BaseModel):
+    name: str
+    kind: str
+    given_weight: float | None
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+
+
+class _Snapshot(BaseModel):
+    sources: list[_Source]
+
+
+class _Progress(BaseModel):
+    config: dict[str, Any]
+    models: list[ModelRecord]
+
+
 def trace_checkpoint(path: str) -> Row:
-    """Return the way of a checkpoint, named by its record or its folder.
+    """Return the way of a checkpoint, named by its record, its folder or its run's: then the newest good one.
 
     Keys: ``checkpoint``; ``config`` of its training; ``loaded``: the models it loaded or began from; ``sources``,
     each with corpus, weight, images and URLs; ``shards``, each with the tar that was read; ``stages``, which made
     them; ``runs`` and ``models`` of these. Others' shards, which no record commits, have neither stages nor URLs.
 
-    Raises CapfiltError where there is no checkpoint, or the file of its snapshot is gone.
+    Raises CapfiltError where there is no checkpoint, or what it was trained on cannot be read.
     """
-    name = path.rstrip("/").removesuffix(".json")
-    folder, _, last = name.rpartition("/")
-    storage = Storage(folder or ".")
-    record = _read(storage, f"{last}.json", f"{path}: no checkpoint there; name a step-... folder{_OR}")
-    progress = _read(storage, f"{last}/training.json", f"{path}: its training.json is gone")
-    snapshot = _read(
-        storage,
-        f"snapshot-{record['snapshot'][:16]}.json",
-        f"{path}: the file of its snapshot is gone from {storage.root}",
-    )
+    if is_corpus(Storage(path)):
+        raise CapfiltError(
+            f"{path} is a corpus: name one of its uids or URLs behind it, or, alone, a run's folder or checkpoint, as "
+            f"in {path}/checkpoints/stage1/NAME"
+        )
+    run, saved = find_checkpoint(path)
+    storage, record = run.storage, json.loads(saved.to_json())
+    progress = _read(storage, f"{saved.path}/training.json", _Progress)
+    if not is_one_part(saved.snapshot):
+        raise CapfiltError(f"{path}: its snapshot {saved.snapshot[:80]!r} is not a digest")
+    snapshot = _read(storage, f"snapshot-{saved.snapshot[:16]}.json", _Snapshot)
     slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in snapshot["sources"]]
     made: list[Row] = []
     runs: dict[str, Row] = {}
@@ -50,7 +84,7 @@ def trace_checkpoint(path: str) -> Row:
         if row["stage"] == "urls":
             urls[row["corpus"], row["source"]] += row["rows_in"]
     return {
-        "checkpoint": {**record, "path": storage.url(last)},
+        "checkpoint": {**record, "path": storage.url(saved.path)},
         "config": progress["config"],
         "loaded": progress["models"],
         "sources": [_source(source, urls) for source in slices],
@@ -61,11 +95,14 @@ def trace_checkpoint(path: str) -> Row:
     }
 
 
-def _read(storage: Storage, path: str, complaint: str) -> Row:
+def _read(storage: Storage, path: str, shape: type[BaseModel]) -> Row:
+    """Read what a training wrote beside its checkpoints."""
     try:
-        return json.loads(storage.read(path))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        raise CapfiltError(complaint) from None
+        return shape.model_validate_json(storage.read(path), strict=True).model_dump()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CapfiltError(f"{storage.url(path)} is missing: what the checkpoint was trained on is not known") from None
+    except ValidationError as error:
+        raise CapfiltError(f"{storage.url(path)} cannot be read: {first_complaint(error)}; restore it") from error
 
 
 def _source(source: Mapping[str, Any], urls: Mapping[tuple[str, str], int]) -> Row:
@@ -101,7 +138,7 @@ def _makers(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
     A shard may have been recomputed since: what counts is whose bytes it was, so retired records are asked too.
     """
     storage = Storage(corpus)
-    if not storage.fs.exists(f"{storage.base}/records"):
+    if not is_corpus(storage):
         return {"stages": [], "runs": [], "models": []}
     with Manifest(storage).open() as query:
         rows = query.rows(

@@ -45,6 +45,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
+def is_corpus(storage: Storage) -> bool:
+    """Tell whether a folder is a corpus of ours: it has records."""
+    return storage.fs.exists(f"{storage.base}/records")
+
+
 def parse_record(kind: type[R], path: str, text: bytes) -> R:
     """Return the record in the file ``path`` of a corpus.
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 # Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
 PIPELINE_READ_SIDE = {
     "storage", "shards", "images", "texts", "manifest", "records", "committed", "weights", "hub", "fingerprint",
-    "finite",
+    "finite", "checkpoints", "durations",
 }
 STAGE_FILES = {"crawl", "caption", "rank", "selection"}
 # Heavy library -> the files or rooms that may import it. A benchmark may also import what it compares with.

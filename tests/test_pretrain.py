@@ -166,8 +166,11 @@ def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, made: Path)
     assert {digest for (digest,) in joined.rows} == {model["digest"] for model in found["loaded"]}
     printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
     assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
+    assert trace_checkpoint(summary.folder) == found
     refused = cli("trace", f"{summary.folder}/step-00000001.000000000000")
     assert refused.returncode == 2 and "no checkpoint there" in refused.stderr
+    with pytest.raises(CapfiltError, match="is a corpus: name one of its uids or URLs"):
+        trace_checkpoint(str(made / "corpus"))
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])

@@ -7,17 +7,13 @@ Nothing is ever overwritten: a step that is trained again, after a damaged check
 another attempt. ``torch.distributed.checkpoint`` writes the files, as safetensors, so that reading one runs no
 code. What is trained is the same on every rank (DDP), so rank 0 writes alone: a rank that dies cannot tear a
 checkpoint, and any number of ranks may resume from it.
-
-A run's folder may be somebody else's: a record counts only where it is that of the folder beside it and names files in
-it, and of that folder only these files are read.
 """
 
 import contextlib
-import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,14 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pipeline.records import now, read_bounded
-from pipeline.storage import FileInfo, Storage, first_line, sha256_file, temporary_folder
+from pipeline.checkpoints import CHECKPOINT_FOLDER, DamagedCheckpointError, SavedCheckpoints, find_checkpoint
+from pipeline.records import now
+from pipeline.storage import first_line, sha256_file, temporary_folder
 from schemas.errors import CapfiltError
-from schemas.names import is_one_part
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint
 
-_FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
@@ -71,11 +66,7 @@ class State:
     optimizer: dict[str, Tensor]
 
 
-class DamagedCheckpointError(CapfiltError):
-    """Report a checkpoint whose files are not those of its record."""
-
-
-class Checkpoints:
+class Checkpoints(SavedCheckpoints):
     """The checkpoints in one run's folder, on local disk or S3.
 
     Saving is for one process at a time: ``save`` returns as soon as the state is copied, a thread does the rest,
@@ -83,40 +74,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str) -> None:
-        self.storage = Storage(folder)
+        super().__init__(folder)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointRecord] | None = None
 
-    # -- reading ---------------------------------------------------------------------------------------------
-
-    def committed(self) -> list[CheckpointRecord]:
-        """Return the records of the checkpoints that are there, oldest first."""
-        records = [_record(self.storage, info) for info in self.storage.list("") if _is_record(info.path)]
-        return sorted(records, key=lambda record: (record.step, record.created_at))
-
-    def newest_good(self, tell: Callable[[str], None]) -> CheckpointRecord | None:
-        """Return the newest checkpoint whose files are those of its record; each damaged one is told and passed over.
-
-        Raises CapfiltError where there are checkpoints and all are damaged: training anew under the same name
-        would hide that.
-        """
-        records = self.committed()
-        for record in reversed(records):
-            try:
-                with self._checked_files(record):
-                    return record
-            except DamagedCheckpointError as error:
-                tell(f"{error}; taking the one before")
-        if records:
-            raise CapfiltError(
-                f"{self.storage.root}: each of its {len(records)} checkpoints is damaged; begin anew under another "
-                "run.name"
-            )
-        return None
-
     def read(self, record: CheckpointRecord) -> State:
         """Return a checkpoint's state, on the CPU. Raises DamagedCheckpointError."""
-        with self._checked_files(record) as folder:
+        with self.checked_files(record) as folder:
             try:
                 return _read_state(folder, record)
             # What safetensors and torch say to a header that is not one; the files are those of the record.
@@ -124,27 +88,6 @@ class Checkpoints:
                 raise DamagedCheckpointError(
                     f"{self.storage.url(record.path)} is not a checkpoint that can be read: {first_line(error)}"
                 ) from error
-
-    @contextlib.contextmanager
-    def _checked_files(self, record: CheckpointRecord) -> Iterator[Path]:
-        """Yield a local folder with the checkpoint's files, each compared with the record."""
-        with contextlib.ExitStack() as stack:
-            if self.storage.is_local:
-                folder = Path(self.storage.url(record.path))
-            else:
-                folder = stack.enter_context(temporary_folder())
-            for name, digest in record.sha256.items():
-                path = f"{record.path}/{name}"
-                try:
-                    if not self.storage.is_local:
-                        with self.storage.local_copy(path) as copy:
-                            shutil.move(copy, folder / name)
-                    found = sha256_file(folder / name)
-                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                    raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
-                if found != digest:
-                    raise DamagedCheckpointError(f"{self.storage.url(path)} has another sha256 than its record")
-            yield folder
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -202,7 +145,7 @@ class Checkpoints:
         names = {record.path for record in self.committed()}
         for info in self.storage.list(""):
             folder, _, rest = info.path.partition("/")
-            if rest and _FOLDER.fullmatch(folder) and folder not in names:
+            if rest and CHECKPOINT_FOLDER.fullmatch(folder) and folder not in names:
                 self._remove(folder)
 
     def _make_folder(self, name: str, scratch: contextlib.ExitStack) -> Path:
@@ -230,7 +173,7 @@ class Checkpoints:
             self._remove(record.path)
 
     def _remove(self, name: str) -> None:
-        assert _FOLDER.fullmatch(name), f"{name} is not a checkpoint's folder"
+        assert CHECKPOINT_FOLDER.fullmatch(name), f"{name} is not a checkpoint's folder"
         if self.storage.is_local:
             shutil.rmtree(self.storage.url(name), ignore_errors=True)
             return
@@ -243,18 +186,8 @@ def read_model(path: str) -> tuple[CheckpointRecord, State]:
 
     Of a run, the newest good one. Raises CapfiltError where there is none, or its files differ from its record.
     """
-    name = path.rstrip("/").removesuffix(".json")
-    folder, _, last = name.rpartition("/")
-    run = folder if _FOLDER.fullmatch(last) else name
-    checkpoints = Checkpoints(run)
-    if _FOLDER.fullmatch(last):
-        found = [record for record in checkpoints.committed() if record.path == last]
-    else:
-        newest = checkpoints.newest_good(lambda _: None)
-        found = [newest] if newest else []
-    if not found:
-        raise CapfiltError(f"{path}: no checkpoint there; name a run's folder, or one of its step-... records")
-    return found[0], checkpoints.read(found[0])
+    run, record = find_checkpoint(path)
+    return record, Checkpoints(run.storage.root).read(record)
 
 
 def recorded_config(values: Any, where: str) -> PretrainConfig:
@@ -265,28 +198,6 @@ def recorded_config(values: Any, where: str) -> PretrainConfig:
         raise CapfiltError(
             f"{where}: its config is of another version ({first_complaint(error)}); name a recipe with -c"
         ) from error
-
-
-def _is_record(path: str) -> bool:
-    return path.endswith(".json") and _FOLDER.fullmatch(path.removesuffix(".json")) is not None
-
-
-def _record(storage: Storage, info: FileInfo) -> CheckpointRecord:
-    """Read a checkpoint's record. Raises CapfiltError where it is not the record of the folder beside it."""
-    text = read_bounded(storage, info)
-    try:
-        record = CheckpointRecord.from_json(text)
-        if f"{record.path}.json" != info.path:
-            raise ValueError(f"path: {record.path[:200]!r} is not the folder beside it")
-        for name in record.sha256:
-            if not is_one_part(name):
-                raise ValueError(f"sha256: {name[:200]!r} is not a file of its folder")
-    except ValueError as error:
-        raise CapfiltError(
-            f"{storage.url(info.path)} is not a checkpoint's record ({error}); nothing was read: restore it, or "
-            "delete it and its folder"
-        ) from error
-    return record
 
 
 def _copied_tensors(state: State) -> dict[str, Tensor]:

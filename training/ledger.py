@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from pipeline.records import Records, now
+from pipeline.records import Records, is_corpus, now
 from pipeline.storage import Storage
 from schemas.pretrain import DataConfig
 from schemas.records import CheckpointRecord, ModelRecord, RunRecord
@@ -43,8 +43,3 @@ class Ledger:
                     records.write_run(replace(started, outcome=outcome, finished_at=now()))
                     noted.append(records)
         return noted
-
-
-def is_corpus(storage: Storage) -> bool:
-    """Tell whether a folder is a corpus of ours: it has records."""
-    return storage.fs.exists(f"{storage.base}/records")

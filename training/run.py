@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.fingerprint import digest_json, output_fields
+from pipeline.records import is_corpus
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -17,7 +18,7 @@ from training.checkpoint import Checkpoints, State, recorded_config
 from training.data import Batch, TrainingData, held_out_samples
 from training.distributed import World
 from training.evaluate.probe import probe
-from training.ledger import Ledger, is_corpus
+from training.ledger import Ledger
 from training.loop import Loop, Summary
 from training.metrics import JsonLines, further_sinks, require_libraries
 from training.origins import models_used
