@@ -94,6 +94,7 @@ class _Text:
         self._content = content
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._bytes = 0
+        self._broken: UnicodeDecodeError | None = None
 
     @property
     def place(self) -> str:
@@ -101,17 +102,24 @@ class _Text:
 
     def _more(self, size: int) -> bool:
         """Append up to ``size`` bytes of text; tell whether there was any."""
+        if self._broken is not None:
+            raise not_utf8(self.place, self._broken, self._bytes - len(self._broken.object)) from self._broken
         try:
             data = self._content.read(size)
-            text = self._decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{self.place}, after {self._bytes:,} bytes of the file", error) from error
         except UNREADABLE as error:
             raise CapfiltError(f"{self.place}: cannot be read: {error}") from error
         self._bytes += len(data)
-        self.buffer = self.buffer[self.at :] + text
+        self.buffer = self.buffer[self.at :] + self._decode(data)
         self.at = 0
         return bool(data)
+
+    def _decode(self, data: bytes) -> str:
+        try:
+            return self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # The items before it come first, so that the complaint names the right one.
+            self._broken = error
+            return error.object[: error.start].decode().removeprefix("\ufeff")
 
     def next_character(self) -> str:
         """Return the next character that is not white space, without passing it; empty at the end."""
@@ -142,7 +150,7 @@ class _Text:
             try:
                 row, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                held = len(self.buffer) - self.at
+                held, place = len(self.buffer) - self.at, error.pos - self.at
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - _LONGEST_TOKEN
                 if held > MAX_ROW_BYTES:
                     raise CapfiltError(
@@ -151,7 +159,7 @@ class _Text:
                 # Doubled, so that a long item is not parsed again for every chunk.
                 if not cut or not self._more(max(_CHUNK_BYTES, held)):
                     raise CapfiltError(
-                        f"{self.place}: not JSON: {error.msg} at its character {error.pos - self.at + 1:,}"
+                        f"{self.place}: not JSON: {error.msg} at its character {place + 1:,}"
                     ) from error
             except (RecursionError, ValueError) as error:
                 raise _unusable(self.place, error) from error

@@ -81,7 +81,7 @@ def content_of(file: BinaryIO) -> io.BufferedReader:
 
 
 def text_of(file: BinaryIO, path: str) -> io.BufferedReader:
-    """Return a list's content, refused by its first bytes where it is no UTF-8 text."""
+    """Return a list's content, refused by its first bytes where it is not UTF-8 text."""
     content = content_of(file)
     try:
         start = content.peek(8)
@@ -93,11 +93,11 @@ def text_of(file: BinaryIO, path: str) -> io.BufferedReader:
     return content
 
 
-def not_utf8(place: str, error: UnicodeDecodeError) -> CapfiltError:
-    """Return the complaint about bytes that are no UTF-8."""
-    byte = error.object[error.start]
+def not_utf8(place: str, error: UnicodeDecodeError, before: int = 0) -> CapfiltError:
+    """Return the complaint about bytes that are not UTF-8, ``before`` of which came before the decoded ones."""
+    byte, position = error.object[error.start], before + error.start + 1
     return CapfiltError(
-        f"{place}: not UTF-8 text (byte 0x{byte:02x} at byte {error.start + 1:,}); "
+        f"{place}: not UTF-8 text (byte 0x{byte:02x} at byte {position:,}); "
         "convert the list, for instance with iconv -f WINDOWS-1252 -t UTF-8"
     )
 

@@ -71,9 +71,13 @@ def _separated_rows(lines: Lines, form: str, wanted: Wanted) -> Iterator[Cells]:
     require_header(wanted, header, lines.path, form, separator)
     places = [header.index(name) for name in wanted.columns]
     lines.end_row()
+    before: list[str] = []
     for row in rows:
+        if len(row) == len(header) + 1:
+            _rejoin_data_url(row, places[0], separator)
         if len(row) != len(header):
-            raise CapfiltError(_wrong_number(lines, row, header, form))
+            raise CapfiltError(_wrong_number(lines, (before, row), header, form))
+        before = row
         yield lines.first_of_row, lines.row_bytes, [row[place] or None for place in places]
         lines.end_row()
 
@@ -99,11 +103,19 @@ def _tsv_rows(lines: Lines) -> Iterator[list[str]]:
             lines.end_row()
 
 
-def _wrong_number(lines: Lines, row: Sequence[str], header: Sequence[str], form: str) -> str:
+def _rejoin_data_url(row: list[str], url: int, separator: str) -> None:
+    """Put a ``data:`` URL together that was written without quotes: the one comma in it is not a separator."""
+    if separator == "," and url + 1 < len(row) and row[url].startswith("data:") and "," not in row[url]:
+        row[url : url + 2] = [f"{row[url]},{row[url + 1]}"]
+
+
+def _wrong_number(lines: Lines, rows: tuple[list[str], list[str]], header: Sequence[str], form: str) -> str:
+    """Say how many fields the second row has; the first, before it, may have begun the quotes that it ends."""
+    before, row = rows
     fields = "1 field" if len(row) == 1 else f"{len(row):,} fields"
     message = f"{lines.place}: {fields}, the header has {len(header):,}"
-    if form == "tsv" and any(cell.startswith('"') for cell in row):
-        message += "; a field begins with a quote: " + IF_QUOTED
+    if form == "tsv" and any('"' in cell for cell in (*before, *row)):
+        message += "; there are quotes: " + IF_QUOTED
     return message
 
 
@@ -146,8 +158,9 @@ def _plain_rows(content: io.BufferedReader, path: str, storage: Storage, wanted:
     """Yield a URL a line, and its caption where a file beside the list has them."""
     captions_path = captions_beside(path, storage)
     names = [wanted.url, wanted.caption] if captions_path and wanted.caption else [wanted.url]
+    lines = _plain_urls(content, path)
     require(wanted, names, path, _PLAIN_HINT)
-    urls = _cells_by_line(_plain_urls(content, path))
+    urls = _cells_by_line(lines)
     if captions_path is None or wanted.caption not in wanted.columns:
         yield from ((number, size, (url,)) for number, size, url in urls)
         return

@@ -149,7 +149,7 @@ class Pairs:
                 start += len(kept)
 
     def _require_urls(self, batch: _Batch) -> None:
-        """Refuse lists whose URLs are none: a header over the wrong columns would be kept for good."""
+        """Refuse lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""
         urls = batch.rows.columns[self.source.url_column]
         if urls and not any(map(_SCHEME.match, urls)):
             raise CapfiltError(

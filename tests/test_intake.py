@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,6 +126,133 @@ def test_lists_of_captions_and_extra_columns(folder: Path) -> None:
     assert first["captions"] == ["x", "y", "z"]
     assert json.loads(first["extra"]) == {"width": 3, "tags": {"é": [1.5]}}
     assert (second["captions"], json.loads(second["extra"])) == ([], {"width": None, "tags": None})
+
+
+def write_lines(folder: Path, name: str, *lines: str) -> None:
+    (folder / "lists" / name).write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_json_captions_may_be_numbers_or_missing(folder: Path) -> None:
+    """JSON has no type for a column: pandas writes NaN for a missing text, and digits alone as a number."""
+    captions = ['"a"', "2019", "NaN", "null", "-1.5", "Infinity", '["b", 7, NaN, null, " ", "b"]', "[]"]
+    write_lines(folder, "a.jsonl", *(f'{{"url": "http://a/{n}", "caption": {c}}}' for n, c in enumerate(captions)))
+    config = configured(folder, samples_per_shard=99)
+    take_in(config)
+    assert [row["captions"] for row in rows_of(config)] == [["a"], ["2019"], [], [], ["-1.5"], [], ["b", "7"], []]
+
+
+@pytest.mark.parametrize(
+    ("cell", "complaint"),
+    [
+        ("true", "line 2: caption is True (bool) where text is expected"),
+        ('["x", false]', "line 2: caption is False (bool) where text is expected"),
+        ('{"en": "x"}', "line 2: caption is {'en': 'x'} (dict) where text is expected"),
+        ('[["x"]]', "line 2: caption is ['x'] (list) where text is expected"),
+    ],
+)
+def test_captions_that_are_not_text_are_named_by_their_line(folder: Path, cell: str, complaint: str) -> None:
+    write_lines(folder, "a.jsonl", '{"url": "http://a/1"}', f'{{"url": "http://a/2", "caption": {cell}}}')
+    with pytest.raises(CapfiltError) as error:
+        take_in(configured(folder))
+    assert str(error.value).endswith(f"a.jsonl: {complaint}")
+
+
+def test_places_are_right_behind_rows_that_are_left_out(folder: Path) -> None:
+    write_lines(folder, "a.jsonl", '{"url": null}', "", '{"url": " "}', '{"url": "http://a/1", "caption": true}')
+    with pytest.raises(CapfiltError, match=r"a\.jsonl: line 4: caption is True"):
+        take_in(configured(folder))
+
+
+CAPTION_COLUMNS = [
+    pa.array([["x", "y", "x", None, ""], None]),
+    pa.array([["x", "y"], []], pa.large_list(pa.large_string())),
+    pa.array([[b"x", b"y"], []], pa.list_(pa.binary())),
+    pa.array([["x", "y"], [None, " "]], pa.list_(pa.string(), 2)),
+    pa.ListArray.from_arrays([0, 2, 2], pa.array(["x", "y"]).dictionary_encode()),
+]
+
+
+@pytest.mark.parametrize("captions", CAPTION_COLUMNS, ids=lambda column: str(column.type)[:20])
+def test_parquet_lists_of_captions(folder: Path, captions: pa.Array) -> None:
+    urls = pa.array([b"http://a/1", b"http://a/2"], pa.large_binary())
+    pq.write_table(pa.table({"url": urls, "caption": captions}), folder / "lists/a.parquet")
+    config = configured(folder)
+    take_in(config)
+    assert [(row["url"], row["captions"]) for row in rows_of(config)] == [
+        ("http://a/1", ["x", "y"]),
+        ("http://a/2", []),
+    ]
+
+
+def test_parquet_column_without_any_caption(folder: Path) -> None:
+    """What pandas writes of a column of missing texts: NaN, or no type at all."""
+    for name, captions in (("a", pa.array([float("nan"), None])), ("b", pa.nulls(2))):
+        urls = [f"http://{name}/1", f"http://{name}/2"]
+        pq.write_table(pa.table({"url": urls, "caption": captions}), folder / f"lists/{name}.parquet")
+    config = configured(folder)
+    take_in(config)
+    assert [row["captions"] for row in rows_of(config)] == [[], [], [], []]
+
+
+def test_extra_columns_hold_json_whatever_is_in_them(folder: Path) -> None:
+    write_lines(
+        folder, "a.jsonl", '{"url": "http://a/1", "caption": "x", "tags": {"a": [NaN, 1e999, {"b": -Infinity}]}}'
+    )
+    config = configured(folder, 'extra_columns = ["tags"]')
+    take_in(config)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (row,) = rows_of(config)
+    assert json.loads(row["extra"], parse_constant=refuse) == {"tags": {"a": [None, None, {"b": None}]}}
+
+
+@pytest.mark.parametrize("lines", [("url\tcaption", "a red ball\thttp://a/1"), ("url", "a cat", "a dog")])
+def test_lists_without_any_url_are_refused(folder: Path, lines: tuple[str, ...]) -> None:
+    """A header over the wrong columns would make every caption a URL, for good."""
+    write_lines(folder, "a.tsv", *lines)
+    config = configured(folder, "" if "caption" in lines[0] else 'caption_column = ""')
+    with pytest.raises(CapfiltError, match=r"a\.tsv: line 2: url is 'a (red ball|cat)', which is not a URL, and no"):
+        take_in(config)
+    assert not (folder / "corpus").exists()
+
+
+def test_lists_that_a_run_would_refuse_are_refused_by_a_plan(folder: Path) -> None:
+    """The second list lacks the column: nobody should learn it from the crawl."""
+    write_list(folder, "a.parquet", [("http://a/1", "x")])
+    for name, lines in {
+        "b.csv": ("url,text", "http://a/2,x"),
+        "b.jsonl": ('{"url": "http://a/2", "text": "x"}',),
+        "b.json": ('[{"url": "http://a/2", "text": "x"}]',),
+        "b.tsv": ("http://a/2\tx",),
+    }.items():
+        write_lines(folder, name, *lines)
+        config, messages = configured(folder), []
+        for refused in (unread_rows, lambda config, records: read_lists(config, records, "run")):
+            with pytest.raises(CapfiltError, match=rf"{re.escape(name)}: no column '(caption|url)'") as error:
+                refused(config, records_of(config))
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+        (folder / "lists" / name).unlink()
+    assert not (folder / "corpus").exists()
+
+
+def test_captions_in_a_file_of_their_own_belong_to_the_list(folder: Path) -> None:
+    """A glob names both files of SBU's; a caption must not become a URL."""
+    write_lines(folder, "sbu_urls.txt", "http://a/1", "http://a/2")
+    write_lines(folder, "sbu_captions.txt", "one", "two")
+    config = configured(folder)
+    assert unread_rows(config, records_of(config)) == {"s": 2}
+    take_in(config)
+    assert [(row["url"], row["captions"]) for row in rows_of(config)] == [
+        ("http://a/1", ["one"]),
+        ("http://a/2", ["two"]),
+    ]
+    assert take_in(config) is None
+    write_lines(folder, "sbu_captions.txt", "one", "zwei")
+    batch = take_in(config)
+    assert batch is not None and batch.rows_known == 2
 
 
 def test_unchanged_lists_are_not_read_and_grown_ones_add_shards(folder: Path) -> None:

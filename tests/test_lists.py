@@ -1,8 +1,10 @@
 """Lists as files: every format is read alike, and a list that cannot be read is named with the row."""
 
+import bz2
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +123,9 @@ def test_batches_are_bounded_and_in_order(tmp_path: Path) -> None:
     wanted = Wanted(url="url", columns=("url",))
     batches = list(read_columns(Storage(str(tmp_path)), str(tmp_path / "a.tsv"), "auto", wanted))
     assert [len(batch.columns["url"]) for batch in batches] == [BATCH_ROWS, BATCH_ROWS, 10]
-    assert [url for batch in batches for url in batch.columns["url"]] == [f"http://a/{n}" for n in range(count)]
+    assert [url for batch in batches for url in batch.columns["url"]] == [
+        f"http://a/{n}" for n in range(count)
+    ]
 
 
 # -- what cannot be read -------------------------------------------------------------------------------------
@@ -135,8 +139,12 @@ def test_missing_column_names_the_nearest(tmp_path: Path, name: str, write: Call
     assert complaint(tmp_path / name, "url") == (
         ": no column 'url'; did you mean URL? (it has URL, captions,  Caption ); set url_column"
     )
-    assert complaint(tmp_path / name, "caption").startswith(": no column 'caption'; did you mean ' Caption '? (")
-    assert complaint(tmp_path / name, "captoins").startswith(": no column 'captoins'; did you mean captions? (")
+    assert complaint(tmp_path / name, "caption").startswith(
+        ": no column 'caption'; did you mean ' Caption '? ("
+    )
+    assert complaint(tmp_path / name, "captoins").startswith(
+        ": no column 'captoins'; did you mean captions? ("
+    )
 
 
 def test_missing_header_is_recognised(tmp_path: Path) -> None:
@@ -197,3 +205,245 @@ def test_remote_lists_are_read_alike(tmp_path: Path) -> None:
     assert file.path.startswith("memory://")
     (batch,) = read_columns(Storage(str(tmp_path)), file.path, "auto", Wanted(url="url", columns=("url",)))
     assert batch.columns == {"url": [row["url"] for row in ROWS]}
+
+
+# -- as lists are published, exported and saved --------------------------------------------------------------
+
+PAIRS = [{"url": "http://a/1", "caption": "one"}, {"url": "http://a/2", "caption": "two"}]
+
+
+def save(path: Path, data: bytes | str) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tsv.GZ", "a.TSV.gzip", "a.tsv.bz2", "a.tsv.zst", "A.TSV.ZSTD", "a.tsv"])
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_packing_is_told_by_the_content(tmp_path: Path, name: str, codec: str) -> None:
+    text = b"url\tcaption\nhttp://a/1\tone\nhttp://a/2\ttwo\n"
+    halves = (
+        [bytes(pa.compress(part, codec=codec, asbytes=True)) for part in (text[:20], text[20:])]
+        if codec in ("gzip", "zstd")
+        else [bz2.compress(text[:20]), bz2.compress(text[20:])]
+    )
+    assert read(save(tmp_path / name, b"".join(halves)), "url", "caption") == PAIRS
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv.bz2", "a.jsonl.zst", "a.json", "a.txt"])
+def test_empty_lists_have_no_rows(tmp_path: Path, name: str) -> None:
+    assert read(save(tmp_path / name, b""), "url") == []
+    assert read(save(tmp_path / name, gzip.compress(b"")), "url") == []
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_cut_packed_lists_are_named_by_the_line(tmp_path: Path, codec: str) -> None:
+    text = "url\n" + "".join(f"http://a/{n * 7919 % 10007}\n" for n in range(200_000))
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(text.encode())
+    path = save(tmp_path / "a.csv", sink.getvalue().to_pybytes()[:-100])
+    assert re.match(r": line [\d,]+: cannot be read: (Compressed file ended|Truncated)", complaint(path))
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.PARQUET.zst", "a.pq.bz2"])
+def test_packed_parquet(tmp_path: Path, name: str) -> None:
+    write_parquet(tmp_path / "plain", ROWS)
+    codec = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[name.rpartition(".")[2]]
+    with pa.CompressedOutputStream(str(tmp_path / name), codec) as file:
+        file.write((tmp_path / "plain").read_bytes())
+    assert read(tmp_path / name, "url", "caption", "n") == ROWS
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", " \n ", "\ufeff\r\n"])
+@pytest.mark.parametrize("between", [", ", ",\r\n", "\n ,\t"])
+def test_json_array(tmp_path: Path, start: str, between: str) -> None:
+    items = [*PAIRS, {"caption": "é🙂 [{}] \\ud83d", "url": None, "x": [{"y": 1}]}]
+    text = start + "[ " + between.join(json.dumps(item, ensure_ascii=False) for item in items) + " ]\n\n"
+    text = text.replace("\\\\ud83d", "\\ud83d")
+    rows = read_numbered(save(tmp_path / "a.json", text), "url", "caption")
+    assert [place for place, _ in rows] == ["item 1", "item 2", "item 3"]
+    assert [row for _, row in rows] == [*PAIRS, {"url": None, "caption": "é🙂 [{}] ?"}]
+
+
+def test_json_array_items_may_be_cut_anywhere_by_the_buffer(tmp_path: Path) -> None:
+    items = [
+        {"url": f"http://a/{n}", "caption": '\\"é🙂\\u00e9 ' * (n % 97), "n": -n * 1.5} for n in range(4000)
+    ]
+    assert read(save(tmp_path / "a.json", json.dumps(items)), "url", "caption", "n") == items
+    assert read(save(tmp_path / "a.json", json.dumps(items, ensure_ascii=False, indent=1)), "n", "url") == [
+        {"n": item["n"], "url": item["url"]} for item in items
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"url": "x"}, {"url": ]', ": item 2: not JSON: Expecting value at its character 9"),
+        ('[{"url": "x"}, {"url": "y"', ": item 2: not JSON: Expecting ',' delimiter"),
+        ('[{"url": "x"} {"url": "y"}]', ": item 1: not JSON: ']' is expected after it, found '{'"),
+        ('[{"url": "x"}', ": item 1: not JSON: ']' is expected after it, the file ends"),
+        ('[{"url": "x"}, ["y"]]', ': item 2: ["y"]] is not an object'),
+        ('[{"url": "x"}, null]', ": item 2: null] is not an object"),
+        ('[{"url": "x"}]\n[{"url": "y"}]', ": item 1: the array ends here, and more text follows"),
+        ('["http://a/1"]', ': item 1: "http://a/1"] is not an object'),
+        ('{"url": "x"} {"url": "y"}\n', ": line 1: not JSON: more text after the value at column 13"),
+        ('{\n"url": "x"\n}\n', ": line 1: not JSON: Expecting property name"),
+        ('{"url": "x", "url": "y"}\n', ": line 1: the object has 'url' twice"),
+        ('[{"url": "x", "url": "y"}]', ": item 1: the object has 'url' twice"),
+        ('{"url": "x"}\n{"url": "caf\udce9"}\n', ": line 2: not UTF-8 text (byte 0xe9 at byte 13)"),
+        ('[{"url": "x"}, {"url": "caf\udce9"}]', ": item 2: not UTF-8 text (byte 0xe9 at byte 28)"),
+        ('{"caption": "x"}\n{}\n', ": no column 'url' (it has caption); set url_column"),
+        ("[{}]", ": no column 'url' (it has none); set url_column"),
+    ],
+)
+def test_faulty_json_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    assert complaint(save(tmp_path / "a.json", text.encode("utf-8", "surrogateescape"))).startswith(expected)
+
+
+def test_json_keys_that_nobody_asks_for_may_repeat(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", '{"url": "x", "n": 1, "n": 2}\n[]\n')
+    assert complaint(path) == ": line 2: [] is not an object with the columns"
+    assert read(save(path, '{"url": "x", "n": 1, "n": 2}\n'), "url") == [{"url": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "advice"),
+    [
+        ("a.tsv", "a cat\thttp://a/1", "put a header line (caption<TAB>url) above it"),
+        ("a.tsv", "http://a/1\ta cat", "put a header line (url<TAB>caption) above it"),
+        ("a.csv", "http://a/1,a cat", "put a header line (url,caption) above it"),
+        ("a.csv", '"a cat, two",https://a/1', "put a header line (caption,url) above it"),
+        ("a.csv", "http://a/1", 'put the line url above it, and set caption_column = ""'),
+        (
+            "a.tsv",
+            "7\ta cat\thttp://a/1",
+            "put a header line above it that names its 3 columns; number 3 is url",
+        ),
+        ("a.tsv", '"url"\t"caption"', 'set the source\'s format = "tsv-quoted"'),
+        ("a.tsv", "url\tcaption\rhttp\tx\r", "its lines end in CR alone"),
+    ],
+)
+def test_header_that_fits_is_advised(tmp_path: Path, name: str, line: str, advice: str) -> None:
+    said = complaint(save(tmp_path / name, line + "\n" + line + "\n"), "url", "caption")
+    assert said.startswith(": no column ") and advice in said
+    header = advice.partition("(")[2].partition(")")[0].replace("<TAB>", "\t")
+    if header:
+        path = save(tmp_path / name, f"{header}\n{line}\n")
+        assert [row["url"].partition("/")[0] for row in read(path, "url", "caption")] in (
+            ["http:"],
+            ["https:"],
+        )
+
+
+QUOTED = (
+    'url\tcaption\nhttp://a/1\t"He said ""hello""\nand left"\nhttp://a/2\t"after\ta tab"\nhttp://a/3\tplain\n'
+)
+
+
+def test_quoted_tsv(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tsv", QUOTED)
+    assert complaint(path, "url") == (
+        ": line 3: 1 field, the header has 2; there are quotes: "
+        'if this TSV is quoted as a CSV is, set the source\'s format = "tsv-quoted"'
+    )
+    rows = read_numbered(path, "url", "caption", form="tsv-quoted")
+    assert [row["caption"] for _, row in rows] == ['He said "hello"\nand left', "after\ta tab", "plain"]
+    assert [place for place, _ in rows] == ["line 2", "line 4", "line 5"]
+
+
+def test_cells_beyond_the_csv_modules_limit(tmp_path: Path) -> None:
+    data = "data:image/png;base64," + "A" * 200_000
+    rows = [data, "http://a/2"]
+    quoted = read(save(tmp_path / "a.csv", f'url,caption\n"{data}",x\nhttp://a/2,y\n'), "url")
+    plain = read(save(tmp_path / "a.csv", f"url,caption\n{data},x\nhttp://a/2,y\n"), "url", "caption")
+    assert [row["url"] for row in quoted] == [row["url"] for row in plain] == rows
+    assert [row["caption"] for row in plain] == ["x", "y"]
+    assert read(save(tmp_path / "a.tsv", f"caption\turl\n{'x' * 200_000}\t{data}\n"), "url") == [
+        {"url": data}
+    ]
+    said = complaint(save(tmp_path / "a.csv", f"url,caption\n{data},x,y\n"))
+    assert said == ": line 2: 4 fields, the header has 2"
+
+
+def test_a_row_over_several_lines_is_named_by_all(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.csv", 'url,caption\nhttp://a/1,x\nhttp://a/2,"two\nlines",z\n')
+    assert complaint(path) == ": lines 3 to 4: 3 fields, the header has 2"
+    path = save(tmp_path / "a.csv", 'url,caption\nhttp://a/1,"no end\nx\ny\n')
+    assert complaint(path) == ": lines 2 to 4: unexpected end of data"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("url\thttp\n".encode("utf-16"), ": is UTF-16 text; convert it: iconv"),
+        (b"PAR1xxxxPAR1", ": is Parquet; name it .parquet"),
+        (b"PK\x03\x04rest", ": is a zip archive or a spreadsheet"),
+        (b"\xfd7zXZ\x00rest", ": is an xz archive; unpack it"),
+        (gzip.compress(gzip.compress(b"url\nx\n")), ": is compressed twice; unpack it"),
+        ("url\ncafé\n".encode("latin-1"), ": line 2: not UTF-8 text (byte 0xe9 at byte 4)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.jsonl", "a.txt"])
+def test_what_is_no_text_is_called_by_its_name(tmp_path: Path, data: bytes, expected: str, name: str) -> None:
+    if b"caf" in data and name in ("a.jsonl", "a.txt"):
+        return
+    assert complaint(save(tmp_path / name, data)).startswith(expected)
+
+
+def test_plain_list_of_urls(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.txt", "\ufeffhttp://a/1\r\n\r\nhttp://a/2\n")
+    assert [row["url"] for row in read(path, "url")] == ["http://a/1", None, "http://a/2"]
+    assert complaint(path, "url", "caption").endswith('without captions, set caption_column = ""')
+    assert 'set the source\'s format to "tsv"' in complaint(save(path, "url\tcaption\nhttp://a/1\tx\n"))
+    assert "'a red ball' is not a URL" in complaint(save(path, "a red ball\na blue one\n"), "url", "caption")
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_pair_of_url_and_caption_files(tmp_path: Path, end: str) -> None:
+    packed = gzip.compress if end else bytes
+    path = save(tmp_path / f"x_urls.txt{end}", packed(b"http://a/1\nhttp://a/2\n"))
+    beside = save(tmp_path / f"x_captions.txt{end}", packed(b"one\ntwo\n"))
+    assert read(path, "url", "caption") == PAIRS
+    assert read(path, "caption", "url") == PAIRS
+    save(beside, packed(b"one\n"))
+    with pytest.raises(CapfiltError, match=r"x_captions\.txt(\.gz)?: has fewer lines than the file"):
+        read(path, "url", "caption")
+
+
+# -- Parquet as others write it ------------------------------------------------------------------------------
+
+TEXT_COLUMNS = [
+    pa.array(["http://a/1", None]),
+    pa.array(["http://a/1", None], pa.large_string()),
+    pa.array(["http://a/1", None], pa.string_view()),
+    pa.array(["http://a/1", None]).dictionary_encode(),
+]
+
+
+@pytest.mark.parametrize("urls", TEXT_COLUMNS, ids=lambda column: str(column.type)[:12])
+@pytest.mark.parametrize("stored", [True, False])
+def test_parquet_text_columns(tmp_path: Path, urls: pa.Array, stored: bool) -> None:
+    pq.write_table(pa.table({"url": urls}), tmp_path / "a.parquet", store_schema=stored)
+    assert read(tmp_path / "a.parquet", "url") == [{"url": "http://a/1"}, {"url": None}]
+
+
+def test_parquet_bytes_that_are_no_text_are_named_by_the_row(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, pa.array([b"http://a/1", b"caf\xe9"], pa.binary()).buffers()
+    )
+    pq.write_table(pa.table({"url": broken}), tmp_path / "a.parquet")
+    assert complaint(tmp_path / "a.parquet").startswith(": row 2: url: not UTF-8 text (byte 0xe9 at byte 4)")
+
+
+@pytest.mark.parametrize("write", ["parquet", "csv", "tsv"])
+def test_two_columns_of_one_name(tmp_path: Path, write: str) -> None:
+    path = tmp_path / f"a.{write}"
+    if write == "parquet":
+        pq.write_table(pa.table([["http://a/1"], ["x"], ["y"]], names=["url", "caption", "caption"]), path)
+    else:
+        separator = "," if write == "csv" else "\t"
+        path.write_text(
+            "\n".join(separator.join(row) for row in (["url", "caption", "caption"], ["u", "x", "y"]))
+        )
+    assert complaint(path, "url", "caption") == ": 2 columns are called 'caption'; rename or remove one"
+    assert len(read(path, "url")) == 1
