@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from jobs.crawl_page import crawl_page
 from jobs.manifest_page import manifest_page
 from pipeline.configerrors import section_class
 from schemas.config import CapfiltConfig
@@ -103,6 +104,8 @@ _CLI_INTRODUCTION = """\
   recorded as interrupted, and the same command goes on. A second signal does not wait for Ray and the manifest; a
   third ends the process.
 - Every command is safe to repeat, to kill and to start twice at once: what is committed is skipped.
+- A crawled URL is done, however it ended ([statuses and reasons](crawl.md#statuses)); `--retry WHICH` tries it again
+  ([retries](intake.md#retries)).
 - Messages go to standard error where `--json` is given, so that standard output is one JSON value.
 - Tables fit the screen, and break no value. Text wraps at spaces; a uid, run id, path or URL is shown whole. What finds
   no room is left out, column by column, and a line below the table names it; a digest is shown by its first 12 digits.
@@ -143,6 +146,7 @@ PAGES = {
     "config.md": config_page,
     "pretrain.md": pretrain_page,
     "manifest.md": manifest_page,
+    "crawl.md": crawl_page,
 }
 
 

@@ -115,7 +115,7 @@ class CrawlConfig(Section):
         ("noai", "noimageai", "noindex", "noimageindex"), description="of X-Robots-Tag, to be respected"
     )
     tdm_reservation: bool = Field(True, description="respect TDM-Reservation: 1")
-    robots_txt: bool = Field(False, description="fetch and respect robots.txt, cached per host")
+    robots_txt: bool = Field(False, description="fetch and respect robots.txt, cached per site")
     # how it is asked for: tuning
     user_agent: str = tuning("capfilt/0.1", min_length=1, description="say truthfully who asks")
     contact: str = tuning("", description="URL or address for a site's owner; part of the User-Agent")
