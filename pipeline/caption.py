@@ -12,15 +12,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil, GenerationConfig
-from transformers.utils.logging import disable_progress_bar
+from transformers import BlipForConditionalGeneration, GenerationConfig
 
 from pipeline.attempt import Attempt, Tally
 from pipeline.blipvision import VisionTower
@@ -28,10 +27,11 @@ from pipeline.committed import CrawledShard, open_crawled
 from pipeline.decoder import Decoder
 from pipeline.decoding import NOT_FINITE, NOTHING, GridSampler, RowSampler
 from pipeline.device import compute_dtype, device_name, device_turn, worker_device
-from pipeline.finite import not_finite, require_finite_weights
+from pipeline.finite import not_finite
 from pipeline.fp8 import quantise, require_fp8
 from pipeline.histograms import LENGTH_EDGES, histogram
 from pipeline.lookahead import decode_threads, look_ahead
+from pipeline.modelload import load_image_processor, load_model, load_tokenizer
 from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
 from pipeline.records import Records
 from pipeline.sampling import caption_seeds, uniforms
@@ -81,14 +81,13 @@ class Captioner:
         self.dtype = compute_dtype(config.precision, self.device)
         if config.precision == "fp8":
             require_fp8("caption", self.device)
-        self.recipe = PixelRecipe.of_blip(
-            BlipImageProcessorPil.from_pretrained(weights.path, local_files_only=True)
-        )
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            weights.path, local_files_only=True, trust_remote_code=False
-        )
         on_gpu = self.device.type == "cuda"
-        model = _load_model(weights).to(self.device, self.dtype).eval()
+        self._tokenizer = load_tokenizer(Path(weights.path), "caption.model")
+        model = _load_model(weights)
+        self.recipe = PixelRecipe.of_blip(
+            load_image_processor(Path(weights.path), model.config.vision_config.image_size, "caption.model")
+        )
+        model = model.to(self.device, self.dtype).eval()
         self._start_id = model.config.text_config.bos_token_id
         self._prompt_ids = self._encode_prompt(model.config.text_config.max_position_embeddings)
         self.vision = VisionTower(model.vision_model, config.batch_size if on_gpu else None)
@@ -172,25 +171,9 @@ class Captioner:
 
 def _load_model(weights: Weights) -> BlipForConditionalGeneration:
     """Load in float32 on the CPU; refuse files that leave a part of the model untrained."""
-    disable_progress_bar()
-    try:
-        model, info = BlipForConditionalGeneration.from_pretrained(
-            weights.path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CapfiltError(
-            f"caption.model = {weights.name!r} in {weights.path} does not load: {error}"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise CapfiltError(
-            f"caption.model = {weights.name!r} in {weights.path} is no BLIP captioner: {len(missing)} "
-            f"tensors are missing, {missing[0]} first"
-        )
-    require_finite_weights(model.state_dict(), f"caption.model = {weights.name!r} in {weights.path}")
+    model = load_model(
+        BlipForConditionalGeneration, Path(weights.path), "caption.model", weights.name, dtype=torch.float32
+    )
     # Generation settings that came with the files must not fill what a call leaves open.
     model.text_decoder.generation_config = GenerationConfig()
     return model

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from math import isfinite
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.attempt import Attempt, Tally
+from pipeline.clipload import load_clip, load_clip_tokenizer
 from pipeline.cliptokens import ClipTokenizer
 from pipeline.cliptowers import Encoder, ImageTower, image_encoder, text_encoder
 from pipeline.committed import CrawledShard, committed_table, open_crawled
@@ -52,20 +50,27 @@ class Score:
 class Ranker:
     """A CLIP of open_clip's with its preprocessing and tokenizer, on the device of this process."""
 
-    def __init__(self, weights: Weights, precision: InferencePrecision, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        precision: InferencePrecision,
+        batch_size: int = 64,
+        where: str = "rank.model",
+    ) -> None:
         """Load the weights.
 
         Args:
             weights: of the model, its files verified.
             precision: ``auto`` is bfloat16 on a GPU and float32 on a CPU; ``fp8`` needs a tower of plain blocks.
             batch_size: images encoded at once on a GPU.
+            where: the config key that names the model, for messages.
         """
         self.name = weights.name
         self.device = worker_device()
         self.dtype = compute_dtype(precision, self.device)
         if precision == "fp8":
             require_fp8("rank", self.device)
-        model = _load_model(weights, self.dtype).to(self.device).eval()
+        model = _load_model(weights, self.dtype, where).to(self.device).eval()
         on_gpu = self.device.type == "cuda"
         self.encode_image = image_encoder(model, compiled_batch=batch_size if on_gpu else None)
         if precision == "fp8":
@@ -76,7 +81,7 @@ class Ranker:
                 )
             quantise(self.encode_image.blocks)
         self._encode_text = text_encoder(model, compiled=on_gpu)
-        self._tokenize = ClipTokenizer(open_clip.get_tokenizer(_open_clip_name(weights)))
+        self._tokenize = ClipTokenizer(load_clip_tokenizer(weights, where))
         self.recipe = PixelRecipe.of_open_clip(model.visual.preprocess_cfg)
 
     @torch.inference_mode()
@@ -118,35 +123,10 @@ class Ranker:
         return embedding / length.clamp_min(1e-12).masked_fill(length.isinf(), torch.nan)
 
 
-def _open_clip_name(weights: Weights) -> str:
-    return f"local-dir:{weights.path}" if Path(weights.path).is_dir() else weights.name
-
-
-def _load_model(weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+def _load_model(weights: Weights, dtype: torch.dtype, where: str = "rank.model") -> torch.nn.Module:
     """Load on the CPU in float32, then lower the precision of what open_clip lowers."""
-    arguments: dict[str, Any] = {}
-    if not Path(weights.path).is_dir():
-        # Named by its file, a model keeps the architecture's defaults; what the pretrained tag knows
-        # (OpenAI's weights need QuickGELU, others their own mean and resize) is ours to pass on. open_clip
-        # 3.3 only warns.
-        tag = open_clip.get_pretrained_cfg(weights.name, weights.revision)
-        arguments = {
-            "pretrained": weights.path,
-            "force_quick_gelu": tag.get("quick_gelu", False),
-            "force_preprocess_cfg": {
-                name: tag[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in tag
-            },
-        }
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    try:
-        model = open_clip.create_model(
-            _open_clip_name(weights), precision=precision, require_pretrained=True, **arguments
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CapfiltError(
-            f"rank.model = {weights.name!r} in {weights.path} does not load: {error}"
-        ) from error
-    require_finite_weights(model.state_dict(), f"rank.model = {weights.name!r} in {weights.path}")
+    model = load_clip(weights, where, "bf16" if dtype == torch.bfloat16 else "fp32")
+    require_finite_weights(model.state_dict(), f"{where} = {weights.name!r} in {weights.path}")
     return model
 
 
@@ -176,7 +156,10 @@ class RankWorker:
         if rank.rerank is not None:
             weights.append(ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
         self.models = tuple(one.digest for one in weights)
-        self.rankers = [Ranker(one, rank.precision, rank.batch_size) for one in weights]
+        self.rankers = [
+            Ranker(one, rank.precision, rank.batch_size, where)
+            for one, where in zip(weights, ("rank.model", "rank.rerank.model"), strict=False)
+        ]
         self._turn = Lock()
 
     def __call__(self, task: ShardTask) -> ShardRecord:

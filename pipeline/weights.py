@@ -5,37 +5,38 @@ decide the output (weights, architecture, tokenizer, preprocessing) and nothing 
 another place, or under another name, are the same model.
 """
 
-import json
-import math
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.fingerprint import digest_json
 from pipeline.hub import hub_folder
+from pipeline.modelfiles import (
+    count_parameters,
+    read_object,
+    refuse_wrapped_names,
+    safetensors_header,
+    weight_files,
+)
+from pipeline.modelview import (
+    TOKENIZER_FILES,
+    clip_config,
+    processor_config,
+    processor_file,
+    refuse_code,
+    tokenizer_view,
+)
 from pipeline.nearest import did_you_mean
 from pipeline.records import now
 from pipeline.storage import sha256_file
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
+from schemas.names import printable
 from schemas.records import ModelRecord
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-_CAPTIONER_FILES = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # open_clip's own order of preference; its third choice is a pickle.
@@ -72,7 +73,9 @@ def model_record(
         parameters: how many; None counts those of the safetensors files.
     """
     if parameters is None:
-        parameters = sum(_count_parameters(folder / name) for name in files if name.endswith(".safetensors"))
+        parameters = count_parameters(
+            safetensors_header(folder / name) for name in files if name.endswith(".safetensors")
+        )
     return ModelRecord(
         digest=digest_json(dict(files)),
         kind=kind,
@@ -95,7 +98,9 @@ def captioner_weights(config: CaptionConfig) -> Weights:
     folder = _local_folder(config.model)
     revision = ""
     if folder is None:
-        patterns = (*_CAPTIONER_FILES, "*.safetensors", "*.safetensors.index.json")
+        patterns = (
+            "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
+        )  # fmt: skip
         folder = hub_folder(config.model, config.revision, patterns, _captioner_gaps, where)
         revision = config.revision
     if gap := _captioner_gaps(folder):
@@ -103,13 +108,25 @@ def captioner_weights(config: CaptionConfig) -> Weights:
             f"{gap} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
             "captioner (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
         )
-    model_type = _read_json(folder / "config.json", where).get("model_type")
+    shape = read_object(folder / "config.json", where)
+    model_type = shape.get("model_type")
     if model_type != "blip":
         raise CapfiltError(
-            f"{where} = {config.model!r} is a {model_type!r} model; the captioner must be a 'blip' one"
+            f"{where} = {config.model!r} is a {printable(repr(model_type))[:40]} model; the captioner must be a "
+            "'blip' one"
         )
-    names = [name for name in _CAPTIONER_FILES if (folder / name).is_file()] + weight_files(folder)
+    refuse_code(shape, folder / "config.json")
+    processor_config(folder, image_size_px(shape), where)
+    tokenizer_view(folder, where)
+    settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
+    names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
     return _weights("captioner", config.model, revision, folder, folder, names)
+
+
+def image_size_px(captioner: Mapping[str, Any]) -> Any:
+    """Return the size of the images that a captioner's ``config.json`` names; BLIP's where it names none."""
+    vision = captioner.get("vision_config")
+    return vision.get("image_size", 384) if isinstance(vision, dict) else 384
 
 
 def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
@@ -141,21 +158,22 @@ def _clip_folder(model: str, where: str) -> Weights:
     else:
         name, _, revision = rest.partition("@")
         revision = revision or "main"
-        folder = hub_folder(name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), _clip_gaps, where)
-    if gap := _clip_gaps(folder):
+        folder = hub_folder(name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), partial(_clip_gaps, where=where), where)
+    if gap := _clip_gaps(folder, where):
         raise CapfiltError(
             f"{gap} is missing in {folder}; {where} must name a folder as open_clip publishes it "
             "(open_clip_config.json, open_clip_model.safetensors, a Hugging Face tokenizer's files)"
         )
-    text = (folder / "open_clip_config.json").read_text()
-    if "trust_remote_code" in text:
-        # open_clip hands tokenizer_kwargs to AutoTokenizer as they are.
-        raise CapfiltError(
-            f"{folder / 'open_clip_config.json'} asks to run code of its own (trust_remote_code)"
-        )
-    checkpoint = next(name for name in _CLIP_WEIGHTS if (folder / name).is_file())
+    if clip_config(folder, where)["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        tokenizer_view(folder, where)
+    checkpoint = clip_checkpoint(folder)
     names = [name for name in _CLIP_FILES if (folder / name).is_file()] + [checkpoint]
     return _weights("ranker", model, revision, folder, folder, names)
+
+
+def clip_checkpoint(folder: Path) -> str:
+    """Return the name of the weights in an open_clip folder."""
+    return next((name for name in _CLIP_WEIGHTS if (folder / name).is_file()), _CLIP_WEIGHTS[0])
 
 
 def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
@@ -217,7 +235,7 @@ def _local_folder(name: str) -> Path | None:
 
 def _captioner_gaps(folder: Path) -> str | None:
     """Return the first file that a BLIP captioner's folder lacks."""
-    for name in ("config.json", "preprocessor_config.json"):
+    for name in ("config.json", processor_file(folder)):
         if not (folder / name).is_file():
             return name
     if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
@@ -227,41 +245,20 @@ def _captioner_gaps(folder: Path) -> str | None:
     return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
 
 
-def _clip_gaps(folder: Path) -> str | None:
+def _clip_gaps(folder: Path, where: str) -> str | None:
     """Return the first file that an open_clip folder lacks."""
     config = folder / "open_clip_config.json"
     if not config.is_file():
         return config.name
     if not any((folder / name).is_file() for name in _CLIP_WEIGHTS):
         return _CLIP_WEIGHTS[0]
-    text = _read_json(config, "rank.model").get("model_cfg", {}).get("text_cfg", {})
+    text = clip_config(folder, where)["model_cfg"]["text_cfg"]
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
     return "tokenizer.json" if text.get("hf_tokenizer_name") and not has_tokenizer else None
 
 
 def _first_gap(names: tuple[str, ...]) -> Callable[[Path], str | None]:
     return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
-
-
-def weight_files(folder: Path, where: str = "caption.model") -> list[str]:
-    """Return the names of a transformers model's weights: one file, or the index and the shards that it lists.
-
-    Raises CapfiltError where the index is no JSON object. Some of the files may be missing.
-    """
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    return [index.name, *sorted(set(_read_json(index, where).get("weight_map", {}).values()))]
-
-
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CapfiltError(f"{path} ({where}) is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CapfiltError(f"{path} ({where}) is no JSON object")
-    return value
 
 
 def _weights(
@@ -273,6 +270,12 @@ def _weights(
     names: list[str],
     extra: Mapping[str, str] | None = None,
 ) -> Weights:
+    # Before all bytes are read for the digest.
+    for file in names:
+        if file.endswith(".safetensors"):
+            # "module." is what open_clip takes away itself.
+            wrappers = ("module.", "_orig_mod.") if kind == "captioner" else ("_orig_mod.",)
+            refuse_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
     files = file_digests(folder, names) | dict(extra or {})
     return Weights(
         kind=kind, name=name, revision=revision, path=str(path), digest=digest_json(files), files=files
@@ -296,12 +299,3 @@ def _sha256(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _sha256_of_version(path: Path, _size: int, _mtime_ns: int) -> str:
     return sha256_file(path)
-
-
-def _count_parameters(path: Path) -> int:
-    """Return the number of floating-point values in a safetensors file, read from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    return sum(math.prod(entry["shape"]) for entry in tensors if "F" in entry["dtype"])

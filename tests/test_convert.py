@@ -188,7 +188,7 @@ def test_files_that_are_none_of_it(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match='there are no tensors under "model"'):
         read_foreign(str(tmp_path / "other.pth"))
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "blip1.pth")
-    with pytest.raises(CapfiltError, match="is no BLIP-2: it has no query_tokens"):
+    with pytest.raises(CapfiltError, match="is not a BLIP-2: it has no query_tokens"):
         read_foreign(str(tmp_path / "blip1.pth"))
     assert read_foreign(str(tmp_path)) is None
 
@@ -228,5 +228,5 @@ def test_attention_biases_are_joined_and_parted() -> None:
     }
     with pytest.raises(CapfiltError, match="has a bias of the keys"):
         from_hf({name: torch.ones(6)}, None, "x")
-    with pytest.raises(CapfiltError, match="surprise is no tensor of BLIP-2"):
+    with pytest.raises(CapfiltError, match="surprise is not a tensor of BLIP-2"):
         from_hf({"surprise": torch.ones(1)}, None, "x")

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 PIPELINE_READ_SIDE = {
     "storage", "shards", "images", "texts", "manifest", "records", "committed", "weights", "hub", "fingerprint",
     "finite", "checkpoints", "durations",
+    "modelfiles", "modelview", "modelload", "clipload",
 }
 STAGE_FILES = {"crawl", "caption", "rank", "selection"}
 # Heavy library -> the files or rooms that may import it. A benchmark may also import what it compares with.
@@ -29,15 +30,15 @@ HOMES = {
     "img2dataset": ("pipeline/crawl.py", "jobs/bench/crawl.py"),
     "duckdb": ("pipeline/manifest.py", "jobs/bench/manifest.py"),
     "open_clip": (
-        "pipeline/rank.py", "pipeline/clipblocks.py", "pipeline/cliptokens.py", "pipeline/cliptowers.py",
+        "pipeline/clipload.py", "pipeline/clipblocks.py", "pipeline/cliptokens.py", "pipeline/cliptowers.py",
         "pipeline/weights.py",
         "training/vision.py", "jobs/demo/", "jobs/bench/images.py", "jobs/bench/models.py", "jobs/bench/rank.py",
         "jobs/bench/toptwo.py",
     ),
     "transformers": (
-        "pipeline/caption.py", "pipeline/blipvision.py", "pipeline/decoder.py", "training/", "jobs/demo/",
-        "jobs/bench/agreement.py", "jobs/bench/caption.py", "jobs/bench/generate.py", "jobs/bench/images.py",
-        "jobs/bench/models.py", "jobs/bench/toptwo.py",
+        "pipeline/caption.py", "pipeline/blipvision.py", "pipeline/decoder.py", "pipeline/modelload.py", "training/",
+        "jobs/demo/", "jobs/bench/agreement.py", "jobs/bench/caption.py", "jobs/bench/generate.py",
+        "jobs/bench/images.py", "jobs/bench/models.py", "jobs/bench/toptwo.py",
     ),
     "torchao": ("pipeline/fp8.py",),
     "PIL": (

@@ -4,7 +4,6 @@ Our names are LAVIS's, so a LAVIS file only loses what is not trained. What a st
 it trains: a tensor too few, too many or of another shape is named, never passed over.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -17,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.finite import require_finite_weights
+from pipeline.modelfiles import impostor, not_safetensors, read_object, safetensors_header, unwrapped_names
+from pipeline.storage import first_line
 from schemas.errors import CapfiltError
+from schemas.names import printable
 from training.hfnames import Family, from_hf
 
 # Beside a Hugging Face export: what its classes have no home for.
@@ -36,6 +38,8 @@ _STAGE1_ONLY = re.compile(
     r"Qformer\.cls\..+|Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight"
     r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+|(vision|text)_proj\..+|itm_head\..+|temp"
 )
+# How torch names what a pickle asks for.
+_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _PROJECTION = re.compile(r"(opt|t5)_proj\..+")
 
 
@@ -80,7 +84,7 @@ def read_foreign(path: str) -> Imported | None:
     local = Path(path).expanduser()
     if local.suffix in (".pth", ".pt"):
         return read_lavis(local)
-    if (local / "config.json").is_file() and read_json(local / "config.json").get("model_type") == "blip-2":
+    if (local / "config.json").is_file() and read_object(local / "config.json").get("model_type") == "blip-2":
         return read_blip2(local)
     if (local / OWN_CONFIG_FILE).is_file():
         return read_own(local)
@@ -91,20 +95,33 @@ def read_lavis(path: Path) -> Imported:
     """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, running no code of the file."""
     if not path.is_file():
         raise CapfiltError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CapfiltError(
-            f"{path} holds more than tensors and plain values, and is not read: {error}"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CapfiltError(f"{path} is no file of torch.save: {error}") from error
+    content = _unpickled(path)
     tensors = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
-        raise CapfiltError(f'{path} is no LAVIS checkpoint: there are no tensors under "model"')
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CapfiltError(f'{path} is not a LAVIS checkpoint: there are no tensors under "model"')
+    tensors = unwrapped_names(tensors)
     if "query_tokens" not in tensors:
-        raise CapfiltError(f"{path} is no BLIP-2: it has no query_tokens")
+        raise CapfiltError(f"{path} is not a BLIP-2: it has no query_tokens")
     return Imported(kind="lavis", path=str(path), tensors=tensors)
+
+
+def _unpickled(path: Path) -> Any:
+    """Return what torch.load reads of a file without running code; its own advice, to run it, is not passed on."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if what := None if start[:1] == b"\x80" else impostor(start):
+            raise CapfiltError(f"{path} is not a file of torch.save: {what}") from error
+        named = _GLOBAL.search(str(error))
+        asked = f" (it asks for {printable(named[1])[:80]})" if named else ""
+        raise CapfiltError(f"{path} holds more than tensors and plain values{asked}, and is not read") from error
+    except Exception as error:  # what torch raises for a damaged file is not declared
+        reason = "it is empty" if not path.stat().st_size else printable(first_line(error))[:200]
+        raise CapfiltError(f"{path} is not a file of torch.save: {reason}") from error
 
 
 def read_blip2(folder: Path) -> Imported:
@@ -112,10 +129,10 @@ def read_blip2(folder: Path) -> Imported:
 
     What an export of ours put beside it comes along, so that ours -> Hugging Face -> ours loses no bit.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("model_type") != "blip-2":
         raise CapfiltError(
-            f"{folder} is a {config.get('model_type')!r} model; a 'blip-2' one can be brought in"
+            f"{folder} is a {_shown(config.get('model_type'))} model; a 'blip-2' one can be brought in"
         )
     tensors: dict[str, Tensor] = {}
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
@@ -123,7 +140,7 @@ def read_blip2(folder: Path) -> Imported:
         raise CapfiltError(f"{folder} has no .safetensors; only safetensors are read")
     for path in files:
         tensors |= _read_safetensors(path)
-    ours = from_hf(tensors, _family(config, folder), str(folder))
+    ours = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
     extra = folder / EXTRA_FILE
     if extra.is_file():
         ours |= _read_safetensors(extra)
@@ -132,13 +149,14 @@ def read_blip2(folder: Path) -> Imported:
 
 def read_own(folder: Path) -> Imported:
     """Read an export in our own format."""
-    config = read_json(folder / OWN_CONFIG_FILE)
+    config = read_object(folder / OWN_CONFIG_FILE)
     if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
         raise CapfiltError(
-            f"{folder / OWN_CONFIG_FILE} is of format {config.get('format')!r}, version {config.get('version')!r}; "
+            f"{folder / OWN_CONFIG_FILE} is of format {_shown(config.get('format'))}, version "
+            f"{_shown(config.get('version'))}; "
             f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
         )
-    tensors = _read_safetensors(folder / OWN_WEIGHTS_FILE)
+    tensors = unwrapped_names(_read_safetensors(folder / OWN_WEIGHTS_FILE))
     return Imported(kind="capfilt", path=str(folder), tensors=tensors, config=config)
 
 
@@ -163,7 +181,7 @@ def stage_state(
         if not any(_PROJECTION.fullmatch(name) for name in state):
             state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
     if problems := _problems(state, fresh):
-        raise CapfiltError(f"{where} is no checkpoint of this stage {stage} model: {problems}")
+        raise CapfiltError(f"{where} is not a checkpoint of this stage {stage} model: {problems}")
     require_finite_weights(state, where)
     # Half-precision files hold rounded values; training goes on in the stage's own precision.
     return {name: state[name].to(fresh[name].dtype) for name in fresh}
@@ -175,7 +193,7 @@ def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     unexpected = [name for name in state if name not in wanted]
     reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     parts = [
-        f"{len(names)} {kind}, {names[0]} first"
+        f"{len(names)} {kind}, {printable(names[0])} first"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -187,29 +205,27 @@ def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
-    architectures = config.get("architectures") or []
-    if "Blip2ForConditionalGeneration" not in architectures:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or "Blip2ForConditionalGeneration" not in architectures:
         return None
-    model_type = config.get("text_config", {}).get("model_type")
+    text_config = config.get("text_config")
+    model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
     if model_type not in ("opt", "t5"):
-        raise CapfiltError(f"{folder}: its language model is {model_type!r}; opt and t5 can be brought in")
+        raise CapfiltError(
+            f"{folder}: its language model is {_shown(model_type)}; opt and t5 can be brought in"
+        )
     return model_type
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Raises CapfiltError."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CapfiltError(f"{path} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CapfiltError(f"{path} is no JSON object")
-    return value
+def _shown(value: Any) -> str:
+    """Return a value that others wrote, for a message."""
+    return printable(repr(value))[:40]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, FileNotFoundError) as error:
-        raise CapfiltError(f"{path} does not read as safetensors: {error}") from error
+        raise not_safetensors(path, printable(first_line(error))[:200]) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import CapfiltError
+from schemas.names import printable
 
 Family = Literal["opt", "t5"]
 
@@ -115,7 +116,7 @@ def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) ->
         elif here := our_name(name, family):
             ours[here] = tensor
         else:
-            raise CapfiltError(f"{where}: {name} is no tensor of BLIP-2")
+            raise CapfiltError(f"{where}: {printable(name)[:100]} is not a tensor of BLIP-2")
     return ours
 
 

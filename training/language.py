@@ -7,13 +7,14 @@ The legend of the names: B images, Q queries, L text tokens, T words to predict,
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -22,10 +23,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from pipeline.modelload import load_model, load_tokenizer, model_config
 from schemas.errors import CapfiltError
+from schemas.names import printable
 from schemas.pretrain import LanguageConfig
 from training.objectives import IGNORED, captioning_loss
-from training.pretrained import config_file, load_model, model_folder, tokenizer_folder
+from training.pretrained import config_file, model_folder, tokenizer_folder
 from training.seeds import seed_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -239,8 +242,7 @@ def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
     if config.family == "t5":
         _use_exact_gelu(model)
     folder = tokenizer_folder(config.model, config.revision, where)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return _frozen(config, model, tokenizer)
+    return _frozen(config, model, load_tokenizer(folder, where))
 
 
 def empty_language(config: LanguageConfig, device: torch.device | str) -> Decoder | EncoderDecoder:
@@ -269,7 +271,8 @@ def language_shape(config: LanguageConfig) -> PretrainedConfig:
         _check_family(config, values)
     elif (config.family == "opt") != ("ffn_dim" in values):
         raise _other_family(config, "t5" if config.family == "opt" else "opt")
-    return OPTConfig(**values) if config.family == "opt" else T5Config(**values)
+    kind = OPTConfig if config.family == "opt" else T5Config
+    return model_config(kind, values, Path(config.model) / "config.json")
 
 
 def _frozen(
@@ -279,9 +282,9 @@ def _frozen(
     return family(config, model, tokenizer)
 
 
-def _check_family(config: LanguageConfig, values: dict) -> None:
+def _check_family(config: LanguageConfig, values: Mapping[str, Any]) -> None:
     if values.get("model_type") != config.family:
-        raise _other_family(config, values.get("model_type", "unknown"))
+        raise _other_family(config, printable(str(values.get("model_type", "unknown")))[:40])
 
 
 def _other_family(config: LanguageConfig, found: str) -> CapfiltError:

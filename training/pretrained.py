@@ -1,19 +1,16 @@
 """Folders of transformers' models: a local one, or the hub's in the local cache. Only safetensors are read."""
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
-
-from pipeline.finite import require_finite_weights
 from pipeline.hub import hub_folder
-from pipeline.weights import TOKENIZER_FILES, weight_files
+from pipeline.modelfiles import read_object, weight_files
+from pipeline.modelview import TOKENIZER_FILES
 from schemas.errors import CapfiltError
 
+_CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -46,30 +43,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
     """Return a model's config.json; raises as ``model_folder``."""
-    path = _folder(name, revision, where, ("config.json",), _config_gap) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CapfiltError(f"{path} ({where}) is no JSON: {error}") from error
-
-
-def load_model(
-    model_class: type[PreTrainedModel], folder: Path, where: str, **arguments: Any
-) -> PreTrainedModel:
-    """Load a model on the CPU; refuse files that leave a part of it untrained."""
-    disable_progress_bar()
-    try:
-        model, info = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **arguments
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CapfiltError(f"{where}: {folder} does not load as {model_class.__name__}: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise CapfiltError(
-            f"{where}: {folder} is no {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"
-        )
-    require_finite_weights(model.state_dict(), f"{where}: {folder}, read as {model.dtype}")
-    return model
+    return read_object(_folder(name, revision, where, ("config.json",), _config_gap) / "config.json", where)
 
 
 def _folder(
@@ -90,7 +64,11 @@ def _folder(
 
 def _how_to_convert(name: str, folder: Path, where: str) -> str:
     """Return what makes safetensors of older files, as the hub has of OPT; transformers runs no code of theirs."""
-    kind = (json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModel"])[0]
+    classes = read_object(folder / "config.json", where).get("architectures")
+    kind = classes[0] if isinstance(classes, list) and classes else "AutoModel"
+    if not (isinstance(kind, str) and _CLASS_NAME.fullmatch(kind)):
+        # What others wrote is not put into a command that the user is told to run.
+        kind = "AutoModel"
     new = f"{name.rstrip('/').rpartition('/')[2]}-safetensors"
     return (
         f"; only safetensors are read. Convert once, and set {where} = {new!r}: python -c \"from transformers import "

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import BertForMaskedLM
 
+from pipeline.modelload import load_model
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.checkpoint import read_model
@@ -13,7 +14,7 @@ from training.convert import read_foreign, stage_state
 from training.distributed import World
 from training.language import Decoder, EncoderDecoder, empty_language, load_language
 from training.precision import compute_dtype
-from training.pretrained import load_model, model_folder, tokenizer_folder
+from training.pretrained import model_folder, tokenizer_folder
 from training.qformer import QFormer, copy_bert
 from training.seeds import seed_for
 from training.stage1 import Stage1

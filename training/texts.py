@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from pipeline.modelload import load_tokenizer
 from schemas.errors import CapfiltError
 from schemas.pretrain import QFormerConfig
 
@@ -46,12 +47,7 @@ class CaptionTokenizer:
     """BERT's tokenizer with [DEC], which begins a caption that is to be written."""
 
     def __init__(self, folder: Path, config: QFormerConfig) -> None:
-        try:
-            self.words = BertTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CapfiltError(
-                f"qformer.tokenizer = {config.tokenizer!r} in {folder} does not load: {error}"
-            ) from error
+        self.words = load_tokenizer(folder, "qformer.tokenizer", BertTokenizer)
         self.words.add_special_tokens({"bos_token": _BEGIN_CAPTION})
         if len(self.words) != config.vocab_size:
             raise CapfiltError(

@@ -6,7 +6,6 @@ tokens and without the final norm. What comes after them is left out, so it cost
 The legend of the names: B images, C channels, H and W pixels, P tokens of an image (class token first), E width.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ import torch
 from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.clipload import load_clip
 from pipeline.finite import require_finite_weights
+from pipeline.modelview import clip_config
 from pipeline.weights import ranker_weights
 from schemas.errors import CapfiltError
 from schemas.pretrain import VisionConfig
@@ -113,23 +113,7 @@ def load_vision(config: VisionConfig, image_size_px: int, dtype: torch.dtype) ->
         CapfiltError: no such model, no such file, or made for another image size.
     """
     weights = ranker_weights(config.model, config.pretrained, "vision")
-    is_folder = Path(weights.path).is_dir()
-    arguments: dict[str, Any] = {}
-    if not is_folder:
-        # As pipeline/rank.py: named by its file, a model loses what its pretrained tag knows.
-        tag = open_clip.get_pretrained_cfg(weights.name, weights.revision)
-        arguments = {
-            "pretrained": weights.path,
-            "force_quick_gelu": tag.get("quick_gelu", False),
-            "force_preprocess_cfg": {name: tag[name] for name in ("mean", "std") if name in tag},
-        }
-    name = f"local-dir:{weights.path}" if is_folder else weights.name
-    try:
-        visual = open_clip.create_model(name, require_pretrained=True, **arguments).visual
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CapfiltError(
-            f"vision.model = {weights.name!r} in {weights.path} does not load: {error}"
-        ) from error
+    visual = load_clip(weights, "vision.model").visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     if size != image_size_px:
         raise CapfiltError(
@@ -156,7 +140,7 @@ def empty_vision(config: VisionConfig, device: torch.device | str, dtype: torch.
 def _architecture(config: VisionConfig) -> Mapping[str, Any]:
     if config.model.startswith(("local-dir:", "hf-hub:")):
         folder = Path(ranker_weights(config.model, config.pretrained, "vision").path)
-        return json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        return clip_config(folder, "vision.model")["model_cfg"]
     architecture = open_clip.get_model_config(config.model)
     if architecture is None:
         # Says so, with the nearest names.

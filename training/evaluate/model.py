@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pipeline.finite import require_finite_weights
+from pipeline.modelfiles import read_object
 from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.checkpoint import read_model, recorded_config
-from training.convert import OWN_CONFIG_FILE, Imported, read_foreign, read_json, stage_state
+from training.convert import OWN_CONFIG_FILE, Imported, read_foreign, stage_state
 from training.distributed import World
 from training.hfnames import hf_name
 from training.stage1 import Stage1
@@ -75,7 +76,7 @@ def _filled_up(given: dict[str, Tensor], fresh: dict[str, Tensor], path: str) ->
 
 def _exported_config(folder: Path) -> dict[str, Any] | None:
     path = folder / OWN_CONFIG_FILE
-    return read_json(path).get("config") if path.is_file() else None
+    return read_object(path).get("config") if path.is_file() else None
 
 
 def _parsed(values: Any, path: str) -> PretrainConfig:
