@@ -148,7 +148,7 @@ def test_stage2_goes_on_from_a_stage2_file(stage2: Stage2, tmp_path: Path) -> No
 def test_what_does_not_fit_is_named(stage1: Stage1, stage2: Stage2) -> None:
     whole = stage1.trainable_state()
     without = {name: tensor for name, tensor in whole.items() if not name.startswith("itm_head")}
-    with pytest.raises(CapfiltError, match=r"x.pth is no checkpoint .* 2 missing, itm_head.weight first"):
+    with pytest.raises(CapfiltError, match=r"x.pth is not a checkpoint .* 2 missing, itm_head.weight first"):
         stage_state(without, whole, stage=1, where="x.pth")
     with pytest.raises(CapfiltError, match="1 unexpected, other first"):
         stage_state({**whole, "other": torch.zeros(1)}, whole, stage=1, where="x.pth")

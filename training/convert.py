@@ -114,7 +114,7 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             start = file.read(64)
-        if what := None if start[:1] == b"\x80" else impostor(start):
+        if not start.startswith((b"\x80", b"PK")) and (what := impostor(start)):
             raise CapfiltError(f"{path} is not a file of torch.save: {what}") from error
         named = _GLOBAL.search(str(error))
         asked = f" (it asks for {printable(named[1])[:80]})" if named else ""
