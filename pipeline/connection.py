@@ -147,7 +147,7 @@ def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int
     if declared is not None and declared > max_bytes:
         raise FetchError("body_too_large", f"Content-Length {declared}, over crawl.max_body_bytes")
     digest, received = hashlib.sha256(), 0
-    for chunk in _body(response, max_bytes):
+    for chunk in _body(_whole(response), response, max_bytes):
         received += len(chunk)
         digest.update(chunk)
         sink.write(chunk)
@@ -155,11 +155,11 @@ def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int
 
 
 def read_start(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return so much of the body, decompressed. Raises FetchError."""
+    """Return so much of the body, decompressed, whatever length it declares. Raises FetchError."""
     start = b""
     try:
         # The chunk that goes over the bound does not arrive.
-        for chunk in _body(response, max_bytes + _CHUNK_BYTES):
+        for chunk in _body(_wire(response), response, max_bytes + _CHUNK_BYTES):
             start += chunk
     except FetchError as error:
         if error.reason != "body_too_large":
@@ -167,18 +167,23 @@ def read_start(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     return start[:max_bytes]
 
 
-def _body(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[bytes]:
+def _body(wire: Iterator[bytes], response: http.client.HTTPResponse, max_bytes: int) -> Iterator[bytes]:
     """Yield the body as its Content-Encoding unfolds it. Raises FetchError."""
-    wire = bounded(_wire(response), max_bytes)
-    return decompressed(wire, response.headers.get_all("Content-Encoding", []), max_bytes)
+    codings = response.headers.get_all("Content-Encoding", [])
+    return decompressed(bounded(wire, max_bytes), codings, max_bytes)
 
 
 def _wire(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    declared, received = response.length, 0
     with _faults_named():
         while chunk := response.read(_CHUNK_BYTES):
-            received += len(chunk)
             yield chunk
+
+
+def _whole(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    declared, received = response.length, 0
+    for chunk in _wire(response):
+        received += len(chunk)
+        yield chunk
     if declared is not None and received < declared:
         raise FetchError("body_truncated", f"{received} of {declared} bytes")
 

@@ -212,6 +212,13 @@ def test_a_compressed_robots_txt_is_obeyed(site: HostileSite) -> None:
         assert end(fetcher.fetch(site.url("/hop/1"))) == ("opted_out", "robots_txt")
 
 
+def test_a_robots_txt_shorter_than_it_declares_is_obeyed(site: HostileSite) -> None:
+    site.robots_txt = lambda exchange: exchange.send(b"User-agent: *\nDisallow: /hop/\n", length=500)
+    fetcher = web(site, robots_txt=True)
+    assert end(fetcher.fetch(site.url("/plain.jpg"))) == ("ok", None)
+    assert end(fetcher.fetch(site.url("/hop/1"))) == ("opted_out", "robots_txt")
+
+
 def test_half_a_line_of_robots_txt_is_no_rule(site: HostileSite) -> None:
     start = b"User-agent: *\nDisallow: /hop/\n#"
     text = start + b"." * (512_000 - len(start) - 12) + b"\nDisallow: /plain"
