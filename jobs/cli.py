@@ -103,20 +103,21 @@ def _run(
     loaded = _load(config, overrides, sources)
     from rich.console import Console
 
+    from jobs.planning import plan_corpus, print_plan
     from jobs.run import RunOptions, run
-    from jobs.summary import plan_corpus, print_plan, print_result, result_json
+    from jobs.summary import print_result, result_json
 
-    chosen = RunOptions(quiet=as_json, **options)
+    chosen = RunOptions(quiet=as_json, only_named=bool(sources), **options)
     if dry_run:
-        planned = plan_corpus(loaded, chosen.stages, chosen.retry)
+        planned = plan_corpus(loaded, chosen.stages, chosen.retry, only_named=chosen.only_named)
         print(json.dumps(planned)) if as_json else print_plan(planned)
         return
     console = Console(stderr=as_json, soft_wrap=True)
     result = run(loaded, chosen, console)
     if as_json:
-        print(json.dumps(result_json(result)))
+        print(json.dumps(result_json(result, config)))
     else:
-        print_result(result, console)
+        print_result(result, console, config)
     raise typer.Exit(result.exit_code)
 
 
@@ -174,9 +175,9 @@ _stage_command("select", ("select",), "Keep the best captions and write the cura
 def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
-    from jobs.summary import plan_corpus, print_plan
+    from jobs.planning import plan_corpus, print_plan
 
-    found = plan_corpus(loaded)
+    found = plan_corpus(loaded, only_named=bool(source))
     print(json.dumps(found)) if json_ else print_plan(found)
 
 

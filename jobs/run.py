@@ -24,12 +24,16 @@ from pipeline.manifest import Manifest
 from pipeline.plan import ModelDigests, Survey, survey
 from pipeline.records import Records, now
 from pipeline.retries import retried_reasons
+from pipeline.staleness import stale_reasons
 from pipeline.storage import Storage
+from pipeline.totals import Totals
 from pipeline.urlshards import url_shards
 from pipeline.weights import Weights, captioner_weights, ranker_weights
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, RunRecord, ShardRecord, Stage
+
+_CHANGES_NAMED = 5
 
 _FIRST_SIGNAL = (
     "committed shards stay, those under way are begun anew by the same command; a second signal does not wait for Ray "
@@ -49,6 +53,8 @@ class RunOptions:
     retry: str | None = None
     limit: int | None = None
     quiet: bool = False
+    # --source was given: the config was cut down to some of its sources.
+    only_named: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,13 +65,27 @@ class RunResult:
     survey: Survey
     quarantined: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    # Of this run, and of all that the corpus has committed.
+    totals: Totals = field(default_factory=Totals)
+    corpus_totals: Totals = field(default_factory=Totals)
+    corpus: str = ""
     signal: int = signal.SIGINT
 
     @property
     def exit_code(self) -> int:
-        """Return 0 where everything is done, 3 where shards are quarantined, 128 + the signal that stopped it."""
-        codes = {"done": 0, "partial": 3, "interrupted": 128 + self.signal}
+        """Return how the process ends.
+
+        0 where everything is done, 3 where shards are quarantined or no image came of all the work, 128 + the signal
+        that stopped it.
+        """
+        codes = {"done": 3 if self.yields_nothing else 0, "partial": 3, "interrupted": 128 + self.signal}
         return codes.get(self.record.outcome or "", 1)
+
+    @property
+    def yields_nothing(self) -> bool:
+        """Tell whether the corpus has URLs, or images, of which not one went on."""
+        totals = self.corpus_totals
+        return (totals.urls > 0 and not totals.images) or (totals.selected > 0 and not totals.kept)
 
 
 def new_run_id() -> str:
@@ -99,7 +119,11 @@ def survey_corpus(
 ) -> tuple[Survey, dict[tuple[str, str], ShardRecord]]:
     """Return where the corpus stands, and its url shards."""
     urls = url_shards(records)
-    found = survey(config, models, urls, records.shards(), records.quarantined(), stages, unread_rows)
+    committed = records.shards()
+    found = survey(config, models, urls, committed, records.quarantined(), stages, unread_rows)
+    if found.stale:
+        because = stale_reasons(config, models, records, found.stale, committed, urls)
+        found = replace(found, stale_because=because)
     return found, urls
 
 
@@ -227,7 +251,7 @@ def _interrupted(
             result = _end(work, "interrupted")
         else:
             record = _ended(records, started, "interrupted")
-            result = RunResult(record=record, survey=Survey(counts=[]))
+            result = RunResult(record=record, survey=Survey(counts=[]), corpus=records.storage.root)
         result.signal = interrupts.number
         if not records.has_begun(started.run_id):
             return result
@@ -260,19 +284,26 @@ def _take_in_lists(
 def _refuse(before: Survey, options: RunOptions) -> None:
     """Stop before any spending where the run would not do what the user expects."""
     if before.stale and not options.recompute:
-        named = ", ".join("/".join(shard) for shard in before.stale[:3])
-        more = ", ..." if len(before.stale) > 3 else ""
-        raise CapfiltError(
-            f"{len(before.stale)} committed shards are stale ({named}{more}): they were made with another config, "
-            "other weights or other input. Restore the config, make a corpus at another corpus.path, or run again "
-            "with --recompute to replace them"
-        )
+        raise CapfiltError(_stale_message(before))
     total = sum(count.total for count in before.counts)
     waiting = sum(count.waiting for count in before.counts)
     if "crawl" not in options.stages and total == waiting:
         raise CapfiltError(
             f"no shard is ready for {' and '.join(options.stages)}: run the stages before it first (capfilt run)"
         )
+
+
+def _stale_message(before: Survey) -> str:
+    """Say how many shards are stale, what has changed since they were made, and what can be done."""
+    named = ", ".join("/".join(shard) for shard in before.stale[:3])
+    more = ", ..." if len(before.stale) > 3 else ""
+    changes = list(before.stale_because)
+    rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
+    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made anew"
+    return (
+        f"{len(before.stale)} committed shards are stale ({named}{more}): {because}{rest}. Restore that, make a "
+        "corpus at another corpus.path, or run again with --recompute to replace them"
+    )
 
 
 def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
@@ -285,6 +316,14 @@ def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
         parts = {"stale": count.stale, "waiting": count.waiting, "quarantined": count.quarantined}
         rest = "".join(f", {value} {name}" for name, value in parts.items() if value)
         console.print(f"{stage:8} {count.done:,} of {count.total:,} shards done{rest}", highlight=False)
+    if not options.only_named:
+        for source, shards in before.left_config.items():
+            console.print(left_config_line(source, shards), highlight=False)
+
+
+def left_config_line(source: str, shards: int) -> str:
+    """Say what becomes of a source that the config does not name any more."""
+    return f"{source}: the config has no such source; its {shards:,} shards stay as they are, and nothing is added"
 
 
 def _ended(records: Records, started: RunRecord, outcome: Literal["interrupted", "error"]) -> RunRecord:
@@ -324,4 +363,12 @@ def _end(work: _Work, outcome: StreamOutcome) -> RunResult:
         note = "not done: " + ", ".join("/".join(shard) for shard in sorted(unreached))
     if outcome == "gave up":
         note = "stopped: too many shards failed; see the errors above"
-    return RunResult(record=ended, survey=after, quarantined=in_the_way, note=note)
+    return RunResult(
+        record=ended,
+        survey=after,
+        quarantined=in_the_way,
+        note=note,
+        corpus=records.storage.root,
+        totals=Totals.of(record for record in committed.values() if record.run_id == started.run_id),
+        corpus_totals=Totals.of(record for record in committed.values() if record.source in sources),
+    )

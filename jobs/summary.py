@@ -1,23 +1,44 @@
-"""What a run or a plan says at its end: a few lines for people, one object for programs."""
+"""What a run says at its end: a few lines for people, one object for programs."""
 
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from jobs.run import RunResult, digests_of, model_weights, survey_corpus
-from pipeline.intake import count_retries, unread_rows
-from pipeline.records import Records
-from pipeline.retries import retried_reasons
-from pipeline.storage import Storage
-from schemas.config import CapfiltConfig
+from jobs.run import RunResult
+from pipeline.durations import readable_duration
+from pipeline.totals import Totals
 from schemas.names import printable
-from schemas.records import STAGES, Stage
+from schemas.records import STAGES
+from schemas.statuses import DROP_REASONS, REASONS
+
+# What mends the commonest reason, where no URL gave an image or no image was kept.
+_ASK_AGAIN = (
+    "check the workers' network and proxy, then ask again: capfilt crawl -c {config} --retry transient"
+)
+_MENDS = {
+    **dict.fromkeys(("dns", "connect", "timeout", "host_down", "http_5xx", "bad_response"), _ASK_AGAIN),
+    "tls": "check the workers' clock and certificates",
+    "rate_limited": "lower crawl.rate_per_host, then capfilt crawl -c {config} --retry transient",
+    "http_4xx": "the list may be old, or the site may want another crawl.user_agent",
+    "bad_url": "see that source.NAME.url_column names the column of the URLs",
+    "bad_scheme": "see that source.NAME.url_column names the column of the URLs",
+    "forbidden_address": "a host of your own network is named in crawl.allow_hosts",
+    "not_an_image": "the URLs may be those of pages; see source.NAME.url_column",
+    "format_refused": "crawl.formats says which formats are accepted",
+    "too_small": "crawl.min_size_px is the limit",
+    "aspect_ratio": "crawl.max_aspect_ratio is the limit",
+    "too_many_pixels": "crawl.max_pixels is the limit",
+    "body_too_large": "crawl.max_body_bytes is the limit",
+    "below_min_score": "lower select.min_score, then capfilt select -c {config} --recompute",
+}
+_REASONS_NAMED = 4
 
 
-def result_json(result: RunResult) -> dict[str, Any]:
+def result_json(result: RunResult, config_file: str = "FILE") -> dict[str, Any]:
     """Return a run's result as one JSON object."""
     record = result.record
     return {
@@ -27,6 +48,10 @@ def result_json(result: RunResult) -> dict[str, Any]:
         "shards_skipped": record.shards_skipped,
         "quarantined": result.quarantined,
         "note": result.note,
+        "seconds": round(_seconds(result), 1),
+        **{name: getattr(result.totals, name) for name in Totals.__slots__},
+        "warning": _warning(result, config_file),
+        "next": _next(result, config_file),
         "stages": {
             stage: {"done": count.done, "total": count.total}
             for stage in STAGES
@@ -35,103 +60,94 @@ def result_json(result: RunResult) -> dict[str, Any]:
     }
 
 
-def print_result(result: RunResult, console: Console) -> None:
-    """Say what was done and, shard by shard, what was not."""
+def print_result(result: RunResult, console: Console, config_file: str = "FILE") -> None:
+    """Say what was done, what came of it, shard by shard what was not done, and what to do next."""
+    for line in _result_lines(result, config_file):
+        console.print(escape(printable(line)), highlight=False)
+
+
+def _result_lines(result: RunResult, config_file: str) -> Iterator[str]:
     record, survey = result.record, result.survey
-    if record.outcome == "done" and not record.shards_done:
-        console.print(f"nothing to do: {result.note or 'every shard is done'}")
-        return
-    done = ", ".join(
+    stages = ", ".join(
         f"{stage} {count.done:,} of {count.total:,}" for stage in STAGES if (count := survey.of(stage)).total
     )
-    console.print(
-        f"{record.outcome}: {record.shards_done:,} shards in run {record.run_id} ({done})", highlight=False
-    )
     for name, error in sorted(result.quarantined.items()):
-        console.print(
-            f"quarantined: {name}: {escape(printable(error.splitlines()[-1]) if error else '')}", highlight=False
+        yield f"quarantined: {name}: {error.splitlines()[-1] if error else ''}"
+    if record.outcome == "done" and not record.shards_done:
+        yield f"nothing to do: {result.note or 'every shard is done'}"
+    else:
+        yield (
+            f"{record.outcome}: {record.shards_done:,} shards in {readable_duration(_seconds(result))}, "
+            f"run {record.run_id}" + (f" ({stages})" if stages else "")
         )
-    if result.note:
-        console.print(result.note)
-    if record.outcome == "interrupted":
-        console.print("the same command goes on where this one stopped")
-    elif record.outcome == "partial":
-        console.print(
-            "the same command tries them again; capfilt shards CORPUS --state quarantined shows the errors"
-        )
+        yield from _yield_lines(result.totals)
+        if result.note:
+            yield result.note
+    if warning := _warning(result, config_file):
+        yield f"warning: {warning}"
+    yield _next(result, config_file)
 
 
-def plan_corpus(
-    config: CapfiltConfig, stages: tuple[Stage, ...] = STAGES, retry: str | None = None
-) -> dict[str, Any]:
-    """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing.
-
-    Args:
-        retry: words of pipeline.retries; the URLs that a run with them would queue again are counted.
-    """
-    records = Records(Storage(config.corpus.path))
-    records.storage.require_place("corpus.path")
-    # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
-    begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
-    models = digests_of(model_weights(config, begun))
-    rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
-    survey = survey_corpus(config, records, models, stages, rows)[0]
-    return {
-        "stages": [asdict(count) for count in survey.counts],
-        "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
-        "unread_rows": rows,
-        "retries": {} if retry is None else count_retries(config, records, retried_reasons(retry)),
-        "gpu_hours": sum(count.gpu_hours for count in survey.counts),
-        "worker_hours": sum(count.worker_hours for count in survey.counts),
-        "bytes": sum(count.bytes_left for count in survey.counts),
-    }
+def _yield_lines(totals: Totals) -> Iterator[str]:
+    """Say how many URLs gave images, how many images went on, and why the others did not."""
+    parts = []
+    if totals.urls:
+        parts.append(f"{totals.images:,} of {totals.urls:,} URLs gave an image{_reasons(totals.lost)}")
+    if totals.captioned:
+        parts.append(f"{totals.captioned:,} images captioned")
+    if totals.ranked:
+        parts.append(f"{totals.ranked:,} ranked")
+    if totals.selected:
+        parts.append(f"{totals.kept:,} of {totals.selected:,} kept{_reasons(totals.dropped)}")
+    if parts:
+        yield "; ".join(parts)
 
 
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print the plan as a table with its totals."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("stage", "source"):
-        table.add_column(title)
-    for title in (
-        "shards",
-        "done",
-        "pending",
-        "stale",
-        "images left",
-        "worker-hours",
-        "GPU-hours",
-        "GB",
-        "basis",
-    ):
-        table.add_column(title, justify="right")
-    for row in plan["stages"]:
-        table.add_row(
-            row["stage"],
-            row["source"],
-            *(f"{row[name]:,}" for name in ("total", "done", "pending", "stale", "images_left")),
-            f"{row['worker_hours']:,.2f}",
-            f"{row['gpu_hours']:,.2f}",
-            f"{row['bytes_left'] / 1e9:,.2f}",
-            row["basis"],
-        )
-    console = Console()
-    console.print(table)
-    for source, rows in plan["unread_rows"].items():
-        console.print(
-            f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)", highlight=False
-        )
-    for source, urls in plan["retries"].items():
-        console.print(f"{source}: {urls:,} URLs to be tried again, not counted above", highlight=False)
-    estimated = {row["stage"] for row in plan["stages"] if row["basis"] == "estimate" and row["images_left"]}
-    for stage in plan["without_gpu"]:
-        if stage in estimated:
-            console.print(
-                f"cluster.{stage}.gpus is 0: the estimate is for one H200 a worker; a CPU takes about a hundred times "
-                "as long",
-                highlight=False,
-            )
-    console.print(
-        f"in all: {plan['worker_hours']:,.2f} worker-hours, of which {plan['gpu_hours']:,.2f} GPU-hours; "
-        f"{plan['bytes'] / 1e9:,.2f} GB to write",
-        highlight=False,
-    )
+def _reasons(counted: Counter[str]) -> str:
+    """Return the commonest reasons and their rows, in brackets; nothing where there are none."""
+    named = [f"{rows:,} {reason}" for reason, rows in counted.most_common(_REASONS_NAMED)]
+    if rest := counted.total() - sum(rows for _, rows in counted.most_common(_REASONS_NAMED)):
+        named.append(f"{rest:,} for other reasons")
+    return f" (lost: {', '.join(named)})" if named else ""
+
+
+def _warning(result: RunResult, config_file: str) -> str:
+    """Say that nothing came of the corpus, the commonest reason and its mend; nothing where something did."""
+    if not result.yields_nothing:
+        return ""
+    totals = result.corpus_totals
+    if totals.images or not totals.urls:
+        what, counted = f"none of {totals.selected:,} images is kept", totals.dropped
+    else:
+        what, counted = f"none of {totals.urls:,} URLs gave an image", totals.lost
+    if not counted:
+        return what
+    [(reason, rows)] = counted.most_common(1)
+    meaning = REASONS[reason].meaning if reason in REASONS else DROP_REASONS.get(reason, "")
+    mend = _MENDS.get(reason, "capfilt failures {corpus} shows examples")
+    mend = mend.format(config=config_file, corpus=result.corpus)
+    return f"{what}; {rows:,} for the reason {reason} ({meaning}): {mend}"
+
+
+def _next(result: RunResult, config_file: str) -> str:
+    """Return what to do after this run, with the command."""
+    match result.record.outcome:
+        case "interrupted":
+            return "the same command goes on where this one stopped"
+        case "partial":
+            errors = f"capfilt shards {result.corpus} --state quarantined"
+            return f"the same command tries them again; {errors} shows the errors"
+    if result.yields_nothing:
+        return f"next: capfilt failures {result.corpus}"
+    later = [
+        stage for stage in STAGES if (count := result.survey.of(stage)).total and count.done == count.total
+    ]
+    if "select" not in later:
+        return f"next: capfilt run -c {config_file}, which does what is missing"
+    return f"next: capfilt stats {result.corpus}"
+
+
+def _seconds(result: RunResult) -> float:
+    record = result.record
+    ended = record.finished_at or record.started_at
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(record.started_at)).total_seconds()

@@ -33,6 +33,19 @@ def _is_tuning(extra: Any) -> bool:
     return isinstance(extra, dict) and bool(extra.get("tuning"))
 
 
+def deciding_fields(config: CapfiltConfig, stage: Stage, kind: str) -> dict[str, Any]:
+    """Return the keys of a stage's section that enter its fingerprint."""
+    # Human captions are all kept, whatever [select] says.
+    ignored = stage == "urls" or (stage, kind) == ("select", "human")
+    section = {} if ignored else output_fields(getattr(config, stage))
+    # A model is identified by the digest of its files: the same weights at another place are the same.
+    for name in ("model", "revision", "pretrained"):
+        section.pop(name, None)
+    if stage == "rank" and section.get("rerank"):
+        section["rerank"] = {"first": section["rerank"]["first"]}
+    return section
+
+
 def stage_fingerprint(
     config: CapfiltConfig,
     stage: Stage,
@@ -47,14 +60,7 @@ def stage_fingerprint(
         inputs: by upstream stage, the sha256 of its outputs on this shard (``ShardRecord.input_digests``).
         models: digests of the weights that the stage loads.
     """
-    # Human captions are all kept, whatever [select] says.
-    ignored = stage == "urls" or (stage, kind) == ("select", "human")
-    section = {} if ignored else output_fields(getattr(config, stage))
-    # A model is identified by the digest of its files: the same weights at another place are the same.
-    for name in ("model", "revision", "pretrained"):
-        section.pop(name, None)
-    if stage == "rank" and section.get("rerank"):
-        section["rerank"] = {"first": section["rerank"]["first"]}
+    section = deciding_fields(config, stage, kind)
     return digest_json(
         {
             "stage": stage,

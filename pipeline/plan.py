@@ -5,6 +5,7 @@ of one ask it, so that they cannot disagree.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -32,6 +33,8 @@ _ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {
     "rank": 700.0,
     "select": 45e3,
 }
+# One core, float32, models of the published sizes: ``capfilt bench caption`` and ``capfilt bench rank``.
+CPU_IMAGES_PER_S: dict[Stage, float] = {"caption": 0.33, "rank": 0.90}
 _ESTIMATED_CAPTIONS = 10
 _ESTIMATED_SUCCESS = 0.7
 
@@ -131,6 +134,13 @@ class Survey:
     # Shards with anything to do in the chosen stages, in the order of the work: every source in turn.
     todo: list[tuple[str, str]] = field(default_factory=list)
     stale: list[ShardId] = field(default_factory=list)
+    # What has changed since the stale ones were made, with the number of shards (pipeline/staleness.py).
+    stale_because: Mapping[str, int] = field(default_factory=dict)
+    # Sources that the config does not name any more, with their url shards: they stay as they are.
+    left_config: Mapping[str, int] = field(default_factory=dict)
+    # Of the URLs that are not crawled yet, how many are expected to give an image.
+    expected_share: float = _ESTIMATED_SUCCESS
+    share_basis: Literal["measured", "estimate"] = "estimate"
 
     def of(self, stage: Stage) -> StageCount:
         """Return a stage's count over all sources."""
@@ -159,12 +169,15 @@ def survey(
     the run will make its input anew first.
     """
     counts: dict[tuple[Stage, str], StageCount] = {}
+    share, share_basis = _expected_share(committed)
+    left_config: Counter[str] = Counter()
     todo: list[tuple[int, str, str]] = []
     stale: list[ShardId] = []
     kinds = {source.name: source.kind for source in config.source}
     for source, shard in sorted(urls):
         if source not in kinds:
-            continue  # the config no longer names it: what exists stays, nothing is added
+            left_config[source] += 1  # what exists stays, nothing is added
+            continue
         kind = kinds[source]
         known: dict[Stage, ShardRecord] = {"urls": urls[source, shard]}
         remade = False
@@ -185,7 +198,7 @@ def survey(
             count.quarantined += state != "done" and (stage, source, shard) in quarantined
             if state in ("pending", "stale"):
                 remade = wanted = True
-                count.images_left += _images(known, stage)
+                count.images_left += _images(known, stage, share)
                 if state == "stale":
                     stale.append((stage, source, shard))
         if wanted:
@@ -197,17 +210,35 @@ def survey(
                 shards = math.ceil(rows / config.corpus.samples_per_shard)
                 count.total += shards
                 count.pending += shards
-                count.images_left += round(rows * _ESTIMATED_SUCCESS)
-    result = Survey(counts=list(counts.values()), todo=[item[1:] for item in sorted(todo)], stale=stale)
+                count.images_left += round(rows * share)
+    result = Survey(
+        counts=list(counts.values()),
+        todo=[item[1:] for item in sorted(todo)],
+        stale=stale,
+        left_config=dict(left_config),
+        expected_share=share,
+        share_basis=share_basis,
+    )
     _estimate_cost(config, result, committed)
     return result
 
 
-def _images(known: Mapping[Stage, ShardRecord], stage: Stage) -> int:
-    """Return the images a pending stage will work on; before the crawl, what usually succeeds."""
+def _expected_share(
+    committed: Mapping[ShardId, ShardRecord],
+) -> tuple[float, Literal["measured", "estimate"]]:
+    """Return the share of URLs that give an image: this corpus's own, where it has crawled any."""
+    crawled = [record for (stage, _, _), record in committed.items() if stage == "crawl"]
+    urls = sum(record.rows_in for record in crawled)
+    if not urls:
+        return _ESTIMATED_SUCCESS, "estimate"
+    return sum(record.rows_out for record in crawled) / urls, "measured"
+
+
+def _images(known: Mapping[Stage, ShardRecord], stage: Stage, share: float) -> int:
+    """Return the images a pending stage will work on; before the crawl, what is expected to succeed."""
     if stage != "crawl" and "crawl" in known:
         return known["crawl"].rows_out
-    return round(known["urls"].rows_out * _ESTIMATED_SUCCESS)
+    return round(known["urls"].rows_out * share)
 
 
 def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[ShardId, ShardRecord]) -> None:
@@ -224,10 +255,18 @@ def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[Sha
             size = sum(file.bytes for record in records for file in record.outputs.values()) / images
             count.basis = "measured"
         else:
-            rate, size = _ESTIMATED_IMAGES_PER_S[count.stage], _ESTIMATED_BYTES_PER_IMAGE[count.stage]
+            rate, size = _estimated_rate(config, count.stage), _ESTIMATED_BYTES_PER_IMAGE[count.stage]
             if count.stage in ("caption", "rank"):
                 more = config.caption.num_captions / _ESTIMATED_CAPTIONS
                 rate, size = rate / more, size * more
         count.worker_hours = count.images_left / rate / 3600
         count.gpu_hours = count.worker_hours * getattr(config.cluster, count.stage).gpus
         count.bytes_left = round(count.images_left * size)
+
+
+def _estimated_rate(config: CapfiltConfig, stage: Stage) -> float:
+    """Return the images per second of one worker: a GPU's, or that of the cores of one without a GPU."""
+    resources = getattr(config.cluster, stage)
+    if stage in CPU_IMAGES_PER_S and not resources.gpus:
+        return CPU_IMAGES_PER_S[stage] * (resources.cpus or 1.0)
+    return _ESTIMATED_IMAGES_PER_S[stage]

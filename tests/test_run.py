@@ -1,6 +1,8 @@
 """The main job on real Ray, real HTTP and the demo's weights: chained, repeated, changed, damaged."""
 
+import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import jobs.run
 from jobs.demo.site import serving
+from jobs.planning import plan_corpus
+from jobs.summary import result_json
 from pipeline.committed import committed_table
 from pipeline.manifest import Manifest
 from pipeline.records import Records
@@ -95,7 +99,7 @@ def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Pa
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
     assert do_run(config).exit_code == 0
     one = with_values(config, select={"top_k": 1})
-    with pytest.raises(CapfiltError, match="2 committed shards are stale .*--recompute"):
+    with pytest.raises(CapfiltError, match=r"2 committed shards are stale .*: select\.top_k 2 -> 1\. .*--recompute"):
         do_run(one)
     result = do_run(one, recompute=True)
     assert (result.exit_code, result.record.shards_done) == (0, 2)
@@ -107,6 +111,39 @@ def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Pa
         ("select", "00000"),
         ("select", "00001"),
     }
+
+
+def test_staleness_names_what_has_changed(done: CapfiltConfig, tmp_path: Path) -> None:
+    def because(**sections: dict) -> dict[str, int]:
+        return plan_corpus(with_values(done, **sections))["stale_because"]
+
+    assert because() == {}
+    assert because(select={"top_k": 3, "min_score": 0.1}) == {
+        "select.top_k 2 -> 3": 4,
+        "select.min_score None -> 0.1": 4,
+    }
+    assert because(corpus={"seed": 7}) == {"corpus.seed 0 -> 7": 4}
+    assert because(crawl={"threads": 3}) == {}, "a key that changes no output"
+    ranker = Path(shutil.copytree(done.rank.model.removeprefix("local-dir:"), tmp_path / "ranker"))
+    weights = load_file(ranker / "open_clip_model.safetensors")
+    weights["ln_final.weight"] = weights["ln_final.weight"] * 2
+    save_file(weights, ranker / "open_clip_model.safetensors")
+    [reason] = because(rank={"model": f"local-dir:{ranker}"})
+    assert re.fullmatch(r"rank\.model: weights local-dir:.* \([0-9a-f]{12}\) -> [0-9a-f]{12}", reason)
+
+
+def test_made_anew_inputs_and_sources_that_left_are_named(done: CapfiltConfig, tmp_path: Path) -> None:
+    corpus = shutil.copytree(done.corpus.path, tmp_path / "corpus")
+    record = corpus / "records" / "caption" / "world" / "00002.json"
+    values = json.loads(record.read_text())
+    values["outputs"]["parquet"]["sha256"] = "0" * 64  # as a recomputation that was killed before rank leaves it
+    record.write_text(json.dumps(values))
+    there = with_values(done, corpus={"path": str(corpus)})
+    assert plan_corpus(there)["stale_because"] == {"rank: the files of caption were made anew since": 1}
+    other = there.model_copy(update={"source": (there.source[0].model_copy(update={"name": "another"}),)})
+    planned = plan_corpus(other)
+    assert planned["left_config"] == {"world": 4} and planned["stale_because"] == {}
+    assert plan_corpus(other, only_named=True)["left_config"] == {}
 
 
 def test_damaged_shard_is_quarantined_and_the_rest_goes_on(base_url: str, tmp_path: Path) -> None:
@@ -208,7 +245,12 @@ def test_retry_crawls_only_what_may_succeed_now(tmp_path: Path) -> None:
         config = small_config(str(tmp_path / "corpus"), urls, base_url, num_urls=10)
         config = with_values(config, crawl={"max_attempts": 1, "timeout_s": 2.0})
     # The site is down: everything fails to connect, which may be otherwise later.
-    do_run(config, command="crawl", stages=("crawl",))
+    nothing = do_run(config, command="crawl", stages=("crawl",))
+    assert (nothing.exit_code, nothing.record.outcome) == (3, "done")
+    told = result_json(nothing, "c.toml")
+    assert (told["images"], told["urls"]) == (0, 10) and told["lost"]["connect"] >= 5
+    assert "none of 10 URLs gave an image" in told["warning"]
+    assert "for the reason connect" in told["warning"] and "crawl -c c.toml --retry transient" in told["warning"]
     records = Records(Storage(config.corpus.path))
     first = records.shards(("crawl",))
     assert [record.rows_out for record in first.values()] == [0]
