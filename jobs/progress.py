@@ -20,6 +20,9 @@ _LINE_INTERVAL_S = 10.0
 class Progress(Protocol):
     """Something that can be told how far a run is."""
 
+    def say(self, text: str) -> None:
+        """Tell what is waited for now."""
+
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Show a snapshot of the tracker."""
 
@@ -68,6 +71,10 @@ class LiveProgress:
         self._live.start()
         self.update({})
 
+    def say(self, text: str) -> None:
+        """Print a line above the table."""
+        self._live.console.print(text, highlight=False)
+
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Redraw."""
         table = Table("stage", box=None, pad_edge=False)
@@ -90,6 +97,10 @@ class LineProgress:
         self._next = time.monotonic() + _LINE_INTERVAL_S
         self._last: Mapping[Stage, StageProgress] = {}
 
+    def say(self, text: str) -> None:
+        """Print at once."""
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Print when the interval is over."""
         self._last = snapshot
@@ -111,7 +122,7 @@ class LineProgress:
             }
             known = ", ".join(text for text, value in facts.items() if value not in ("-", "done"))
             parts.append(f"{stage} {shards}" + (f" ({known})" if known else ""))
-        print(f"[{time.strftime('%H:%M:%S')}] " + "  ".join(parts), file=sys.stderr, flush=True)
+        self.say("  ".join(parts))
 
     def close(self) -> None:
         """Print the last state."""
@@ -120,6 +131,9 @@ class LineProgress:
 
 class NoProgress:
     """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Do nothing."""

@@ -76,6 +76,7 @@ class StageActor:
         self._loading = Lock()
         self._calls = Calls()
         sweep_temporary_folders()
+        tracker.tell.remote(self.stage, "waiting for a shard")
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         for source, shard, kind, urls in zip(
@@ -165,6 +166,8 @@ class StageActor:
         """Return the worker, its weights loaded and found to be those that the fingerprints name."""
         with self._loading:
             if self._worker is None:
+                if self.models.get(self.stage):
+                    self.tracker.tell.remote(self.stage, "loading weights")
                 worker = stage_worker(self.stage, self.config, self.records)
                 planned = self.models.get(self.stage, ())
                 if getattr(worker, "models", ()) != planned:
@@ -174,6 +177,7 @@ class StageActor:
                         "node"
                     )
                 self._worker = worker
+                self.tracker.tell.remote(self.stage, "at work")
             return self._worker
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +48,7 @@ class Streaming:
     interrupts: Interrupts
     # Told at once, with the shards that are committed, when the run is asked to stop.
     note_interruption: Callable[[int], None]
+    _states: dict[Stage, str] = field(default_factory=dict, init=False)
     _finished: int = field(default=0, init=False)
     _failed: int = field(default=0, init=False)
     _refused: bool = field(default=False, init=False)
@@ -58,10 +59,12 @@ class Streaming:
         An execution that breaks (a node went, and took actors or objects along) is started anew: what is
         committed is skipped. Raises CapfiltError that a worker raised: the run is wrong, not a shard.
         """
+        self.progress.say("starting Ray, or joining it: some seconds")
         with ray_session(self.config, self.stages, self.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             tracker = Tracker.options(scheduling_strategy=here).remote()
+            self.progress.say(f"Ray is up; the workers of {', '.join(self.stages)} start")
             stop = threading.Event()
             watcher = threading.Thread(target=self._watch, args=(stop, tracker), daemon=True)
             watcher.start()
@@ -110,6 +113,14 @@ class Streaming:
             self._look(tracker, timeout_s=1)
         return self._finished - self._failed
 
+    def _say_states(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Say what the first worker of a stage has come to since the last time."""
+        states = {stage: snapshot[stage].state for stage in self.stages if stage in snapshot}
+        news = [f"{stage} {state}" for stage, state in states.items() if state != self._states.get(stage, "")]
+        if news:
+            self.progress.say(", ".join(news))
+        self._states = states
+
     def _watch(self, stop: threading.Event, tracker: ray.actor.ActorHandle) -> None:
         """Show progress and compact, whatever either of them meets, until told to stop."""
         compacted, interval_s = time.monotonic(), self.config.cluster.compact_interval_s
@@ -119,6 +130,7 @@ class Streaming:
             # Where the tracker does not answer, it is being restarted, or Ray goes down.
             with contextlib.suppress(ray.exceptions.RayError):
                 snapshot = self._look(tracker, timeout_s=10)
+                self._say_states(snapshot)
                 self._refused = bool(ray.get(tracker.refusal.remote(), timeout=10))
                 self.progress.update(snapshot)
             if not last and time.monotonic() - compacted >= interval_s:

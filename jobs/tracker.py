@@ -1,11 +1,14 @@
 """What a run has done so far: workers tell a small actor, the driver asks it."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import ray
 
 from schemas.records import ShardRecord, Stage
+
+# In this order.
+WorkerState = Literal["waiting for a shard", "loading weights", "at work"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class StageProgress:
     rows_in: int = 0
     rows_out: int = 0
     quarantined: list[str] = field(default_factory=list)
+    # What its first worker does: empty before it is up.
+    state: WorkerState | Literal[""] = ""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -74,6 +79,13 @@ class Tracker:
         stage.rows_out += outcome.rows_out
         if outcome.state == "quarantined":
             stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
+
+    def tell(self, stage: Stage, state: WorkerState) -> None:
+        """Take in what a worker does now; the furthest of a stage counts."""
+        progress = self._progress.setdefault(stage, StageProgress())
+        states = ("", *get_args(WorkerState))
+        if states.index(state) > states.index(progress.state):
+            progress.state = state
 
     def refusal(self) -> str:
         """Return the CapfiltError that a worker met, if any did: the run's input is wrong, not a shard."""

@@ -1,6 +1,7 @@
 """A submitted job on three nodes, one of which dies: the corpus equals the one that this machine makes alone."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -95,6 +96,30 @@ def test_a_node_dies_while_captioning(
     assert committed_uids(config.corpus.path) == committed_uids(local.corpus.path)
     assert curated_files(config.corpus.path) == curated_files(local.corpus.path)
     assert cli("verify", config.corpus.path).returncode == 0
+
+
+def test_ray_job_stop_records_an_interrupted_run(
+    cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    stopped = with_values(config, corpus={"path": str(tmp_path / "stopped")})
+    job = start_cli(
+        "submit", "-c", str(config_file(stopped, tmp_path / "c.json")), "--address", cluster.address, "--", "run"
+    )
+    records = Records(Storage(stopped.corpus.path))
+    deadline = time.monotonic() + 120
+    while not records.shards(("crawl",)) and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.05)
+    ray = str(Path(sys.executable).parent / "ray")
+    job_id = submission_id(stopped, ["run"])
+    asked = subprocess.run([ray, "job", "stop", "--address", cluster.address, job_id], capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    output, errors = job.communicate(timeout=60)
+    assert "SIGTERM: stopping" in output, output + errors
+    [ended] = records.runs()
+    assert ended.outcome == "interrupted"
+    assert 0 < ended.shards_done <= len(records.shards())
 
 
 def test_exit_code_is_passed_on(

@@ -51,6 +51,7 @@ def pretrain(
     require_libraries(config.metrics)
     if world.rank != 0:
         say = _nothing
+    say(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
     loop, snapshot, batches = world.together(lambda: _prepare(config, world, run, stop_asked, say))
     if loop.step == loop.schedule.steps:
         return loop.run(iter(()))
