@@ -145,7 +145,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
 def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
     """Have one actor caption both shards, one call each, at once; return what it said of them."""
     told: list[Outcome] = []
-    tracker = SimpleNamespace(note=SimpleNamespace(remote=told.append))
+    told_states = SimpleNamespace(remote=lambda stage, state: None)
+    tracker = SimpleNamespace(note=SimpleNamespace(remote=told.append), tell=told_states)
     models = {"caption": (captioner_weights(corpus.config.caption).digest,)}
     actor = CaptionActor(corpus.config, models, RUN, False, tracker)
     rows = {shard: dataset_row("web", urls) for (_, shard), urls in url_shards(corpus.records).items()}
