@@ -13,6 +13,7 @@ import ray
 
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
+from jobs.loopback import loopback_only
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import Stage
@@ -52,7 +53,7 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
     # Ray's C++ side would print its own warnings between our lines; its log files keep them.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        with _without_stderr():
+        with _without_stderr(), loopback_only(local=not address):
             ray.init(**settings)
     except SystemExit:
         interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets

@@ -178,6 +178,9 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answe
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if sys.platform == "linux":
+        # Else gloo takes the address of the machine's name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with Interrupts(quiet=True) as interrupts:
         try:

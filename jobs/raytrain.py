@@ -16,6 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
+from jobs.loopback import loopback_only
 from jobs.ranks import TIMEOUT_S, Outcome, gravest, say, train_as
 from pipeline.storage import temporary_folder
 from schemas.errors import CapfiltError
@@ -62,9 +63,10 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
     """
     try:
         dashboard = False if address == "local" else None
-        ray.init(
-            address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard
-        )
+        with loopback_only(local=address == "local"):
+            ray.init(
+                address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard
+            )
     except SystemExit:
         interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -1,10 +1,13 @@
 """The ranks: gathers, sums and means over two of them, and alone."""
 
+import os
+
 import pytest
 import torch
 from ranks import on_ranks
 
 from schemas.errors import CapfiltError
+from tests.listeners import addresses_by_process
 from training import distributed
 from training.distributed import World
 
@@ -35,6 +38,15 @@ def test_two_ranks() -> None:
         assert found["sum"].tolist() == [10, 12, 14]
         assert [tensor.tolist() for tensor in found["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
         assert found["means"] == [torch.tensor(2.0)]
+
+
+def listeners(world: World) -> set[str]:
+    world.barrier()
+    return addresses_by_process(os.getpid()).get("driver", set())
+
+
+def test_ranks_of_one_machine_listen_on_loopback() -> None:
+    assert set().union(*on_ranks(2, listeners)) == {"127.0.0.1"}
 
 
 def agreements(world: World) -> dict[str, object]:

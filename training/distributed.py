@@ -4,6 +4,7 @@ The methods are collective: every rank calls them, in the same order. None of th
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +23,27 @@ _BUCKET_ELEMENTS = 32 * 2**20
 # How long ranks wait for one that reads others' shards for the first time or fetches weights. One that died is
 # noticed at once: its connection closes.
 _PATIENCE = timedelta(days=1)
+
+_LOOPBACK = "127.0.0.1"
+
+
+def _loopback_store(timeout: timedelta) -> dist.TCPStore:
+    """Return the store by which ranks of one machine meet; torch's own listens on all interfaces."""
+    port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    try:
+        # The store owns the descriptor from then on.
+        descriptor = socket.create_server((_LOOPBACK, port)).detach() if is_first else None
+    except OSError as error:
+        raise dist.DistNetworkError(f"{_LOOPBACK}:{port}: {error}") from error
+    return dist.TCPStore(
+        _LOOPBACK,
+        port,
+        int(os.environ["WORLD_SIZE"]),
+        is_first,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
+    )
 
 
 class World:
@@ -45,9 +67,14 @@ class World:
             torch.cuda.set_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=timeout_s)
+            on_this_machine = os.environ["MASTER_ADDR"] == _LOOPBACK
             dist.init_process_group(
                 backend,
-                timeout=timedelta(seconds=timeout_s),
+                store=_loopback_store(timeout) if on_this_machine else None,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         return cls(device)

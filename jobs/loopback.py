@@ -1,0 +1,32 @@
+"""Keeping a Ray of this machine alone off the network."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from ray._private import ray_constants
+
+# Ray's switch for Windows and macOS, where it is off by default; read at import in each of its processes.
+_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+
+
+@contextlib.contextmanager
+def loopback_only(local: bool = True) -> Iterator[None]:
+    """Have a Ray that starts in here listen on 127.0.0.1 alone; do nothing unless ``local``.
+
+    By itself Ray takes the machine's own address for its node, whatever ``ray.init`` is told, and its control store,
+    node manager and workers listen on all interfaces.
+    """
+    if not local:
+        yield
+        return
+    before = os.environ.get(_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        variable, ray_constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = variable
