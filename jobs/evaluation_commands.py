@@ -1,6 +1,7 @@
 """The commands ``evaluate`` and ``export``. Libraries are imported inside, so that --help stays quick."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -141,15 +142,16 @@ def vqa(
     json_: Json = False,
 ) -> None:
     """Answer questions about images, zero-shot, and score the answers officially. Stage 2."""
-    from training.evaluate.annotations import read_questions
+    from training.evaluate.annotations import read_questions, require_enough_answers
 
     recipe = _recipe(config, set_)
     asked = read_questions(questions, answers)
+    require_enough_answers(asked, answers or questions)
     if not predictions and not any(one.answers for one in asked.questions):
         raise CapfiltError(
             f"{questions} comes without answers: name them with --answers, or a file for --predictions"
         )
-    _require_picture(images, asked.questions[0].file)
+    _require_pictures(images, [question.file for question in asked.questions])
     from training.evaluate.tasks import evaluate_answers
 
     result = evaluate_answers(
@@ -220,15 +222,17 @@ def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImag
     from training.evaluate.annotations import read_captioned_images
 
     captioned = read_captioned_images(annotations, split)
-    _require_picture(images, captioned[0].file)
+    _require_pictures(images, [image.file for image in captioned])
     return captioned
 
 
-def _require_picture(images: str, file: str) -> None:
-    """Fail before a model of many gigabytes is loaded, not after."""
+def _require_pictures(images: str, files: Sequence[str]) -> None:
+    """Fail before a model of many gigabytes is loaded, not after: read the first image, look whether all are there."""
     from training.evaluate.pictures import Pictures
 
-    Pictures(images, 1).pixels(file)
+    pictures = Pictures(images, 1)
+    pictures.pixels(files[0])
+    pictures.require_all(files)
 
 
 def _show(result: "Result", model: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from jobs.demo.heldout import ANNOTATIONS, held_out_scenes, write_benchmark
 from jobs.demo.language import OPT_DIR, T5_DIR
 from jobs.demo.outcomes import ALT_KINDS
 from jobs.demo.pictures import Encoding, published
-from jobs.demo.pretraining import link_web_captions, stage1_config, stage2_config
+from jobs.demo.pretraining import stage1_config, stage2_config, write_web_captions
 from jobs.demo.train_language import documents, opt_loss, t5_loss
 from jobs.demo.world import Scene, is_true, parse, write_caption
 from pipeline.attempt import Attempt
@@ -126,8 +127,10 @@ def test_language_model_knows_the_grammar_and_takes_up_what_it_read(family: str)
 
 
 def test_both_sides_see_the_same_images_in_the_same_order(corpus: Path) -> None:
-    link_web_captions(corpus)
-    streams = []
+    write_web_captions(corpus)
+    held_out = take_snapshot(stage1_config(corpus, "curated").data).num_held_out
+    assert held_out == 100, "for the probe"
+    streams, seen = [], set()
     for captions in ("curated", "web"):
         # Whole pictures: the crops are each side's own.
         config = stage1_config(corpus, captions, ["data.min_scale=1.0", "data.flip=false"])
@@ -136,3 +139,18 @@ def test_both_sides_see_the_same_images_in_the_same_order(corpus: Path) -> None:
         curated, web = (next(stream) for stream in streams)
         assert curated.captions != web.captions
         assert torch.equal(curated.pixels_BCHW, web.pixels_BCHW)
+        seen |= set(web.uids)
+    assert len(seen) == SHARDS * IMAGES - held_out
+
+
+def test_a_demo_that_held_no_images_out_goes_on_as_it_began(corpus: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(corpus, tmp_path / "old"))
+    run = old / "checkpoints" / "stage1" / "demo-stage1"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": {"held_out": 0}}))
+    kept = old / "web-captions" / "world" / "00000.tar"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(b"as it was linked then")
+    write_web_captions(old)
+    assert kept.read_bytes() == b"as it was linked then"
+    assert stage1_config(old, "curated").data.held_out == stage2_config(old, "t5").data.held_out == 0

@@ -8,12 +8,18 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from schemas.errors import CapfiltError
-from training.evaluate.annotations import CaptionedImage, read_captioned_images, read_questions
+from training.evaluate.annotations import (
+    CaptionedImage,
+    read_captioned_images,
+    read_questions,
+    require_enough_answers,
+)
 from training.evaluate.answers import clean_answer, gqa_accuracy, vqa_accuracy
 from training.evaluate.captioning import score_captions
 from training.evaluate.captionscores import caption_scores
+from training.evaluate.pictures import Pictures
 from training.evaluate.tokens import caption_words
-from training.evaluate.vqa import clean_question, lemmatizer
+from training.evaluate.vqa import clean_question, lemmatizer, score_answers
 
 # Captions and what Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) makes of them; punctuation not yet
 # taken out.
@@ -272,3 +278,126 @@ def test_a_wrong_question_file_is_told(tmp_path: Path) -> None:
     answers = {"annotations": [{"question_id": 11, "answers": []}]}
     with pytest.raises(CapfiltError, match="no answers to 1 of the 1 questions in .*, 10 first"):
         read_questions(write(tmp_path / "q.json", questions), write(tmp_path / "a.json", answers))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "answers"),
+    [
+        # GQA's file as LAVIS publishes it: a list with one answer a question.
+        ([{"question_id": "201", "image": "n1.jpg", "question": "Where?", "answer": "left"}], "gqa", ("left",)),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": ["left"]}], "gqa", ("left",)),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "How many?", "answer": 2}], "gqa", ("2",)),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "?", "answer": [{"answer": "x"}] * 9}], "vqa", ("x",) * 9),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": None}], "gqa", ()),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": []}], "gqa", ()),
+        ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": ""}], "gqa", ()),
+        ({"201": {"imageId": 7, "question": "Where?"}}, "gqa", ()),
+        ({"201": {"imageId": "n1.jpg", "question": "Where?", "answer": "left"}}, "gqa", ("left",)),
+    ],
+)
+def test_the_number_of_answers_decides_how_they_are_scored(
+    tmp_path: Path, content: object, kind: str, answers: tuple[str, ...]
+) -> None:
+    found = read_questions(write(tmp_path / "x.json", content))
+    assert (found.kind, found.questions[0].answers) == (kind, answers)
+    assert found.questions[0].file in ("n1.jpg", "7.jpg")
+    require_enough_answers(found, "x.json")
+    if answers:
+        assert score_answers(found, [answers[0]]) == {"accuracy": 100.0}
+
+
+def test_one_answer_a_question_in_vqa_s_pair_of_files_is_scored_by_exact_match(tmp_path: Path) -> None:
+    questions = [{"image_id": 42, "question_id": number, "question": "What?"} for number in (1, 2)]
+    path = write(tmp_path / "questions.json", {"data_subtype": "val2014", "questions": questions})
+    answers = [{"question_id": number, "answers": [{"answer": "red"}]} for number in (1, 2)]
+    found = read_questions(path, write(tmp_path / "answers.json", {"annotations": answers}))
+    assert score_answers(found, ["red", "blue"]) == {"accuracy": 50.0}
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_too_few_people_for_vqa_s_accuracy_are_told(tmp_path: Path, number: int) -> None:
+    rows = [
+        {"question_id": 7, "image": "a.jpg", "question": "?", "answer": ["red"] * number},
+        {"question_id": 8, "image": "a.jpg", "question": "?", "answer": ["red"] * 10},
+    ]
+    found = read_questions(write(tmp_path / "x.json", rows))
+    with pytest.raises(CapfiltError, match=rf"^x: 1 of 2 questions have fewer than 4 answers, 7 first \({number}\)"):
+        require_enough_answers(found, "x")
+
+
+def test_a_question_that_stands_twice_counts_once_and_one_id_for_two_is_told(tmp_path: Path) -> None:
+    row = {"question_id": 7, "image": "a.jpg", "question": "What?", "answer": "red"}
+    assert len(read_questions(write(tmp_path / "x.json", [row, row])).questions) == 1
+    for change in ({"question": "Where?"}, {"image": "b.jpg"}, {"answer": "blue"}):
+        with pytest.raises(CapfiltError, match="two different questions have the question_id 7"):
+            read_questions(write(tmp_path / "x.json", [row, row | change]))
+
+
+@pytest.mark.parametrize("caption", [None, 3, {"raw": "a"}, ["a"], True])
+def test_a_caption_that_is_not_a_text_is_told_with_its_image(tmp_path: Path, caption: object) -> None:
+    lavis = [{"image": "a.jpg", "caption": "fine"}, {"image": "b.jpg", "caption": ["fine", caption]}]
+    karpathy = {"images": [{"filename": "b.jpg", "split": "test", "sentences": [{"raw": caption}]}]}
+    coco = {"images": [{"id": 1, "file_name": "b.jpg"}], "annotations": [{"image_id": 1, "caption": caption}]}
+    for content in (lavis, karpathy, coco):
+        with pytest.raises(CapfiltError, match=r'x\.json: a caption of "b\.jpg" is .*not a text'):
+            read_captioned_images(write(tmp_path / "x.json", content))
+
+
+def test_an_image_in_several_entries_is_one_image(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a.jpg", "caption": "one"},
+        {"image": "b.jpg", "caption": ["two", "three"]},
+        {"image": "./a.jpg", "caption": ["four", "one"]},
+    ]
+    found = read_captioned_images(write(tmp_path / "lavis.json", rows))
+    assert [(image.file, image.captions) for image in found] == [
+        ("a.jpg", ("one", "four")),
+        ("b.jpg", ("two", "three")),
+    ]
+    sentences = [[{"raw": "one"}], [{"raw": "two"}]]
+    images = [{"filename": "a.jpg", "imgid": 5, "split": "test", "sentences": part} for part in sentences]
+    found = read_captioned_images(write(tmp_path / "karpathy.json", {"images": images}))
+    assert [(image.id, image.captions) for image in found] == [(5, ("one", "two"))]
+
+
+def test_coco_s_ids_may_be_numbers_on_one_side_and_texts_on_the_other(tmp_path: Path) -> None:
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "x"}]}
+    (image,) = read_captioned_images(write(tmp_path / "x.json", content))
+    assert image.captions == ("x",)
+
+
+@pytest.mark.parametrize("file", ["../a.jpg", "/etc/passwd", "x/../../a.jpg", "file:///a.jpg", 7, None, ""])
+def test_an_image_outside_the_folder_is_not_read(tmp_path: Path, file: object) -> None:
+    captions = write(tmp_path / "c.json", [{"image": file, "caption": "a"}])
+    questions = write(tmp_path / "q.json", [{"question_id": 1, "image": file, "question": "?", "answer": "a"}])
+    for read, path in ((read_captioned_images, captions), (read_questions, questions)):
+        with pytest.raises(CapfiltError, match=r"\.json"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"question_id": 1, "image": "a.jpg", "question": None, "answer": "x"}], "the question 1 is null"),
+        ([{"question_id": [1], "image": "a.jpg", "question": "?", "answer": "x"}], r"the question \[1\] is"),
+        ([{"question_id": 1, "image": "a.jpg", "question": "?", "answer": [None]}], "answer to the question 1 is null"),
+        ({"questions": [], "data_subtype": "val2014"}, "holds no questions"),
+    ],
+)
+def test_a_wrong_entry_of_a_question_file_is_named(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(CapfiltError, match=message):
+        read_questions(write(tmp_path / "x.json", content))
+
+
+def test_answers_beside_a_file_that_holds_its_own_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [{"question_id": 1, "image": "a.jpg", "question": "?", "answer": "x"}])
+    with pytest.raises(CapfiltError, match="--answers belongs to VQA's"):
+        read_questions(path, path)
+
+
+def test_missing_images_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    pictures = Pictures(str(tmp_path), 32)
+    pictures.require_all(["a.jpg"])
+    with pytest.raises(CapfiltError, match=r"b\.jpg: no such image, and 1 others are missing; --images must"):
+        pictures.require_all(["a.jpg", "b.jpg", "c.jpg", "b.jpg"])

@@ -52,10 +52,9 @@ class LanguageScores:
 
 def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores:
     """Find the one right caption of each picture among all, and the one right picture of each caption."""
-    found = probe(stage, held_out.samples, stage.config)
     pixels_BCHW = _pixels(held_out)
     captions = [sample.captions[0] for sample in held_out.samples]
-    reranked = retrieve(
+    recalls = retrieve(
         Stage1Matcher(stage),
         lambda: iter(pixels_BCHW.split(_IMAGES_AT_ONCE)),
         captions,
@@ -63,11 +62,11 @@ def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores
         RERANK,
     )
     return RetrievalScores(
-        text_r1=found["text_r1"] / 100,
-        image_r1=found["image_r1"] / 100,
-        text_r1_reranked=reranked["text_r1"] / 100,
-        image_r1_reranked=reranked["image_r1"] / 100,
-        itm_accuracy=found["itm_accuracy"],
+        text_r1=recalls["itc_text_r1"] / 100,
+        image_r1=recalls["itc_image_r1"] / 100,
+        text_r1_reranked=recalls["text_r1"] / 100,
+        image_r1_reranked=recalls["image_r1"] / 100,
+        itm_accuracy=probe(stage, held_out.samples, stage.config)["itm_accuracy"],
     )
 
 

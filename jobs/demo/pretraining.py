@@ -5,10 +5,9 @@ those of any run, and a run that is done is not done again.
 """
 
 import json
-import os
-import shutil
+import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,14 @@ import torch
 from jobs.demo.examination import LanguageScores, RetrievalScores, examine_language, examine_retrieval
 from jobs.demo.heldout import held_out_scenes, write_benchmark
 from jobs.pretrain import pretrain
+from pipeline.committed import committed_table
 from pipeline.configfile import load_config
 from pipeline.records import Records
 from pipeline.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.evaluate.model import load_trained
 from training.run import run_folder
+from training.snapshot import take_snapshot
 
 Captions = Literal["curated", "web"]
 Family = Literal["opt", "t5"]
@@ -63,7 +64,7 @@ def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
     began = time.process_time()
     # A second thread gains little on models of this size, and waits by spinning.
     torch.set_num_threads(1)
-    link_web_captions(corpus)
+    write_web_captions(corpus)
     held_out = held_out_scenes(NUM_HELD_OUT)
     write_benchmark(held_out, corpus / HELD_OUT)
     stage1: dict[Captions, RetrievalScores] = {}
@@ -87,7 +88,10 @@ def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
 
 
 def stage1_config(corpus: Path, captions: Captions, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Return stage 1's recipe for the curated captions of a corpus, or for the web captions of the same images."""
+    """Return stage 1's recipe for the curated captions of a corpus, or for the web captions of the same images.
+
+    The folder of web captions lacks the images that the curated side holds out, so nothing of it is held out.
+    """
     return _config("demo-stage1", corpus, captions, overrides)
 
 
@@ -100,38 +104,54 @@ def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
 def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:
     path = corpus if captions == "curated" else corpus / _WEB_CAPTIONS / "world"
     name = recipe if captions == "curated" else f"{recipe}-web"
+    held_out = _held_out_before(corpus) if captions == "curated" else ["data.held_out=0"]
     return load_config(
         RECIPES / f"{recipe}.toml",
         [
             f"run.name={json.dumps(name)}",
             f"run.output={json.dumps(str(corpus / 'checkpoints'))}",
             f"data.corpus.path={json.dumps(str(path))}",
+            *held_out,
             *overrides,
         ],
         PretrainConfig,
     )
 
 
-def link_web_captions(corpus: Path) -> None:
-    """Give the crawled shards, whose KEY.txt is the web caption, the names of the curated ones.
+def _held_out_before(corpus: Path) -> list[str]:
+    """Return the override that keeps what a demo began with: the first ones held no images out."""
+    config = corpus / "checkpoints" / "stage1" / "demo-stage1" / "config.json"
+    if not config.exists():
+        return []
+    return [f"data.held_out={json.loads(config.read_text())['data']['held_out']}"]
+
+
+def write_web_captions(corpus: Path) -> None:
+    """Copy the crawled shards, whose KEY.txt is the web caption, under the names of the curated ones.
 
     The folder is a WebDataset as others make them. Equal names of source and shards give both sides the same images
-    in the same order: all that differs is what is said of them.
+    in the same order, without those that the curated side holds out: all that differs is what is said of them.
     """
     records = Records(Storage(str(corpus)))
+    snapshot = take_snapshot(stage1_config(corpus, "curated").data)
+    held_out = {uid for shard in snapshot.shards for uid in shard.held_out}
     for (_, source, shard), record in records.shards(("crawl",)).items():
-        link = corpus / _WEB_CAPTIONS / source / f"{shard}.tar"
-        if not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            _link(corpus / record.outputs["tar"].path, link)
+        samples = committed_table(records, record.outputs["parquet"], ("uid", "key")).to_pylist()
+        without = {sample["key"] for sample in samples if sample["uid"] in held_out}
+        copy = corpus / _WEB_CAPTIONS / source / f"{shard}.tar"
+        if without or not copy.exists():
+            _copy_without(corpus / record.outputs["tar"].path, copy, without)
 
 
-def _link(target: Path, link: Path) -> None:
-    try:
-        os.link(target, link)
-    except OSError:
-        # A file system without hard links.
-        shutil.copyfile(target, link)
+def _copy_without(tar: Path, copy: Path, keys: Collection[str]) -> None:
+    """Copy a tar, the samples of some keys left out; equal input gives equal bytes."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = copy.with_suffix(".unfinished")
+    with tarfile.open(tar) as old, tarfile.open(unfinished, "w") as new:
+        for member in old:
+            if member.name.partition(".")[0] not in keys:
+                new.addfile(member, old.extractfile(member))
+    unfinished.replace(copy)
 
 
 def _rounded(scores: RetrievalScores | LanguageScores) -> dict[str, float]:

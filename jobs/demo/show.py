@@ -209,9 +209,12 @@ def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console
     query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
     commands = [f"stats {out}", f"trace {out} {uid}", f'sql {out} "{query}"']
     if trained:
+        # Here, as train_demo: a corpus alone needs no trainer.
+        from jobs.demo.examination import RERANK
+
         commands.append(
             f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
-            f" --annotations {out}/held-out/captions.json --images {out}/held-out"
+            f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}"
         )
     console.print("try next:")
     for command in commands:

@@ -8,18 +8,23 @@ Captions (retrieval and captioning): Karpathy's ``dataset_coco.json`` and ``data
 
 import contextlib
 import json
+import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
+from schemas.names import confined_name, printable
 
 _CAPTION_LAYOUTS = "Karpathy's dataset_*.json, LAVIS's *_karpathy_*.json, or COCO's {images, annotations}"
 _QUESTION_LAYOUTS = (
     "VQA's {questions} (with --answers for {annotations}), LAVIS's vqa_*_eval.json, or GQA's *_questions.json"
 )
+# VQA's accuracy leaves each person out and asks for three others: with fewer people no answer reaches 100%.
+_MIN_PEOPLE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionSet:
-    """Questions, and how an answer to them counts."""
+    """Questions, and how an answer to them counts: ``gqa`` by exact match with the one that is right, ``vqa`` by VQA's
+    accuracy among people's.
+    """
 
     kind: Literal["vqa", "gqa"]
     questions: tuple[Question, ...]
@@ -61,7 +68,8 @@ def read_captioned_images(path: str, split: str = "test") -> list[CaptionedImage
         split: of a Karpathy file, which holds all of them: ``train``, ``val`` or ``test``.
 
     Raises:
-        CapfiltError: no such file, not one of the layouts, no image of that split, an image without captions.
+        CapfiltError: no such file, not one of the layouts, no image of that split, an image without captions, a
+            caption that is not a text.
     """
     content = _read_json(path)
     with _layout_errors(path, _CAPTION_LAYOUTS):
@@ -71,6 +79,7 @@ def read_captioned_images(path: str, split: str = "test") -> list[CaptionedImage
             images = _coco_images(content)
         else:
             images = [_karpathy_image(i, e) for i, e in enumerate(content["images"]) if e["split"] == split]
+        images = _merged(_checked_image(image, path) for image in images)
     if not images:
         raise CapfiltError(f"{path} has no images{_splits(content, split)}")
     if bare := [image.file for image in images if not image.captions]:
@@ -86,24 +95,89 @@ def read_questions(path: str, answers: str = "") -> QuestionSet:
         answers: VQA's file of annotations; without it the answers are hidden, and only predictions can be made.
 
     Raises:
-        CapfiltError: no such file, not one of the layouts, or a question without an annotation.
+        CapfiltError: no such file, not one of the layouts, a question without an annotation, one id for two
+            questions, or an answer that is not a text.
     """
     content = _read_json(path)
     with _layout_errors(path, _QUESTION_LAYOUTS):
         if isinstance(content, list):
-            return QuestionSet(kind="vqa", questions=tuple(map(_lavis_question, content)))
-        if "questions" not in content:
-            return QuestionSet(
-                kind="gqa", questions=tuple(_gqa_question(key, entry) for key, entry in content.items())
-            )
-        file = _coco_file_name(content.get("data_subtype", ""))
-        questions = [
-            Question(id=entry["question_id"], file=file(entry["image_id"]), text=entry["question"])
-            for entry in content["questions"]
-        ]
+            questions = list(map(_lavis_question, content))
+        elif "questions" in content:
+            questions = _vqa_questions(content)
+        else:
+            questions = [_gqa_question(key, entry) for key, entry in content.items()]
+        if answers and (isinstance(content, list) or "questions" not in content):
+            raise CapfiltError(f"--answers belongs to VQA's {{questions}}; the answers to {path} stand in it")
+        questions = _distinct([_checked_question(question, path) for question in questions], path)
+    if not questions:
+        raise CapfiltError(f"{path} holds no questions")
     if answers:
         questions = _with_answers(questions, answers, path)
-    return QuestionSet(kind="vqa", questions=tuple(questions))
+    # The number of answers decides how they are scored, not the layout: GQA is also published as a list.
+    one_each = all(len(question.answers) < 2 for question in questions)
+    return QuestionSet(kind="gqa" if one_each else "vqa", questions=tuple(questions))
+
+
+def require_enough_answers(asked: QuestionSet, path: str) -> None:
+    """Raise CapfiltError where VQA's accuracy would count a right answer as partly or wholly wrong."""
+    known = [question for question in asked.questions if question.answers]
+    few = [question for question in known if len(question.answers) < _MIN_PEOPLE]
+    if asked.kind == "vqa" and few:
+        raise CapfiltError(
+            f"{path}: {len(few)} of {len(known)} questions have fewer than {_MIN_PEOPLE} answers, {_shown(few[0].id)} "
+            f"first ({len(few[0].answers)}): VQA's accuracy compares with those of ten people. Give every question one "
+            "answer (exact match), or those of all people"
+        )
+
+
+def _checked_image(image: CaptionedImage, path: str) -> CaptionedImage:
+    """Return an image whose file lies in the folder of images. Raises CapfiltError for a caption that is not a text."""
+    for caption in image.captions:
+        if not isinstance(caption, str):
+            raise CapfiltError(
+                f"{path}: a caption of {_shown(image.file)} is {_shown(caption)}, which is not a text; mend the entry "
+                "or take it out"
+            )
+    return replace(image, file=_confined(image.file, path))
+
+
+def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
+    """Return each image once, with the captions of all of its entries: lists may have an entry for each caption."""
+    by_file: dict[str, CaptionedImage] = {}
+    for image in images:
+        first = by_file.setdefault(image.file, image)
+        if first is not image:
+            further = [caption for caption in image.captions if caption not in first.captions]
+            by_file[image.file] = replace(first, captions=(*first.captions, *further))
+    return list(by_file.values())
+
+
+def _checked_question(question: Question, path: str) -> Question:
+    if not isinstance(question.id, (str, int)) or not isinstance(question.text, str):
+        raise CapfiltError(
+            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}; an id (a text or a whole number) "
+            "and a text are expected"
+        )
+    return replace(question, file=_confined(question.file, path))
+
+
+def _distinct(questions: Iterable[Question], path: str) -> list[Question]:
+    """Return each question once. Raises CapfiltError where one id stands for two."""
+    by_id: dict[str | int, Question] = {}
+    for question in questions:
+        if by_id.setdefault(question.id, question) != question:
+            raise CapfiltError(f"{path}: two different questions have the question_id {_shown(question.id)}")
+    return list(by_id.values())
+
+
+def _confined(file: Any, path: str) -> str:
+    return confined_name(posixpath.normpath(file) if isinstance(file, str) and file else file, path)
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the file for a message."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return printable(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def _karpathy_image(index: int, entry: Mapping[str, Any]) -> CaptionedImage:
@@ -120,7 +194,7 @@ def _lavis_image(index: int, entry: Mapping[str, Any]) -> CaptionedImage:
     return CaptionedImage(
         id=_number_of(entry["image"], index),
         file=entry["image"],
-        captions=(captions,) if isinstance(captions, str) else tuple(captions),
+        captions=tuple(captions) if isinstance(captions, list) else (captions,),
     )
 
 
@@ -133,12 +207,13 @@ def _number_of(file: str, otherwise: int) -> int:
 def _coco_images(content: Mapping[str, Any]) -> list[CaptionedImage]:
     captions: dict[Any, list[str]] = defaultdict(list)
     for annotation in content["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
+        # As text: some files have numbers on one side and texts on the other.
+        captions[str(annotation["image_id"])].append(annotation["caption"])
     return [
         CaptionedImage(
             id=image["id"],
             file=image["file_name"],
-            captions=tuple(captions[image["id"]]),
+            captions=tuple(captions[str(image["id"])]),
             domain=image.get("domain") or "",
         )
         for image in content["images"]
@@ -152,24 +227,50 @@ def _splits(content: Any, split: str) -> str:
     return f" of split {split!r} (--split: {', '.join(known)})"
 
 
+def _vqa_questions(content: Mapping[str, Any]) -> list[Question]:
+    file = _coco_file_name(content.get("data_subtype", ""))
+    return [
+        Question(id=entry["question_id"], file=file(entry["image_id"]), text=entry["question"])
+        for entry in content["questions"]
+    ]
+
+
 def _lavis_question(entry: Mapping[str, Any]) -> Question:
-    answers = entry.get("answer", ())
     return Question(
         id=entry["question_id"],
         file=entry["image"],
         text=entry["question"],
-        answers=(answers,) if isinstance(answers, str) else tuple(answers),
+        answers=_answers(entry.get("answer"), entry["question_id"]),
     )
 
 
 def _gqa_question(key: str, entry: Mapping[str, Any]) -> Question:
-    answer = entry.get("answer")
+    image = str(entry["imageId"])
     return Question(
         id=key,
-        file=f"{entry['imageId']}.jpg",
+        file=image if PurePosixPath(image).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else f"{image}.jpg",
         text=entry["question"],
-        answers=() if answer is None else (answer,),
+        answers=_answers(entry.get("answer"), key),
     )
+
+
+def _answers(given: Any, question: Any) -> tuple[str, ...]:
+    """Return one answer or several as texts; none where they are hidden: no key, null, nothing but empty texts."""
+    if given is None:
+        return ()
+    answers = tuple(_answer(one, question) for one in (given if isinstance(given, list) else [given]))
+    return answers if any(answer.strip() for answer in answers) else ()
+
+
+def _answer(given: Any, question: Any) -> str:
+    if isinstance(given, Mapping):
+        # As VQA's annotations write it.
+        given = given["answer"]
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        given = json.dumps(given)
+    if not isinstance(given, str):
+        raise ValueError(f"an answer to the question {_shown(question)} is {_shown(given)}")
+    return given
 
 
 def _coco_file_name(subset: str) -> Callable[[int], str]:
@@ -184,7 +285,7 @@ def _with_answers(questions: Iterable[Question], path: str, questions_path: str)
     content = _read_json(path)
     with _layout_errors(path, "VQA's {annotations}"):
         answers = {
-            entry["question_id"]: tuple(answer["answer"] for answer in entry["answers"])
+            entry["question_id"]: _answers(entry["answers"], entry["question_id"])
             for entry in content["annotations"]
         }
     questions = list(questions)
@@ -193,7 +294,7 @@ def _with_answers(questions: Iterable[Question], path: str, questions_path: str)
             f"{path} has no answers to {len(missing)} of the {len(questions)} questions in {questions_path}, "
             f"{missing[0]} first: are the two of one subset?"
         )
-    return [Question(id=one.id, file=one.file, text=one.text, answers=answers[one.id]) for one in questions]
+    return [replace(question, answers=answers[question.id]) for question in questions]
 
 
 def _read_json(path: str) -> Any:

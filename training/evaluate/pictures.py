@@ -7,6 +7,7 @@ data's resize differs from it by a level here and there.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,17 @@ class Pictures:
                 now, pending = pending[:batch_size], pending[batch_size:]
                 pending += [readers.submit(self.pixels, file) for file in islice(waiting, len(now))]
                 yield torch.stack([one.result() for one in now])
+
+    def require_all(self, files: Sequence[str]) -> None:
+        """Raise CapfiltError where files of a local folder are missing; a remote one is not asked file by file."""
+        if not self.storage.is_local:
+            return
+        missing = [file for file in dict.fromkeys(files) if not Path(self.storage.url(file)).is_file()]
+        if missing:
+            raise CapfiltError(
+                f"{self.storage.url(missing[0])}: no such image, and {len(missing) - 1:,} others are missing; --images "
+                "must be the folder that file names begin in"
+            )
 
     def pixels(self, file: str) -> Tensor:
         """Return the uint8 pixels_CHW of one file."""

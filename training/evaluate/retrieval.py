@@ -45,6 +45,8 @@ def retrieve(
 ) -> dict[str, float]:
     """Return recall at 1, 5 and 10 in per cent, of texts by image (``text_r1``) and of images by text (``image_r1``).
 
+    Where ITM reranks, what the lists were before it is there too: ``itc_text_r1`` and so on.
+
     Args:
         model: what scores.
         images: begins a pass over the images, in batches.
@@ -57,13 +59,17 @@ def retrieve(
     candidates = max(rerank, max(_RECALL_AT))
     read = model.read(texts)
     to_texts, to_images = contrastive_lists(model, images, read, candidates)
-    if rerank:
-        to_texts, to_images = _rerank(
-            model, images, read, _first(to_texts, rerank), _first(to_images, rerank)
-        )
-    text_hits = owner_M[to_texts.positions] == torch.arange(num_images)[:, None]
-    image_hits = to_images.positions == owner_M[:, None]
-    return _recalls(text_hits, "text") | _recalls(image_hits, "image")
+
+    def recalls(to_texts: Lists, to_images: Lists) -> dict[str, float]:
+        text_hits = owner_M[to_texts.positions] == torch.arange(num_images)[:, None]
+        image_hits = to_images.positions == owner_M[:, None]
+        return _recalls(text_hits, "text") | _recalls(image_hits, "image")
+
+    by_itc = recalls(to_texts, to_images)
+    if not rerank:
+        return by_itc
+    reranked = _rerank(model, images, read, _first(to_texts, rerank), _first(to_images, rerank))
+    return recalls(*reranked) | {f"itc_{name}": value for name, value in by_itc.items()}
 
 
 def contrastive_lists(

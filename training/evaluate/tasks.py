@@ -124,7 +124,9 @@ def evaluate_answers(
         ]
         _write_rows(predictions, rows)
     metrics = score_answers(asked, given)
-    protocol = {"prompt": prompt, **asdict(decoding), "lemmatize": lemmatize, **_common(stage)}
+    known = sum(bool(question.answers) for question in asked.questions)
+    scored = {"accuracy": "exact match" if asked.kind == "gqa" else "VQA", "scored": known} if known else {}
+    protocol = {"prompt": prompt, **asdict(decoding), "lemmatize": lemmatize, **scored, **_common(stage)}
     return _result("vqa", dataset, len(given), metrics, protocol, began)
 
 

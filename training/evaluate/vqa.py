@@ -53,7 +53,7 @@ def write_answers(
 
 
 def score_answers(questions: QuestionSet, answers: Sequence[str]) -> dict[str, float]:
-    """Return ``accuracy`` in per cent; nothing where the answers are hidden."""
+    """Return ``accuracy`` in per cent over the questions whose answers are known; nothing where all are hidden."""
     known = [(one, answer) for one, answer in zip(questions.questions, answers, strict=True) if one.answers]
     if not known:
         return {}
