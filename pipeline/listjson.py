@@ -19,23 +19,7 @@ _MAX_DEPTH = 64
 _LONGEST_TOKEN = 12
 
 
-class _Repeating(dict):
-    """An object that says some name twice."""
-
-    names: frozenset[str] = frozenset()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    repeating = _Repeating(row)
-    names = [name for name, _ in pairs]
-    repeating.names = frozenset(name for name in row if names.count(name) > 1)
-    return repeating
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder()
 
 
 def is_array(content: io.BufferedReader) -> bool:
@@ -47,22 +31,23 @@ def line_rows(lines: Lines, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the object of each line; blank lines are skipped."""
     for line in lines:
         if not line.isspace():
-            row = _parse(line.strip(), lines.place)
-            yield lines.number, lines.row_bytes, _checked(row, line, lines.place, columns)
+            row = _parse(line.strip(), lines)
+            yield lines.number, lines.row_bytes, _checked(row, line, lines, columns)
         lines.end_row()
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, lines: Lines) -> Any:
     try:
         row, end = _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
         raise CapfiltError(
-            f"{place}: not JSON: {error.msg} at column {error.pos + 1:,}; a line is an object, or the file an array"
+            f"{lines.place}: not JSON: {error.msg} at column {error.pos + 1:,}; "
+            "a line is an object, or the file an array"
         ) from error
     except (RecursionError, ValueError) as error:
-        raise _unusable(place, error) from error
+        raise _unusable(lines.place, error) from error
     if end < len(text):
-        raise CapfiltError(f"{place}: not JSON: more text after the value at column {end + 1:,}")
+        raise CapfiltError(f"{lines.place}: not JSON: more text after the value at column {end + 1:,}")
     return row
 
 
@@ -74,7 +59,7 @@ def array_rows(content: io.BufferedReader, path: str, columns: Sequence[str]) ->
     while more:
         text.number += 1
         row, item = text.value()
-        yield text.number, len(item), _checked(row, item, text.place, columns)
+        yield text.number, len(item), _checked(row, item, text, columns)
         more = text.next_character() == ","
         if more:
             text.skip(",")
@@ -175,15 +160,27 @@ def _unusable(place: str, error: Exception) -> CapfiltError:
     return CapfiltError(f"{place}: cannot be used: {reason}")
 
 
-def _checked(row: Any, text: str, place: str, columns: Sequence[str]) -> dict[str, Any]:
+def _checked(row: Any, text: str, reader: "Lines | _Text", columns: Sequence[str]) -> dict[str, Any]:
     """Return a row whose cells can be stored as text, or refuse it."""
     if not isinstance(row, dict):
-        raise CapfiltError(f"{place}: {shown(text.strip())} is not an object with the columns")
-    if isinstance(row, _Repeating) and (twice := sorted(row.names & set(columns))):
-        raise CapfiltError(f"{place}: the object has {shown(twice[0])!r} twice")
+        raise CapfiltError(f"{reader.place}: {shown(text.strip())} is not an object with the columns")
+    for name in columns:
+        if text.count(f'"{name}"') > 1 and name in _repeated_names(text):
+            raise CapfiltError(f"{reader.place}: the object has {shown(name)!r} twice")
     if text.count("{") + text.count("[") > _MAX_DEPTH and _depth(row) > _MAX_DEPTH:
-        raise CapfiltError(f"{place}: cannot be used: nested more than {_MAX_DEPTH} levels deep")
-    return _encodable(row) if "\\ud" in text.lower() else row
+        raise CapfiltError(f"{reader.place}: cannot be used: nested more than {_MAX_DEPTH} levels deep")
+    return _encodable(row) if "\\u" in text and "\\ud" in text.lower() else row
+
+
+def _repeated_names(text: str) -> set[str]:
+    """Return the names that an object has twice."""
+    names: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names[:] = [name for name, _ in pairs]  # the outermost object comes last
+
+    json.loads(text.strip(), object_pairs_hook=note)
+    return {name for name in names if names.count(name) > 1}
 
 
 def _depth(value: Any) -> int:

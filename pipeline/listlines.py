@@ -135,24 +135,26 @@ class Lines:
         self.row_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        while line := self._read():
-            self.number += 1
+        while True:
+            # In one function: calls would cost as much as the decoding.
+            try:
+                line = self._content.readline(MAX_ROW_BYTES + 1)
+                self.number += 1
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(f"{self.path}: line {self.number:,}", error) from error
+            except UNREADABLE as error:
+                raise CapfiltError(f"{self.path}: line {self.number + 1:,}: cannot be read: {error}") from error
+            if not line:
+                self.number -= 1
+                return
             self.row_bytes += len(line)
             if self.row_bytes > MAX_ROW_BYTES:
-                raise CapfiltError(
-                    f"{self.path}: line {self.first_of_row:,}: a row of more than {MAX_ROW_BYTES >> 20} MiB "
-                    "begins here; is a quote or a line break missing?"
-                )
-            yield self._decode(line)
+                raise self._too_long()
+            yield text if self.number > 1 else text.removeprefix("\ufeff")
 
-    def _read(self) -> bytes:
-        try:
-            return self._content.readline(MAX_ROW_BYTES + 1)
-        except UNREADABLE as error:
-            raise CapfiltError(f"{self.path}: line {self.number + 1:,}: cannot be read: {error}") from error
-
-    def _decode(self, line: bytes) -> str:
-        try:
-            return line.decode() if self.number > 1 else line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{self.path}: line {self.number:,}", error) from error
+    def _too_long(self) -> CapfiltError:
+        return CapfiltError(
+            f"{self.path}: line {self.first_of_row:,}: a row of more than {MAX_ROW_BYTES >> 20} MiB begins here; "
+            "is a quote or a line break missing?"
+        )
