@@ -24,6 +24,6 @@ def _named(word: str) -> frozenset[str]:
         return frozenset((word,))
     near = did_you_mean(word, ("transient", *_STATUSES, *_REASONS)) or "."
     raise CapfiltError(
-        f"--retry: {word!r} is not a reason or a status{near} Statuses: transient, "
+        f"--retry {word!r} is not a reason or a status{near} Statuses: transient, "
         f"{', '.join(_STATUSES)}. Reasons: {', '.join(_REASONS)}"
     )

@@ -64,7 +64,7 @@ def test_a_wrong_word_ends_a_command_before_the_config_is_read(command: str) -> 
     told = cli(command, "-c", "no-such.toml", "--retry", "transient", "--retry", "http_5x")
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.startswith(
-        "capfilt: --retry: 'http_5x' is not a reason or a status; did you mean http_5xx?"
+        "capfilt: --retry 'http_5x' is not a reason or a status; did you mean http_5xx?"
     )
 
 
