@@ -44,7 +44,7 @@ class _Rates:
         self.start = time.monotonic()
 
     def row(self, stage: Stage, progress: StageProgress) -> tuple[str, ...]:
-        """Return stage, shards, images/s, share kept, shards failed, time left."""
+        """Return stage, shards, images/s, share kept, shards failed, time left; or what it waits for."""
         done, total = self.done_before[stage] + progress.shards, self.total[stage]
         seconds = max(time.monotonic() - self.start, 1e-9)
         left = total - done
@@ -56,7 +56,7 @@ class _Rates:
         elif progress.shards:
             eta = readable_duration(left * seconds / progress.shards)
         else:
-            eta = "-"
+            eta = progress.state or "starting"
         rate = f"{progress.images / seconds:,.1f}" if progress.images else "-"
         failed = str(len(progress.quarantined)) if progress.quarantined else "-"
         return stage, f"{done:,}/{total:,}", rate, success, failed, eta
@@ -114,11 +114,12 @@ class LineProgress:
             _, shards, rate, kept, failed, eta = self._rates.row(
                 stage, self._last.get(stage, StageProgress())
             )
+            has_rate = eta[0].isdigit()  # before the first shard it is what the stage waits for
             facts = {
                 f"{rate} images/s": rate,
                 f"{kept} kept": kept,
                 f"{failed} failed": failed,
-                f"{eta} left": eta,
+                f"{eta} left" if has_rate else eta: eta,
             }
             known = ", ".join(text for text, value in facts.items() if value not in ("-", "done"))
             parts.append(f"{stage} {shards}" + (f" ({known})" if known else ""))

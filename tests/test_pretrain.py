@@ -270,6 +270,14 @@ def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
     assert last_state(config).progress.step == len(losses(config)) >= 5
 
 
+def test_an_output_that_is_no_folder_is_one_line(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    for place, complaint in (("file", "is a file"), ("file/below", "is a file"), ("link", "is a link to /nowhere")):
+        with pytest.raises(CapfiltError, match=f"run\\.output .*{complaint}"):
+            pretrain(make(run={"name": "x", "output": str(tmp_path / place)}))
+
+
 @pytest.mark.slow
 def test_control_c_reaches_all_processes_and_waits_for_the_step(make: Make, tmp_path: Path) -> None:
     config = make(

@@ -51,6 +51,7 @@ def pretrain(
     require_libraries(config.metrics)
     if world.rank != 0:
         say = _nothing
+    Storage(run_folder(config)).require_place("run.output")
     say(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
     loop, snapshot, batches = world.together(lambda: _prepare(config, world, run, stop_asked, say))
     if loop.step == loop.schedule.steps:
