@@ -8,6 +8,7 @@ import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from schemas.errors import CapfiltError
+from tests.raw_shards import picture
 from training.evaluate.annotations import (
     CaptionedImage,
     read_captioned_images,
@@ -401,3 +402,12 @@ def test_missing_images_are_told_before_a_model_is_loaded(tmp_path: Path) -> Non
     pictures.require_all(["a.jpg"])
     with pytest.raises(CapfiltError, match=r"b\.jpg: no such image, and 1 others are missing; --images must"):
         pictures.require_all(["a.jpg", "b.jpg", "c.jpg", "b.jpg"])
+
+
+@pytest.mark.parametrize("file", ["{folder}/own.png", "../own.png", "a/../../own.png", "file://{folder}/own.png", ""])
+def test_annotations_name_images_of_their_folder_alone(tmp_path: Path, file: str) -> None:
+    picture(1).save(tmp_path / "own.png")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(CapfiltError, match="leads outside its folder"):
+        Pictures(str(tmp_path / "images"), 8).pixels(file.format(folder=tmp_path))
+    assert Pictures(str(tmp_path), 8).pixels("./own.png").shape == (3, 8, 8)

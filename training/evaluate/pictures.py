@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.images import Image, ImageError, decode_rgb
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
+from schemas.names import confined_name
 
 _READERS = 8
 
@@ -58,7 +59,8 @@ class Pictures:
             )
 
     def pixels(self, file: str) -> Tensor:
-        """Return the uint8 pixels_CHW of one file."""
+        """Return the uint8 pixels_CHW of one file. Raises CapfiltError for a name that leads out of the folder."""
+        file = confined_name(file.removeprefix("./"), "the annotations")
         try:
             image = decode_rgb(self.storage.read(file))
         except FileNotFoundError as error:
