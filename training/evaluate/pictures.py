@@ -48,7 +48,11 @@ class Pictures:
                 yield torch.stack([one.result() for one in now])
 
     def require_all(self, files: Sequence[str]) -> None:
-        """Raise CapfiltError where files of a local folder are missing; a remote one is not asked file by file."""
+        """Raise CapfiltError where names lead out of the folder, or files of a local one are missing.
+
+        A remote one is not asked file by file.
+        """
+        files = [_confined(file) for file in files]
         if not self.storage.is_local:
             return
         missing = [file for file in dict.fromkeys(files) if not Path(self.storage.url(file)).is_file()]
@@ -60,7 +64,7 @@ class Pictures:
 
     def pixels(self, file: str) -> Tensor:
         """Return the uint8 pixels_CHW of one file. Raises CapfiltError for a name that leads out of the folder."""
-        file = confined_name(file.removeprefix("./"), "the annotations")
+        file = _confined(file)
         try:
             image = decode_rgb(self.storage.read(file))
         except FileNotFoundError as error:
@@ -71,3 +75,7 @@ class Pictures:
             raise CapfiltError(f"{self.storage.url(file)} does not decode ({error})") from error
         square = image.resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _confined(file: str) -> str:
+    return confined_name(file.removeprefix("./"), "the annotations")
