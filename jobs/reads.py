@@ -28,7 +28,7 @@ _SPARE_STAGES = ("last_commit", "quarantined")
 _SPARE_RUNS = ("host", "shards_skipped", "finished_at", "started_at")
 _SPARE_FAILURES = ("detail", "http_status", "transient", "status", "source")
 _SPARE_SHARDS = (
-    "attempt", "host", "device", "images", "finished_at", "bytes", "seconds", "rows_in", "rows_out", "error"
+    "attempt", "host", "device", "images", "finished_at", "bytes", "seconds", "rows_in", "rows_out"
 )  # fmt: skip
 
 

@@ -107,12 +107,13 @@ def fact_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
     for name, text in texts.items():
         room = None if width is None else width - indent
         if room is None or cell_len(text) <= room:
-            lines.append(f"{_padded(name, indent)}{text}")
+            lines.append(f"{_padded(name, indent)}{text}".rstrip())
         elif max(map(cell_len, _words(text))) <= room:
             first, *rest = _wrapped(text, room)
             lines += [f"{_padded(name, indent)}{first}", *(" " * indent + line for line in rest)]
         else:
-            lines += [name, (_GAP if cell_len(text) + len(_GAP) <= width else "") + text]
+            below = _wrapped(text, width - len(_GAP))
+            lines += [name, *((_GAP if cell_len(line) + len(_GAP) <= width else "") + line for line in below)]
     return lines
 
 

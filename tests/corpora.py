@@ -93,9 +93,13 @@ class Corpus:
                 )
             )
 
-    def add_urls(self, source: str, shards: Sequence[str], images: int, batch: int = 0) -> None:
-        """Commit the lists of a source: ``images`` URLs in each shard."""
-        rows = {shard: [_url_row(source, shard, index) for index in range(images)] for shard in shards}
+    def add_urls(
+        self, source: str, shards: Sequence[str], images: int, batch: int = 0, path: str = "", caption: str = ""
+    ) -> None:
+        """Commit the lists of a source: ``images`` URLs in each shard, with what is given added to each."""
+        rows = {
+            shard: [_url_row(source, shard, index, path, caption) for index in range(images)] for shard in shards
+        }
         self._commit_intake(source, rows, "lists", batch)
 
     def add_retry(self, source: str, of: str, shard: str, batch: int) -> list[str]:
@@ -257,15 +261,15 @@ def score_of(uid: str, origin: str, candidate: int) -> float:
     return round(int(sample_uid(uid, f"{origin}{candidate}")[:4], 16) / 65536 * 0.4, 4)
 
 
-def _url_row(source: str, shard: str, index: int) -> dict[str, Any]:
-    url = f"http://host{index % 3}.example/{shard}/{index}.jpg"
+def _url_row(source: str, shard: str, index: int, path: str = "", caption: str = "") -> dict[str, Any]:
+    url = f"http://host{index % 3}.example/{path}{shard}/{index}.jpg"
     return {
         "uid": sample_uid(source, url),
         "source": source,
         "shard": shard,
         "key": f"{shard}{index:05d}",
         "url": url,
-        "captions": [f"Web words {index}"],
+        "captions": [f"Web words {index}{caption}"],
         "input_rows": 1,
         "extra": "{}",
     }
