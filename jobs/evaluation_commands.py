@@ -1,7 +1,8 @@
 """The commands ``evaluate`` and ``export``. Libraries are imported inside, so that --help stays quick."""
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,8 +11,14 @@ from jobs.groups import CommandGroup
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
+    from jobs.evaluation_progress import EvaluationProgress
+    from schemas.pretrain import PretrainConfig
     from training.evaluate.annotations import CaptionedImage
+    from training.evaluate.pictures import Tell
     from training.evaluate.results import Result
+
+# The recalls before ITM reranked, in a result's metrics.
+_BY_ITC = "itc_"
 
 evaluate = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
@@ -70,9 +77,16 @@ def retrieval(
     captioned = _captioned(annotations, split, images)
     from training.evaluate.tasks import evaluate_retrieval
 
-    result = evaluate_retrieval(
-        _load(model, recipe), captioned, images, dataset=dataset, rerank=rerank, batch_size=batch_size
-    )
+    with _progress(json_) as tell:
+        result = evaluate_retrieval(
+            _load(model, recipe, tell),
+            captioned,
+            images,
+            dataset=dataset,
+            rerank=rerank,
+            batch_size=batch_size,
+            tell=tell,
+        )
     _show(result, model, json_)
 
 
@@ -101,19 +115,21 @@ def caption(
     from training.evaluate.tasks import evaluate_captions
     from training.evaluate.writing import Decoding
 
-    result = evaluate_captions(
-        _load(model, recipe),
-        captioned,
-        images,
-        dataset=dataset,
-        prompt=prompt,
-        decoding=Decoding(
-            beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
-        ),
-        batch_size=batch_size,
-        java=java,
-        predictions=predictions,
-    )
+    with _progress(json_) as tell:
+        result = evaluate_captions(
+            _load(model, recipe, tell),
+            captioned,
+            images,
+            dataset=dataset,
+            prompt=prompt,
+            decoding=Decoding(
+                beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
+            ),
+            batch_size=batch_size,
+            java=java,
+            predictions=predictions,
+            tell=tell,
+        )
     _show(result, model, json_)
 
 
@@ -154,16 +170,18 @@ def vqa(
     _require_pictures(images, [question.file for question in asked.questions])
     from training.evaluate.tasks import evaluate_answers
 
-    result = evaluate_answers(
-        _load(model, recipe),
-        asked,
-        images,
-        dataset=dataset,
-        prompt=prompt,
-        batch_size=batch_size,
-        lemmatize=lemmatize,
-        predictions=predictions,
-    )
+    with _progress(json_) as tell:
+        result = evaluate_answers(
+            _load(model, recipe, tell),
+            asked,
+            images,
+            dataset=dataset,
+            prompt=prompt,
+            batch_size=batch_size,
+            lemmatize=lemmatize,
+            predictions=predictions,
+            tell=tell,
+        )
     _show(result, model, json_)
 
 
@@ -173,7 +191,9 @@ def probe_(model: Model, config: Config = "", set_: Set = None, json_: Json = Fa
     recipe = _recipe(config, set_)
     from training.evaluate.tasks import evaluate_probe
 
-    _show(evaluate_probe(_load(model, recipe), model), model, json_)
+    with _progress(json_) as tell:
+        result = evaluate_probe(_load(model, recipe, tell), model, tell)
+    _show(result, model, json_)
 
 
 def export(
@@ -194,8 +214,23 @@ def export(
     from training.evaluate.model import load_trained
     from training.export import export_model
 
-    kind = export_model(load_trained(model, recipe, precision="fp32"), Path(folder))
-    print_json({"folder": folder, "format": kind}) if json_ else print(f"{kind}: {folder}")
+    stage = load_trained(model, recipe, precision="fp32")
+    kind = export_model(stage, Path(folder))
+    how = _how_to_load(kind, folder, stage.config)
+    print_json({"folder": folder, "format": kind, "load": how}) if json_ else print(f"{kind}: {folder}\n{how}")
+
+
+def _how_to_load(kind: str, folder: str, config: "PretrainConfig") -> str:
+    if kind == "huggingface":
+        name = "Blip2ForImageTextRetrieval" if config.run.stage == 1 else "Blip2ForConditionalGeneration"
+        return (
+            f"Load it with transformers: {name}.from_pretrained({folder!r}) and Blip2Processor.from_pretrained"
+            f"({folder!r}); capfilt evaluate reads it too."
+        )
+    return (
+        f"Load it with capfilt: capfilt evaluate ... {folder}, or run.init_from = {folder!r}. transformers cannot: its "
+        f"Blip2 has no place for the image encoder {config.vision.model!r}, only for EVA's."
+    )
 
 
 def _recipe(config: str, overrides: list[str] | None) -> Any:
@@ -210,7 +245,15 @@ def _recipe(config: str, overrides: list[str] | None) -> Any:
     return load_config(config, overrides or (), PretrainConfig)
 
 
-def _load(model: str, recipe: Any) -> Any:
+def _progress(as_json: bool) -> "EvaluationProgress":
+    """Return the progress; quiet where a program reads the answer and nobody watches."""
+    from jobs.evaluation_progress import EvaluationProgress
+
+    return EvaluationProgress(quiet=as_json and not sys.stderr.isatty())
+
+
+def _load(model: str, recipe: Any, tell: "Tell") -> Any:
+    tell(f"loading {model}", 0, 0)
     import torch
 
     from training.evaluate.model import load_trained
@@ -242,9 +285,32 @@ def _show(result: "Result", model: str, as_json: bool) -> None:
     if as_json:
         print(result.to_json())
         return
-    print_facts({"task": result.task, "dataset": result.dataset, "images": result.samples, **result.protocol})
-    rows: list[dict[str, Any]] = [{"model": model, **result.metrics}]
-    for name, metrics in result.published.items():
-        rows.append({"model": f"published: {name}", **{key: metrics.get(key) for key in result.metrics}})
+    print_facts(
+        {"model": model, "task": result.task, "dataset": result.dataset, "images": result.samples, **result.protocol}
+    )
     print()
-    print_table(rows)
+    print_table(_rows(result))
+
+
+def _rows(result: "Result") -> list[dict[str, str]]:
+    """Return the table: this model, by ITC and by ITM where the metrics have both, then the published ones."""
+    metrics = {name: value for name, value in result.metrics.items() if not name.startswith(_BY_ITC)}
+    by_itc = {name.removeprefix(_BY_ITC): value for name, value in result.metrics.items() if name.startswith(_BY_ITC)}
+    if by_itc:
+        first = f"ITM over the first {result.protocol['rerank']}"
+        found: dict[str, Mapping[str, float]] = {"ITC": by_itc, first: metrics}
+    else:
+        found = {"this model": metrics}
+    found |= {f"published: {name}": numbers for name, numbers in result.published.items()}
+    return [
+        {"": name, **{key: _readable(key, numbers.get(key)) for key in metrics}} for name, numbers in found.items()
+    ]
+
+
+def _readable(name: str, value: float | None) -> str:
+    """Return a metric as papers print it; CIDEr and BLEU are no shares of anything."""
+    if value is None:
+        return "-"
+    if name == "itm_accuracy":
+        value *= 100
+    return f"{value:.1f}%" if "_r" in name or "accuracy" in name else f"{value:.1f}"

@@ -4,7 +4,7 @@ That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessor``: Pi
 data's resize differs from it by a level here and there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,13 @@ from schemas.names import confined_name
 
 _READERS = 8
 
+# Is told what is being done, and of how many images of all it is done.
+Tell = Callable[[str, int, int], None]
+
+
+def tell_nobody(what: str, done: int, total: int) -> None:
+    """Do nothing."""
+
 
 class Pictures:
     """A folder of images, local or remote.
@@ -27,13 +34,15 @@ class Pictures:
     Args:
         root: what the annotations' file names are relative to.
         size_px: side of the square.
+        tell: is told of each batch that was used.
     """
 
-    def __init__(self, root: str, size_px: int) -> None:
+    def __init__(self, root: str, size_px: int, tell: Tell = tell_nobody) -> None:
         self.storage = Storage(root)
         self.size_px = size_px
+        self.tell = tell
 
-    def batches(self, files: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+    def batches(self, files: Sequence[str], batch_size: int, what: str = "evaluating") -> Iterator[Tensor]:
         """Yield uint8 pixels_BCHW of the files in order, read ahead by a batch.
 
         Raises CapfiltError at the first file that is missing or does not decode: a score without it would be that
@@ -41,11 +50,15 @@ class Pictures:
         """
         with ThreadPoolExecutor(_READERS) as readers:
             waiting = iter(files)
+            done = 0
+            self.tell(what, done, len(files))
             pending = [readers.submit(self.pixels, file) for file in islice(waiting, 2 * batch_size)]
             while pending:
                 now, pending = pending[:batch_size], pending[batch_size:]
                 pending += [readers.submit(self.pixels, file) for file in islice(waiting, len(now))]
                 yield torch.stack([one.result() for one in now])
+                done += len(now)
+                self.tell(what, done, len(files))
 
     def require_all(self, files: Sequence[str]) -> None:
         """Raise CapfiltError where names lead out of the folder, or files of a local one are missing.

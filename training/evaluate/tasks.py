@@ -15,7 +15,7 @@ from training.data import held_out_samples
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import score_captions, write_captions
 from training.evaluate.matching import Stage1Matcher
-from training.evaluate.pictures import Pictures
+from training.evaluate.pictures import Pictures, Tell, tell_nobody
 from training.evaluate.probe import probe
 from training.evaluate.results import Result, published
 from training.evaluate.retrieval import retrieve
@@ -36,6 +36,7 @@ def evaluate_retrieval(
     dataset: str,
     rerank: int,
     batch_size: int,
+    tell: Tell = tell_nobody,
 ) -> Result:
     """Retrieve every caption by its image and every image by its captions; ``images`` is their folder."""
     if not isinstance(stage, Stage1):
@@ -43,12 +44,16 @@ def evaluate_retrieval(
             "retrieval is stage 1's: a stage 2 model has neither the text side nor the matching head"
         )
     began = time.perf_counter()
-    pictures = Pictures(images, stage.config.data.image_size_px)
+    pictures = Pictures(images, stage.config.data.image_size_px, tell)
     files = [image.file for image in captioned]
     pairs = [(caption, index) for index, image in enumerate(captioned) for caption in image.captions]
     texts, image_of_text = zip(*pairs, strict=True)
     matcher = Stage1Matcher(stage)
-    metrics = retrieve(matcher, lambda: pictures.batches(files, batch_size), texts, image_of_text, rerank)
+    passes = iter(("comparing by ITC", "matching by ITM"))
+    tell("reading the texts", 0, 0)
+    metrics = retrieve(
+        matcher, lambda: pictures.batches(files, batch_size, next(passes)), texts, image_of_text, rerank
+    )
     protocol = {
         "rerank": rerank,
         "texts": len(texts),
@@ -69,11 +74,12 @@ def evaluate_captions(
     batch_size: int,
     java: bool = False,
     predictions: str = "",
+    tell: Tell = tell_nobody,
 ) -> Result:
     """Caption every image: by the language model, or by the Q-Former in stage 1."""
     began = time.perf_counter()
     model = Stage1Captioner(stage) if isinstance(stage, Stage1) else Stage2Writer(stage)
-    pictures = Pictures(images, stage.config.data.image_size_px)
+    pictures = Pictures(images, stage.config.data.image_size_px, tell)
     captions = write_captions(
         model, captioned, pictures, prompt=prompt, decoding=decoding, batch_size=batch_size
     )
@@ -99,6 +105,7 @@ def evaluate_answers(
     decoding: Decoding = DECODING,
     lemmatize: bool = False,
     predictions: str = "",
+    tell: Tell = tell_nobody,
 ) -> Result:
     """Answer every question; an empty ``prompt`` is the paper's for the language model."""
     if not isinstance(stage, Stage2):
@@ -108,7 +115,7 @@ def evaluate_answers(
     prompt = prompt or PROMPTS[stage.language.name]
     if "{}" not in prompt:
         raise CapfiltError(f"--prompt {prompt!r} has no {{}} for the question")
-    pictures = Pictures(images, stage.config.data.image_size_px)
+    pictures = Pictures(images, stage.config.data.image_size_px, tell)
     given = write_answers(
         Stage2Writer(stage),
         asked.questions,
@@ -130,7 +137,7 @@ def evaluate_answers(
     return _result("vqa", dataset, len(given), metrics, protocol, began)
 
 
-def evaluate_probe(stage: Stage, model: str) -> Result:
+def evaluate_probe(stage: Stage, model: str, tell: Tell = tell_nobody) -> Result:
     """Do once what a run does every ``probe.every_steps``.
 
     Args:
@@ -151,6 +158,7 @@ def evaluate_probe(stage: Stage, model: str) -> Result:
         )
     began = time.perf_counter()
     held_out = held_out_samples(config, snapshot, config.probe.images)
+    tell(f"looking at {len(held_out):,} held-out images", 0, 0)
     metrics = probe(stage, held_out, config)
     return _result("probe", "held out", len(held_out), metrics, _common(stage), began)
 
