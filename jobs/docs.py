@@ -57,11 +57,10 @@ One TOML file describes one training run: `capfilt pretrain -c recipe.toml`. `ma
 `schemas/pretrain.py`; edit that. Files, overrides and mistakes are dealt with as for a corpus ([config](config.md)).
 
 ```console
-$ capfilt pretrain -c blip2-stage1-vitg.toml --dry-run    # parameters, steps, GPU-hours, memory; needs no weights
-$ capfilt pretrain -c blip2-stage1-vitg.toml              # trains; the same command goes on after any stop
-$ capfilt trace CHECKPOINT                                # shards, sources, runs and models it was made of
-$ capfilt evaluate retrieval CHECKPOINT --annotations coco_karpathy_test.json --images coco/
-$ capfilt export CHECKPOINT blip2-hf                      # transformers' Blip2 (EVA ViT-g), or a format of our own
+$ capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml --dry-run  # parameters, steps, GPU-hours; needs no weights
+$ capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml            # trains; the same command goes on after any stop
+$ capfilt trace demo-corpus/checkpoints/stage1/demo-stage1           # shards, sources, runs, models it was made of
+$ capfilt export demo-corpus/checkpoints/stage1/demo-stage1 exported # transformers' Blip2, or a format of our own
 ```
 
 - **Data.** Curated shards of one or more corpora, or folders of WebDataset shards of others' make. The order is a

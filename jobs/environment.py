@@ -1,6 +1,11 @@
-"""Environment variables that Ray and the workers' libraries read; ``ray`` itself reads them when it is imported."""
+"""The process's surroundings: variables that Ray and the workers' libraries read, and what this program is called.
+
+``ray`` reads its variables when it is imported.
+"""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 # albumentations calls home at import, tokenizers warn after a fork.
@@ -19,3 +24,13 @@ def send_token_if_there_is_one() -> None:
     )
     if has_token:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def program_name() -> str:
+    """Return what a person types to start this program: its path where it is not on PATH."""
+    if shutil.which("capfilt"):
+        return "capfilt"
+    script = Path(sys.executable).parent / "capfilt"
+    if not script.is_file():
+        return f"{sys.executable} -m jobs.cli"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)

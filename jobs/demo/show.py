@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from jobs.demo.site import scene_of, serving, write_url_list
 from jobs.demo.world import is_true
+from jobs.environment import program_name
 from jobs.run import RunOptions, RunResult, run
 from pipeline.committed import committed_table
 from pipeline.configfile import load_config
@@ -216,9 +217,10 @@ def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console
             f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
             f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}"
         )
+    program = program_name()
     console.print("try next:")
     for command in commands:
-        console.print(f"  capfilt {command}", highlight=False)
+        console.print(f"  {program} {command}", highlight=False)
 
 
 def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:

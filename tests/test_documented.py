@@ -1,0 +1,22 @@
+"""What README, docs and recipes call ``capfilt ...`` exists, command and option; tests/test_demo.py runs the lines."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.documented import PAGES, block_lines, inline_commands, unknown_words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_option_exists(page: Path) -> None:
+    lines = [*block_lines(page), *inline_commands(page)]
+    assert {line: unknown for line in lines if (unknown := unknown_words(line))} == {}
+
+
+def test_lines_are_found_and_wrong_ones_too() -> None:
+    found = {page.name: list(block_lines(page)) for page in PAGES}
+    assert len(found["README.md"]) >= 10 and len(found["pretrain.md"]) >= 4 and found["demo-stage1.toml"]
+    assert unknown_words("capfilt statsu demo-corpus") == ["statsu"]
+    assert unknown_words("capfilt stats demo-corpus --jsn") == ["--jsn"]
+    assert unknown_words("capfilt bench stage3") == ["stage3"]
+    assert unknown_words('capfilt sql C "SELECT 1 -- x" --json   # --none') == []
