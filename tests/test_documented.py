@@ -1,5 +1,8 @@
 """What README, docs and recipes call ``capfilt ...`` exists, command and option; tests/test_demo.py runs the lines."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +23,20 @@ def test_lines_are_found_and_wrong_ones_too() -> None:
     assert unknown_words("capfilt stats demo-corpus --jsn") == ["--jsn"]
     assert unknown_words("capfilt bench stage3") == ["stage3"]
     assert unknown_words('capfilt sql C "SELECT 1 -- x" --json   # --none') == []
+
+
+def test_the_program_is_called_by_its_path_where_it_is_not_on_path() -> None:
+    """So that what the demo ends with runs as printed before the environment is activated."""
+    binaries = Path(sys.executable).parent
+
+    def name(folder: Path, path: str) -> str:
+        asked = "from jobs.environment import program_name; print(program_name())"
+        done = subprocess.run(
+            [sys.executable, "-c", asked], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert name(binaries, str(binaries)) == "capfilt"
+    assert name(binaries.parent, "/usr/bin:/bin") == f"{binaries.name}/capfilt"
+    assert name(Path("/usr"), "/usr/bin:/bin") == str(binaries / "capfilt")
