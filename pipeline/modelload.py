@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.finite import require_finite_weights
 from pipeline.modelfiles import (
+    TensorEntry,
     count_parameters,
     read_object,
     refuse_wrapped_names,
@@ -61,14 +62,14 @@ def load_model(
     files = dict.fromkeys(names) | {"config.json": _checked(kind, values, path)}
     with folder_view(folder, files, what) as view, _Quiet():
         config = kind(**files["config.json"])
-        _refuse_larger(model_class, config, count_parameters(headers.values()), path)
+        _refuse_other_shapes(model_class, config, headers, what)
         model, info = model_class.from_pretrained(
             view,
             config=config,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            # Named below, with both shapes.
+            # Of tensors that it renames; named below, with both shapes.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments,
@@ -135,26 +136,42 @@ def load_image_processor(folder: Path, image_size_px: int, where: str) -> BlipIm
         return BlipImageProcessorPil(**settings)
 
 
-def _refuse_larger(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, num_stored: int, path: Path
+def _refuse_other_shapes(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    headers: Mapping[str, Mapping[str, TensorEntry]],
+    what: str,
 ) -> None:
-    """Refuse a config that asks for far more memory than its weights could fill, before any is taken."""
+    """Refuse weights that do not fit the config, and a config that asks for far more memory than they could fill.
+
+    Nothing of that memory is taken: the model is built without contents.
+    """
     with torch.device("meta"):
-        num_asked = sum(math.prod(parameter.shape) for parameter in model_class(config).parameters())
+        model = model_class(config)
+    stored = {name: entry.shape for header in headers.values() for name, entry in header.items()}
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [(name, stored[name], asked[name]) for name in asked if stored.get(name, asked[name]) != asked[name]]
+    _refuse_mismatched(mismatched, what)
+    num_asked = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    num_stored = count_parameters(headers.values())
     # Tied tensors may be counted twice.
     if num_asked > 2 * num_stored + 1_000_000:
         raise CapfiltError(
-            f"{path} describes a model of {num_asked:,} parameters, but its weights have {num_stored:,}"
+            f"{what}: config.json describes a model of {num_asked:,} parameters, but its weights have {num_stored:,}"
         )
 
 
-def _refuse_gaps(model_class: type, info: Mapping[str, Any], what: str) -> None:
-    if mismatched := sorted(info["mismatched_keys"]):
+def _refuse_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]], what: str) -> None:
+    if mismatched:
         name, stored, asked = mismatched[0]
         raise CapfiltError(
             f"{what}: {len(mismatched)} tensors are of another shape than config.json says, {name} first: "
             f"{_shape(stored)} instead of {_shape(asked)}"
         )
+
+
+def _refuse_gaps(model_class: type, info: Mapping[str, Any], what: str) -> None:
+    _refuse_mismatched(sorted(info["mismatched_keys"]), what)
     if missing := sorted(info["missing_keys"]):
         raise CapfiltError(
             f"{what} is not a {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"
