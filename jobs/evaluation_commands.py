@@ -288,8 +288,10 @@ def _show(result: "Result", model: str, as_json: bool) -> None:
     print_facts(
         {"model": model, "task": result.task, "dataset": result.dataset, "images": result.samples, **result.protocol}
     )
-    print()
-    print_table(_rows(result))
+    # None where the answers of a test set are hidden.
+    if result.metrics:
+        print()
+        print_table(_rows(result))
 
 
 def _rows(result: "Result") -> list[dict[str, str]]:
