@@ -19,6 +19,7 @@ from jobs.stages import dataset_row
 from jobs.stream import Streaming, StreamOutcome
 from pipeline.attempt import library_versions
 from pipeline.configfile import config_digest, dump_config
+from pipeline.foreign import require_named_folders
 from pipeline.intake import queue_retries, read_lists
 from pipeline.manifest import Manifest
 from pipeline.plan import ModelDigests, Survey, survey
@@ -182,6 +183,7 @@ def _prepare(
     models = digests_of(weights)
     before, urls = survey_corpus(config, records, models, options.stages)
     _refuse(before, options)
+    require_named_folders(config.source, urls, records.storage)
     if "crawl" in options.stages and _take_in_lists(config, records, started, options, console):
         before, urls = survey_corpus(config, records, models, options.stages)
     return _Work(

@@ -77,10 +77,10 @@ def adopt_shard(
     tar_url = adopted.path
     parquet_url = tar_url.removesuffix(".tar") + ".parquet"
     try:
-        with storage.committed_copy(parquet_url) as path:
+        with storage.local_copy(parquet_url) as path:
             columns = [name for name in _COLUMNS if name in pq.read_schema(path).names]
             theirs = {row["key"]: row for row in pq.read_table(path, columns=columns).to_pylist()}
-        with storage.committed_copy(tar_url) as path:
+        with storage.local_copy(tar_url) as path:
             images = read_images(path)
             tar = OutputFile(
                 path=tar_url, bytes=path.stat().st_size, sha256=sha256_file(path), rows=len(images)

@@ -34,7 +34,7 @@ def committed_file(records: Records, file: OutputFile) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(records.storage.committed_copy(file.path))
+            path = stack.enter_context(records.storage.local_copy(file.path))
         except FileNotFoundError as error:
             raise _corrupt(file, "is missing") from error
         size = path.stat().st_size

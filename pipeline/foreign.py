@@ -1,12 +1,14 @@
 """Folders that img2dataset's command line made: their shards are taken as they are, where they lie."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import fsspec
 
 from pipeline.storage import FileInfo, Storage
+from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
+from schemas.records import ShardRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +19,35 @@ class ForeignShard:
     parquet: FileInfo
 
 
+def require_named_folders(
+    sources: Sequence[SourceConfig], urls: Mapping[tuple[str, str], ShardRecord], storage: Storage
+) -> None:
+    """Refuse a corpus on a bucket that adopted tars of this machine's disk which its config does not name.
+
+    Whoever wrote such a corpus could have pictures of this user's own captioned, and copied to the bucket.
+
+    Args:
+        sources: the config's.
+        urls: the url shards' records, by source and shard.
+        storage: the corpus's.
+
+    Raises:
+        CapfiltError: names the first such tar.
+    """
+    if storage.is_local:
+        return
+    named = {source.name: [f"{folder.rstrip('/')}/" for folder in source.input] for source in sources}
+    for (source, shard), record in urls.items():
+        tar = record.outputs.get("adopted")
+        if source not in named or tar is None or not Storage(tar.path).is_local:
+            continue
+        if not tar.path.removeprefix("file://").startswith(tuple(named[source])):
+            raise CapfiltError(
+                f"shard {source}/{shard} of {storage.root} is {tar.path} on this machine's own disk, and "
+                f"source.{source}.input does not name its folder; name it if it is yours, else do not use this corpus"
+            )
+
+
 def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> list[ForeignShard]:
     """Return the shards of img2dataset's output folders, in the order given, then by name.
 
@@ -24,11 +55,6 @@ def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> l
     """
     shards = []
     for folder in folders:
-        if not storage.is_local and Storage(folder).is_local:
-            raise CapfiltError(
-                f"{key}: {folder} is a folder of this machine, and the corpus is {storage.root}: whoever reads the "
-                "corpus elsewhere would miss its images. Copy the folder to the bucket"
-            )
         paths = set(_files(folder, key))
         tars = sorted(path for path in paths if path.endswith(".tar"))
         if not tars:

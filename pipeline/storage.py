@@ -22,7 +22,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import CapfiltError, CorruptShardError
+from schemas.errors import CapfiltError
 
 # Where a put can be made conditional on absence.
 _PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
@@ -155,21 +155,6 @@ class Storage:
             target = folder / Path(full).name
             fs.get_file(full, str(target))
             yield target
-
-    @contextlib.contextmanager
-    def committed_copy(self, path: str) -> Iterator[Path]:
-        """Yield as ``local_copy`` does a file that a record names.
-
-        Raises CorruptShardError where a corpus on a bucket names a file of this machine: whoever wrote that record
-        may have meant another machine's, or this user's own.
-        """
-        if not self.is_local and isinstance(self._fs_of(path)[0], LocalFileSystem):
-            raise CorruptShardError(
-                f"a record of {self.root} names {path} of this machine's own disk, which was not read: copy the "
-                "folder that img2dataset made to the bucket, and take it in from there as another source"
-            )
-        with self.local_copy(path) as copy:
-            yield copy
 
     def list(self, prefix: str) -> list[FileInfo]:
         """Return every file under a folder, sorted by path; an absent folder is empty."""

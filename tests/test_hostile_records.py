@@ -10,12 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.committed import committed_file, open_crawled
-from pipeline.foreign import find_foreign_shards
+from pipeline.committed import open_crawled
+from pipeline.foreign import require_named_folders
 from pipeline.records import Records, parse_record
 from pipeline.shards import rows_to_table, write_parquet
 from pipeline.storage import Storage, sha256_file
+from pipeline.urlshards import url_shards
 from schemas.catalog import event_schema
+from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.names import is_outside_tar
 from schemas.records import (
@@ -211,21 +213,26 @@ def test_keys_are_names_of_files(corpus: Corpus, key: str | None) -> None:
         pass
 
 
-def test_a_corpus_on_a_bucket_names_no_file_of_this_machine(s3_root: str, tmp_path: Path) -> None:
-    storage = Storage(s3_root)
-    tar = tmp_path / "own.tar"
-    tar.write_bytes(b"the user's own")
-    named = OutputFile(path=str(tar), bytes=tar.stat().st_size, sha256=sha256_file(tar), rows=1)
-    for path in (str(tar), f"file://{tar}"):
-        with (
-            pytest.raises(CorruptShardError, match="own disk, which was not read"),
-            committed_file(Records(storage), replace(named, path=path)),
-        ):
-            pass
-    with pytest.raises(CapfiltError, match="Copy the folder to the bucket"):
-        find_foreign_shards([str(tmp_path)], storage, "source.s.input")
-    with committed_file(Records(Storage(str(tmp_path / "corpus"))), named) as path:
-        assert path == tar
+def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(s3_root: str, tmp_path: Path) -> None:
+    corpus, folder = make_corpus(s3_root, shards=1), tmp_path / "theirs"
+    urls = url_shards(corpus.records)
+    (shard, record), *_ = urls.items()
+
+    def adopted(path: str) -> dict[tuple[str, str], ShardRecord]:
+        tar = OutputFile(path=path, bytes=1, sha256="", rows=0)
+        return {shard: replace(record, outputs={**record.outputs, "adopted": tar})}
+
+    def source(place: Path | str) -> SourceConfig:
+        return SourceConfig(name="cc", format="img2dataset", input=(str(place),))
+
+    for path in (f"{folder}/00000.tar", f"file://{folder}/00000.tar"):
+        require_named_folders([source(folder)], adopted(path), corpus.storage)
+        for elsewhere in (tmp_path / "their", "s3://bucket/theirs"):
+            with pytest.raises(CapfiltError, match=r"own disk, and source\.cc\.input does not name"):
+                require_named_folders([source(elsewhere)], adopted(path), corpus.storage)
+    require_named_folders([source("s3://bucket/theirs")], adopted("s3://bucket/theirs/00000.tar"), corpus.storage)
+    # On one disk, whoever reads the corpus can read the tar.
+    require_named_folders([source("/other")], adopted(f"{folder}/00000.tar"), Storage(str(tmp_path)))
 
 
 def test_a_retired_record_of_another_shard_makes_nothing_garbage(corpus: Corpus) -> None:

@@ -298,7 +298,7 @@ def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.Monke
 def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(local_root, shards=1)
     inside, most = threading.Semaphore(1), []
-    original = Parts._list
+    original = Parts._found
 
     def listed(self: Parts) -> dict[str, list[str]]:
         alone = inside.acquire(blocking=False)
@@ -308,7 +308,7 @@ def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) ->
         inside.release()
         return found
 
-    monkeypatch.setattr(Parts, "_list", listed)
+    monkeypatch.setattr(Parts, "_found", listed)
     asked = (corpus.manifest.compact, corpus.manifest.rebuild, corpus.manifest._parts.tables)
     with ThreadPoolExecutor(6) as threads:
         for answer in [threads.submit(ask) for ask in asked * 2]:
