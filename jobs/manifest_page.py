@@ -24,7 +24,7 @@ SELECT source, status, count(*) AS samples,
 FROM samples GROUP BY source, status ORDER BY samples DESC""",
     "Which hosts fail, and why?": """
 SELECT host, reason, count(*) AS samples, round(avg(seconds), 2) AS seconds
-FROM failures GROUP BY host, reason ORDER BY samples DESC LIMIT 5""",
+FROM failures GROUP BY host, reason ORDER BY samples DESC, reason LIMIT 5""",
     "How do web captions score beside synthetic ones?": """
 SELECT origin, count(*) AS candidates, round(avg(score), 3) AS mean,
     round(quantile_cont(score, 0.5), 3) AS median, round(quantile_cont(score, 0.95), 3) AS p95
