@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -46,6 +47,7 @@ class Interrupts:
         # Of its own: Ray's start is silenced by pointing descriptor 2 elsewhere.
         self._stderr = os.dup(2)
         self._before: dict[int, Any] = {}
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._hear_unraisable
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
             self._before = {
@@ -57,6 +59,7 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
         os.close(self._stderr)
 
     def listen(self) -> None:
@@ -101,6 +104,11 @@ class Interrupts:
             self._pass_on()
         elif not (self._is_ignored or (self._is_polled and self.count == 1)):
             raise KeyboardInterrupt
+
+    def _hear_unraisable(self, error: Any) -> None:
+        """Print no traceback of a signal that came inside a destructor (Ray's handles have them)."""
+        if not issubclass(error.exc_type, KeyboardInterrupt):
+            self._unraisable(error)
 
     def say(self, text: str) -> None:
         """Print a line on standard error, whatever the process was doing."""

@@ -261,7 +261,8 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError) as error:
-        raise CapfiltError(f"{target.parent}: no folder can be made there ({error.strerror}); name another") from error
+        # Still an error of the storage: who can do without this file goes on.
+        raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", str(target.parent)) from error
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage, sweep_temporary_folders, temporary_folder
+from pipeline.storage import Storage, storage_trouble, sweep_temporary_folders, temporary_folder
 from schemas.errors import CapfiltError
 
 
@@ -171,5 +171,6 @@ def test_a_root_that_is_there_or_can_be_made_is_fine(tmp_path: Path, s3_root: st
 
 
 def test_a_folder_that_cannot_be_made_is_one_line() -> None:
-    with pytest.raises(CapfiltError, match="/proc/capfilt: no folder can be made there"):
+    with pytest.raises(NotADirectoryError) as refused:
         Storage("/proc/capfilt").write("file", b"")
+    assert storage_trouble(refused.value).startswith("No folder can be made there: /proc/capfilt; ")

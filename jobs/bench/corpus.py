@@ -77,7 +77,7 @@ class SyntheticCorpus:
         )
 
     def crawl(self, shard: str) -> ShardRecord:
-        """Commit a shard's samples, and its tar where there are pictures."""
+        """Commit a shard's samples, and its tar: an empty one where there are no pictures."""
         urls = self._urls[SOURCE, shard]
         with self.records.storage.open(urls.outputs["parquet"].path) as file:
             samples = _samples(pq.read_table(file))
@@ -88,12 +88,12 @@ class SyntheticCorpus:
             for status, reason in _columns(samples, "status", "reason"):
                 tally.count(status, reason)
             tally.histograms["short_side_px"] = histogram([min(_SIDES_PX)] * len(stored), SCORE_EDGES)
-            files = {"parquet": _parquet(attempt, samples, SAMPLES)}
-            if self.pictures:
-                tar = attempt.folder / "samples.tar"
-                pictures = ((key, {"jpg": self._picture(number)}) for number, key in enumerate(stored))
-                files["tar"] = (tar, write_tar(tar, pictures))
-            return attempt.commit(files)
+            tar = attempt.folder / "samples.tar"
+            named = enumerate(stored) if self.pictures else ()
+            pictures = ((key, {"jpg": self._picture(number)}) for number, key in named)
+            return attempt.commit(
+                {"parquet": _parquet(attempt, samples, SAMPLES), "tar": (tar, write_tar(tar, pictures))}
+            )
 
     def _picture(self, number: int) -> bytes:
         return self.pictures[number % len(self.pictures)]
@@ -121,7 +121,7 @@ class SyntheticCorpus:
             return attempt.commit({"parquet": _parquet(attempt, candidates, CANDIDATES)})
 
     def select(self, shard: str, crawl: ShardRecord, rank: ShardRecord) -> ShardRecord:
-        """Commit the rows of the best two captions, without the images."""
+        """Commit the rows of the best two captions, and a tar without the images."""
         curated = _curated(self._read(crawl), self._read(rank))
         with Attempt(self.records, self.task("select", shard, crawl=crawl, rank=rank)) as attempt:
             tally = attempt.tally
@@ -129,7 +129,10 @@ class SyntheticCorpus:
             tally.count("kept", rows=curated.num_rows)
             kept = np.concatenate([[0.0], *curated["scores"].to_numpy()])[1:]
             tally.histograms["kept_score"] = histogram(kept, SCORE_EDGES)
-            return attempt.commit({"parquet": _parquet(attempt, curated, CURATED)})
+            tar = attempt.folder / "samples.tar"
+            return attempt.commit(
+                {"parquet": _parquet(attempt, curated, CURATED), "tar": (tar, write_tar(tar, ()))}
+            )
 
     def _read(self, record: ShardRecord) -> pa.Table:
         with self.records.storage.open(record.outputs["parquet"].path) as file:

@@ -32,6 +32,8 @@ Family = Literal["opt", "t5"]
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NUM_HELD_OUT = 200
 HELD_OUT = "held-out"
+# Of the corpus; the recipes hold none out, so that they fit data of any size.
+_HELD_OUT_IMAGES = 100
 _WEB_CAPTIONS = "web-captions"
 
 
@@ -104,7 +106,7 @@ def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
 def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:
     path = corpus if captions == "curated" else corpus / _WEB_CAPTIONS / "world"
     name = recipe if captions == "curated" else f"{recipe}-web"
-    held_out = _held_out_before(corpus) if captions == "curated" else ["data.held_out=0"]
+    held_out = _held_out_images(corpus) if captions == "curated" else ["data.held_out=0"]
     return load_config(
         RECIPES / f"{recipe}.toml",
         [
@@ -118,11 +120,11 @@ def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[s
     )
 
 
-def _held_out_before(corpus: Path) -> list[str]:
-    """Return the override that keeps what a demo began with: the first ones held no images out."""
+def _held_out_images(corpus: Path) -> list[str]:
+    """Return the override of what ``capfilt evaluate probe`` is asked; the first demos held no images out."""
     config = corpus / "checkpoints" / "stage1" / "demo-stage1" / "config.json"
     if not config.exists():
-        return []
+        return [f"data.held_out={_HELD_OUT_IMAGES}"]
     return [f"data.held_out={json.loads(config.read_text())['data']['held_out']}"]
 
 
