@@ -20,6 +20,7 @@ _NAMES = {
     "raylet/raylet": "raylet",
     "monitor.py": "monitor",
     "log_monitor.py": "log monitor",
+    "dashboard.py": "dashboard head",
     "DashboardAgent": "dashboard agent",
     "RuntimeEnvAgent": "runtime env agent",
     "ray::": "worker",
