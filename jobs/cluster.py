@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +36,7 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
         return
     # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
     address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
-    settings: dict[str, Any] = {
-        "address": address or "local",
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
+    settings: dict[str, Any] = {}
     if not address:
         pools = [getattr(config.cluster, stage) for stage in stages]
         needed = math.ceil(sum(pool.cpus * pool.min_workers for pool in pools))
@@ -52,20 +47,24 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
     os.environ.update(WORKER_ENVIRONMENT)
     # Ray's C++ side would print its own warnings between our lines; its log files keep them.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        with _without_stderr(), loopback_only(local=not address):
-            ray.init(**settings)
-    except SystemExit:
-        interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
-    try:
-        interrupts.listen()
+    with joined_ray(address or "local", interrupts, **settings):
         _check_resources(config, stages, growing=bool(address))
         yield
+
+
+@contextlib.contextmanager
+def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterator[None]:
+    """Join the Ray at an address, or start one (``"local"``), and leave it at the end. Raises CapfiltError."""
+    try:
+        try:
+            with interrupts.delayed(), _without_stderr(), loopback_only(local=address == "local"):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
+        yield
     finally:
-        ray.shutdown()
-        interrupts.listen()  # Ray sets SIGTERM back to ending the process
+        with interrupts.delayed():
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import Any, Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _ENDS_AT_ONCE = 3
+# Until a destructor that swallowed a KeyboardInterrupt is surely left.
+_AGAIN_S = 0.1
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -36,7 +38,9 @@ class Interrupts:
         self.number = int(signal.SIGINT)
         self._is_ignored = False
         self._is_polled = False
+        self._is_delayed = False
         self._pass_on: Callable[[], None] | None = None
+        self._again: threading.Timer | None = None
 
     @property
     def exit_code(self) -> int:
@@ -59,6 +63,8 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._again is not None:
+            self._again.cancel()
         sys.unraisablehook = self._unraisable
         os.close(self._stderr)
 
@@ -66,6 +72,27 @@ class Interrupts:
         """Take the signals; again after a library has set handlers of its own."""
         for number in self._before:
             signal.signal(number, self.hear)
+
+    @contextlib.contextmanager
+    def delayed(self) -> Iterator[None]:
+        """Let the first signal wait for the end of the block: a library starts or ends that must not be cut short.
+
+        Ray forks in its start, and what a signal raises in a fork's hooks is lost and leaves the lock of ``logging``
+        taken. Nor can it take SIGTERM for itself meanwhile, to end the process.
+        """
+        set_handler = signal.signal
+
+        def refuse(number: int, handler: Any) -> Any:
+            return signal.getsignal(number) if number == signal.SIGTERM else set_handler(number, handler)
+
+        signal.signal = refuse
+        self._is_delayed = True
+        try:
+            yield
+        finally:
+            self._is_delayed = False
+            signal.signal = set_handler
+        self._raise()
 
     @contextlib.contextmanager
     def ignored(self) -> Iterator[None]:
@@ -92,6 +119,10 @@ class Interrupts:
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
         """Take in one signal. Raises KeyboardInterrupt."""
+        if self._again is not None:
+            self._again = None
+            self._raise()
+            return
         self.count += 1
         if self.count == 1:
             self.number = number
@@ -102,13 +133,24 @@ class Interrupts:
         self.say(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
         if self._pass_on is not None:
             self._pass_on()
-        elif not (self._is_ignored or (self._is_polled and self.count == 1)):
+        else:
+            self._raise()
+
+    def _raise(self) -> None:
+        """Interrupt what is under way, if a signal came and that does not hear of it in another way."""
+        waits = self._is_polled or self._is_delayed
+        if self.count > waits and not self._is_ignored:
             raise KeyboardInterrupt
 
     def _hear_unraisable(self, error: Any) -> None:
-        """Print no traceback of a signal that came inside a destructor (Ray's handles have them)."""
+        """Raise again what came inside a destructor (Ray's handles have them), which nothing above it would hear."""
         if not issubclass(error.exc_type, KeyboardInterrupt):
             self._unraisable(error)
+        elif self._before and self._again is None:
+            main = threading.main_thread().ident
+            self._again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, self.number))
+            self._again.daemon = True
+            self._again.start()
 
     def say(self, text: str) -> None:
         """Print a line on standard error, whatever the process was doing."""

@@ -1,7 +1,6 @@
 """A training on a Ray cluster: Ray Train places the ranks and starts them again when a node dies."""
 
 import logging
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from jobs.cluster import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.loopback import loopback_only
 from jobs.ranks import TIMEOUT_S, Outcome, gravest, say, train_as
 from pipeline.storage import temporary_folder
 from schemas.errors import CapfiltError
@@ -61,19 +60,9 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
 
     Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
     """
-    try:
-        dashboard = False if address == "local" else None
-        with loopback_only(local=address == "local"):
-            ray.init(
-                address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard
-            )
-    except SystemExit:
-        interrupts.hear(signal.SIGTERM)  # Ray's own handler, which ray.init sets
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    try:
-        interrupts.listen()
+    dashboard = False if address == "local" else None
+    with joined_ray(address, interrupts, include_dashboard=dashboard):
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
         # Waiting for nothing but calls, it takes no CPU from the ranks.
         board = ray.remote(num_cpus=0)(_Board).remote()
         # Ray itself tells on standard output of workers that died: that is kept for --json.
@@ -103,9 +92,6 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         final = [outcome for outcome in found if _is_final(outcome)]
         ended = [outcome for outcome in found if outcome.kind == "ended"]
         return gravest(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
-    finally:
-        ray.shutdown()
-        interrupts.listen()  # Ray sets SIGTERM back to ending the process
 
 
 def _fit(trainer: TorchTrainer) -> None:

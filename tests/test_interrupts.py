@@ -1,0 +1,69 @@
+"""Signals: none is lost, whatever library is at work when it comes."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from jobs.interrupts import Interrupts
+
+
+class _Handle:
+    """Sends a signal from its destructor, where what a handler raises is lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_inside_a_destructor_still_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interrupts("at once") as interrupts:
+        handle = _Handle()
+        with pytest.raises(KeyboardInterrupt):
+            del handle
+            time.sleep(20)
+        assert interrupts.count == 1 and interrupts.exit_code == 143
+    assert capfd.readouterr().err == "capfilt: SIGTERM: stopping; at once\n"
+
+
+def test_a_signal_inside_the_hook_of_a_fork_waits_for_the_end_of_the_start() -> None:
+    armed = [True]
+
+    def signal_once() -> None:
+        if armed and armed.pop():
+            signal.raise_signal(signal.SIGTERM)
+
+    os.register_at_fork(after_in_parent=signal_once)
+    went_on = False
+    with Interrupts(quiet=True) as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.delayed():
+            if not (child := os.fork()):
+                os._exit(0)
+            os.waitpid(child, 0)
+            went_on = True
+        assert went_on and interrupts.count == 1
+
+
+def test_a_start_that_takes_sigterm_for_itself_does_not_get_it() -> None:
+    own = signal.getsignal(signal.SIGTERM)
+    with Interrupts(quiet=True) as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.delayed():
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(number))
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == interrupts.hear
+    assert signal.getsignal(signal.SIGTERM) == own
+
+
+def test_the_second_signal_does_not_wait_for_the_start() -> None:
+    with Interrupts(quiet=True) as interrupts, pytest.raises(KeyboardInterrupt), interrupts.delayed():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on after the second signal")
+
+
+def test_work_that_asks_is_not_interrupted_where_a_start_ends() -> None:
+    with Interrupts(quiet=True) as interrupts:
+        assert not interrupts.asked()
+        with interrupts.delayed():
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupts.asked()
