@@ -78,7 +78,7 @@ class Interrupts:
         """Let the first signal wait for the end of the block: a library starts or ends that must not be cut short.
 
         Ray forks in its start, and what a signal raises in a fork's hooks is lost and leaves the lock of ``logging``
-        taken. Nor can it take SIGTERM for itself meanwhile, to end the process.
+        taken. Nor can it take SIGTERM for itself, in Python or below it, to end the process.
         """
         set_handler = signal.signal
 
@@ -92,6 +92,7 @@ class Interrupts:
         finally:
             self._is_delayed = False
             signal.signal = set_handler
+            self.listen()
         self._raise()
 
     @contextlib.contextmanager
@@ -124,6 +125,8 @@ class Interrupts:
             self._raise()
             return
         self.count += 1
+        if self._is_delayed:
+            signal.alarm(0)  # Ray's own handler, below Python, would abort the process after three seconds
         if self.count == 1:
             self.number = number
         if self.count >= _ENDS_AT_ONCE:

@@ -133,6 +133,12 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(base_url: str, tmp_pa
     assert re.search(r"crawl\s+[1-9]\d* of 10 shards done", again.stdout)
 
 
+def catches_sigterm(pid: int) -> bool:
+    """Tell whether a process has a handler for SIGTERM."""
+    [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["python's start", "ray's start", "streaming", "streaming, twice"])
 def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
@@ -142,7 +148,7 @@ def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
     run = start_cli("run", "-c", str(config_file(config, tmp_path / "c.json")))
     records = Records(Storage(config.corpus.path))
     reached = {
-        "python's start": lambda: time.sleep(1) or True,
+        "python's start": lambda: catches_sigterm(run.pid),
         "ray's start": records.runs,
         "streaming": lambda: records.shards(("crawl",)),
         "streaming, twice": lambda: records.shards(("crawl",)),
@@ -163,7 +169,10 @@ def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
     assert "the same command goes on" in output
     [ended] = records.runs()
     committed = records.shards()
-    assert (ended.outcome, ended.shards_done) == ("interrupted", len(committed))
+    assert ended.outcome == "interrupted"
+    # The second signal does not wait for Ray: until that is down, a worker may commit what it has at hand.
+    late = range(4) if moment.endswith("twice") else [0]
+    assert len(committed) - ended.shards_done in late
     assert moment == "ray's start" or committed
 
 

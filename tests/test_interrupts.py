@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from jobs.interrupts import Interrupts
+from tests.processes import ROOT
 
 
 class _Handle:
@@ -67,3 +70,21 @@ def test_work_that_asks_is_not_interrupted_where_a_start_ends() -> None:
         with interrupts.delayed():
             signal.raise_signal(signal.SIGTERM)
         assert interrupts.asked()
+
+
+@pytest.mark.slow
+def test_ray_does_not_abort_a_process_that_was_asked_to_stop_while_it_starts() -> None:
+    code = (
+        "import os, signal, sys, time, ray\n"
+        "from jobs.interrupts import Interrupts\n"
+        "with Interrupts('soon') as interrupts:\n"
+        "    try:\n"
+        "        with interrupts.delayed():\n"
+        "            ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)  # where Ray's own handler is in force\n"
+        "            time.sleep(4)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('stopped')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
