@@ -2,14 +2,15 @@
 
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from pipeline.images import ImageError, probe
+from pipeline.listparquet import ParquetList, cells_of
 from pipeline.shards import image_members
 from pipeline.storage import Storage, sha256_file
 from schemas.errors import CorruptShardError
@@ -18,6 +19,8 @@ from schemas.records import OutputFile
 from schemas.statuses import REASONS
 
 _DETAIL_CHARS = 200
+# Longer than any key, digest or beginning of a message that tells why a download failed.
+_CELL_CHARS = 4096
 
 # What img2dataset, urllib and OpenCV say, and what it means here; the first one found in a message counts.
 _MESSAGES = tuple(
@@ -78,14 +81,13 @@ def adopt_shard(
     parquet_url = tar_url.removesuffix(".tar") + ".parquet"
     try:
         with storage.local_copy(parquet_url) as path:
-            columns = [name for name in _COLUMNS if name in pq.read_schema(path).names]
-            theirs = {row["key"]: row for row in pq.read_table(path, columns=columns).to_pylist()}
+            theirs = _read_rows(path, parquet_url, {row["key"] for row in rows})
         with storage.local_copy(tar_url) as path:
             images = read_images(path)
             tar = OutputFile(
                 path=tar_url, bytes=path.stat().st_size, sha256=sha256_file(path), rows=len(images)
             )
-    except (FileNotFoundError, tarfile.ReadError) as error:
+    except (FileNotFoundError, tarfile.ReadError, pa.ArrowException) as error:
         raise CorruptShardError(f"{tar_url}: {error}; restore the folder that img2dataset made") from error
     if tar.bytes != adopted.bytes:
         raise CorruptShardError(f"{tar_url} has {tar.bytes} bytes, and {adopted.bytes} when it was read")
@@ -96,6 +98,27 @@ def adopt_shard(
             f"{parquet_url} has no row with key {missing[0]!r}: it changed after it was read"
         )
     return [adopt_row(row, theirs[row["key"]], images.get(row["key"]), max_pixels) for row in rows], tar
+
+
+def _read_rows(path: Path, url: str, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return img2dataset's word of the samples with these keys, by key, its texts cut to what is used of them."""
+    rows: dict[str, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        parquet = ParquetList(file, url)
+        if lacking := {"key", "status", "error_message"} - set(parquet.names):
+            raise CorruptShardError(f"{url} has no column {min(lacking)}, which img2dataset writes")
+        columns, first_row = [name for name in _COLUMNS if name in parquet.names], 1
+        for piece in parquet.pieces(columns):
+            # A column at a time: each may decode to as much as fits in memory once.
+            cells = [[_cut(cell) for cell in cells_of(piece, name, url, first_row)] for name in columns]
+            found = (dict(zip(columns, values, strict=True)) for values in zip(*cells, strict=True))
+            rows |= {row["key"]: row for row in found if row["key"] in keys}
+            first_row += piece.num_rows
+    return rows
+
+
+def _cut(cell: Any) -> Any:
+    return cell[:_CELL_CHARS] if isinstance(cell, str) else cell
 
 
 def adopt_row(

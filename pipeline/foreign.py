@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.storage import FileInfo, Storage
 from schemas.config import SourceConfig
@@ -24,7 +26,8 @@ def require_named_folders(
 ) -> None:
     """Refuse a corpus on a bucket that adopted tars of this machine's disk which its config does not name.
 
-    Whoever wrote such a corpus could have pictures of this user's own captioned, and copied to the bucket.
+    Whoever wrote such a corpus could have pictures of this user's own captioned, and copied to the bucket. A tar
+    lies in a named folder itself, as the intake found it: below one, a ``..`` or a link could lead anywhere.
 
     Args:
         sources: the config's.
@@ -36,16 +39,21 @@ def require_named_folders(
     """
     if storage.is_local:
         return
-    named = {source.name: [f"{folder.rstrip('/')}/" for folder in source.input] for source in sources}
+    named = {source.name: set(map(_local_path, source.input)) for source in sources}
     for (source, shard), record in urls.items():
         tar = record.outputs.get("adopted")
         if source not in named or tar is None or not Storage(tar.path).is_local:
             continue
-        if not tar.path.removeprefix("file://").startswith(tuple(named[source])):
+        if _local_path(tar.path).parent not in named[source]:
             raise CapfiltError(
                 f"shard {source}/{shard} of {storage.root} is {tar.path} on this machine's own disk, and "
                 f"source.{source}.input does not name its folder; name it if it is yours, else do not use this corpus"
             )
+
+
+def _local_path(text: str) -> PurePosixPath:
+    """Return what the local filesystem opens for a path or a file:// URL; ``..`` stays, a link may be before it."""
+    return PurePosixPath(LocalFileSystem._strip_protocol(text))
 
 
 def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> list[ForeignShard]:

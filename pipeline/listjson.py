@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ _CHUNK_BYTES = 1 << 16
 _MAX_DEPTH = 64
 # The longest token that an end of the buffer may cut so that it looks wrong: \ud83d\ude42 or -Infinity.
 _LONGEST_TOKEN = 12
-
+# A name that is spelled with an escape, so that a search for it does not find it: its last escape, and its end.
+_ESCAPED_NAME = re.compile(r'\\.[^"\\]*"\s*:')
 
 _DECODER = json.JSONDecoder()
 
@@ -164,10 +166,11 @@ def _checked(row: Any, text: str, reader: "Lines | _Text", columns: Sequence[str
     """Return a row whose cells can be stored as text, or refuse it."""
     if not isinstance(row, dict):
         raise CapfiltError(f"{reader.place}: {shown(text.strip())} is not an object with the columns")
+    escaped = "\\" in text and _ESCAPED_NAME.search(text) is not None
     for name in columns:
-        if text.count(f'"{name}"') > 1 and name in _repeated_names(text):
+        if (escaped or text.count(f'"{name}"') > 1) and name in _repeated_names(text):
             raise CapfiltError(f"{reader.place}: the object has {shown(name)!r} twice")
-    if text.count("{") + text.count("[") > _MAX_DEPTH and _depth(row) > _MAX_DEPTH:
+    if text.count("{") + text.count("[") > _MAX_DEPTH and depth_of(row) > _MAX_DEPTH:
         raise CapfiltError(f"{reader.place}: cannot be used: nested more than {_MAX_DEPTH} levels deep")
     return _encodable(row) if "\\u" in text and "\\ud" in text.lower() else row
 
@@ -183,7 +186,7 @@ def _repeated_names(text: str) -> set[str]:
     return {name for name in names if names.count(name) > 1}
 
 
-def _depth(value: Any) -> int:
+def depth_of(value: Any) -> int:
     """Return how many objects and arrays are inside one another."""
     depth, level = 0, [value]
     while level := [part for part in level if isinstance(part, dict | list)]:

@@ -1,6 +1,7 @@
 """Names that somebody else wrote: confined to the folder they belong to, and safe to print."""
 
 import re
+from urllib.parse import unquote
 
 from schemas.errors import CapfiltError
 
@@ -8,7 +9,7 @@ from schemas.errors import CapfiltError
 _MAX_NAME = 1024
 _DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # Where adopted tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
-_SCHEMES = ("file://", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
+_SCHEMES = ("file:///", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
 
 
 def confined_name(name: object, where: str) -> str:
@@ -53,9 +54,16 @@ def is_one_part(name: str) -> bool:
 
 
 def is_outside_tar(path: str) -> bool:
-    """Tell whether a path is that of a tar where it lies: absolute, or the URL of an object store or web server."""
+    """Tell whether a path is that of a tar where it lies: absolute, or the URL of an object store or web server.
+
+    None has a ``.`` or ``..`` part, written as percent escapes neither, except that the intake keeps them in a file://
+    URL as the config spells it; whoever opens a tar of this machine's disk compares its folder with the config's.
+    """
     absolute = path.startswith(("/", *_SCHEMES))
-    return absolute and "::" not in path and path.isprintable() and path.endswith(".tar")
+    # Web clients decode these before they resolve the dots; in a file's or an object's name they stand for themselves.
+    spelled = unquote(path) if path.startswith(("https://", "http://")) else path
+    direct = path.startswith("file://") or not {".", ".."} & set(spelled.replace("\\", "/").split("/"))
+    return absolute and direct and "::" not in path and path.isprintable() and path.endswith(".tar")
 
 
 def printable(text: str) -> str:

@@ -12,12 +12,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.adopt import adopt_row, reason_of
+from pipeline.adopt import adopt_row, adopt_shard, reason_of
 from pipeline.crawl import CrawlWorker
 from pipeline.images import ImageError
-from pipeline.storage import sha256_file
+from pipeline.storage import Storage, sha256_file
 from schemas.errors import CorruptShardError
-from schemas.records import ShardRecord
+from schemas.records import OutputFile, ShardRecord
 from schemas.statuses import REASONS
 from schemas.tables import SAMPLES
 from tests.hostile import HostileSite
@@ -107,6 +107,64 @@ def test_images_that_are_not_in_the_tar_are_named(folder: Path, tmp_path: Path) 
     assert record.counts["invalid/missing_member"] == 1
     assert [s["key"] for s in samples if s["reason"] == "missing_member"] == [lost]
     assert record.outputs["tar"].rows == record.rows_out == 3
+
+
+_ADOPT = r"""
+import re, sys
+from pathlib import Path
+from pipeline.adopt import adopt_shard
+from pipeline.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.records import OutputFile
+tar = sys.argv[1]
+rows = [{"key": f"{number:09d}"} for number in range(int(sys.argv[2]))]
+try:
+    samples, _ = adopt_shard(rows, OutputFile(path=tar, bytes=10240, sha256="", rows=0), Storage("/tmp"), 1)
+    print(len(samples), samples[-1]["reason"])
+except CapfiltError as error:
+    print(error)
+print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("column", "mib", "expected"),
+    [
+        ("error_message", 8, "200 http_4xx"),
+        ("status", 8, "200 http_4xx"),
+        ("sha256", 8, "200 http_4xx"),
+        ("error_message", 17, "error_message has more than 16 MiB"),
+    ],
+)
+def test_one_long_text_in_every_row_of_its_parquet_fits_in_memory(
+    tmp_path: Path, column: str, mib: int, expected: str
+) -> None:
+    rows = 200
+    with tarfile.open(tmp_path / "00000.tar", "w"):
+        pass
+    text = pa.array(["HTTP Error 404: Not Found" + "x" * (mib << 20)])
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), text)
+    plain = {
+        "key": [f"{number:09d}" for number in range(rows)],
+        "status": ["failed_to_download"] * rows,
+        "error_message": ["HTTP Error 404: Not Found"] * rows,
+    }
+    table = pa.table(plain | {column: repeated})
+    pq.write_table(table, tmp_path / "00000.parquet", compression="zstd", store_schema=False)
+    command = [sys.executable, "-c", _ADOPT, str(tmp_path / "00000.tar"), str(rows)]
+    said, peak_mib = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert expected in said and int(peak_mib) < 700, f"{peak_mib} MiB: {said}"
+
+
+@pytest.mark.parametrize("column", ["key", "status", "error_message"])
+def test_a_parquet_without_what_img2dataset_writes_is_named(tmp_path: Path, column: str) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w"):
+        pass
+    table = pa.table({"key": ["000000000"], "status": ["success"], "error_message": [None]}).drop_columns(column)
+    pq.write_table(table, tmp_path / "00000.parquet")
+    adopted = OutputFile(path=str(tmp_path / "00000.tar"), bytes=10240, sha256="", rows=0)
+    with pytest.raises(CorruptShardError, match=f"00000.parquet has no column {column}, which"):
+        adopt_shard([{"key": "000000000"}], adopted, Storage(str(tmp_path)), 1)
 
 
 @pytest.mark.slow

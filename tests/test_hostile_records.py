@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,6 +236,32 @@ def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(s3_ro
     require_named_folders([source("/other")], adopted(f"{folder}/00000.tar"), Storage(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("named", "tar", "refused"),
+    [
+        ("/data/theirs", "/data/theirs/../own/00000.tar", True),
+        ("/data/theirs", "file:///data/theirs/../../home/own.tar", True),
+        # A link in the user's folder may lead out of it.
+        ("/data/theirs", "/data/theirs/link/00000.tar", True),
+        ("/data/theirs", "/data/theirs2/00000.tar", True),
+        ("/data/theirs", "/data/theirs/00000.tar", False),
+        ("/data/theirs/", "file:///data/theirs/00000.tar", False),
+        # As the intake writes it where the config spells it so.
+        ("file:///data/x/../theirs", "file:///data/x/../theirs/00000.tar", False),
+        ("file:///data//theirs/", "file:///data//theirs/00000.tar", False),
+        ("local:///data/theirs", "file:///data/theirs/00000.tar", False),
+    ],
+)
+def test_a_tar_lies_in_a_named_folder_itself(s3_root: str, named: str, tar: str, refused: bool) -> None:
+    corpus = make_corpus(s3_root, shards=1)
+    (shard, record), *_ = url_shards(corpus.records).items()
+    adopted = OutputFile(path=tar, bytes=1, sha256="", rows=0)
+    urls = {shard: replace(record, outputs={**record.outputs, "adopted": adopted})}
+    sources = [SourceConfig(name="cc", format="img2dataset", input=(named,))]
+    with pytest.raises(CapfiltError, match="own disk") if refused else nullcontext():
+        require_named_folders(sources, urls, corpus.storage)
+
+
 def test_a_retired_record_of_another_shard_makes_nothing_garbage(corpus: Corpus) -> None:
     record = corpus.records.shards()["select", "cc", "00000"]
     text = record.to_json().encode()
@@ -326,6 +353,7 @@ def test_adopted_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
 
 def test_paths_of_adopted_tars() -> None:
     fine = ["/data/a b/00000.tar", "s3://b/x.tar", "gs://b/x.tar", "https://host/x.tar", "file:///data/x.tar"]
+    fine += ["//data/x.tar", "/data/a..b/..x.tar", "https://host/a%20b/x.tar", "/a%2e/x.tar", "file:///data/../y/x.tar"]
     assert all(map(is_outside_tar, fine))
     assert not any(
         map(
@@ -333,3 +361,6 @@ def test_paths_of_adopted_tars() -> None:
             ["x.tar", "../x.tar", "/etc/passwd", "ssh://h/x.tar", "zip://a::/x.tar", "/a\n.tar"],
         )
     )
+    leading_out = ["/data/../x.tar", "/./x.tar", "s3://b/a/../../c/x.tar", "https://h/a/%2e%2E/x.tar", "http://h/..%2fx.tar"]
+    # A home folder, and the current one.
+    assert not any(map(is_outside_tar, [*leading_out, "file://~/x.tar", "file://x.tar"]))
