@@ -17,7 +17,17 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.configerrors import Origin, dotted_key, mistakes, source_names, takes_text_only
+from pipeline.configtext import (
+    MAX_DEPTH,
+    TOO_DEEP,
+    TOO_LONG,
+    is_json,
+    is_too_deep,
+    parse_values,
+    unusable_values,
+)
 from pipeline.fingerprint import digest_json
+from pipeline.listlines import shown
 from pipeline.nearest import did_you_mean
 from pipeline.tomllines import KeyPath, key_lines
 from schemas.config import CapfiltConfig
@@ -32,7 +42,6 @@ _KINDS: dict[type[BaseModel], tuple[str, str, str]] = {
 
 C = TypeVar("C", CapfiltConfig, PretrainConfig)
 
-_TOML_PLACE = re.compile(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", re.DOTALL)
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
@@ -65,19 +74,15 @@ def parse_config(
     kind: type[C] = CapfiltConfig,
 ) -> C:
     """Turn TOML text into a config; ``origin`` is its name in messages, ``base_folder`` that of its paths."""
-    is_json = text.lstrip().startswith("{")  # as no TOML does: a resolved copy, kept with a run
-    try:
-        values = json.loads(text) if is_json else tomllib.loads(text)
-    except json.JSONDecodeError as error:
-        raise CapfiltError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise CapfiltError(_syntax_message(str(error), origin)) from None
+    values = parse_values(text, origin)
     if not values and not overrides:
         what, sections, _ = _KINDS[kind]
         raise CapfiltError(f"{origin}: the file is empty; the config of {what} has {sections}")
     _refuse_other_kind(values, origin, kind)
-    places = Origin(name=origin, lines={} if is_json else key_lines(text), kind=kind)
+    places = Origin(name=origin, lines={} if is_json(text) else key_lines(text), kind=kind)
     errors = [message for override in overrides if (message := _apply(override, values, places))]
+    if unusable := list(unusable_values(values, places)):
+        raise CapfiltError("\n".join(errors + unusable))
     errors += _secrets(values, places)
     config = None
     try:
@@ -114,14 +119,6 @@ def config_digest(config: BaseModel) -> str:
     return digest_json(dump_config(config))
 
 
-def _syntax_message(message: str, origin: str) -> str:
-    if match := _TOML_PLACE.match(message):
-        what, line, column = match.groups()
-        place = f"{origin}:{line}:{column}" if line else f"{origin}: at its end"
-        return f"{place}: not valid TOML: {what}"
-    return f"{origin}: not valid TOML: {message}"
-
-
 def _nearest_file(path: Path) -> str:
     near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -136,6 +133,8 @@ def _apply(override: str, values: dict[str, Any], places: Origin) -> str | None:
     path: KeyPath = tuple(part.strip() for part in name.split("."))
     if not equals or len(path) < 2 or not all(path):
         return f"--set {override}: not of the form section.key=value"
+    if len(path) > MAX_DEPTH:
+        return f"--set {shown(override)}: cannot be used: {TOO_DEEP}"
     if path[0] == "source" and places.kind is CapfiltConfig:
         path = _source_path(name.strip().removeprefix("source."), values)
         if not path:
@@ -154,7 +153,14 @@ def _apply(override: str, values: dict[str, Any], places: Origin) -> str | None:
             return f"--set {override}: {name} is a list of {len(table)}; say which: {name}.0.key=value"
         if not isinstance(table, (dict, list)):
             return f"--set {override}: {dotted_key(path[:-1], values)} is not a section"
-    table[path[-1]] = _override_value(text.strip(), path, places.kind)
+    try:
+        value = _override_value(text.strip(), path, places.kind)
+        reason = TOO_DEEP if is_too_deep(value) else None
+    except (RecursionError, ValueError) as error:  # not TOMLDecodeError: then it is text
+        reason = TOO_DEEP if isinstance(error, RecursionError) else TOO_LONG
+    if reason:
+        return f"--set {shown(override)}: cannot be used: {reason}"
+    table[path[-1]] = value
     places.overridden[path] = override
     return None
 

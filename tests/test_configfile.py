@@ -166,6 +166,61 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.toml")
 
 
+_DEEP, _LONG = "cannot be used: nested more than 64 levels deep", "cannot be used: a number has thousands of digits"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[select]\na = " + "[" * 20_000, f"corpus.toml:2: a: {_DEEP}"),
+        ("[select]\nb = " + "{x=" * 9_000, f"corpus.toml: {_DEEP}"),
+        ("[select]\na = " + "[" * 100 + "]" * 100, f"corpus.toml: select: {_DEEP}"),
+        (".".join("a" * 2_000) + " = 1", f"corpus.toml: a: {_DEEP}"),
+        ('{"select": ' + "[" * 200_000, f"corpus.toml:1: select: {_DEEP}"),
+        ("[select]\n\ntop_k = 1" + "0" * 5_000, f"corpus.toml:3: top_k: {_LONG}"),
+        ("[select]\ntop_k = 0x" + "f" * 5_000, f"corpus.toml:2: select.top_k: {_LONG}"),
+        ('{"select": {\n"top_k": ' + "9" * 5_000 + "}}", f"corpus.toml:2: top_k: {_LONG}"),
+        (
+            MINIMAL.replace('"out"', '"a\\u0000b"'),
+            "corpus.toml:2: corpus.path: cannot be used: a text has a NUL character (\\u0000); take it out",
+        ),
+        (
+            MINIMAL.replace('"cc3m.tsv"', '"x", "a\\u0000b"'),
+            "corpus.toml:6: source.cc3m.input[1]: cannot be used: a text has a NUL character (\\u0000); take it out",
+        ),
+        (
+            '{"corpus": {"path": "\\ud800"}}',
+            "corpus.toml: corpus.path: cannot be used: a text has half a surrogate pair, or bytes that are not UTF-8; "
+            "take it out",
+        ),
+    ],
+)
+def test_what_parsers_and_file_names_cannot_take_is_one_line(text: str, complaint: str) -> None:
+    assert complaints(text) == [complaint]
+
+
+def test_a_training_run_s_output_has_no_nul() -> None:
+    with pytest.raises(CapfiltError, match=r"^x\.toml:3: run\.output: cannot be used: a text has a NUL character"):
+        parse_config('[run]\nstage = 1\noutput = "a\\u0000"', "x.toml", kind=PretrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("select.top_k=" + "[" * 20_000, _DEEP),
+        ("select.top_k=" + "[" * 99 + "]" * 99, _DEEP),
+        (".".join("a" * 2_000) + "=1", _DEEP),
+        ("select.top_k=" + "9" * 5_000, _LONG),
+        ("select.top_k=0x" + "9" * 5_000, _LONG),
+        ('corpus.path="a\\u0000b"', "a text has a NUL character"),
+        ("corpus.path=a\udcffb", "a text has half a surrogate pair, or bytes that are not UTF-8"),
+    ],
+)
+def test_what_no_override_can_hold_is_one_line(override: str, reason: str) -> None:
+    (complaint,) = complaints(MINIMAL, override)
+    assert complaint.startswith(f"--set {override[:12]}") and reason in complaint
+
+
 # -- overrides -----------------------------------------------------------------------------------------------
 
 
