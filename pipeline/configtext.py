@@ -11,7 +11,7 @@ from pipeline.listjson import depth_of
 from pipeline.listlines import shown
 from pipeline.tomllines import KeyPath
 from schemas.errors import CapfiltError
-from schemas.names import printable
+from schemas.names import fits_utf8, printable
 
 # A config has five levels; the parsers and the walks over its values cost a call for each.
 MAX_DEPTH = 64
@@ -72,7 +72,7 @@ def unusable_values(values: dict[str, Any], places: Origin) -> Iterator[str]:
 def _why_not_text(text: str) -> str | None:
     if "\0" in text:
         return "a text has a NUL character (\\u0000); take it out"
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not fits_utf8(text):
         return "a text has half a surrogate pair, or bytes that are not UTF-8; take it out"
     return None
 

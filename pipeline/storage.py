@@ -35,6 +35,7 @@ _ERRNO_HINTS = {
     errno.EACCES: "give this user the right to, or name another place",
     errno.EPERM: "give this user the right to, or name another place",
     errno.ENOTDIR: "a file stands where a folder is expected; name a folder",
+    errno.EISDIR: "a folder stands where a file is expected; name a file",
     errno.ENAMETOOLONG: "name a shorter path",
     errno.ELOOP: "a link leads back to itself; name a folder",
 }

@@ -66,6 +66,15 @@ def is_outside_tar(path: str) -> bool:
     return absolute and direct and "::" not in path and path.isprintable() and path.endswith(".tar")
 
 
+def fits_utf8(text: str) -> bool:
+    """Tell whether UTF-8 can hold a text: JSON can spell halves of surrogate pairs, and arguments bytes of any kind."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """Return text without what a terminal would act on: control characters and the like become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -273,7 +273,7 @@ def test_a_wrong_question_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match="is laid out otherwise"):
         read_questions(write(tmp_path / "x.json", {"annotations": [{"question_id": 1}]}))
     (tmp_path / "half.json").write_text('{"questions": [')
-    with pytest.raises(CapfiltError, match="is no JSON"):
+    with pytest.raises(CapfiltError, match="is not JSON"):
         read_questions(str(tmp_path / "half.json"))
     questions = {"data_subtype": "v", "questions": [{"image_id": 1, "question_id": 10, "question": "?"}]}
     answers = {"annotations": [{"question_id": 11, "answers": []}]}
@@ -344,6 +344,69 @@ def test_a_caption_that_is_not_a_text_is_told_with_its_image(tmp_path: Path, cap
             read_captioned_images(write(tmp_path / "x.json", content))
 
 
+@pytest.mark.parametrize("number", ["1e400", "NaN", "[1]", "1.5", "true", "null", "{}", '"\\ud800"'])
+def test_an_id_that_is_not_one_is_told(tmp_path: Path, number: str) -> None:
+    files = {
+        '{"images": [{"id": ID, "file_name": "a.jpg"}], "annotations": [{"image_id": ID, "caption": "x"}]}': "image",
+        '{"images": [{"filename": "a.jpg", "cocoid": ID, "split": "test", "sentences": [{"raw": "x"}]}]}': "image",
+        '[{"question_id": ID, "image": "a.jpg", "question": "?", "answer": "x"}]': "question",
+        '{"data_subtype": "v", "questions": [{"question_id": ID, "image_id": 1, "question": "?"}]}': "question",
+        '{"7": {"imageId": ID, "question": "?", "answer": "x"}}': "question",
+    }
+    for content, kind in files.items():
+        (tmp_path / "x.json").write_text(content.replace("ID", number))
+        with pytest.raises(CapfiltError, match=r"x\.json is laid out otherwise \(.* is .*, which is not a whole"):
+            (read_captioned_images if kind == "image" else read_questions)(str(tmp_path / "x.json"))
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
+    content = {"images": [{"id": 7.0, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "caption": "x"}]}
+    (image,) = read_captioned_images(write(tmp_path / "x.json", content))
+    assert (image.id, image.captions) == (7, ("x",))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a cat \udc00 on"])
+def test_half_a_surrogate_pair_is_not_text(tmp_path: Path, text: str) -> None:
+    question = {"question_id": 1, "image": "a.jpg", "question": "?", "answer": "x"}
+    images = [{"id": 1, "file_name": "a.jpg", "domain": text}]
+    for read, content in (
+        (read_captioned_images, [{"image": "a.jpg", "caption": ["fine", text]}]),
+        (read_captioned_images, {"images": images, "annotations": [{"image_id": 1, "caption": "x"}]}),
+        (read_questions, [question | {"question": text}]),
+        (read_questions, [question | {"answer": ["x", text]}]),
+    ):
+        with pytest.raises(CapfiltError, match=r"x\.json") as error:
+            read(write(tmp_path / "x.json", content))
+        assert len(str(error.value).splitlines()) == 1 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("answer", ["1e400", "NaN", "[-Infinity]"])
+def test_an_answer_that_is_not_finite_is_told(tmp_path: Path, answer: str) -> None:
+    (tmp_path / "x.json").write_text(f'[{{"question_id": 1, "image": "a.jpg", "question": "?", "answer": {answer}}}]')
+    with pytest.raises(CapfiltError, match="an answer to the question 1 is"):
+        read_questions(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("depth", [900, 200_000])
+def test_deep_annotations_and_folders_are_one_line(tmp_path: Path, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for content in (deep, f'[{{"image": "a.jpg", "caption": {deep}, "question_id": {deep}}}]'):
+        (tmp_path / "x.json").write_text(content)
+        for read in (read_captioned_images, read_questions):
+            with pytest.raises(CapfiltError, match=r"x\.json"):
+                read(str(tmp_path / "x.json"))
+            with pytest.raises(CapfiltError, match="is a folder; name a file of annotations"):
+                read(str(tmp_path))
+
+
+@pytest.mark.parametrize("split", [[1], 7, None, "\x1b[31m"])
+def test_strange_splits_are_told(tmp_path: Path, split: object) -> None:
+    images = [{"filename": "a.jpg", "split": one, "sentences": [{"raw": "x"}]} for one in (split, "val")]
+    with pytest.raises(CapfiltError, match="has no images of split 'test'") as error:
+        read_captioned_images(write(tmp_path / "x.json", {"images": images}))
+    assert str(error.value).isprintable()
+
+
 def test_an_image_in_several_entries_is_one_image(tmp_path: Path) -> None:
     rows = [
         {"image": "a.jpg", "caption": "one"},
@@ -380,7 +443,7 @@ def test_an_image_outside_the_folder_is_not_read(tmp_path: Path, file: object) -
     ("content", "message"),
     [
         ([{"question_id": 1, "image": "a.jpg", "question": None, "answer": "x"}], "the question 1 is null"),
-        ([{"question_id": [1], "image": "a.jpg", "question": "?", "answer": "x"}], r"the question \[1\] is"),
+        ([{"question_id": [1], "image": "a.jpg", "question": "?", "answer": "x"}], r"a question_id is \[1\], which"),
         ([{"question_id": 1, "image": "a.jpg", "question": "?", "answer": [None]}], "answer to the question 1 is null"),
         ({"questions": [], "data_subtype": "val2014"}, "holds no questions"),
     ],

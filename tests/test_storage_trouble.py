@@ -46,7 +46,13 @@ def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"), [(errno.ENOSPC, "make room"), (errno.EACCES, "right to"), (errno.EROFS, "may be written")]
+    ("number", "mend"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "right to"),
+        (errno.EROFS, "may be written"),
+        (errno.EISDIR, "name a file"),
+    ],
 )
 def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
     line = storage_trouble(OSError(number, os.strerror(number), "/data/x"))

@@ -8,6 +8,7 @@ Captions (retrieval and captioning): Karpathy's ``dataset_coco.json`` and ``data
 
 import contextlib
 import json
+import math
 import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
-from schemas.names import confined_name, printable
+from schemas.names import confined_name, fits_utf8, printable
 
 _CAPTION_LAYOUTS = "Karpathy's dataset_*.json, LAVIS's *_karpathy_*.json, or COCO's {images, annotations}"
 _QUESTION_LAYOUTS = (
@@ -25,6 +26,10 @@ _QUESTION_LAYOUTS = (
 )
 # VQA's accuracy leaves each person out and asks for three others: with fewer people no answer reaches 100%.
 _MIN_PEOPLE = 4
+_QUESTION_ID = "a question_id"
+_TOO_DEEP = "is nested too deep for annotations"
+# Whole numbers above it are not exact as JSON's floating point.
+_EXACT = 2**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +137,27 @@ def require_enough_answers(asked: QuestionSet, path: str) -> None:
 
 def _checked_image(image: CaptionedImage, path: str) -> CaptionedImage:
     """Return an image whose file lies in the folder of images. Raises CapfiltError for a caption that is not a text."""
-    for caption in image.captions:
-        if not isinstance(caption, str):
+    texts = (("a caption", caption) for caption in image.captions)
+    for what, text in (*texts, ("the domain", image.domain)):
+        if not _is_text(text):
             raise CapfiltError(
-                f"{path}: a caption of {_shown(image.file)} is {_shown(caption)}, which is not a text; mend the entry "
+                f"{path}: {what} of {_shown(image.file)} is {_shown(text)}, which is not a text; mend the entry "
                 "or take it out"
             )
     return replace(image, file=_confined(image.file, path))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and fits_utf8(value)
+
+
+def _id(given: Any, what: str) -> Any:
+    """Return an id: a text, or a whole number, which some programs write as 7.0. Raises ValueError."""
+    if isinstance(given, float) and abs(given) < _EXACT and given.is_integer():
+        return int(given)
+    if _is_text(given) or (isinstance(given, int) and not isinstance(given, bool)):
+        return given
+    raise ValueError(f"{what} is {_shown(given)}, which is not a whole number or a text")
 
 
 def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
@@ -153,10 +172,10 @@ def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
 
 
 def _checked_question(question: Question, path: str) -> Question:
-    if not isinstance(question.id, (str, int)) or not isinstance(question.text, str):
+    if not _is_text(question.text):
         raise CapfiltError(
-            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}; an id (a text or a whole number) "
-            "and a text are expected"
+            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}, which is not a text; mend the "
+            "entry or take it out"
         )
     return replace(question, file=_confined(question.file, path))
 
@@ -183,7 +202,7 @@ def _shown(value: Any) -> str:
 def _karpathy_image(index: int, entry: Mapping[str, Any]) -> CaptionedImage:
     folder = entry.get("filepath", "")
     return CaptionedImage(
-        id=int(entry.get("cocoid", entry.get("imgid", index))),
+        id=int(_id(entry.get("cocoid", entry.get("imgid", index)), "an image's id")),
         file=f"{folder}/{entry['filename']}" if folder else entry["filename"],
         captions=tuple(sentence["raw"] for sentence in entry["sentences"]),
     )
@@ -201,43 +220,41 @@ def _lavis_image(index: int, entry: Mapping[str, Any]) -> CaptionedImage:
 def _number_of(file: str, otherwise: int) -> int:
     """Return COCO's number of an image, which its file name ends with."""
     digits = file.rpartition("_")[2].partition(".")[0]
-    return int(digits) if digits.isdigit() else otherwise
+    return int(digits) if digits.isdecimal() else otherwise
 
 
 def _coco_images(content: Mapping[str, Any]) -> list[CaptionedImage]:
     captions: dict[Any, list[str]] = defaultdict(list)
     for annotation in content["annotations"]:
         # As text: some files have numbers on one side and texts on the other.
-        captions[str(annotation["image_id"])].append(annotation["caption"])
+        captions[str(_id(annotation["image_id"], "an annotation's image_id"))].append(annotation["caption"])
+    ids = [_id(image["id"], "an image's id") for image in content["images"]]
     return [
         CaptionedImage(
-            id=image["id"],
-            file=image["file_name"],
-            captions=tuple(captions[str(image["id"])]),
-            domain=image.get("domain") or "",
+            id=number, file=image["file_name"], captions=tuple(captions[str(number)]), domain=image.get("domain") or ""
         )
-        for image in content["images"]
+        for number, image in zip(ids, content["images"], strict=True)
     ]
 
 
 def _splits(content: Any, split: str) -> str:
     if not isinstance(content, Mapping) or "annotations" in content:
         return ""
-    known = sorted({entry.get("split", "") for entry in content["images"]})
+    known = sorted({printable(str(entry.get("split", "")))[:80] for entry in content["images"]})
     return f" of split {split!r} (--split: {', '.join(known)})"
 
 
 def _vqa_questions(content: Mapping[str, Any]) -> list[Question]:
     file = _coco_file_name(content.get("data_subtype", ""))
     return [
-        Question(id=entry["question_id"], file=file(entry["image_id"]), text=entry["question"])
+        Question(id=_id(entry["question_id"], _QUESTION_ID), file=file(entry["image_id"]), text=entry["question"])
         for entry in content["questions"]
     ]
 
 
 def _lavis_question(entry: Mapping[str, Any]) -> Question:
     return Question(
-        id=entry["question_id"],
+        id=_id(entry["question_id"], _QUESTION_ID),
         file=entry["image"],
         text=entry["question"],
         answers=_answers(entry.get("answer"), entry["question_id"]),
@@ -245,9 +262,9 @@ def _lavis_question(entry: Mapping[str, Any]) -> Question:
 
 
 def _gqa_question(key: str, entry: Mapping[str, Any]) -> Question:
-    image = str(entry["imageId"])
+    image = str(_id(entry["imageId"], f"the imageId of the question {_shown(key)}"))
     return Question(
-        id=key,
+        id=_id(key, _QUESTION_ID),
         file=image if PurePosixPath(image).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else f"{image}.jpg",
         text=entry["question"],
         answers=_answers(entry.get("answer"), key),
@@ -266,9 +283,9 @@ def _answer(given: Any, question: Any) -> str:
     if isinstance(given, Mapping):
         # As VQA's annotations write it.
         given = given["answer"]
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
         given = json.dumps(given)
-    if not isinstance(given, str):
+    if not _is_text(given):
         raise ValueError(f"an answer to the question {_shown(question)} is {_shown(given)}")
     return given
 
@@ -285,7 +302,7 @@ def _with_answers(questions: Iterable[Question], path: str, questions_path: str)
     content = _read_json(path)
     with _layout_errors(path, "VQA's {annotations}"):
         answers = {
-            entry["question_id"]: _answers(entry["answers"], entry["question_id"])
+            _id(entry["question_id"], _QUESTION_ID): _answers(entry["answers"], entry["question_id"])
             for entry in content["annotations"]
         }
     questions = list(questions)
@@ -298,13 +315,17 @@ def _with_answers(questions: Iterable[Question], path: str, questions_path: str)
 
 
 def _read_json(path: str) -> Any:
-    folder, _, name = path.rpartition("/")
+    folder, slash, name = path.rpartition("/")
     try:
-        content = json.loads(Storage(folder or ".").read(name))
+        content = json.loads(Storage(folder or slash or ".").read(name))
     except FileNotFoundError as error:
         raise CapfiltError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise CapfiltError(f"{path} is a folder; name a file of annotations") from error
+    except RecursionError as error:
+        raise CapfiltError(f"{path} {_TOO_DEEP}") from error
     except ValueError as error:
-        raise CapfiltError(f"{path} is no JSON: {error}") from error
+        raise CapfiltError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, (dict, list)) or not content:
         raise CapfiltError(f"{path} holds no annotations")
     return content
@@ -317,5 +338,7 @@ def _layout_errors(path: str, layouts: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise CapfiltError(f"{path} has an entry without {error}: it must be {layouts}") from error
-    except (TypeError, AttributeError, ValueError) as error:
+    except RecursionError as error:
+        raise CapfiltError(f"{path} {_TOO_DEEP}: it must be {layouts}") from error
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CapfiltError(f"{path} is laid out otherwise ({error}): it must be {layouts}") from error
