@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.records import read_bounded
+from pipeline.regularfiles import NotRegularFileError
 from pipeline.storage import FileInfo, Storage, sha256_file, temporary_folder
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
@@ -75,6 +76,8 @@ class SavedCheckpoints:
                         with self.storage.local_copy(path) as copy:
                             shutil.move(copy, folder / name)
                     found = sha256_file(folder / name)
+                except NotRegularFileError as error:
+                    raise DamagedCheckpointError(f"{self.storage.url(path)}: {error.strerror}") from None
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                     raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
                 if found != digest:

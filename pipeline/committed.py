@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.images import Image, ImageError, decode_rgb
 from pipeline.records import Records
+from pipeline.regularfiles import NotRegularFileError
 from pipeline.shards import ImageMember, image_members
 from pipeline.storage import sha256_file
 from schemas.errors import CorruptShardError
@@ -37,6 +38,8 @@ def committed_file(records: Records, file: OutputFile) -> Iterator[Path]:
             path = stack.enter_context(records.storage.local_copy(file.path))
         except FileNotFoundError as error:
             raise _corrupt(file, "is missing") from error
+        except NotRegularFileError as error:
+            raise _corrupt(file, f"cannot be read ({error.strerror})") from error
         size = path.stat().st_size
         if size != file.bytes:
             raise _corrupt(file, f"has {size:,} bytes where its record says {file.bytes:,}")

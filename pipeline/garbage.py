@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pipeline.records import Records, parse_record
+from pipeline.records import Records, parse_record, read_record
 from pipeline.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import STAGE_FOLDERS, ShardRecord
@@ -111,7 +111,7 @@ def _is_needed(records: Records, file: Garbage) -> bool:
         makers += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
     for maker in makers:
         with contextlib.suppress(FileNotFoundError):
-            record = parse_record(ShardRecord, maker, records.storage.read(maker))
+            record = parse_record(ShardRecord, maker, read_record(records.storage, maker))
             if file.path in {made.path for made in record.outputs.values()}:
                 return True
     return False

@@ -10,11 +10,13 @@ from typing import Any, BinaryIO, Literal
 
 import fsspec
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.listcolumns import Columns, Rows, Unit, Wanted, require
 from pipeline.listlines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.listparquet import ParquetList, cells_of
 from pipeline.listtext import Cells, captions_beside, text_rows
+from pipeline.regularfiles import NotRegularFileError, require_regular
 from pipeline.storage import FileInfo, Storage, temporary_folder
 from schemas.errors import CapfiltError
 
@@ -66,6 +68,12 @@ def expand(pattern: str, key: str) -> list[str]:
             )
         else:
             paths = sorted(match for match in fs.glob(path) if fs.isfile(match))
+            if not paths and isinstance(fs, LocalFileSystem):
+                require_regular(path)
+    except NotRegularFileError as error:
+        raise CapfiltError(
+            f"{key}: {pattern}: {error.strerror}; a list is read more than once: write it to a file and name that"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise CapfiltError(f"{key}: {pattern} cannot be listed: {error}") from error
     return [fs.unstrip_protocol(path) if "://" in pattern else path for path in paths]

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.describe import commented
 from pipeline.parts import Parts
+from pipeline.regularfiles import NotRegularFileError, require_regular
 from pipeline.storage import Storage, first_line, temporary_folder
 from schemas.catalog import (
     DATA_STAGES,
@@ -247,7 +248,8 @@ class Query:
         for table, rows in parts.tables().items():
             self._connection.register(f"{table}_data", rows)
         self._make(record_views(relations))
-        for name, files in self._committed().items():
+        self._files = self._committed()
+        for name, files in self._files.items():
             self._add_files(f"{name}_data", files, _SCHEMAS[name])
         self._make(data_views(relations))
 
@@ -284,6 +286,7 @@ class Query:
 
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
         if self._in_place and files:
+            self._require_regular(files.values())
             paths = [self._storage.url(path) for _, path in sorted(files.items())]
             self._execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
         else:
@@ -325,8 +328,21 @@ class Query:
             first = str(error).splitlines()[0]
             raise CorruptShardError(f"{first}; `capfilt verify CORPUS` names every damaged file") from error
 
+    def _require_regular(self, paths: Iterable[str]) -> None:
+        """Refuse what DuckDB and Arrow would wait for: a FIFO in the place of a file."""
+        if not self._storage.is_local:
+            return
+        for path in paths:
+            try:
+                require_regular(self._storage.url(path))
+            except NotRegularFileError as error:
+                raise CorruptShardError(
+                    f"{path} cannot be read: {error.strerror}; `capfilt verify CORPUS` names every damaged file"
+                ) from error
+
     def seal(self) -> None:
         """Take away every way out of the database, for good."""
+        self._require_regular(path for files in self._files.values() for path in files.values())
         for statement in _SANDBOX:
             self._connection.execute(statement)
 

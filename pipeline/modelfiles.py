@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.regularfiles import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import confined_name, printable
 
@@ -64,7 +65,7 @@ def read_object(path: Path, where: str = "", max_bytes: int = MAX_CONFIG_BYTES) 
 
 def _read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise CapfiltError(f"{what} cannot be read: {error.strerror or error}") from error
@@ -83,7 +84,7 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
             length = int.from_bytes(start[:8], "little")
             plausible = size >= 8 and length <= min(size - 8, _MAX_HEADER_BYTES)

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.modelfiles import MAX_TOKENIZER_BYTES, impostor, read_object
+from pipeline.regularfiles import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import printable
 
@@ -186,7 +187,7 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
 
 
 def _refuse_impostor(path: Path, where: str) -> None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         what = impostor(file.read(64))
     # A vocabulary may begin with any byte and word: only what is certain.
     if what and ("git clone" in what or path.suffix == ".model"):

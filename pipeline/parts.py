@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import Row, committed_path, rows_of, table_of
-from pipeline.records import read_bounded
+from pipeline.records import read_bounded, read_record
+from pipeline.regularfiles import NotRegularFileError
 from pipeline.shards import rows_to_table
 from pipeline.storage import FileInfo, Storage, first_line, temporary_folder
 from schemas.catalog import EVENT_TABLES, event_schema
@@ -162,7 +163,7 @@ class Parts:
             return False
         path = committed_path(row)
         try:
-            (committed,) = rows_of(path, self.storage.read(path))
+            (committed,) = rows_of(path, read_record(self.storage, path))
         except FileNotFoundError:
             return False
         return committed["attempt"] == row["attempt"]
@@ -211,10 +212,12 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the storage's, not Arrow's
+        is_kind = isinstance(error, NotRegularFileError)
+        if isinstance(error, OSError) and error.errno is not None and not is_kind:  # the storage's, not Arrow's
             raise
+        why = error.strerror if is_kind else first_line(error)
         raise CorruptShardError(
-            f"{path} is not a part of the manifest ({first_line(error)}); `capfilt manifest rebuild CORPUS` mends it"
+            f"{path} is not a part of the manifest ({why}); `capfilt manifest rebuild CORPUS` mends it"
         ) from error
 
 

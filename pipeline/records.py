@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from pipeline.regularfiles import NotRegularFileError
 from pipeline.storage import FileInfo, Storage, first_line
 from schemas.errors import CapfiltError
 from schemas.names import is_outside_tar
@@ -82,7 +83,7 @@ class Records:
         """Return the committed record of a shard, or None."""
         path = f"records/{stage}/{source}/{shard}.json"
         try:
-            record = parse_record(ShardRecord, path, self.storage.read(path))
+            record = parse_record(ShardRecord, path, read_record(self.storage, path))
         except FileNotFoundError:
             return None
         self._require_adopted([record])
@@ -215,7 +216,18 @@ def read_bounded(storage: Storage, info: FileInfo) -> bytes:
     """Return a listed record's text. Raises CapfiltError where it is larger than any record."""
     if info.bytes > _MAX_BYTES:
         raise CapfiltError(f"{info.path} is not a record: it has {info.bytes:,} bytes; restore it, or delete it")
-    return storage.read(info.path)
+    return read_record(storage, info.path)
+
+
+def read_record(storage: Storage, path: str) -> bytes:
+    """Return a record's text. Raises FileNotFoundError; CapfiltError where no record can be what stands there."""
+    try:
+        text = storage.read(path, _MAX_BYTES)
+    except NotRegularFileError as error:
+        raise CapfiltError(f"{path} is not a record: {error.strerror}; restore it, or delete it") from error
+    if len(text) > _MAX_BYTES:
+        raise CapfiltError(f"{path} is not a record: it has more than {_MAX_BYTES:,} bytes; restore it, or delete it")
+    return text
 
 
 def _has_name_of(record: Json, path: str) -> bool:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.regularfiles import NotRegularFileError, open_regular, require_regular
 from schemas.errors import CapfiltError
 
 # Where a put can be made conditional on absence.
@@ -133,21 +134,31 @@ class Storage:
         fs, full = self._fs_of(path)
         return fs.exists(full)
 
-    def read(self, path: str) -> bytes:
-        """Return the whole file. Raises FileNotFoundError."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Return the whole file.
+
+        Args:
+            max_bytes: of a larger local file only this and one byte more are read, whatever size it is listed with.
+
+        Raises FileNotFoundError, and NotRegularFileError on local disk.
+        """
         fs, full = self._fs_of(path)
-        return fs.cat_file(full)
+        if not isinstance(fs, LocalFileSystem):
+            return fs.cat_file(full)
+        with open_regular(full) as file:
+            return file.read() if max_bytes is None else file.read(max_bytes + 1)
 
     def open(self, path: str) -> BinaryIO:
-        """Open for reading, buffered ahead on remote storage."""
+        """Open for reading, buffered ahead on remote storage. Raises as ``read`` does."""
         fs, full = self._fs_of(path)
-        return fs.open(full, "rb")
+        return open_regular(full) if isinstance(fs, LocalFileSystem) else fs.open(full, "rb")
 
     @contextlib.contextmanager
     def local_copy(self, path: str) -> Iterator[Path]:
         """Yield a local path with the file's content: the file itself on local disk, else a temporary copy."""
         fs, full = self._fs_of(path)
         if isinstance(fs, LocalFileSystem):
+            require_regular(full)
             if not Path(full).is_file():
                 raise FileNotFoundError(full)
             yield Path(full)
@@ -228,7 +239,7 @@ class Storage:
             try:
                 target.hardlink_to(temporary)
             except FileExistsError:
-                return target.read_bytes() == data
+                return self.read(path, len(data)) == data
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
                     raise
@@ -289,7 +300,7 @@ def _sync(path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a local file, in hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -353,6 +364,8 @@ def storage_trouble(error: BaseException) -> str | None:
         )
     if not isinstance(error, OSError):
         return None
+    if isinstance(error, NotRegularFileError):
+        return f"{error.filename} cannot be read: {error.strerror}; remove it, or put the file itself there"
     cause = error.__cause__
     if _is(cause, "botocore.exceptions", "ClientError"):
         call = getattr(cause, "operation_name", "a request")

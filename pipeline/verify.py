@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.identities import pack_uids, unpack_uids
 from pipeline.manifest import Manifest
 from pipeline.records import Records
+from pipeline.regularfiles import NotRegularFileError
 from pipeline.shards import IMAGE_EXTENSIONS, read_tar
 from pipeline.storage import sha256_file
 from pipeline.urlshards import url_shards
@@ -160,6 +161,8 @@ class _ShardCheck:
                 return self._tar(stage, file, path) if name == "tar" else self._parquet(stage, file, path)
         except FileNotFoundError:
             self.differ(file.path, "missing")
+        except NotRegularFileError as error:
+            self.differ(file.path, error.strerror)
         except CorruptShardError as error:
             self.differ(file.path, str(error))
         except (OSError, pa.ArrowInvalid, EOFError, tarfile.TarError) as error:
