@@ -1,6 +1,5 @@
 """CLIP out of open_clip: an architecture of its own with a weights file, or a folder that somebody published."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,13 @@ import open_clip
 import torch
 from torch import nn
 
-from pipeline.modelfiles import count_parameters, safetensors_header
+from pipeline.modelfiles import safetensors_header
+from pipeline.modelsize import refuse_larger
 from pipeline.modelview import clip_config, folder_view, tokenizer_view
 from pipeline.weights import Weights, clip_checkpoint
-from schemas.errors import CapfiltError
+
+# A file may have fewer positions than the model asks for: open_clip interpolates.
+_SPARE_VALUES = 100_000_000
 
 
 def load_clip(weights: Weights, where: str, precision: str = "fp32") -> nn.Module:
@@ -62,8 +64,7 @@ def _load_folder(folder: Path, where: str, precision: str) -> nn.Module:
     config, checkpoint = clip_config(folder, where), clip_checkpoint(folder)
     with folder_view(folder, {"open_clip_config.json": config, checkpoint: None}, f"{where}: {folder}") as view:
         name = f"local-dir:{view}"
-        if "timm_model_name" not in config["model_cfg"]["vision_cfg"]:
-            _refuse_larger(config["model_cfg"], folder / checkpoint)
+        _refuse_larger(config["model_cfg"], folder / checkpoint)
         return open_clip.create_model(name, precision=precision, require_pretrained=True)
 
 
@@ -75,11 +76,5 @@ def _refuse_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     with torch.device("meta"):
         model = kind(**shape)
-    num_asked = sum(math.prod(parameter.shape) for parameter in model.parameters())
-    num_stored = count_parameters([safetensors_header(checkpoint)])
-    # A file may have fewer positions than the model asks for: open_clip interpolates.
-    if num_asked > 2 * num_stored + 100_000_000:
-        raise CapfiltError(
-            f"{checkpoint.parent / 'open_clip_config.json'} describes a model of {num_asked:,} parameters, but its "
-            f"weights have {num_stored:,}"
-        )
+    config_path = checkpoint.parent / "open_clip_config.json"
+    refuse_larger(model, [safetensors_header(checkpoint)], str(config_path), _SPARE_VALUES)

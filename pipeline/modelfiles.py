@@ -6,7 +6,7 @@ names it; what stands in the file reaches a message only as printable text.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ MAX_CONFIG_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 128 << 20
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
+# torch's own limit is 64; larger numbers are only slow to multiply.
+_MAX_DIMENSIONS = 64
+_MAX_NUMBER = (1 << 63) - 1
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8} | {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16,
     "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
@@ -80,7 +83,8 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     Reads the header alone, and only after its length is known to be possible.
 
     Raises:
-        CapfiltError: the file cannot be read, is not a safetensors file, or is cut.
+        CapfiltError: the file cannot be read, is not a safetensors file, is cut, or its tensors do not follow
+            each other in it, as the format demands: else a few bytes could stand for any number of values.
     """
     try:
         size = path.stat().st_size
@@ -97,19 +101,28 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(text)
         entries = {name: _entry(one) for name, one in header.items() if name != "__metadata__"}
-        ends = [header[name]["data_offsets"][1] for name in entries]
+        spans = sorted(tuple(header[name]["data_offsets"]) for name in entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise not_safetensors(path, "its header does not describe tensors") from None
-    if (missing := max(ends, default=0) + length + 8 - size) > 0:
-        raise not_safetensors(path, f"it is cut: {missing:,} bytes are missing at its end")
+    _check_spans(spans, size - length - 8, path)
     return entries
+
+
+def _check_spans(spans: Sequence[tuple[int, int]], num_bytes: int, path: Path) -> None:
+    """Raise CapfiltError unless tensors follow each other without a gap in the bytes behind the header."""
+    ends = [0, *(end for _, end in spans)]
+    if [start for start, _ in spans] != ends[: len(spans)]:
+        raise not_safetensors(path, "its tensors overlap or leave gaps")
+    if ends[-1] > num_bytes:
+        raise not_safetensors(path, f"it is cut: {ends[-1] - num_bytes:,} bytes are missing at its end")
 
 
 def _entry(value: Mapping[str, Any]) -> TensorEntry:
     """Check what a header says of one tensor; raises ValueError, KeyError or TypeError."""
     shape, (start, end) = value["shape"], value["data_offsets"]
-    whole = [number for number in (*shape, start, end) if type(number) is int and number >= 0]
-    if len(whole) != len(shape) + 2 or end - start != math.prod(shape) * _BITS[value["dtype"]] // 8:
+    numbers = (*shape, start, end)
+    possible = all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers)
+    if not possible or len(shape) > _MAX_DIMENSIONS or end - start != math.prod(shape) * _BITS[value["dtype"]] // 8:
         raise ValueError
     return TensorEntry(value["dtype"], tuple(shape))
 

@@ -1,6 +1,5 @@
 """transformers' models and tokenizers out of folders that others made: weights and vocabularies, nothing else."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 from pipeline.finite import require_finite_weights
 from pipeline.modelfiles import (
     TensorEntry,
-    count_parameters,
     read_object,
     refuse_wrapped_names,
     safetensors_header,
     weight_files,
 )
+from pipeline.modelsize import refuse_larger
 from pipeline.modelview import check_numbers, folder_view, processor_config, refuse_code, tokenizer_view
 from schemas.errors import CapfiltError
 from schemas.names import printable
@@ -33,6 +32,7 @@ _SHARED_KEYS = {
     "add_cross_attention", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id",
     "is_decoder", "is_encoder_decoder", "pad_token_id", "sep_token_id", "tie_word_embeddings",
 }  # fmt: skip
+_SPARE_VALUES = 1_000_000
 
 
 def load_model(
@@ -152,13 +152,7 @@ def _refuse_other_shapes(
     asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mismatched = [(name, stored[name], asked[name]) for name in asked if stored.get(name, asked[name]) != asked[name]]
     _refuse_mismatched(mismatched, what)
-    num_asked = sum(math.prod(parameter.shape) for parameter in model.parameters())
-    num_stored = count_parameters(headers.values())
-    # Tied tensors may be counted twice.
-    if num_asked > 2 * num_stored + 1_000_000:
-        raise CapfiltError(
-            f"{what}: config.json describes a model of {num_asked:,} parameters, but its weights have {num_stored:,}"
-        )
+    refuse_larger(model, headers.values(), f"{what}: config.json", _SPARE_VALUES)
 
 
 def _refuse_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]], what: str) -> None:

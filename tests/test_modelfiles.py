@@ -289,6 +289,12 @@ DAMAGED = {
     "another dtype": header({"a": TENSOR | {"dtype": "F31"}}, data=bytes(8)),
     "a shape below zero": header({"a": TENSOR | {"shape": [-2]}}, data=bytes(8)),
     "a shape of another size": header({"a": TENSOR | {"shape": [1 << 40]}}, data=bytes(8)),
+    "more dimensions than torch has": header({"a": TENSOR | {"shape": [2] + [1] * 64}}, data=bytes(8)),
+    "a number of 4,000 digits": header({"a": {"dtype": "F32", "shape": [10**4000, 0], "data_offsets": [0, 0]}}),
+    "overlap": header({"a": TENSOR, "b": TENSOR}, data=bytes(8)),
+    "overlap in part": header({"a": TENSOR, "b": TENSOR | {"data_offsets": [4, 12]}}, data=bytes(12)),
+    "a gap": header({"a": TENSOR, "b": TENSOR | {"data_offsets": [12, 20]}}, data=bytes(20)),
+    "a gap at the start": header({"a": TENSOR | {"data_offsets": [4, 12]}}, data=bytes(12)),
     "cut": header({"a": TENSOR}, data=bytes(7)),
     "a pointer of git": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
     "a page": b"<!DOCTYPE html>\n<html><title>404</title></html>",
@@ -322,6 +328,12 @@ def test_damaged_weights_are_named(models: Path, damage: str) -> None:
         ("a page", "HTML"),
         ("a pickle", "pickle"),
         ("cut", "1 bytes are missing"),
+        ("overlap", "overlap or leave gaps"),
+        ("overlap in part", "overlap or leave gaps"),
+        ("a gap", "overlap or leave gaps"),
+        ("a gap at the start", "overlap or leave gaps"),
+        ("more dimensions than torch has", "does not describe tensors"),
+        ("a number of 4,000 digits", "does not describe tensors"),
         ("empty", "empty"),
     ],
 )
@@ -437,6 +449,27 @@ def test_sizes_of_a_clip_are_bounded(models: Path, section: str, values: dict[st
     with pytest.raises(CapfiltError, match=str(models / "ranker")) as caught:
         rank(models)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "text"),
+    [
+        ("vision_cfg", {"timm_model_name": None}, {"vocab_size": 20_000_000}),
+        ("vision_cfg", {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}, {"vocab_size": 20_000_000}),
+        # A mask of so many tokens squared, which is not a parameter.
+        ("vision_cfg", {}, {"context_length": 30_000}),
+    ],
+)
+def test_a_clip_is_compared_with_its_weights_whatever_its_config(
+    models: Path, section: str, values: dict[str, Any], text: dict[str, Any]
+) -> None:
+    path = models / "ranker" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"][section] |= values
+    config["model_cfg"]["text_cfg"] |= text
+    path.write_text(json.dumps(config))
+    with pytest.raises(CapfiltError, match="open_clip_config.json describes a model of .* parameters"):
+        rank(models)
 
 
 def test_the_keys_of_open_clips_own_configs_are_known() -> None:
