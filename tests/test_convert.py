@@ -1,6 +1,7 @@
 """Weights of other makes: LAVIS's files, by their published names; what does not fit is named."""
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from trained import trained_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.convert import read_foreign, stage_state
+from training.convert import read_foreign, read_lavis, stage_state
 from training.distributed import World
 from training.evaluate.model import load_trained
 from training.hfnames import from_hf, hf_name, our_name, to_hf
@@ -230,3 +231,32 @@ def test_attention_biases_are_joined_and_parted() -> None:
         from_hf({name: torch.ones(6)}, None, "x")
     with pytest.raises(CapfiltError, match="surprise is not a tensor of BLIP-2"):
         from_hf({"surprise": torch.ones(1)}, None, "x")
+
+
+@pytest.mark.parametrize("name", ["query_tokens", "visual_encoder.x"])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**12),
+        torch.zeros(4).as_strided((10**6, 10**6), (0, 0)),
+        torch.empty(10**12, device="meta"),
+        torch.sparse_coo_tensor(torch.tensor([[0]]), torch.zeros(1), (10**12,)),
+    ],
+    ids=["expanded", "strided", "meta", "sparse"],
+)
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    path = tmp_path / "bomb.pth"
+    torch.save({"model": {"query_tokens": torch.zeros(1, 2, 3), name: tensor}}, path)
+    with pytest.raises(CapfiltError, match=f"larger than what is stored of them.* {name} first"):
+        read_lavis(path)
+
+
+def test_a_packed_zip_is_refused(tmp_path: Path) -> None:
+    sound, packed = tmp_path / "sound.pth", tmp_path / "packed.pth"
+    torch.save({"model": {"query_tokens": torch.zeros(100_000)}}, sound)
+    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    assert read_lavis(sound).tensors["query_tokens"].shape == (100_000,)
+    with pytest.raises(CapfiltError, match="it is compressed"):
+        read_lavis(packed)

@@ -19,6 +19,7 @@ from transformers import (
 
 from schemas.errors import CapfiltError
 from training.convert import read_foreign, stage_state
+from training.evaluate import model as evaluated
 from training.evaluate.matching import Stage1Matcher
 from training.evaluate.model import load_trained
 from training.evaluate.writing import Decoding, Stage2Writer
@@ -234,3 +235,19 @@ def test_full_size_tensors_are_exactly_hugging_faces(stage: int, family: str, la
     assert {name: tensor.shape for name, tensor in homed.items()} == {
         name: tensor.shape for name, tensor in theirs.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("ffn_width", 1 << 40), ("vocab_size", 1 << 40), ("layers", 1 << 40), ("projection_width", 8)]
+)
+def test_an_exports_config_is_compared_with_its_weights_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: int
+) -> None:
+    export_model(trained_stage(folder, 1), tmp_path / "own")
+    path = tmp_path / "own" / "capfilt.json"
+    description = json.loads(path.read_text())
+    description["config"]["qformer"][key] = value
+    path.write_text(json.dumps(description))
+    monkeypatch.setattr(evaluated, "build_stage", lambda *_, **__: pytest.fail("built before it was compared"))
+    with pytest.raises(CapfiltError, match=r"of another shape|there are \d+ tensors"):
+        load_trained(str(tmp_path / "own"))

@@ -6,6 +6,7 @@ it trains: a tensor too few, too many or of another shape is named, never passed
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,16 +102,41 @@ def read_lavis(path: Path) -> Imported:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise CapfiltError(f'{path} is not a LAVIS checkpoint: there are no tensors under "model"')
+    if unfilled := [name for name, tensor in tensors.items() if not _is_filled(tensor)]:
+        raise CapfiltError(
+            f"{path}: {len(unfilled)} tensors are larger than what is stored of them, or are not plain tensors, "
+            f"{printable(unfilled[0])[:80]} first; it is not read"
+        )
     tensors = unwrapped_names(tensors)
     if "query_tokens" not in tensors:
         raise CapfiltError(f"{path} is not a BLIP-2: it has no query_tokens")
     return Imported(kind="lavis", path=str(path), tensors=tensors)
 
 
+def _is_filled(tensor: Tensor) -> bool:
+    """Say whether a tensor is dense and has a place of its own for each value: an expanded one takes all memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CapfiltError where a zip unpacks to more than the file: torch.save neither packs nor shares entries."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(entry.file_size for entry in archive.infolist())
+    if num_bytes > path.stat().st_size:
+        raise CapfiltError(f"{path} is not a file of torch.save: it is compressed, or its entries overlap")
+
+
 def _unpickled(path: Path) -> Any:
     """Return what torch.load reads of a file without running code; its own advice, to run it, is not passed on."""
     try:
+        _refuse_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except CapfiltError:
+        raise
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             start = file.read(64)
@@ -175,6 +201,20 @@ def stage_state(
     Raises:
         CapfiltError: a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
     """
+    state = require_same_shapes(given, fresh, stage=stage, where=where)
+    require_finite_weights(state, where)
+    # Half-precision files hold rounded values; training goes on in the stage's own precision.
+    return {name: state[name].to(fresh[name].dtype) for name in fresh}
+
+
+def require_same_shapes(
+    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a stage begins with, as ``stage_state``; only names and shapes are looked at.
+
+    Raises:
+        CapfiltError: a tensor is missing, unexpected or of another shape.
+    """
     state = dict(given)
     if stage == 2:
         state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
@@ -182,9 +222,7 @@ def stage_state(
             state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
     if problems := _problems(state, fresh):
         raise CapfiltError(f"{where} is not a checkpoint of this stage {stage} model: {problems}")
-    require_finite_weights(state, where)
-    # Half-precision files hold rounded values; training goes on in the stage's own precision.
-    return {name: state[name].to(fresh[name].dtype) for name in fresh}
+    return state
 
 
 def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """A trained model for evaluation or export, from whatever holds it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.checkpoint import read_model, recorded_config
-from training.convert import OWN_CONFIG_FILE, Imported, read_foreign, stage_state
+from training.convert import OWN_CONFIG_FILE, Imported, read_foreign, require_same_shapes, stage_state
 from training.distributed import World
 from training.hfnames import hf_name
 from training.stage1 import Stage1
 from training.stage2 import Stage2
-from training.stages import build_stage
+from training.stages import build_stage, meta_stage
 from training.vision import FrozenVision
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def load_trained(
     # Uncompiled: an evaluation meets many shapes, and compiling each would take longer than computing it.
     changes = {"compile": False, "precision": precision}
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
+    if imported is None or imported.kind == "capfilt":
+        _refuse_other_shapes(given, config, path)
     stage = build_stage(config, World(device), device, begin=False)
     fresh = stage.trainable_state()
     if imported is not None and imported.kind == "huggingface":
@@ -60,6 +63,17 @@ def load_trained(
     if imported is not None and imported.vision:
         _load_vision(stage.visual_encoder, imported)
     return stage.eval()
+
+
+def _refuse_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, path: str) -> None:
+    """Compare the weights with the config that came with them before any memory is taken that the config asks for."""
+    if config.qformer.layers > len(given):
+        raise CapfiltError(
+            f"{path}: its config has qformer.layers = {config.qformer.layers:,}, but there are {len(given):,} tensors"
+        )
+    with torch.random.fork_rng(devices=[]):
+        wanted = meta_stage(config).trainable_state()
+    require_same_shapes(given, wanted, stage=config.run.stage, where=path)
 
 
 def _filled_up(given: dict[str, Tensor], fresh: dict[str, Tensor], path: str) -> dict[str, Tensor]:
