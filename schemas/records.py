@@ -8,9 +8,11 @@ declared types, and names that stay in the corpus's own folders.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -35,8 +37,8 @@ STAGE_FOLDERS: dict[Stage, str] = {
 STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank": 2, "select": 1}
 
 
-# What the manifest's columns hold.
-_INT64 = 2**63
+# The manifest sums over the shards into int64: half a million shards of this many are held.
+_MOST = 2**44
 
 
 def _file_name(name: str) -> str:
@@ -51,10 +53,20 @@ def _shard_name(name: str) -> str:
     return name
 
 
-Count = Annotated[int, Field(ge=0, lt=_INT64)]
+def _time(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text[:200]!r} is not a time in ISO 8601") from None
+    return text
+
+
+Count = Annotated[int, Field(ge=0, lt=_MOST)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 # Checked where a record is read, not where one is made.
 FileName = Annotated[str, AfterValidator(_file_name)]
 ShardName = Annotated[str, AfterValidator(_shard_name)]
+Time = Annotated[str, AfterValidator(_time)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +126,15 @@ class OutputFile(Json):
 class Histogram(Json):
     """``counts[i]`` values fell in ``[edges[i], edges[i+1])``; values outside go to the first or last bin."""
 
-    edges: tuple[float, ...]
+    edges: tuple[Finite, ...]
     counts: tuple[Count, ...]
+
+    def require_bins(self) -> None:
+        """Raise ValueError unless the edges rise and each two of them have a count."""
+        if len(self.edges) != len(self.counts) + 1 or not self.counts:
+            raise ValueError(f"{len(self.counts)} counts and {len(self.edges)} edges, which are not one more")
+        if any(low >= high for low, high in itertools.pairwise(self.edges)):
+            raise ValueError("edges that do not rise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +153,11 @@ class ShardRecord(Json):
     rows_out: Count
     images: Count
     counts: Mapping[str, Count]
-    started_at: str
-    finished_at: str
+    started_at: Time
+    finished_at: Time
     models: tuple[str, ...] = ()
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, Finite] = field(default_factory=dict)
     host: str = ""
     device: str = "cpu"
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -155,7 +174,16 @@ class ShardRecord(Json):
         values["models"] = tuple(values["models"])
         record = cls(**values)
         record.require_own_files()
+        record.require_histograms()
         return record
+
+    def require_histograms(self) -> None:
+        """Raise ValueError unless each histogram's counts fit its edges."""
+        for name, histogram in self.histograms.items():
+            try:
+                histogram.require_bins()
+            except ValueError as error:
+                raise ValueError(f"histograms.{printable(name)[:200]}: it has {error}") from None
 
     def require_own_files(self) -> None:
         """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
@@ -234,7 +262,7 @@ class IntakeRecord(Json):
     rows_new: Count
     rows_duplicate: Count
     rows_known: Count
-    finished_at: str
+    finished_at: Time
     files: tuple[str, ...] = ()
     rows_without_url: Count = 0
     adopted: Mapping[ShardName, str] = field(default_factory=dict)
@@ -272,7 +300,7 @@ class QuarantineRecord(Json):
     run_id: FileName
     attempts: Count
     error: str
-    finished_at: str
+    finished_at: Time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,10 +311,10 @@ class RunRecord(Json):
     command: str
     config: Mapping[str, Any]
     config_digest: str
-    started_at: str
+    started_at: Time
     host: str
     versions: Mapping[str, str]
-    finished_at: str | None = None
+    finished_at: Time | None = None
     outcome: Literal["done", "partial", "interrupted", "error"] | None = None
     shards_done: Count = 0
     shards_skipped: Count = 0
@@ -303,7 +331,7 @@ class ModelRecord(Json):
     revision: str
     files: Mapping[str, str]
     parameters: Count
-    registered_at: str
+    registered_at: Time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

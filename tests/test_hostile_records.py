@@ -364,3 +364,24 @@ def test_paths_of_adopted_tars() -> None:
     leading_out = ["/data/../x.tar", "/./x.tar", "s3://b/a/../../c/x.tar", "https://h/a/%2e%2E/x.tar", "http://h/..%2fx.tar"]
     # A home folder, and the current one.
     assert not any(map(is_outside_tar, [*leading_out, "file://~/x.tar", "file://x.tar"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"histograms": {"score": {"edges": [0.0, 1.0], "counts": [1, 2, 3]}}},
+        {"histograms": {"score": {"edges": [1.0], "counts": [1]}}},
+        {"histograms": {"score": {"edges": [0.0], "counts": []}}},
+        {"histograms": {"score": {"edges": [0.0, float("nan")], "counts": [1]}}},
+        {"histograms": {"score": {"edges": [1.0, 0.0], "counts": [5]}}},
+        {"seconds": {"total": float("nan")}},
+        {"seconds": {"total": 10**400}},
+        {"finished_at": "never"},
+        {"images": 2**62},
+    ],
+)
+def test_values_that_no_stage_writes_are_refused(corpus: Corpus, change: dict) -> None:
+    path = "records/rank/cc/00000.json"
+    plant(corpus, path, lambda values: values.update(change))
+    for command in ("stats", "status"):
+        assert path in refused(corpus, command)
