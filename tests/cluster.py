@@ -27,6 +27,8 @@ def main() -> None:
             "num_cpus": CPUS_PER_NODE,
             "include_dashboard": True,
             "dashboard_port": 0,
+            # Not the usual port, which another Ray of this machine may have: without it no job can be submitted.
+            "dashboard_agent_listen_port": 0,
             "object_store_memory": 100 << 20,
         },
     )
