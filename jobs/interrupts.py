@@ -159,5 +159,10 @@ class Interrupts:
         """Print a line on standard error, whatever the process was doing."""
         if self._is_quiet:
             return
+        line = f"capfilt: {text}\n"
+        if sys.stderr is not sys.__stderr__:  # a live table stands there: the line goes above it
+            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the signal came while it was written to
+                sys.stderr.write(line)
+                return
         with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(self._stderr, f"capfilt: {text}\n".encode())
+            os.write(self._stderr, line.encode())

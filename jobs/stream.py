@@ -60,7 +60,8 @@ class Streaming:
         committed is skipped. Raises CapfiltError that a worker raised: the run is wrong, not a shard.
         """
         self.progress.say("starting Ray, or joining it: some seconds")
-        with ray_session(self.config, self.stages, self.interrupts):
+        # Where Ray does not start, too: a table that is not closed leaves the terminal without its cursor.
+        with contextlib.closing(self.progress), ray_session(self.config, self.stages, self.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             tracker = Tracker.options(scheduling_strategy=here).remote()
@@ -77,7 +78,6 @@ class Streaming:
                 stop.set()
                 # A watcher that compacts is not waited for where the run is to stop.
                 watcher.join(timeout=1 if self.interrupts.count else 30)
-                self.progress.close()
 
     def _pass_until_done(self, rows: list[dict[str, str]], tracker: ray.actor.ActorHandle) -> StreamOutcome:
         broken = 0

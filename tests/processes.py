@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,18 @@ def cli(*arguments: str, timeout: float = 300, **environment: str) -> subprocess
         text=True,
         timeout=timeout,
     )
+
+
+def what_comes(terminal: int) -> Iterator[bytes]:
+    """Yield what is written to the other end of a pseudo-terminal, until that is closed."""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # Linux says so where the other end is closed
+            return
+        if not part:
+            return
+        yield part
 
 
 def descendants(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.records import Records
 from pipeline.storage import Storage
-from tests.processes import ROOT, cli, start_cli
+from tests.processes import ROOT, cli, start_cli, what_comes
 from tests.runs import config_file, small_config, with_values
 
 COMMANDS = (
@@ -174,6 +175,30 @@ def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
     late = range(4) if moment.endswith("twice") else [0]
     assert len(committed) - ended.shards_done in late
     assert moment == "ray's start" or committed
+
+
+@pytest.mark.slow
+def test_a_terminal_is_left_as_it_was_where_ray_is_interrupted_at_its_start(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 20, 10)
+    main, terminal = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "run", "-c", str(config_file(config, tmp_path / "c.json"))],
+        cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    printed = b""
+    for part in what_comes(main):
+        printed += part
+        if b"starting Ray" in printed:
+            run.send_signal(signal.SIGINT)
+            break
+    printed += b"".join(what_comes(main))
+    os.close(main)
+    assert run.wait(60) == 130
+    assert printed.rindex(b"\x1b[?25h") > printed.rindex(b"\x1b[?25l"), "the cursor stays hidden"
+    after = printed.partition(b"Ctrl-C: stopping")[2].decode()
+    assert "the same command goes on" in after and "starting Ray" not in after
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """Signals: none is lost, whatever library is at work when it comes."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 
 from jobs.interrupts import Interrupts
 from tests.processes import ROOT
@@ -27,6 +31,19 @@ def test_a_signal_inside_a_destructor_still_interrupts(capfd: pytest.CaptureFixt
             time.sleep(20)
         assert interrupts.count == 1 and interrupts.exit_code == 143
     assert capfd.readouterr().err == "capfilt: SIGTERM: stopping; at once\n"
+
+
+def test_what_a_signal_says_stands_above_a_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80)
+    with Interrupts("soon") as interrupts, Live("a table", console=console, auto_refresh=False):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        interrupts.say("and more")
+    assert "capfilt: SIGTERM: stopping; soon\ncapfilt: and more\na table" in re.sub(
+        r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", terminal.getvalue()
+    ).replace("a tablecapfilt", "capfilt")
 
 
 def test_a_signal_inside_the_hook_of_a_fork_waits_for_the_end_of_the_start() -> None:

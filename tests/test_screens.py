@@ -23,7 +23,7 @@ from rich.cells import cell_len
 
 from schemas.records import QuarantineRecord
 from tests.corpora import RUN, Corpus, make_corpus
-from tests.processes import ROOT
+from tests.processes import ROOT, what_comes
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTHS = (80, 100, 200, None)
@@ -119,21 +119,10 @@ def screen(names: dict[str, str], width: int | None) -> str:
         process, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, cwd=ROOT, env=environment
     ) as child:
         os.close(terminal)
-        printed = b"".join(_read(main))
+        printed = b"".join(what_comes(main))
         assert child.wait() == 0, child.stderr.read().decode()
     os.close(main)
     return printed.decode().replace("\r\n", "\n")
-
-
-def _read(descriptor: int) -> Iterator[bytes]:
-    while True:
-        try:
-            part = os.read(descriptor, 65536)
-        except OSError:  # Linux says so where the other end is closed
-            return
-        if not part:
-            return
-        yield part
 
 
 def settled(text: str, root: str, attempts: set[str]) -> str:
