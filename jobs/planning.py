@@ -12,6 +12,7 @@ from pipeline.plan import CPU_IMAGES_PER_S
 from pipeline.records import Records
 from pipeline.retries import retried_reasons
 from pipeline.storage import Storage
+from pipeline.weights import require_model_names
 from schemas.config import CapfiltConfig
 from schemas.names import printable
 from schemas.records import STAGES, Stage
@@ -35,6 +36,7 @@ def plan_corpus(
     records = Records(Storage(config.corpus.path))
     records.storage.require_place("corpus.path")
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
+    require_model_names(config)
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
     rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
@@ -86,9 +88,9 @@ def _shown_hours(hours: float) -> float:
 
 def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     for source, rows in plan["unread_rows"].items():
-        yield f"{source}: {rows:,} rows of its lists are not read yet (capfilt run reads them)"
+        yield f"{source}: rows of its lists that are not read yet: {rows:,} (capfilt run reads them)"
     for source, urls in plan["retries"].items():
-        yield f"{source}: {urls:,} URLs to be tried again, not counted above"
+        yield f"{source}: URLs to be tried again, not counted above: {urls:,}"
     for change, shards in plan["stale_because"].items():
         yield f"stale: {change} ({shards:,} shards); capfilt run refuses them, --recompute replaces them"
     for source, shards in plan["left_config"].items():

@@ -83,6 +83,14 @@ def _print_lineage(found: dict[str, Any], wide: bool) -> None:
     print_table(found["shards"][:_SHARDS_SHOWN], title="\nshards", spare=_SPARE_SHARDS, wide=wide)
     if len(found["shards"]) > _SHARDS_SHOWN:
         print(f"... and {len(found['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
+    for source in found["sources"]:
+        if source["urls"] is None:
+            print(
+                f"\nnot known: what made the shards of {printable(source['source'])}; "
+                f"{printable(source['corpus'])} is not a corpus, or has them no more"
+            )
+    if not found["stages"]:
+        return
     print_table(found["runs"], title="\nruns that made them", spare=_SPARE_RUNS, wide=wide)
     _print_models(found["models"], "models that made them", wide)
     for corpus in dict.fromkeys(source["corpus"] for source in found["sources"] if source["urls"] is not None):

@@ -82,7 +82,7 @@ class Pairs:
         self.adopts = source.format == "img2dataset"
 
     def check(self) -> None:
-        """Look at the beginning of every list: a missing column shows before any work."""
+        """Look at the beginning of every list: what is not a list of URLs shows before any work."""
         wanted = self._wanted(*self._payload_columns(), *self._identity_columns())
         with ThreadPoolExecutor(_READERS) as readers:
             # In order, so that it is always the first faulty list that is named.
@@ -90,6 +90,10 @@ class Pairs:
                 lambda file: require_columns(self.storage, file, self._form(), wanted), self.files
             ):
                 pass
+        first = next(self._batches(*self._identity_columns()), None)
+        if first is None:
+            raise self._no_urls(0)
+        self._require_urls(first)
 
     def identify(self, known: KnownUids) -> Identified:
         """Read every row's identity. Raises CapfiltError where no row has a URL."""
@@ -102,10 +106,7 @@ class Pairs:
             flags.append(known.contains(words_N2))
             rows_in += batch.rows_in
         if not sum(map(len, words)):
-            trouble = (
-                f"no row has a URL in {self.source.url_column!r}" if rows_in else "the lists have no rows"
-            )
-            raise CapfiltError(f"source.{self.source.name}.input: {trouble} ({', '.join(self.files[:3])})")
+            raise self._no_urls(rows_in)
         return Identified(words_N2=np.concatenate(words), known_N=np.concatenate(flags), rows_in=rows_in)
 
     def fresh(self, identified: Identified) -> Iterator[tuple[str, pa.Table]]:
@@ -147,6 +148,10 @@ class Pairs:
                 batch = rows if len(kept) == len(urls) else rows.take(kept)
                 yield _Batch(file=file, start=start, rows_in=len(urls), rows=batch)
                 start += len(kept)
+
+    def _no_urls(self, rows: int) -> CapfiltError:
+        trouble = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
+        return CapfiltError(f"source.{self.source.name}.input: {trouble} ({', '.join(self.files[:3])})")
 
     def _require_urls(self, batch: _Batch) -> None:
         """Refuse lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""

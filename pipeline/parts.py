@@ -93,7 +93,7 @@ class Parts:
         return sum(len(rows) for rows in fresh.values())
 
     def rebuild(self) -> dict[str, int]:
-        """Make the parts anew from the records alone; return the rows by table."""
+        """Make the parts anew from the records alone; return the rows by table, a run counted once."""
         with self._lock:
             # Damaged ones too, and those that a merged part replaces: without it they would be back.
             old = sorted((path for paths in self._found().values() for path in paths), key=_name)
@@ -102,7 +102,10 @@ class Parts:
                 self._write(table, rows_to_table(table_rows, event_schema(table)))
             for path in old:
                 self.storage.delete(path)
-        return {table: len(table_rows) for table, table_rows in rows.items()}
+        # A run's start and its end are a row each.
+        return {table: len(table_rows) for table, table_rows in rows.items()} | {
+            "runs": len({row["run_id"] for row in rows["runs"]})
+        }
 
     def _list(self) -> dict[str, list[str]]:
         """Return the parts of each table, oldest first, without those that a merged part replaces."""

@@ -157,7 +157,7 @@ def _success(row: Row) -> Row:
         "urls": urls,
         "retried": row["retried"] or 0,
         "images": row["images"],
-        "success_share": round(row["images"] / urls, 4) if urls else None,
+        "success_share": round(row["images"] / urls, 6) if urls else None,
     }
 
 

@@ -5,9 +5,10 @@ decide the output (weights, architecture, tokenizer, preprocessing) and nothing 
 another place, or under another name, are the same model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from pipeline.modelview import (
 from pipeline.nearest import did_you_mean
 from pipeline.records import now
 from pipeline.storage import sha256_file
-from schemas.config import CaptionConfig
+from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.names import printable
 from schemas.records import ModelRecord
@@ -85,6 +86,41 @@ def model_record(
         parameters=parameters,
         registered_at=now(),
     )
+
+
+def require_model_names(config: CapfiltConfig) -> None:
+    """Refuse models that no weights can be found for, as far as that shows without the hub and without open_clip."""
+    if any(source.kind == "web" for source in config.source):
+        _local_folder(config.caption.model)
+    rankers = {"rank": config.rank.model}
+    if config.rank.rerank:
+        rankers["rank.rerank"] = config.rank.rerank.model
+    for where, model in rankers.items():
+        scheme, _, rest = model.partition(":")
+        if scheme == "local-dir":
+            _require_folder(Path(rest), f"{where}.model", model)
+        elif scheme != "hf-hub":
+            _require_architecture(model, where, _architectures())
+
+
+def _architectures() -> list[str]:
+    """Return the architectures that open_clip brings; importing it would take seconds, and torch along."""
+    found = find_spec("open_clip")
+    configs = Path(found.origin).parent / "model_configs" if found and found.origin else Path()
+    return sorted(path.stem for path in configs.glob("*.json"))
+
+
+def _require_architecture(model: str, where: str, known: Sequence[str]) -> None:
+    if model not in known:
+        raise CapfiltError(
+            f"{where}.model = {model!r} is not an architecture of open_clip, nor hf-hub:ORG/NAME, nor "
+            f"local-dir:FOLDER{did_you_mean(model, known)}"
+        )
+
+
+def _require_folder(folder: Path, where: str, model: str) -> None:
+    if not folder.is_dir():
+        raise CapfiltError(f"{where} = {model!r}: there is no folder {folder.absolute()}")
 
 
 def captioner_weights(config: CaptionConfig) -> Weights:
@@ -144,7 +180,7 @@ def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
     if model.startswith(("local-dir:", "hf-hub:")):
         if pretrained:
             raise CapfiltError(
-                f'{where}.pretrained = {pretrained!r} has no meaning beside {model!r}; set it to ""'
+                f'{where}.pretrained = {pretrained!r} has no effect with {model!r}; set it to ""'
             )
         return _clip_folder(model, where)
     return _clip_architecture(model, pretrained, where)
@@ -155,6 +191,7 @@ def _clip_folder(model: str, where: str) -> Weights:
     where = f"{where}.model"
     if scheme == "local-dir":
         folder, revision = Path(rest).absolute(), ""
+        _require_folder(folder, where, model)
     else:
         name, _, revision = rest.partition("@")
         revision = revision or "main"
@@ -181,12 +218,8 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     # Imported here because it takes torch along, which no other command of the driver needs.
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
+    _require_architecture(model, where, list_models())
     architecture = get_model_config(model)
-    if architecture is None:
-        raise CapfiltError(
-            f"{where}.model = {model!r} is no architecture of open_clip, and neither hf-hub:ORG/NAME nor "
-            f"local-dir:FOLDER{did_you_mean(model, list_models())}"
-        )
     tag = get_pretrained_cfg(model, pretrained)
     if tag:
         repository, _, file = tag.get("hf_hub", "").rpartition("/")

@@ -270,7 +270,7 @@ def test_a_damaged_tar_is_one_line(tmp_path: Path, spoil: str) -> None:
 
 def test_a_compressed_tar_is_called_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "f", sample("a"))
-    packed = gzip.compress(path.read_bytes())
+    packed = gzip.compress(path.read_bytes(), mtime=0)
     path.write_bytes(packed)
     with pytest.raises(CapfiltError, match="it is compressed by gzip: decompress it"):
         captions(tmp_path / "f")

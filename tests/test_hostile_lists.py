@@ -48,8 +48,8 @@ def read_in_child(path: Path, limit_mib: int = _MEMORY_LIMIT_MIB) -> str:
 
 def packed(path: Path, start: bytes, repeated: bytes, times: int) -> Path:
     """Write a file of gzip members: its start, then one piece again and again."""
-    member = gzip.compress(repeated, 6)
-    path.write_bytes(gzip.compress(start) + member * times)
+    member = gzip.compress(repeated, 6, mtime=0)
+    path.write_bytes(gzip.compress(start, mtime=0) + member * times)
     return path
 
 

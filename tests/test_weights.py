@@ -132,7 +132,7 @@ def test_other_models_are_refused(captioner: Path, ranker: Path, tmp_path: Path)
 
 def test_architectures_and_tags_are_checked(tmp_path: Path) -> None:
     with pytest.raises(
-        CapfiltError, match=r"'ViT-L14' is no architecture of open_clip.*did you mean ViT-L-14"
+        CapfiltError, match=r"'ViT-L14' is not an architecture of open_clip.*did you mean ViT-L-14"
     ):
         ranker_weights("ViT-L14", "openai")
     with pytest.raises(

@@ -49,13 +49,17 @@ def load_trained(
     else:
         state = read_model(path)[1]
         given, own_config = state.model, state.progress.config
+    own = "" if config is not None else f" (as the config that came with {path} says; -c RECIPE says otherwise)"
     config = config or _parsed(own_config, path)
     # Uncompiled: an evaluation meets many shapes, and compiling each would take longer than computing it.
     changes = {"compile": False, "precision": precision}
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
-    if imported is None or imported.kind == "capfilt":
-        _refuse_other_shapes(given, config, path)
-    stage = build_stage(config, World(device), device, begin=False)
+    try:
+        if imported is None or imported.kind == "capfilt":
+            _refuse_other_shapes(given, config, path)
+        stage = build_stage(config, World(device), device, begin=False)
+    except CapfiltError as error:
+        raise CapfiltError(f"{error}{own}") from error
     fresh = stage.trainable_state()
     if imported is not None and imported.kind == "huggingface":
         given = _filled_up(given, fresh, path)
