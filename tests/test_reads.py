@@ -305,7 +305,7 @@ def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
     made = make_corpus(str(tmp_path / "corpus"), shards=1)
     assert answer("manifest", "compact", made.root) == {"rows": 9}
     assert answer("manifest", "compact", made.root) == {"rows": 0}
-    assert answer("manifest", "rebuild", made.root) == {"shards": 5, "runs": 2, "models": 2, "checkpoints": 0}
+    assert answer("manifest", "rebuild", made.root) == {"shards": 5, "runs": 1, "models": 2, "checkpoints": 0}
     assert (tmp_path / "corpus" / "manifest.duckdb").exists()
 
 

@@ -143,7 +143,7 @@ def test_architectures_and_tags_are_checked(tmp_path: Path) -> None:
     pickle.write_bytes(b"x")
     with pytest.raises(CapfiltError, match="only safetensors are read"):
         ranker_weights("ViT-L-14", str(pickle))
-    with pytest.raises(CapfiltError, match=r"rank\.rerank\.pretrained = 'openai' has no meaning"):
+    with pytest.raises(CapfiltError, match=r"rank\.rerank\.pretrained = 'openai' has no effect"):
         ranker_weights("hf-hub:a/b", "openai", "rank.rerank")
 
 
