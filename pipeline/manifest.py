@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from pipeline.describe import commented
 from pipeline.parts import Parts
 from pipeline.regularfiles import NotRegularFileError, require_regular
+from pipeline.shards import schema_mismatch
 from pipeline.storage import Storage, first_line, temporary_folder
 from schemas.catalog import (
     DATA_STAGES,
@@ -57,6 +58,15 @@ _FOLDERS = {stage: name for name, stage in DATA_STAGES.items()}
 _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
 
 _BATCH_ROWS = 2048
+
+# What a damaged file can end in, and a user's SQL too.
+_OF_THE_FILES = (
+    duckdb.IOException,
+    duckdb.InvalidInputException,
+    duckdb.BinderException,
+    duckdb.ConversionException,
+    UnicodeDecodeError,  # of an error's text
+)
 
 # What DuckDB says of itself tells about the machine (memory, cores, platform, folders). Of its own tables these stay.
 _OF_THE_DATABASE = ("duckdb_", "pragma_", "pg_settings", "current_setting")
@@ -244,6 +254,7 @@ class Query:
         except duckdb.Error as error:
             raise CapfiltError(f"--memory {memory!r}: {error}; give a size such as 4GB or 50%") from error
         self._connection.execute("SET TimeZone = 'UTC'")
+        self._files: dict[str, dict[tuple[str, str], str]] = {}
         relations = registered_relations()
         for table, rows in parts.tables().items():
             self._connection.register(f"{table}_data", rows)
@@ -289,6 +300,9 @@ class Query:
             self._require_regular(files.values())
             paths = [self._storage.url(path) for _, path in sorted(files.items())]
             self._execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
+            wanted = self._connection.from_arrow(schema.empty_table()).types
+            if self._connection.view(name).types != wanted and (mismatch := self._mismatch()):
+                raise CorruptShardError(f"{mismatch}; `capfilt verify CORPUS` names every damaged file")
         else:
             self._connection.register(name, self._dataset(files, schema))
 
@@ -324,9 +338,18 @@ class Query:
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
         try:
             return self._connection.execute(sql, list(parameters))
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            first = str(error).splitlines()[0]
+        except _OF_THE_FILES as error:
+            first = self._mismatch() or str(error).splitlines()[0]
             raise CorruptShardError(f"{first}; `capfilt verify CORPUS` names every damaged file") from error
+
+    def _mismatch(self) -> str | None:
+        """Return the first committed file that does not hold its table's columns, and how."""
+        for name, files in self._files.items():
+            for _, path in sorted(files.items()):
+                with self._storage.open(path) as file, contextlib.suppress(pa.ArrowInvalid):
+                    if mismatch := schema_mismatch(pq.read_schema(file), _SCHEMAS[name]):
+                        return f"{path}: {mismatch}"
+        return None
 
     def _require_regular(self, paths: Iterable[str]) -> None:
         """Refuse what DuckDB and Arrow would wait for: a FIFO in the place of a file."""
@@ -370,7 +393,9 @@ class Query:
             raise CapfiltError(
                 "only the corpus's own tables can be read here: no other file, no URL, no extension"
             ) from error
-        except duckdb.Error as error:
+        except (duckdb.Error, UnicodeDecodeError) as error:
+            if isinstance(error, _OF_THE_FILES) and (mismatch := self._mismatch()):
+                raise CorruptShardError(f"{mismatch}; `capfilt verify CORPUS` names every damaged file") from error
             raise CapfiltError(f"SQL: {error}") from error
         finally:
             timer.cancel()

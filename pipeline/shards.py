@@ -141,6 +141,16 @@ def write_parquet(path: Path, table: pa.Table, schema: pa.Schema) -> int:
     return table.num_rows
 
 
+def schema_mismatch(found: pa.Schema, wanted: pa.Schema) -> str | None:
+    """Return what a table of the schema ``wanted`` cannot be read from a Parquet file by, or None."""
+    for column in wanted:
+        if column.name not in found.names:
+            return f"the column {column.name} is missing"
+        if found.field(column.name).type != column.type:
+            return f"the column {column.name} holds {found.field(column.name).type}, not {column.type}"
+    return None
+
+
 def rows_to_table(rows: Iterable[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
     """Build a table from dicts; a column missing from a row is NULL."""
     rows = list(rows)

@@ -24,12 +24,14 @@ from pipeline.identities import pack_uids, unpack_uids
 from pipeline.manifest import Manifest
 from pipeline.records import Records
 from pipeline.regularfiles import NotRegularFileError
-from pipeline.shards import IMAGE_EXTENSIONS, read_tar
+from pipeline.shards import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.storage import sha256_file
 from pipeline.urlshards import url_shards
+from schemas.catalog import DATA_STAGES, DATA_TABLES
 from schemas.errors import CorruptShardError
 from schemas.records import STAGES, OutputFile, ShardRecord, Stage
 from schemas.statuses import REASONS
+from schemas.tables import URLS
 
 _COLUMNS: dict[Stage, list[str]] = {
     "urls": ["uid", "key", "retry_of"],
@@ -38,6 +40,8 @@ _COLUMNS: dict[Stage, list[str]] = {
     "rank": ["uid", "origin", "candidate", "text", "score"],
     "select": ["uid", "key", "status", "caption", "captions", "scores", "origins", "candidates"],
 }
+
+_SCHEMAS = {"urls": URLS} | {stage: DATA_TABLES[name] for name, stage in DATA_STAGES.items()}
 
 ShardRecords = Mapping[Stage, ShardRecord]
 Samples = dict[str, dict[str, bytes]]
@@ -169,7 +173,10 @@ class _ShardCheck:
             self.differ(file.path, f"cannot be read: {str(error).splitlines()[0]}")
         return None
 
-    def _parquet(self, stage: Stage, file: OutputFile, path: Path) -> list[dict[str, Any]]:
+    def _parquet(self, stage: Stage, file: OutputFile, path: Path) -> list[dict[str, Any]] | None:
+        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[stage]):
+            self.differ(file.path, mismatch)
+            return None
         table = pq.read_table(path, columns=_COLUMNS[stage], memory_map=False)
         if table.num_rows != file.rows:
             self.differ(file.path, f"{table.num_rows:,} rows, its record says {file.rows:,}")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.checkpoints import DamagedCheckpointError, SavedCheckpoints
@@ -86,6 +88,42 @@ def test_tables_are_not_read_from_a_special_file(corpus: Corpus, kind: str, comm
     result = capfilt(command, corpus.root, *query)
     assert result.returncode == 2 and path in result.stderr.replace("\n", ""), result.stderr
     assert capfilt("status", corpus.root).returncode == 0
+
+
+@pytest.mark.parametrize("change", ["missing", "another type"])
+@pytest.mark.parametrize(
+    ("stage", "column", "table"),
+    [("crawl", "url", "samples"), ("select", "captions", "curated"), ("rank", "score", "candidates")],
+)
+def test_a_committed_file_of_other_columns_is_named(
+    corpus: Corpus, stage: str, column: str, table: str, change: str
+) -> None:
+    record = corpus.records.shards()[stage, "cc", "00000"]
+    file = record.outputs["parquet"]
+    rows = pq.read_table(Path(corpus.root, file.path))
+    kept = rows.drop_columns([column])
+    if change == "another type":
+        kept = kept.append_column(column, pa.array([b"\xff"] * len(rows), pa.binary()))
+    path, note = Path(corpus.root, file.path), Path(corpus.root, f"records/{stage}/cc/00000.json")
+    pq.write_table(kept, path)
+    text = note.read_text().replace(file.sha256, sha256_file(path))
+    note.write_text(text.replace(f'"bytes":{file.bytes}', f'"bytes":{path.stat().st_size}'))
+    expected = f"{file.path}: the column {column} "
+    verified = capfilt("verify", corpus.root)
+    assert verified.returncode != 0 and f"the column {column} " in verified.stdout, verified.stdout + verified.stderr
+    uid = corpus.read("crawl", "cc", "00000")[0]["uid"] if stage != "crawl" else "0" * 32
+    for command in (["failures"], ["trace", uid], ["sql", f"SELECT {column} FROM {table}"]):
+        result = capfilt(command[0], corpus.root, *command[1:])
+        assert "fault of capfilt" not in result.stderr, (command, result.stderr)
+        if result.returncode:
+            assert result.returncode == 2 and expected in result.stderr.replace("\n", ""), (command, result.stderr)
+    assert capfilt("status", corpus.root).returncode == 0
+
+
+def test_a_slip_in_sql_is_not_laid_to_the_files(corpus: Corpus) -> None:
+    for slip in ("SELECT colour FROM samples", "SELECT CAST(url AS INT) FROM samples"):
+        result = capfilt("sql", corpus.root, slip)
+        assert result.returncode == 2 and result.stderr.startswith("capfilt: SQL: "), result.stderr
 
 
 def test_a_part_of_the_manifest_is_a_regular_file(corpus: Corpus) -> None:
