@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
+_MAX_TEXT_GROWTH, _MAX_TOKENIZER_STEPS = 16, 32
+
 _ASKS_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
 _TOKENIZER_KEYS = {
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens",
@@ -177,6 +179,8 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
             content = read_object(path, where, MAX_TOKENIZER_BYTES)
             if name in ("tokenizer_config.json", "special_tokens_map.json"):
                 files[name] = _tokenizer_config(content, path)
+            elif name == "tokenizer.json":
+                _refuse_growth(content, path)
         elif path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CapfiltError(f"{path} ({where}) is larger than a vocabulary may be")
         else:
@@ -184,6 +188,31 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
     if (folder / "config.json").is_file():
         files["config.json"] = _tokenizer_hints(read_object(folder / "config.json", where), folder / "config.json")
     return files
+
+
+def _refuse_growth(tokenizer: Mapping[str, Any], path: Path) -> None:
+    """Refuse steps that make a text many times as long: twelve that make 100 letters of one fill any memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        steps = list(_steps(tokenizer.get(part)))
+        growth = math.prod(max(1, len(str(step.get("content", "")))) for step in steps if step.get("type") == "Replace")
+        # Each of these maps a letter to several, and the letters that come to several again.
+        repeated = [kind for kind in ("ByteLevel", "Precompiled") if sum(s.get("type") == kind for s in steps) > 1]
+        if growth > _MAX_TEXT_GROWTH or repeated or len(steps) > _MAX_TOKENIZER_STEPS:
+            raise CapfiltError(
+                f"{path}: its {part} can make a text more than {_MAX_TEXT_GROWTH} times as long, or has more than "
+                f"{_MAX_TOKENIZER_STEPS} steps; a published tokenizer does not"
+            )
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a part of a tokenizer.json, those inside sequences too."""
+    if isinstance(part, list):
+        for step in part:
+            yield from _steps(step)
+    elif isinstance(part, dict):
+        yield part
+        for inner in ("normalizers", "pretokenizers", "decoders"):
+            yield from _steps(part.get(inner))
 
 
 def _refuse_impostor(path: Path, where: str) -> None:

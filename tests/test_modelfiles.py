@@ -228,6 +228,47 @@ def test_what_is_not_known_of_a_config_is_left_out(models: Path, tmp_path: Path)
     assert torch.equal(after.vision(pixels), before.vision(pixels))
 
 
+def _replace(content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+def _sequence(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": steps}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"normalizer": _replace("a" * 100)},
+        {"normalizer": _sequence([_replace("aa")] * 12)},
+        {"normalizer": _sequence([_sequence([_replace("aa")] * 6)])},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 9}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 9}},
+        {"decoder": {"type": "Sequence", "decoders": [_replace("aaa")] * 9}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_tokenizer_does_not_multiply_texts(models: Path, values: dict[str, Any]) -> None:
+    edit(models / "captioner" / "tokenizer.json", **values)
+    with pytest.raises(CapfiltError, match=r"tokenizer.json: its \w+ can make a text more than 16 times as long"):
+        caption(models)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        # As T5's, Llama's and CLIP's are.
+        [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}, {"type": "NFKC"}],
+        [{"type": "Prepend", "prepend": "\u2581"}, _replace("\u2581")],
+        [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}, {"type": "Lowercase"}],
+    ],
+)
+def test_normalizers_of_published_tokenizers_load(models: Path, normalizer: list[dict[str, Any]]) -> None:
+    edit(models / "captioner" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": normalizer})
+    assert caption(models)
+
+
 @pytest.mark.parametrize("name", ["RagTokenizer", "MistralCommonBackend", "BertJapaneseTokenizer", 7, ["a"]])
 def test_tokenizers_that_do_more_than_read_a_vocabulary(models: Path, name: Any) -> None:
     edit(models / "language" / "tokenizer_config.json", tokenizer_class=name)
