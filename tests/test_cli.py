@@ -52,6 +52,13 @@ def test_every_command_is_there_and_documented() -> None:
         (["plan", "-c", "{good}", "--set", "corpus.path={good}"], r"corpus\.path '.*good\.toml' is a file"),
         (["run", "-c", "{good}", "--set", "corpus.path={good}/x"], r"corpus\.path .* above it is a file"),
         (["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "run"], r"corpus\.path .* is a file"),
+        # What needs neither weights nor open_clip to be known is known before anything is asked for.
+        (["plan", "-c", "{good}", "--set", "rank.model=ViT-L-15"], r"not an architecture .* mean ViT-L-16"),
+        (["plan", "-c", "{good}", "--set", "caption.model=nosuch"], r"caption\.model = 'nosuch': no such folder"),
+        (
+            ["run", "--dry-run", "-c", "{good}", "--set", "rank.model=local-dir:/no/such"],
+            r"rank\.model = 'local-dir:/no/such': there is no folder /no/such",
+        ),
         (["pretrain", "-c", "{good}"], r"is the config of a corpus, for capfilt run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

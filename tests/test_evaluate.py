@@ -291,24 +291,28 @@ def test_pictures_come_in_order_and_a_missing_one_is_told(tmp_path: Path) -> Non
 # -- models and commands -----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_a_run_is_evaluated_as_it_was_trained(stage1: Stage1, tmp_path: Path) -> None:
-    progress = Progress(
-        step=2, samples=16, snapshot="f" * 64, config=stage1.config.model_dump(mode="json"), world_size=1
-    )
+def save_checkpoint(stage1: Stage1, folder: Path, **vision: str) -> None:
+    """Save what a run would have saved, with its image encoder elsewhere perhaps."""
+    config = stage1.config.model_dump(mode="json")
+    config["vision"] |= vision
+    progress = Progress(step=2, samples=16, snapshot="f" * 64, config=config, world_size=1)
     state = State(progress=progress, model=stage1.trainable_state(), optimizer={})
-    checkpoints = Checkpoints(str(tmp_path / "run"))
     record = CheckpointRecord(
-        path="",
-        stage="stage1",
-        run_id="r",
-        step=2,
-        samples=16,
-        snapshot="f" * 64,
-        sha256={},
-        metrics={},
+        path="", stage="stage1", run_id="r", step=2, samples=16, snapshot="f" * 64, sha256={}, metrics={},
         created_at="",
-    )
-    checkpoints.save(state, record, asynchronous=False, keep_last=1, committed=lambda _: None)
+    )  # fmt: skip
+    Checkpoints(str(folder)).save(state, record, asynchronous=False, keep_last=1, committed=lambda _: None)
+
+
+def test_a_checkpoint_whose_models_moved_says_how_to_name_them(stage1: Stage1, tmp_path: Path) -> None:
+    save_checkpoint(stage1, tmp_path / "run", model="local-dir:/moved/away", pretrained="")
+    with pytest.raises(CapfiltError, match=r"vision\.model = .* no folder /moved/away \(as the config .* -c RECIPE"):
+        load_trained(str(tmp_path / "run"))
+    assert load_trained(str(tmp_path / "run"), stage1.config)
+
+
+def test_a_checkpoint_of_a_run_is_evaluated_as_it_was_trained(stage1: Stage1, tmp_path: Path) -> None:
+    save_checkpoint(stage1, tmp_path / "run")
     loaded = load_trained(str(tmp_path / "run"))
     assert not loaded.training
     expected = stage1.trainable_state()

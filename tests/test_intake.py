@@ -238,6 +238,21 @@ def test_lists_that_a_run_would_refuse_are_refused_by_a_plan(folder: Path) -> No
     assert not (folder / "corpus").exists()
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("url,caption",), "the lists have no rows"),
+        (("url,caption", "a cat,http://a/1"), "line 2: url is 'a cat', which is not a URL"),
+    ],
+)
+def test_a_plan_refuses_the_lists_that_a_run_refuses(folder: Path, lines: tuple[str, ...], message: str) -> None:
+    write_lines(folder, "a.csv", *lines)
+    config = configured(folder)
+    for refused in (unread_rows, lambda config, records: read_lists(config, records, "run")):
+        with pytest.raises(CapfiltError, match=message):
+            refused(config, records_of(config))
+
+
 def test_captions_in_a_file_of_their_own_belong_to_the_list(folder: Path) -> None:
     """A glob names both files of SBU's; a caption must not become a URL."""
     write_lines(folder, "sbu_urls.txt", "http://a/1", "http://a/2")
