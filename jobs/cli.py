@@ -231,6 +231,8 @@ def _interruptible(command: Callable[[], Any]) -> None:
     with Interrupts() as interrupts:
         try:
             command()
+        except KeyboardInterrupt:  # before Typer hears of it
+            sys.exit(interrupts.exit_code)
         except SystemExit as ended:
             # Typer says 130 whichever signal it was.
             sys.exit(interrupts.exit_code if interrupts.count and ended.code == _INTERRUPTED else ended.code)

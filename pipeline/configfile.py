@@ -27,11 +27,11 @@ from pipeline.configtext import (
     unusable_values,
 )
 from pipeline.fingerprint import digest_json
-from pipeline.listlines import shown
 from pipeline.nearest import did_you_mean
 from pipeline.tomllines import KeyPath, key_lines
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+from schemas.names import shown
 from schemas.pretrain import PretrainConfig
 
 # What a config describes, its sections, and the command that takes it.

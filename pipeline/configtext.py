@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.configerrors import Origin, dotted_key
-from pipeline.listjson import depth_of
-from pipeline.listlines import shown
 from pipeline.tomllines import KeyPath
 from schemas.errors import CapfiltError
-from schemas.names import fits_utf8, printable
+from schemas.names import depth_of, fits_utf8, printable, shown
 
 # A config has five levels; the parsers and the walks over its values cost a call for each.
 MAX_DEPTH = 64

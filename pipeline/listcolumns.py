@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.listlines import shown
 from pipeline.nearest import did_you_mean
 from schemas.errors import CapfiltError
+from schemas.names import shown
 
 Columns = dict[str, list[Any]]
 Unit = Literal["line", "row", "item"]

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.listlines import MAX_ROW_BYTES, UNREADABLE, Lines, not_utf8, shown
+from pipeline.listlines import MAX_ROW_BYTES, UNREADABLE, Lines, not_utf8
 from schemas.errors import CapfiltError
+from schemas.names import depth_of, shown
 
 # (number of the line or of the array's item, its size, the object)
 Row = tuple[int, int, dict[str, Any]]
@@ -184,15 +185,6 @@ def _repeated_names(text: str) -> set[str]:
 
     json.loads(text.strip(), object_pairs_hook=note)
     return {name for name in names if names.count(name) > 1}
-
-
-def depth_of(value: Any) -> int:
-    """Return how many objects and arrays are inside one another."""
-    depth, level = 0, [value]
-    while level := [part for part in level if isinstance(part, dict | list)]:
-        depth += 1
-        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
-    return depth
 
 
 def _encodable(value: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from schemas.errors import CapfiltError
-from schemas.names import printable
 
 # Of one row of a list, all its cells together: an image as a data: URL fits in.
 MAX_ROW_BYTES = 16 << 20
@@ -100,12 +99,6 @@ def not_utf8(place: str, error: UnicodeDecodeError, before: int = 0) -> CapfiltE
         f"{place}: not UTF-8 text (byte 0x{byte:02x} at byte {position:,}); "
         "convert the list, for instance with iconv -f WINDOWS-1252 -t UTF-8"
     )
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of somebody else's value for a message."""
-    text = printable(value if isinstance(value, str) else repr(value))
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 class Lines:

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 from pipeline.listcolumns import IF_QUOTED, Unit, Wanted, require, require_header
 from pipeline.listjson import Row, array_rows, is_array, line_rows
-from pipeline.listlines import MAX_ROW_BYTES, Lines, shown, text_of
+from pipeline.listlines import MAX_ROW_BYTES, Lines, text_of
 from pipeline.storage import Storage
 from schemas.errors import CapfiltError
+from schemas.names import shown
 
 # (number of the line or item, its size, the wanted cells)
 Cells = tuple[int, int, Sequence[Any]]

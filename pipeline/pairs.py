@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from pipeline.fingerprint import sample_uid
 from pipeline.identities import Grouping, KnownUids, Words, group_rows, pack_uids, unpack_uids
 from pipeline.listcolumns import Rows, Unit, Wanted
-from pipeline.listlines import not_utf8, shown
+from pipeline.listlines import not_utf8
 from pipeline.lists import read_columns, require_columns
 from pipeline.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
+from schemas.names import shown
 from schemas.tables import URLS
 
 _KEY = "key"  # img2dataset's name for a sample

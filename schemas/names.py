@@ -1,6 +1,7 @@
 """Names that somebody else wrote: confined to the folder they belong to, and safe to print."""
 
 import re
+from typing import Any
 from urllib.parse import unquote
 
 from schemas.errors import CapfiltError
@@ -78,3 +79,18 @@ def fits_utf8(text: str) -> bool:
 def printable(text: str) -> str:
     """Return text without what a terminal would act on: control characters and the like become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of somebody else's value for a message."""
+    text = printable(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def depth_of(value: Any) -> int:
+    """Return how many objects and arrays are inside one another."""
+    depth, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return depth

@@ -115,7 +115,7 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match="ModifiedResNet has no blocks"):
         empty_vision(VisionConfig(model="RN50"), "meta", torch.float32)
     with pytest.raises(
-        CapfiltError, match=r"vision.model = 'ViT-L-41' is no architecture.*did you mean ViT-L"
+        CapfiltError, match=r"vision.model = 'ViT-L-41' is not an architecture.*did you mean ViT-L"
     ):
         empty_vision(VisionConfig(model="ViT-L-41"), "meta", torch.float32)
     with pytest.raises(CapfiltError, match="open_clip_config.json is missing"):
