@@ -35,8 +35,8 @@ def plan_corpus(
     """
     records = Records(Storage(config.corpus.path))
     records.storage.require_place("corpus.path")
+    require_model_names(config, stages)
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
-    require_model_names(config)
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
     rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}

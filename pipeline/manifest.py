@@ -59,14 +59,10 @@ _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
 
 _BATCH_ROWS = 2048
 
-# What a damaged file can end in, and a user's SQL too.
-_OF_THE_FILES = (
-    duckdb.IOException,
-    duckdb.InvalidInputException,
-    duckdb.BinderException,
-    duckdb.ConversionException,
-    UnicodeDecodeError,  # of an error's text
-)
+# What a damaged file can end in; the last is that of an error's text.
+_OF_THE_FILES = (duckdb.IOException, duckdb.InvalidInputException, UnicodeDecodeError)
+# In this package's own SQL these too. In a user's they are slips, for which no file is looked at: there may be 50,000.
+_OF_OWN_SQL = (*_OF_THE_FILES, duckdb.BinderException, duckdb.ConversionException)
 
 # What DuckDB says of itself tells about the machine (memory, cores, platform, folders). Of its own tables these stay.
 _OF_THE_DATABASE = ("duckdb_", "pragma_", "pg_settings", "current_setting")
@@ -302,7 +298,7 @@ class Query:
             self._execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
             wanted = self._connection.from_arrow(schema.empty_table()).types
             if self._connection.view(name).types != wanted and (mismatch := self._mismatch()):
-                raise CorruptShardError(f"{mismatch}; `capfilt verify CORPUS` names every damaged file")
+                raise _damaged(mismatch)
         else:
             self._connection.register(name, self._dataset(files, schema))
 
@@ -338,9 +334,8 @@ class Query:
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
         try:
             return self._connection.execute(sql, list(parameters))
-        except _OF_THE_FILES as error:
-            first = self._mismatch() or str(error).splitlines()[0]
-            raise CorruptShardError(f"{first}; `capfilt verify CORPUS` names every damaged file") from error
+        except _OF_OWN_SQL as error:
+            raise _damaged(self._mismatch() or str(error).splitlines()[0]) from error
 
     def _mismatch(self) -> str | None:
         """Return the first committed file that does not hold its table's columns, and how."""
@@ -359,9 +354,7 @@ class Query:
             try:
                 require_regular(self._storage.url(path))
             except NotRegularFileError as error:
-                raise CorruptShardError(
-                    f"{path} cannot be read: {error.strerror}; `capfilt verify CORPUS` names every damaged file"
-                ) from error
+                raise _damaged(f"{path} cannot be read: {error.strerror}") from error
 
     def seal(self) -> None:
         """Take away every way out of the database, for good."""
@@ -395,10 +388,14 @@ class Query:
             ) from error
         except (duckdb.Error, UnicodeDecodeError) as error:
             if isinstance(error, _OF_THE_FILES) and (mismatch := self._mismatch()):
-                raise CorruptShardError(f"{mismatch}; `capfilt verify CORPUS` names every damaged file") from error
+                raise _damaged(mismatch) from error
             raise CapfiltError(f"SQL: {error}") from error
         finally:
             timer.cancel()
+
+
+def _damaged(what: str) -> CorruptShardError:
+    return CorruptShardError(f"{what}; `capfilt verify CORPUS` names every damaged file")
 
 
 def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -5,7 +5,7 @@ decide the output (weights, architecture, tokenizer, preprocessing) and nothing 
 another place, or under another name, are the same model.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ from pipeline.storage import sha256_file
 from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.names import printable
-from schemas.records import ModelRecord
+from schemas.records import ModelRecord, Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -88,10 +88,12 @@ def model_record(
     )
 
 
-def require_model_names(config: CapfiltConfig) -> None:
-    """Refuse models that no weights can be found for, as far as that shows without the hub and without open_clip."""
-    if any(source.kind == "web" for source in config.source):
+def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
+    """Refuse models of stages that have no weights, as far as that shows without the hub and without open_clip."""
+    if "caption" in stages and any(source.kind == "web" for source in config.source):
         _local_folder(config.caption.model)
+    if "rank" not in stages:
+        return
     rankers = {"rank": config.rank.model}
     if config.rank.rerank:
         rankers["rank.rerank"] = config.rank.rerank.model
