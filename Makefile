@@ -25,7 +25,7 @@ test: $(STAMP) ## run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## check style
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 
 bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
 	@for what in crawl intake manifest select; do echo "== capfilt bench $$what"; $(BIN)/capfilt bench $$what || exit; done

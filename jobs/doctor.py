@@ -189,7 +189,9 @@ def check_compiler(asked: bool) -> Check:
         return Check(name="compiler", state=state, found=f"{compiler}: {error.strerror}", mend=mend)
     if done.returncode == 0:
         return Check(name="compiler", state="ok", found=f"{compiler}, {headers}/Python.h")
-    first = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+    first = next(
+        (line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}"
+    )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     mend = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
     return Check(name="compiler", state=state, found=f"{compiler}: {first}", mend=mend)
@@ -216,7 +218,7 @@ def check_storage(root: str) -> Check:
 
 def _storage(root: str) -> Check:
     """See that create-if-absent lets exactly one writer win: the commit of every shard stands on it."""
-    from pipeline.storage import Storage
+    from pipeline.corpus.storage import Storage
 
     storage = Storage(root)
     storage.require_place("corpus.path")
@@ -240,7 +242,7 @@ def _storage(root: str) -> Check:
 
 
 def _weights(config: CapfiltConfig) -> Iterator[Check]:
-    from pipeline.weights import captioner_weights, ranker_weights
+    from pipeline.models.weights import captioner_weights, ranker_weights
 
     rank = config.rank
     asked: list[tuple[str, Callable[[], object]]] = [

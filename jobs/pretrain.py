@@ -4,18 +4,18 @@ import os
 import socket
 
 from jobs.interrupts import Interrupts
-from jobs.ranks import Outcome, train_here
+from jobs.launcher import Outcome, train_here
 from jobs.run import new_run_id
-from pipeline.attempt import library_versions
-from pipeline.configfile import config_digest, dump_config
-from pipeline.manifest import Manifest
-from pipeline.records import now
-from pipeline.storage import sweep_temporary_folders
+from pipeline.config import config_digest, dump_config
+from pipeline.corpus.commit import library_versions
+from pipeline.corpus.records import now
+from pipeline.corpus.storage import sweep_temporary_folders
+from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
-from training.ledger import Ledger
-from training.loop import Summary
+from training.trainer.lineage import Ledger
+from training.trainer.loop import Summary
 
 
 class TrainingFailedError(Exception):
@@ -84,7 +84,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
 def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
     # A submitted job is told its cluster by Ray itself.
     if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
-        from jobs.raytrain import train_on_ray
+        from jobs.cluster.train import train_on_ray
 
         return train_on_ray(config, run, address, interrupts)
     return train_here(config, run, interrupts)

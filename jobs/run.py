@@ -13,23 +13,23 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.cluster.actors import dataset_row
+from jobs.cluster.executor import Streaming, StreamOutcome
 from jobs.interrupts import Interrupts
-from jobs.progress import open_progress
-from jobs.stages import dataset_row
-from jobs.stream import Streaming, StreamOutcome
-from pipeline.attempt import library_versions
-from pipeline.configfile import config_digest, dump_config
-from pipeline.foreign import require_named_folders
-from pipeline.intake import queue_retries, read_lists
-from pipeline.manifest import Manifest
-from pipeline.plan import ModelDigests, Survey, survey
-from pipeline.records import Records, now
-from pipeline.retries import retried_reasons
-from pipeline.staleness import stale_reasons
-from pipeline.storage import Storage
-from pipeline.totals import Totals
-from pipeline.urlshards import url_shards
-from pipeline.weights import Weights, captioner_weights, ranker_weights
+from jobs.output.progress import open_progress
+from pipeline.config import config_digest, dump_config
+from pipeline.corpus.commit import library_versions
+from pipeline.corpus.records import Records, now
+from pipeline.corpus.storage import Storage
+from pipeline.corpus.url_shards import url_shards
+from pipeline.intake.img2dataset_folders import require_named_folders
+from pipeline.intake.read_lists import queue_retries, read_lists
+from pipeline.intake.retries import retried_reasons
+from pipeline.manifest.manifest import Manifest
+from pipeline.models.weights import Weights, captioner_weights, ranker_weights
+from pipeline.stages.plan import ModelDigests, Survey, survey
+from pipeline.stages.staleness import stale_reasons
+from pipeline.stages.totals import Totals
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import STAGES, RunRecord, ShardRecord, Stage
@@ -50,7 +50,7 @@ class RunOptions:
     command: str = "run"
     stages: tuple[Stage, ...] = STAGES
     recompute: bool = False
-    # Words of pipeline.retries: what ended so is queued again, instead of reading the lists.
+    # Words of pipeline.intake.retries: what ended so is queued again, instead of reading the lists.
     retry: str | None = None
     limit: int | None = None
     quiet: bool = False

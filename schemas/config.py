@@ -1,7 +1,7 @@
 """The typed config tree of a corpus: one TOML file, unknown keys refused, every number with its unit.
 
 ``tuning()`` marks the fields that change speed or reach but not what a sample becomes; every other field of
-a stage's section enters that stage's fingerprint (see pipeline/fingerprint.py).
+a stage's section enters that stage's fingerprint (see pipeline/corpus/fingerprint.py).
 """
 
 import ipaddress
@@ -134,7 +134,8 @@ class CrawlConfig(Section):
         50.0, gt=0, description="requests per second to one host, over all workers: each takes an equal share"
     )
     allow_hosts: tuple[HostAndPort, ...] = tuning(
-        (), description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address'
+        (),
+        description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address',
     )
 
 
@@ -154,7 +155,8 @@ class CaptionConfig(Section):
     min_length: int = Field(5, ge=0, description="tokens, start and prompt included, before the end may come")
     max_length: int = Field(20, ge=2, description="tokens; start, prompt and end included")
     pixels: PixelPath = Field(
-        "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
+        "exact",
+        description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off",
     )
     precision: InferencePrecision = Field(
         "auto",
@@ -187,7 +189,8 @@ class RankConfig(Section):
         "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
     )
     pixels: PixelPath = Field(
-        "exact", description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"
+        "exact",
+        description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off",
     )
     precision: InferencePrecision = Field(
         "auto",

@@ -45,7 +45,9 @@ class DataConfig(Section):
     image_size_px: int = Field(224, ge=16, description="side of the square crop")
     min_scale: float = Field(0.5, gt=0, le=1, description="least share of the area a random crop keeps")
     flip: bool = Field(True, description="mirror half of the images")
-    captions_per_image: int = Field(2, ge=1, description="web sources: one is drawn of the first so many kept")
+    captions_per_image: int = Field(
+        2, ge=1, description="web sources: one is drawn of the first so many kept"
+    )
     max_words: int = Field(50, ge=1, description="of a caption")
     held_out: int = Field(0, ge=0, description="images set aside, by the hash of their uid, for the probe")
     shuffle_shards: int = Field(8, ge=1, description="shards of a source whose samples are mixed at a time")
@@ -79,7 +81,9 @@ class QFormerConfig(Section):
     projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
     dropout: float = Field(0.1, ge=0, lt=1)
     initializer_range: float = Field(
-        0.02, gt=0, description="of weights that start at random; BERT's 0.02 is right at width 768, too small below"
+        0.02,
+        gt=0,
+        description="of weights that start at random; BERT's 0.02 is right at width 768, too small below",
     )
     max_text_tokens: int = Field(32, ge=4, description="of a caption, special tokens included")
     vocab_size: int = Field(30523, ge=5, description="the tokenizer's words and [DEC]")

@@ -189,13 +189,15 @@ class ShardRecord(Json):
         """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
 
         A tar that was adopted where it lies may be outside the corpus; whoever reads the record sees that the lists
-        say so (``pipeline.records``).
+        say so (``pipeline.corpus.records``).
         """
         expected = _OUTPUTS[self.stage]
         if self.stage != "urls" and self.outputs.keys() != expected:
             raise ValueError(f"outputs: {sorted(self.outputs)}, not {sorted(expected)}"[:200])
         for name, file in self.outputs.items():
-            if not (is_own_file(file.path, self.stage, self.source, self.shard) or self._may_be_outside(name)):
+            if not (
+                is_own_file(file.path, self.stage, self.source, self.shard) or self._may_be_outside(name)
+            ):
                 raise ValueError(f"outputs.{name}.path: {file.path[:200]!r} is not a file of this shard")
 
     def _may_be_outside(self, name: str) -> bool:
@@ -218,7 +220,11 @@ _OUTPUTS: dict[Stage, set[str]] = {
 
 def is_own_file(path: str, stage: Stage, source: str, shard: str) -> bool:
     """Tell whether a path, relative to the corpus, is where a stage puts the files of a shard."""
-    return is_confined(path) and path.count("/") == 2 and path.startswith(f"{STAGE_FOLDERS[stage]}/{source}/{shard}.")
+    return (
+        is_confined(path)
+        and path.count("/") == 2
+        and path.startswith(f"{STAGE_FOLDERS[stage]}/{source}/{shard}.")
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +288,9 @@ class IntakeRecord(Json):
         """Raise ValueError unless the url shards lie in the corpus, and what is adopted is a tar where it lies."""
         for shard, file in self.shards.items():
             if not is_own_file(file.path, "urls", self.source, shard):
-                raise ValueError(f"shards.{shard}.path: {file.path[:200]!r} is not a url shard of this source")
+                raise ValueError(
+                    f"shards.{shard}.path: {file.path[:200]!r} is not a url shard of this source"
+                )
         for shard, path in self.adopted.items():
             if self.kind != "img2dataset" or shard not in self.shards or shard not in self.adopted_bytes:
                 raise ValueError(f"adopted.{shard}: only a shard of img2dataset's is adopted, with its bytes")

@@ -56,7 +56,8 @@ REASONS: dict[str, Reason] = {
     "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
     "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),
     "forbidden_address": _reason(
-        "refused", "the host is loopback, private, link-local, reserved or metadata, and not of crawl.allow_hosts"
+        "refused",
+        "the host is loopback, private, link-local, reserved or metadata, and not of crawl.allow_hosts",
     ),
     "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
     "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),

@@ -35,7 +35,7 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
     """Serve the demo world, every answer a function of the path alone; return its base URL."""
-    from jobs.demo.site import serving
+    from jobs.demo.world.site import serving
 
     with serving(flaky=False) as url:
         yield url

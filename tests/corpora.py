@@ -11,15 +11,15 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.attempt import Attempt
-from pipeline.fingerprint import sample_uid
-from pipeline.histograms import LENGTH_EDGES, SCORE_EDGES, histogram
-from pipeline.manifest import Manifest
-from pipeline.records import Records, now
-from pipeline.selection import SelectWorker
-from pipeline.shards import rows_to_table, write_parquet, write_tar
-from pipeline.storage import Storage, sha256_file, temporary_folder
-from pipeline.urlshards import url_shards
+from pipeline.corpus.commit import Attempt
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.histograms import LENGTH_EDGES, SCORE_EDGES, histogram
+from pipeline.corpus.records import Records, now
+from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.storage import Storage, sha256_file, temporary_folder
+from pipeline.corpus.url_shards import url_shards
+from pipeline.manifest.manifest import Manifest
+from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig
 from schemas.records import (
     STAGES,
@@ -94,11 +94,18 @@ class Corpus:
             )
 
     def add_urls(
-        self, source: str, shards: Sequence[str], images: int, batch: int = 0, path: str = "", caption: str = ""
+        self,
+        source: str,
+        shards: Sequence[str],
+        images: int,
+        batch: int = 0,
+        path: str = "",
+        caption: str = "",
     ) -> None:
         """Commit the lists of a source: ``images`` URLs in each shard, with what is given added to each."""
         rows = {
-            shard: [_url_row(source, shard, index, path, caption) for index in range(images)] for shard in shards
+            shard: [_url_row(source, shard, index, path, caption) for index in range(images)]
+            for shard in shards
         }
         self._commit_intake(source, rows, "lists", batch)
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import typer.main
 
-from jobs.cli import app
+from jobs.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jobs" / "recipes").glob("*.toml")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "jobs" / "recipes").glob("*.toml")),
+)
 # In a code block after the prompt or at its margin, in a recipe's opening comment.
 _BLOCK_LINE = re.compile(r"^(?:\$ |\s{2,}|#\s+)?(?:\.venv/bin/)?(capfilt [a-z].*)$")
 _INLINE = re.compile(r"`(capfilt [a-z][^`]*)`")
@@ -46,7 +50,9 @@ def unknown_words(line: str) -> list[str]:
                 return [*unknown, word]
             command = below
         elif re.fullmatch(r"--?[a-z][a-z-]*(=.*)?", word):
-            options = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+            options = {
+                option for parameter in command.params for option in parameter.opts + parameter.secondary_opts
+            }
             # "-h" and "--help" are the library's own.
             if word.partition("=")[0] not in options | {"-h", "--help"} and words[position - 1] != "--set":
                 unknown.append(word)

@@ -85,11 +85,13 @@ def main() -> None:
     """Start what a run starts, use a worker, and print what listens."""
     import ray
 
-    from jobs.cluster import ray_session
+    from jobs.cluster.session import ray_session
     from jobs.interrupts import Interrupts
     from schemas.config import CapfiltConfig
 
-    config = CapfiltConfig.model_validate({"corpus": {"path": "corpus"}, "source": [{"name": "a", "input": ["a"]}]})
+    config = CapfiltConfig.model_validate(
+        {"corpus": {"path": "corpus"}, "source": [{"name": "a", "input": ["a"]}]}
+    )
     with Interrupts() as interrupts, ray_session(config, ("crawl",), interrupts):
         ray.get(ray.remote(lambda: None).remote())
         listeners = {name: sorted(found) for name, found in sorted(addresses_by_process(os.getpid()).items())}

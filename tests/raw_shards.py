@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.attempt import Attempt
-from pipeline.fingerprint import sample_uid
-from pipeline.records import Records
-from pipeline.shards import rows_to_table, write_parquet, write_tar
-from pipeline.storage import Storage
+from pipeline.corpus.commit import Attempt
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask, Stage
 from schemas.tables import SAMPLES

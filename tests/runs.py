@@ -5,12 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.demo.show import demo_config
-from jobs.demo.site import write_url_list
+from jobs.demo.run import demo_config
+from jobs.demo.world.site import write_url_list
 from jobs.run import RunOptions, RunResult, run
-from pipeline.committed import committed_table
-from pipeline.records import Records
-from pipeline.storage import Storage
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from schemas.pretrain import PretrainConfig
 from training.checkpoint import Checkpoints
-from training.data import Batch
+from training.data.loader import Batch
 from training.distributed import World
-from training.loop import Loop
-from training.schedule import fill_preset
+from training.trainer.loop import Loop
+from training.trainer.schedule import fill_preset
 
 BATCH_SIZE = 4
 
@@ -108,4 +108,6 @@ class Kept:
 
 
 def _pixels(number: int) -> Tensor:
-    return torch.randint(0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (3, 2, 2), generator=torch.Generator().manual_seed(number), dtype=torch.uint8
+    )

@@ -12,10 +12,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.adopt import adopt_row, adopt_shard, reason_of
-from pipeline.crawl import CrawlWorker
-from pipeline.images import ImageError
-from pipeline.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.images.decode import ImageError
+from pipeline.stages.crawl import CrawlWorker
+from pipeline.stages.img2dataset_shard import adopt_row, adopt_shard, reason_of
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile, ShardRecord
 from schemas.statuses import REASONS
@@ -112,8 +112,8 @@ def test_images_that_are_not_in_the_tar_are_named(folder: Path, tmp_path: Path) 
 _ADOPT = r"""
 import re, sys
 from pathlib import Path
-from pipeline.adopt import adopt_shard
-from pipeline.storage import Storage
+from pipeline.stages.img2dataset_shard import adopt_shard
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import OutputFile
 tar = sys.argv[1]
@@ -160,7 +160,9 @@ def test_one_long_text_in_every_row_of_its_parquet_fits_in_memory(
 def test_a_parquet_without_what_img2dataset_writes_is_named(tmp_path: Path, column: str) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w"):
         pass
-    table = pa.table({"key": ["000000000"], "status": ["success"], "error_message": [None]}).drop_columns(column)
+    table = pa.table({"key": ["000000000"], "status": ["success"], "error_message": [None]}).drop_columns(
+        column
+    )
     pq.write_table(table, tmp_path / "00000.parquet")
     adopted = OutputFile(path=str(tmp_path / "00000.tar"), bytes=10240, sha256="", rows=0)
     with pytest.raises(CorruptShardError, match=f"00000.parquet has no column {column}, which"):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.addresses import FetchError
-from pipeline.encodings import decompressed
-from pipeline.web import Fetch
+from pipeline.web.client import Fetch
+from pipeline.web.content_encoding import decompressed
+from pipeline.web.urls import FetchError
 from tests.hostile import JPEG, Answer, Exchange, HostileSite, encoded, picture
 from tests.test_web import end, web
 
@@ -185,7 +185,12 @@ BOMB = gzip.compress(bytes(5_000_000), mtime=0)
         ("gzip, gzip", gzip.compress(PACKED + bytes(5_000_000), mtime=0), "body_too_large", "over"),
         ("gzip", gzip.compress(b"", mtime=0) * 1000, "bad_response", "over 100 gzip streams"),
         ("gzip, gzip, gzip, gzip, gzip", gzip.compress(JPEG, mtime=0), "bad_response", "5 Content-Encodings"),
-        ("gzip", gzip.compress(JPEG, mtime=0)[:-6] + b"\0" * 6, "bad_response", "Content-Encoding gzip: Error -3"),
+        (
+            "gzip",
+            gzip.compress(JPEG, mtime=0)[:-6] + b"\0" * 6,
+            "bad_response",
+            "Content-Encoding gzip: Error -3",
+        ),
         ("gzip", b"\x1f\x8b" + bytes(500), "bad_response", "Content-Encoding gzip: Error -3"),
         ("deflate", b"<html>not deflated</html>", "bad_response", "Content-Encoding deflate: Error -3"),
         ("gzip", gzip.compress(JPEG, mtime=0)[:-9], "body_truncated", "the gzip stream stops"),

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from jobs.bench.caption import measure_caption
 from jobs.bench.commands import _caption_rows
-from jobs.bench.models import BLIP_LARGE
-from jobs.bench.pictures import jpeg
-from jobs.cli import app
-from pipeline.images import decode_rgb
+from jobs.bench.fixtures.models import BLIP_LARGE
+from jobs.bench.fixtures.pictures import jpeg
+from jobs.cli.main import app
+from pipeline.images.decode import decode_rgb
 from schemas.errors import CapfiltError
 
 # As BLIP-large, but for depth and width.

@@ -8,8 +8,8 @@ from tiny_training import tiny_config
 from jobs.bench import stage1, stage2
 from jobs.bench.precision import measure_precision
 from jobs.bench.training import measure_steps
+from training.blip2.build import empty_stage
 from training.distributed import World
-from training.stages import empty_stage
 
 FACTS = {
     "samples_per_s",

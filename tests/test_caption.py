@@ -24,14 +24,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline.caption import Captioner, CaptionWorker, RawCaption
-from pipeline.nucleus import Nucleus, draw, nucleus
-from pipeline.pixels import normalise
-from pipeline.records import Records
-from pipeline.sampling import stream_seed, uniforms
-from pipeline.storage import Storage, sha256_file
-from pipeline.texts import clean_caption
-from pipeline.weights import captioner_weights
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.images.preprocess import normalise
+from pipeline.models.blip.nucleus import Nucleus, draw, nucleus
+from pipeline.models.weights import captioner_weights
+from pipeline.rng import stream_seed, uniforms
+from pipeline.stages.caption import Captioner, CaptionWorker, RawCaption
+from pipeline.text import clean_caption
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.records import OutputFile
@@ -266,7 +266,9 @@ def test_workers_and_batch_sizes_commit_the_same_bytes(shard: tuple, tmp_path: P
     assert len(digests) == 1
 
 
-def test_a_call_that_fails_leaves_nothing_on_the_device(shard: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_fails_leaves_nothing_on_the_device(
+    shard: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or the next call would share the engine's buffers with it."""
     config, crawl = shard
     worker = CaptionWorker(config, Records(Storage(config.corpus.path)))

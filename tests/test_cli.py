@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.records import Records
-from pipeline.storage import Storage
+from jobs.cli.main import app
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
 from tests.processes import ROOT, cli, start_cli, what_comes
 from tests.runs import config_file, small_config, with_values
 
@@ -51,10 +51,16 @@ def test_every_command_is_there_and_documented() -> None:
         (["submit", "-c", "{good}", "--", "demo"], r"must be one of run, crawl"),
         (["plan", "-c", "{good}", "--set", "corpus.path={good}"], r"corpus\.path '.*good\.toml' is a file"),
         (["run", "-c", "{good}", "--set", "corpus.path={good}/x"], r"corpus\.path .* above it is a file"),
-        (["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "run"], r"corpus\.path .* is a file"),
+        (
+            ["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "run"],
+            r"corpus\.path .* is a file",
+        ),
         # What needs neither weights nor open_clip to be known is known before anything is asked for.
         (["plan", "-c", "{good}", "--set", "rank.model=ViT-L-15"], r"not an architecture .* mean ViT-L-16"),
-        (["plan", "-c", "{good}", "--set", "caption.model=nosuch"], r"caption\.model = 'nosuch': no such folder"),
+        (
+            ["plan", "-c", "{good}", "--set", "caption.model=nosuch"],
+            r"caption\.model = 'nosuch': no such folder",
+        ),
         (
             ["run", "--dry-run", "-c", "{good}", "--set", "rank.model=local-dir:/no/such"],
             r"rank\.model = 'local-dir:/no/such': there is no folder /no/such",
@@ -104,9 +110,13 @@ def test_the_shell_completes_commands_and_options() -> None:
     def complete(line: str) -> list[str]:
         words = line.split(" ")
         asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CAPFILT_COMPLETE": "complete_bash"}
-        script = "from jobs.cli import main; import sys; sys.argv = ['capfilt']; main()"
+        script = "from jobs.cli.main import main; import sys; sys.argv = ['capfilt']; main()"
         done = subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, **asked}, capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", script],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         return done.stdout.split()
 
@@ -185,7 +195,9 @@ def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
 
 
 @pytest.mark.slow
-def test_a_terminal_is_left_as_it_was_where_ray_is_interrupted_at_its_start(base_url: str, tmp_path: Path) -> None:
+def test_a_terminal_is_left_as_it_was_where_ray_is_interrupted_at_its_start(
+    base_url: str, tmp_path: Path
+) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 20, 10)
     main, terminal = pty.openpty()
     run = subprocess.Popen(

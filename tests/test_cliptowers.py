@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.cliptokens import ClipTokenizer
-from pipeline.cliptowers import ImageTower, TextTower, image_encoder, text_encoder
+from pipeline.models.clip.tokenizer import ClipTokenizer
+from pipeline.models.clip.towers import ImageTower, TextTower, image_encoder, text_encoder
 
 LENGTH = 16
 VISION = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submit import pinned_requirements, runtime_environment, submission_id
-from pipeline.records import Records
-from pipeline.storage import Storage
+from jobs.cluster.submit import pinned_requirements, runtime_environment, submission_id
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.cluster import ClusterProcess, three_nodes
 from tests.corpora import make_corpus
@@ -105,7 +105,13 @@ def test_ray_job_stop_records_an_interrupted_run(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     stopped = with_values(config, corpus={"path": str(tmp_path / "stopped")})
     job = start_cli(
-        "submit", "-c", str(config_file(stopped, tmp_path / "c.json")), "--address", cluster.address, "--", "run"
+        "submit",
+        "-c",
+        str(config_file(stopped, tmp_path / "c.json")),
+        "--address",
+        cluster.address,
+        "--",
+        "run",
     )
     records = Records(Storage(stopped.corpus.path))
     deadline = time.monotonic() + 120
@@ -113,7 +119,9 @@ def test_ray_job_stop_records_an_interrupted_run(
         time.sleep(0.05)
     ray = str(Path(sys.executable).parent / "ray")
     job_id = submission_id(stopped, ["run"])
-    asked = subprocess.run([ray, "job", "stop", "--address", cluster.address, job_id], capture_output=True, text=True)
+    asked = subprocess.run(
+        [ray, "job", "stop", "--address", cluster.address, job_id], capture_output=True, text=True
+    )
     assert asked.returncode == 0, asked.stdout + asked.stderr
     output, errors = job.communicate(timeout=60)
     assert "SIGTERM: stopping" in output, output + errors
@@ -140,18 +148,23 @@ def test_exit_code_is_passed_on(
     assert "capfilt:" in failed.stdout + failed.stderr
 
 
-def test_a_training_is_a_job_too(cluster: ClusterProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_is_a_job_too(
+    cluster: ClusterProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     make_corpus(str(tmp_path / "corpus"))
     training = tiny_config(
-        tmp_path, tmp_path / "corpus", cluster={"cpu_ranks": 2, "requirements": "installed"}, optim={"steps": 4}
+        tmp_path,
+        tmp_path / "corpus",
+        cluster={"cpu_ranks": 2, "requirements": "installed"},
+        optim={"steps": 4},
     )
     assert "pip" not in runtime_environment(training, tmp_path)
     file = tmp_path / "training.json"
     file.write_text(training.model_dump_json())
     done = cli("submit", "-c", str(file), "--address", cluster.address, "--", "pretrain", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    [committed] = Checkpoints(f"{training.run.output}/stage1/tiny").committed()
+    [committed] = Checkpoints(f"{training.trainer.run.output}/stage1/tiny").committed()
     assert committed.step == 4
 
 

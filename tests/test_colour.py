@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline import colour
-from pipeline.images import FORMATS, decode_rgb, decode_srgb
+from pipeline.images import colour
+from pipeline.images.decode import FORMATS, decode_rgb, decode_srgb
 from tests.hostile import encoded, grey16_png, palette_png, picture, rgba_png
 from tests.profiles import WIDE, cmyk_profile, grey_profile, lab_profile, rgb_profile
 from tests.test_whole_images import chunk, with_chunks

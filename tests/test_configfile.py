@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.configfile import config_digest, dump_config, load_config, parse_config
-from pipeline.tomllines import key_lines
+from pipeline.config import config_digest, dump_config, load_config, parse_config
+from pipeline.toml_lines import key_lines
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -166,7 +166,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.toml")
 
 
-_DEEP, _LONG = "cannot be used: nested more than 64 levels deep", "cannot be used: a number has thousands of digits"
+_DEEP, _LONG = (
+    "cannot be used: nested more than 64 levels deep",
+    "cannot be used: a number has thousands of digits",
+)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,9 @@ def test_what_parsers_and_file_names_cannot_take_is_one_line(text: str, complain
 
 
 def test_a_training_run_s_output_has_no_nul() -> None:
-    with pytest.raises(CapfiltError, match=r"^x\.toml:3: run\.output: cannot be used: a text has a NUL character"):
+    with pytest.raises(
+        CapfiltError, match=r"^x\.toml:3: run\.output: cannot be used: a text has a NUL character"
+    ):
         parse_config('[run]\nstage = 1\noutput = "a\\u0000"', "x.toml", kind=PretrainConfig)
 
 

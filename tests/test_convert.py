@@ -13,13 +13,13 @@ from trained import trained_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.convert import read_foreign, read_lavis, stage_state
+from training.blip2.build import build_stage, meta_stage
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.convert.key_map import from_hf, hf_name, our_name, to_hf
+from training.convert.load import load_trained
+from training.convert.read import read_foreign, read_lavis, stage_state
 from training.distributed import World
-from training.evaluate.model import load_trained
-from training.hfnames import from_hf, hf_name, our_name, to_hf
-from training.stage1 import Stage1
-from training.stage2 import Stage2
-from training.stages import build_stage, meta_stage
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.crawl import CrawlWorker
-from pipeline.intake import queue_retries
-from pipeline.records import Records, now
-from pipeline.shards import read_tar
-from pipeline.urlshards import url_shards
+from pipeline.corpus.records import Records, now
+from pipeline.corpus.shard_files import read_tar
+from pipeline.corpus.url_shards import url_shards
+from pipeline.intake.read_lists import queue_retries
+from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
 from schemas.records import IntakeRecord, ShardRecord, ShardTask
 from schemas.statuses import REASONS, SAMPLE_STATUSES
@@ -31,7 +31,7 @@ from tests.url_tasks import corpus_config, crawl_task, new_records, url_rows
 WORKER = """
 import pickle, sys, time
 from pathlib import Path
-from pipeline.crawl import CrawlWorker
+from pipeline.stages.crawl import CrawlWorker
 config, records, task = pickle.loads(Path(sys.argv[1]).read_bytes())
 worker = CrawlWorker(config, records)
 start = time.monotonic()
@@ -203,7 +203,7 @@ def test_a_bug_of_ours_in_the_fetch_fails_the_shard(
     def fails(*_: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("pipeline.web.Web._check_opt_out", fails)
+    monkeypatch.setattr("pipeline.web.client.Web._check_opt_out", fails)
     with pytest.raises(RuntimeError, match="lost 1 of 1 rows"):
         small_site_worker(["/plain.jpg"])
 

@@ -18,15 +18,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import pipeline.decoder
-import pipeline.decoding
-from jobs.bench.compute import counted_flops
-from pipeline.blipvision import VisionTower
-from pipeline.decoder import Decoder
-from pipeline.decoding import NOTHING, GridSampler, RowSampler
-from pipeline.nucleus import _largest
-from pipeline.packing import PackedLinear
-from pipeline.sampling import caption_seeds, uniforms
+import pipeline.models.blip.decoder
+import pipeline.models.blip.generation
+from jobs.bench.fixtures.compute import counted_flops
+from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.generation import NOTHING, GridSampler, RowSampler
+from pipeline.models.blip.nucleus import _largest
+from pipeline.models.blip.vision import VisionTower
+from pipeline.models.packed_linear import PackedLinear
+from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
 
 PROMPTS = ([START_ID], [START_ID, 7], [START_ID, 9, 40, 11, 6])
@@ -151,13 +151,13 @@ def test_samples_what_transformers_samples(
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Collect the tokens and logits of every row that is computed."""
     rows: list[tuple[Tensor, Tensor]] = []
-    nucleus = pipeline.decoding.nucleus
+    nucleus = pipeline.models.blip.generation.nucleus
 
     def recording(logits_RV: Tensor, tokens_RL: Tensor, *rest: object) -> object:
         rows.append((tokens_RL.clone(), logits_RV.clone()))
         return nucleus(logits_RV, tokens_RL, *rest)
 
-    monkeypatch.setattr(pipeline.decoding, "nucleus", recording)
+    monkeypatch.setattr(pipeline.models.blip.generation, "nucleus", recording)
     return rows
 
 
@@ -209,13 +209,13 @@ def test_an_image_is_projected_once_a_layer(
     model: BlipForConditionalGeneration, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     projected: list[tuple[int, ...]] = []
-    linear = pipeline.decoder.linear
+    linear = pipeline.models.blip.decoder.linear
 
     def recording(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         projected.append((*x.shape[:2], weight.shape[0]))
         return linear(x, weight, bias)
 
-    monkeypatch.setattr(pipeline.decoder, "linear", recording)
+    monkeypatch.setattr(pipeline.models.blip.decoder, "linear", recording)
     image_BPE, config = features(model, 3), CaptionConfig()
     layers, width = len(decoder.layers), decoder.width
     RowSampler(decoder, [START_ID], config)(image_BPE, numbers(3, 10, 19))
@@ -313,7 +313,9 @@ def test_packed_layers_compute_the_same(rows: int) -> None:
         assert torch.allclose(PackedLinear(layer.weight, layer.bias)(x_RI), layer(x_RI), atol=1e-5)
 
 
-def test_samplers_keep_nothing_of_the_last_batch(model: BlipForConditionalGeneration, decoder: Decoder) -> None:
+def test_samplers_keep_nothing_of_the_last_batch(
+    model: BlipForConditionalGeneration, decoder: Decoder
+) -> None:
     config = CaptionConfig()
     one = GridSampler(decoder, [START_ID], config, 4)
     uniforms_BNT = numbers(4, 10, 19)

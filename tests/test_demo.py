@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from jobs.manifest_page import ANSWERS, ask
-from pipeline.storage import Storage
+from jobs.docs.manifest_page import ANSWERS, ask
+from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 
 pytestmark = pytest.mark.slow
@@ -115,13 +115,15 @@ def test_docs_show_the_answers_that_come(demo: tuple[Path, dict]) -> None:
             for one, other in zip(_untimed(printed[question]), _untimed(comes[question]), strict=True)
         )
     }
-    assert differing == {}, "python -m jobs.manifest_page demo-corpus, and `make docs`"
+    assert differing == {}, "python -m jobs.docs.manifest_page demo-corpus, and `make docs`"
 
 
 def _untimed(table: str) -> list[str]:
     """Return a printed table's lines without the columns that hold times."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
-    return ["  ".join(cell for name, cell in zip(rows[0], row, strict=True) if name not in _TIMED) for row in rows]
+    return [
+        "  ".join(cell for name, cell in zip(rows[0], row, strict=True) if name not in _TIMED) for row in rows
+    ]
 
 
 # What cannot run as printed where there are no weights and no cluster: checked as far as it goes without.
@@ -149,7 +151,9 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> Non
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.mkdir("bucket")
     (folder / "lists").mkdir()
-    pq.write_table(pa.table({"url": ["http://example.org/a.jpg"], "caption": ["a"]}), folder / "lists/cc3m-0.parquet")
+    pq.write_table(
+        pa.table({"url": ["http://example.org/a.jpg"], "caption": ["a"]}), folder / "lists/cc3m-0.parquet"
+    )
     (folder / "question.sql").write_text("SELECT count(*) AS images FROM curated")
     (config,) = re.findall(r"```toml\n(.*?)```", README.read_text(), flags=re.S)
     (folder / "corpus.toml").write_text(config)
@@ -174,7 +178,9 @@ def test_demo_without_training(demo: tuple[Path, dict]) -> None:
     folder, figures = demo
     corpus = shell("capfilt demo --corpus-only --json", folder)
     assert corpus.returncode == 0, corpus.stderr
-    expected = {name: figures[name] for name in figures.keys() - {"training_seconds", "stage1", "stage2", "seconds"}}
+    expected = {
+        name: figures[name] for name in figures.keys() - {"training_seconds", "stage1", "stage2", "seconds"}
+    }
     found = json.loads(corpus.stdout)
     assert found.pop("seconds") > 0 and found == expected
 

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.demo.alt_texts import alt_text
-from jobs.demo.heldout import ANNOTATIONS, held_out_scenes, write_benchmark
-from jobs.demo.language import OPT_DIR, T5_DIR
-from jobs.demo.outcomes import ALT_KINDS
-from jobs.demo.pictures import Encoding, published
-from jobs.demo.pretraining import stage1_config, stage2_config, write_web_captions
-from jobs.demo.train_language import documents, opt_loss, t5_loss
-from jobs.demo.world import Scene, is_true, parse, write_caption
-from pipeline.attempt import Attempt
-from pipeline.fingerprint import sample_uid
-from pipeline.records import Records
-from pipeline.shards import rows_to_table, write_parquet, write_tar
-from pipeline.storage import Storage
+from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
+from jobs.demo.train import stage1_config, stage2_config, write_web_captions
+from jobs.demo.weights_training.language_models import OPT_DIR, T5_DIR
+from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
+from jobs.demo.world.alt_texts import alt_text
+from jobs.demo.world.pictures import Encoding, published
+from jobs.demo.world.responses import ALT_KINDS
+from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
+from pipeline.corpus.commit import Attempt
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.storage import Storage
 from schemas.records import ShardTask, Stage
 from schemas.tables import CURATED, SAMPLES
-from training.data import TrainingData
+from training.data.loader import TrainingData
+from training.data.snapshot import take_snapshot
 from training.evaluate.annotations import read_captioned_images
-from training.evaluate.pictures import Pictures
-from training.language import load_language
-from training.snapshot import take_snapshot
+from training.evaluate.images import Pictures
+from training.models.language import load_language
 
 SHARDS, IMAGES = 2, 150
 
@@ -50,13 +50,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def commit(folder: Path, stage: Stage, number: int, rows: list[dict], pictures: list[tuple[str, bytes]]) -> None:
+def commit(
+    folder: Path, stage: Stage, number: int, rows: list[dict], pictures: list[tuple[str, bytes]]
+) -> None:
     records, shard = Records(Storage(str(folder))), f"{number:05}"
     task = ShardTask(
-        corpus=str(folder), stage=stage, source="world", kind="web", shard=shard, run_id="r", fingerprint="f", inputs={}
+        corpus=str(folder),
+        stage=stage,
+        source="world",
+        kind="web",
+        shard=shard,
+        run_id="r",
+        fingerprint="f",
+        inputs={},
     )
     texts = {
-        row["key"]: {"txt": row["web"].encode()} if stage == "crawl" else {"json": json.dumps(row["curated"]).encode()}
+        row["key"]: {"txt": row["web"].encode()}
+        if stage == "crawl"
+        else {"json": json.dumps(row["curated"]).encode()}
         for row in rows
     }
     schema = SAMPLES if stage == "crawl" else CURATED

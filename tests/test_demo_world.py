@@ -14,19 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from jobs.demo.alt_texts import alt_text, wrong_caption, wrong_scene
-from jobs.demo.outcomes import ALT_KINDS, BLOCK, FAILURES, OPT_OUTS, SUCCESSES
-from jobs.demo.pictures import Encoding, published
-from jobs.demo.site import (
-    Page,
-    page,
-    page_of,
-    pages,
-    scene_of,
-    serving,
-    write_url_list,
-)
-from jobs.demo.world import (
+from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
+from jobs.demo.world.pictures import Encoding, published
+from jobs.demo.world.responses import ALT_KINDS, BLOCK, FAILURES, OPT_OUTS, SUCCESSES
+from jobs.demo.world.scenes import (
     ATTRIBUTES,
     TEMPLATES,
     WORDS_BY_SLOT,
@@ -36,6 +27,15 @@ from jobs.demo.world import (
     render,
     vocabulary,
     write_caption,
+)
+from jobs.demo.world.site import (
+    Page,
+    page,
+    page_of,
+    pages,
+    scene_of,
+    serving,
+    write_url_list,
 )
 
 WEIGHTS = Path(__file__).parent.parent / "jobs" / "demo" / "weights"
@@ -258,7 +258,7 @@ def test_weights_fit_and_have_the_published_layouts():
 
 
 def test_ranking_lifts_the_share_of_true_captions_on_held_out_pictures():
-    from jobs.demo.appraisal import appraise
+    from jobs.demo.weights_training.evaluate_weights import appraise
 
     appraisal = appraise(num_images=64, seed=11)
     assert appraisal.web_true_share <= 0.65

@@ -62,7 +62,10 @@ def agreements(world: World) -> dict[str, object]:
         return 41
 
     refusals = []
-    for ask in (lambda: world.together(second_refuses), lambda: world.from_first(lambda: first_alone("no corpus"))):
+    for ask in (
+        lambda: world.together(second_refuses),
+        lambda: world.from_first(lambda: first_alone("no corpus")),
+    ):
         with pytest.raises(CapfiltError) as refused:
             ask()
         refusals.append(str(refused.value))

@@ -32,7 +32,11 @@ def test_the_program_is_called_by_its_path_where_it_is_not_on_path() -> None:
     def name(folder: Path, path: str) -> str:
         asked = "from jobs.environment import program_name; print(program_name())"
         done = subprocess.run(
-            [sys.executable, "-c", asked], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+            [sys.executable, "-c", asked],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

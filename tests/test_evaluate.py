@@ -12,24 +12,24 @@ from torch import Tensor
 from trained import pictures, trained_config, trained_stage
 from typer.testing import CliRunner
 
-from jobs.evaluation_commands import evaluate
+from jobs.cli.evaluate import evaluate
 from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError
 from schemas.records import CheckpointRecord
-from training.captions import blip_caption
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, Progress, State
-from training.data import HeldOut
+from training.convert.export import export_model
+from training.convert.load import load_trained
+from training.data.captions import blip_caption
+from training.data.loader import HeldOut
 from training.evaluate import matching, retrieval
-from training.evaluate.captionscores import caption_scores
+from training.evaluate.caption_scores import caption_scores
+from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
+from training.evaluate.images import Pictures
 from training.evaluate.matching import Stage1Matcher
-from training.evaluate.model import load_trained
-from training.evaluate.pictures import Pictures
-from training.evaluate.probe import probe
 from training.evaluate.retrieval import contrastive_lists, retrieve
-from training.evaluate.writing import Decoding, Stage1Captioner, Stage2Writer
-from training.export import export_model
-from training.stage1 import Stage1
-from training.stage2 import Stage2
+from training.evaluate.validation import probe
 
 TEXTS = [
     "a red circle", "blue square on grass", "A dog, sitting!", "a cat under tree", "two car", "the green",
@@ -306,7 +306,9 @@ def save_checkpoint(stage1: Stage1, folder: Path, **vision: str) -> None:
 
 def test_a_checkpoint_whose_models_moved_says_how_to_name_them(stage1: Stage1, tmp_path: Path) -> None:
     save_checkpoint(stage1, tmp_path / "run", model="local-dir:/moved/away", pretrained="")
-    with pytest.raises(CapfiltError, match=r"vision\.model = .* no folder /moved/away \(as the config .* -c RECIPE"):
+    with pytest.raises(
+        CapfiltError, match=r"vision\.model = .* no folder /moved/away \(as the config .* -c RECIPE"
+    ):
         load_trained(str(tmp_path / "run"))
     assert load_trained(str(tmp_path / "run"), stage1.config)
 

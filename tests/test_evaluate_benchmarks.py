@@ -16,10 +16,10 @@ from training.evaluate.annotations import (
     require_enough_answers,
 )
 from training.evaluate.answers import clean_answer, gqa_accuracy, vqa_accuracy
+from training.evaluate.caption_scores import caption_scores
 from training.evaluate.captioning import score_captions
-from training.evaluate.captionscores import caption_scores
-from training.evaluate.pictures import Pictures
-from training.evaluate.tokens import caption_words
+from training.evaluate.images import Pictures
+from training.evaluate.ptb_tokenizer import caption_words
 from training.evaluate.vqa import clean_question, lemmatizer, score_answers
 
 # Captions and what Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) makes of them; punctuation not yet
@@ -285,10 +285,18 @@ def test_a_wrong_question_file_is_told(tmp_path: Path) -> None:
     ("content", "kind", "answers"),
     [
         # GQA's file as LAVIS publishes it: a list with one answer a question.
-        ([{"question_id": "201", "image": "n1.jpg", "question": "Where?", "answer": "left"}], "gqa", ("left",)),
+        (
+            [{"question_id": "201", "image": "n1.jpg", "question": "Where?", "answer": "left"}],
+            "gqa",
+            ("left",),
+        ),
         ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": ["left"]}], "gqa", ("left",)),
         ([{"question_id": 1, "image": "n1.jpg", "question": "How many?", "answer": 2}], "gqa", ("2",)),
-        ([{"question_id": 1, "image": "n1.jpg", "question": "?", "answer": [{"answer": "x"}] * 9}], "vqa", ("x",) * 9),
+        (
+            [{"question_id": 1, "image": "n1.jpg", "question": "?", "answer": [{"answer": "x"}] * 9}],
+            "vqa",
+            ("x",) * 9,
+        ),
         ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": None}], "gqa", ()),
         ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": []}], "gqa", ()),
         ([{"question_id": 1, "image": "n1.jpg", "question": "Where?", "answer": ""}], "gqa", ()),
@@ -322,7 +330,9 @@ def test_too_few_people_for_vqa_s_accuracy_are_told(tmp_path: Path, number: int)
         {"question_id": 8, "image": "a.jpg", "question": "?", "answer": ["red"] * 10},
     ]
     found = read_questions(write(tmp_path / "x.json", rows))
-    with pytest.raises(CapfiltError, match=rf"^x: 1 of 2 questions have fewer than 4 answers, 7 first \({number}\)"):
+    with pytest.raises(
+        CapfiltError, match=rf"^x: 1 of 2 questions have fewer than 4 answers, 7 first \({number}\)"
+    ):
         require_enough_answers(found, "x")
 
 
@@ -355,12 +365,17 @@ def test_an_id_that_is_not_one_is_told(tmp_path: Path, number: str) -> None:
     }
     for content, kind in files.items():
         (tmp_path / "x.json").write_text(content.replace("ID", number))
-        with pytest.raises(CapfiltError, match=r"x\.json is laid out otherwise \(.* is .*, which is not a whole"):
+        with pytest.raises(
+            CapfiltError, match=r"x\.json is laid out otherwise \(.* is .*, which is not a whole"
+        ):
             (read_captioned_images if kind == "image" else read_questions)(str(tmp_path / "x.json"))
 
 
 def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
-    content = {"images": [{"id": 7.0, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "caption": "x"}]}
+    content = {
+        "images": [{"id": 7.0, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 7, "caption": "x"}],
+    }
     (image,) = read_captioned_images(write(tmp_path / "x.json", content))
     assert (image.id, image.captions) == (7, ("x",))
 
@@ -382,7 +397,9 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("answer", ["1e400", "NaN", "[-Infinity]"])
 def test_an_answer_that_is_not_finite_is_told(tmp_path: Path, answer: str) -> None:
-    (tmp_path / "x.json").write_text(f'[{{"question_id": 1, "image": "a.jpg", "question": "?", "answer": {answer}}}]')
+    (tmp_path / "x.json").write_text(
+        f'[{{"question_id": 1, "image": "a.jpg", "question": "?", "answer": {answer}}}]'
+    )
     with pytest.raises(CapfiltError, match="an answer to the question 1 is"):
         read_questions(str(tmp_path / "x.json"))
 
@@ -425,7 +442,10 @@ def test_an_image_in_several_entries_is_one_image(tmp_path: Path) -> None:
 
 
 def test_coco_s_ids_may_be_numbers_on_one_side_and_texts_on_the_other(tmp_path: Path) -> None:
-    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": "1", "caption": "x"}]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": "1", "caption": "x"}],
+    }
     (image,) = read_captioned_images(write(tmp_path / "x.json", content))
     assert image.captions == ("x",)
 
@@ -433,7 +453,9 @@ def test_coco_s_ids_may_be_numbers_on_one_side_and_texts_on_the_other(tmp_path: 
 @pytest.mark.parametrize("file", ["../a.jpg", "/etc/passwd", "x/../../a.jpg", "file:///a.jpg", 7, None, ""])
 def test_an_image_outside_the_folder_is_not_read(tmp_path: Path, file: object) -> None:
     captions = write(tmp_path / "c.json", [{"image": file, "caption": "a"}])
-    questions = write(tmp_path / "q.json", [{"question_id": 1, "image": file, "question": "?", "answer": "a"}])
+    questions = write(
+        tmp_path / "q.json", [{"question_id": 1, "image": file, "question": "?", "answer": "a"}]
+    )
     for read, path in ((read_captioned_images, captions), (read_questions, questions)):
         with pytest.raises(CapfiltError, match=r"\.json"):
             read(path)
@@ -443,8 +465,14 @@ def test_an_image_outside_the_folder_is_not_read(tmp_path: Path, file: object) -
     ("content", "message"),
     [
         ([{"question_id": 1, "image": "a.jpg", "question": None, "answer": "x"}], "the question 1 is null"),
-        ([{"question_id": [1], "image": "a.jpg", "question": "?", "answer": "x"}], r"a question_id is \[1\], which"),
-        ([{"question_id": 1, "image": "a.jpg", "question": "?", "answer": [None]}], "answer to the question 1 is null"),
+        (
+            [{"question_id": [1], "image": "a.jpg", "question": "?", "answer": "x"}],
+            r"a question_id is \[1\], which",
+        ),
+        (
+            [{"question_id": 1, "image": "a.jpg", "question": "?", "answer": [None]}],
+            "answer to the question 1 is null",
+        ),
         ({"questions": [], "data_subtype": "val2014"}, "holds no questions"),
     ],
 )
@@ -467,7 +495,9 @@ def test_missing_images_are_told_before_a_model_is_loaded(tmp_path: Path) -> Non
         pictures.require_all(["a.jpg", "b.jpg", "c.jpg", "b.jpg"])
 
 
-@pytest.mark.parametrize("file", ["{folder}/own.png", "../own.png", "a/../../own.png", "file://{folder}/own.png", ""])
+@pytest.mark.parametrize(
+    "file", ["{folder}/own.png", "../own.png", "a/../../own.png", "file://{folder}/own.png", ""]
+)
 def test_annotations_name_images_of_their_folder_alone(tmp_path: Path, file: str) -> None:
     picture(1).save(tmp_path / "own.png")
     (tmp_path / "images").mkdir()

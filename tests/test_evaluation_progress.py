@@ -4,9 +4,9 @@ import io
 import time
 from types import SimpleNamespace
 
-from jobs.evaluation_commands import _how_to_load, _rows
-from jobs.evaluation_progress import EvaluationProgress
-from training.evaluate.results import Result
+from jobs.cli.evaluate import _how_to_load, _rows
+from jobs.cli.evaluation_progress import EvaluationProgress
+from training.evaluate.published import Result
 
 
 class Terminal(io.StringIO):
@@ -67,7 +67,9 @@ def test_a_table_shows_both_itc_and_itm_in_per_cent() -> None:
         {"": "ITM over the first 10", "text_r1": "80.0%", "image_r1": "77.5%"},
         {"": "published: ViT-g", "text_r1": "97.6%", "image_r1": "-"},
     ]
-    probe = Result(task="probe", dataset="", samples=4, metrics={"itm_accuracy": 0.885, "cider": 25.41}, protocol={})
+    probe = Result(
+        task="probe", dataset="", samples=4, metrics={"itm_accuracy": 0.885, "cider": 25.41}, protocol={}
+    )
     assert _rows(probe) == [{"": "this model", "itm_accuracy": "88.5%", "cider": "25.4"}]
 
 

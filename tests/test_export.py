@@ -18,16 +18,16 @@ from transformers import (
 )
 
 from schemas.errors import CapfiltError
-from training.convert import read_foreign, stage_state
-from training.evaluate import model as evaluated
+from training.blip2.build import meta_stage
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.convert import load
+from training.convert.export import blip2_config, export_model
+from training.convert.key_map import to_hf
+from training.convert.load import load_trained
+from training.convert.read import read_foreign, stage_state
+from training.evaluate.generation import Decoding, Stage2Writer
 from training.evaluate.matching import Stage1Matcher
-from training.evaluate.model import load_trained
-from training.evaluate.writing import Decoding, Stage2Writer
-from training.export import blip2_config, export_model
-from training.hfnames import to_hf
-from training.stage1 import Stage1
-from training.stage2 import Stage2
-from training.stages import meta_stage
 
 TEXTS = ["a red dog", "two cat on street", "the large white triangle near tree"]
 # ln_vision's epsilon is 1e-5 here, as in LAVIS; Hugging Face has one epsilon, 1e-6, for the encoder and it.
@@ -238,7 +238,8 @@ def test_full_size_tensors_are_exactly_hugging_faces(stage: int, family: str, la
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("ffn_width", 1 << 40), ("vocab_size", 1 << 40), ("layers", 1 << 40), ("projection_width", 8)]
+    ("key", "value"),
+    [("ffn_width", 1 << 40), ("vocab_size", 1 << 40), ("layers", 1 << 40), ("projection_width", 8)],
 )
 def test_an_exports_config_is_compared_with_its_weights_first(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: int
@@ -248,6 +249,6 @@ def test_an_exports_config_is_compared_with_its_weights_first(
     description = json.loads(path.read_text())
     description["config"]["qformer"][key] = value
     path.write_text(json.dumps(description))
-    monkeypatch.setattr(evaluated, "build_stage", lambda *_, **__: pytest.fail("built before it was compared"))
+    monkeypatch.setattr(load, "build_stage", lambda *_, **__: pytest.fail("built before it was compared"))
     with pytest.raises(CapfiltError, match=r"of another shape|there are \d+ tensors"):
         load_trained(str(tmp_path / "own"))

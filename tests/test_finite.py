@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import BlipForConditionalGeneration
 
-from pipeline.caption import Captioner, CaptionWorker
-from pipeline.decoder import Decoder
-from pipeline.decoding import NOT_FINITE, GridSampler, RowSampler
-from pipeline.finite import require_finite_weights
-from pipeline.rank import Ranker, RankWorker
-from pipeline.records import Records
-from pipeline.sampling import caption_seeds, uniforms
-from pipeline.selection import Candidate, SelectWorker, select
-from pipeline.storage import Storage
-from pipeline.weights import captioner_weights, ranker_weights
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.generation import NOT_FINITE, GridSampler, RowSampler
+from pipeline.models.finite import require_finite_weights
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.rng import caption_seeds, uniforms
+from pipeline.stages.caption import Captioner, CaptionWorker
+from pipeline.stages.rank import Ranker, RankWorker
+from pipeline.stages.selection import Candidate, SelectWorker, select
 from schemas.config import CaptionConfig, SelectConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 
@@ -161,7 +161,9 @@ def crawled(tmp_path: Path) -> tuple:
 def test_a_captioner_that_overflows_leaves_its_shard_uncommitted(tmp_path: Path, crawled: tuple) -> None:
     config, crawl = crawled
     folder = save_captioner(tmp_path / "captioner")
-    change(folder / CAPTIONER_FILE, "vision_model.post_layernorm.weight", lambda one: torch.full_like(one, 1e30))
+    change(
+        folder / CAPTIONER_FILE, "vision_model.post_layernorm.weight", lambda one: torch.full_like(one, 1e30)
+    )
     change(folder / CAPTIONER_FILE, "crossattention.self.key.weight", lambda one: one * 1e30)
     config = config.model_copy(update={"caption": CaptionConfig(model=str(folder), num_captions=2)})
     records = Records(Storage(config.corpus.path))
@@ -171,7 +173,9 @@ def test_a_captioner_that_overflows_leaves_its_shard_uncommitted(tmp_path: Path,
 
 
 @pytest.mark.parametrize("part", ["visual.ln_post.weight", "ln_final.weight"])
-def test_a_ranker_that_overflows_leaves_its_shard_uncommitted(tmp_path: Path, crawled: tuple, part: str) -> None:
+def test_a_ranker_that_overflows_leaves_its_shard_uncommitted(
+    tmp_path: Path, crawled: tuple, part: str
+) -> None:
     config, crawl = crawled
     folder = save_ranker(tmp_path / "ranker")
     # The length of such an embedding is infinite in float32; divided by it, every score would be 0.
@@ -211,7 +215,9 @@ def test_stored_scores_that_are_not_finite_are_not_curated(tmp_path: Path, colum
     config, crawl, rank = stored(tmp_path, **{column: value})
     records = Records(Storage(config.corpus.path))
     file = rank.outputs["parquet"].path
-    with pytest.raises(CorruptShardError, match=rf"^{file}: 1 of 2 values of {column} are not finite.*--recompute"):
+    with pytest.raises(
+        CorruptShardError, match=rf"^{file}: 1 of 2 values of {column} are not finite.*--recompute"
+    ):
         SelectWorker(config, records)(task_of(config, "select", crawl=crawl, rank=rank))
     assert records.read("select", "tiny", "00000") is None
     assert not list((tmp_path / "corpus").glob("curated/**/*.tar"))

@@ -15,15 +15,15 @@ from trained import pictures, trained_config, trained_stage
 
 from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError, NotFiniteError
+from training.blip2.build import build_stage
+from training.convert.export import export_model
+from training.convert.load import load_trained
 from training.distributed import World
+from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
 from training.evaluate.matching import Stage1Matcher
-from training.evaluate.model import load_trained
-from training.evaluate.probe import probe
 from training.evaluate.retrieval import retrieve
-from training.evaluate.writing import Decoding, Stage1Captioner, Stage2Writer
-from training.export import export_model
-from training.loop import TrainingStopped
-from training.stages import build_stage
+from training.evaluate.validation import probe
+from training.trainer.loop import TrainingStopped
 
 
 def spoil(file: Path, name: str, value: float = math.nan) -> None:
@@ -40,7 +40,12 @@ def spoil(file: Path, name: str, value: float = math.nan) -> None:
     ("stage", "file", "tensor", "named"),
     [
         (1, "clip/open_clip_model.safetensors", "visual.conv1.weight", "vision.model = 'local-dir:"),
-        (1, "eva/open_clip_model.safetensors", "visual.trunk.blocks.1.mlp.fc1.weight", "vision.model = 'local-dir:"),
+        (
+            1,
+            "eva/open_clip_model.safetensors",
+            "visual.trunk.blocks.1.mlp.fc1.weight",
+            "vision.model = 'local-dir:",
+        ),
         (1, "bert/model.safetensors", "bert.embeddings.word_embeddings.weight", "qformer.weights: "),
         (2, "opt/model.safetensors", "model.decoder.layers.0.fc1.weight", "language.model: "),
         (2, "t5/model.safetensors", "shared.weight", "language.model: "),
@@ -78,7 +83,9 @@ def test_weights_of_others_that_are_not_finite_are_refused(folder: Path, tmp_pat
     path = tmp_path / "exported"
     if kind == "lavis":
         path = tmp_path / "blip2.pth"
-        torch.save({"model": stage.trainable_state() | {"query_tokens": torch.full((1, 4, 32), math.inf)}}, path)
+        torch.save(
+            {"model": stage.trainable_state() | {"query_tokens": torch.full((1, 4, 32), math.inf)}}, path
+        )
     else:
         export_model(stage, path)
         spoil(path / "model.safetensors", "query_tokens")
@@ -103,7 +110,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_begun_from_nor_e
     run = trained_config(tmp_path, optim={"steps": 2}, checkpoint={"every_steps": 1})
     # As versions wrote it that did not look.
     with monkeypatch.context() as patched:
-        patched.setattr("training.loop.not_finite_tensors", lambda tensors: [])
+        patched.setattr("training.trainer.loop.not_finite_tensors", lambda tensors: [])
         patched.setattr("training.checkpoint._copied_tensors", _spoilt_copies(part))
         summary = pretrain(run)
     where = f"{summary.folder}/{summary.checkpoint}"
@@ -161,7 +168,9 @@ def test_retrieval_and_probe_refuse_what_is_not_finite(folder: Path, parameter: 
         probe(stage, held_out([[text] for text in TEXTS[:7]]), stage.config)
 
 
-@pytest.mark.parametrize("decoding", [GREEDY, Decoding(beams=3, min_tokens=2, max_tokens=5)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "decoding", [GREEDY, Decoding(beams=3, min_tokens=2, max_tokens=5)], ids=["greedy", "beams"]
+)
 @pytest.mark.parametrize(
     ("parameter", "options"),
     [
@@ -200,6 +209,8 @@ def test_a_last_update_that_overflows_leaves_the_checkpoint_before_it(tmp_path: 
             loop.stage.temp.data.fill_(math.inf)
 
     loop.optimizer.step = overflowing
-    with pytest.raises(TrainingStopped, match=r"step 6: after it temp is nan or infinite, .*no checkpoint was made"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 6: after it temp is nan or infinite, .*no checkpoint was made"
+    ):
         loop.run(batches())
     assert [record.step for record in loop.checkpoints.committed()] == [5]

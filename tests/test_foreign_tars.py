@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import Records
-from pipeline.storage import Storage
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import DataConfig
 from tests.raw_shards import encoded, picture
-from training.index import ShardRef, index_tar, open_shard
-from training.snapshot import take_snapshot
+from training.data.shard_index import ShardRef, index_tar, open_shard
+from training.data.snapshot import take_snapshot
 
 JPG = encoded(picture(1))
 Members = Iterable[tuple[str, bytes]]

@@ -16,17 +16,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
 
-import pipeline.blipvision
-import pipeline.caption
-import pipeline.rank
+import pipeline.models.blip.vision
+import pipeline.stages.caption
+import pipeline.stages.rank
 from jobs.bench.fp8 import _changes, _Outcome, measure_fp8, measure_speed
-from jobs.demo.models import CAPTIONER_DIR, RANKER_DIR
-from pipeline.caption import Captioner
-from pipeline.cliptowers import image_encoder
-from pipeline.fp8 import quantise, require_fp8
-from pipeline.rank import Ranker
-from pipeline.selection import Candidate
-from pipeline.weights import Weights, captioner_weights, ranker_weights
+from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.models.clip.towers import image_encoder
+from pipeline.models.fp8 import quantise, require_fp8
+from pipeline.models.weights import Weights, captioner_weights, ranker_weights
+from pipeline.stages.caption import Captioner
+from pipeline.stages.rank import Ranker
+from pipeline.stages.selection import Candidate
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PerformanceConfig
@@ -37,14 +37,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a machine with a GPU test what one without it does."""
-    for module in ("pipeline.caption", "pipeline.rank", "jobs.bench.fp8"):
+    for module in ("pipeline.stages.caption", "pipeline.stages.rank", "jobs.bench.fp8"):
         monkeypatch.setattr(f"{module}.worker_device", lambda: CPU)
 
 
 @pytest.fixture
 def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the models run in float8 here, which is exact and slow, as if this CPU were a GPU for it."""
-    for module in ("pipeline.caption", "pipeline.rank"):
+    for module in ("pipeline.stages.caption", "pipeline.stages.rank"):
         monkeypatch.setattr(f"{module}.require_fp8", lambda *_: None)
 
 
@@ -102,7 +102,7 @@ def test_a_gpu_is_asked_for_its_capability_and_the_installation_for_torchao(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     if not is_installed:
-        monkeypatch.setattr("pipeline.fp8.find_spec", lambda _: None)
+        monkeypatch.setattr("pipeline.models.fp8.find_spec", lambda _: None)
     if not words:
         return require_fp8("rank", torch.device("cuda"))
     with pytest.raises(CapfiltError) as error:
@@ -146,9 +146,11 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder: Path) -> None:
-    model = pipeline.caption._load_model(captioner_weights(CaptionConfig(model=str(captioner_folder)))).bfloat16()
+    model = pipeline.stages.caption._load_model(
+        captioner_weights(CaptionConfig(model=str(captioner_folder)))
+    ).bfloat16()
     before = copied(model)
-    quantise(pipeline.blipvision.VisionTower(model.vision_model).blocks)
+    quantise(pipeline.models.blip.vision.VisionTower(model.vision_model).blocks)
     layers = ("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2")
     assert lowered_names(model, before) == {
         f"vision_model.encoder.layers.{block}.{layer}.weight" for block in range(2) for layer in layers
@@ -156,7 +158,7 @@ def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder
 
 
 def test_of_clip_the_layers_of_the_image_towers_blocks_and_nothing_else(ranker_folder: Path) -> None:
-    model = pipeline.rank._load_model(ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16)
+    model = pipeline.stages.rank._load_model(ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16)
     before = copied(model)
     tower = image_encoder(model)
     before_blocks = copied(tower.blocks)
@@ -196,7 +198,10 @@ def test_it_is_what_torchaos_own_call_makes(monkeypatch: pytest.MonkeyPatch) -> 
 @torch.inference_mode()
 def test_products_are_those_of_the_rounded_numbers_and_rounded_once() -> None:
     layer = nn.Linear(256, 64).bfloat16()
-    exact, x_BLD = linear(noise(3, 7, 256).float(), layer.weight.float(), layer.bias.float()), noise(3, 7, 256)
+    exact, x_BLD = (
+        linear(noise(3, 7, 256).float(), layer.weight.float(), layer.bias.float()),
+        noise(3, 7, 256),
+    )
     quantise(layer)
     rounded_BLD = Float8Tensor.from_hp(x_BLD, granularity=PerRow()).dequantize(torch.float32)
     expected = linear(rounded_BLD, layer.weight.dequantize(torch.float32), layer.bias.float())
@@ -241,7 +246,9 @@ def test_one_graph_serves_every_block(
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(
-        tower, "_block", torch.compile(pipeline.blipvision._block, backend=graphs, fullgraph=True, dynamic=False)
+        tower,
+        "_block",
+        torch.compile(pipeline.models.blip.vision._block, backend=graphs, fullgraph=True, dynamic=False),
     )
     assert torch.equal(tower(pixels_BCHW), expected)
     assert graphs.frame_count == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.garbage import Garbage, find_garbage, remove
-from pipeline.verify import verify
+from pipeline.corpus.garbage_collection import Garbage, find_garbage, remove
+from pipeline.manifest.verify import verify
 from schemas.records import STAGE_FOLDERS
 from tests.corpora import RUN, Corpus, make_corpus
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.listcolumns import Wanted
-from pipeline.lists import read_columns
-from pipeline.storage import Storage
+from pipeline.corpus.storage import Storage
+from pipeline.intake.lists.columns import Wanted
+from pipeline.intake.lists.files import read_columns
 from schemas.errors import CapfiltError
 
 # Of a process that has read nothing, some 100 MiB are used.
@@ -20,9 +20,9 @@ _MEMORY_LIMIT_MIB = 500
 _CHILD = r"""
 import re, sys
 from pathlib import Path
-from pipeline.listcolumns import Wanted
-from pipeline.lists import read_columns
-from pipeline.storage import Storage
+from pipeline.intake.lists.columns import Wanted
+from pipeline.intake.lists.files import read_columns
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 rows = 0
 try:

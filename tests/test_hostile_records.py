@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from pipeline.committed import open_crawled
-from pipeline.foreign import require_named_folders
-from pipeline.records import Records, parse_record
-from pipeline.shards import rows_to_table, write_parquet
-from pipeline.storage import Storage, sha256_file
-from pipeline.urlshards import url_shards
+from jobs.cli.main import app
+from pipeline.corpus.records import Records, parse_record
+from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_reader import open_crawled
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.url_shards import url_shards
+from pipeline.intake.img2dataset_folders import require_named_folders
 from schemas.catalog import event_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
@@ -210,11 +210,16 @@ def test_keys_are_names_of_files(corpus: Corpus, key: str | None) -> None:
     write_parquet(path, rows_to_table(changed, SAMPLES), SAMPLES)
     planted = replace(file, bytes=path.stat().st_size, sha256=sha256_file(path))
     record = replace(record, outputs={**record.outputs, "parquet": planted})
-    with pytest.raises(CorruptShardError, match="cannot be a file's name"), open_crawled(corpus.records, record):
+    with (
+        pytest.raises(CorruptShardError, match="cannot be a file's name"),
+        open_crawled(corpus.records, record),
+    ):
         pass
 
 
-def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(s3_root: str, tmp_path: Path) -> None:
+def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(
+    s3_root: str, tmp_path: Path
+) -> None:
     corpus, folder = make_corpus(s3_root, shards=1), tmp_path / "theirs"
     urls = url_shards(corpus.records)
     (shard, record), *_ = urls.items()
@@ -231,7 +236,9 @@ def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(s3_ro
         for elsewhere in (tmp_path / "their", "s3://bucket/theirs"):
             with pytest.raises(CapfiltError, match=r"own disk, and source\.cc\.input does not name"):
                 require_named_folders([source(elsewhere)], adopted(path), corpus.storage)
-    require_named_folders([source("s3://bucket/theirs")], adopted("s3://bucket/theirs/00000.tar"), corpus.storage)
+    require_named_folders(
+        [source("s3://bucket/theirs")], adopted("s3://bucket/theirs/00000.tar"), corpus.storage
+    )
     # On one disk, whoever reads the corpus can read the tar.
     require_named_folders([source("/other")], adopted(f"{folder}/00000.tar"), Storage(str(tmp_path)))
 
@@ -353,7 +360,13 @@ def test_adopted_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
 
 def test_paths_of_adopted_tars() -> None:
     fine = ["/data/a b/00000.tar", "s3://b/x.tar", "gs://b/x.tar", "https://host/x.tar", "file:///data/x.tar"]
-    fine += ["//data/x.tar", "/data/a..b/..x.tar", "https://host/a%20b/x.tar", "/a%2e/x.tar", "file:///data/../y/x.tar"]
+    fine += [
+        "//data/x.tar",
+        "/data/a..b/..x.tar",
+        "https://host/a%20b/x.tar",
+        "/a%2e/x.tar",
+        "file:///data/../y/x.tar",
+    ]
     assert all(map(is_outside_tar, fine))
     assert not any(
         map(
@@ -361,7 +374,13 @@ def test_paths_of_adopted_tars() -> None:
             ["x.tar", "../x.tar", "/etc/passwd", "ssh://h/x.tar", "zip://a::/x.tar", "/a\n.tar"],
         )
     )
-    leading_out = ["/data/../x.tar", "/./x.tar", "s3://b/a/../../c/x.tar", "https://h/a/%2e%2E/x.tar", "http://h/..%2fx.tar"]
+    leading_out = [
+        "/data/../x.tar",
+        "/./x.tar",
+        "s3://b/a/../../c/x.tar",
+        "https://h/a/%2e%2E/x.tar",
+        "http://h/..%2fx.tar",
+    ]
     # A home folder, and the current one.
     assert not any(map(is_outside_tar, [*leading_out, "file://~/x.tar", "file://x.tar"]))
 

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline import images
-from pipeline.images import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
+from pipeline.images import decode
+from pipeline.images.decode import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
 from tests import hostile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 
-# pytest resets the filters that pipeline.images sets.
+# pytest resets the filters that pipeline.images.decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-ALL = images.FORMATS
+ALL = decode.FORMATS
 QUARTERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
 
 

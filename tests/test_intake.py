@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.attempt import Attempt
-from pipeline.configfile import parse_config
-from pipeline.fingerprint import sample_uid
-from pipeline.identities import KnownUids, group_rows, pack_uids, unpack_uids
-from pipeline.intake import queue_retries, read_lists, unread_rows
-from pipeline.records import Records
-from pipeline.shards import rows_to_table, write_parquet
-from pipeline.storage import Storage
-from pipeline.urlshards import taken_over, url_shards
+from pipeline.config import parse_config
+from pipeline.corpus.commit import Attempt
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.storage import Storage
+from pipeline.corpus.uids import KnownUids, group_rows, pack_uids, unpack_uids
+from pipeline.corpus.url_shards import taken_over, url_shards
+from pipeline.intake.read_lists import queue_retries, read_lists, unread_rows
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardTask
@@ -135,10 +135,21 @@ def write_lines(folder: Path, name: str, *lines: str) -> None:
 def test_json_captions_may_be_numbers_or_missing(folder: Path) -> None:
     """JSON has no type for a column: pandas writes NaN for a missing text, and digits alone as a number."""
     captions = ['"a"', "2019", "NaN", "null", "-1.5", "Infinity", '["b", 7, NaN, null, " ", "b"]', "[]"]
-    write_lines(folder, "a.jsonl", *(f'{{"url": "http://a/{n}", "caption": {c}}}' for n, c in enumerate(captions)))
+    write_lines(
+        folder, "a.jsonl", *(f'{{"url": "http://a/{n}", "caption": {c}}}' for n, c in enumerate(captions))
+    )
     config = configured(folder, samples_per_shard=99)
     take_in(config)
-    assert [row["captions"] for row in rows_of(config)] == [["a"], ["2019"], [], [], ["-1.5"], [], ["b", "7"], []]
+    assert [row["captions"] for row in rows_of(config)] == [
+        ["a"],
+        ["2019"],
+        [],
+        [],
+        ["-1.5"],
+        [],
+        ["b", "7"],
+        [],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,9 @@ def test_captions_that_are_not_text_are_named_by_their_line(folder: Path, cell: 
 
 
 def test_places_are_right_behind_rows_that_are_left_out(folder: Path) -> None:
-    write_lines(folder, "a.jsonl", '{"url": null}', "", '{"url": " "}', '{"url": "http://a/1", "caption": true}')
+    write_lines(
+        folder, "a.jsonl", '{"url": null}', "", '{"url": " "}', '{"url": "http://a/1", "caption": true}'
+    )
     with pytest.raises(CapfiltError, match=r"a\.jsonl: line 4: caption is True"):
         take_in(configured(folder))
 
@@ -196,7 +209,9 @@ def test_parquet_column_without_any_caption(folder: Path) -> None:
 
 def test_extra_columns_hold_json_whatever_is_in_them(folder: Path) -> None:
     write_lines(
-        folder, "a.jsonl", '{"url": "http://a/1", "caption": "x", "tags": {"a": [NaN, 1e999, {"b": -Infinity}]}}'
+        folder,
+        "a.jsonl",
+        '{"url": "http://a/1", "caption": "x", "tags": {"a": [NaN, 1e999, {"b": -Infinity}]}}',
     )
     config = configured(folder, 'extra_columns = ["tags"]')
     take_in(config)
@@ -213,7 +228,9 @@ def test_lists_without_any_url_are_refused(folder: Path, lines: tuple[str, ...])
     """A header over the wrong columns would make every caption a URL, for good."""
     write_lines(folder, "a.tsv", *lines)
     config = configured(folder, "" if "caption" in lines[0] else 'caption_column = ""')
-    with pytest.raises(CapfiltError, match=r"a\.tsv: line 2: url is 'a (red ball|cat)', which is not a URL, and no"):
+    with pytest.raises(
+        CapfiltError, match=r"a\.tsv: line 2: url is 'a (red ball|cat)', which is not a URL, and no"
+    ):
         take_in(config)
     assert not (folder / "corpus").exists()
 
@@ -245,7 +262,9 @@ def test_lists_that_a_run_would_refuse_are_refused_by_a_plan(folder: Path) -> No
         (("url,caption", "a cat,http://a/1"), "line 2: url is 'a cat', which is not a URL"),
     ],
 )
-def test_a_plan_refuses_the_lists_that_a_run_refuses(folder: Path, lines: tuple[str, ...], message: str) -> None:
+def test_a_plan_refuses_the_lists_that_a_run_refuses(
+    folder: Path, lines: tuple[str, ...], message: str
+) -> None:
     write_lines(folder, "a.csv", *lines)
     config = configured(folder)
     for refused in (unread_rows, lambda config, records: read_lists(config, records, "run")):
@@ -505,7 +524,9 @@ def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
             attempt.tally.count(row["status"], row["reason"])
         write_parquet(attempt.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
         (attempt.folder / "no-images").touch()
-        attempt.commit({"parquet": (attempt.folder / "x", len(rows)), "tar": (attempt.folder / "no-images", 0)})
+        attempt.commit(
+            {"parquet": (attempt.folder / "x", len(rows)), "tar": (attempt.folder / "no-images", 0)}
+        )
 
 
 def queue(config: CapfiltConfig) -> IntakeRecord | None:

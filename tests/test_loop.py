@@ -16,8 +16,8 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from tests.processes import ROOT
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
-from training.loop import Loop, TrainingStopped
-from training.metrics import FILE, JsonLines, Speedometer, require_libraries
+from training.trainer.loop import Loop, TrainingStopped
+from training.trainer.metrics import FILE, JsonLines, Speedometer, require_libraries
 
 
 def weights(loop: Loop) -> dict[str, torch.Tensor]:
@@ -73,7 +73,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, asynchronous: b
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_take_it(tmp_path: Path) -> None:
     loop = make_loop(config(tmp_path), SmallStage(explode_at=8))
-    with pytest.raises(TrainingStopped, match=r"step 8: loss is nan, gradient_norm is nan; stopped") as stopped:
+    with pytest.raises(
+        TrainingStopped, match=r"step 8: loss is nan, gradient_norm is nan; stopped"
+    ) as stopped:
         loop.run(batches())
     (kept,) = loop.checkpoints.committed()
     assert kept.step == 5
@@ -129,7 +131,9 @@ def test_a_probe_reports_and_changes_nothing(tmp_path: Path) -> None:
 
 def test_metrics_and_checkpoints_as_seldom_as_told(tmp_path: Path) -> None:
     sink = Kept()
-    loop = make_loop(config(tmp_path, metrics={"every_steps": 4}, checkpoint={"every_steps": 100}), sinks=[sink])
+    loop = make_loop(
+        config(tmp_path, metrics={"every_steps": 4}, checkpoint={"every_steps": 100}), sinks=[sink]
+    )
     loop.run(batches())
     assert sink.of("step") == [4, 8, 10]
     assert [record.step for record in loop.checkpoints.committed()] == [10]
@@ -154,7 +158,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_json_lines_hold_each_step_once(folder: str) -> None:
-    from pipeline.storage import Storage
+    from pipeline.corpus.storage import Storage
 
     storage = Storage(folder)
     lines = JsonLines(storage, after_step=0)
@@ -174,7 +178,7 @@ def test_json_lines_hold_each_step_once(folder: str) -> None:
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
-    from pipeline.storage import Storage
+    from pipeline.corpus.storage import Storage
 
     lines = JsonLines(Storage(str(tmp_path)), after_step=0)
     with pytest.raises(CapfiltError, match="another process trains this run"):
@@ -187,7 +191,7 @@ def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401 (its format is TFRecord)
 
-    from training.metrics import TensorBoard
+    from training.trainer.metrics import TensorBoard
 
     board = TensorBoard(str(tmp_path))
     board.write(3, {"loss": 0.5, "mfu": None})
@@ -203,7 +207,7 @@ def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_takes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.metrics import Wandb
+    from training.trainer.metrics import Wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -222,14 +226,16 @@ def test_a_missing_library_is_named(
     wanted = MetricsConfig.model_validate({key: value})
     require_libraries(wanted)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(CapfiltError, match=rf"metrics\.{key}: {library} is not installed: pip install {library}"):
+    with pytest.raises(
+        CapfiltError, match=rf"metrics\.{key}: {library} is not installed: pip install {library}"
+    ):
         require_libraries(wanted)
     require_libraries(MetricsConfig())
 
 
 def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 102.0])
-    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("training.trainer.metrics.time.perf_counter", lambda: next(clock))
     speed = Speedometer(torch.device("cpu"), 1e9, 1)
     speed.add(30, 0.5)
     speed.add(30, 0.5)
@@ -243,8 +249,8 @@ _FOREVER = """
 import sys
 from pathlib import Path
 from tests.small_stage import *
-from pipeline.storage import Storage
-from training.metrics import JsonLines
+from pipeline.corpus.storage import Storage
+from training.trainer.metrics import JsonLines
 settings = config(Path(sys.argv[1]), optim={"steps": int(sys.argv[2])}, checkpoint={"every_steps": 20})
 loop = make_loop(settings)
 record = loop.checkpoints.newest_good(print)
@@ -260,7 +266,7 @@ _FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from tests.small_stage import *
-from training.loop import TrainingStopped
+from training.trainer.loop import TrainingStopped
 loop = make_loop(config(Path(sys.argv[1]), checkpoint={"every_steps": 5, "asynchronous": sys.argv[2] == "later"}))
 
 def fill_disk() -> bool:

@@ -16,11 +16,11 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-import pipeline.parts
-from pipeline.manifest import CATALOG, Manifest
-from pipeline.parts import Parts
-from pipeline.records import now
-from pipeline.storage import Storage
+import pipeline.manifest.compaction
+from pipeline.corpus.records import now
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.compaction import Parts
+from pipeline.manifest.manifest import CATALOG, Manifest
 from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
 from schemas.tables import TABLES
@@ -199,7 +199,7 @@ def test_a_record_that_was_not_retired_after_all_stands(root: str) -> None:
 
 
 def test_rebuild_mends_a_wrongly_retired_shard(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 2)
+    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 2)
     corpus = make_corpus(local_root, shards=1)
     crawl = corpus.records.read("crawl", "cc", "00000")
     path = keep_retired_copy(corpus, crawl)
@@ -255,7 +255,7 @@ def test_compaction_reads_only_what_is_new(root: str, monkeypatch: pytest.Monkey
 def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
     local_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 3)
+    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 3)
     corpus = make_corpus(local_root, stages=())
     for shard, stage in (("00000", "crawl"), ("00001", "crawl"), ("00000", "caption"), ("00001", "caption")):
         corpus.make("cc", shard, (stage,))
@@ -264,7 +264,7 @@ def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
     before = part_files(corpus)
     assert len(before) == 5  # one merged part beside the three that it replaces, and one since
     # A reader who listed the old parts a moment ago still finds them; later they go.
-    monkeypatch.setattr(pipeline.parts, "_GRACE", timedelta(seconds=-1))
+    monkeypatch.setattr(pipeline.manifest.compaction, "_GRACE", timedelta(seconds=-1))
     corpus.manifest.compact()
     assert len(part_files(corpus)) == 2
     assert contents(Manifest(Storage(local_root))) == expected
@@ -353,7 +353,9 @@ def test_older_duckdb_shells_answer_from_the_catalog(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, (what, done.stderr)
         assert json.loads(done.stdout)[0]["n"] == corpus.manifest.query(sql).rows[0][0], what
-    version = subprocess.run([sys.executable, "-m", "duckdb_cli", "--version"], capture_output=True, text=True)
+    version = subprocess.run(
+        [sys.executable, "-m", "duckdb_cli", "--version"], capture_output=True, text=True
+    )
     assert version.stdout.startswith("v1.5."), "a shell of the series before the library's"
 
 
@@ -441,7 +443,7 @@ def _query_sandboxed(root: str, asked, stop, answers) -> None:
 
 
 def test_two_processes_query_while_a_run_writes(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.parts, "_MERGE_AT_PARTS", 4)
+    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 4)
     corpus = Corpus(local_root)
     names = [f"{number:05d}" for number in range(400)]
     corpus.add_urls("cc", names, 12)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jobs.manifest_page import ANSWERS, QUERIES, ask, manifest_page
+from jobs.docs.manifest_page import ANSWERS, QUERIES, ask, manifest_page
 from schemas.tables import TABLE_DOCS, TABLES, column_doc
 from tests.corpora import make_corpus
 

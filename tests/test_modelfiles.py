@@ -18,19 +18,19 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_PX, save_captioner, save_ranker, tokenizer
 from transformers import AutoTokenizer, BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from pipeline import modelview
-from pipeline.caption import Captioner
-from pipeline.modelfiles import read_object, safetensors_header, weight_files
-from pipeline.modelload import load_tokenizer
-from pipeline.rank import Ranker
-from pipeline.weights import captioner_weights, ranker_weights
+from pipeline.models import folder_view
+from pipeline.models.model_files import read_object, safetensors_header, weight_files
+from pipeline.models.transformers_loader import load_tokenizer
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.stages.caption import Captioner
+from pipeline.stages.rank import Ranker
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import LanguageConfig, VisionConfig
-from training.convert import read_blip2, read_lavis, read_own
-from training.language import language_shape, load_language
-from training.pretrained import model_folder
-from training.vision import empty_vision, load_vision
+from training.convert.read import read_blip2, read_lavis, read_own
+from training.models.language import language_shape, load_language
+from training.models.pretrained import model_folder
+from training.models.vision import empty_vision, load_vision
 
 OPT = Path(__file__).resolve().parent.parent / "jobs/demo/weights/opt"
 
@@ -120,7 +120,9 @@ def plant(models: Path, tmp_path: Path) -> Path:
             (folder / name).write_text(CODE.format(marker=str(marker)))
         (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/nowhere", "peft_type": "LORA"}')
+        (folder / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "/nowhere", "peft_type": "LORA"}'
+        )
     return marker
 
 
@@ -251,7 +253,9 @@ def _sequence(steps: list[dict[str, Any]]) -> dict[str, Any]:
 )
 def test_a_tokenizer_does_not_multiply_texts(models: Path, values: dict[str, Any]) -> None:
     edit(models / "captioner" / "tokenizer.json", **values)
-    with pytest.raises(CapfiltError, match=r"tokenizer.json: its \w+ can make a text more than 16 times as long"):
+    with pytest.raises(
+        CapfiltError, match=r"tokenizer.json: its \w+ can make a text more than 16 times as long"
+    ):
         caption(models)
 
 
@@ -261,7 +265,11 @@ def test_a_tokenizer_does_not_multiply_texts(models: Path, values: dict[str, Any
         # As T5's, Llama's and CLIP's are.
         [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}, {"type": "NFKC"}],
         [{"type": "Prepend", "prepend": "\u2581"}, _replace("\u2581")],
-        [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}, {"type": "Lowercase"}],
+        [
+            {"type": "NFC"},
+            {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
+            {"type": "Lowercase"},
+        ],
     ],
 )
 def test_normalizers_of_published_tokenizers_load(models: Path, normalizer: list[dict[str, Any]]) -> None:
@@ -331,7 +339,9 @@ DAMAGED = {
     "a shape below zero": header({"a": TENSOR | {"shape": [-2]}}, data=bytes(8)),
     "a shape of another size": header({"a": TENSOR | {"shape": [1 << 40]}}, data=bytes(8)),
     "more dimensions than torch has": header({"a": TENSOR | {"shape": [2] + [1] * 64}}, data=bytes(8)),
-    "a number of 4,000 digits": header({"a": {"dtype": "F32", "shape": [10**4000, 0], "data_offsets": [0, 0]}}),
+    "a number of 4,000 digits": header(
+        {"a": {"dtype": "F32", "shape": [10**4000, 0], "data_offsets": [0, 0]}}
+    ),
     "overlap": header({"a": TENSOR, "b": TENSOR}, data=bytes(8)),
     "overlap in part": header({"a": TENSOR, "b": TENSOR | {"data_offsets": [4, 12]}}, data=bytes(12)),
     "a gap": header({"a": TENSOR, "b": TENSOR | {"data_offsets": [12, 20]}}, data=bytes(20)),
@@ -389,7 +399,9 @@ def test_a_sound_header_is_the_librarys(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(0, 4, dtype=torch.bfloat16), "c": torch.tensor(1)}
     save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
     entries = safetensors_header(tmp_path / "a.safetensors")
-    assert {name: entry.shape for name, entry in entries.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {name: entry.shape for name, entry in entries.items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
     assert {name: entry.dtype for name, entry in entries.items()} == {"a": "F32", "b": "BF16", "c": "I64"}
 
 
@@ -496,7 +508,11 @@ def test_sizes_of_a_clip_are_bounded(models: Path, section: str, values: dict[st
     ("section", "values", "text"),
     [
         ("vision_cfg", {"timm_model_name": None}, {"vocab_size": 20_000_000}),
-        ("vision_cfg", {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}, {"vocab_size": 20_000_000}),
+        (
+            "vision_cfg",
+            {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224},
+            {"vocab_size": 20_000_000},
+        ),
         # A mask of so many tokens squared, which is not a parameter.
         ("vision_cfg", {}, {"context_length": 30_000}),
     ],
@@ -515,15 +531,19 @@ def test_a_clip_is_compared_with_its_weights_whatever_its_config(
 
 def test_the_keys_of_open_clips_own_configs_are_known() -> None:
     """An update of open_clip that brings a key shows here."""
-    known = modelview._CLIP_SECTIONS
-    others = set(modelview._ANOTHER_REPOSITORY)
-    for name, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
+    known = folder_view._CLIP_SECTIONS
+    others = set(folder_view._ANOTHER_REPOSITORY)
+    for name, kind in (
+        ("vision_cfg", CLIPVisionCfg),
+        ("text_cfg", CLIPTextCfg),
+        ("multimodal_cfg", MultimodalCfg),
+    ):
         assert {field.name for field in fields(kind)} - others == known[name]
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        assert config.keys() <= modelview._CLIP_KEYS
+        assert config.keys() <= folder_view._CLIP_KEYS
         options = config["text_cfg"].get("tokenizer_kwargs", {})
-        assert options.keys() <= modelview._OPTIONS["tokenizer_kwargs"].keys()
+        assert options.keys() <= folder_view._OPTIONS["tokenizer_kwargs"].keys()
 
 
 # -- as they are saved and copied ------------------------------------------------------------------------------------
@@ -536,7 +556,9 @@ def test_a_folder_as_transformers_5_saves_it(models: Path) -> None:
     settings = json.loads(old.read_text())
     # Beside the older file the new one changes nothing: digests of models that worked stay.
     new = folder / "processor_config.json"
-    new.write_text(json.dumps({"image_processor": settings | {"resample": 2}, "processor_class": "BlipProcessor"}))
+    new.write_text(
+        json.dumps({"image_processor": settings | {"resample": 2}, "processor_class": "BlipProcessor"})
+    )
     assert captioner_weights(CaptionConfig(model=str(folder))).digest == digest
     assert caption(models).recipe == before.recipe
     old.unlink()
@@ -566,7 +588,9 @@ def test_a_vocabulary_that_the_weights_do_not_have(models: Path) -> None:
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_that_a_wrapper_left(models: Path, tmp_path: Path, wrapper: str) -> None:
     path = models / "captioner" / "model.safetensors"
-    save_file({f"{wrapper}{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {f"{wrapper}{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"}
+    )
     with pytest.raises(CapfiltError, match=rf"{path}: the names of all tensors begin with"):
         caption(models)
     tensors = {f"{wrapper}query_tokens": torch.zeros(1, 2, 3), f"{wrapper}temp": torch.zeros(())}

@@ -13,7 +13,9 @@ from schemas.names import confined_name, printable
 _PARTS = st.text(string.ascii_letters + string.digits + "._- é", min_size=1, max_size=12).filter(
     lambda part: part not in (".", "..")
 )
-_PIECES = st.sampled_from(["..", ".", "", "/", "a", "step-1", "\\", "C:", "s3:", "\x1b[2J", "\x00", "\n", "~"])
+_PIECES = st.sampled_from(
+    ["..", ".", "", "/", "a", "step-1", "\\", "C:", "s3:", "\x1b[2J", "\x00", "\n", "~"]
+)
 
 
 @given(st.lists(_PARTS, min_size=1, max_size=4).map("/".join))

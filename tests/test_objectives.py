@@ -5,7 +5,7 @@ import torch
 from blip2_reference import smooth_cross_entropy
 from torch.nn.functional import normalize
 
-from training.objectives import (
+from training.losses import (
     IGNORED,
     captioning_loss,
     contrastive_loss,
@@ -104,7 +104,7 @@ def test_captioning_in_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     words = torch.randint(11, (23,))
     results = []
     for rows in (4, 1000):
-        monkeypatch.setattr("training.objectives._ROWS_OF_LOGITS", rows)
+        monkeypatch.setattr("training.losses._ROWS_OF_LOGITS", rows)
         hidden = torch.randn(
             23, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
         ).requires_grad_()

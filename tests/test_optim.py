@@ -8,7 +8,7 @@ from torch import nn
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.optim import (
+from training.trainer.optim import (
     clip_gradients,
     decays,
     gradients_of,
@@ -17,7 +17,7 @@ from training.optim import (
     optimizer_state,
     set_lr,
 )
-from training.schedule import Schedule, fill_preset
+from training.trainer.schedule import Schedule, fill_preset
 
 
 def config(stage: int = 1, **optim: object) -> PretrainConfig:
@@ -114,7 +114,9 @@ def test_clipping_scales_to_the_norm_and_tells_the_norm_before() -> None:
 
 def test_half_precision_parameters_are_no_masters() -> None:
     with pytest.raises(AssertionError, match="w is no fp32 master"):
-        make_optimizer([("w", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))], fill_preset(config(), None).optim)
+        make_optimizer(
+            [("w", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))], fill_preset(config(), None).optim
+        )
 
 
 def test_moments_go_by_name() -> None:

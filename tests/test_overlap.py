@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import ray
 
-import jobs.stages
-from jobs.bench.corpus import SOURCE, SyntheticCorpus
-from jobs.sharing import Calls
-from jobs.stages import CaptionActor, RankActor, dataset_row
-from jobs.tracker import Outcome
-from pipeline.caption import CaptionWorker
-from pipeline.records import Records
-from pipeline.storage import Storage
-from pipeline.urlshards import url_shards
-from pipeline.weights import captioner_weights
+import jobs.cluster.actors
+from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
+from jobs.cluster.actors import CaptionActor, RankActor, dataset_row
+from jobs.cluster.progress_actor import Outcome
+from jobs.cluster.sharing import Calls
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.corpus.url_shards import url_shards
+from pipeline.models.weights import captioner_weights
+from pipeline.stages.caption import CaptionWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask, Stage
 from tests.raw_shards import encoded, picture
@@ -135,7 +135,7 @@ def crawled(tmp_path: Path) -> SyntheticCorpus:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     monkeypatch.setattr(
-        jobs.stages, "stage_worker", lambda stage, config, records: Watched(config, records)
+        jobs.cluster.actors, "stage_worker", lambda stage, config, records: Watched(config, records)
     )
     Watched.running = Watched.most = Watched.made = 0
     Watched.script = staticmethod(lambda shard: None)

@@ -17,18 +17,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import BlipImageProcessorPil
 
+from jobs.bench.fixtures.pictures import jpeg
 from jobs.bench.images import measure_images
-from jobs.bench.pictures import jpeg
-from pipeline import pixels
-from pipeline.images import ImageError, decode_rgb
-from pipeline.lookahead import decode_threads, look_ahead
-from pipeline.pixels import PixelRecipe, decode_pixels, normalise, stack_pinned
+from pipeline.images import preprocess
+from pipeline.images.decode import ImageError, decode_rgb
+from pipeline.images.preprocess import PixelRecipe, decode_pixels, normalise, stack_pinned
+from pipeline.prefetch import decode_threads, look_ahead
 from schemas.config import PixelPath
 from schemas.errors import CapfiltError
 from tests import hostile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 
-# pytest resets the filters that pipeline.images sets.
+# pytest resets the filters that pipeline.images.decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 PATHS: tuple[PixelPath, ...] = ("exact", "fast")
 BLIP = PixelRecipe.of_blip(BlipImageProcessorPil())
@@ -93,7 +93,12 @@ def test_exact_is_what_blip_and_open_clip_do_bit_for_bit(data: bytes) -> None:
 @pytest.mark.parametrize("size", [64, (64, 64), (96, 40), (40, 96)], ids=str)
 def test_every_setting_of_open_clip(size: int | tuple[int, int], resize: str, interpolation: str) -> None:
     cfg = PreprocessCfg(
-        size=size, resize_mode=resize, interpolation=interpolation, fill_color=7, mean=(0.5,) * 3, std=(0.25,) * 3
+        size=size,
+        resize_mode=resize,
+        interpolation=interpolation,
+        fill_color=7,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
     )
     transform = image_transform_v2(cfg, is_train=False)
     recipe = PixelRecipe.of_open_clip(asdict(cfg))
@@ -158,8 +163,8 @@ def test_fast_is_within_two_levels_and_nearly_everywhere_within_one() -> None:
 
 
 def _resized(image: Image.Image, recipe: PixelRecipe, path: PixelPath) -> np.ndarray:
-    size_px = pixels._resized_px(recipe, image.height, image.width)
-    return pixels._resize(np.array(image) if path == "fast" else image, size_px, recipe.interpolation)
+    size_px = preprocess._resized_px(recipe, image.height, image.width)
+    return preprocess._resize(np.array(image) if path == "fast" else image, size_px, recipe.interpolation)
 
 
 @pytest.mark.parametrize("data", FILES.values(), ids=FILES.keys())
@@ -171,9 +176,11 @@ def test_fast_decodes_every_format(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_several_recipes_of_one_decoding_are_those_of_each(path: PixelPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_recipes_of_one_decoding_are_those_of_each(
+    path: PixelPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
-    monkeypatch.setattr(pixels, "decode_rgb", lambda data: calls.append(data) or decode_rgb(data))
+    monkeypatch.setattr(preprocess, "decode_rgb", lambda data: calls.append(data) or decode_rgb(data))
     together = decode_pixels(JPEG, [BLIP, CLIP, BLIP], path)
     assert together is not None and len(calls) == 1
     for found, recipe in zip(together, (BLIP, CLIP, BLIP), strict=True):
@@ -223,7 +230,7 @@ def test_an_image_too_narrow_for_a_recipe_is_none(path: PixelPath) -> None:
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen at once would hold sixteen times what the largest takes; small ones do not wait for them."""
     large, small = encoded(picture(400, 300), "PNG"), encoded(picture(40, 30), "PNG")
-    monkeypatch.setattr(pixels, "_LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(preprocess, "_LARGE_PIXELS", 10_000)
     under_way = {large: 0, small: 0}
     peak = dict(under_way)
     lock, both_small = threading.Lock(), threading.Barrier(2, timeout=30)
@@ -241,7 +248,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
             under_way[data] -= 1
         return image
 
-    monkeypatch.setattr(pixels, "decode_rgb", watched)
+    monkeypatch.setattr(preprocess, "decode_rgb", watched)
     found = list(look_ahead(lambda data: decode_pixels(data, [BLIP], "exact"), [large, large, large, small, small],
                             ahead=5, threads=5))  # fmt: skip
     assert None not in found

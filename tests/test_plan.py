@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.configfile import load_config
+from pipeline.config import load_config
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus
 from tests.processes import cli
 from tests.tiny_training import tiny_config
-from training.plan import plan
+from training.trainer.estimate import plan
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 
@@ -83,7 +83,9 @@ def test_a_spread_language_model_takes_a_share_of_each_rank() -> None:
         planned = plan(load_config(recipe, ["cluster.gpus=8", *more], PretrainConfig))
         return planned["memory_gb"]["weights_and_optimizer"]
 
-    blocks = 24 * 2 * 4 * 4096**2 + 24 * 4 * 4096**2 + 48 * 3 * 4096 * 10240  # attention, cross-attention, gated FFN
+    blocks = (
+        24 * 2 * 4 * 4096**2 + 24 * 4 * 4096**2 + 48 * 3 * 4096 * 10240
+    )  # attention, cross-attention, gated FFN
     saved = memory_gb() - memory_gb("performance.shard_language=true")
     assert saved == pytest.approx(blocks * 2 * 7 / 8 / 1e9, rel=0.01)
 

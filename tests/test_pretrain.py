@@ -16,18 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.pretrain import TrainingFailedError, pretrain
-from pipeline.lineage import trace_checkpoint
-from pipeline.manifest import Manifest
-from pipeline.storage import Storage
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.checkpoint_trace import trace_checkpoint
+from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus
 from tests.processes import cli, descendants, kill, start_cli
 from tests.tiny_training import tiny_config
 from training.checkpoint import Checkpoints, State, read_model
-from training.metrics import FILE
+from training.trainer.metrics import FILE
 
 Make = Callable[..., PretrainConfig]
 
@@ -125,7 +125,9 @@ def test_a_run_leaves_checkpoints_metrics_and_rows(make: Make, made: Path) -> No
     resolved = json.loads((folder_of(config) / "config.json").read_text())
     assert (resolved["optim"]["min_lr"], resolved["optim"]["betas"]) == (0.0, [0.9, 0.98])
     manifest = Manifest(Storage(str(made / "corpus")))
-    rows = manifest.query(f"SELECT * FROM checkpoints WHERE run_id = '{summary.run_id}' ORDER BY step").dicts()
+    rows = manifest.query(
+        f"SELECT * FROM checkpoints WHERE run_id = '{summary.run_id}' ORDER BY step"
+    ).dicts()
     assert [row["step"] for row in rows] == [4, 8]
     record, state = read_model(str(folder_of(config)))
     assert rows[1]["path"] == str(folder_of(config) / record.path)
@@ -273,7 +275,11 @@ def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
 def test_an_output_that_is_no_folder_is_one_line(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("/nowhere/at/all")
-    for place, complaint in (("file", "is a file"), ("file/below", "is a file"), ("link", "is a link to /nowhere")):
+    for place, complaint in (
+        ("file", "is a file"),
+        ("file/below", "is a file"),
+        ("link", "is a link to /nowhere"),
+    ):
         with pytest.raises(CapfiltError, match=f"run\\.output .*{complaint}"):
             pretrain(make(run={"name": "x", "output": str(tmp_path / place)}))
 
@@ -296,8 +302,14 @@ def test_control_c_reaches_all_processes_and_waits_for_the_step(make: Make, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_stops_after_the_step_and_a_second_one_at_once(make: Make, tmp_path: Path, ranks: int) -> None:
-    settings = {"optim": {"steps": 40_000}, "checkpoint": {"every_steps": 40_000}, "cluster": {"cpu_ranks": ranks}}
+def test_sigterm_stops_after_the_step_and_a_second_one_at_once(
+    make: Make, tmp_path: Path, ranks: int
+) -> None:
+    settings = {
+        "optim": {"steps": 40_000},
+        "checkpoint": {"every_steps": 40_000},
+        "cluster": {"cpu_ranks": ranks},
+    }
     config = make(run={"name": "asked"}, **settings)
     process = start_cli("pretrain", "-c", in_file(config, tmp_path))
     wait_for_steps(config, 3, process)
@@ -412,7 +424,9 @@ def test_a_key_that_changes_what_is_learnt_is_refused(make: Make, section: str, 
     config = make(run={"name": "changed"})
     pretrain(config)
     changed = getattr(config, section).model_copy(update={key: value})
-    with pytest.raises(CapfiltError, match=rf"began with another config \({section}\.{key}: .* -> {value!r}\)"):
+    with pytest.raises(
+        CapfiltError, match=rf"began with another config \({section}\.{key}: .* -> {value!r}\)"
+    ):
         pretrain(config.model_copy(update={section: changed}))
 
 
@@ -430,7 +444,9 @@ def test_a_frozen_model_that_changed_is_refused(make: Make, tmp_path: Path) -> N
     tensors = load_file(file)
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file)
     before = sorted(folder_of(config).rglob("*"))
-    with pytest.raises(CapfiltError, match=r"the vision files of .* began with \(open_clip_model\.safetensors\)"):
+    with pytest.raises(
+        CapfiltError, match=r"the vision files of .* began with \(open_clip_model\.safetensors\)"
+    ):
         pretrain(config)
     assert sorted(folder_of(config).rglob("*")) == before
     save_file(tensors, file)
@@ -506,7 +522,9 @@ def test_without_restarts_a_dead_rank_ends_the_run_in_words(make: Make, tmp_path
 
 
 @pytest.mark.slow
-def test_ray_train_does_the_same_and_survives_a_killed_worker(whole_of_two: PretrainConfig, tmp_path: Path) -> None:
+def test_ray_train_does_the_same_and_survives_a_killed_worker(
+    whole_of_two: PretrainConfig, tmp_path: Path
+) -> None:
     config = like(whole_of_two, tmp_path, "ray", address="local")
     process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
     wait_for_steps(config, 7, process)
@@ -561,7 +579,10 @@ def _broken_shard(corpus: Path) -> None:
         ({"run": {"init_from": "/nowhere/run"}}, "/nowhere/run: no checkpoint there"),
         ({"run": {"init_from": "other"}}, "lacks|shape|missing|no checkpoint of this stage 1 model"),
         ({"run": {"stage": 2}}, "run.init_from: not set; stage 2 goes on from a stage 1"),
-        ({"probe": {"every_steps": 4}}, "probe.every_steps: there are no images for the probe; set data.held_out"),
+        (
+            {"probe": {"every_steps": 4}},
+            "probe.every_steps: there are no images for the probe; set data.held_out",
+        ),
         ({"cluster": {"gpus": 64}}, "cluster.gpus = 64, and this machine has"),
         ({"corpus": "broken"}, "00000.tar"),
         ({"corpus": "empty"}, "has no curated shards"),
@@ -577,16 +598,22 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if change.get("run", {}).get("init_from") == "other":
-        other = make(run={"name": "other", "output": str(tmp_path / "before")}, qformer={"projection_width": 8})
+        other = make(
+            run={"name": "other", "output": str(tmp_path / "before")}, qformer={"projection_width": 8}
+        )
         pretrain(other)
         change = {"run": {"init_from": str(folder_of(other))}}
     if kind := change.get("corpus"):
         corpus = tmp_path / "corpus"
-        make_corpus(str(corpus), stages=("crawl",) if kind == "empty" else ("crawl", "caption", "rank", "select"))
+        make_corpus(
+            str(corpus), stages=("crawl",) if kind == "empty" else ("crawl", "caption", "rank", "select")
+        )
         if kind == "broken":
             _broken_shard(corpus)
         change = {"corpus": corpus}
-    config = make(**{name: dict(value) if isinstance(value, dict) else value for name, value in change.items()})
+    config = make(
+        **{name: dict(value) if isinstance(value, dict) else value for name, value in change.items()}
+    )
     roots = [Path(slice_.path) for slice_ in config.data.corpus]
     before = {path: path.stat().st_mtime_ns for root in roots for path in root.rglob("*") if path.is_file()}
     monkeypatch.setattr(sys, "argv", ["capfilt", "pretrain", "-c", in_file(config, tmp_path)])

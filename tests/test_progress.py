@@ -2,11 +2,11 @@
 
 import pytest
 
-from jobs.progress import LineProgress, _Rates
-from jobs.tracker import StageProgress
+from jobs.cluster.progress_actor import StageProgress
+from jobs.output.progress import LineProgress, _Rates
 from pipeline.durations import readable_duration
-from pipeline.plan import StageCount, Survey
-from training.loop import progress_line
+from pipeline.stages.plan import StageCount, Survey
+from training.trainer.loop import progress_line
 
 
 def test_a_stage_says_what_it_waits_for_until_its_first_shard(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +23,9 @@ def test_a_stage_says_what_it_waits_for_until_its_first_shard(capsys: pytest.Cap
 def test_a_training_line_has_the_share_done_and_the_time_left() -> None:
     line = progress_line(10, 40, {"samples": 80, "loss": 1.5, "samples_per_s": 2.0})
     assert line == "step 10 of 40 (25%): loss 1.5; 2.0 samples/s, 2m00s left"
-    assert progress_line(40, 40, {"samples": 320, "loss": 1.5, "samples_per_s": 2.0}).endswith("2.0 samples/s")
+    assert progress_line(40, 40, {"samples": 320, "loss": 1.5, "samples_per_s": 2.0}).endswith(
+        "2.0 samples/s"
+    )
 
 
 @pytest.mark.parametrize(

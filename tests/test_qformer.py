@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import BertForMaskedLM, Blip2QFormerConfig, Blip2QFormerModel
 
 from schemas.pretrain import QFormerConfig
-from training.hfnames import hf_name
-from training.precision import LayerNorm, Linear
-from training.qformer import QFormer, copy_bert, initial_queries
+from training.convert.key_map import hf_name
+from training.models.layers import LayerNorm, Linear
+from training.models.qformer import QFormer, copy_bert, initial_queries
 
 IMAGE_WIDTH, NUM_QUERIES, LENGTH, PATCHES = 20, 4, 7, 9
 SHAPE = QFormerConfig(

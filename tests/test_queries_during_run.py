@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.site import serving
+from jobs.demo.world.site import serving
 from tests.processes import ROOT, cli, start_cli
 from tests.runs import config_file, small_config, with_values
 

@@ -9,13 +9,13 @@ import torch
 from raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tiny_models import save_captioner, save_ranker
 
-from pipeline.caption import CaptionWorker
-from pipeline.images import decode_rgb
-from pipeline.pixels import decode_pixels
-from pipeline.rank import Ranker, RankWorker
-from pipeline.records import Records
-from pipeline.storage import Storage
-from pipeline.weights import ranker_weights
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.images.decode import decode_rgb
+from pipeline.images.preprocess import decode_pixels
+from pipeline.models.weights import ranker_weights
+from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.rank import Ranker, RankWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
 from schemas.tables import CANDIDATES

@@ -8,8 +8,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from pipeline.records import Records
-from pipeline.storage import Storage
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
 from tests.runs import curated_rows
 from tests.test_run import done, local_ray  # noqa: F401
 
@@ -59,7 +59,7 @@ def test_a_folder_made_by_img2dataset_goes_through(base_url: str, tmp_path: Path
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from jobs.demo.site import write_url_list
+    from jobs.demo.world.site import write_url_list
     from tests.runs import do_run, small_config, with_values
 
     write_url_list(tmp_path / "urls.parquet", base_url, 24)

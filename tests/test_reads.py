@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from jobs.cli import app
+from jobs.cli.main import app
 from jobs.doctor import check_compiler, check_storage
-from jobs.values import cell
-from pipeline.report import quantiles
+from jobs.output.values import cell
+from pipeline.manifest.status import quantiles
 from schemas.catalog import VIEWS
 from schemas.errors import CapfiltError
 from schemas.tables import SAMPLES, TABLES, column_doc
@@ -339,7 +339,10 @@ def test_doctor_names_what_fails(tmp_path: Path) -> None:
     ("compiler", "found"),
     [
         (None, "neither gcc nor clang"),
-        ("#!/bin/sh\necho '<stdin>:1: fatal error: Python.h: No such file' >&2\nexit 1\n", "Python.h: No such file"),
+        (
+            "#!/bin/sh\necho '<stdin>:1: fatal error: Python.h: No such file' >&2\nexit 1\n",
+            "Python.h: No such file",
+        ),
         ("no program", "Exec format error"),
     ],
 )

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.docs import FOLDER, PAGES
-from pipeline.configerrors import section_class
-from pipeline.configfile import load_config
+from jobs.docs.pages import FOLDER, PAGES
+from pipeline.config import load_config
+from pipeline.config_messages import section_class
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.addresses import FetchError, Resolver, WebUrl
-from pipeline.crawl import CrawlWorker
-from pipeline.intake import count_retries, queue_retries
-from pipeline.retries import TRANSIENT, retried_reasons
-from pipeline.urlshards import url_shards
+from pipeline.corpus.url_shards import url_shards
+from pipeline.intake.read_lists import count_retries, queue_retries
+from pipeline.intake.retries import TRANSIENT, retried_reasons
+from pipeline.stages.crawl import CrawlWorker
+from pipeline.web.urls import FetchError, Resolver, WebUrl
 from schemas.config import CrawlConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardTask

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import jobs.run
-from jobs.demo.site import serving
-from jobs.planning import plan_corpus
-from jobs.summary import result_json
-from pipeline.committed import committed_table
-from pipeline.manifest import Manifest
-from pipeline.records import Records
-from pipeline.storage import Storage
+from jobs.cli.plan import plan_corpus
+from jobs.cli.summary import result_json
+from jobs.demo.world.site import serving
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.manifest import Manifest
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from tests.runs import committed_uids, curated_files, do_run, small_config, with_values
@@ -99,7 +99,9 @@ def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Pa
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
     assert do_run(config).exit_code == 0
     one = with_values(config, select={"top_k": 1})
-    with pytest.raises(CapfiltError, match=r"2 committed shards are stale .*: select\.top_k 2 -> 1\. .*--recompute"):
+    with pytest.raises(
+        CapfiltError, match=r"2 committed shards are stale .*: select\.top_k 2 -> 1\. .*--recompute"
+    ):
         do_run(one)
     result = do_run(one, recompute=True)
     assert (result.exit_code, result.record.shards_done) == (0, 2)
@@ -136,7 +138,9 @@ def test_made_anew_inputs_and_sources_that_left_are_named(done: CapfiltConfig, t
     corpus = shutil.copytree(done.corpus.path, tmp_path / "corpus")
     record = corpus / "records" / "caption" / "world" / "00002.json"
     values = json.loads(record.read_text())
-    values["outputs"]["parquet"]["sha256"] = "0" * 64  # as a recomputation that was killed before rank leaves it
+    values["outputs"]["parquet"]["sha256"] = (
+        "0" * 64
+    )  # as a recomputation that was killed before rank leaves it
     record.write_text(json.dumps(values))
     there = with_values(done, corpus={"path": str(corpus)})
     assert plan_corpus(there)["stale_because"] == {"rank: the files of caption were made anew since": 1}
@@ -191,7 +195,9 @@ def test_a_model_that_is_not_finite_curates_nothing(base_url: str, tmp_path: Pat
         save_file(sound | {"ln_final.weight": changed}, file)
         return with_values(config, rank={"model": f"local-dir:{ranker}"})
 
-    with pytest.raises(CapfiltError, match=r"rank\.model = .*1 of \d+ tensors hold values that are not finite"):
+    with pytest.raises(
+        CapfiltError, match=r"rank\.model = .*1 of \d+ tensors hold values that are not finite"
+    ):
         do_run(with_text_norm(math.nan))
     records = Records(Storage(config.corpus.path))
     assert records.shards(("rank", "select")) == {} == records.quarantined()
@@ -250,7 +256,9 @@ def test_retry_crawls_only_what_may_succeed_now(tmp_path: Path) -> None:
     told = result_json(nothing, "c.toml")
     assert (told["images"], told["urls"]) == (0, 10) and told["lost"]["connect"] >= 5
     assert "none of 10 URLs gave an image" in told["warning"]
-    assert "for the reason connect" in told["warning"] and "crawl -c c.toml --retry transient" in told["warning"]
+    assert (
+        "for the reason connect" in told["warning"] and "crawl -c c.toml --retry transient" in told["warning"]
+    )
     records = Records(Storage(config.corpus.path))
     first = records.shards(("crawl",))
     assert [record.rows_out for record in first.values()] == [0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.sampling import caption_seeds, stream_seed, uniforms
+from pipeline.rng import caption_seeds, stream_seed, uniforms
 
 
 def test_values_never_change() -> None:

@@ -51,7 +51,7 @@ _COMMANDS = [
 # The command line itself, once for all commands: it takes a second to start.
 _SCRIPT = """
 import json, sys
-from jobs.cli import main
+from jobs.cli.main import main
 for command in json.loads(sys.argv[1]):
     print("$ capfilt", *command, flush=True)
     sys.argv = ["capfilt", *command]
@@ -67,13 +67,24 @@ for command in json.loads(sys.argv[1]):
 def build(folder: Path) -> tuple[dict[str, str], set[str]]:
     """Make the corpus that is looked at; return what names in ``_COMMANDS`` stand for, and the attempts' ids."""
     corpus = make_corpus(str(folder / "corpus"), shards=2)
-    corpus.add_urls("laion", ["00000"], 4, path=_LONG, caption=" 一只猫坐在垫子上 \x1b[31m" + " and so on" * 9)
+    corpus.add_urls(
+        "laion", ["00000"], 4, path=_LONG, caption=" 一只猫坐在垫子上 \x1b[31m" + " and so on" * 9
+    )
     corpus.make("laion", "00000")
     corpus.add_urls("laion", ["00001"], 4, batch=1)
-    error = "ValueError: \x1b]0;title\x07 the shard's tar is cut: 12 of 40 members, see https://host.example/" + _LONG
+    error = (
+        "ValueError: \x1b]0;title\x07 the shard's tar is cut: 12 of 40 members, see https://host.example/"
+        + _LONG
+    )
     corpus.records.quarantine(
         QuarantineRecord(
-            stage="crawl", source="laion", shard="00001", run_id=RUN, attempts=3, error=error, finished_at=_NOW
+            stage="crawl",
+            source="laion",
+            shard="00001",
+            run_id=RUN,
+            attempts=3,
+            error=error,
+            finished_at=_NOW,
         )
     )
     attempts = _settle(corpus)

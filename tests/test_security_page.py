@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/security.md").read_text()
 TABLE = dict(re.findall(r"^\| ([a-z_ ]+) \| .* \| ([^|]+) \|$", PAGE, re.MULTILINE))
 # Asks the control store for its nodes.
-CLIENT = "import sys; from ray._raylet import GcsClient; print(len(GcsClient(sys.argv[1]).get_all_node_info()))"
+CLIENT = (
+    "import sys; from ray._raylet import GcsClient; print(len(GcsClient(sys.argv[1]).get_all_node_info()))"
+)
 
 
 def ask(address: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample_row, task_of
 
-from pipeline.attempt import Attempt
-from pipeline.records import Records
-from pipeline.selection import Candidate, SelectWorker, select
-from pipeline.shards import rows_to_table, write_parquet
-from pipeline.storage import Storage, sha256_file
-from pipeline.texts import same_text_key
+from pipeline.corpus.commit import Attempt
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.stages.selection import Candidate, SelectWorker, select
+from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.records import ShardRecord
 from schemas.statuses import DROP_REASONS
@@ -289,7 +289,7 @@ def test_human_source_keeps_all_its_captions(tmp_path: Path) -> None:
 
 def test_no_model_library_is_loaded() -> None:
     code = (
-        "import sys, pipeline.selection; "
+        "import sys, pipeline.stages.selection; "
         "print(sorted({'torch', 'transformers', 'open_clip', 'ray'} & set(sys.modules)))"
     )
     printed = subprocess.run(

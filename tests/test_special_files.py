@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.checkpoints import DamagedCheckpointError, SavedCheckpoints
-from pipeline.lists import expand
-from pipeline.modelfiles import read_object, safetensors_header
-from pipeline.records import Records
-from pipeline.regularfiles import NotRegularFileError, open_regular
-from pipeline.storage import Storage, sha256_file
+from pipeline.corpus.checkpoint_files import DamagedCheckpointError, SavedCheckpoints
+from pipeline.corpus.records import Records
+from pipeline.corpus.regular_files import NotRegularFileError, open_regular
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.intake.lists.files import expand
+from pipeline.models.model_files import read_object, safetensors_header
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.records import CheckpointRecord
 from tests.corpora import Corpus, make_corpus
@@ -45,7 +45,7 @@ def capfilt(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, so that one that hangs or reads without end is ended."""
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (4 << 30,) * 2); "
     return subprocess.run(
-        [sys.executable, "-c", f"{limited}from jobs.cli import main; main()", *arguments],
+        [sys.executable, "-c", f"{limited}from jobs.cli.main import main; main()", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -110,13 +110,18 @@ def test_a_committed_file_of_other_columns_is_named(
     note.write_text(text.replace(f'"bytes":{file.bytes}', f'"bytes":{path.stat().st_size}'))
     expected = f"{file.path}: the column {column} "
     verified = capfilt("verify", corpus.root)
-    assert verified.returncode != 0 and f"the column {column} " in verified.stdout, verified.stdout + verified.stderr
+    assert verified.returncode != 0 and f"the column {column} " in verified.stdout, (
+        verified.stdout + verified.stderr
+    )
     uid = corpus.read("crawl", "cc", "00000")[0]["uid"] if stage != "crawl" else "0" * 32
     for command in (["failures"], ["trace", uid], ["sql", f"SELECT {column} FROM {table}"]):
         result = capfilt(command[0], corpus.root, *command[1:])
         assert "fault of capfilt" not in result.stderr, (command, result.stderr)
         if result.returncode:
-            assert result.returncode == 2 and expected in result.stderr.replace("\n", ""), (command, result.stderr)
+            assert result.returncode == 2 and expected in result.stderr.replace("\n", ""), (
+                command,
+                result.stderr,
+            )
     assert capfilt("status", corpus.root).returncode == 0
 
 

@@ -10,12 +10,12 @@ import pytest
 from raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tiny_models import save_captioner, save_ranker
 
-from pipeline.caption import CaptionWorker
-from pipeline.manifest import Manifest
-from pipeline.rank import RankWorker
-from pipeline.records import Records
-from pipeline.selection import SelectWorker
-from pipeline.storage import Storage
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.manifest import Manifest
+from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.rank import RankWorker
+from pipeline.stages.selection import SelectWorker
 from schemas.errors import CapfiltError
 from tests.corpora import Corpus, make_corpus
 
@@ -138,7 +138,9 @@ def test_everything_else_is_refused(corpus: Corpus, tmp_path: Path, sql: str) ->
 
 
 def test_refusals_say_what_is_allowed(corpus: Corpus) -> None:
-    with pytest.raises(CapfiltError, match=r"read-only: one SELECT .* this is COPY; to take rows out, .*--csv"):
+    with pytest.raises(
+        CapfiltError, match=r"read-only: one SELECT .* this is COPY; to take rows out, .*--csv"
+    ):
         corpus.manifest.query("COPY samples TO 'x'")
     with pytest.raises(CapfiltError, match="one statement at a time: this has 2"):
         corpus.manifest.query("SELECT 1; SELECT 2")
@@ -239,7 +241,9 @@ def test_nothing_tells_about_the_machine(corpus: Corpus, sql: str) -> None:
 def test_a_refusal_tells_no_folder_of_the_host(corpus: Corpus, sql: str) -> None:
     with pytest.raises(CapfiltError) as refused:
         corpus.manifest.query(sql)
-    assert str(Path.home()) not in str(refused.value) and ".duckdb" not in str(refused.value).replace("x.duckdb", "")
+    assert str(Path.home()) not in str(refused.value) and ".duckdb" not in str(refused.value).replace(
+        "x.duckdb", ""
+    )
 
 
 def test_every_table_function_of_the_database_is_known(corpus: Corpus) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
+from training.blip2.build import build_stage, meta_stage
+from training.blip2.micro_batches import _parts
+from training.blip2.stage1 import Stage1
 from training.distributed import World
-from training.shares import _parts
-from training.stage1 import Stage1
-from training.stages import build_stage, meta_stage
 
 CAPTIONS = [
     "a red circle",
@@ -198,7 +198,11 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
 @pytest.mark.slow
 def test_compiled_dropout_is_repeated(folder: Path) -> None:
     """Code compiled without gradient and code compiled with it are two graphs: both must draw the same masks."""
-    stage = exact_stage(tiny_config(folder, folder, qformer={"dropout": 0.3, "layers": 2}), World()).float().train()
+    stage = (
+        exact_stage(tiny_config(folder, folder, qformer={"dropout": 0.3, "layers": 2}), World())
+        .float()
+        .train()
+    )
     stage.visual_encoder.dtype = torch.float32
     (share,) = stage._shares(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
     with torch.no_grad():

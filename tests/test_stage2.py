@@ -16,10 +16,10 @@ from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
+from training.blip2.build import build_stage, meta_stage
+from training.blip2.stage2 import Stage2
 from training.distributed import World
-from training.language import load_language, split_caption
-from training.stage2 import Stage2
-from training.stages import build_stage, meta_stage
+from training.models.language import load_language, split_caption
 
 CAPTIONS = [
     "a red circle",
@@ -314,5 +314,7 @@ def test_older_files_are_refused_with_the_command_that_converts_them(
         build(str(old))
     monkeypatch.chdir(tmp_path)
     exec(re.search(r'python -c "(.*)"', str(refused.value))[1])
-    found = build(re.search(r"set language.model = '(.*?)'", str(refused.value))[1]).language.model.state_dict()
+    found = build(
+        re.search(r"set language.model = '(.*?)'", str(refused.value))[1]
+    ).language.model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

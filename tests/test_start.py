@@ -14,7 +14,7 @@ HEAVY = {"pandas", "torch", "ray", "transformers", "open_clip", "cv2", "img2data
 _SCRIPT = """
 import json, sys
 from typer.testing import CliRunner
-from jobs.cli import app
+from jobs.cli.main import app
 from schemas.errors import CapfiltError
 for arguments, exit_codes in json.loads(sys.argv[1]):
     result = CliRunner().invoke(app, arguments)
@@ -40,14 +40,16 @@ def test_reading_commands_import_nothing_heavy(tmp_path: Path) -> None:
     names = ("status", "stats", "runs", "failures", "shards", "verify", "gc")
     asked = [[name, corpus.root] for name in names]
     asked += [["trace", corpus.root, uid], ["sql", corpus.root, "FROM samples"]]
-    asked += [["sql", corpus.root, "FROM candidates JOIN curated USING (uid)", flag] for flag in ("--csv", "--json")]
+    asked += [
+        ["sql", corpus.root, "FROM candidates JOIN curated USING (uid)", flag] for flag in ("--csv", "--json")
+    ]
     assert modules_after(*asked) & HEAVY == set()
 
 
 def test_pandas_can_still_be_had_after_a_reading_command(tmp_path: Path) -> None:
     """Arrow was told that there is none; it must ask again."""
     code = (
-        "from jobs.options import import_arrow_alone; import_arrow_alone(); import sys; "
+        "from jobs.cli.options import import_arrow_alone; import_arrow_alone(); import sys; "
         "assert 'pandas' not in sys.modules; import pyarrow; "
         "print(pyarrow.table({'x': [1, 2]}).to_pandas().x.sum())"
     )

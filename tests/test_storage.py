@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage, storage_trouble, sweep_temporary_folders, temporary_folder
+from pipeline.corpus.storage import Storage, storage_trouble, sweep_temporary_folders, temporary_folder
 from schemas.errors import CapfiltError
 
 

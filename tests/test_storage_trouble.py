@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline.storage import storage_trouble
+from pipeline.corpus.storage import storage_trouble
 from tests.processes import cli
 
 _CONFIG = """
@@ -34,7 +34,9 @@ def test_s3_without_credentials(tmp_path) -> None:
 
 
 def test_s3_that_does_not_answer() -> None:
-    line = told("status", "s3://bucket/corpus", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
+    line = told(
+        "status", "s3://bucket/corpus", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1"
+    )
     assert "http://127.0.0.1:9" in line and "AWS_ENDPOINT_URL" in line
 
 
@@ -59,6 +61,8 @@ def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
     assert line is not None and os.strerror(number) in line and "/data/x" in line and mend in line
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError("y")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError("y")]
+)
 def test_other_errors_are_not_explained_away(error: Exception) -> None:
     assert storage_trouble(error) is None

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from jobs.tables import fact_lines, table_lines
-from jobs.values import cell
+from jobs.output.tables import fact_lines, table_lines
+from jobs.output.values import cell
 
 _HEX = "0123456789abcdef"
 _IDENTIFIERS = st.one_of(
@@ -40,7 +40,10 @@ def test_a_value_is_shown_whole_or_its_column_is_named(case: tuple[list[dict], i
             text = cell(value, name)
             is_text = " " in text and "/" not in text
             if name not in note:
-                assert all(word in printed for word in (text.split(" ") if is_text else [text])), (name, lines)
+                assert all(word in printed for word in (text.split(" ") if is_text else [text])), (
+                    name,
+                    lines,
+                )
 
 
 @settings(deadline=None)
@@ -51,7 +54,9 @@ def test_no_line_is_wider_than_the_screen_unless_one_value_is(
     rows, width, spare = case
     values = [cell(value) for row in rows for value in row.values()]
     for line in table_lines(rows, list(rows[0]), width=width, spare=spare):
-        assert cell_len(line) <= width or any(cell_len(value) > width and line == value for value in values), line
+        assert cell_len(line) <= width or any(
+            cell_len(value) > width and line == value for value in values
+        ), line
 
 
 def _note(lines: list[str]) -> set[str]:
@@ -62,7 +67,9 @@ def _note(lines: list[str]) -> set[str]:
 
 
 def test_without_a_width_everything_is_whole() -> None:
-    rows = [{"url": "http://host.example/" + "x" * 3000, "digest": "a" * 64, "text": "word " * 500, "gone": None}]
+    rows = [
+        {"url": "http://host.example/" + "x" * 3000, "digest": "a" * 64, "text": "word " * 500, "gone": None}
+    ]
     (header, line) = table_lines(rows, list(rows[0]), width=None)
     assert header.split() == ["url", "digest", "text", "gone"]
     assert all(cell(value) in line for value in rows[0].values())
@@ -78,7 +85,9 @@ def test_digests_have_twelve_digits_and_are_named() -> None:
 
 def test_columns_go_in_order_the_empty_first() -> None:
     row = {"id": "x" * 10, "none": None, "a": "y" * 30, "b": "z" * 30}
-    assert table_lines([row], list(row), width=78, spare=("b", "a"))[2:] == ["(empty: none; --wide shows all)"]
+    assert table_lines([row], list(row), width=78, spare=("b", "a"))[2:] == [
+        "(empty: none; --wide shows all)"
+    ]
     assert table_lines([row], list(row), width=60, spare=("b", "a"), more="--json")[2:] == [
         "(left out: b; empty: none; --json shows all)"
     ]
@@ -88,7 +97,10 @@ def test_columns_go_in_order_the_empty_first() -> None:
 
 def test_a_few_columns_without_room_become_records() -> None:
     url = "http://host.example/" + "x" * 300
-    rows = [{"uid": "a" * 32, "url": url, "caption": "a cat"}, {"uid": "b" * 32, "url": url, "caption": "a dog"}]
+    rows = [
+        {"uid": "a" * 32, "url": url, "caption": "a cat"},
+        {"uid": "b" * 32, "url": url, "caption": "a dog"},
+    ]
     assert table_lines(rows, list(rows[0]), width=80) == [
         "uid      " + "a" * 32, "url", url, "caption  a cat", "", "uid      " + "b" * 32, "url", url, "caption  a dog"
     ]  # fmt: skip
@@ -114,4 +126,8 @@ def test_numbers_have_separators_from_a_thousand() -> None:
         "999", "1,000", "-1,234", "999.4", "1,000", "1,234", "12,346", "0.1235"
     ]  # fmt: skip
     assert cell(2_000_000, "seed") == "2000000"
-    assert [cell(size, "bytes") for size in (999, 999_960, 5e15.__int__())] == ["999 B", "1.0 MB", "5,000.0 TB"]
+    assert [cell(size, "bytes") for size in (999, 999_960, (5e15).__int__())] == [
+        "999 B",
+        "1.0 MB",
+        "5,000.0 TB",
+    ]

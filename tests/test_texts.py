@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.texts import clean_caption, count_words, mark_duplicates, same_text_key
+from pipeline.text import clean_caption, count_words, mark_duplicates, same_text_key
 
 CASES = {
     "a red car": "a red car",

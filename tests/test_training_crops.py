@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from jobs.bench.pictures import jpeg
-from pipeline.images import ImageError, decode_rgb
-from training.captions import NoCaptionError, blip_caption, usable_captions
-from training.crops import crop_box, decode, random_crop, resize, sample_random
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.images.decode import ImageError, decode_rgb
+from training.data.captions import NoCaptionError, blip_caption, usable_captions
+from training.data.transforms import crop_box, decode, random_crop, resize, sample_random
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
@@ -92,7 +92,9 @@ def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     ours = np.array([crop_box(width, height, numbers, 0.5) for _ in range(draws)], float)
     torch.manual_seed(1)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(draws)], float)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(draws)], float
+    )
     for quantile in (0.1, 0.5, 0.9):
         assert np.quantile(ours, quantile, axis=0) == pytest.approx(
             np.quantile(theirs, quantile, axis=0), abs=0.04 * max(size)
@@ -121,9 +123,11 @@ def test_a_resize_is_pillows_within_rounding() -> None:
 
 
 def test_random_numbers_are_the_samples_own() -> None:
-    streams = [sample_random(seed, uid, turn).random() for seed in (1, 2) for uid in ("a", "b") for turn in (0, 1)]
+    streams = [
+        sample_random(seed, uid, turn).random() for seed in (1, 2) for uid in ("a", "b") for turn in (0, 1)
+    ]
     assert len(set(streams)) == 8
-    assert sample_random(1, "a", 0).random() == streams[0] 
+    assert sample_random(1, "a", 0).random() == streams[0]
 
 
 # -- captions --------------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def lavis_caption(caption: str, max_words: int = 50) -> str:
     return " ".join(words[:max_words])
 
 
-@given(st.text(alphabet='aB c.,!?"()*#:;~-\'é1', max_size=60), st.integers(1, 5))
+@given(st.text(alphabet="aB c.,!?\"()*#:;~-'é1", max_size=60), st.integers(1, 5))
 def test_captions_are_cleaned_as_lavis_does(text: str, max_words: int) -> None:
     assert blip_caption(text, max_words) == lavis_caption(text, max_words).strip()
 

@@ -17,16 +17,16 @@ import torch
 from corpora import Corpus, make_corpus
 from raw_shards import encoded, picture
 
-from pipeline.records import Records
-from pipeline.shards import write_tar
-from pipeline.storage import Storage
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import write_tar
+from pipeline.corpus.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.pretrain import PretrainConfig
-from training.data import Batch, TrainingData, held_out_samples
-from training.index import open_shard
-from training.ledger import Ledger
-from training.snapshot import take_snapshot
+from training.data.loader import Batch, TrainingData, held_out_samples
+from training.data.shard_index import open_shard
+from training.data.snapshot import take_snapshot
+from training.trainer.lineage import Ledger
 
 BATCH_SIZE = 8
 SIZE_PX = 16
@@ -209,16 +209,26 @@ def test_weights_of_the_config_and_of_the_corpus_set_the_mix(tmp_path: Path) -> 
 
 def test_a_human_source_draws_any_of_its_captions(tmp_path: Path) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"), ("coco",), shards=1)
-    few = {caption for batch in batches(config_of(corpus.root, captions_per_image=1), 9) for caption in batch.captions}
+    few = {
+        caption
+        for batch in batches(config_of(corpus.root, captions_per_image=1), 9)
+        for caption in batch.captions
+    }
     weigh(corpus, kind="human", coco=None)
-    many = {caption for batch in batches(config_of(corpus.root, captions_per_image=1), 9) for caption in batch.captions}
+    many = {
+        caption
+        for batch in batches(config_of(corpus.root, captions_per_image=1), 9)
+        for caption in batch.captions
+    }
     assert len(few) == 9 and len(many) > 12
 
 
 def test_corpora_are_mixed(corpus: str, tmp_path: Path) -> None:
     foreign_folder(tmp_path / "folder", 2, 9)
     config = config_of(corpus)
-    two = config.data.model_copy(update={"corpus": (*config.data.corpus, *config_of(tmp_path / "folder").data.corpus)})
+    two = config.data.model_copy(
+        update={"corpus": (*config.data.corpus, *config_of(tmp_path / "folder").data.corpus)}
+    )
     config = config.model_copy(update={"data": two})
     snapshot = take_snapshot(config.data)
     assert snapshot.weights == {"cc": 27, "sbu": 27, "folder": 18}
@@ -324,7 +334,12 @@ def test_samples_without_image_or_captions_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     jpg, text = encoded(picture(1)), b"a dog"
-    samples = [("a", {"jpg": jpg, "txt": text}), ("b", {"jpg": jpg}), ("c", {"txt": text}), ("d", {"cls": b"1"})]
+    samples = [
+        ("a", {"jpg": jpg, "txt": text}),
+        ("b", {"jpg": jpg}),
+        ("c", {"txt": text}),
+        ("d", {"cls": b"1"}),
+    ]
     samples += [("e", {"png": encoded(picture(2), "PNG"), "txt": text}), ("a", {"jpg": jpg, "txt": text})]
     (tmp_path / "f").mkdir()
     write_tar(tmp_path / "f" / "x.tar", samples)
@@ -334,7 +349,9 @@ def test_samples_without_image_or_captions_are_left_out_and_counted(
     assert "1 with a key seen before, 1 with no captions, 2 with no image" in caplog.text
 
 
-def test_unusable_samples_are_replaced_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_samples_are_replaced_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jpg = encoded(picture(1))
     samples = [(f"k{index}", {"jpg": jpg, "txt": f"fine {index}".encode()}) for index in range(6)]
     samples[2] = ("k2", {"jpg": jpg[:200], "txt": b"cut"})
@@ -386,7 +403,9 @@ def test_a_pinned_snapshot_is_refused_once_the_corpus_is_another(tmp_path: Path)
     corpus.add_urls("cc", ["00001"], 12, batch=1)
     corpus.make("cc", "00001")
     now_there = take_snapshot(config_of(corpus.root).data).digest
-    with pytest.raises(CapfiltError, match=rf"pinned snapshot.*{now_there}.*{digest}.*snapshot = \"{now_there}\""):
+    with pytest.raises(
+        CapfiltError, match=rf"pinned snapshot.*{now_there}.*{digest}.*snapshot = \"{now_there}\""
+    ):
         take_snapshot(pinned.data)
 
 
@@ -405,7 +424,9 @@ def test_a_digest_says_nothing_of_place_or_time(corpus: str, tmp_path: Path) -> 
         ({"held_out": 28}, "data.held_out: 28 of 54 images are more than half"),
     ],
 )
-def test_wrong_settings_are_named_before_anything_is_read(corpus: str, data: dict[str, Any], words: str) -> None:
+def test_wrong_settings_are_named_before_anything_is_read(
+    corpus: str, data: dict[str, Any], words: str
+) -> None:
     with pytest.raises(CapfiltError, match=words):
         take_snapshot(config_of(corpus, **data).data)
 
@@ -492,7 +513,8 @@ def tars_open_under(folder: Path) -> int:
 def shares(found: list[Batch], rank: int, world_size: int) -> list[Batch]:
     """Return one rank's share of whole batches."""
     rows = [
-        slice(rank * len(batch.uids) // world_size, (rank + 1) * len(batch.uids) // world_size) for batch in found
+        slice(rank * len(batch.uids) // world_size, (rank + 1) * len(batch.uids) // world_size)
+        for batch in found
     ]
     return [
         Batch(
@@ -527,7 +549,8 @@ def source_of(root: str) -> dict[str, str]:
 def weigh(corpus: Corpus, kind: str = "web", **weights: float | None) -> None:
     """Record a later run of the corpus whose sources have a kind and weights."""
     sources = tuple(
-        SourceConfig(name=name, input=("x.csv",), kind=kind, weight=weight) for name, weight in weights.items()
+        SourceConfig(name=name, input=("x.csv",), kind=kind, weight=weight)
+        for name, weight in weights.items()
     )
     corpus.config = corpus.config.model_copy(update={"source": sources})
     corpus.start_run("20270101T000000-later")

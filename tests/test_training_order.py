@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.records import OutputFile
-from training.index import ShardRef
-from training.order import Draw, Order, apportion, permutation, whole_numbers
-from training.snapshot import Snapshot, Source
+from training.data.sampler import Draw, Order, apportion, permutation, whole_numbers
+from training.data.shard_index import ShardRef
+from training.data.snapshot import Snapshot, Source
 
 WEIGHTS = st.lists(st.integers(0, 10**12), min_size=1, max_size=7).filter(any)
 SIZES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=7), min_size=1, max_size=3)
 
 
-def snapshot_of(sizes: list[list[int]], weights: dict[int, float] | None = None, held_out: int = 0) -> Snapshot:
+def snapshot_of(
+    sizes: list[list[int]], weights: dict[int, float] | None = None, held_out: int = 0
+) -> Snapshot:
     """Return sources with shards of such sizes, no file behind them."""
     weights = weights or {}
     return Snapshot(
@@ -117,7 +119,9 @@ def test_by_default_every_image_comes_once_in_each_turn(
     snapshot = snapshot_of(sizes)
     total = snapshot.num_images
     draws = Order(snapshot, seed, shuffle_shards).draws(turn * total, (turn + 1) * total)
-    everything = [(number, sample) for number, shard in enumerate(snapshot.shards) for sample in range(shard.samples)]
+    everything = [
+        (number, sample) for number, shard in enumerate(snapshot.shards) for sample in range(shard.samples)
+    ]
     assert sorted(samples(draws)) == everything
     assert {draw.turn for draw in draws} == {turn}
 
@@ -129,10 +133,7 @@ def test_a_stretch_is_the_sum_of_its_parts_wherever_it_begins(
     snapshot = snapshot_of(sizes)
     cuts = sorted(cuts)
     # A fresh order for each part: nothing is remembered.
-    parts = [
-        Order(snapshot, seed, shuffle_shards).draws(start, stop)
-        for start, stop in pairwise(cuts)
-    ]
+    parts = [Order(snapshot, seed, shuffle_shards).draws(start, stop) for start, stop in pairwise(cuts)]
     whole = Order(snapshot, seed, shuffle_shards).draws(cuts[0], cuts[-1])
     assert sorted(draw for part in parts for draw in part) == sorted(whole)
 

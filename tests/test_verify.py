@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.shards import read_tar, rows_to_table, write_parquet, write_tar
-from pipeline.storage import sha256_file
-from pipeline.urlshards import taken_over
-from pipeline.verify import verify
+from pipeline.corpus.shard_files import read_tar, rows_to_table, write_parquet, write_tar
+from pipeline.corpus.storage import sha256_file
+from pipeline.corpus.url_shards import taken_over
+from pipeline.manifest.verify import verify
 from schemas.records import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
 from tests.corpora import Corpus, make_corpus

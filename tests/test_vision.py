@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import VisionConfig
-from training.precision import LayerNorm
-from training.vision import FrozenVision, empty_vision, load_vision
+from training.models.layers import LayerNorm
+from training.models.vision import FrozenVision, empty_vision, load_vision
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.addresses import FetchError, Resolver, WebUrl, is_forbidden
-from pipeline.hosts import HostHealth, HostTurns
-from pipeline.robots import RobotRules, RobotsTxt, reserved_by_robots_tag
-from pipeline.web import Fetch, Web
+from pipeline.web.client import Fetch, Web
+from pipeline.web.host_limits import HostHealth, HostTurns
+from pipeline.web.robots import RobotRules, RobotsTxt, reserved_by_robots_tag
+from pipeline.web.urls import FetchError, Resolver, WebUrl, is_forbidden
 from schemas.config import CrawlConfig
 from tests.hostile import JPEG, OPTED_OUT_HEADERS, OTHERS_HEADERS, Exchange, HostileSite
 
@@ -96,7 +96,7 @@ def test_what_no_one_thought_of_ends_the_url_alone(
         def trip(*_: object, fault: BaseException = fault) -> None:
             raise fault
 
-        monkeypatch.setattr("pipeline.web._check_status", trip)
+        monkeypatch.setattr("pipeline.web.client._check_status", trip)
         if fault in faults:
             fetch = fetcher.fetch(site.url("/plain.jpg"))
             assert (*end(fetch), fetch.detail, fetch.attempts) == ("failed", "bad_response", repr(fault), 1)
@@ -345,7 +345,7 @@ def test_good_hosts_wait_for_room_among_names_that_never_answer(
     site: HostileSite, names: Names, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All the look-ups that may be under way are stuck for longer than a URL may take."""
-    monkeypatch.setattr("pipeline.web._SILENT_NAMES", 4)
+    monkeypatch.setattr("pipeline.web.client._SILENT_NAMES", 4)
     threading.Timer(1.5, names.silence.set).start()
     fetches = crawl(site, some("silent", 40) + some("good", 20), timeout_s=1.0)
     assert {end(fetches[host]) for host in some("good", 20)} == {("ok", None)}
@@ -587,7 +587,7 @@ def test_a_path_that_cannot_be_checked_is_left_alone() -> None:
 
 
 def test_what_is_kept_of_all_robots_txt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.robots._CACHED_BYTES", 1_000_000)
+    monkeypatch.setattr("pipeline.web.robots._CACHED_BYTES", 1_000_000)
     robots, asked = RobotsTxt("capfilt"), []
 
     def get(url: WebUrl) -> bytes:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tiny_models import save_captioner, save_ranker
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
-from pipeline.weights import captioner_weights, ranker_weights
+from pipeline.models.weights import captioner_weights, ranker_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 
@@ -186,7 +186,7 @@ def python(code: str, hub: Path, **environment: str) -> tuple[dict, float]:
 
 FIND = """
 import json
-from pipeline.weights import captioner_weights
+from pipeline.models.weights import captioner_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 answers = []
@@ -329,7 +329,7 @@ def test_no_network_is_said_at_once(tmp_path: Path) -> None:
 
 def test_a_network_that_swallows_everything_is_given_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = "import pipeline.hub; pipeline.hub._TIMEOUT_S = 1.0\n" + FIND.format(
+        code = "import pipeline.models.hub; pipeline.models.hub._TIMEOUT_S = 1.0\n" + FIND.format(
             queries=[("org/blip", "main")]
         )
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -454,8 +454,8 @@ import io
 import json
 import numpy as np
 from PIL import Image
-from pipeline.caption import Captioner
-from pipeline.weights import captioner_weights
+from pipeline.stages.caption import Captioner
+from pipeline.models.weights import captioner_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 config = CaptionConfig(num_captions=2, max_length=6, min_length=3)
@@ -494,8 +494,8 @@ def test_openai_clip_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     code = """
 import json
 import torch
-from pipeline.rank import Ranker
-from pipeline.weights import ranker_weights
+from pipeline.stages.rank import Ranker
+from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
 weights = ranker_weights("ViT-L-14", "openai")
 ranker = Ranker(weights, "fp32")
@@ -513,7 +513,7 @@ print(json.dumps([weights.to_record().parameters, activation, weights.name, weig
     next((hub / "models--timm--vit_large_patch14_clip_224.openai" / "snapshots" / COMMIT).iterdir()).unlink()
     code = """
 import json
-from pipeline.weights import ranker_weights
+from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
 try:
     ranker_weights("ViT-L-14", "openai")

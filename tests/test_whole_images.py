@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.bench.pictures import jpeg
-from pipeline.images import FORMATS, ImageError, decode_rgb, decode_srgb, is_plain_jpeg, probe
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.images.decode import FORMATS, ImageError, decode_rgb, decode_srgb, is_plain_jpeg, probe
 from tests.hostile import encoded, picture, png
 from tests.test_images import peak_bytes
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.pretrain import PretrainConfig
+from training.blip2.build import build_stage
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
 from training.distributed import World
-from training.stage1 import Stage1
-from training.stage2 import Stage2
-from training.stages import build_stage
 
 # Rows of the language models' embeddings: their words, and room for Hugging Face's image token.
 EMBEDDINGS = 64

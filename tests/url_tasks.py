@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.fingerprint import sample_uid
-from pipeline.records import Records, now
-from pipeline.shards import rows_to_table, write_parquet
-from pipeline.storage import Storage, sha256_file, temporary_folder
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.records import Records, now
+from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.storage import Storage, sha256_file, temporary_folder
 from schemas.config import CapfiltConfig
 from schemas.records import OutputFile, ShardRecord, ShardTask
 from schemas.tables import URLS

@@ -26,9 +26,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pipeline.checkpoints import CHECKPOINT_FOLDER, DamagedCheckpointError, SavedCheckpoints, find_checkpoint
-from pipeline.records import now
-from pipeline.storage import first_line, sha256_file, temporary_folder
+from pipeline.corpus.checkpoint_files import (
+    CHECKPOINT_FOLDER,
+    DamagedCheckpointError,
+    SavedCheckpoints,
+    find_checkpoint,
+)
+from pipeline.corpus.records import now
+from pipeline.corpus.storage import first_line, sha256_file, temporary_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint
@@ -241,5 +246,7 @@ def _read_state(folder: Path, record: CheckpointRecord) -> State:
 
 def _os_error(error: BaseException) -> BaseException:
     """Return what the storage said (a full disk), which torch wraps; else the error itself."""
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    causes = (
+        [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    )
     return next((cause for cause in causes if isinstance(cause, OSError)), error)

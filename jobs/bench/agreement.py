@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
-import pipeline.decoding
+import pipeline.models.blip.generation
+from jobs.bench.fixtures.models import END_CHANCE, end_after
 from jobs.bench.generate import prompt_ids, uniform_numbers
-from jobs.bench.models import END_CHANCE, end_after
-from pipeline.decoder import Decoder
-from pipeline.decoding import GridSampler, RowSampler
+from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.generation import GridSampler, RowSampler
 from schemas.config import CaptionConfig
 
 
@@ -20,17 +20,17 @@ from schemas.config import CaptionConfig
 def _recorded_logits() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yield a list that grows by (tokens, logits) of every row that the engine computes."""
     recorded: list[tuple[Tensor, Tensor]] = []
-    nucleus = pipeline.decoding.nucleus
+    nucleus = pipeline.models.blip.generation.nucleus
 
     def recording(logits_RV: Tensor, tokens_RL: Tensor, *rest: Any) -> Any:
         recorded.append((tokens_RL.clone(), logits_RV.clone()))
         return nucleus(logits_RV, tokens_RL, *rest)
 
-    pipeline.decoding.nucleus = recording
+    pipeline.models.blip.generation.nucleus = recording
     try:
         yield recorded
     finally:
-        pipeline.decoding.nucleus = nucleus
+        pipeline.models.blip.generation.nucleus = nucleus
 
 
 @torch.inference_mode()

@@ -16,14 +16,21 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
 from jobs.bench.agreement import agreement, lowered_agreement
-from jobs.bench.compute import counted_flops, in_turn, matmul_rate, median_ratio, one_thread
+from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, median_ratio, one_thread
+from jobs.bench.fixtures.models import (
+    BLIP_LARGE,
+    END_CHANCE,
+    blip_large,
+    end_after,
+    save_captioner,
+    save_ranker,
+)
 from jobs.bench.generate import engine, generate, prompt_ids, uniform_numbers
-from jobs.bench.models import BLIP_LARGE, END_CHANCE, blip_large, end_after, save_captioner, save_ranker
 from jobs.bench.toptwo import measure_top_two
-from pipeline.decoder import Decoder
-from pipeline.decoding import NOTHING, RowSampler
-from pipeline.device import compute_dtype, device_name, worker_device
-from pipeline.storage import temporary_folder
+from pipeline.corpus.storage import temporary_folder
+from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.generation import NOTHING, RowSampler
+from pipeline.models.device import compute_dtype, device_name, worker_device
 from schemas.config import CaptionConfig
 
 # Counted operations of the design, in GF at BLIP-large: keys and values of an image, and one row of one step.

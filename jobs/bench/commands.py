@@ -13,7 +13,7 @@ import typer
 
 from jobs.bench.printing import Json, Rounds, measured, readable, show
 from jobs.bench.training_commands import training_bench
-from jobs.groups import CommandGroup
+from jobs.cli.groups import CommandGroup
 from schemas.errors import CapfiltError
 
 bench = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
@@ -114,7 +114,7 @@ def rank(
 ) -> None:
     """Rank beside open_clip's own: agreement, operations, both towers and the tokenizer."""
     from jobs.bench.rank import measure_rank
-    from pipeline.device import worker_device
+    from pipeline.models.device import worker_device
 
     device = worker_device()
     images = images or {"cpu": 2, "cuda": 256}[device.type]
@@ -134,7 +134,7 @@ def shard(
 ) -> None:
     """Send whole shards through both GPU stages, beside the bare engine on decoded images: share of its rate."""
     from jobs.bench.shard import measure_shard
-    from pipeline.device import worker_device
+    from pipeline.models.device import worker_device
 
     images = images or {"cpu": 3, "cuda": 2001}[worker_device().type]
     found = measured(measure_shard, images, shards, rounds, size)

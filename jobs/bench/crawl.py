@@ -17,13 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.machine import Stopwatch, peak_bytes
-from jobs.bench.pictures import jpeg
-from jobs.bench.site import serving
-from pipeline.intake import read_lists
-from pipeline.records import Records
-from pipeline.storage import Storage, temporary_folder
-from pipeline.urlshards import url_shards
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from jobs.bench.fixtures.pictures import jpeg
+from jobs.bench.fixtures.server import serving
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.url_shards import url_shards
+from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import ShardTask
 
@@ -119,7 +119,7 @@ def _tasks(folder: Path, host: str, images: int, shards: int) -> tuple[CapfiltCo
 
 def _crawl(config: CapfiltConfig, task: ShardTask) -> _Shard:
     """Crawl a shard as a run does; runs in a process of its own."""
-    from pipeline.crawl import CrawlWorker
+    from pipeline.stages.crawl import CrawlWorker
 
     worker = CrawlWorker(config, Records(Storage(task.corpus)))
     with Stopwatch() as watch:

@@ -2,7 +2,7 @@
 
 What it changes is measured on the demo's world, whose models are small but trained: the scores of the same
 captions, which two of them are kept, the captions sampled with the same uniform numbers, and the share of true
-ones among what is kept. A CPU rounds as a GPU does (``pipeline.fp8.quantise``), so that part needs none; a GPU
+ones among what is kept. A CPU rounds as a GPU does (``pipeline.models.fp8.quantise``), so that part needs none; a GPU
 may sum in a little less than float32. What it saves is measured on a GPU, at the published sizes.
 
 The legend of the names: N images, C channels, H height, W width.
@@ -20,23 +20,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.compute import one_thread, seconds
-from jobs.bench.models import blip_large, save_captioner, save_ranker
-from jobs.demo.alt_texts import alt_text
-from jobs.demo.appraisal import APPRAISAL_SEED
-from jobs.demo.models import CAPTIONER_DIR, RANKER_DIR
-from jobs.demo.outcomes import ALT_KINDS
-from jobs.demo.pictures import picture_set
-from jobs.demo.world import Scene, is_true
-from pipeline.caption import Captioner
-from pipeline.device import device_name, worker_device
-from pipeline.fp8 import quantise, require_fp8, require_torchao
-from pipeline.pixels import PixelRecipe, normalise
-from pipeline.rank import Ranker
-from pipeline.selection import Candidate, select
-from pipeline.storage import temporary_folder
-from pipeline.texts import clean_caption
-from pipeline.weights import captioner_weights, ranker_weights
+from jobs.bench.fixtures.compute import one_thread, seconds
+from jobs.bench.fixtures.models import blip_large, save_captioner, save_ranker
+from jobs.demo.weights_training.evaluate_weights import APPRAISAL_SEED
+from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from jobs.demo.world.alt_texts import alt_text
+from jobs.demo.world.pictures import picture_set
+from jobs.demo.world.responses import ALT_KINDS
+from jobs.demo.world.scenes import Scene, is_true
+from pipeline.corpus.storage import temporary_folder
+from pipeline.images.preprocess import PixelRecipe, normalise
+from pipeline.models.device import device_name, worker_device
+from pipeline.models.fp8 import quantise, require_fp8, require_torchao
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.stages.caption import Captioner
+from pipeline.stages.rank import Ranker
+from pipeline.stages.selection import Candidate, select
+from pipeline.text import clean_caption
 from schemas.config import CaptionConfig, InferencePrecision, SelectConfig
 
 M = TypeVar("M", Captioner, Ranker)
@@ -114,8 +114,12 @@ def measure_speed(captioner: Path, ranker: Path, batch: int, rounds: int) -> dic
         for _ in range(rounds):
             for precision, run in runs.items():
                 timed[precision].append(seconds(run, worker_device()))
-        found |= {f"{name}_images_per_s_{precision}": batch / median(each) for precision, each in timed.items()}
-        found[f"{name}_ratio"] = median(old / new for old, new in zip(timed["bf16"], timed["fp8"], strict=True))
+        found |= {
+            f"{name}_images_per_s_{precision}": batch / median(each) for precision, each in timed.items()
+        }
+        found[f"{name}_ratio"] = median(
+            old / new for old, new in zip(timed["bf16"], timed["fp8"], strict=True)
+        )
     return found
 
 

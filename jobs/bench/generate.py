@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
-from pipeline.decoder import Decoder
-from pipeline.decoding import GridSampler, RowSampler
-from pipeline.sampling import caption_seeds, uniforms
+from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.generation import GridSampler, RowSampler
+from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
 
 

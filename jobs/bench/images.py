@@ -13,11 +13,11 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from transformers import BlipImageProcessorPil
 
-from jobs.bench.machine import Stopwatch
-from jobs.bench.pictures import jpeg
-from pipeline.images import decode_rgb
-from pipeline.lookahead import decode_threads, look_ahead
-from pipeline.pixels import PixelRecipe, decode_pixels
+from jobs.bench.fixtures.machine import Stopwatch
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.images.decode import decode_rgb
+from pipeline.images.preprocess import PixelRecipe, decode_pixels
+from pipeline.prefetch import decode_threads, look_ahead
 from schemas.config import PixelPath
 
 # The first is what a crawl stores of a photograph; the others are what shards of other makers hold.

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.machine import Stopwatch, peak_bytes
-from pipeline.intake import read_lists
-from pipeline.records import Records
-from pipeline.storage import Storage, temporary_folder
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig
 
 # Every tenth row of the list repeats an earlier URL with a caption of its own.

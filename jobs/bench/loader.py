@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jobs.bench.corpus import SyntheticCorpus
-from jobs.bench.machine import Stopwatch, peak_bytes
-from jobs.bench.pictures import jpeg
-from pipeline.selection import SelectWorker
-from pipeline.storage import temporary_folder
+from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.corpus.storage import temporary_folder
+from pipeline.stages.selection import SelectWorker
 
 _SIZE_PX = (512, 512)
 _QUALITY = 85
@@ -91,8 +91,8 @@ def _measure(make_batches: Callable[[str], Iterator[int]], corpus: str, batches:
 
 def _our_batches(corpus: str) -> Iterator[int]:
     from schemas.pretrain import PretrainConfig
-    from training.data import TrainingData
-    from training.snapshot import take_snapshot
+    from training.data.loader import TrainingData
+    from training.data.snapshot import take_snapshot
 
     config = PretrainConfig.model_validate(
         {
@@ -112,7 +112,7 @@ def _plain_batches(corpus: str) -> Iterator[int]:
     from torch.utils.data import DataLoader
     from torchvision import transforms
 
-    from training.captions import blip_caption
+    from training.data.captions import blip_caption
 
     image_train = transforms.Compose(
         [

@@ -6,11 +6,11 @@ from typing import Any
 
 import duckdb
 
-from jobs.bench.corpus import SOURCE, SyntheticCorpus
-from jobs.bench.machine import Stopwatch, peak_bytes
-from pipeline.manifest import CATALOG, Manifest
-from pipeline.storage import temporary_folder
-from pipeline.trace import trace
+from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from pipeline.corpus.storage import temporary_folder
+from pipeline.manifest.manifest import CATALOG, Manifest
+from pipeline.manifest.sample_trace import trace
 
 _TIMES = 3
 

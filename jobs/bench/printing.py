@@ -11,7 +11,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Each way, in turn; medians are
 
 def measured(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Measure, and say on what machine; how busy it was is asked before the benchmark itself makes it so."""
-    from jobs.bench.machine import describe_machine
+    from jobs.bench.fixtures.machine import describe_machine
 
     machine = describe_machine()
     return {**measure(*arguments), "machine": machine}
@@ -33,7 +33,7 @@ def readable(values: dict[str, Any]) -> dict[str, Any]:
 
 def show(found: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print the rows as a table and what else was found below it, or all of it as JSON."""
-    from jobs.render import print_facts, print_json, print_table
+    from jobs.output.render import print_facts, print_json, print_table
 
     if as_json:
         return print_json(found)

@@ -18,10 +18,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from jobs.bench.compute import counted_flops, matmul_rate, one_thread, peak_memory, seconds
-from pipeline.cliptokens import ClipTokenizer
-from pipeline.cliptowers import image_encoder, text_encoder
-from pipeline.device import compute_dtype, device_name
+from jobs.bench.fixtures.compute import counted_flops, matmul_rate, one_thread, peak_memory, seconds
+from pipeline.models.clip.tokenizer import ClipTokenizer
+from pipeline.models.clip.towers import image_encoder, text_encoder
+from pipeline.models.device import compute_dtype, device_name
 
 # Every so many captions one fills the context, as some web captions do.
 _LONG_EVERY = 40

@@ -5,12 +5,12 @@ from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
-from jobs.bench.corpus import SyntheticCorpus
-from jobs.bench.machine import Stopwatch, peak_bytes
-from jobs.bench.pictures import jpeg
-from pipeline.records import Records
-from pipeline.selection import SelectWorker
-from pipeline.storage import Storage, temporary_folder
+from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardTask
 

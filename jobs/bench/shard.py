@@ -21,17 +21,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from jobs.bench.compute import one_thread, seconds
-from jobs.bench.corpus import SyntheticCorpus
-from jobs.bench.models import END_CHANCE, blip_large, end_after, save_captioner, save_ranker
-from jobs.bench.pictures import jpeg
-from jobs.demo.models import CAPTIONER_DIR, RANKER_DIR
-from pipeline.caption import CaptionWorker
-from pipeline.committed import committed_table
-from pipeline.device import device_name, worker_device
-from pipeline.pixels import decode_pixels, stack_pinned
-from pipeline.rank import RankWorker
-from pipeline.storage import temporary_folder
+from jobs.bench.fixtures.compute import one_thread, seconds
+from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.models import END_CHANCE, blip_large, end_after, save_captioner, save_ranker
+from jobs.bench.fixtures.pictures import jpeg
+from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.storage import temporary_folder
+from pipeline.images.preprocess import decode_pixels, stack_pinned
+from pipeline.models.device import device_name, worker_device
+from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.rank import RankWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, Stage
 
@@ -64,7 +64,9 @@ def measure_shard(images: int, shards: int, rounds: int, size: Size) -> dict[str
     images = -(-images // 3) * 3
     with one_thread(device), temporary_folder() as folder:
         pictures = [jpeg(seed, _PICTURE_PX) for seed in range(_PICTURES)]
-        corpus = SyntheticCorpus(folder, images * shards, samples_per_shard=images // 3 * 4, pictures=pictures)
+        corpus = SyntheticCorpus(
+            folder, images * shards, samples_per_shard=images // 3 * 4, pictures=pictures
+        )
         bench = _Bench(corpus, _config(corpus.config, folder, size, device))
         # A GPU compiles and captures for each size of a batch: a whole shard, not counted.
         bench.round(bench.shards[:1] if device.type == "cuda" else [])

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from jobs.bench.training import Arch, bench_config, bench_device, measure_steps
+from training.blip2.build import compile_stage, empty_stage
+from training.blip2.stage1 import Stage1
 from training.distributed import World
-from training.stage1 import Stage1
-from training.stages import compile_stage, empty_stage
-from training.texts import Texts
+from training.models.tokenizer import Texts
 
 
 def measure_stage1(arch: Arch, batch: int, steps: int, micro_batch: int = 0) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from jobs.bench.training import Arch, bench_config, bench_device, measure_steps
+from training.blip2.build import compile_stage, empty_stage
+from training.blip2.stage2 import Stage2
 from training.distributed import World
-from training.language import Target
-from training.objectives import IGNORED
-from training.stage2 import Stage2
-from training.stages import compile_stage, empty_stage
+from training.losses import IGNORED
+from training.models.language import Target
 
 # Tokens that a caption of usual length has, and what they are padded to.
 _OPT_TOKENS, _OPT_LENGTH = 20, 24

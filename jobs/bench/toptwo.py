@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from jobs.bench.compute import in_turn, median_ratio, seconds
+from jobs.bench.fixtures.compute import in_turn, median_ratio, seconds
+from jobs.bench.fixtures.pictures import jpeg
 from jobs.bench.generate import generate
-from jobs.bench.pictures import jpeg
-from pipeline.caption import Captioner, Gathered, Sampled
-from pipeline.device import compute_dtype, worker_device
-from pipeline.lookahead import decode_threads, look_ahead
-from pipeline.pixels import decode_pixels, stack_pinned
-from pipeline.rank import Ranker, Score
-from pipeline.weights import captioner_weights, ranker_weights
+from pipeline.images.preprocess import decode_pixels, stack_pinned
+from pipeline.models.device import compute_dtype, worker_device
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.prefetch import decode_threads, look_ahead
+from pipeline.stages.caption import Captioner, Gathered, Sampled
+from pipeline.stages.rank import Ranker, Score
 from schemas.config import CaptionConfig
 
 T = TypeVar("T")

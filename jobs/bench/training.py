@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jobs.bench.compute import matmul_rate, one_thread, seconds
-from jobs.bench.machine import peak_bytes
+from jobs.bench.fixtures.compute import matmul_rate, one_thread, seconds
+from jobs.bench.fixtures.machine import peak_bytes
 from schemas.pretrain import PretrainConfig
-from training.precision import compute_dtype
-from training.stages import Stage
+from training.blip2.build import Stage
+from training.models.layers import compute_dtype
 
 Arch = Literal["vitg", "vitl"]
 # Adds the gradients of a step: its position, how many of the batch's samples, in shares of how many.

@@ -38,7 +38,9 @@ def stage1(
 @training_bench.command()
 def stage2(
     arch: Arch = "vitl",
-    language: Annotated[str, typer.Option(help="A published OPT or FlanT5.", metavar="NAME")] = "facebook/opt-2.7b",
+    language: Annotated[
+        str, typer.Option(help="A published OPT or FlanT5.", metavar="NAME")
+    ] = "facebook/opt-2.7b",
     batch: Batch = None,
     steps: Steps = 3,
     micro_batch: MicroBatch = 0,
@@ -73,7 +75,12 @@ def precision(
 
     found = measured(measure_precision, steps)
     rows = [
-        {"run": name, "last_loss": loss, "distance": found["distance"].get(name), "bias": found["bias"].get(name)}
+        {
+            "run": name,
+            "last_loss": loss,
+            "distance": found["distance"].get(name),
+            "bias": found["bias"].get(name),
+        }
         for name, loss in found["last_loss"].items()
     ]
     show(found, rows, json_)

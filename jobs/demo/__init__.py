@@ -13,8 +13,8 @@ trained on, and `examination` asks what was learnt.
 The weights come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:
 
-    python -m jobs.demo.train_weights captioner --until-accuracy 0.88   # 22 min, 2,032 steps
-    python -m jobs.demo.train_weights ranker --minutes 37               # 37 min, 2,664 steps
+    python -m jobs.demo.weights_training.train_weights captioner --until-accuracy 0.88   # 22 min, 2,032 steps
+    python -m jobs.demo.weights_training.train_weights ranker --minutes 37               # 37 min, 2,664 steps
 
 The schedule follows the clock, so another machine gets other weights of like
 quality. The captioner stops early on purpose: let run on to step 2,608, 98% of
@@ -24,10 +24,10 @@ Stage 2 needs language models that know the grammar and have never seen a
 picture (`language`; 280,000 and 330,000 parameters). Each comes from 800 steps on
 text alone, about a minute of one thread; equal machines get equal weights:
 
-    python -m jobs.demo.train_language opt
-    python -m jobs.demo.train_language t5
+    python -m jobs.demo.weights_training.train_language opt
+    python -m jobs.demo.weights_training.train_language t5
 
-`python -m jobs.demo.appraisal --num-images 1000`, on pictures that no training
+`python -m jobs.demo.weights_training.evaluate_weights --num-images 1000`, on pictures that no training
 saw: entirely true are 51% of the alt texts, 90% of ten nucleus samples an image
 (top_p 0.9, top_k 50, repetition penalty 1.1), and 98% of the two best of the
 eleven. On one thread, 1,000 images take 28 CPU seconds to caption ten times with

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pipeline.storage import Storage
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import confined_name, fits_utf8, printable
 
@@ -231,7 +231,10 @@ def _coco_images(content: Mapping[str, Any]) -> list[CaptionedImage]:
     ids = [_id(image["id"], "an image's id") for image in content["images"]]
     return [
         CaptionedImage(
-            id=number, file=image["file_name"], captions=tuple(captions[str(number)]), domain=image.get("domain") or ""
+            id=number,
+            file=image["file_name"],
+            captions=tuple(captions[str(number)]),
+            domain=image.get("domain") or "",
         )
         for number, image in zip(ids, content["images"], strict=True)
     ]
@@ -247,7 +250,9 @@ def _splits(content: Any, split: str) -> str:
 def _vqa_questions(content: Mapping[str, Any]) -> list[Question]:
     file = _coco_file_name(content.get("data_subtype", ""))
     return [
-        Question(id=_id(entry["question_id"], _QUESTION_ID), file=file(entry["image_id"]), text=entry["question"])
+        Question(
+            id=_id(entry["question_id"], _QUESTION_ID), file=file(entry["image_id"]), text=entry["question"]
+        )
         for entry in content["questions"]
     ]
 
@@ -265,7 +270,9 @@ def _gqa_question(key: str, entry: Mapping[str, Any]) -> Question:
     image = str(_id(entry["imageId"], f"the imageId of the question {_shown(key)}"))
     return Question(
         id=_id(key, _QUESTION_ID),
-        file=image if PurePosixPath(image).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else f"{image}.jpg",
+        file=image
+        if PurePosixPath(image).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+        else f"{image}.jpg",
         text=entry["question"],
         answers=_answers(entry.get("answer"), key),
     )

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from training.evaluate.annotations import CaptionedImage
-from training.evaluate.captionscores import caption_scores
-from training.evaluate.pictures import Pictures
-from training.evaluate.writing import Captioner, Decoding
+from training.evaluate.caption_scores import caption_scores
+from training.evaluate.generation import Captioner, Decoding
+from training.evaluate.images import Pictures
 
 
 def write_captions(

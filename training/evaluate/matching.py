@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.finite import require_finite
-from training.captions import blip_caption
-from training.qformer import KeyValue
-from training.stage1 import Stage1
-from training.texts import Texts
+from pipeline.models.finite import require_finite
+from training.blip2.stage1 import Stage1
+from training.data.captions import blip_caption
+from training.models.qformer import KeyValue
+from training.models.tokenizer import Texts
 
 # LAVIS's retrieval reads three tokens more than its training.
 MAX_TEXT_TOKENS = 35

@@ -7,23 +7,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Storage
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training import snapshotfile
-from training.data import held_out_samples
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.data import snapshot_file
+from training.data.loader import held_out_samples
+from training.data.snapshot import Snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import score_captions, write_captions
+from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
+from training.evaluate.images import Pictures, Tell, tell_nobody
 from training.evaluate.matching import Stage1Matcher
-from training.evaluate.pictures import Pictures, Tell, tell_nobody
-from training.evaluate.probe import probe
-from training.evaluate.results import Result, published
+from training.evaluate.published import Result, published
 from training.evaluate.retrieval import retrieve
+from training.evaluate.validation import probe
 from training.evaluate.vqa import DECODING, PROMPTS, lemmatizer, score_answers, write_answers
-from training.evaluate.writing import Decoding, Stage1Captioner, Stage2Writer
-from training.snapshot import Snapshot, take_snapshot
-from training.stage1 import Stage1
-from training.stage2 import Stage2
 
 Stage = Stage1 | Stage2
 
@@ -169,7 +169,7 @@ def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
     folder, _, last = name.rpartition("/")
     run = Storage(folder if last.startswith("step-") else name)
     files = [info.path for info in run.list("") if info.path.startswith("snapshot-")]
-    return snapshotfile.decode(run.read(files[0]), config.data, run.url(files[0])) if files else None
+    return snapshot_file.decode(run.read(files[0]), config.data, run.url(files[0])) if files else None
 
 
 def _common(stage: Stage) -> dict[str, Any]:

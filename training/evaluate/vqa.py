@@ -9,8 +9,8 @@ from torch import Tensor
 from schemas.errors import CapfiltError
 from training.evaluate.annotations import Question, QuestionSet
 from training.evaluate.answers import gqa_accuracy, vqa_accuracy
-from training.evaluate.pictures import Pictures
-from training.evaluate.writing import Decoding
+from training.evaluate.generation import Decoding
+from training.evaluate.images import Pictures
 
 PROMPTS: dict[Literal["opt", "t5"], str] = {
     "opt": "Question: {} Answer:",

@@ -1,0 +1,1 @@
+"""The command `capfilt`: one small function a command; libraries are imported inside them."""

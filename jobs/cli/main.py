@@ -1,0 +1,257 @@
+"""The command ``capfilt``: one small function a command, heavy imports inside them."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from jobs.bench.commands import bench
+from jobs.cli.evaluate import evaluate, export
+from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
+from jobs.cli.reports import reads
+from jobs.cli.trace import traces
+from jobs.cli.train import training
+from jobs.cli.upkeep import upkeep
+from jobs.interrupts import Interrupts
+from jobs.output.render import complain, printable_lines
+from schemas.errors import CapfiltError
+from schemas.records import STAGES, Stage
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="capfilt",
+    cls=CommandGroup,
+    context_settings=HELP_OPTIONS,
+    help="Build a CapFilt corpus from image URLs: crawl, caption ten times, rank, keep two.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
+]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
+Source = Annotated[
+    list[str] | None, typer.Option("--source", help="Only this [[source]]; may be repeated.", metavar="NAME")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it costs; do nothing.")
+]
+Retry = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--retry",
+        help="Queue again what ended so, instead of reading the lists: transient, statuses or reasons "
+        "(refused,http_4xx). A wrong word lists them.",
+        metavar="WHICH",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"capfilt {version('capfilt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(config: str, overrides: list[str] | None, sources: list[str] | None = None) -> Any:
+    """Return the config, cut down to the named sources if there are any."""
+    from pipeline.config import load_config
+    from pipeline.nearest import did_you_mean
+
+    loaded = load_config(config, overrides or ())
+    if not sources:
+        return loaded
+    names = [source.name for source in loaded.source]
+    for name in sources:
+        if name not in names:
+            raise CapfiltError(f"--source {name}: {config} has no such source{did_you_mean(name, names)}")
+    return loaded.model_copy(
+        update={"source": tuple(source for source in loaded.source if source.name in sources)}
+    )
+
+
+def _run(
+    config: str,
+    overrides: list[str] | None,
+    sources: list[str] | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    # Before the imports of a run, which take seconds: a mistake in the config is told at once.
+    loaded = _load(config, overrides, sources)
+    from rich.console import Console
+
+    from jobs.cli.plan import plan_corpus, print_plan
+    from jobs.cli.summary import print_result, result_json
+    from jobs.run import RunOptions, run
+
+    chosen = RunOptions(quiet=as_json, only_named=bool(sources), **options)
+    if dry_run:
+        planned = plan_corpus(loaded, chosen.stages, chosen.retry, only_named=chosen.only_named)
+        print(json.dumps(planned)) if as_json else print_plan(planned)
+        return
+    console = Console(stderr=as_json, soft_wrap=True)
+    result = run(loaded, chosen, console)
+    if as_json:
+        print(json.dumps(result_json(result, config)))
+    else:
+        print_result(result, console, config)
+    raise typer.Exit(result.exit_code)
+
+
+def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
+    def command(
+        config: Config,
+        set_: Set = None,
+        source: Source = None,
+        recompute: Recompute = False,
+        limit: Limit = None,
+        dry_run: DryRun = False,
+        json_: Json = False,
+    ) -> None:
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        _run(config, set_, source, dry_run, json_, **chosen)
+
+    def crawling_command(
+        config: Config,
+        set_: Set = None,
+        source: Source = None,
+        retry: Retry = None,
+        recompute: Recompute = False,
+        limit: Limit = None,
+        dry_run: DryRun = False,
+        json_: Json = False,
+    ) -> None:
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        _run(config, set_, source, dry_run, json_, retry=_retry_words(retry), **chosen)
+
+    shown = crawling_command if "crawl" in stages else command
+    app.command(name, help=text, rich_help_panel=BUILD)(shown)
+
+
+def _retry_words(given: list[str] | None) -> str | None:
+    """Return all that --retry names, checked."""
+    from pipeline.intake.retries import retried_reasons
+
+    if not given:
+        return None
+    words = ",".join(given)
+    retried_reasons(words)
+    return words
+
+
+_stage_command(
+    "run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
+)
+_stage_command("crawl", ("crawl",), "Fetch the images of the lists into raw shards.")
+_stage_command("caption", ("caption",), "Write the synthetic captions of every crawled image.")
+_stage_command("rank", ("rank",), "Score every candidate caption with CLIP.")
+_stage_command("select", ("select",), "Keep the best captions and write the curated shards. Needs no GPU.")
+
+
+@app.command(rich_help_panel=BUILD)
+def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
+    """Say what is pending and stale, and what it will cost. Changes nothing."""
+    loaded = _load(config, set_, source)
+    from jobs.cli.plan import plan_corpus, print_plan
+
+    found = plan_corpus(loaded, only_named=bool(source))
+    print(json.dumps(found)) if json_ else print_plan(found)
+
+
+@app.command(rich_help_panel=BUILD)
+def submit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options."),
+    ],
+    config: Config,
+    set_: Set = None,
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.", metavar="URL")] = "",
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
+    ] = True,
+) -> None:
+    """Run a command as a job on a Ray cluster. Submitting the same twice is harmless."""
+    from jobs.cluster.submit import submit_job
+
+    raise typer.Exit(submit_job(config, set_ or [], arguments, address, follow))
+
+
+@app.command(rich_help_panel=BUILD)
+def demo(
+    out: Annotated[str, typer.Option(help="Folder of the demo corpus.", metavar="DIR")] = "demo-corpus",
+    corpus_only: Annotated[bool, typer.Option("--corpus-only", help="Leave out the training.")] = False,
+    json_: Json = False,
+) -> None:
+    """Build a small corpus on this machine, train on it, and judge both.
+
+    Its web is a small world served on loopback, so that the truth of every caption can be checked.
+    """
+    from jobs.demo.run import run_demo
+
+    raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
+
+
+for commands in (reads, traces, upkeep, training):
+    app.registered_commands.extend(commands.registered_commands)
+app.command(rich_help_panel=TRAIN)(export)
+app.add_typer(
+    evaluate, name="evaluate", help="Score a trained model on published benchmarks.", rich_help_panel=MEASURE
+)
+app.add_typer(
+    bench, name="bench", help="Measure what the pipeline costs on this machine.", rich_help_panel=MEASURE
+)
+
+
+def _interruptible(command: Callable[[], Any]) -> None:
+    """Call a command, which SIGTERM ends as Ctrl-C does: with 128 + the signal's number."""
+    with Interrupts() as interrupts:
+        try:
+            command()
+        except KeyboardInterrupt:  # before Typer hears of it
+            sys.exit(interrupts.exit_code)
+        except SystemExit as ended:
+            # Typer says 130 whichever signal it was.
+            sys.exit(interrupts.exit_code if interrupts.count and ended.code == _INTERRUPTED else ended.code)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part, 130 or 143 stopped."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        _interruptible(app)
+    except CapfiltError as error:
+        complain(error)
+        sys.exit(2)
+    except Exception as error:
+        from pipeline.corpus.storage import storage_trouble
+
+        if told := storage_trouble(error):
+            complain(told)
+            sys.exit(2)
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
+        complain("this is a fault of capfilt, not of your input; please report the lines above")
+        sys.exit(1)

@@ -1,0 +1,63 @@
+"""What the commands that take a corpus share: their arguments and options, and how they open it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.output.render import complain
+from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from pipeline.manifest.manifest import Manifest
+
+CorpusArgument = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="Show every column and every digest whole.")]
+SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
+
+
+def open_manifest(corpus: str) -> Manifest:
+    """Open a corpus that exists: a mistyped name must not read as an empty one."""
+    from pipeline.corpus.storage import Storage
+
+    storage = Storage(corpus)
+    if not storage.fs.exists(f"{storage.base}/records"):
+        raise CapfiltError(
+            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
+        )
+    import_arrow_alone()
+    from pipeline.manifest.manifest import Manifest
+
+    manifest = Manifest(storage)
+    if warning := manifest.rewrite_copied_catalog():
+        complain(warning)
+    return manifest
+
+
+def import_arrow_alone() -> None:
+    """Import Arrow's datasets without pandas, which they load if it is installed: half of a reading command's start.
+
+    Arrow asks again where pandas is really needed (``to_pandas``), so nothing is lost.
+    """
+    if "pandas" in sys.modules:
+        return
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        import pyarrow.dataset  # noqa: F401
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _NoPandas(MetaPathFinder):
+    """Answers ``import pandas`` as if it were not installed."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("No module named 'pandas'", name=name)

@@ -1,0 +1,113 @@
+"""What is pending, what it will cost, and what the figures rest on: before any spending."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from jobs.output.render import print_table
+from jobs.output.values import cell, readable_bytes
+from jobs.run import digests_of, left_config_line, model_weights, survey_corpus
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.intake.read_lists import count_retries, unread_rows
+from pipeline.intake.retries import retried_reasons
+from pipeline.models.weights import require_model_names
+from pipeline.stages.plan import CPU_IMAGES_PER_S
+from schemas.config import CapfiltConfig
+from schemas.names import printable
+from schemas.records import STAGES, Stage
+
+_LEAST_HOURS = 0.0001
+
+
+def plan_corpus(
+    config: CapfiltConfig,
+    stages: tuple[Stage, ...] = STAGES,
+    retry: str | None = None,
+    *,
+    only_named: bool = False,
+) -> dict[str, Any]:
+    """Return what is done, pending and stale by stage and source, and what the rest costs; changes nothing.
+
+    Args:
+        retry: words of pipeline.intake.retries; the URLs that a run with them would queue again are counted.
+        only_named: the config was cut down to some of its sources, so that the others have not left it.
+    """
+    records = Records(Storage(config.corpus.path))
+    records.storage.require_place("corpus.path")
+    require_model_names(config, stages)
+    # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
+    begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
+    models = digests_of(model_weights(config, begun))
+    rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
+    survey = survey_corpus(config, records, models, stages, rows)[0]
+    return {
+        "stages": [asdict(count) for count in survey.counts],
+        "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
+        "unread_rows": rows,
+        "retries": {} if retry is None else count_retries(config, records, retried_reasons(retry)),
+        "expected_share": round(survey.expected_share, 4),
+        "expected_share_basis": survey.share_basis,
+        "stale_because": dict(survey.stale_because),
+        "left_config": {} if only_named else dict(survey.left_config),
+        "gpu_hours": sum(count.gpu_hours for count in survey.counts),
+        "worker_hours": sum(count.worker_hours for count in survey.counts),
+        "bytes": sum(count.bytes_left for count in survey.counts),
+    }
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print the plan as a table, what its figures rest on, and its totals."""
+    print_table([_plan_row(row) for row in plan["stages"]], title="stages", spare=("bytes", "worker_hours"))
+    print("\n".join(printable(line) for line in _plan_lines(plan)))
+
+
+def _plan_row(row: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "stage",
+        "source",
+        "total",
+        "done",
+        "pending",
+        "stale",
+        "images_left",
+        "worker_hours",
+        "gpu_hours",
+    )
+    shown = {name: row[name] for name in names}
+    shown |= {name: _shown_hours(row[name]) for name in ("worker_hours", "gpu_hours")}
+    shown["shards"] = shown.pop("total")
+    order = ("stage", "source", "shards", *names[3:])
+    return {name: shown[name] for name in order} | {"bytes": row["bytes_left"], "basis": row["basis"]}
+
+
+def _shown_hours(hours: float) -> float:
+    """Return hours of which something is seen, however few there are."""
+    return max(hours, _LEAST_HOURS) if hours else hours
+
+
+def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    for source, rows in plan["unread_rows"].items():
+        yield f"{source}: rows of its lists that are not read yet: {rows:,} (capfilt run reads them)"
+    for source, urls in plan["retries"].items():
+        yield f"{source}: URLs to be tried again, not counted above: {urls:,}"
+    for change, shards in plan["stale_because"].items():
+        yield f"stale: {change} ({shards:,} shards); capfilt run refuses them, --recompute replaces them"
+    for source, shards in plan["left_config"].items():
+        yield left_config_line(source, shards)
+    if any(row["stage"] == "crawl" and row["images_left"] for row in plan["stages"]):
+        is_measured = plan["expected_share_basis"] == "measured"
+        basis = "measured here" if is_measured else "assumed, until this corpus has a crawl"
+        share = f"{plan['expected_share']:.0%}"
+        yield f"of the URLs that are not crawled yet, {share} are expected to give an image ({basis})"
+    estimated = {row["stage"] for row in plan["stages"] if row["basis"] == "estimate" and row["images_left"]}
+    for stage in plan["without_gpu"]:
+        if stage in estimated:
+            yield (
+                f"{stage}: estimated for a CPU, {CPU_IMAGES_PER_S[stage]:g} images/s a core with the published models "
+                f"(capfilt bench {stage}; docs/benchmarks.md); smaller models are faster"
+            )
+    yield (
+        f"in all: {cell(plan['worker_hours'])} worker-hours, of which {cell(plan['gpu_hours'])} GPU-hours; "
+        f"{readable_bytes(plan['bytes'])} to write"
+    )

@@ -1,0 +1,134 @@
+"""The command ``trace``: how one sample, or a checkpoint, came about."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.cli.groups import LOOK
+from jobs.cli.options import JsonOption, WideOption, import_arrow_alone, open_manifest
+from schemas.names import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+traces = typer.Typer()
+
+# Of a checkpoint's shards, how many lines.
+_SHARDS_SHOWN = 20
+
+_CANDIDATES = ("outcome", "score", "rerank_score", "origin", "candidate", "text", "seed", "truncated")
+_STAGES = (
+    "stage", "shard", "state", "run_id", "attempt", "fingerprint", "models", "host", "device", "finished_at"
+)  # fmt: skip
+_RUNS = ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at")
+_MODELS = ("digest", "kind", "name", "revision", "parameters")
+# What a narrow screen does without first.
+_SPARE_CANDIDATES = ("rerank_score", "truncated", "candidate")
+_SPARE_STAGES = ("host", "device", "attempt", "finished_at", "state")
+_SPARE_RUNS = ("finished_at", "started_at", "config_digest")
+_SPARE_MODELS = ("revision", "parameters", "kind")
+_SPARE_SHARDS = ("corpus", "sha256")
+
+
+@traces.command(rich_help_panel=LOOK)
+def trace(
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="CORPUS|CHECKPOINT",
+            help="Folder or URL of the corpus; or, alone, of a run or its checkpoint (step-...).",
+            show_default=False,
+        ),
+    ],
+    who: Annotated[
+        str | None, typer.Argument(metavar="UID-or-URL", help="As the tables have it.", show_default=False)
+    ] = None,
+    wide: WideOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show how one sample, or a checkpoint, came about.
+
+    A sample: from its fetch to the captions that were kept. A checkpoint: the shards it was trained on, and the
+    runs and models that made these.
+    """
+    from jobs.output.render import print_json
+
+    if who is None:
+        import_arrow_alone()
+        from pipeline.manifest.checkpoint_trace import trace_checkpoint
+
+        found = trace_checkpoint(where)
+        return print_json(found) if json_ else _print_lineage(found, wide)
+    manifest = open_manifest(where)
+    from pipeline.manifest.sample_trace import trace as trace_sample
+
+    ways = trace_sample(manifest, who)
+    if json_:
+        return print_json(ways)
+    for number, way in enumerate(ways):
+        print("\n" * number, end="")
+        _print_way(way, wide)
+
+
+def _print_lineage(found: dict[str, Any], wide: bool) -> None:
+    from jobs.output.render import print_facts, print_table
+
+    names = ("path", "stage", "run_id", "step", "samples", "snapshot", "created_at", "metrics")
+    print_facts({name: found["checkpoint"][name] for name in names})
+    _print_models(found["loaded"], "models it loaded or began from", wide)
+    print_table(found["sources"], title="\nsources", wide=wide)
+    print_table(found["shards"][:_SHARDS_SHOWN], title="\nshards", spare=_SPARE_SHARDS, wide=wide)
+    if len(found["shards"]) > _SHARDS_SHOWN:
+        print(f"... and {len(found['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
+    for source in found["sources"]:
+        if source["urls"] is None:
+            print(
+                f"\nnot known: what made the shards of {printable(source['source'])}; "
+                f"{printable(source['corpus'])} is not a corpus, or has them no more"
+            )
+    if not found["stages"]:
+        return
+    print_table(found["runs"], title="\nruns that made them", spare=_SPARE_RUNS, wide=wide)
+    _print_models(found["models"], "models that made them", wide)
+    for corpus in dict.fromkeys(
+        source["corpus"] for source in found["sources"] if source["urls"] is not None
+    ):
+        ask = "SELECT source, shard, uid, url, caption FROM curated"
+        print(f'\nevery URL: capfilt sql {shlex.quote(printable(corpus))} "{ask}"')
+
+
+def _print_way(way: dict[str, Any], wide: bool) -> None:
+    from jobs.output.render import print_facts, print_table
+
+    names = ("uid", "source", "url", "captions", "shard", "key", "tar", "curated_tar")
+    print_facts(
+        {name: way[name] for name in names} | {"extra": None if way["extra"] == "{}" else way["extra"]}
+    )
+    for fetch in way["fetches"]:
+        print(f"\nfetch, shard {fetch['shard']}")
+        print_facts({name: value for name, value in fetch.items() if name not in ("shard", "key")})
+    print_table(
+        way["candidates"],
+        _CANDIDATES,
+        title="\ncandidates, best first",
+        spare=_SPARE_CANDIDATES,
+        aside=("seed",),
+        wide=wide,
+    )
+    if way["selection"]:
+        print(
+            "\nselection: "
+            + ", ".join(filter(None, (way["selection"]["status"], way["selection"]["reason"])))
+        )
+    print_table(way["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
+    _print_models(way["models"], "models", wide)
+    print_table(way["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)
+
+
+def _print_models(models: Sequence[dict[str, Any]], title: str, wide: bool) -> None:
+    from jobs.output.render import print_table
+
+    print_table(models, _MODELS, title=f"\n{title}", spare=_SPARE_MODELS, wide=wide)

@@ -1,0 +1,83 @@
+"""The commands of the training room: pretrain. Libraries are imported inside, so that --help stays quick."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from jobs.cli.groups import TRAIN
+from jobs.output.render import complain
+
+training = typer.Typer()
+
+
+@training.command(rich_help_panel=TRAIN)
+def pretrain(
+    config: Annotated[
+        str, typer.Option("-c", "--config", help="The training run's TOML file.", metavar="FILE")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and what it costs, without weights.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Train BLIP-2 on curated shards. From the last checkpoint if there is one; exit code 1 where it cannot go on."""
+    from pipeline.config import load_config
+    from schemas.pretrain import PretrainConfig
+
+    loaded = load_config(config, set_ or (), PretrainConfig)
+    if dry_run:
+        from training.trainer.estimate import plan
+
+        planned = plan(loaded)
+        print(json.dumps(planned) if json_ else _plan_text(planned))
+        return
+    from jobs.pretrain import TrainingFailedError, TrainingInterruptedError, training_interrupts
+    from jobs.pretrain import pretrain as train
+
+    interrupts = training_interrupts()
+    try:
+        summary = train(loaded, interrupts)
+    except TrainingFailedError as error:
+        complain(error)
+        raise typer.Exit(
+            interrupts.exit_code if isinstance(error, TrainingInterruptedError) else 1
+        ) from error
+    if json_:
+        print(summary.to_json())
+    else:
+        print(
+            f"{summary.outcome}: step {summary.step:,} of {summary.steps:,}; {summary.folder}/{summary.checkpoint}"
+        )
+        if summary.outcome == "interrupted":
+            print("the same command goes on where this one stopped")
+    raise typer.Exit(0 if summary.outcome == "done" else interrupts.exit_code)
+
+
+def _plan_text(plan: dict) -> str:
+    """Return a plan as lines for people."""
+    data, memory = plan["data"], plan["memory_gb"]
+    if data["found"]:
+        sources = ", ".join(f"{name} {images:,}" for name, images in data["sources"].items())
+        eaten = (
+            f"{data['images']:,} images in {data['shards']:,} shards ({sources}): {data['epochs']:g} epochs"
+        )
+    else:
+        eaten = f"not looked at: {', '.join(data['paths'])} is not there yet"
+    return "\n".join(
+        [
+            f"stage {plan['stage']}: {plan['name']}",
+            f"data        {eaten}",
+            f"trained     {plan['trainable_parameters']:,} parameters; frozen {plan['frozen_parameters']:,}",
+            f"steps       {plan['steps']:,} of {plan['batch_size']:,} images: {plan['samples']:,} samples",
+            f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample: {plan['gpu_hours']:,.2f} GPU-hours at "
+            f"{plan['gpu_hours_at']} (estimate)",
+            f"memory      {memory['total']:,.1f} GB a rank (estimate): weights and optimiser "
+            f"{memory['weights_and_optimizer']:,.1f}, batch {memory['batch']:,.1f}, micro-batch "
+            f"{memory['micro_batch']:,.1f}",
+        ]
+    )

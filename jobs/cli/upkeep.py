@@ -1,0 +1,149 @@
+"""The commands that keep a corpus in order: verify gc manifest doctor."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from jobs.cli.groups import KEEP
+from jobs.cli.options import CorpusArgument, JsonOption, WideOption, open_manifest
+from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+upkeep = typer.Typer()
+
+
+@upkeep.command(rich_help_panel=KEEP)
+def verify(
+    corpus: CorpusArgument,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    wide: WideOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any."""
+    manifest = open_manifest(corpus)
+    from dataclasses import asdict
+
+    from jobs.output.render import print_json, print_table
+    from jobs.output.values import readable_bytes
+    from pipeline.manifest.verify import verify as verify_corpus
+
+    found = verify_corpus(manifest, quick=quick)
+    if json_:
+        print_json(asdict(found))
+    else:
+        if found.differences:
+            print_table([asdict(one) for one in found.differences], wide=wide)
+        depth = "sizes of" if quick else "read"
+        print(
+            f"{depth} {found.files:,} files ({readable_bytes(found.bytes)}) of {found.shards:,} shards: "
+            f"{len(found.differences):,} differences"
+        )
+    raise typer.Exit(1 if found.differences else 0)
+
+
+@upkeep.command(rich_help_panel=KEEP)
+def gc(
+    corpus: CorpusArgument,
+    older_than: Annotated[
+        str, typer.Option(help="Spare younger files: an attempt may be under way.", metavar="AGE")
+    ] = "24h",
+    retired: Annotated[
+        bool, typer.Option("--retired", help="Also the files of shards that were recomputed since.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List them, remove nothing.")] = False,
+    wide: WideOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Remove the files of killed attempts, which no record refers to."""
+    storage = open_manifest(corpus).storage
+    from dataclasses import asdict
+
+    from jobs.output.render import print_json, print_table
+    from jobs.output.values import readable_bytes
+    from pipeline.corpus.garbage_collection import find_garbage, remove
+    from pipeline.corpus.records import Records
+
+    records = Records(storage)
+    garbage = find_garbage(records, older_than=_age(older_than), retired=retired)
+    if not dry_run:
+        garbage = remove(records, garbage)
+    size = sum(file.bytes for file in garbage)
+    if json_:
+        return print_json(
+            {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in garbage]}
+        )
+    if garbage:
+        print_table([asdict(file) for file in garbage], wide=wide)
+    print(f"{'would remove' if dry_run else 'removed'} {len(garbage):,} files, {readable_bytes(size)}")
+
+
+def _age(text: str) -> timedelta:
+    from datetime import timedelta
+
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not match:
+        raise CapfiltError(f"--older-than {text!r}: a number and s, m, h or d, such as 24h")
+    return timedelta(**{units[match[2]]: float(match[1])})
+
+
+@upkeep.command(rich_help_panel=KEEP)
+def manifest(
+    action: Annotated[
+        Literal["compact", "rebuild"],
+        typer.Argument(
+            help="compact: add new records; rebuild: make it anew from the records.", show_default=False
+        ),
+    ],
+    corpus: CorpusArgument,
+    json_: JsonOption = False,
+) -> None:
+    """Bring the manifest up to date with the records. Its Parquet files and manifest.duckdb."""
+    from jobs.output.render import print_facts, print_json
+
+    found = open_manifest(corpus)
+    rows = found.rebuild() if action == "rebuild" else {"rows": found.compact()}
+    print_json(rows) if json_ else print_facts(rows)
+
+
+@upkeep.command(rich_help_panel=KEEP)
+def doctor(
+    corpus: Annotated[
+        str | None,
+        typer.Argument(metavar="[CORPUS]", help="Folder or URL to be written.", show_default=False),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("-c", "--config", help="Check what this config needs.", metavar="FILE")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Check machine, libraries, storage and weights. Says what mends what; exit code 2 if a check fails."""
+    from dataclasses import asdict
+
+    from jobs.doctor import examine
+    from jobs.output.render import print_json, printable_lines
+
+    loaded = None
+    if config:
+        from pipeline.config import load_config
+
+        loaded = load_config(config)
+    checks = []
+
+    def begin(text: str) -> None:
+        print(f"...   {text}", file=sys.stderr, flush=True)
+
+    for check in examine(corpus, loaded, begin):
+        checks.append(check)
+        if not json_:
+            mend = f"\n      {check.mend}" if check.mend else ""
+            print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{mend}"), flush=True)
+    if json_:
+        print_json([asdict(check) for check in checks])
+    raise typer.Exit(2 if any(check.state == "fail" for check in checks) else 0)

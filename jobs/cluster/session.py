@@ -1,0 +1,106 @@
+"""Joining a Ray cluster, or starting a local one that fits the machine."""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from jobs.cluster.loopback import loopback_only
+from jobs.environment import WORKER_ENVIRONMENT
+from jobs.interrupts import Interrupts
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.records import Stage
+
+_log = logging.getLogger(__name__)
+
+# Rows are shard names: the object store holds next to nothing.
+_OBJECT_STORE_BYTES = 128 << 20
+
+
+@contextlib.contextmanager
+def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: Interrupts) -> Iterator[None]:
+    """Connect to ``cluster.address`` (or the job's own cluster), else start a local Ray; leave it at the end.
+
+    A local Ray is given at least the CPUs that one worker of each stage asks for, so that a small machine
+    streams too: its workers then share the cores.
+    """
+    if ray.is_initialized():
+        interrupts.listen()
+        yield
+        return
+    # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
+    address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
+    settings: dict[str, Any] = {}
+    if not address:
+        pools = [getattr(config.cluster, stage) for stage in stages]
+        needed = math.ceil(sum(pool.cpus * pool.min_workers for pool in pools))
+        settings["num_cpus"] = max(os.cpu_count() or 1, needed)
+        settings["object_store_memory"] = _OBJECT_STORE_BYTES
+        settings["include_dashboard"] = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    os.environ.update(WORKER_ENVIRONMENT)
+    # Ray's C++ side would print its own warnings between our lines; its log files keep them.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with joined_ray(address or "local", interrupts, **settings):
+        _check_resources(config, stages, growing=bool(address))
+        yield
+
+
+@contextlib.contextmanager
+def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterator[None]:
+    """Join the Ray at an address, or start one (``"local"``), and leave it at the end. Raises CapfiltError."""
+    try:
+        try:
+            with interrupts.delayed(), _without_stderr(), loopback_only(local=address == "local"):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
+        yield
+    finally:
+        with interrupts.delayed():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ side says on the terminal while it starts; what fails comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:  # noqa: PTH123
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: bool) -> None:
+    """Refuse a pool that no node can host, where Ray would wait for it forever; of a cluster that may grow, say so.
+
+    Pools whose smallest sizes do not fit together run one after the other: that is said as well.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pools = {stage: getattr(config.cluster, stage) for stage in stages}
+    for resource, key in (("CPU", "cpus"), ("GPU", "gpus")):
+        wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools.values())
+        there = sum(node.get(resource, 0) for node in nodes)
+        if wanted > there:
+            _log.warning(
+                "the stages want %g %ss at once, the cluster has %g: some will wait", wanted, resource, there
+            )
+    for stage, pool in pools.items():
+        if not any(node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes):
+            complaint = (
+                f"cluster.{stage}: a worker wants {pool.cpus:g} CPUs and {pool.gpus:g} GPUs, and no node of "
+                f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
+            )
+            if not growing:
+                raise CapfiltError(complaint)
+            _log.warning("%s", complaint)

@@ -1,0 +1,170 @@
+"""A training on a Ray cluster: Ray Train places the ranks and starts them again when a node dies."""
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from jobs.cluster.session import joined_ray
+from jobs.environment import WORKER_ENVIRONMENT
+from jobs.interrupts import Interrupts
+from jobs.launcher import TIMEOUT_S, Outcome, gravest, say, train_as
+from pipeline.corpus.storage import temporary_folder
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import RunRecord
+from training.distributed import World
+
+# How often the ranks' lines are fetched.
+_LOOK_S = 1.0
+
+
+class _Board:
+    """What the ranks have to say, and how they ended: an actor, since Ray Train hands back numbers alone."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._outcomes: list[Outcome] = []
+
+    def tell(self, line: str) -> None:
+        self._lines.append(line)
+
+    def end(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+
+    def lines(self, first: int) -> list[str]:
+        return self._lines[first:]
+
+    def outcomes(self) -> list[Outcome]:
+        return self._outcomes
+
+    def is_over(self) -> bool:
+        return any(map(_is_final, self._outcomes))
+
+
+def _is_final(outcome: Outcome) -> bool:
+    """Tell whether another try would end no better."""
+    return outcome.kind not in ("ended", "lost")
+
+
+def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupts: Interrupts) -> Outcome:
+    """Train on the cluster at an address, on ``cluster.gpus`` GPUs, or all there are, or ``cpu_ranks`` CPUs.
+
+    Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
+    """
+    dashboard = False if address == "local" else None
+    with joined_ray(address, interrupts, include_dashboard=dashboard):
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        # Waiting for nothing but calls, it takes no CPU from the ranks.
+        board = ray.remote(num_cpus=0)(_Board).remote()
+        # Ray itself tells on standard output of workers that died: that is kept for --json.
+        with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(board):
+            trainer = TorchTrainer(
+                _rank,
+                train_loop_config={
+                    "config": config.model_dump(mode="json"),
+                    "run": run.to_json(),
+                    "board": board,
+                },
+                torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=_backend(config)),
+                scaling_config=_scaling(config),
+                run_config=RunConfig(
+                    name=run.run_id,
+                    storage_path=str(folder),
+                    failure_config=FailureConfig(max_failures=config.cluster.max_restarts),
+                    worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                ),
+            )
+            try:
+                _fit(trainer)
+            except TrainingFailedError as error:
+                say(str(error).splitlines()[0])
+        found = ray.get(board.outcomes.remote())
+        # A rank that lost another was started again: what counts is what stopped that, or the end of the last try.
+        final = [outcome for outcome in found if _is_final(outcome)]
+        ended = [outcome for outcome in found if outcome.kind == "ended"]
+        return gravest(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Train in a thread: in the main one Ray Train would take Ctrl-C for itself and end the process with 0."""
+    ended: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    ended.result()
+
+
+def _rank(settings: dict[str, Any]) -> None:
+    """Be one rank. One that fails raises, so that Ray Train ends the others, which may wait for it, and tries again.
+
+    Where another try mends nothing (a refusal, a full memory), the ranks of that try leave at once.
+    """
+    config, board = PretrainConfig.model_validate(settings["config"]), settings["board"]
+    if ray.get(board.is_over.remote()):
+        return
+    world = World(get_device())
+    outcome = train_as(world, config, RunRecord.from_json(settings["run"]), tell=board.tell.remote)
+    ray.get(board.end.remote(outcome))
+    if outcome.kind != "ended":
+        raise RuntimeError(outcome.text)
+
+
+@contextmanager
+def _printed(board: Any) -> Iterator[None]:
+    """Print the board's lines here while the block runs."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        printed = 0
+        while True:
+            is_last = ended.wait(_LOOK_S)
+            lines = ray.get(board.lines.remote(printed))
+            for line in lines:
+                say(line)
+            printed += len(lines)
+            if is_last:
+                return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _num_gpus(config: PretrainConfig) -> int:
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if config.cluster.gpus > there:
+        raise CapfiltError(
+            f"cluster.gpus = {config.cluster.gpus}, and the cluster has {there}; lower it, or set 0"
+        )
+    return config.cluster.gpus or there
+
+
+def _scaling(config: PretrainConfig) -> ScalingConfig:
+    if gpus := _num_gpus(config):
+        resources = {"GPU": 1, "CPU": config.cluster.cpus_per_gpu}
+        return ScalingConfig(num_workers=gpus, use_gpu=True, resources_per_worker=resources)
+    return ScalingConfig(num_workers=config.cluster.cpu_ranks, resources_per_worker={"CPU": 1})
+
+
+def _backend(config: PretrainConfig) -> str:
+    # Objects (which checkpoint to take) go over gloo, tensors over NCCL.
+    return "cpu:gloo,cuda:nccl" if _num_gpus(config) else "gloo"

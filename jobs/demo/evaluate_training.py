@@ -1,0 +1,110 @@
+"""What a model of the demo has learnt, asked on scenes that neither the crawl nor any training saw.
+
+The legend of the names: B images, Q queries, L tokens read, T to predict, W the language model's width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jobs.demo.held_out import HeldOutScenes
+from jobs.demo.world.scenes import is_true
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.evaluate.generation import Decoding, Stage2Writer
+from training.evaluate.matching import Stage1Matcher
+from training.evaluate.retrieval import retrieve
+from training.evaluate.validation import probe
+from training.losses import IGNORED
+from training.models.language import Target
+
+# Of each list that ITC found, ITM sees so many.
+RERANK = 10
+# T5 has only learnt to go on from the beginning of a caption; so does OPT here.
+_PROMPT = "a picture of"
+_DECODING = Decoding(beams=1, min_tokens=0, max_tokens=16)
+_IMAGES_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalScores:
+    """Stage 1: recall at 1, by ITC and with ITM over the first of each list, and ITM's accuracy; shares of 1."""
+
+    text_r1: float
+    image_r1: float
+    text_r1_reranked: float
+    image_r1_reranked: float
+    itm_accuracy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageScores:
+    """Stage 2: the language model's loss a word on true captions, with the picture and without.
+
+    ``true_share``: of the captions that it writes of the pictures, those that are entirely true.
+    """
+
+    caption_loss: float
+    text_only_loss: float
+    true_share: float
+
+
+def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores:
+    """Find the one right caption of each picture among all, and the one right picture of each caption."""
+    pixels_BCHW = _pixels(held_out)
+    captions = [sample.captions[0] for sample in held_out.samples]
+    recalls = retrieve(
+        Stage1Matcher(stage),
+        lambda: iter(pixels_BCHW.split(_IMAGES_AT_ONCE)),
+        captions,
+        range(len(captions)),
+        RERANK,
+    )
+    return RetrievalScores(
+        text_r1=recalls["itc_text_r1"] / 100,
+        image_r1=recalls["itc_image_r1"] / 100,
+        text_r1_reranked=recalls["text_r1"] / 100,
+        image_r1_reranked=recalls["image_r1"] / 100,
+        itm_accuracy=probe(stage, held_out.samples, stage.config)["itm_accuracy"],
+    )
+
+
+@torch.no_grad()
+def examine_language(stage: Stage2, held_out: HeldOutScenes) -> LanguageScores:
+    """Score the held-out captions by the language model with the soft prompt and without, and let it write its own."""
+    stage.eval()
+    language = stage.language
+    pixels_BCHW = _pixels(held_out)
+    soft_BQW = stage.soft_prompt(pixels_BCHW)
+    captions = [sample.captions[0] for sample in held_out.samples]
+    target = language.target(captions, [sample.uid for sample in held_out.samples], seed=0)
+    before_BQW = soft_BQW[:, :0]
+    if language.name == "opt":
+        # OPT has to have read something before it can predict: the </s> that begins every text is given, not asked.
+        before_BQW = language.embed(target.read_BL[:, :1])
+        target = _without_first(target)
+
+    def loss(prompt_BQW: Tensor) -> float:
+        return language.loss(prompt_BQW, target).item() / target.num_words
+
+    written = Stage2Writer(stage).caption(pixels_BCHW, _PROMPT, _DECODING)
+    verdicts = [
+        is_true(f"{_PROMPT} {text}", scene) for text, scene in zip(written, held_out.scenes, strict=True)
+    ]
+    return LanguageScores(
+        caption_loss=loss(torch.cat([soft_BQW, before_BQW], dim=1)),
+        text_only_loss=loss(before_BQW),
+        true_share=sum(verdicts) / len(verdicts),
+    )
+
+
+def _without_first(target: Target) -> Target:
+    assert (target.words_BT[:, 0] != IGNORED).all()
+    return replace(
+        target, read_BL=target.read_BL[:, 1:], mask_BL=target.mask_BL[:, 1:], words_BT=target.words_BT[:, 1:]
+    )
+
+
+def _pixels(held_out: HeldOutScenes) -> Tensor:
+    return torch.stack([sample.pixels_CHW for sample in held_out.samples])

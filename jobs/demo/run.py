@@ -1,0 +1,264 @@
+"""``capfilt demo``: the main job on the demo world, how true its captions are, and what training makes of them.
+
+The truth is the world's: a caption counts as true only if it parses under the world's grammar and every claim in it
+holds for the scene that the picture was drawn from. No model takes part in that.
+"""
+
+import json
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+
+from jobs.demo.world.scenes import is_true
+from jobs.demo.world.site import scene_of, serving, write_url_list
+from jobs.environment import program_name
+from jobs.run import RunOptions, RunResult, run
+from pipeline.config import load_config
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from jobs.demo.train import TrainingResult
+
+_HERE = Path(__file__).resolve().parent
+_RECIPE = _HERE.parent / "recipes" / "demo.toml"
+_WEIGHTS = _HERE / "weights"
+_USUAL_PORT = 8421
+
+
+@dataclass(slots=True, kw_only=True)
+class DemoResult:
+    """The corpus's figures; ``seconds`` is the wall clock of making it."""
+
+    urls: int
+    images: int
+    failures: int
+    failures_by_reason: dict[str, int]
+    web_true_share: float
+    curated_true_share: float
+    curated_images: int
+    dropped: int
+    seconds: float
+
+
+def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
+    """Build the demo corpus in ``out`` (what is there already is kept), train on it, and print what came of both.
+
+    Returns the exit code of the run. Raises CapfiltError where ``out`` holds something else.
+    """
+    start = time.perf_counter()
+    console = Console(stderr=as_json, soft_wrap=True)
+    folder = Path(out).absolute()
+    urls = folder / "input" / "urls.parquet"
+    if folder.exists() and any(folder.iterdir()) and not urls.exists():
+        raise CapfiltError(
+            f"--out {out}: the folder holds something other than a demo corpus; name another one"
+        )
+    port = _port_of(urls) if urls.exists() else _free_port()
+    try:
+        with serving(port) as base_url:
+            if not urls.exists():
+                urls.parent.mkdir(parents=True, exist_ok=True)
+                write_url_list(urls, base_url)
+            config = demo_config(folder, urls, base_url)
+            console.print(
+                f"serving {pq.read_metadata(urls).num_rows:,} URLs of the demo world at {base_url}",
+                highlight=False,
+            )
+            result = run(config, RunOptions(quiet=as_json), console)
+    except OSError as error:
+        raise CapfiltError(
+            f"--out {out}: its URLs name port {port}, which cannot be served ({error}); remove the folder"
+        ) from error
+    figures = appraise(config, time.perf_counter() - start)
+    if not as_json:
+        _print(figures, config, result, console)
+    trained = None
+    if result.exit_code == 0 and not corpus_only:
+        # Here, so that a corpus alone needs no trainer.
+        from jobs.demo.train import train_demo
+
+        trained = train_demo(folder, lambda text: console.print(text, highlight=False))
+    if as_json:
+        corpus = {name: getattr(figures, name) for name in figures.__slots__}
+        print(json.dumps(corpus | (trained.figures() if trained else {})))
+    else:
+        if trained:
+            _print_training(trained, console)
+        _print_next(config, out, trained is not None, console)
+    return result.exit_code
+
+
+def demo_config(folder: Path, urls: Path, base_url: str) -> CapfiltConfig:
+    """Return the demo recipe for a corpus in ``folder`` and a world served at ``base_url``."""
+    return load_config(
+        _RECIPE,
+        [
+            f"corpus.path={json.dumps(str(folder))}",
+            f"source.world.input={json.dumps([str(urls)])}",
+            f"caption.model={json.dumps(str(_WEIGHTS / 'captioner'))}",
+            f"rank.model={json.dumps('local-dir:' + str(_WEIGHTS / 'ranker'))}",
+            f"crawl.allow_hosts={json.dumps([urlsplit(base_url).netloc])}",
+        ],
+    )
+
+
+def _free_port() -> int:
+    """Return the demo's usual port if it is free: URLs are identities, so equal ports give equal corpora."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", _USUAL_PORT))
+        except OSError:
+            return 0
+    return _USUAL_PORT
+
+
+def _port_of(urls: Path) -> int:
+    first = pq.read_table(urls, columns=["url"])["url"][0].as_py()
+    return urlsplit(first).port or 0
+
+
+def appraise(config: CapfiltConfig, seconds: float) -> DemoResult:
+    """Count samples and judge every caption by the world's ground truth."""
+    records = Records(Storage(config.corpus.path))
+    committed = records.shards(("crawl", "select"))
+    status: Counter[str] = Counter()
+    web: list[bool] = []
+    kept: list[bool] = []
+    dropped = curated_images = 0
+    for (stage, _, _), record in committed.items():
+        table = committed_table(records, record.outputs["parquet"])
+        for row in table.to_pylist():
+            if stage == "crawl":
+                status[row["reason"] or "ok"] += 1
+                if row["status"] == "ok":
+                    web += [is_true(text, scene_of(row["url"])) for text in row["captions"][:1]]
+            elif row["status"] == "kept":
+                curated_images += 1
+                kept += [is_true(text, scene_of(row["url"])) for text in row["captions"]]
+            else:
+                dropped += 1
+    images = status.pop("ok", 0)
+    return DemoResult(
+        urls=images + sum(status.values()),
+        images=images,
+        failures=sum(status.values()),
+        failures_by_reason=dict(status.most_common()),
+        web_true_share=round(_share(web), 4),
+        curated_true_share=round(_share(kept), 4),
+        curated_images=curated_images,
+        dropped=dropped,
+        seconds=round(seconds, 1),
+    )
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / len(flags) if flags else 0.0
+
+
+def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, console: Console) -> None:
+    console.print(
+        f"\n{figures.urls:,} URLs  ->  {figures.images:,} images  ->  {figures.curated_images:,} curated"
+        f"  ({figures.dropped} dropped)  in {figures.seconds:.0f} s",
+        highlight=False,
+    )
+    reasons = ", ".join(f"{reason} {count}" for reason, count in figures.failures_by_reason.items())
+    console.print(f"{figures.failures} URLs without an image: {reasons}", highlight=False)
+    console.print(
+        f"captions that are entirely true:  web {figures.web_true_share:.1%}"
+        f"  ->  curated {figures.curated_true_share:.1%}\n",
+        highlight=False,
+    )
+    for rows in examples(config, count=3):
+        _print_example(rows, console)
+    for name, error in result.quarantined.items():
+        console.print(f"quarantined: {name}: {escape(error)}")
+
+
+def _print_training(trained: "TrainingResult", console: Console) -> None:
+    lines = [
+        f"\nretrieval among {1 / trained.chance:.0f} new scenes, R@1 (chance {trained.chance:.1%}), after as many "
+        "steps on the same images",
+        f"  {'trained on':18}{'text':>8}{'image':>8}{'text, ITM':>12}{'image, ITM':>12}{'ITM accuracy':>14}",
+    ]
+    for captions, of in trained.stage1.items():
+        by_itc = f"{of.text_r1:8.1%}{of.image_r1:8.1%}"
+        by_itm = f"{of.text_r1_reranked:12.1%}{of.image_r1_reranked:12.1%}{of.itm_accuracy:14.1%}"
+        lines.append(f"  {captions + ' captions':18}{by_itc}{by_itm}")
+    lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
+    for family, of in trained.stage2.items():
+        lines.append(
+            f"  {family.upper():4}text alone {of.text_only_loss:.3f}  ->  with the picture {of.caption_loss:.3f}"
+        )
+    lines.append(f"\ntrained and examined in {trained.training_seconds:.0f} s of CPU\n")
+    console.print("\n".join(lines), highlight=False)
+
+
+def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console) -> None:
+    uid = next((rows[0]["uid"] for rows in examples(config, count=3)[-1:]), "")
+    query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
+    commands = [f"stats {out}", f"trace {out} {uid}", f'sql {out} "{query}"']
+    if trained:
+        # Here, as train_demo: a corpus alone needs no trainer.
+        from jobs.demo.evaluate_training import RERANK
+
+        commands.append(
+            f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
+            f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}"
+        )
+    program = program_name()
+    console.print("try next:")
+    for command in commands:
+        console.print(f"  {program} {command}", highlight=False)
+
+
+def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
+    """Return the candidates of the first images whose web caption is not true, best score first, with ``kept``."""
+    records = Records(Storage(config.corpus.path))
+    for (_, source, shard), record in sorted(records.shards(("select",)).items()):
+        curated = {row["uid"]: row for row in committed_table(records, record.outputs["parquet"]).to_pylist()}
+        ranked = records.read("rank", source, shard)
+        assert ranked is not None
+        by_uid: dict[str, list[dict[str, Any]]] = {}
+        for row in committed_table(records, ranked.outputs["parquet"]).to_pylist():
+            final = curated[row["uid"]]
+            kept = set(zip(final["origins"] or (), final["candidates"] or (), strict=True))
+            row["kept"] = (row["origin"], row["candidate"]) in kept
+            row["url"] = final["url"]
+            row["true"] = is_true(row["text"], scene_of(final["url"]))
+            by_uid.setdefault(row["uid"], []).append(row)
+        chosen = [
+            sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else -1.0))
+            for rows in by_uid.values()
+            if any(row["origin"] == "web" and not row["true"] for row in rows)
+            and any(row["kept"] for row in rows)
+        ]
+        return chosen[:count]
+    return []
+
+
+def _print_example(rows: list[dict[str, Any]], console: Console) -> None:
+    console.print(f"[bold]{escape(rows[0]['url'])}[/bold]", highlight=False)
+    shown: set[str] = set()
+    for row in rows:
+        if row["text"] in shown:
+            continue
+        shown.add(row["text"])
+        verdict = "[green]true[/green] " if row["true"] else "[red]false[/red]"
+        kept = "kept" if row["kept"] else "    "
+        score = f"{row['score']:.3f}" if row["score"] is not None else "  -  "
+        console.print(
+            f"  {kept}  {score}  {verdict}  {row['origin']:9}  {escape(row['text'])}", highlight=False
+        )
+    console.print()

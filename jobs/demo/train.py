@@ -1,0 +1,162 @@
+"""The demo's training: stage 1 on the curated captions and on the web's, then stage 2 with a tiny OPT and a tiny T5.
+
+It goes the way of ``capfilt pretrain -c jobs/recipes/demo-stage1.toml``: checkpoints, metrics and manifest rows are
+those of any run, and a run that is done is not done again.
+"""
+
+import json
+import tarfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jobs.demo.evaluate_training import LanguageScores, RetrievalScores, examine_language, examine_retrieval
+from jobs.demo.held_out import held_out_scenes, write_benchmark
+from jobs.pretrain import pretrain
+from pipeline.config import load_config
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.storage import Storage
+from schemas.pretrain import PretrainConfig
+from training.convert.load import load_trained
+from training.data.snapshot import take_snapshot
+from training.trainer.run import run_folder
+
+Captions = Literal["curated", "web"]
+Family = Literal["opt", "t5"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+NUM_HELD_OUT = 200
+HELD_OUT = "held-out"
+# Of the corpus; the recipes hold none out, so that they fit data of any size.
+_HELD_OUT_IMAGES = 100
+_WEB_CAPTIONS = "web-captions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """What the demo's models have learnt. ``training_seconds`` are of the CPU: a busy machine does not stretch them."""
+
+    training_seconds: float
+    chance: float
+    stage1: dict[Captions, RetrievalScores]
+    stage2: dict[Family, LanguageScores]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        stage1 = {captions: _rounded(scores) for captions, scores in self.stage1.items()}
+        return {
+            "training_seconds": self.training_seconds,
+            "stage1": {**stage1, "chance": self.chance},
+            "stage2": {family: _rounded(scores) for family, scores in self.stage2.items()},
+        }
+
+
+def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
+    """Train on a demo corpus and examine what came of it.
+
+    Args:
+        corpus: the corpus's folder, its curated shards made.
+        say: is told what begins.
+    """
+    began = time.process_time()
+    # A second thread gains little on models of this size, and waits by spinning.
+    torch.set_num_threads(1)
+    write_web_captions(corpus)
+    held_out = held_out_scenes(NUM_HELD_OUT)
+    write_benchmark(held_out, corpus / HELD_OUT)
+    stage1: dict[Captions, RetrievalScores] = {}
+    for captions in ("curated", "web"):
+        config = stage1_config(corpus, captions)
+        say(f"stage 1 on {captions} captions: {config.optim.steps} steps of {config.optim.batch_size} images")
+        pretrain(config)
+        stage1[captions] = examine_retrieval(load_trained(run_folder(config)), held_out)
+    stage2: dict[Family, LanguageScores] = {}
+    for family in ("opt", "t5"):
+        config = stage2_config(corpus, family)
+        say(
+            f"stage 2 with a frozen {family.upper()}: {config.optim.steps} steps of {config.optim.batch_size} images"
+        )
+        pretrain(config)
+        stage2[family] = examine_language(load_trained(run_folder(config)), held_out)
+    return TrainingResult(
+        training_seconds=round(time.process_time() - began, 1),
+        chance=1 / NUM_HELD_OUT,
+        stage1=stage1,
+        stage2=stage2,
+    )
+
+
+def stage1_config(corpus: Path, captions: Captions, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Return stage 1's recipe for the curated captions of a corpus, or for the web captions of the same images.
+
+    The folder of web captions lacks the images that the curated side holds out, so nothing of it is held out.
+    """
+    return _config("demo-stage1", corpus, captions, overrides)
+
+
+def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
+    """Return stage 2's recipe for a language model, to begin with the stage 1 of the curated captions."""
+    begin = json.dumps(run_folder(stage1_config(corpus, "curated")))
+    return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={begin}"])
+
+
+def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:
+    path = corpus if captions == "curated" else corpus / _WEB_CAPTIONS / "world"
+    name = recipe if captions == "curated" else f"{recipe}-web"
+    held_out = _held_out_images(corpus) if captions == "curated" else ["data.held_out=0"]
+    return load_config(
+        RECIPES / f"{recipe}.toml",
+        [
+            f"run.name={json.dumps(name)}",
+            f"run.output={json.dumps(str(corpus / 'checkpoints'))}",
+            f"data.corpus.path={json.dumps(str(path))}",
+            *held_out,
+            *overrides,
+        ],
+        PretrainConfig,
+    )
+
+
+def _held_out_images(corpus: Path) -> list[str]:
+    """Return the override of what ``capfilt evaluate probe`` is asked; the first demos held no images out."""
+    config = corpus / "checkpoints" / "stage1" / "demo-stage1" / "config.json"
+    if not config.exists():
+        return [f"data.held_out={_HELD_OUT_IMAGES}"]
+    return [f"data.held_out={json.loads(config.read_text())['data']['held_out']}"]
+
+
+def write_web_captions(corpus: Path) -> None:
+    """Copy the crawled shards, whose KEY.txt is the web caption, under the names of the curated ones.
+
+    The folder is a WebDataset as others make them. Equal names of source and shards give both sides the same images
+    in the same order, without those that the curated side holds out: all that differs is what is said of them.
+    """
+    records = Records(Storage(str(corpus)))
+    snapshot = take_snapshot(stage1_config(corpus, "curated").data)
+    held_out = {uid for shard in snapshot.shards for uid in shard.held_out}
+    for (_, source, shard), record in records.shards(("crawl",)).items():
+        samples = committed_table(records, record.outputs["parquet"], ("uid", "key")).to_pylist()
+        without = {sample["key"] for sample in samples if sample["uid"] in held_out}
+        copy = corpus / _WEB_CAPTIONS / source / f"{shard}.tar"
+        if without or not copy.exists():
+            _copy_without(corpus / record.outputs["tar"].path, copy, without)
+
+
+def _copy_without(tar: Path, copy: Path, keys: Collection[str]) -> None:
+    """Copy a tar, the samples of some keys left out; equal input gives equal bytes."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = copy.with_suffix(".unfinished")
+    with tarfile.open(tar) as old, tarfile.open(unfinished, "w") as new:
+        for member in old:
+            if member.name.partition(".")[0] not in keys:
+                new.addfile(member, old.extractfile(member))
+    unfinished.replace(copy)
+
+
+def _rounded(scores: RetrievalScores | LanguageScores) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in asdict(scores).items()}

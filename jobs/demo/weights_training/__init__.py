@@ -1,0 +1,1 @@
+"""How the demo's bundled weights were trained and judged. No command of capfilt runs this."""

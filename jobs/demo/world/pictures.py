@@ -1,0 +1,96 @@
+"""Pictures of the demo world as a web serves them and as a crawler stores them."""
+
+import io
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT, Scene, render
+
+ImageFormat = Literal["jpg", "png", "webp"]
+STORED_MAX_SIDE_PX = 128
+STORED_JPEG_QUALITY = 95
+INPUT_PX = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How one site happened to publish a picture."""
+
+    size_px: tuple[int, int]
+    format: ImageFormat
+    quality: int
+
+    @staticmethod
+    def random(rng: random.Random) -> "Encoding":
+        """Draw sides of 96 to 256 pixels, seven JPEGs of ten, and any usual quality."""
+        short = rng.choice((96, 96, 112, 112, 128, 128, 144, 160, 192))
+        aspect = rng.choice((1.0, 1.0, 1.0, 1.2, 4 / 3))
+        size = (short, round(short * aspect))
+        if rng.random() < 0.5:
+            size = size[::-1]
+        kind: ImageFormat = rng.choices(("jpg", "png", "webp"), (70, 15, 15))[0]
+        return Encoding(size_px=size, format=kind, quality=rng.randint(55, 95))
+
+
+def encode(image: Image.Image, encoding: Encoding) -> bytes:
+    """Write the image file that a site would serve."""
+    body = io.BytesIO()
+    match encoding.format:
+        case "jpg":
+            image.save(body, "JPEG", quality=encoding.quality)
+        case "png":
+            image.save(body, "PNG", compress_level=1)
+        case "webp":
+            image.save(body, "WEBP", quality=encoding.quality, method=0)
+    return body.getvalue()
+
+
+def published(scene: Scene, encoding: Encoding, seed: int) -> bytes:
+    """Render and encode one picture; equal arguments give equal bytes."""
+    return encode(render(scene, encoding.size_px, seed), encoding)
+
+
+def stored(body: bytes) -> Image.Image:
+    """Decode, shrink and re-encode as the crawler does (img2dataset: keep_ratio_largest)."""
+    image = Image.open(io.BytesIO(body)).convert("RGB")
+    image.thumbnail((STORED_MAX_SIDE_PX, STORED_MAX_SIDE_PX), Image.Resampling.BOX)
+    again = io.BytesIO()
+    image.save(again, "JPEG", quality=STORED_JPEG_QUALITY)
+    return Image.open(again).convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSet:
+    """Scenes and the 64-pixel inputs that a model sees of them."""
+
+    scenes: list[Scene]
+    pixels_NHWC: np.ndarray
+
+    def labels_NA(self) -> np.ndarray:
+        """Number each attribute's value by its place in the world's tables."""
+        order = {slot: list(WORDS_BY_SLOT[slot]) for slot in ATTRIBUTES}
+        return np.array([[order[slot].index(getattr(s, slot)) for slot in ATTRIBUTES] for s in self.scenes])
+
+
+def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
+    rng = random.Random(f"{seed}/{index}")
+    scene, encoding = Scene.random(rng), Encoding.random(rng)
+    image = stored(published(scene, encoding, rng.getrandbits(32)))
+    return scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
+
+
+def picture_set(num_images: int, seed: int, workers: int = 1) -> PictureSet:
+    """Make pictures that no site serves; sets of different seeds share none."""
+    make = partial(_picture, seed=seed)
+    if workers == 1:
+        made = list(map(make, range(num_images)))
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            made = list(pool.map(make, range(num_images), chunksize=64))
+    return PictureSet([scene for scene, _ in made], np.stack([pixels_HWC for _, pixels_HWC in made]))

@@ -1,0 +1,217 @@
+"""The ranks of a training on this machine: one process each, watched; restarted together when one dies."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Literal
+
+import torch
+from torch import distributed
+
+from jobs.interrupts import Interrupts
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import RunRecord
+from training.distributed import World
+from training.trainer.loop import LostRankError, Summary, TrainingStopped, is_lost_rank
+from training.trainer.run import pretrain
+
+# A collective that takes longer has lost a rank; a first step may compile for minutes.
+TIMEOUT_S = 900.0
+
+# After one rank has failed: for the others to find out and to have their last checkpoint committed.
+_GRACE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a rank ended, or all of them: something that goes between processes whatever happened."""
+
+    kind: Literal["ended", "refused", "stopped", "fault", "interrupted", "lost"]
+    text: str = ""
+    summary: Summary | None = None
+
+
+_GRAVITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
+
+
+def say(text: str) -> None:
+    """Print a progress line where it does not disturb ``--json``."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
+    """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
+    size = num_ranks(config)
+    if size == 1:
+        return train_rank(config, run, device_of(0), interrupts)
+    outcome = _attempt(config, run, size, interrupts)
+    for restart in range(config.cluster.max_restarts):
+        if outcome.kind != "lost":
+            break
+        say(
+            f"{outcome.text}; restart {restart + 1} of {config.cluster.max_restarts}, from the last checkpoint"
+        )
+        outcome = _attempt(config, run, size, interrupts)
+    return outcome
+
+
+def num_ranks(config: PretrainConfig) -> int:
+    """Return how many ranks this machine gives a run. Raises CapfiltError where it has fewer GPUs than wanted."""
+    there = torch.cuda.device_count()
+    if config.cluster.gpus > there:
+        raise CapfiltError(
+            f"cluster.gpus = {config.cluster.gpus}, and this machine has {there}; lower it, or set 0"
+        )
+    return config.cluster.gpus or there or config.cluster.cpu_ranks
+
+
+def device_of(local_rank: int) -> torch.device:
+    """Return the device of a rank of this machine."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def train_rank(
+    config: PretrainConfig, run: RunRecord, device: torch.device, interrupts: Interrupts
+) -> Outcome:
+    """Train as the rank that this process is, told by its environment; whatever happens, return it."""
+    try:
+        world = World.join(device, TIMEOUT_S)
+    except distributed.DistError as error:
+        return Outcome(kind="lost", text=f"rank {os.environ['RANK']} did not meet the others: {error}")
+    try:
+        return train_as(world, config, run, interrupts.asked)
+    finally:
+        world.leave()
+
+
+def train_as(
+    world: World,
+    config: PretrainConfig,
+    run: RunRecord,
+    stop_asked: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = say,
+) -> Outcome:
+    """Train as one rank of a world; whatever happens, return it."""
+    try:
+        return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, say=tell))
+    except KeyboardInterrupt:
+        return Outcome(kind="interrupted")
+    except CapfiltError as error:
+        return Outcome(kind="refused", text=str(error))
+    except LostRankError as error:
+        return Outcome(kind="lost", text=str(error))
+    except TrainingStopped as error:
+        return Outcome(kind="stopped", text=str(error))
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and is_lost_rank(error)
+        return Outcome(kind="lost" if lost else "fault", text=str(error) if lost else traceback.format_exc())
+
+
+def gravest(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome that speaks for all ranks: one that lost another knows less than the one that failed."""
+    return min(outcomes, key=lambda outcome: _GRAVITY.index(outcome.kind))
+
+
+def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> Outcome:
+    """Start all ranks and wait for them; when one fails, the others get some time, then are killed."""
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    processes: list[BaseProcess] = []
+    answers: list[Connection] = []
+    for rank in range(size):
+        answer, ours = context.Pipe(duplex=False)
+        arguments = (config.model_dump(mode="json"), run.to_json(), rank, size, port, ours)
+        process = context.Process(target=_rank_process, args=arguments, name=f"rank {rank}", daemon=True)
+        process.start()
+        ours.close()
+        processes.append(process)
+        answers.append(answer)
+    with interrupts.passed_on(lambda: _ask_to_stop(processes)):
+        outcome = gravest(_outcomes(processes, answers))
+    return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
+
+
+def _outcomes(processes: list[BaseProcess], answers: list[Connection]) -> list[Outcome]:
+    """Return how each rank ended, in order of rank."""
+    found: dict[int, Outcome] = {}
+    deadline = float("inf")
+    while len(found) < len(processes):
+        waiting = {process.sentinel: rank for rank, process in enumerate(processes) if rank not in found}
+        left_s = max(0.0, deadline - time.monotonic())
+        for sentinel in wait(list(waiting), None if left_s == float("inf") else left_s):
+            rank = waiting[sentinel]
+            found[rank] = _answer(rank, processes[rank], answers[rank])
+            if found[rank].kind != "ended":
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if time.monotonic() > deadline:
+            for rank in waiting.values():
+                processes[rank].kill()
+    return [found[rank] for rank in range(len(processes))]
+
+
+def _answer(rank: int, process: BaseProcess, answer: Connection) -> Outcome:
+    process.join()
+    try:
+        return answer.recv()
+    except EOFError:
+        code = process.exitcode or 0
+        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        return Outcome(kind="lost", text=f"rank {rank} {how}")
+
+
+def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answer: Connection) -> None:
+    """Be one rank; the answer is small, so that it fits the pipe before anybody reads."""
+    # A terminal's Ctrl-C reaches every process; the parent passes it on, and two of them would not wait for the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if sys.platform == "linux":
+        # Else gloo takes the address of the machine's name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    with Interrupts(quiet=True) as interrupts:
+        try:
+            arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
+            outcome = train_rank(*arguments, device_of(rank), interrupts)
+        except KeyboardInterrupt:
+            outcome = Outcome(kind="interrupted")
+    with suppress(OSError):  # the parent is gone
+        answer.send(outcome)
+        answer.close()
+
+
+def _stop_without_parent() -> None:
+    """Ask this rank to stop once its parent is gone, however it went: nobody would hear of what it does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _ask_to_stop(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,153 @@
+"""How a run shows where it is: a live table on a terminal, one line an interval where there is none."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from jobs.cluster.progress_actor import StageProgress
+from pipeline.durations import readable_duration
+from pipeline.stages.plan import Survey
+from schemas.records import Stage
+
+_LINE_INTERVAL_S = 10.0
+
+
+class Progress(Protocol):
+    """Something that can be told how far a run is."""
+
+    def say(self, text: str) -> None:
+        """Tell what is waited for now."""
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Show a snapshot of the tracker."""
+
+    def close(self) -> None:
+        """Show the last state and let go of the terminal."""
+
+
+class _Rates:
+    """Shards, images per second and time left, by stage."""
+
+    def __init__(self, before: Survey, stages: tuple[Stage, ...], limit: int | None) -> None:
+        self.stages = stages
+        self.done_before = {stage: before.of(stage).done for stage in stages}
+        self.total = {stage: before.of(stage).total for stage in stages}
+        if limit is not None:
+            self.total = {
+                stage: min(total, self.done_before[stage] + limit) for stage, total in self.total.items()
+            }
+        self.start = time.monotonic()
+
+    def row(self, stage: Stage, progress: StageProgress) -> tuple[str, ...]:
+        """Return stage, shards, images/s, share kept, shards failed, time left; or what it waits for."""
+        done, total = self.done_before[stage] + progress.shards, self.total[stage]
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        left = total - done
+        success = (
+            f"{progress.rows_out / progress.rows_in:.0%}" if progress.rows_in and stage != "caption" else "-"
+        )
+        if left <= 0:
+            eta = "done"
+        elif progress.shards:
+            eta = readable_duration(left * seconds / progress.shards)
+        else:
+            eta = progress.state or "starting"
+        rate = f"{progress.images / seconds:,.1f}" if progress.images else "-"
+        failed = str(len(progress.quarantined)) if progress.quarantined else "-"
+        return stage, f"{done:,}/{total:,}", rate, success, failed, eta
+
+
+class LiveProgress:
+    """A table that redraws itself."""
+
+    def __init__(self, console: Console, rates: _Rates) -> None:
+        self._rates = rates
+        self._live = Live(console=console, refresh_per_second=4)
+        self._live.start()
+        self.update({})
+
+    def say(self, text: str) -> None:
+        """Print a line above the table."""
+        self._live.console.print(text, highlight=False)
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Redraw."""
+        table = Table("stage", box=None, pad_edge=False)
+        for title in ("shards", "images/s", "kept", "failed", "time left"):
+            table.add_column(title, justify="right")
+        for stage in self._rates.stages:
+            table.add_row(*self._rates.row(stage, snapshot.get(stage, StageProgress())))
+        self._live.update(table)
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        self._live.stop()
+
+
+class LineProgress:
+    """One line an interval, for logs."""
+
+    def __init__(self, rates: _Rates) -> None:
+        self._rates = rates
+        self._next = time.monotonic() + _LINE_INTERVAL_S
+        self._last: Mapping[Stage, StageProgress] = {}
+
+    def say(self, text: str) -> None:
+        """Print at once."""
+        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Print when the interval is over."""
+        self._last = snapshot
+        if time.monotonic() >= self._next:
+            self._print()
+            self._next = time.monotonic() + _LINE_INTERVAL_S
+
+    def _print(self) -> None:
+        parts = []
+        for stage in self._rates.stages:
+            _, shards, rate, kept, failed, eta = self._rates.row(
+                stage, self._last.get(stage, StageProgress())
+            )
+            has_rate = eta[0].isdigit()  # before the first shard it is what the stage waits for
+            facts = {
+                f"{rate} images/s": rate,
+                f"{kept} kept": kept,
+                f"{failed} failed": failed,
+                f"{eta} left" if has_rate else eta: eta,
+            }
+            known = ", ".join(text for text, value in facts.items() if value not in ("-", "done"))
+            parts.append(f"{stage} {shards}" + (f" ({known})" if known else ""))
+        self.say("  ".join(parts))
+
+    def close(self) -> None:
+        """Print the last state."""
+        self._print()
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_progress(
+    console: Console, before: Survey, stages: tuple[Stage, ...], limit: int | None, quiet: bool
+) -> Progress:
+    """Return the progress that fits where the output goes."""
+    if quiet:
+        return NoProgress()
+    rates = _Rates(before, stages, limit)
+    return LiveProgress(console, rates) if console.is_terminal else LineProgress(rates)

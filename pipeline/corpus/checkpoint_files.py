@@ -1,0 +1,130 @@
+"""The checkpoints in a run's folder as files: their records, and what these commit, checked; nothing is loaded.
+
+<run folder>/step-00001000.<attempt>/           the files
+<run folder>/step-00001000.<attempt>.json       the record: it commits the folder, and has each file's sha256
+
+A run's folder may be somebody else's: a record counts only where it is that of the folder beside it and names files in
+it, and of that folder only these files are read.
+"""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.corpus.records import read_bounded
+from pipeline.corpus.regular_files import NotRegularFileError
+from pipeline.corpus.storage import FileInfo, Storage, sha256_file, temporary_folder
+from schemas.errors import CapfiltError
+from schemas.names import is_one_part
+from schemas.records import CheckpointRecord
+
+CHECKPOINT_FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
+
+
+class DamagedCheckpointError(CapfiltError):
+    """Report a checkpoint whose files are not those of its record."""
+
+
+class SavedCheckpoints:
+    """The checkpoints in one run's folder, on local disk or S3, for reading."""
+
+    def __init__(self, folder: str) -> None:
+        self.storage = Storage(folder)
+
+    def committed(self) -> list[CheckpointRecord]:
+        """Return the records of the checkpoints that are there, oldest first."""
+        records = [_record(self.storage, info) for info in self.storage.list("") if _is_record(info.path)]
+        return sorted(records, key=lambda record: (record.step, record.created_at))
+
+    def newest_good(self, tell: Callable[[str], None]) -> CheckpointRecord | None:
+        """Return the newest checkpoint whose files are those of its record; each damaged one is told and passed over.
+
+        Raises CapfiltError where there are checkpoints and all are damaged: training anew under the same name
+        would hide that.
+        """
+        records = self.committed()
+        for record in reversed(records):
+            try:
+                with self.checked_files(record):
+                    return record
+            except DamagedCheckpointError as error:
+                tell(f"{error}; taking the one before")
+        if records:
+            raise CapfiltError(
+                f"{self.storage.root}: each of its {len(records)} checkpoints is damaged; begin anew under another "
+                "run.name"
+            )
+        return None
+
+    @contextlib.contextmanager
+    def checked_files(self, record: CheckpointRecord) -> Iterator[Path]:
+        """Yield a local folder with the checkpoint's files, each compared with the record.
+
+        Raises DamagedCheckpointError.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.storage.is_local:
+                folder = Path(self.storage.url(record.path))
+            else:
+                folder = stack.enter_context(temporary_folder())
+            for name, digest in record.sha256.items():
+                path = f"{record.path}/{name}"
+                try:
+                    if not self.storage.is_local:
+                        with self.storage.local_copy(path) as copy:
+                            shutil.move(copy, folder / name)
+                    found = sha256_file(folder / name)
+                except NotRegularFileError as error:
+                    raise DamagedCheckpointError(f"{self.storage.url(path)}: {error.strerror}") from None
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
+                if found != digest:
+                    raise DamagedCheckpointError(
+                        f"{self.storage.url(path)} has another sha256 than its record"
+                    )
+            yield folder
+
+
+def find_checkpoint(path: str) -> tuple[SavedCheckpoints, CheckpointRecord]:
+    """Return a checkpoint by its record's path (``.../step-00001000.<attempt>.json``), its folder's or its run's.
+
+    Of a run, the newest good one. Raises CapfiltError where there is none.
+    """
+    name = path.rstrip("/").removesuffix(".json")
+    folder, _, last = name.rpartition("/")
+    if not CHECKPOINT_FOLDER.fullmatch(last):
+        run = SavedCheckpoints(name)
+        newest = run.newest_good(lambda _: None)
+        found = [newest] if newest else []
+    else:
+        run = SavedCheckpoints(folder or ".")
+        found = [record for record in run.committed() if record.path == last]
+    if not found:
+        raise CapfiltError(
+            f"{path}: no checkpoint there; name a run's folder, or one of its step-... records"
+        )
+    return run, found[0]
+
+
+def _is_record(path: str) -> bool:
+    return path.endswith(".json") and CHECKPOINT_FOLDER.fullmatch(path.removesuffix(".json")) is not None
+
+
+def _record(storage: Storage, info: FileInfo) -> CheckpointRecord:
+    """Read a checkpoint's record. Raises CapfiltError where it is not the record of the folder beside it."""
+    text = read_bounded(storage, info)
+    try:
+        record = CheckpointRecord.from_json(text)
+        if f"{record.path}.json" != info.path:
+            raise ValueError(f"path: {record.path[:200]!r} is not the folder beside it")
+        for name in record.sha256:
+            if not is_one_part(name):
+                raise ValueError(f"sha256: {name[:200]!r} is not a file of its folder")
+    except ValueError as error:
+        raise CapfiltError(
+            f"{storage.url(info.path)} is not a checkpoint's record ({error}); nothing was read: restore it, or "
+            "delete it and its folder"
+        ) from error
+    return record

@@ -1,0 +1,134 @@
+"""Files that no record refers to: what killed attempts left, found by age and by the records."""
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from pipeline.corpus.records import Records, parse_record, read_record
+from pipeline.corpus.storage import FileInfo, Storage
+from schemas.catalog import EMPTY_FOLDER
+from schemas.records import STAGE_FOLDERS, ShardRecord
+
+_log = logging.getLogger(__name__)
+
+_DELETERS = 32
+_STAGES = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage:
+    """One file to remove."""
+
+    path: str
+    kind: Literal["orphan", "retired", "temporary", "attempt"]
+    bytes: int
+    modified: datetime
+
+
+def find_garbage(records: Records, *, older_than: timedelta, retired: bool = False) -> list[Garbage]:
+    """Return the files that nothing needs and that are older than any attempt in flight can be.
+
+    Args:
+        older_than: an upload waits for its record at most as long as one attempt takes; a day is plenty.
+        retired: also the files of records that a recomputation replaced; the records themselves stay.
+    """
+    storage = records.storage
+    before = datetime.now(UTC) - older_than
+    # Files first, records second: whatever is committed in between is then known to be needed.
+    files = [info for folder in STAGE_FOLDERS.values() for info in storage.list(folder)]
+    others = [info for folder in ("records", "manifest", "checkpoints") for info in storage.list(folder)]
+    needed = _outputs(records.shards()) | {
+        file.path for intake in records.intakes() for file in intake.shards.values()
+    }
+    replaced = {file.path for record in records.retired() for file in record.outputs.values()} - needed
+    garbage = []
+    behind_links = _behind_links(storage, (*files, *others))
+    if behind_links:
+        _log.warning(
+            "%s: %d links, or files behind links that lead out of it, are left alone",
+            storage.root,
+            len(behind_links),
+        )
+    for info in (*files, *others):
+        if info.path in behind_links:
+            continue
+        kind = _kind(info, needed, replaced, is_data=info.path.split("/")[0] in STAGE_FOLDERS.values())
+        if kind is not None and info.modified < before and (kind != "retired" or retired):
+            garbage.append(Garbage(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
+    return garbage
+
+
+def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
+    """Return links, and files that a linked folder makes seem to lie in the corpus: capfilt makes neither."""
+    if not storage.is_local:
+        return set()
+    root = os.path.realpath(storage.base)
+    inside = functools.cache(lambda folder: f"{os.path.realpath(f'{root}/{folder}')}/".startswith(f"{root}/"))
+    return {
+        info.path
+        for info in files
+        if not inside(info.path.rpartition("/")[0]) or Path(root, info.path).is_symlink()
+    }
+
+
+def remove(records: Records, garbage: Iterable[Garbage]) -> list[Garbage]:
+    """Delete the files; return those that went.
+
+    The records are asked once more, file by file: a listing that missed one would cost committed data.
+    """
+
+    def delete(file: Garbage) -> bool:
+        if file.kind in ("orphan", "retired") and _is_needed(records, file):
+            return False
+        records.storage.delete(file.path)
+        return True
+
+    garbage = list(garbage)
+    with ThreadPoolExecutor(_DELETERS) as deleters:
+        return [file for file, gone in zip(garbage, deleters.map(delete, garbage), strict=True) if gone]
+
+
+def _is_needed(records: Records, file: Garbage) -> bool:
+    """Tell whether a record of the file's own shard names it: the committed one; of an orphan, a retired one too."""
+    if file.path.count("/") != 2:
+        return False  # no attempt writes there
+    folder, source, name = file.path.split("/")
+    shard, *rest = name.split(".")
+    if folder == STAGE_FOLDERS["urls"]:
+        batches = (batch.shards for batch in records.intakes(source))
+        return any(shard in shards and shards[shard].path == file.path for shards in batches)
+    stage = _STAGES[folder]
+    makers = [f"records/{stage}/{source}/{shard}.json"]
+    if file.kind == "orphan" and len(rest) > 1:
+        makers.append(f"records/retired/{stage}/{source}/{shard}.{rest[0]}.json")
+    elif file.kind == "orphan":  # a curated file: its name is the shard's alone, whatever the attempt
+        retired = records.storage.list(f"records/retired/{stage}/{source}")
+        makers += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
+    for maker in makers:
+        with contextlib.suppress(FileNotFoundError):
+            record = parse_record(ShardRecord, maker, read_record(records.storage, maker))
+            if file.path in {made.path for made in record.outputs.values()}:
+                return True
+    return False
+
+
+def _outputs(shards: dict[object, ShardRecord]) -> set[str]:
+    return {file.path for record in shards.values() for file in record.outputs.values()}
+
+
+def _kind(info: FileInfo, needed: set[str], replaced: set[str], *, is_data: bool) -> str | None:
+    name = info.path.split("/")[-1]
+    if name.startswith(".") and name.endswith(".tmp"):
+        return "temporary"
+    if info.path.startswith("records/attempts/"):
+        return "attempt"
+    if not is_data or info.path in needed or info.path.split("/")[1] == EMPTY_FOLDER:
+        return None
+    return "retired" if info.path in replaced else "orphan"

@@ -1,0 +1,283 @@
+"""The records on storage: reading, committing, retiring, quarantining. The record is the commit.
+
+records/<stage>/<source>/<shard>.json                         committed
+records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
+records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
+records/attempts/<stage>/<source>/<shard>/<attempt>.json      begun; removed at commit
+records/intake/<source>/<batch>.json                          lists read into url shards
+records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
+
+A corpus may be somebody else's. What is read here has the declared types, is about the shard that its own file's
+name says, and names files of the corpus alone; a tar outside it only where the source's lists adopted that very tar.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from pipeline.corpus.regular_files import NotRegularFileError
+from pipeline.corpus.storage import FileInfo, Storage, first_line
+from schemas.errors import CapfiltError
+from schemas.names import is_outside_tar
+from schemas.records import (
+    STAGES,
+    CheckpointRecord,
+    IntakeRecord,
+    Json,
+    ModelRecord,
+    QuarantineRecord,
+    RunRecord,
+    ShardRecord,
+    Stage,
+)
+
+ShardId = tuple[Stage, str, str]
+R = TypeVar("R", bound=Json)
+
+_READERS = 32
+# An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
+_MAX_BYTES = 64 * 2**20
+
+
+def now() -> str:
+    """Return the time as records hold it: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def is_corpus(storage: Storage) -> bool:
+    """Tell whether a folder is a corpus of ours: it has records."""
+    return storage.fs.exists(f"{storage.base}/records")
+
+
+def parse_record(kind: type[R], path: str, text: bytes) -> R:
+    """Return the record in the file ``path`` of a corpus.
+
+    Raises CapfiltError, naming the file, where it is not a record, or not the one of its name.
+    """
+    try:
+        record = kind.from_json(text)
+        if not _has_name_of(record, path):
+            raise ValueError("it is the record of something else than its name says")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CapfiltError(
+            f"{path} is not a record ({first_line(error)}): restore it, or delete it so that its shard is made anew"
+        ) from error
+    return record
+
+
+class Records:
+    """The records of one corpus. Stateless: every call asks the storage. Pickles."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    # -- shards ----------------------------------------------------------------------------------------------
+
+    def commit(self, record: ShardRecord) -> bool:
+        """Create the shard's record if it has none; False: another attempt won."""
+        return self.storage.create(_shard_path(record), record.to_json().encode())
+
+    def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
+        """Return the committed record of a shard, or None."""
+        path = f"records/{stage}/{source}/{shard}.json"
+        try:
+            record = parse_record(ShardRecord, path, read_record(self.storage, path))
+        except FileNotFoundError:
+            return None
+        self._require_adopted([record])
+        return record
+
+    def shards(self, stages: Iterable[Stage] = STAGES) -> dict[ShardId, ShardRecord]:
+        """Return every committed record of the stages, without histograms: they are most of a record's size."""
+        files = [info for stage in stages for info in self.storage.list(f"records/{stage}")]
+        records = [replace(record, histograms={}) for record in self._read_all(ShardRecord, files)]
+        self._require_adopted(records)
+        return {(record.stage, record.source, record.shard): record for record in records}
+
+    def retired(self) -> list[ShardRecord]:
+        """Return the records that a recomputation replaced."""
+        return self._read_all(ShardRecord, self.storage.list("records/retired"))
+
+    def retire(self, record: ShardRecord) -> None:
+        """Take a committed record out of the readers' sight, keeping a copy, before its shard is made anew."""
+        committed = self.read(record.stage, record.source, record.shard)
+        if committed is None or committed.attempt != record.attempt:
+            return
+        self.storage.create(_retired_path(record), committed.to_json().encode())
+        self.storage.delete(_shard_path(record))
+
+    def _require_adopted(self, records: Iterable[ShardRecord]) -> None:
+        """Refuse a tar outside the corpus that the source's lists did not adopt for that shard."""
+        outside = {
+            (record.source, record.shard): record.outputs["tar"].path
+            for record in records
+            if record.stage == "crawl" and is_outside_tar(record.outputs["tar"].path)
+        }
+        if not outside:
+            return
+        adopted = {
+            (batch.source, shard): tar for batch in self.intakes() for shard, tar in batch.adopted.items()
+        }
+        for (source, shard), tar in outside.items():
+            if adopted.get((source, shard)) != tar:
+                raise CapfiltError(
+                    f"records/crawl/{source}/{shard}.json names a tar outside the corpus that no list of it adopted: "
+                    f"{tar}; nothing was read. Use only a corpus from a source that you trust"
+                )
+
+    # -- attempts and quarantine -----------------------------------------------------------------------------
+
+    def begin_attempt(self, stage: Stage, source: str, shard: str, attempt: str, run_id: str) -> int:
+        """Note that an attempt begins; return how many of this run have begun, this one included."""
+        self.storage.create(f"{_attempts_folder(stage, source, shard)}/{run_id}.{attempt}", b"")
+        return self.attempts_begun(stage, source, shard, run_id)
+
+    def attempts_begun(self, stage: Stage, source: str, shard: str, run_id: str) -> int:
+        """Return how many attempts of this run have begun and not committed."""
+        begun = self.storage.list(_attempts_folder(stage, source, shard))
+        return sum(info.path.split("/")[-1].startswith(f"{run_id}.") for info in begun)
+
+    def end_attempts(self, stage: Stage, source: str, shard: str) -> None:
+        """Forget the shard's attempts and its quarantine: it is committed."""
+        for info in self.storage.list(_attempts_folder(stage, source, shard)):
+            self.storage.delete(info.path)
+        self.storage.delete(f"records/quarantine/{stage}/{source}/{shard}.json")
+
+    def quarantine(self, record: QuarantineRecord) -> None:
+        """Note that a shard failed every attempt."""
+        self.storage.write(_quarantine_path(record), record.to_json().encode())
+
+    def quarantined(self) -> dict[ShardId, QuarantineRecord]:
+        """Return the shards that failed every attempt of their last run."""
+        records = self._read_all(QuarantineRecord, self.storage.list("records/quarantine"))
+        return {(record.stage, record.source, record.shard): record for record in records}
+
+    # -- intake, runs, models, checkpoints -------------------------------------------------------------------
+
+    def commit_intake(self, record: IntakeRecord) -> bool:
+        """Create the batch's record if that number is free."""
+        return self.storage.create(_intake_path(record), record.to_json().encode())
+
+    def intakes(self, source: str | None = None) -> list[IntakeRecord]:
+        """Return the batches, by source and number."""
+        folder = "records/intake" if source is None else f"records/intake/{source}"
+        return self._read_all(IntakeRecord, self.storage.list(folder))
+
+    def write_run(self, record: RunRecord) -> None:
+        """Write the start (outcome None) or the end of a run."""
+        self.storage.write(_run_path(record), record.to_json().encode())
+
+    def has_begun(self, run_id: str) -> bool:
+        """Tell whether the start of a run was written."""
+        return self.storage.exists(f"records/runs/{run_id}.start.json")
+
+    def runs(self) -> list[RunRecord]:
+        """Return every run once, by its end where it has one, oldest first."""
+        runs: dict[str, RunRecord] = {}
+        for record in self._read_all(RunRecord, self.storage.list("records/runs")):
+            if record.outcome is not None or record.run_id not in runs:
+                runs[record.run_id] = record
+        return [runs[run_id] for run_id in sorted(runs)]
+
+    def register_model(self, record: ModelRecord) -> None:
+        """Note a model's identity, once."""
+        self.storage.create(_model_path(record), record.to_json().encode())
+
+    def models(self) -> list[ModelRecord]:
+        """Return the models that runs used here."""
+        return self._read_all(ModelRecord, self.storage.list("records/models"))
+
+    def write_checkpoint(self, name: str, record: CheckpointRecord) -> None:
+        """Note a complete checkpoint."""
+        self.storage.write(f"records/checkpoints/{name}.json", record.to_json().encode())
+
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """Return the checkpoints trained on this corpus."""
+        return self._read_all(CheckpointRecord, self.storage.list("records/checkpoints"))
+
+    def _read_all(self, kind: type[R], files: list[FileInfo]) -> list[R]:
+        """Read many small files at once; one that vanished meanwhile (retired) is left out.
+
+        So is a temporary file: what a writer killed inside ``Storage.create`` left beside the name is no record.
+        """
+
+        def read(info: FileInfo) -> R | None:
+            try:
+                return parse_record(kind, info.path, read_bounded(self.storage, info))
+            except FileNotFoundError:
+                return None
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            records = readers.map(read, [info for info in files if info.path.endswith(".json")])
+            return [record for record in records if record is not None]
+
+
+def read_bounded(storage: Storage, info: FileInfo) -> bytes:
+    """Return a listed record's text. Raises CapfiltError where it is larger than any record."""
+    if info.bytes > _MAX_BYTES:
+        raise CapfiltError(
+            f"{info.path} is not a record: it has {info.bytes:,} bytes; restore it, or delete it"
+        )
+    return read_record(storage, info.path)
+
+
+def read_record(storage: Storage, path: str) -> bytes:
+    """Return a record's text. Raises FileNotFoundError; CapfiltError where no record can be what stands there."""
+    try:
+        text = storage.read(path, _MAX_BYTES)
+    except NotRegularFileError as error:
+        raise CapfiltError(f"{path} is not a record: {error.strerror}; restore it, or delete it") from error
+    if len(text) > _MAX_BYTES:
+        raise CapfiltError(
+            f"{path} is not a record: it has more than {_MAX_BYTES:,} bytes; restore it, or delete it"
+        )
+    return text
+
+
+def _has_name_of(record: Json, path: str) -> bool:
+    """Tell whether a record's file has the name that it was written under."""
+    match record:
+        case ShardRecord():
+            return path in (_shard_path(record), _retired_path(record))
+        case QuarantineRecord():
+            return path == _quarantine_path(record)
+        case IntakeRecord():
+            return path == _intake_path(record)
+        case RunRecord():
+            return path == _run_path(record)
+        case ModelRecord():
+            return path == _model_path(record)
+        case CheckpointRecord():
+            return path.startswith(f"records/checkpoints/{record.run_id}.")
+    raise AssertionError(type(record))
+
+
+def _shard_path(record: ShardRecord) -> str:
+    return f"records/{record.stage}/{record.source}/{record.shard}.json"
+
+
+def _retired_path(record: ShardRecord) -> str:
+    return f"records/retired/{record.stage}/{record.source}/{record.shard}.{record.attempt}.json"
+
+
+def _quarantine_path(record: QuarantineRecord) -> str:
+    return f"records/quarantine/{record.stage}/{record.source}/{record.shard}.json"
+
+
+def _intake_path(record: IntakeRecord) -> str:
+    return f"records/intake/{record.source}/{record.batch:05d}.json"
+
+
+def _run_path(record: RunRecord) -> str:
+    part = "start" if record.outcome is None else "end"
+    return f"records/runs/{record.run_id}.{part}.json"
+
+
+def _model_path(record: ModelRecord) -> str:
+    return f"records/models/{record.digest}.json"
+
+
+def _attempts_folder(stage: Stage, source: str, shard: str) -> str:
+    return f"records/attempts/{stage}/{source}/{shard}"

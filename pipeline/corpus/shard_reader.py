@@ -1,0 +1,143 @@
+"""What records committed, read back: every file is checked against its record before a row of it is used.
+
+A tar cut at a member boundary reads without an error, in tarfile and in webdataset alike, so size, sha256 and
+the number of samples decide, not the reader.
+"""
+
+import contextlib
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.corpus.records import Records
+from pipeline.corpus.regular_files import NotRegularFileError
+from pipeline.corpus.shard_files import ImageMember, image_members
+from pipeline.corpus.storage import sha256_file
+from pipeline.images.decode import Image, ImageError, decode_rgb
+from schemas.errors import CorruptShardError
+from schemas.names import is_one_part
+from schemas.records import OutputFile, ShardRecord
+
+_SAMPLE_COLUMNS = ("uid", "source", "shard", "key", "url", "captions", "width", "height", "sha256")
+
+
+@contextlib.contextmanager
+def committed_file(records: Records, file: OutputFile) -> Iterator[Path]:
+    """Yield a local path with the committed bytes.
+
+    Raises:
+        CorruptShardError: the file is gone, or its size or sha256 is not the record's.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(records.storage.local_copy(file.path))
+        except FileNotFoundError as error:
+            raise _corrupt(file, "is missing") from error
+        except NotRegularFileError as error:
+            raise _corrupt(file, f"cannot be read ({error.strerror})") from error
+        size = path.stat().st_size
+        if size != file.bytes:
+            raise _corrupt(file, f"has {size:,} bytes where its record says {file.bytes:,}")
+        if sha256_file(path) != file.sha256:
+            raise _corrupt(file, "has another sha256 than its record")
+        yield path
+
+
+def committed_table(records: Records, file: OutputFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return a committed Parquet file, or some columns of it. Raises as ``committed_file`` does."""
+    with committed_file(records, file) as path:
+        table = pq.read_table(path, columns=None if columns is None else list(columns), memory_map=False)
+    if table.num_rows != file.rows:
+        raise _corrupt(file, f"has {table.num_rows:,} rows where its record says {file.rows:,}")
+    return table
+
+
+class CrawledShard:
+    """The images that a crawl stored, by key, and their rows. Reading is thread-safe.
+
+    ``samples``: the rows with status ok, sorted by key; the columns that later stages read.
+    """
+
+    def __init__(self, samples: pa.Table, members: dict[str, ImageMember], descriptor: int) -> None:
+        self.samples = samples
+        self._members = members
+        self._descriptor = descriptor
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys in order."""
+        return self.samples["key"].to_pylist()
+
+    def extension(self, key: str) -> str:
+        """Return the extension of the sample's image: one of shards.IMAGE_EXTENSIONS."""
+        return self._members[key].extension
+
+    def image_bytes(self, key: str) -> bytes:
+        """Return the stored image, encoded."""
+        member = self._members[key]
+        return os.pread(self._descriptor, member.size, member.offset)
+
+    def image(self, key: str) -> Image.Image | None:
+        """Return the stored image, or None where it does not decode (adopted shards may hold such)."""
+        try:
+            return decode_rgb(self.image_bytes(key))
+        except ImageError:
+            return None
+
+
+@contextlib.contextmanager
+def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard]:
+    """Open what a crawl committed for a shard, in the corpus or where an adopted folder lies.
+
+    Raises:
+        CorruptShardError: the files are not those of the record, or tar and Parquet do not agree on the
+        samples.
+    """
+    tar = record.outputs["tar"]
+    table = committed_table(records, record.outputs["parquet"], (*_SAMPLE_COLUMNS, "status"))
+    samples = table.filter(pc.equal(table["status"], "ok")).select(_SAMPLE_COLUMNS).sort_by("key")
+    if strange := [key for key in samples["key"].to_pylist() if not (key and is_one_part(key))]:
+        raise _corrupt(
+            record.outputs["parquet"], f"has the key {strange[0]!r}, which cannot be a file's name,"
+        )
+    with committed_file(records, tar) as path:
+        members = _index_images(path, tar)
+        keys = samples["key"].to_pylist()
+        # An adopted tar may hold more than its Parquet takes: duplicates, and images that were found invalid.
+        adopted = records.storage.url(tar.path) == tar.path
+        if (
+            len(members) != tar.rows
+            or not members.keys() >= set(keys)
+            or (len(keys) != tar.rows and not adopted)
+        ):
+            raise _corrupt(
+                tar,
+                f"holds {len(members):,} images, its Parquet {len(keys):,} samples; the record: {tar.rows:,}",
+            )
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield CrawledShard(samples, members, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _index_images(path: Path, file: OutputFile) -> dict[str, ImageMember]:
+    """Find the one image of each sample in a tar."""
+    members: dict[str, ImageMember] = {}
+    try:
+        for member in image_members(path):
+            if member.key in members:
+                raise _corrupt(file, f"holds two images under the key {member.key}")
+            members[member.key] = member
+    except tarfile.ReadError as error:
+        raise _corrupt(file, f"is no readable tar ({error})") from error
+    return members
+
+
+def _corrupt(file: OutputFile, what: str) -> CorruptShardError:
+    return CorruptShardError(f"{file.path} {what}; `capfilt verify CORPUS` names every such file")

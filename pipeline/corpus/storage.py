@@ -1,0 +1,393 @@
+"""Files of a corpus on local disk, S3 or GCS: whole-object writes, create-if-absent, listing.
+
+Never hands out a writable remote file: an exception inside ``with fs.open(path, "wb")`` publishes the truncated
+object, on S3 and on local disk alike. A file is made locally, checked, and put in one call.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.corpus.regular_files import NotRegularFileError, open_regular, require_regular
+from schemas.errors import CapfiltError
+
+# Where a put can be made conditional on absence.
+_PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
+# The mends of what a disk refuses.
+_ERRNO_HINTS = {
+    errno.ENOSPC: "make room",
+    errno.EFBIG: "make room, or raise the limit of a file's size",
+    errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EROFS: "name a folder that may be written",
+    errno.EACCES: "give this user the right to, or name another place",
+    errno.EPERM: "give this user the right to, or name another place",
+    errno.ENOTDIR: "a file stands where a folder is expected; name a folder",
+    errno.EISDIR: "a folder stands where a file is expected; name a file",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "a link leads back to itself; name a folder",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """One listed file. ``version`` changes when the content does (ETag, or mtime on local disk)."""
+
+    path: str
+    bytes: int
+    version: str
+    modified: datetime
+
+
+class Storage:
+    """A folder or a bucket prefix, and everything that may be done to the files under it.
+
+    Paths are relative to the root, with ``/``; a path with ``://`` or a leading ``/`` is taken as it is, so that
+    adopted files outside the corpus are read by the same calls. Instances pickle.
+    """
+
+    def __init__(self, root: str) -> None:
+        try:
+            self.fs, path = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as error:
+            raise CapfiltError(
+                f"{root!r} cannot be opened: {error}; name a folder, s3:// or gs://"
+            ) from error
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.base = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
+        self.root = self.base if self.is_local else self.fs.unstrip_protocol(self.base)
+
+    @property
+    def takes_commits(self) -> bool:
+        """Whether ``create`` is known to let exactly one writer win here. Anything that lists can be read."""
+        return self.is_local or bool(_PROTOCOLS & set(_protocols(self.fs)))
+
+    def require_conditional_puts(self) -> None:
+        """Raise CapfiltError unless this storage takes commits."""
+        if not self.takes_commits:
+            raise CapfiltError(
+                f"corpus.path {self.root!r}: commits need create-if-absent, which is known to hold on local disk, S3 "
+                "and GCS alone; use a folder, s3:// or gs://"
+            )
+
+    def require_place(self, key: str) -> None:
+        """Raise CapfiltError where the root can be no folder: a file, or a dangling link, stands there or above it.
+
+        A folder that is not there yet is fine if it can be made. Changes nothing.
+        """
+        if not self.is_local:
+            if self.fs.isfile(self.base) and not self.fs.isdir(self.base):
+                raise CapfiltError(f"{key} {self.root!r} is an object; name a prefix")
+            return
+        root = Path(self.base)
+        place = next(path for path in (root, *root.parents) if path.is_symlink() or path.exists())
+        above = "" if place == root else f": {place} above it"
+        if not place.exists():
+            raise CapfiltError(
+                f"{key} {self.root!r}{above} is a link to {place.readlink()}, which is not there; make that folder, or "
+                "name another one"
+            )
+        if not place.is_dir():
+            raise CapfiltError(
+                f"{key} {self.root!r}{above} is a file; name a folder, or one that can be made"
+            )
+        if place != root and not os.access(place, os.W_OK | os.X_OK):
+            raise CapfiltError(
+                f"{key} {self.root!r} is not there, and nothing can be made in {place}: permission denied; name a "
+                "folder that may be written"
+            )
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.root,)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def url(self, path: str) -> str:
+        """Return the absolute path or URL of ``path``: what DuckDB and fsspec open."""
+        return path if _is_absolute(path) else f"{self.root}/{path}"
+
+    def _full(self, path: str) -> str:
+        if _is_absolute(path):
+            return self.fs._strip_protocol(path)
+        return f"{self.base}/{path}"
+
+    def _fs_of(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Return the filesystem of a path that may lie outside the corpus."""
+        if _is_absolute(path):
+            return fsspec.core.url_to_fs(path)
+        return self.fs, self._full(path)
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def exists(self, path: str) -> bool:
+        """Tell whether the file is there."""
+        fs, full = self._fs_of(path)
+        return fs.exists(full)
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Return the whole file.
+
+        Args:
+            max_bytes: of a larger local file only this and one byte more are read, whatever size it is listed with.
+
+        Raises FileNotFoundError, and NotRegularFileError on local disk.
+        """
+        fs, full = self._fs_of(path)
+        if not isinstance(fs, LocalFileSystem):
+            return fs.cat_file(full)
+        with open_regular(full) as file:
+            return file.read() if max_bytes is None else file.read(max_bytes + 1)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open for reading, buffered ahead on remote storage. Raises as ``read`` does."""
+        fs, full = self._fs_of(path)
+        return open_regular(full) if isinstance(fs, LocalFileSystem) else fs.open(full, "rb")
+
+    @contextlib.contextmanager
+    def local_copy(self, path: str) -> Iterator[Path]:
+        """Yield a local path with the file's content: the file itself on local disk, else a temporary copy."""
+        fs, full = self._fs_of(path)
+        if isinstance(fs, LocalFileSystem):
+            require_regular(full)
+            if not Path(full).is_file():
+                raise FileNotFoundError(full)
+            yield Path(full)
+            return
+        with temporary_folder() as folder:
+            target = folder / Path(full).name
+            fs.get_file(full, str(target))
+            yield target
+
+    def list(self, prefix: str) -> list[FileInfo]:
+        """Return every file under a folder, sorted by path; an absent folder is empty."""
+        self.fs.invalidate_cache()
+        try:
+            # By default a local listing leaves out what it cannot read: then live files would look like orphans.
+            strict = {"on_error": _raise_unless_vanished} if self.is_local else {}
+            found = self.fs.find(self._full(prefix), detail=True, **strict)
+        except FileNotFoundError:
+            return []
+        return sorted((self._info(full, info) for full, info in found.items()), key=lambda info: info.path)
+
+    def info(self, path: str) -> FileInfo:
+        """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
+        fs, full = self._fs_of(path)
+        return self._info(full, fs.info(full), path)
+
+    def _info(self, full: str, info: dict, path: str | None = None) -> FileInfo:
+        modified = info.get("LastModified") or info.get("mtime") or info.get("updated") or 0
+        if isinstance(modified, str):
+            modified = datetime.fromisoformat(modified)
+        if not isinstance(modified, datetime):
+            modified = datetime.fromtimestamp(modified, UTC)
+        version = str(info.get("ETag") or info.get("etag") or info.get("mtime") or modified.timestamp())
+        relative = path if path is not None else full.removeprefix(self.base).lstrip("/")
+        return FileInfo(path=relative, bytes=info["size"], version=version.strip('"'), modified=modified)
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def put(self, local: Path, path: str) -> None:
+        """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
+        if self.is_local:
+            target = Path(self._full(path))
+            with _beside(target) as temporary:
+                shutil.copyfile(local, temporary)
+                _sync(temporary)
+                temporary.replace(target)
+        else:
+            self.fs.put_file(str(local), self._full(path))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
+        if self.is_local:
+            target = Path(self._full(path))
+            with _beside(target) as temporary:
+                temporary.write_bytes(data)
+                _sync(temporary)
+                temporary.replace(target)
+        else:
+            self.fs.pipe_file(self._full(path), data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Publish bytes only if ``path`` does not exist; of many writers exactly one gets True.
+
+        The file is never visible half-written: on local disk a finished temporary file is hard-linked to its
+        name, on S3 and GCS the put is conditional. A client that repeats a put whose answer was lost is refused
+        by its own first try; hence a file with the very bytes counts as ours, and two writers that must not both
+        win write different ones (a record holds its attempt).
+        """
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(self._full(path), data, mode="create")
+            except FileExistsError:
+                return self.fs.cat_file(self._full(path)) == data
+            return True
+        target = Path(self._full(path))
+        with _beside(target) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                target.hardlink_to(temporary)
+            except FileExistsError:
+                return self.read(path, len(data)) == data
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                    raise
+                return _create_exclusively(target, data)
+        return True
+
+    def delete(self, path: str) -> None:
+        """Remove a file of the corpus; absent is fine."""
+        if _is_absolute(path):
+            raise ValueError(f"{path} lies outside the corpus and is not ours to delete")
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._full(path))
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _raise_unless_vanished(error: Exception) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _is_absolute(path: str) -> bool:
+    return "://" in path or path.startswith("/")
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary name in the target's folder (same filesystem, so that renaming is atomic)."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError) as error:
+        # Still an error of the storage: who can do without this file goes on.
+        raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", str(target.parent)) from error
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_exclusively(target: Path, data: bytes) -> bool:
+    """Create where the filesystem has no hard links: exclusive, though not torn-proof against power loss."""
+    try:
+        with target.open("xb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a local file, in hex."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix()}{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_temporary_folders() -> int:
+    """Remove the scratch folders that killed processes of this machine left; return how many."""
+    swept = 0
+    prefix = _scratch_prefix()
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = folder.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+            swept += 1
+    return swept
+
+
+def _scratch_prefix() -> str:
+    """Return a name that no other machine's or container's processes use, should they share the folder."""
+    try:
+        space = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+    except OSError:
+        space = "0"
+    return f"capfilt-{socket.gethostname()}-{space}-"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def storage_trouble(error: BaseException) -> str | None:
+    """Return why storage cannot be used, with the mend; None where the error says something else.
+
+    S3 and GCS libraries raise errors of their own, no OSError, where credentials or the network are missing.
+    """
+    if _is(error, "botocore.exceptions", "NoCredentialsError"):
+        return (
+            "S3 wants credentials and there are none; "
+            "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if _is(error, "botocore.exceptions", "BotoCoreError"):
+        hint = "check AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the network"
+        return f"S3 cannot be used: {first_line(error)}; {hint}"
+    if _is(error, "google.auth.exceptions", "GoogleAuthError"):
+        return (
+            f"GCS wants credentials: {first_line(error)} Set GOOGLE_APPLICATION_CREDENTIALS, or log in with "
+            "`gcloud auth application-default login`"
+        )
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, NotRegularFileError):
+        return f"{error.filename} cannot be read: {error.strerror}; remove it, or put the file itself there"
+    cause = error.__cause__
+    if _is(cause, "botocore.exceptions", "ClientError"):
+        call = getattr(cause, "operation_name", "a request")
+        hint = "check that the bucket exists, and that these credentials may use it"
+        return f"S3 refused {call}: {first_line(error)}; {hint}"
+    if error.errno in _ERRNO_HINTS:
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}; {_ERRNO_HINTS[error.errno]}"
+    return None
+
+
+def _is(error: BaseException | None, module: str, name: str) -> bool:
+    """Tell whether an error is of a library's class, without importing the library."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(error, getattr(loaded, name))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,158 @@
+"""Url shards: what the crawl is to fetch, as Parquet files that the intake records commit."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import write_parquet
+from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.uids import KnownUids, Words, pack_uids
+from schemas.records import IntakeRecord, OutputFile, ShardRecord
+from schemas.tables import URLS
+
+_READERS = 16
+
+
+class UrlShardWriter:
+    """Cut rows into shards of a size and put them on storage, numbered from ``first`` on.
+
+    Args:
+        rows_per_shard: None: only ``cut`` ends a shard.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        source: str,
+        attempt: str,
+        folder: Path,
+        first: int,
+        rows_per_shard: int | None,
+    ) -> None:
+        self.storage = storage
+        self.source = source
+        self.attempt = attempt
+        self.folder = folder
+        self.next = first
+        self.rows_per_shard = rows_per_shard
+        self.shards: dict[str, OutputFile] = {}
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Append rows: columns of URLS without shard, and without key and retry_of where to be set."""
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        if self.rows_per_shard is None or self._rows < self.rows_per_shard:
+            return
+        rows = pa.concat_tables(self._waiting)
+        start = 0
+        while rows.num_rows - start >= self.rows_per_shard:
+            self._write(rows.slice(start, self.rows_per_shard))
+            start += self.rows_per_shard
+        self._waiting = [rows.slice(start)]
+        self._rows = rows.num_rows - start
+
+    def cut(self) -> str | None:
+        """End the shard here; return its name, or None if it has no rows."""
+        if not self._rows:
+            return None
+        name = self._write(pa.concat_tables(self._waiting))
+        self._waiting, self._rows = [], 0
+        return name
+
+    def discard(self) -> None:
+        """Delete what was put: another driver's batch won."""
+        for file in self.shards.values():
+            self.storage.delete(file.path)
+
+    def _write(self, rows: pa.Table) -> str:
+        name = f"{self.next:05d}"
+        self.next += 1
+        columns = {column: rows.column(column) for column in rows.column_names}
+        columns["shard"] = pa.array([name] * rows.num_rows, pa.string())
+        if "key" not in columns:
+            columns["key"] = pa.array([f"{name}{index:05d}" for index in range(rows.num_rows)], pa.string())
+        if "retry_of" not in columns:
+            columns["retry_of"] = pa.nulls(rows.num_rows, pa.string())
+        local = self.folder / f"{name}.parquet"
+        write_parquet(local, pa.table(columns), URLS)
+        path = f"urls/{self.source}/{name}.{self.attempt}.parquet"
+        self.shards[name] = OutputFile(
+            path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows.num_rows
+        )
+        self.storage.put(local, path)
+        local.unlink()
+        return name
+
+
+def next_number(batches: Iterable[IntakeRecord]) -> int:
+    """Return the number after a source's last shard."""
+    return max((int(shard) for batch in batches for shard in batch.shards), default=-1) + 1
+
+
+def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
+    """Return the uids of a source's shards; retries only repeat some."""
+
+    def read(path: str) -> Words:
+        with storage.open(path) as data:
+            return pack_uids(pq.read_table(data, columns=["uid"]).column("uid").to_pylist())
+
+    paths = [file.path for batch in batches if batch.kind != "retry" for file in batch.shards.values()]
+    with ThreadPoolExecutor(_READERS) as readers:
+        return KnownUids(np.concatenate([pack_uids([]), *readers.map(read, paths)]))
+
+
+def taken_over(records: Records, source: str, shard: str) -> set[str]:
+    """Return the uids of a shard that later shards, queued to try them again, took over."""
+    paths = [
+        file.path
+        for batch in records.intakes(source)
+        if batch.kind == "retry"
+        for file in batch.shards.values()
+    ]
+
+    def read(path: str) -> list[str]:
+        # The shards that a retry shard repeats are a short range, so of most files only the footer is read.
+        with records.storage.open(path) as file:
+            table = pq.read_table(file, columns=["uid"], filters=[("retry_of", "==", shard)])
+        return table["uid"].to_pylist()
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return set().union(*readers.map(read, paths))
+
+
+def url_shards(records: Records) -> dict[tuple[str, str], ShardRecord]:
+    """Return every url shard, by (source, shard), as a record of the stage ``urls``.
+
+    Its outputs are ``parquet``, the rows, and of a shard of img2dataset's ``adopted``, the tar as it lies.
+    """
+    found: dict[tuple[str, str], ShardRecord] = {}
+    for batch in records.intakes():
+        for shard, file in batch.shards.items():
+            outputs = {"parquet": file}
+            if shard in batch.adopted:
+                size = batch.adopted_bytes[shard]
+                outputs["adopted"] = OutputFile(path=batch.adopted[shard], bytes=size, sha256="", rows=0)
+            found[batch.source, shard] = ShardRecord(
+                stage="urls",
+                source=batch.source,
+                shard=shard,
+                run_id=batch.run_id,
+                attempt=batch.attempt,
+                fingerprint=file.sha256,
+                inputs={},
+                outputs=outputs,
+                rows_in=file.rows,
+                rows_out=file.rows,
+                images=0,
+                counts={},
+                started_at=batch.finished_at,
+                finished_at=batch.finished_at,
+            )
+    return found

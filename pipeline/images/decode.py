@@ -1,0 +1,376 @@
+"""Image bytes, judged before they are decoded and decoded within bounds: the only home of decoders here.
+
+What the header alone says (format, pixels, frames, orientation) decides whether pixels are decoded at all.
+"""
+
+import contextlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.images import jpeg, png
+from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
+
+# Pillow's warnings of damaged EXIF and of many pixels say nothing that a status does not: every opening below
+# bounds the pixels itself, from the header. Its error, at 179M pixels, stays.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 50_000_000
+
+# 56 bits of ones, each byte stuffed: what libjpeg may read ahead of the last block. No Huffman code is all ones, and
+# an attempt to decode them takes 17 bits.
+_ONES = b"\xff\0" * 7
+# Some cameras write a byte or two more than their blocks need.
+_SPARE_BYTES = 4
+
+# Image formats that are recognised only to be refused by name.
+_REFUSED = {
+    "TIFF": re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
+    # A DTD names the document's element. The possessive "*+" keeps many comments from taking exponential time.
+    "SVG": re.compile(
+        rb"(?:\xef\xbb\xbf)?\s*(?:<\?.*?\?>\s*|<!--.*?-->\s*)*+(?:<!DOCTYPE\s+|<)(?:\w+:)?svg\b", re.I | re.S
+    ),
+    "AVIF or HEIF": re.compile(rb"....ftyp(?:avi|hei|hev|mif|msf)", re.S),
+    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+    "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "),
+    "ICO": re.compile(rb"\0\0[\1\2]\0(?!\0\0)"),
+    # Without a magic number: no palette, a true-colour or grey type, an origin and a size, whole bytes a pixel.
+    "TGA": re.compile(rb".\0[\2\3\x0a\x0b]\0\0\0\0.{9}[\x08\x10\x18\x20][\0-\x3f]", re.S),
+    "PSD": re.compile(rb"8BPS"),
+}
+_KNOWN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a", re.S)
+_SNIFFED_BYTES = 4096
+_GZIP = b"\x1f\x8b\x08"
+_TGA_FOOTER = b"TRUEVISION-XFILE.\0"
+# What Pillow raises on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error)
+
+# What turns an image with an EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """Say why bytes are not a usable image: a reason of ``schemas.statuses``, and what was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageHeader:
+    """What an image says of itself before any pixel is decoded. Width and height are as displayed."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    orientation: int
+    animated: bool
+
+
+def probe(data: bytes) -> ImageHeader:
+    """Read an image's header. Raises ImageError: not an image, or a format that is never decoded."""
+    with _open(data, FORMATS) as image:
+        return _header(image)
+
+
+def check(
+    header: ImageHeader,
+    *,
+    formats: Collection[str],
+    max_pixels: int,
+    min_size_px: int,
+    max_aspect_ratio: float,
+) -> None:
+    """Raise ImageError unless an image with this header is wanted."""
+    width, height = header.width, header.height
+    size = f"{width} x {height}"
+    if header.format not in formats:
+        raise ImageError("format_refused", header.format)
+    if width * height > max_pixels:
+        raise ImageError("too_many_pixels", size)
+    if header.animated:
+        raise ImageError("format_refused", f"animated {header.format}")
+    if min(width, height) < min_size_px:
+        raise ImageError("too_small", size)
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        raise ImageError("aspect_ratio", size)
+
+
+def is_plain_jpeg(data: bytes, header: ImageHeader) -> bool:
+    """Tell whether any decoder gives the right pixels: grey or colour, upright. Raises ImageError if cut."""
+    if header.format != "JPEG":
+        return False
+    scans = _read_scans(data)
+    return scans.has_end_marker and header.mode in ("L", "RGB") and header.orientation == 1
+
+
+def decode_rgb(
+    data: bytes, *, formats: Collection[str] = ("JPEG", "PNG", "WEBP"), max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image upright, as 8-bit RGB, transparency on white. Raises ImageError.
+
+    Its profile counts for nothing: so other libraries read the same file, and published results were computed.
+    """
+    image, header, _ = _decode(data, formats, max_pixels)
+    return _upright(_on_white(_to_8_bit(image)), header)
+
+
+def decode_srgb(data: bytes, *, formats: Collection[str], max_pixels: int) -> Image.Image:
+    """Decode an image as ``decode_rgb`` does, and convert it to sRGB. A grey JPEG stays grey. Raises ImageError."""
+    image, header, profile = _decode(data, formats, max_pixels)
+    image = _to_8_bit(image)
+    if image.mode == "LA":
+        grey, alpha = image.split()
+        image = to_srgb(grey, profile).convert("RGB")
+        image.putalpha(alpha)
+    image = to_srgb(image, profile)
+    if image.mode == "L" and header.format == "JPEG" and header.orientation == 1:
+        return image
+    return _upright(_on_white(image), header)
+
+
+def encode_bmp(image: Image.Image) -> bytes:
+    """Encode without loss and almost without work: how decoded pixels reach a library that wants a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def _open(data: bytes, formats: Collection[str]) -> Image.Image:
+    """Open lazily: Pillow reads the header only. Raises ImageError."""
+    file = png.without_metadata(data) if data.startswith(png.SIGNATURE) else data
+    try:
+        return Image.open(io.BytesIO(file), formats=formats)
+    except UnidentifiedImageError as error:
+        if name := _refused_format(data):
+            raise ImageError("format_refused", name) from error
+        # Known by its first bytes, and yet not to be opened: it stops, or goes wrong, within the header.
+        reason = "image_truncated" if _KNOWN.match(data) else "not_an_image"
+        raise ImageError(reason, f"starts with {data[:24]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error)) from error
+    except _DAMAGE as error:
+        raise ImageError("image_truncated", str(error)) from error
+
+
+def _refused_format(data: bytes) -> str | None:
+    """Return the name of a format that is recognised only to be refused."""
+    start = data[:_SNIFFED_BYTES]
+    if start.startswith(_GZIP):
+        with contextlib.suppress(zlib.error):
+            start = zlib.decompressobj(wbits=31).decompress(data, _SNIFFED_BYTES)
+        return "SVG" if _REFUSED["SVG"].match(start) else None
+    if data.endswith(_TGA_FOOTER):
+        return "TGA"
+    return next((name for name, magic in _REFUSED.items() if magic.match(start)), None)
+
+
+def _header(image: Image.Image) -> ImageHeader:
+    orientation = _orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    # A phone's MPO is a JPEG with a second one behind it, not an animation.
+    is_mpo = image.format == "MPO"
+    try:
+        animated = not is_mpo and bool(getattr(image, "is_animated", False))
+    except _DAMAGE as error:
+        raise ImageError("image_truncated", str(error)) from error
+    return ImageHeader(
+        format="JPEG" if is_mpo else str(image.format),
+        mode=image.mode,
+        width=width,
+        height=height,
+        orientation=orientation,
+        animated=animated,
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none or none that can be read.
+
+    Pillow's own ``getexif`` takes XMP's where EXIF has none. Browsers do not: editors leave it behind when they turn
+    the pixels.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except _DAMAGE:
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _decode(
+    data: bytes, formats: Collection[str], max_pixels: int
+) -> tuple[Image.Image, ImageHeader, bytes | None]:
+    """Decode every pixel; return the image as it is stored, its header and its ICC profile. Raises ImageError."""
+    with _open(data, formats) as image:
+        header = _header(image)
+        if header.width * header.height > max_pixels:
+            raise ImageError("too_many_pixels", f"{header.width} x {header.height}")
+        is_png = header.format == "PNG"
+        profile = png.read_profile(data, MAX_PROFILE_BYTES) if is_png else image.info.get("icc_profile")
+        try:
+            return _load(image, header.format, data), header, profile
+        except _DAMAGE as error:
+            raise ImageError("image_truncated", str(error)) from error
+
+
+def _load(image: Image.Image, format_name: str, data: bytes) -> Image.Image:
+    """Decode the pixels of an opened image. Raises ImageError, or what Pillow raises, unless all are there."""
+    match format_name:
+        case "JPEG":
+            _load_jpeg(image, data, _read_scans(data))
+        case "WEBP":
+            return _load_webp(image, data)
+        case "PNG":
+            image.load()
+            # What is missing stays zero in Pillow.
+            last_row = image.crop((0, image.height - 1, image.width, image.height))
+            if not last_row.getbbox(alpha_only=False):
+                png.check_complete(data)
+        case _:
+            image.load()
+    return image
+
+
+def _read_scans(data: bytes) -> jpeg.JpegScans:
+    """Return the scans of a JPEG. Raises ImageError: some are missing, or there are too many."""
+    try:
+        scans = jpeg.read_scans(data)
+        if scans.count > jpeg.MAX_SCANS:
+            raise ImageError("format_refused", f"JPEG with over {jpeg.MAX_SCANS} scans")
+        scans.check_complete()
+    except jpeg.JpegError as error:
+        raise ImageError("image_truncated", str(error)) from error
+    return scans
+
+
+class _JpegFeed:
+    """Pillow's decoder of one JPEG, fed in pieces. Where data run out, it waits for more."""
+
+    def __init__(self, image: Image.Image) -> None:
+        ((name, extents, _, arguments),) = image.tile
+        image.load_prepare()
+        self._decoder = Image._getdecoder(image.mode, name, arguments, image.decoderconfig)
+        self._decoder.setimage(image.im, extents)
+        self.unread = b""
+        self.finished = False
+
+    def feed(self, piece: bytes) -> None:
+        """Decode as far as the pieces so far allow. Raises OSError."""
+        data = self.unread + piece
+        consumed, error = self._decoder.decode(data)
+        if error < 0:
+            raise OSError("libjpeg does not decode it")
+        self.finished = consumed < 0
+        self.unread = b"" if self.finished else data[consumed:]
+
+    def close(self) -> None:
+        self._decoder.cleanup()
+
+
+def _load_jpeg(image: Image.Image, data: bytes, scans: jpeg.JpegScans) -> None:
+    """Decode a JPEG. Raises OSError unless every block of it is there.
+
+    At a marker, libjpeg fills up with grey what is missing and only counts a warning, which Pillow does not show.
+    Where data run out without a marker it waits. So the decoder gets the data without the marker that ends them,
+    and a little to read ahead: it gets through if nothing is missing, or less than two blocks.
+    """
+    feed = _JpegFeed(image)
+    try:
+        if scans.is_arithmetic:
+            # This decoder cannot wait, and its data may end early by design (T.81, D.1.8): the marker must do.
+            feed.feed(data if scans.has_end_marker else b"")
+        elif scans.is_one_scan:
+            _feed_one_scan(feed, data[: scans.data_end])
+        else:
+            _feed_several_scans(feed, data[: scans.data_end])
+        if not feed.finished:
+            raise OSError("the JPEG's data stop before its last block")
+    finally:
+        feed.close()
+    image.tile = []
+
+
+def _feed_one_scan(feed: _JpegFeed, data: bytes) -> None:
+    feed.feed(data[:-_SPARE_BYTES])
+    if not feed.finished:
+        feed.feed(data[-_SPARE_BYTES:] + _ONES)
+    elif len(set(data[-8:])) > 1:
+        # Not padding: blocks were decoded from the wrong places.
+        raise OSError("the JPEG's data go on behind its last block")
+
+
+def _feed_several_scans(feed: _JpegFeed, data: bytes) -> None:
+    """Feed all scans; libjpeg decodes nothing before the end marker.
+
+    Behind the last block it looks for a marker and reads whatever comes at once. Within the blocks it reads as many
+    bytes at a time as its bit buffer holds, so that of two single ones at least one stays unread.
+    """
+    feed.feed(data + _ONES)
+    for _ in range(2):
+        feed.feed(_ONES[:2])
+        if feed.unread:
+            return
+    feed.feed(jpeg.END_OF_IMAGE)
+
+
+def _load_webp(image: Image.Image, data: bytes) -> Image.Image:
+    # Pillow's WebP decoder takes 16 bytes a pixel, 0.8 GB within our limit; OpenCV's takes 4.
+    import cv2
+
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ImageError("image_truncated", str(error)) from error
+    if pixels is None or pixels.shape[:2] != image.size[::-1]:
+        raise ImageError("image_truncated", "OpenCV cannot decode it")
+    mode, order = ("RGBA", "BGRA") if pixels.shape[2] == 4 else ("RGB", "BGR")
+    return Image.frombuffer(mode, image.size, pixels, "raw", order, 0, 1)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert any mode to one of L, LA, RGB, RGBA and CMYK."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling.
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Convert to RGB as a browser would show it on a white page."""
+    if image.mode not in ("LA", "RGBA"):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _upright(image: Image.Image, header: ImageHeader) -> Image.Image:
+    transposition = _UPRIGHT.get(header.orientation)
+    return image if transposition is None else image.transpose(transposition)

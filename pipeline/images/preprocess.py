@@ -1,0 +1,222 @@
+"""Pixels as vision models take them: an image is decoded once, and resized for each model that looks at it.
+
+What leaves here is uint8, a quarter of what float32 would be to keep and to move; ``normalise`` does the rest on
+the device. ``exact`` resizes with Pillow, bit for bit as BLIP's and open_clip's own preprocessing do. ``fast``
+resizes with PyTorch, whose weights have 15 bits where Pillow's have 22: bicubic, up to one value in a hundred is one
+level of 255 off, and one in a hundred thousand of noise (a million, of photographs) two levels. No value is further
+off: the first pass rounds one level off at most, and weights of magnitude 1.25 in all carry that through the second.
+Both decode with Pillow: OpenCV and torchvision give the same pixels for a sound JPEG, but not the same answer to
+which of the damaged ones are images.
+
+The legend of the names: B images, C channels (3), H height, W width.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, probe
+from schemas.config import PixelPath
+from schemas.errors import CapfiltError
+
+# Images over this are decoded one at a time in a process. Decoding takes up to 12 bytes a pixel, so that a thread
+# holds at most 50 MB, and one of them 0.6 GB.
+_LARGE_PIXELS = 4_000_000
+_large_image = threading.Lock()
+
+# Pillow resizes one side and then the other, rounding in between: in the other order noise comes out up to 20
+# levels different. From 13 on it begins with the height where that shrinks by over twice the pixels of the width.
+_HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
+
+
+class _Processor(Protocol):
+    """Any image processor of transformers."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelRecipe:
+    """How a model wants its images.
+
+    Attributes:
+        size_px: (height, width).
+        resize: open_clip's modes. ``squash``: to the size, whatever the aspect ratio; ``shortest``: the image
+            covers the size, and what is over is cut off; ``longest``: the size holds the image, and the rest is
+            ``fill``.
+        mean: by channel, of levels from 0 to 1; as ``std``.
+        fill: level, from 0 to 255.
+    """
+
+    size_px: tuple[int, int]
+    resize: Literal["squash", "shortest", "longest"]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fill: int = 0
+
+    @classmethod
+    def of_blip(cls, processor: _Processor) -> "PixelRecipe":
+        """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError where no recipe says that."""
+        settings = processor.to_dict()
+        size = settings["size"]
+        interpolation = {2: "bilinear", 3: "bicubic"}.get(settings["resample"])
+        steps = {name for name, value in settings.items() if name.startswith("do_") and value}
+        # The published files ask for padding to the largest of a batch: nothing, where all are of one size.
+        harmless = {"do_convert_rgb"} if settings.get("pad_size") else {"do_convert_rgb", "do_pad"}
+        if (
+            steps - harmless != {"do_resize", "do_rescale", "do_normalize"}
+            or not (interpolation and size.get("height") and size.get("width"))
+            or settings["rescale_factor"] != 1 / 255
+        ):
+            raise CapfiltError(
+                "caption.model: its preprocessor_config.json asks for other steps than a bicubic or bilinear "
+                "resize to a height and a width, a division by 255 and a normalisation; use a model without them"
+            )
+        return cls(
+            size_px=(size["height"], size["width"]),
+            resize="squash",
+            interpolation=interpolation,
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+        )
+
+    @classmethod
+    def of_open_clip(cls, preprocess_cfg: Mapping[str, Any]) -> "PixelRecipe":
+        """Return what ``image_transform_v2`` does with this ``PreprocessCfg`` in evaluation."""
+        size = preprocess_cfg["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        resize, interpolation = preprocess_cfg["resize_mode"], preprocess_cfg["interpolation"]
+        if interpolation == "random" or (resize == "shortest" and height != width):
+            # Both are open_clip's rules: chance is for training, and a mode that passes nothing on.
+            interpolation = "bicubic"
+        return cls(
+            size_px=(height, width),
+            resize=resize,
+            interpolation=interpolation,
+            mean=tuple(preprocess_cfg["mean"]),
+            std=tuple(preprocess_cfg["std"]),
+            fill=preprocess_cfg["fill_color"],
+        )
+
+
+def decode_pixels(data: bytes, recipes: Sequence[PixelRecipe], path: PixelPath) -> tuple[Tensor, ...] | None:
+    """Decode an image once, within the bounds of ``decode_rgb``, and resize it by each recipe.
+
+    Thread-safe, with the interpreter's lock released in decoding and resizing; the torch operation in it starts
+    no threads of its own.
+
+    Returns:
+        A uint8 tensor (C, H, W) for each recipe, in memory as (H, W, C); None for what is no image or too long
+        and narrow for a recipe.
+    """
+    try:
+        header = probe(data)
+        with _large_image if header.width * header.height > _LARGE_PIXELS else nullcontext():
+            image = decode_rgb(data)
+            sizes = [_resized_px(recipe, image.height, image.width) for recipe in recipes]
+            # Copied out of Pillow once for all recipes.
+            source = np.array(image) if path == "fast" else image
+            resized = [
+                _resize(source, size_px, recipe.interpolation)
+                for recipe, size_px in zip(recipes, sizes, strict=True)
+            ]
+    except ImageError:
+        return None
+    return tuple(
+        torch.from_numpy(_cut_or_pad(pixels_HWC, recipe.size_px, recipe.fill)).permute(2, 0, 1)
+        for recipe, pixels_HWC in zip(recipes, resized, strict=True)
+    )
+
+
+def normalise(pixels_BCHW: Tensor, recipe: PixelRecipe, dtype: torch.dtype) -> Tensor:
+    """Return what the model takes, computed in float32 on the pixels' device, rounded to ``dtype`` at the end.
+
+    In float32 equal to what BLIP's and open_clip's preprocessing give, bit for bit.
+    """
+    assert pixels_BCHW.dtype == torch.uint8
+
+    def by_channel(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=pixels_BCHW.device).view(-1, 1, 1)
+
+    levels_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
+    # Divided by a tensor: for a number, CUDA multiplies with its inverse, which rounds differently.
+    levels_BCHW.div_(by_channel([255.0])).sub_(by_channel(recipe.mean)).div_(by_channel(recipe.std))
+    return levels_BCHW.to(dtype)
+
+
+def stack_pinned(pixels: Sequence[Tensor]) -> Tensor:
+    """Stack uint8 tensors (C, H, W) to (B, C, H, W), where there is a GPU in memory that it can fetch on its own."""
+    channels, height, width = pixels[0].shape
+    shape_BHWC = (len(pixels), height, width, channels)
+    stacked_BHWC = torch.empty(shape_BHWC, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    stacked_BCHW = stacked_BHWC.permute(0, 3, 1, 2)
+    for index, pixels_CHW in enumerate(pixels):
+        stacked_BCHW[index].copy_(pixels_CHW)
+    return stacked_BCHW
+
+
+def _resized_px(recipe: PixelRecipe, height: int, width: int) -> tuple[int, int]:
+    """Return the size that an image is resized to, before it is cut or padded. Raises ImageError."""
+    target_height, target_width = recipe.size_px
+    if recipe.resize == "squash":
+        return recipe.size_px
+    if recipe.resize == "shortest" and target_height == target_width:
+        # torchvision's rounding; that of the other cases is open_clip's.
+        long = int(target_height * max(height, width) / min(height, width))
+        resized = (target_height, long) if height <= width else (long, target_height)
+    else:
+        ratios = height / target_height, width / target_width
+        ratio = min(ratios) if recipe.resize == "shortest" else max(ratios)
+        resized = round(height / ratio), round(width / ratio)
+    # Of a picture one pixel wide, covering a square makes more pixels than any memory has.
+    if not 0 < resized[0] * resized[1] <= MAX_PIXELS:
+        raise ImageError("aspect_ratio", f"{width} x {height}")
+    return resized
+
+
+def _resize(
+    source: Image.Image | np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
+) -> np.ndarray:
+    """Return pixels (H, W, C), resized by the library that holds them."""
+    height, width = size_px
+    if isinstance(source, Image.Image):
+        return np.array(source.resize((width, height), Image.Resampling[interpolation.upper()]))
+    source_height, source_width = source.shape[:2]
+    height_less, width_less = source_height - height, source_width - width
+    if _HEIGHT_MAY_BE_FIRST and height_less > 0 and height_less > 2 * width_less:
+        source = _interpolate(source, (height, source_width), interpolation)
+    return _interpolate(source, size_px, interpolation)
+
+
+def _interpolate(
+    source_HWC: np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
+) -> np.ndarray:
+    """Resize with PyTorch, the width first."""
+    if source_HWC.shape[:2] == size_px:
+        return source_HWC
+    # With strides of "channels last" PyTorch neither reorders the pixels nor computes in float32.
+    pixels_BCHW = torch.from_numpy(source_HWC)[None].permute(0, 3, 1, 2)
+    resized_BCHW = interpolate(pixels_BCHW, size_px, mode=interpolation, antialias=True, align_corners=False)
+    return resized_BCHW[0].permute(1, 2, 0).numpy()
+
+
+def _cut_or_pad(pixels_HWC: np.ndarray, size_px: tuple[int, int], fill: int) -> np.ndarray:
+    """Return the middle of the pixels, padded where they are smaller, as torchvision's ``center_crop`` does."""
+    (height, width), (target_height, target_width) = pixels_HWC.shape[:2], size_px
+    over, beside = max(target_height - height, 0), max(target_width - width, 0)
+    if over or beside:
+        padding = ((over // 2, (over + 1) // 2), (beside // 2, (beside + 1) // 2), (0, 0))
+        pixels_HWC = np.pad(pixels_HWC, padding, constant_values=fill)
+        height, width = pixels_HWC.shape[:2]
+    top, left = round((height - target_height) / 2), round((width - target_width) / 2)
+    return pixels_HWC[top : top + target_height, left : left + target_width]

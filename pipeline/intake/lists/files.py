@@ -1,0 +1,211 @@
+"""Lists of image-text pairs as files: found by globs, read in batches of columns, whatever their format.
+
+Parquet, CSV, TSV, JSON and plain lists of URLs, packed by gzip, bzip2 or zstd or not, on any storage.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Literal
+
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.corpus.regular_files import NotRegularFileError, require_regular
+from pipeline.corpus.storage import FileInfo, Storage, temporary_folder
+from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
+from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
+from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
+from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
+from schemas.errors import CapfiltError
+
+Format = Literal["parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt"]
+
+BATCH_ROWS = 65_536
+_BATCH_BYTES = MAX_ROW_BYTES
+_SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+}
+# What a name may end with besides; whether a file is packed, its content says.
+_PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
+
+
+def find_files(inputs: Sequence[str], storage: Storage, key: str) -> list[FileInfo]:
+    """Return the files that paths and globs name, each once: in the order given, a glob's sorted.
+
+    Raises CapfiltError, naming the config's ``key``, where one names no file.
+    """
+    found: dict[str, FileInfo] = {}
+    for pattern in inputs:
+        paths = expand(pattern, key)
+        if not paths:
+            raise CapfiltError(f"{key}: no file matches {pattern}")
+        for path in paths:
+            found.setdefault(path, storage.info(path))
+    return list(found.values())
+
+
+def expand(pattern: str, key: str) -> list[str]:
+    """Return the absolute paths or URLs of the files that a path or glob names, sorted."""
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+        fs.invalidate_cache()
+        if fs.isfile(path):
+            paths = [path]
+        elif fs.isdir(path):
+            raise CapfiltError(
+                f"{key}: {pattern} is a folder; name its files ({pattern.rstrip('/')}/*.parquet), "
+                'or set format = "img2dataset" if it holds img2dataset shards'
+            )
+        else:
+            paths = sorted(match for match in fs.glob(path) if fs.isfile(match))
+            if not paths and isinstance(fs, LocalFileSystem):
+                require_regular(path)
+    except NotRegularFileError as error:
+        raise CapfiltError(
+            f"{key}: {pattern}: {error.strerror}; a list is read more than once: write it to a file and name that"
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise CapfiltError(f"{key}: {pattern} cannot be listed: {error}") from error
+    return [fs.unstrip_protocol(path) if "://" in pattern else path for path in paths]
+
+
+def caption_files(lists: Sequence[FileInfo], form: str, storage: Storage) -> list[FileInfo]:
+    """Return the files that hold the captions of plain lists of URLs: no lists themselves, though a glob may say so."""
+    plain = [file.path for file in lists if (_format_of(file.path) if form == "auto" else form) == "txt"]
+    return [storage.info(captions) for path in plain if (captions := captions_beside(path, storage))]
+
+
+def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iterator[Rows]:
+    """Yield the wanted columns of one list, in batches, in order.
+
+    Args:
+        form: a Format, or ``auto`` to go by the file's name.
+
+    Raises CapfiltError that names file and row where the list cannot be read, or the columns it has instead.
+    """
+    form = _format_of(path) if form == "auto" else form
+    with _opened(storage, path) as file:
+        if form == "parquet":
+            yield from _read_parquet(file, path, wanted)
+        else:
+            unit, rows = text_rows(storage, file, path, form, wanted)
+            yield from _batches(rows, wanted, unit)
+
+
+def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
+    """Look at the beginning of a list: raise CapfiltError if it cannot be read or lacks a column."""
+    form = _format_of(path) if form == "auto" else form
+    with _opened(storage, path) as file:
+        if form == "parquet":
+            with _parquet(file, path) as parquet:
+                require(wanted, parquet.names, path)
+        else:
+            next(text_rows(storage, file, path, form, wanted)[1], None)
+
+
+def count_rows(storage: Storage, path: str, form: str, url_column: str) -> int:
+    """Return the rows of one list: from a Parquet file's footer, else by reading a column."""
+    form = _format_of(path) if form == "auto" else form
+    if form == "parquet":
+        with _opened(storage, path) as file, _parquet(file, path) as parquet:
+            return parquet.num_rows
+    wanted = Wanted(url=url_column, columns=(url_column,))
+    return sum(len(batch.numbers) for batch in read_columns(storage, path, form, wanted))
+
+
+def _format_of(path: str) -> Format:
+    name = path.lower()
+    for suffix in _PACKED:
+        name = name.removesuffix(suffix)
+    for suffix, form in _SUFFIXES.items():
+        if name.endswith(suffix):
+            return form
+    raise CapfiltError(
+        f"{path}: its name does not tell the format ({', '.join(_SUFFIXES)}, {', '.join(_PACKED)} or not); "
+        "set the source's format"
+    )
+
+
+@contextmanager
+def _opened(storage: Storage, path: str) -> Iterator[BinaryIO]:
+    """Open a list; what a damaged or mislabelled file raises becomes one error that names it."""
+    try:
+        with storage.open(path) as file:
+            yield file
+    except UNREADABLE as error:
+        raise CapfiltError(f"{path}: cannot be read: {error}") from error
+
+
+def _batches(rows: Iterable[Cells], wanted: Wanted, unit: Unit) -> Iterator[Rows]:
+    """Transpose rows into batches of bounded length and size."""
+    numbers: list[int] = []
+    batch: list[Sequence[Any]] = []
+    size = 0
+    for number, row_bytes, cells in rows:
+        numbers.append(number)
+        batch.append(cells)
+        size += row_bytes
+        if len(batch) == BATCH_ROWS or size >= _BATCH_BYTES:
+            yield _transposed(batch, wanted, numbers, unit)
+            numbers, batch, size = [], [], 0
+    if batch:
+        yield _transposed(batch, wanted, numbers, unit)
+
+
+def _transposed(batch: Sequence[Sequence[Any]], wanted: Wanted, numbers: Sequence[int], unit: Unit) -> Rows:
+    by_column = dict(zip(wanted.columns, map(list, zip(*batch, strict=True)), strict=True))
+    return Rows(columns=by_column, numbers=numbers, unit=unit)
+
+
+@contextmanager
+def _parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
+    """Read a Parquet file's footer; a packed file is unpacked first, since Parquet is read from the back."""
+    start = file.read(4)
+    file.seek(0)
+    if start == b"PAR1":
+        yield ParquetList(file, path)
+        return
+    with temporary_folder() as folder:
+        unpacked = folder / "list.parquet"
+        with unpacked.open("wb") as target:
+            shutil.copyfileobj(content_of(file), target)
+        with unpacked.open("rb") as content:
+            yield ParquetList(content, path)
+
+
+def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
+    with _parquet(file, path) as parquet:
+        require(wanted, parquet.names, path)
+        start = 1
+        for pieces in _gathered(parquet.pieces(wanted.columns)):
+            batch: Columns = {name: [] for name in wanted.columns}
+            first = start
+            for piece in pieces:
+                for name, cells in batch.items():
+                    cells.extend(cells_of(piece, name, path, start))
+                start += piece.num_rows
+            yield Rows(columns=batch, numbers=range(first, start), unit="row")
+
+
+def _gathered(pieces: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Yield pieces in groups that are batches."""
+    group: list[pa.RecordBatch] = []
+    rows = size = 0
+    for piece in pieces:
+        group.append(piece)
+        rows, size = rows + piece.num_rows, size + piece.nbytes
+        if rows >= BATCH_ROWS or size >= _BATCH_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group

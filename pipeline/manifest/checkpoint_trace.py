@@ -1,0 +1,177 @@
+"""What a checkpoint was trained on: its shards, the runs and models that made them, the lists they come from."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.corpus.checkpoint_files import find_checkpoint
+from pipeline.corpus.records import is_corpus
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.manifest import Manifest
+from schemas.errors import CapfiltError
+from schemas.names import is_one_part
+from schemas.records import STAGES, Count, ModelRecord, first_complaint
+
+Row = dict[str, Any]
+
+_ORDER = ("urls", *STAGES)
+
+
+class _Tar(BaseModel):
+    path: str
+    sha256: str
+    rows: Count
+
+
+class _Shard(BaseModel):
+    corpus: str
+    shard: str
+    tar: _Tar
+    held_out: list[str]
+
+
+class _Source(BaseModel):
+    name: str
+    kind: str
+    given_weight: float | None
+    shards: Annotated[list[_Shard], Field(min_length=1)]
+
+
+class _Snapshot(BaseModel):
+    sources: list[_Source]
+
+
+class _Progress(BaseModel):
+    config: dict[str, Any]
+    models: list[ModelRecord]
+
+
+def trace_checkpoint(path: str) -> Row:
+    """Return the way of a checkpoint, named by its record, its folder or its run's: then the newest good one.
+
+    Keys: ``checkpoint``; ``config`` of its training; ``loaded``: the models it loaded or began from; ``sources``,
+    each with corpus, weight, images and URLs; ``shards``, each with the tar that was read; ``stages``, which made
+    them; ``runs`` and ``models`` of these. Others' shards, which no record commits, have neither stages nor URLs.
+
+    Raises CapfiltError where there is no checkpoint, or what it was trained on cannot be read.
+    """
+    if is_corpus(Storage(path)):
+        raise CapfiltError(
+            f"{path} is a corpus: name one of its uids or URLs behind it, or, alone, a run's folder or checkpoint, as "
+            f"in {path}/checkpoints/stage1/NAME"
+        )
+    run, saved = find_checkpoint(path)
+    storage, record = run.storage, json.loads(saved.to_json())
+    progress = _read(storage, f"{saved.path}/training.json", _Progress)
+    if not is_one_part(saved.snapshot):
+        raise CapfiltError(f"{path}: its snapshot {saved.snapshot[:80]!r} is not a digest")
+    snapshot = _read(storage, f"snapshot-{saved.snapshot[:16]}.json", _Snapshot)
+    slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in snapshot["sources"]]
+    made: list[Row] = []
+    runs: dict[str, Row] = {}
+    models: dict[str, Row] = {}
+    for corpus in dict.fromkeys(source["corpus"] for source in slices):
+        wanted = {
+            shard["tar"]["sha256"] for one in slices if one["corpus"] == corpus for shard in one["shards"]
+        }
+        found = _makers(corpus, wanted)
+        made += [{"corpus": corpus, **row} for row in found["stages"]]
+        runs |= {row["run_id"]: row for row in found["runs"]}
+        models |= {row["digest"]: row for row in found["models"]}
+    urls = Counter[tuple[str, str]]()
+    for row in made:
+        if row["stage"] == "urls":
+            urls[row["corpus"], row["source"]] += row["rows_in"]
+    return {
+        "checkpoint": {**record, "path": storage.url(saved.path)},
+        "config": progress["config"],
+        "loaded": progress["models"],
+        "sources": [_source(source, urls) for source in slices],
+        "shards": [_shard(source, shard) for source in slices for shard in source["shards"]],
+        "stages": made,
+        "runs": [runs[run_id] for run_id in sorted(runs)],
+        "models": [models[digest] for digest in sorted(models, key=lambda digest: models[digest]["kind"])],
+    }
+
+
+def _read(storage: Storage, path: str, shape: type[BaseModel]) -> Row:
+    """Read what a training wrote beside its checkpoints."""
+    try:
+        return shape.model_validate_json(storage.read(path), strict=True).model_dump()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CapfiltError(
+            f"{storage.url(path)} is missing: what the checkpoint was trained on is not known"
+        ) from None
+    except ValidationError as error:
+        raise CapfiltError(
+            f"{storage.url(path)} cannot be read: {first_complaint(error)}; restore it"
+        ) from error
+
+
+def _source(source: Mapping[str, Any], urls: Mapping[tuple[str, str], int]) -> Row:
+    images = sum(shard["tar"]["rows"] for shard in source["shards"])
+    held_out = sum(len(shard["held_out"]) for shard in source["shards"])
+    return {
+        "corpus": source["corpus"],
+        "source": source["name"],
+        "kind": source["kind"],
+        "weight": images - held_out if source["given_weight"] is None else source["given_weight"],
+        "shards": len(source["shards"]),
+        "images": images - held_out,
+        "held_out": held_out,
+        "urls": urls.get((source["corpus"], source["name"])),
+    }
+
+
+def _shard(source: Mapping[str, Any], shard: Mapping[str, Any]) -> Row:
+    tar = shard["tar"]
+    return {
+        "corpus": source["corpus"],
+        "source": source["name"],
+        "shard": shard["shard"],
+        "images": tar["rows"] - len(shard["held_out"]),
+        "tar": tar["path"],
+        "sha256": tar["sha256"],
+    }
+
+
+def _makers(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
+    """Return the records that made some files, and those that made their inputs, back to the lists.
+
+    A shard may have been recomputed since: what counts is whose bytes it was, so retired records are asked too.
+    """
+    storage = Storage(corpus)
+    if not is_corpus(storage):
+        return {"stages": [], "runs": [], "models": []}
+    with Manifest(storage).open() as query:
+        rows = query.rows(
+            "SELECT stage, source, shard, state, run_id, models, rows_in, rows_out, inputs, sha256, finished_at, host, "
+            "device FROM shards WHERE state <> 'quarantined'"
+        )
+        made_by = {digest: row for row in rows for digest in (row["sha256"] or {}).values()}
+        found: dict[tuple[str, str, str, str], Row] = {}
+        todo = list(wanted)
+        while todo:
+            row = made_by.get(todo.pop())
+            if (
+                row is not None
+                and (key := (row["source"], row["shard"], row["stage"], row["run_id"])) not in found
+            ):
+                found[key] = row
+                todo += (row["inputs"] or {}).values()
+        stages = sorted(
+            found.values(), key=lambda row: (row["source"], row["shard"], _ORDER.index(row["stage"]))
+        )
+        run_ids = sorted({row["run_id"] for row in stages})
+        digests = sorted({digest for row in stages for digest in row["models"] or ()})
+        runs = query.rows(
+            "SELECT run_id, command, config_digest, outcome, started_at, finished_at FROM runs WHERE run_id = ANY($1)",
+            (run_ids,),
+        )
+        models = query.rows("SELECT * FROM models WHERE digest = ANY($1)", (digests,))
+    hidden = ("inputs", "sha256")
+    stages = [{name: value for name, value in row.items() if name not in hidden} for row in stages]
+    return {"stages": stages, "runs": runs, "models": models}

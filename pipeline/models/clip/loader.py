@@ -1,0 +1,82 @@
+"""CLIP out of open_clip: an architecture of its own with a weights file, or a folder that somebody published."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from pipeline.models.folder_view import clip_config, folder_view, tokenizer_view
+from pipeline.models.model_files import safetensors_header
+from pipeline.models.model_size import refuse_larger
+from pipeline.models.weights import Weights, clip_checkpoint
+
+# A file may have fewer positions than the model asks for: open_clip interpolates.
+_SPARE_VALUES = 100_000_000
+
+
+def load_clip(weights: Weights, where: str, precision: str = "fp32") -> nn.Module:
+    """Load on the CPU in float32, then lower the precision of what open_clip lowers.
+
+    Args:
+        weights: of the model, its files verified.
+        where: the config key that names it, for messages.
+        precision: one of open_clip's.
+
+    Raises:
+        CapfiltError: a file is damaged, asks for more than open_clip may be told, or does not fit the architecture.
+    """
+    path = Path(weights.path)
+    if path.is_dir():
+        return _load_folder(path, where, precision)
+    # Named by its file, a model keeps the architecture's defaults; what the pretrained tag knows (OpenAI's weights
+    # need QuickGELU, others their own mean and resize) is ours to pass on. open_clip 3.3 only warns.
+    tag = open_clip.get_pretrained_cfg(weights.name, weights.revision)
+    preprocess = {name: tag[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in tag}
+    with folder_view(path, {}, f"{where}: {path}"):
+        return open_clip.create_model(
+            weights.name,
+            pretrained=weights.path,
+            precision=precision,
+            require_pretrained=True,
+            force_quick_gelu=tag.get("quick_gelu", False),
+            force_preprocess_cfg=preprocess,
+        )
+
+
+def load_clip_tokenizer(weights: Weights, where: str) -> Any:
+    """Load the tokenizer that open_clip gives a model; a folder's own is made of its vocabulary alone."""
+    path = Path(weights.path)
+    if not path.is_dir():
+        with folder_view(path, {}, f"{where}: {path}"):
+            return open_clip.get_tokenizer(weights.name)
+    config = clip_config(path, where)
+    files = {"open_clip_config.json": config}
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        files |= tokenizer_view(path, where)
+    with folder_view(path, files, f"{where}: {path}") as view:
+        return open_clip.get_tokenizer(f"local-dir:{view}")
+
+
+def _load_folder(folder: Path, where: str, precision: str) -> nn.Module:
+    config, checkpoint = clip_config(folder, where), clip_checkpoint(folder)
+    with folder_view(
+        folder, {"open_clip_config.json": config, checkpoint: None}, f"{where}: {folder}"
+    ) as view:
+        name = f"local-dir:{view}"
+        _refuse_larger(config["model_cfg"], folder / checkpoint)
+        return open_clip.create_model(name, precision=precision, require_pretrained=True)
+
+
+def _refuse_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a config that asks for far more memory than its weights could fill, before any is taken."""
+    shape = {key: value for key, value in config.items() if key != "custom_text"}
+    kind = open_clip.CLIP
+    if config.get("custom_text"):
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    with torch.device("meta"):
+        model = kind(**shape)
+    config_path = checkpoint.parent / "open_clip_config.json"
+    refuse_larger(model, [safetensors_header(checkpoint)], str(config_path), _SPARE_VALUES)

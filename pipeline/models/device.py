@@ -1,0 +1,42 @@
+"""The device a worker computes on, the number format it computes in, and whose turn it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import torch
+
+from pipeline.corpus.commit import Tally
+from schemas.config import InferencePrecision
+
+
+def worker_device() -> torch.device:
+    """Return the GPU that this process was given, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a record says of the device: ``cpu`` or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def compute_dtype(precision: InferencePrecision, device: torch.device) -> torch.dtype:
+    """Return the number format: ``auto`` is bfloat16 on a GPU, float32 on a CPU; ``fp8`` is bfloat16 in most parts."""
+    match precision:
+        case "bf16" | "fp8":
+            return torch.bfloat16
+        case "fp32":
+            return torch.float32
+        case _:
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def device_turn(lock: Lock, tally: Tally) -> Iterator[None]:
+    """Hold the device for one shard; the part ``wait`` is the time that another one had it."""
+    with tally.timed("wait"):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,198 @@
+"""transformers' models and tokenizers out of folders that others made: weights and vocabularies, nothing else."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    BlipImageProcessorPil,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.models.finite import require_finite_weights
+from pipeline.models.folder_view import (
+    check_numbers,
+    folder_view,
+    processor_config,
+    refuse_code,
+    tokenizer_view,
+)
+from pipeline.models.model_files import (
+    TensorEntry,
+    read_object,
+    refuse_wrapped_names,
+    safetensors_header,
+    weight_files,
+)
+from pipeline.models.model_size import refuse_larger
+from schemas.errors import CapfiltError
+from schemas.names import printable
+
+# Declared by the base class of all configs, or by none, and part of the shape all the same.
+_SHARED_KEYS = {
+    "add_cross_attention", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id",
+    "is_decoder", "is_encoder_decoder", "pad_token_id", "sep_token_id", "tie_word_embeddings",
+}  # fmt: skip
+_SPARE_VALUES = 1_000_000
+
+
+def load_model(
+    model_class: type[PreTrainedModel], folder: Path, where: str, name: str = "", **arguments: Any
+) -> PreTrainedModel:
+    """Load a model of transformers on the CPU; refuse files that leave a part of it untrained.
+
+    Args:
+        model_class: decides what of ``config.json`` counts.
+        folder: with ``config.json`` and safetensors.
+        where: the config key that names the model, for messages.
+        name: its value, where that is more than the folder.
+        arguments: for ``from_pretrained``.
+
+    Raises:
+        CapfiltError: a file is missing, damaged or asks for code, or the tensors are not those of the config.
+    """
+    what = f"{where} = {name!r} in {folder}" if name else f"{where}: {folder}"
+    names = weight_files(folder, where)
+    headers = {file: safetensors_header(folder / file) for file in names if file.endswith(".safetensors")}
+    for file, header in headers.items():
+        refuse_wrapped_names(header, folder / file)
+    path = folder / "config.json"
+    values = read_object(path, where)
+    kind = model_class.config_class
+    # Of the config file, transformers reads here what ends a text.
+    files = dict.fromkeys(names) | {"config.json": _checked(kind, values, path)}
+    with folder_view(folder, files, what) as view, _Quiet():
+        config = kind(**files["config.json"])
+        _refuse_other_shapes(model_class, config, headers, what)
+        model, info = model_class.from_pretrained(
+            view,
+            config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            # Of tensors that it renames; named below, with both shapes.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    model.config.name_or_path = str(folder)
+    _refuse_gaps(model_class, info, what)
+    # In half precision a number of the file may have become infinite.
+    lowered = "" if model.dtype == torch.float32 else f", read as {model.dtype}"
+    require_finite_weights(model.state_dict(), f"{what}{lowered}")
+    return model
+
+
+def model_config(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> PretrainedConfig:
+    """Return a model's config, made of the keys that its class declares.
+
+    What else stands in a ``config.json`` names code, kernels, adapters, files or quantisation, or is of no use here.
+
+    Raises:
+        CapfiltError: it asks for code, is of quantised weights, or has values that no model has.
+    """
+    with folder_view(path.parent, {}, str(path)):
+        return kind(**_checked(kind, values, path))
+
+
+def _checked(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    refuse_code(values, path)
+    if values.get("quantization_config"):
+        raise CapfiltError(f"{path}: the weights are quantised (quantization_config); use those before that")
+    return _declared(kind, values, path)
+
+
+def _declared(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    # What a class sets beside its fields is saved and read again too: T5's scale_decoder_outputs.
+    known = (vars(kind()).keys() - vars(PretrainedConfig()).keys()) | _SHARED_KEYS | kind.attribute_map.keys()
+    kept = {key: value for key, value in values.items() if key in known and key not in kind.sub_configs}
+    check_numbers(kept, kind.model_type, path)
+    for key, value in kept.items():
+        if isinstance(value, dict) or (isinstance(value, str) and len(value) > 100):
+            raise CapfiltError(
+                f"{path}: {key} = {printable(repr(value))[:80]} is not a value that a model has"
+            )
+    for name, sub_kind in kind.sub_configs.items():
+        if name in values:
+            if not isinstance(values[name], dict):
+                raise CapfiltError(f"{path}: {name} is not a JSON object")
+            kept[name] = _declared(sub_kind, values[name], path)
+    return kept
+
+
+def load_tokenizer(
+    folder: Path, where: str, kind: type[PreTrainedTokenizerBase] | type[AutoTokenizer] = AutoTokenizer
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from its vocabulary; raises CapfiltError as ``tokenizer_view`` does, or if it does not load."""
+    with folder_view(folder, tokenizer_view(folder, where), f"{where}: {folder}") as view, _Quiet():
+        tokenizer = kind.from_pretrained(view, local_files_only=True, trust_remote_code=False)
+        # A class with its own rules builds itself anew at the first text.
+        tokenizer("a")
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def load_image_processor(folder: Path, image_size_px: int, where: str) -> BlipImageProcessorPil:
+    """Return BLIP's image processor with the settings of a folder; raises as ``processor_config``."""
+    settings = processor_config(folder, image_size_px, where)
+    with folder_view(folder, {}, f"{where}: {folder}"):
+        return BlipImageProcessorPil(**settings)
+
+
+def _refuse_other_shapes(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    headers: Mapping[str, Mapping[str, TensorEntry]],
+    what: str,
+) -> None:
+    """Refuse weights that do not fit the config, and a config that asks for far more memory than they could fill.
+
+    Nothing of that memory is taken: the model is built without contents.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    stored = {name: entry.shape for header in headers.values() for name, entry in header.items()}
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [
+        (name, stored[name], asked[name]) for name in asked if stored.get(name, asked[name]) != asked[name]
+    ]
+    _refuse_mismatched(mismatched, what)
+    refuse_larger(model, headers.values(), f"{what}: config.json", _SPARE_VALUES)
+
+
+def _refuse_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]], what: str) -> None:
+    if mismatched:
+        name, stored, asked = mismatched[0]
+        raise CapfiltError(
+            f"{what}: {len(mismatched)} tensors are of another shape than config.json says, {name} first: "
+            f"{_shape(stored)} instead of {_shape(asked)}"
+        )
+
+
+def _refuse_gaps(model_class: type, info: Mapping[str, Any], what: str) -> None:
+    _refuse_mismatched(sorted(info["mismatched_keys"]), what)
+    if missing := sorted(info["missing_keys"]):
+        raise CapfiltError(
+            f"{what} is not a {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"
+        )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+class _Quiet:
+    """Keep transformers' reports and bars, which have names out of the files in them, from the terminal."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._verbosity)

@@ -1,0 +1,338 @@
+"""Where a model's files lie and what they are: a local folder or the hub, checked by name, digested.
+
+Only safetensors are read, and no code that comes with a model is ever run. The digest covers the files that
+decide the output (weights, architecture, tokenizer, preprocessing) and nothing else: the same files at
+another place, or under another name, are the same model.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.corpus.fingerprint import digest_json
+from pipeline.corpus.records import now
+from pipeline.corpus.storage import sha256_file
+from pipeline.models.folder_view import (
+    TOKENIZER_FILES,
+    clip_config,
+    processor_config,
+    processor_file,
+    refuse_code,
+    tokenizer_view,
+)
+from pipeline.models.hub import hub_folder
+from pipeline.models.model_files import (
+    count_parameters,
+    read_object,
+    refuse_wrapped_names,
+    safetensors_header,
+    weight_files,
+)
+from pipeline.nearest import did_you_mean
+from schemas.config import CapfiltConfig, CaptionConfig
+from schemas.errors import CapfiltError
+from schemas.names import printable
+from schemas.records import ModelRecord, Stage
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
+# open_clip's own order of preference; its third choice is a pickle.
+_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model's files on this machine.
+
+    ``path`` is the folder that the model's library loads, or one weights file where open_clip itself brings
+    architecture and tokenizer; ``name`` is then the architecture and ``revision`` the pretrained tag.
+    """
+
+    kind: Literal["captioner", "ranker"]
+    name: str
+    revision: str
+    path: str
+    digest: str
+    files: Mapping[str, str]
+
+    def to_record(self) -> ModelRecord:
+        """Return the row of the table ``models``."""
+        folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
+        return model_record(self.kind, self.name, self.revision, folder, self.files)
+
+
+def model_record(
+    kind: str, name: str, revision: str, folder: Path, files: Mapping[str, str], parameters: int | None = None
+) -> ModelRecord:
+    """Return the row of a model made of these files (sha256 by name), found in a folder.
+
+    Args:
+        parameters: how many; None counts those of the safetensors files.
+    """
+    if parameters is None:
+        parameters = count_parameters(
+            safetensors_header(folder / name) for name in files if name.endswith(".safetensors")
+        )
+    return ModelRecord(
+        digest=digest_json(dict(files)),
+        kind=kind,
+        name=name,
+        revision=revision,
+        files=dict(files),
+        parameters=parameters,
+        registered_at=now(),
+    )
+
+
+def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
+    """Refuse models of stages that have no weights, as far as that shows without the hub and without open_clip."""
+    if "caption" in stages and any(source.kind == "web" for source in config.source):
+        _local_folder(config.caption.model)
+    if "rank" not in stages:
+        return
+    rankers = {"rank": config.rank.model}
+    if config.rank.rerank:
+        rankers["rank.rerank"] = config.rank.rerank.model
+    for where, model in rankers.items():
+        scheme, _, rest = model.partition(":")
+        if scheme == "local-dir":
+            _require_folder(Path(rest), f"{where}.model", model)
+        elif scheme != "hf-hub":
+            _require_architecture(model, where, _architectures())
+
+
+def _architectures() -> list[str]:
+    """Return the architectures that open_clip brings; importing it would take seconds, and torch along."""
+    found = find_spec("open_clip")
+    configs = Path(found.origin).parent / "model_configs" if found and found.origin else Path()
+    return sorted(path.stem for path in configs.glob("*.json"))
+
+
+def _require_architecture(model: str, where: str, known: Sequence[str]) -> None:
+    if model not in known:
+        raise CapfiltError(
+            f"{where}.model = {model!r} is not an architecture of open_clip, nor hf-hub:ORG/NAME, nor "
+            f"local-dir:FOLDER{did_you_mean(model, known)}"
+        )
+
+
+def _require_folder(folder: Path, where: str, model: str) -> None:
+    if not folder.is_dir():
+        raise CapfiltError(f"{where} = {model!r}: there is no folder {folder.absolute()}")
+
+
+def captioner_weights(config: CaptionConfig) -> Weights:
+    """Find the captioner that ``[caption]`` names: a local folder, else a hub id at a revision.
+
+    Raises:
+        CapfiltError: no such folder, id or revision, a file is missing, it is not a BLIP captioner, or the
+            hub cannot be reached and the cache does not have it.
+    """
+    where = "caption.model"
+    folder = _local_folder(config.model)
+    revision = ""
+    if folder is None:
+        patterns = (
+            "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
+        )  # fmt: skip
+        folder = hub_folder(config.model, config.revision, patterns, _captioner_gaps, where)
+        revision = config.revision
+    if gap := _captioner_gaps(folder):
+        raise CapfiltError(
+            f"{gap} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
+            "captioner (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
+        )
+    shape = read_object(folder / "config.json", where)
+    model_type = shape.get("model_type")
+    if model_type != "blip":
+        raise CapfiltError(
+            f"{where} = {config.model!r} is a {printable(repr(model_type))[:40]} model; the captioner must be a "
+            "'blip' one"
+        )
+    refuse_code(shape, folder / "config.json")
+    processor_config(folder, image_size_px(shape), where)
+    tokenizer_view(folder, where)
+    settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
+    names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
+    return _weights("captioner", config.model, revision, folder, folder, names)
+
+
+def image_size_px(captioner: Mapping[str, Any]) -> Any:
+    """Return the size of the images that a captioner's ``config.json`` names; BLIP's where it names none."""
+    vision = captioner.get("vision_config")
+    return vision.get("image_size", 384) if isinstance(vision, dict) else 384
+
+
+def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
+    """Find a CLIP that open_clip loads.
+
+    Args:
+        model: ``local-dir:FOLDER``; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``; or an architecture
+            of open_clip's.
+        pretrained: for an architecture, a pretrained tag of its own, or a safetensors file; else empty.
+        where: the config section, for messages.
+
+    Raises:
+        CapfiltError: as ``captioner_weights``.
+    """
+    if model.startswith(("local-dir:", "hf-hub:")):
+        if pretrained:
+            raise CapfiltError(
+                f'{where}.pretrained = {pretrained!r} has no effect with {model!r}; set it to ""'
+            )
+        return _clip_folder(model, where)
+    return _clip_architecture(model, pretrained, where)
+
+
+def _clip_folder(model: str, where: str) -> Weights:
+    scheme, _, rest = model.partition(":")
+    where = f"{where}.model"
+    if scheme == "local-dir":
+        folder, revision = Path(rest).absolute(), ""
+        _require_folder(folder, where, model)
+    else:
+        name, _, revision = rest.partition("@")
+        revision = revision or "main"
+        folder = hub_folder(
+            name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), partial(_clip_gaps, where=where), where
+        )
+    if gap := _clip_gaps(folder, where):
+        raise CapfiltError(
+            f"{gap} is missing in {folder}; {where} must name a folder as open_clip publishes it "
+            "(open_clip_config.json, open_clip_model.safetensors, a Hugging Face tokenizer's files)"
+        )
+    if clip_config(folder, where)["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        tokenizer_view(folder, where)
+    checkpoint = clip_checkpoint(folder)
+    names = [name for name in _CLIP_FILES if (folder / name).is_file()] + [checkpoint]
+    return _weights("ranker", model, revision, folder, folder, names)
+
+
+def clip_checkpoint(folder: Path) -> str:
+    """Return the name of the weights in an open_clip folder."""
+    return next((name for name in _CLIP_WEIGHTS if (folder / name).is_file()), _CLIP_WEIGHTS[0])
+
+
+def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
+    """Find the weights of an architecture that open_clip knows by name."""
+    # Imported here because it takes torch along, which no other command of the driver needs.
+    from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
+
+    _require_architecture(model, where, list_models())
+    architecture = get_model_config(model)
+    tag = get_pretrained_cfg(model, pretrained)
+    if tag:
+        repository, _, file = tag.get("hf_hub", "").rpartition("/")
+        if not repository:
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r} of {model} is not on the hub; give a local file"
+            )
+        wanted = _CLIP_WEIGHTS if not file else (f"{file.rpartition('.')[0]}.safetensors",)
+        folder = hub_folder(repository, "main", wanted, _first_gap(wanted), f"{where}.pretrained")
+        checkpoint = next((folder / name for name in wanted if (folder / name).is_file()), None)
+        if checkpoint is None:
+            raise CapfiltError(
+                f"{wanted[0]} is missing in {folder} ({where}.pretrained = {pretrained!r}, {repository})"
+            )
+    else:
+        checkpoint = Path(pretrained).absolute()
+        if not pretrained or not checkpoint.is_file():
+            tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r} is neither a file nor a pretrained tag of {model} "
+                f"(tags: {tags})"
+            )
+        if checkpoint.suffix != ".safetensors":
+            raise CapfiltError(
+                f"{where}.pretrained = {pretrained!r}: only safetensors are read; convert the file first"
+            )
+    # What open_clip itself brings decides the output as much as the file does.
+    recipe = {
+        "model_cfg": architecture,
+        "pretrained_cfg": {k: v for k, v in tag.items() if k not in ("url", "hf_hub")},
+    }
+    extra = {f"open_clip:{model}": digest_json(recipe)}
+    revision = pretrained if tag else ""
+    return _weights("ranker", model, revision, checkpoint, checkpoint.parent, [checkpoint.name], extra)
+
+
+def _local_folder(name: str) -> Path | None:
+    """Return the folder that a name means, or None for a hub id; what looks like a path must be there."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CapfiltError(f"caption.model = {name!r}: no such folder, and no hub id (ORG/NAME)")
+    return None
+
+
+def _captioner_gaps(folder: Path) -> str | None:
+    """Return the first file that a BLIP captioner's folder lacks."""
+    for name in ("config.json", processor_file(folder)):
+        if not (folder / name).is_file():
+            return name
+    if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
+        return _CAPTIONER_WEIGHTS[0]
+    if missing := [name for name in weight_files(folder) if not (folder / name).is_file()]:
+        return missing[0]
+    return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
+
+
+def _clip_gaps(folder: Path, where: str) -> str | None:
+    """Return the first file that an open_clip folder lacks."""
+    config = folder / "open_clip_config.json"
+    if not config.is_file():
+        return config.name
+    if not any((folder / name).is_file() for name in _CLIP_WEIGHTS):
+        return _CLIP_WEIGHTS[0]
+    text = clip_config(folder, where)["model_cfg"]["text_cfg"]
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+    return "tokenizer.json" if text.get("hf_tokenizer_name") and not has_tokenizer else None
+
+
+def _first_gap(names: tuple[str, ...]) -> Callable[[Path], str | None]:
+    return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
+
+
+def _weights(
+    kind: Literal["captioner", "ranker"],
+    name: str,
+    revision: str,
+    path: Path,
+    folder: Path,
+    names: list[str],
+    extra: Mapping[str, str] | None = None,
+) -> Weights:
+    # Before all bytes are read for the digest.
+    for file in names:
+        if file.endswith(".safetensors"):
+            # "module." is what open_clip takes away itself.
+            wrappers = ("module.", "_orig_mod.") if kind == "captioner" else ("_orig_mod.",)
+            refuse_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
+    files = file_digests(folder, names) | dict(extra or {})
+    return Weights(
+        kind=kind, name=name, revision=revision, path=str(path), digest=digest_json(files), files=files
+    )
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of files by their names."""
+    return {name: _sha256(folder / name) for name in names}
+
+
+def _sha256(path: Path) -> str:
+    """Return a file's sha256, computed once per process while size and time of the file stay.
+
+    The blobs of the hub's cache are named by their sha256, but nobody checks that after the download.
+    """
+    status = path.stat()
+    return _sha256_of_version(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of_version(path: Path, _size: int, _mtime_ns: int) -> str:
+    return sha256_file(path)

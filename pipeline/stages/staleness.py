@@ -1,0 +1,124 @@
+"""Why shards are stale: what differs between now and the run that made them, in the words of the config."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.corpus.fingerprint import deciding_fields
+from pipeline.corpus.records import Records, ShardId
+from pipeline.stages.plan import Kind, ModelDigests, upstream_of
+from schemas.config import CapfiltConfig
+from schemas.records import RunRecord, ShardRecord, Stage
+
+_LOADED_BY: dict[Stage, tuple[str, ...]] = {
+    "caption": ("caption.model",),
+    "rank": ("rank.model", "rank.rerank.model"),
+}
+
+
+def stale_reasons(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    records: Records,
+    stale: Iterable[ShardId],
+    committed: Mapping[ShardId, ShardRecord],
+    urls: Mapping[tuple[str, str], ShardRecord],
+) -> dict[str, int]:
+    """Return what has changed, such as ``select.top_k 2 -> 3``, with the number of shards; commonest first.
+
+    A shard that is stale for nothing but an earlier stage's staleness gives no reason of its own.
+    """
+    stale = list(stale)
+    if not stale:
+        return {}
+    runs = {run.run_id: run for run in records.runs()}
+    names = {model.digest: model.name for model in records.models()}
+    kinds = {source.name: source.kind for source in config.source}
+    counted: Counter[str] = Counter()
+    for stage, source, shard in stale:
+        record = committed[stage, source, shard]
+        kind = kinds[source]
+        upstream = {
+            name: committed.get((name, source, shard)) for name in upstream_of(stage, kind) if name != "urls"
+        }
+        if "urls" in upstream_of(stage, kind):
+            upstream["urls"] = urls[source, shard]
+        reasons = [
+            *_changed_keys(config, runs.get(record.run_id), stage, kind, source),
+            *_changed_weights(record, models.get(stage, ()), stage, names),
+            *_changed_inputs(record, upstream),
+        ]
+        is_root = not any((name, source, shard) in stale for name in upstream)
+        if not reasons and is_root:
+            made_by = record.versions.get("capfilt", "unknown")
+            reasons = [f"{stage}: made by capfilt {made_by}, and this is {version('capfilt')}"]
+        counted.update(reasons)
+    return dict(counted.most_common())
+
+
+def _changed_keys(
+    config: CapfiltConfig, run: RunRecord | None, stage: Stage, kind: Kind, source: str
+) -> Iterator[str]:
+    """Yield the keys of the stage that differ from the config of the run that made the shard."""
+    before = _config_of(run)
+    if before is None:
+        return
+    old_kind = next((other.kind for other in before.source if other.name == source), kind)
+    if old_kind != kind:
+        yield f"source.{source}.kind {old_kind!r} -> {kind!r}"
+    old, new = (_flat(deciding_fields(tree, stage, kind), stage) for tree in (before, config))
+    if stage == "caption":
+        old["corpus.seed"], new["corpus.seed"] = before.corpus.seed, config.corpus.seed
+    for key in new | old:
+        if old.get(key) != new.get(key):
+            yield f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+
+
+def _config_of(run: RunRecord | None) -> CapfiltConfig | None:
+    """Return a run's config; None where it is missing or of a version that had other keys."""
+    try:
+        return CapfiltConfig.model_validate(run.config) if run else None
+    except ValidationError:
+        return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        flat |= _flat(value, key) if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _changed_weights(
+    record: ShardRecord, now: tuple[str, ...], stage: Stage, names: Mapping[str, str]
+) -> Iterator[str]:
+    if tuple(record.models) == tuple(now):
+        return
+    keys = _LOADED_BY.get(stage, ())
+    for number, key in enumerate(keys):
+        old, new = (digests[number] if number < len(digests) else None for digests in (record.models, now))
+        if old != new:
+            yield f"{key}: weights {_named(old, names)} -> {_named(new, names)}"
+
+
+def _named(digest: str | None, names: Mapping[str, str]) -> str:
+    if digest is None:
+        return "none"
+    name = names.get(digest)
+    return f"{name} ({digest[:12]})" if name else digest[:12]
+
+
+def _changed_inputs(record: ShardRecord, upstream: Mapping[Stage, ShardRecord | None]) -> Iterator[str]:
+    """Yield the earlier stages whose files are not those that the shard was made of."""
+    for stage, made in upstream.items():
+        if made is None:
+            continue
+        used = {
+            name.partition(".")[2]: sha for name, sha in record.inputs.items() if name.startswith(f"{stage}.")
+        }
+        if used != made.input_digests():
+            yield f"{record.stage}: the files of {stage} were made anew since"

@@ -1,0 +1,1 @@
+"""BLIP-2's two stages: their models, losses and micro-batches."""

@@ -1,0 +1,129 @@
+"""The model of a run, from its config: with weights on a device, or without them for a plan or a benchmark."""
+
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import BertForMaskedLM
+
+from pipeline.models.transformers_loader import load_model
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.checkpoint import read_model
+from training.convert.read import read_foreign, stage_state
+from training.distributed import World
+from training.models.language import Decoder, EncoderDecoder, empty_language, load_language
+from training.models.layers import compute_dtype
+from training.models.pretrained import model_folder, tokenizer_folder
+from training.models.qformer import QFormer, copy_bert
+from training.models.tokenizer import CaptionTokenizer
+from training.models.vision import empty_vision, load_vision
+from training.seeds import seed_for
+
+Stage = Stage1 | Stage2
+
+
+def build_stage(
+    config: PretrainConfig, world: World, device: torch.device | str, *, begin: bool = True
+) -> Stage:
+    """Load the frozen models, and the Q-Former as training begins: from ``run.init_from``, else from BERT.
+
+    The same on every rank; sets torch's generators.
+
+    Args:
+        begin: False where a checkpoint of the run itself comes next.
+
+    Raises:
+        CapfiltError: weights are missing, or do not fit the config.
+    """
+    device = torch.device(device)
+    dtype = compute_dtype(config.performance.precision, device)
+    vision = load_vision(config.vision, config.data.image_size_px, dtype)
+    torch.manual_seed(seed_for("weights", config.run.seed))
+    if config.language is None:
+        folder = tokenizer_folder(config.qformer.tokenizer, "main", "qformer.tokenizer")
+        stage: Stage = Stage1(config, vision, CaptionTokenizer(folder, config.qformer), world, dtype)
+    else:
+        stage = Stage2(config, vision, load_language(config.language), world, dtype)
+    if begin and config.run.init_from:
+        _begin_from(stage, config)
+    elif begin and config.qformer.weights:
+        _begin_from_bert(stage.Qformer, config)
+    if config.language is not None and config.performance.shard_language and world.size > 1:
+        shard_language(stage.language)
+    stage.to(device)
+    if config.performance.compile and device.type == "cuda":
+        compile_stage(stage)
+    return stage.train()
+
+
+def empty_stage(config: PretrainConfig, world: World, device: torch.device | str) -> Stage:
+    """Build a stage without any file: with random weights on a device, without contents on ``meta``.
+
+    Raises:
+        CapfiltError: the config names a model that is neither known nor found.
+    """
+    device = torch.device(device)
+    dtype = compute_dtype(config.performance.precision, device)
+    vision = empty_vision(config.vision, device, dtype)
+    if vision.image_size_px != config.data.image_size_px:
+        raise CapfiltError(
+            f"vision.model = {config.vision.model!r} takes images of {vision.image_size_px} pixels; "
+            f"set data.image_size_px = {vision.image_size_px}"
+        )
+    language = None if config.language is None else empty_language(config.language, device)
+    with device:
+        if language is None:
+            return Stage1(config, vision, None, world, dtype)
+        return Stage2(config, vision, language, world, dtype)
+
+
+def meta_stage(config: PretrainConfig) -> Stage:
+    """Build a stage without contents, to count its parameters and operations."""
+    return empty_stage(config, World("meta"), "meta")
+
+
+def compile_stage(stage: Stage) -> None:
+    """Compile a stage's blocks.
+
+    Those of the Q-Former are called for queries, text, captions and pairs, with and without gradient, and half of them
+    see images: more versions of one function than torch keeps unless it is told.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    stage.compile_blocks()
+
+
+def shard_language(language: Decoder | EncoderDecoder) -> None:
+    """Spread a frozen language model's blocks over all ranks (FSDP2); each is gathered while it computes.
+
+    Words are looked up and scored outside the blocks' own calls, so what is not in a block stays whole.
+    """
+    blocks = language.blocks
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    for block in blocks:
+        fully_shard(block)
+    for root in language.roots:
+        whole = {parameter for parameter in root.parameters() if parameter not in in_blocks}
+        fully_shard(root, ignored_params=whole)
+    language.is_spread = True
+
+
+def _begin_from(stage: Stage, config: PretrainConfig) -> None:
+    path = config.run.init_from
+    foreign = read_foreign(path)
+    given = foreign.trained if foreign else read_model(path)[1].model
+    stage.load_trainable_state(
+        stage_state(given, stage.trainable_state(), stage=config.run.stage, where=f"run.init_from = {path!r}")
+    )
+
+
+def _begin_from_bert(qformer: QFormer, config: PretrainConfig) -> None:
+    where = "qformer.weights"
+    folder: Path = model_folder(config.qformer.weights, "main", where)
+    bert = load_model(BertForMaskedLM, folder, where, dtype=torch.float32)
+    try:
+        copy_bert(qformer, bert.state_dict())
+    except (KeyError, ValueError) as error:
+        raise CapfiltError(f"{where} = {config.qformer.weights!r} does not fit [qformer]: {error}") from error

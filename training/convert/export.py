@@ -1,0 +1,166 @@
+"""A trained model as others load it: Hugging Face's ``Blip2*`` where its image encoder is EVA's, else our own folder.
+
+Hugging Face's image encoder is EVA's ViT, which has no norm before its blocks; a CLIP ViT has, and no home there.
+
+Our own format: ``model.safetensors`` holds what was trained, under LAVIS's names; ``capfilt.json`` names the format
+and its version, the stage and the resolved config, which names the frozen models. A Hugging Face export has that
+file too, and ``capfilt_extra.safetensors`` with what its classes lack: the temperature and the head of captions.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    BlipImageProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.convert.key_map import to_hf
+from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMAT, OWN_VERSION, OWN_WEIGHTS_FILE
+from training.evaluate.generation import end_of_text
+from training.models.qformer import NORM_EPS
+from training.models.vision import FrozenVision
+
+
+def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
+    """Write a model as a new folder; return which format it is: ``huggingface`` or ``capfilt``.
+
+    Args:
+        stage: with its frozen models in full precision, on the CPU.
+        folder: must be absent or empty.
+
+    Raises:
+        CapfiltError: the folder has files, or the language model has no room for the image token.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CapfiltError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    vision, homeless_vision = to_hf(_vision_state(stage.visual_encoder))
+    if homeless_vision:
+        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
+        kind = "capfilt"
+    else:
+        trained, homeless = to_hf(stage.trainable_state())
+        write = _write_retrieval if isinstance(stage, Stage1) else _write_generation
+        write(stage, vision | trained, folder)
+        if homeless:
+            save_file(_whole(homeless), folder / EXTRA_FILE)
+        kind = "huggingface"
+    description = {
+        "format": OWN_FORMAT,
+        "version": OWN_VERSION,
+        "stage": stage.config.run.stage,
+        "config": stage.config.model_dump(mode="json"),
+    }
+    (folder / OWN_CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    return kind
+
+
+def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) -> None:
+    config = blip2_config(stage.config, stage.visual_encoder)
+    model = _filled(Blip2ForImageTextRetrieval, config, tensors)
+    model.save_pretrained(folder)
+    # Without a number of query tokens it writes no image tokens into a text, and the model expects none.
+    _processor(stage.visual_encoder, stage.tokenizer.words, None).save_pretrained(folder)
+
+
+def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -> None:
+    language = stage.language
+    processor = _processor(stage.visual_encoder, language.tokenizer, stage.config.qformer.num_queries)
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token.content)
+    rows = language.model.get_input_embeddings().num_embeddings
+    if image_token >= rows:
+        raise CapfiltError(
+            f"language.model: its {rows} embeddings leave no room for Hugging Face's image token; resize them to "
+            f"{image_token + 1} or more (resize_token_embeddings) and name that model"
+        )
+    shape = copy.deepcopy(language.model.config)
+    # generate() ends texts by the language model's own config, not by a generation_config beside it.
+    shape.eos_token_id = end_of_text(stage)
+    config = blip2_config(
+        stage.config, stage.visual_encoder, text_config=shape, image_token_index=image_token
+    )
+    tensors |= {f"language_model.{name}": tensor for name, tensor in language.model.state_dict().items()}
+    model = _filled(Blip2ForConditionalGeneration, config, tensors)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def blip2_config(config: PretrainConfig, vision: FrozenVision, **more: Any) -> Blip2Config:
+    """Return Hugging Face's config of a model; ``more``: of the language model."""
+    shape, tower = config.qformer, vision.tower
+    block = tower.blocks[0]
+    return Blip2Config(
+        vision_config={
+            "hidden_size": vision.width,
+            "intermediate_size": block.mlp.fc1.out_features,
+            "num_hidden_layers": len(tower.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "image_size": vision.image_size_px,
+            "patch_size": tower.patch_embed.proj.weight.shape[-1],
+            "hidden_act": "gelu",
+            "layer_norm_eps": block.norm1.eps,
+            "qkv_bias": block.attn.q_bias is not None,
+        },
+        qformer_config={
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.width,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "intermediate_size": shape.ffn_width,
+            "hidden_dropout_prob": shape.dropout,
+            "attention_probs_dropout_prob": shape.dropout,
+            "max_position_embeddings": shape.max_positions,
+            "layer_norm_eps": NORM_EPS,
+            "cross_attention_frequency": shape.cross_attention_every,
+            "encoder_hidden_size": vision.width,
+            "use_qformer_text_input": config.run.stage == 1,
+        },
+        num_query_tokens=shape.num_queries,
+        image_text_hidden_size=shape.projection_width,
+        **more,
+    )
+
+
+def _filled(kind: type, config: Blip2Config, tensors: dict[str, Tensor]) -> Any:
+    """Return a model of Hugging Face's that holds the tensors, and no other."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _processor(
+    vision: FrozenVision, tokenizer: PreTrainedTokenizerBase, num_query_tokens: int | None
+) -> Blip2Processor:
+    std_C = 1 / (255 * vision.scale_C.double().cpu())
+    mean_C = -vision.shift_C.double().cpu() * std_C
+    images = BlipImageProcessor(
+        size={"height": vision.image_size_px, "width": vision.image_size_px},
+        image_mean=[round(value, 8) for value in mean_C.tolist()],
+        image_std=[round(value, 8) for value in std_C.tolist()],
+    )
+    # It adds a word to the tokenizer it is given.
+    return Blip2Processor(images, copy.deepcopy(tokenizer), num_query_tokens=num_query_tokens)
+
+
+def _vision_state(vision: FrozenVision) -> dict[str, Tensor]:
+    return {f"visual_encoder.{name}": tensor for name, tensor in vision.tower.state_dict().items()}
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

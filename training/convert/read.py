@@ -1,0 +1,277 @@
+"""Weights brought in: LAVIS's checkpoints, Hugging Face's ``Blip2*`` folders, and our own exports.
+
+Our names are LAVIS's, so a LAVIS file only loses what is not trained. What a stage is given must be exactly what
+it trains: a tensor too few, too many or of another shape is named, never passed over.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.corpus.storage import first_line
+from pipeline.models.finite import require_finite_weights
+from pipeline.models.model_files import (
+    impostor,
+    not_safetensors,
+    read_object,
+    safetensors_header,
+    unwrapped_names,
+)
+from schemas.errors import CapfiltError
+from schemas.names import printable
+from training.convert.key_map import Family, from_hf
+
+# Beside a Hugging Face export: what its classes have no home for.
+EXTRA_FILE = "capfilt_extra.safetensors"
+# Our own format.
+OWN_FORMAT, OWN_VERSION = "capfilt-blip2", 1
+OWN_CONFIG_FILE, OWN_WEIGHTS_FILE = "capfilt.json", "model.safetensors"
+
+# In files, but not trained: buffers, second names of tied tensors, and the frozen models.
+_NOT_TRAINED = re.compile(
+    r"Qformer\.bert\.embeddings\.position_ids|Qformer\.cls\.predictions\.decoder\.(weight|bias)"
+    r"|visual_encoder\..+|(opt|t5|language)_model\..+"
+)
+# What stage 2 leaves behind of stage 1: the text's side of the Q-Former and the heads.
+_STAGE1_ONLY = re.compile(
+    r"Qformer\.cls\..+|Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight"
+    r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+|(vision|text)_proj\..+|itm_head\..+|temp"
+)
+# How torch names what a pickle asks for.
+_GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_PROJECTION = re.compile(r"(opt|t5)_proj\..+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """Weights under our names, and what they were."""
+
+    kind: Literal["lavis", "huggingface", "capfilt"]
+    path: str
+    tensors: dict[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that a stage trains: without frozen models, buffers and second names."""
+        return {name: one for name, one in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it was read from."""
+        path = Path(self.path)
+        if path.is_file():
+            return [path]
+        configs = ("config.json", OWN_CONFIG_FILE)
+        return sorted(one for one in path.iterdir() if one.suffix == ".safetensors" or one.name in configs)
+
+    @property
+    def vision(self) -> dict[str, Tensor]:
+        """The image encoder's tensors, by their names in it; empty for most of LAVIS's files."""
+        prefix = "visual_encoder."
+        return {
+            name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)
+        }
+
+
+def read_foreign(path: str) -> Imported | None:
+    """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of ours; None for anything else.
+
+    Raises:
+        CapfiltError: it is one of these, but does not read.
+    """
+    local = Path(path).expanduser()
+    if local.suffix in (".pth", ".pt"):
+        return read_lavis(local)
+    if (local / "config.json").is_file() and read_object(local / "config.json").get("model_type") == "blip-2":
+        return read_blip2(local)
+    if (local / OWN_CONFIG_FILE).is_file():
+        return read_own(local)
+    return None
+
+
+def read_lavis(path: Path) -> Imported:
+    """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, running no code of the file."""
+    if not path.is_file():
+        raise CapfiltError(f"{path}: no such file")
+    content = _unpickled(path)
+    tensors = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CapfiltError(f'{path} is not a LAVIS checkpoint: there are no tensors under "model"')
+    if unfilled := [name for name, tensor in tensors.items() if not _is_filled(tensor)]:
+        raise CapfiltError(
+            f"{path}: {len(unfilled)} tensors are larger than what is stored of them, or are not plain tensors, "
+            f"{printable(unfilled[0])[:80]} first; it is not read"
+        )
+    tensors = unwrapped_names(tensors)
+    if "query_tokens" not in tensors:
+        raise CapfiltError(f"{path} is not a BLIP-2: it has no query_tokens")
+    return Imported(kind="lavis", path=str(path), tensors=tensors)
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Say whether a tensor is dense and has a place of its own for each value: an expanded one takes all memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise CapfiltError where a zip unpacks to more than the file: torch.save neither packs nor shares entries."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(entry.file_size for entry in archive.infolist())
+    if num_bytes > path.stat().st_size:
+        raise CapfiltError(f"{path} is not a file of torch.save: it is compressed, or its entries overlap")
+
+
+def _unpickled(path: Path) -> Any:
+    """Return what torch.load reads of a file without running code; its own advice, to run it, is not passed on."""
+    try:
+        _refuse_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CapfiltError:
+        raise
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if not start.startswith((b"\x80", b"PK")) and (what := impostor(start)):
+            raise CapfiltError(f"{path} is not a file of torch.save: {what}") from error
+        named = _GLOBAL.search(str(error))
+        asked = f" (it asks for {printable(named[1])[:80]})" if named else ""
+        raise CapfiltError(
+            f"{path} holds more than tensors and plain values{asked}, and is not read"
+        ) from error
+    except Exception as error:  # what torch raises for a damaged file is not declared
+        reason = "it is empty" if not path.stat().st_size else printable(first_line(error))[:200]
+        raise CapfiltError(f"{path} is not a file of torch.save: {reason}") from error
+
+
+def read_blip2(folder: Path) -> Imported:
+    """Read ``Blip2ForImageTextRetrieval`` or ``Blip2ForConditionalGeneration`` as ``save_pretrained`` wrote it.
+
+    What an export of ours put beside it comes along, so that ours -> Hugging Face -> ours loses no bit.
+    """
+    config = read_object(folder / "config.json")
+    if config.get("model_type") != "blip-2":
+        raise CapfiltError(
+            f"{folder} is a {_shown(config.get('model_type'))} model; a 'blip-2' one can be brought in"
+        )
+    tensors: dict[str, Tensor] = {}
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
+    if not files:
+        raise CapfiltError(f"{folder} has no .safetensors; only safetensors are read")
+    for path in files:
+        tensors |= _read_safetensors(path)
+    ours = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
+    extra = folder / EXTRA_FILE
+    if extra.is_file():
+        ours |= _read_safetensors(extra)
+    return Imported(kind="huggingface", path=str(folder), tensors=ours, config=config)
+
+
+def read_own(folder: Path) -> Imported:
+    """Read an export in our own format."""
+    config = read_object(folder / OWN_CONFIG_FILE)
+    if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
+        raise CapfiltError(
+            f"{folder / OWN_CONFIG_FILE} is of format {_shown(config.get('format'))}, version "
+            f"{_shown(config.get('version'))}; "
+            f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
+        )
+    tensors = unwrapped_names(_read_safetensors(folder / OWN_WEIGHTS_FILE))
+    return Imported(kind="capfilt", path=str(folder), tensors=tensors, config=config)
+
+
+def stage_state(
+    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
+) -> dict[str, Tensor]:
+    """Return what a stage begins with, out of trained weights of the same stage or, for stage 2, of stage 1.
+
+    Args:
+        given: the trained weights, under our names.
+        fresh: the stage's own trainable state: its names and shapes, and the language projection's first
+            values where ``given``, from stage 1, has none.
+        stage: which one begins.
+        where: the file, for messages.
+
+    Raises:
+        CapfiltError: a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
+    """
+    state = require_same_shapes(given, fresh, stage=stage, where=where)
+    require_finite_weights(state, where)
+    # Half-precision files hold rounded values; training goes on in the stage's own precision.
+    return {name: state[name].to(fresh[name].dtype) for name in fresh}
+
+
+def require_same_shapes(
+    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a stage begins with, as ``stage_state``; only names and shapes are looked at.
+
+    Raises:
+        CapfiltError: a tensor is missing, unexpected or of another shape.
+    """
+    state = dict(given)
+    if stage == 2:
+        state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
+        if not any(_PROJECTION.fullmatch(name) for name in state):
+            state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
+    if problems := _problems(state, fresh):
+        raise CapfiltError(f"{where} is not a checkpoint of this stage {stage} model: {problems}")
+    return state
+
+
+def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Say how two sets of tensors differ, the first of each kind by name."""
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    parts = [
+        f"{len(names)} {kind}, {printable(names[0])} first"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        parts.append(f"{len(reshaped)} of another shape, {name} first ({shapes})")
+    return "; ".join(parts)
+
+
+def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or "Blip2ForConditionalGeneration" not in architectures:
+        return None
+    text_config = config.get("text_config")
+    model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
+    if model_type not in ("opt", "t5"):
+        raise CapfiltError(
+            f"{folder}: its language model is {_shown(model_type)}; opt and t5 can be brought in"
+        )
+    return model_type
+
+
+def _shown(value: Any) -> str:
+    """Return a value that others wrote, for a message."""
+    return printable(repr(value))[:40]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise not_safetensors(path, printable(first_line(error))[:200]) from error

@@ -1,0 +1,1 @@
+"""Batches of samples from curated shards: which shards, in which order, read, checked, decoded and cropped."""

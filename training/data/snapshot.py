@@ -1,0 +1,202 @@
+"""What a run trains on: the curated shards that the records commit at one moment, and how sources are mixed.
+
+A snapshot is small (a few hundred bytes a shard) and pickles: taken once, it is handed to every rank.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from pipeline.corpus.fingerprint import digest_json
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.pretrain import CorpusSlice, DataConfig
+from training.data.held_out import choose_held_out
+from training.data.shard_index import ShardRef
+from training.data.webdataset_folder import foreign_shards
+
+Kind = Literal["web", "human"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The shards of one source; ``slice`` is the number of its [[data.corpus]]."""
+
+    slice: int
+    name: str
+    kind: Kind
+    shards: tuple[ShardRef, ...]
+    given_weight: float | None = None
+
+    @property
+    def num_images(self) -> int:
+        """The images that are trained on."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def weight(self) -> float:
+        """Its share of the mix: as given, else its number of images."""
+        return self.num_images if self.given_weight is None else self.given_weight
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The shards of a run. ``digest`` is that of their bytes, samples and sources' settings, not of their place."""
+
+    sources: tuple[Source, ...]
+    digest: str
+
+    @cached_property
+    def shards(self) -> tuple[ShardRef, ...]:
+        """All shards, source by source: what ``order.Draw`` numbers."""
+        return tuple(shard for source in self.sources for shard in source.shards)
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The mixing weight of each source; of one that two corpora have, the sum."""
+        names = [source.name for source in self.sources]
+        return {
+            name: sum(source.weight for source in self.sources if source.name == name)
+            for name in dict.fromkeys(names)
+        }
+
+    @cached_property
+    def num_images(self) -> int:
+        """The images that are trained on."""
+        return sum(source.num_images for source in self.sources)
+
+    @cached_property
+    def num_held_out(self) -> int:
+        """The images that are set aside."""
+        return sum(len(shard.held_out) for shard in self.shards)
+
+
+def take_snapshot(config: DataConfig) -> Snapshot:
+    """Read what there is to train on from the corpora's records, or from folders of others' shards.
+
+    Raises:
+        CapfiltError: a corpus has no curated shards, or others than a pinned digest says; a source that the
+            config names is not there; more is held out than half of the images.
+    """
+    slices = [_slice(number, one) for number, one in enumerate(config.corpus)]
+    sources = tuple(source for sources, _ in slices for source in sources)
+    digests = [digest for _, digest in slices]
+    snapshot = Snapshot(sources, digests[0] if len(digests) == 1 else digest_json(digests))
+    return _without_held_out(snapshot, config.held_out) if config.held_out else snapshot
+
+
+def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
+    """Return the sources of one ``[[data.corpus]]`` and the digest of its shards."""
+    found = _chosen(config, _curated(config.path) or _foreign(config.path))
+    digest = digest_json(
+        {
+            name: {
+                "kind": source.kind,
+                "weight": source.given_weight,
+                "shards": [[shard.shard, shard.tar.sha256, shard.tar.rows] for shard in source.shards],
+            }
+            for name, source in found.items()
+        }
+    )
+    if config.snapshot and config.snapshot != digest:
+        raise CapfiltError(
+            f"data.corpus: {config.path} is not at the pinned snapshot: its curated shards have the digest {digest}, "
+            f"[[data.corpus]] says {config.snapshot}; shards were added or made anew since. Take "
+            f'snapshot = "{digest}" to train on what is there now'
+        )
+    return [
+        replace(source, slice=number, given_weight=config.weights.get(name, source.given_weight))
+        for name, source in found.items()
+    ], digest
+
+
+def _chosen(config: CorpusSlice, found: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources that the config wants, by name."""
+    for key, names in (("sources", config.sources), ("weights", config.weights)):
+        for name in names:
+            if name not in found:
+                raise CapfiltError(
+                    f"data.corpus.{key}: {config.path} has no source {name!r} with curated shards; it has "
+                    f"{', '.join(sorted(found))}"
+                )
+    for name, weight in config.weights.items():
+        if not 0 < weight < float("inf"):
+            raise CapfiltError(
+                f"data.corpus.weights: {name} = {weight:g}: a weight is over 0; sources = [...] leaves one out"
+            )
+    return {name: found[name] for name in sorted(found) if not config.sources or name in config.sources}
+
+
+def _curated(path: str) -> dict[str, Source]:
+    """Return a corpus's sources with curated images by name; none where the folder is no corpus."""
+    storage = Storage(path)
+    records = Records(storage)
+    shards: dict[str, list[ShardRef]] = {}
+    for (_, source, name), record in sorted(records.shards(("select",)).items()):
+        if record.outputs["tar"].rows:
+            ref = ShardRef(
+                corpus=path,
+                source=source,
+                shard=name,
+                tar=record.outputs["tar"],
+                parquet=record.outputs["parquet"],
+            )
+            shards.setdefault(source, []).append(ref)
+    if not shards:
+        if storage.exists("records"):
+            raise CapfiltError(
+                f"data.corpus: {path} has no curated shards; `capfilt plan` shows what is missing, `capfilt run` "
+                "makes it"
+            )
+        return {}
+    settings = _settings(records)
+    return {name: _source(name, refs, *settings.get(name, ())) for name, refs in shards.items()}
+
+
+def _source(name: str, shards: Iterable[ShardRef], kind: Kind = "web", weight: float | None = None) -> Source:
+    return Source(slice=0, name=name, kind=kind, shards=tuple(shards), given_weight=weight)
+
+
+def _settings(records: Records) -> dict[str, tuple[Kind, float | None]]:
+    """Return kind and weight of each source, as the corpus's latest run that names it was told."""
+    return {
+        source["name"]: (source["kind"], source["weight"])
+        for run in records.runs()
+        for source in run.config.get("source", ())
+    }
+
+
+def _foreign(path: str) -> dict[str, Source]:
+    """Return the shards of a folder that is no corpus as one source with the folder's name."""
+    storage = Storage(path)
+    name = storage.base.rpartition("/")[2]
+    refs = [
+        ShardRef(corpus=path, source=name, shard=shard, tar=tar)
+        for shard, tar in foreign_shards(storage).items()
+    ]
+    if not refs:
+        raise CapfiltError(
+            f"data.corpus: nothing to train on at {path}: neither a corpus (records/) nor tars whose samples have an "
+            "image and a json or txt"
+        )
+    return {name: _source(name, refs)}
+
+
+def _without_held_out(snapshot: Snapshot, held_out: int) -> Snapshot:
+    if 2 * held_out > snapshot.num_images:
+        raise CapfiltError(
+            f"data.held_out: {held_out:,} of {snapshot.num_images:,} images are more than half; hold out fewer"
+        )
+    chosen = choose_held_out(snapshot.shards, held_out)
+    return replace(
+        snapshot,
+        sources=tuple(
+            replace(
+                source,
+                shards=tuple(replace(shard, held_out=chosen.get(shard, ())) for shard in source.shards),
+            )
+            for source in snapshot.sources
+        ),
+    )

@@ -1,0 +1,93 @@
+"""Pixels of a training image: decoded, cropped at random, resized. All on uint8; normalised on the device.
+
+A crop is torchvision's RandomResizedCrop, as LAVIS's ``blip2_image_train`` uses it. Its random numbers come
+from (seed, uid, turn), so that a sample looks the same on any rank, worker or machine size.
+
+C, H, W: channels, rows, columns of one image.
+"""
+
+import hashlib
+import math
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, is_plain_jpeg, probe
+
+_RATIOS = (math.log(3 / 4), math.log(4 / 3))
+_TRIES = 10
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def sample_random(seed: int, uid: str, turn: int) -> random.Random:
+    """Return the random stream of a sample's ``turn``-th use; only its ``random()`` is the same in any Python."""
+    digest = hashlib.sha256(f"{seed}\n{uid}\n{turn}".encode()).digest()
+    return random.Random(int.from_bytes(digest[:16]))
+
+
+def decode(data: bytes) -> Tensor:
+    """Return the image as uint8 pixels_CHW, upright, transparency on white. Raises ImageError.
+
+    Plain JPEGs, nearly all there are, skip Pillow: libjpeg-turbo's output as a tensor without a copy.
+    """
+    header = probe(data)
+    if header.width * header.height > MAX_PIXELS:
+        raise ImageError("too_many_pixels", f"{header.width} x {header.height}")
+    if not is_plain_jpeg(data, header):
+        return torch.from_numpy(np.array(decode_rgb(data))).permute(2, 0, 1)
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ImageError("image_truncated", str(error)) from error
+
+
+def resize(pixels_CHW: Tensor, size_px: int) -> Tensor:
+    """Return the image as a square of ``size_px``, antialiased bicubic; the aspect is not kept."""
+    return torch.nn.functional.interpolate(
+        pixels_CHW[None], (size_px, size_px), mode="bicubic", antialias=True
+    )[0]
+
+
+def random_crop(
+    pixels_CHW: Tensor, numbers: random.Random, *, size_px: int, min_scale: float, flip: bool
+) -> Tensor:
+    """Return a random part of the image as a square of ``size_px``, mirrored half of the time."""
+    mirrored = numbers.random() < 0.5
+    height, width = pixels_CHW.shape[1:]
+    box = crop_box(width, height, numbers, min_scale)
+    part_CHW = pixels_CHW[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    crop_CHW = resize(part_CHW, size_px)
+    return crop_CHW.flip(-1) if flip and mirrored else crop_CHW
+
+
+def crop_box(width: int, height: int, numbers: random.Random, min_scale: float) -> Box:
+    """Draw torchvision's RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3], ten tries.
+
+    What no try fits (a very long image) is the largest central part with an allowed aspect.
+    """
+    for _ in range(_TRIES):
+        area = width * height * _between(numbers, min_scale, 1.0)
+        ratio = math.exp(_between(numbers, *_RATIOS))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(numbers.random() * (height - h + 1)), int(numbers.random() * (width - w + 1))
+            return Box(top, left, h, w)
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _between(numbers: random.Random, low: float, high: float) -> float:
+    return low + (high - low) * numbers.random()

@@ -1,0 +1,131 @@
+"""Folders of WebDataset shards that others made: looked through once, then known by their bytes.
+
+What a record says of a curated shard (bytes, sha256, samples) is found by reading each tar whole, and kept in
+the user's cache: one small file a tar, good for as long as the tar's size and version are the same.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypedDict
+
+from pipeline.corpus.storage import FileInfo, Storage, sha256_file
+from schemas.errors import CapfiltError
+from schemas.names import printable
+from schemas.records import OutputFile
+from training.data.shard_index import index_tar
+
+_log = logging.getLogger(__name__)
+
+_READERS = 8
+# Of an entry; raise it when other members of a tar count as samples, or more is kept of it.
+_VERSION = 2
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+_FOLLOWS = {
+    "nothing": "have no end mark and may have been cut: the samples of the rest are missing",
+    "more": "go on behind their end mark, as tars put behind one another do: only the first is read",
+}
+_NAMED = 3
+
+
+class _Entry(TypedDict):
+    """What is remembered of a tar."""
+
+    sha256: str
+    samples: int
+    left_out: dict[str, int]
+    follows: str
+
+
+def foreign_shards(storage: Storage) -> dict[str, OutputFile]:
+    """Return every tar under a folder that holds samples, by its path without ``.tar``.
+
+    Raises CapfiltError where there is no tar, or one cannot be read.
+    """
+    files = storage.list("")
+    tars = [info for info in files if info.path.endswith(".tar") and info.bytes and not _is_hidden(info.path)]
+    if compressed := [info.path for info in files if info.path.endswith(_COMPRESSED)]:
+        told = f"{storage.root}: {len(compressed):,} compressed tars cannot be read, such as {printable(compressed[0])}"
+        if not tars:
+            raise CapfiltError(f"{told}: decompress them (gunzip, unzstd) to plain .tar")
+        _log.warning("%s and are left out", told)
+    with ThreadPoolExecutor(_READERS) as readers:
+        entries = list(readers.map(lambda info: _entry(storage, info), tars))
+    left_out = sum((Counter(entry["left_out"]) for entry in entries), Counter())
+    if left_out:
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(left_out.items()))
+        _log.warning("%s: samples left out: %s", storage.root, reasons)
+    for follows, what in _FOLLOWS.items():
+        if names := [
+            info.path for info, entry in zip(tars, entries, strict=True) if entry["follows"] == follows
+        ]:
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            _log.warning(
+                "%s: tars that %s: %s%s", storage.root, what, ", ".join(map(printable, names[:_NAMED])), more
+            )
+    return {
+        info.path.removesuffix(".tar"): OutputFile(
+            path=info.path, bytes=info.bytes, sha256=entry["sha256"], rows=entry["samples"]
+        )
+        for info, entry in zip(tars, entries, strict=True)
+        if entry["samples"]
+    }
+
+
+def _entry(storage: Storage, info: FileInfo) -> _Entry:
+    """Return what is known of a tar, reading it only if it is not known yet."""
+    signature = [_VERSION, storage.url(info.path), info.bytes, info.version]
+    path = _cache_folder() / f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    with storage.local_copy(info.path) as local:
+        try:
+            index = index_tar(local)
+        except tarfile.ReadError as error:
+            raise CapfiltError(
+                f"{storage.url(info.path)} is not a readable tar ({_why(local, error)}); mend it or take it out of the "
+                "folder"
+            ) from error
+        if index.follows == "damage":
+            raise CapfiltError(
+                f"{storage.url(info.path)} is damaged behind its sample number {len(index.keys):,}: what stands there "
+                "is not the header of a member; mend it or take it out of the folder"
+            )
+        entry = _Entry(
+            sha256=sha256_file(local), samples=len(index.keys), left_out=index.left_out, follows=index.follows
+        )
+    _keep(path, json.dumps(entry).encode())
+    return entry
+
+
+def _why(local: Path, error: Exception) -> str:
+    with local.open("rb") as file:
+        begin = file.read(8)
+    kinds = [kind for magic, kind in _MAGIC.items() if begin.startswith(magic)]
+    return f"it is compressed by {kinds[0]}: decompress it to a plain tar" if kinds else printable(str(error))
+
+
+def _is_hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".")
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write in one step; where the cache cannot be written, the tar is read again next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "capfilt" / "shards"

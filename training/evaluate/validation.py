@@ -1,0 +1,94 @@
+"""A cheap look at held-out images while a run goes on: is it learning, and not only by heart.
+
+The legend of the names: N images, M distinct captions, Q queries, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from schemas.pretrain import PretrainConfig
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.data.loader import HeldOut
+from training.evaluate.caption_scores import caption_scores
+from training.evaluate.generation import Captioner, Decoding, Stage1Captioner, Stage2Writer
+from training.evaluate.matching import Stage1Matcher
+
+# Greedy and short: for comparing steps of a run, not runs with papers.
+_DECODING = Decoding(beams=1, min_tokens=0, max_tokens=20)
+_IMAGES_AT_ONCE = 64
+
+
+def probe(stage: Stage1 | Stage2, held_out: Sequence[HeldOut], config: PretrainConfig) -> dict[str, float]:
+    """Return what the model makes of held-out images; it is left in evaluation mode.
+
+    Stage 1: ``text_r1`` and ``image_r1``, ITC's recall at 1 in per cent among these images and their captions
+    (a caption that several images have is right for each); ``itm_accuracy``, the share of right verdicts on each
+    image with its best caption and with another image's (chance 0.5). Both stages: ``cider`` of their captions.
+    """
+    # Each length of a caption would be compiled anew: longer than all of the probe takes without.
+    with torch.compiler.set_stance("force_eager"):
+        return _look(stage, held_out[: config.probe.images])
+
+
+def _look(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float]:
+    batches = [
+        torch.stack([sample.pixels_CHW for sample in samples[start : start + _IMAGES_AT_ONCE]])
+        for start in range(0, len(samples), _IMAGES_AT_ONCE)
+    ]
+    captions = [sample.captions for sample in samples]
+    if not isinstance(stage, Stage1):
+        return _cider(Stage2Writer(stage), batches, captions)
+    matcher = Stage1Matcher(stage)
+    texts = list(dict.fromkeys(caption for of_image in captions for caption in of_image))
+    found = _recalls(matcher, batches, texts, captions) | _accuracy(matcher, batches, texts, captions)
+    return found | _cider(Stage1Captioner(stage), batches, captions)
+
+
+def _recalls(
+    matcher: Stage1Matcher, batches: Sequence[Tensor], texts: Sequence[str], captions: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    texts_MC = matcher.embed_texts(matcher.read(texts))
+    similarity_NM = torch.cat(
+        [torch.einsum("bqc,mc->bqm", matcher.embed_images(one), texts_MC).amax(dim=1) for one in batches]
+    ).cpu()
+    right_NM = torch.tensor([[text in of_image for text in texts] for of_image in captions])
+    by_image = right_NM.gather(1, similarity_NM.argmax(dim=1, keepdim=True))
+    by_text = right_NM.gather(0, similarity_NM.argmax(dim=0, keepdim=True))
+    return {
+        "text_r1": 100 * by_image.double().mean().item(),
+        "image_r1": 100 * by_text.double().mean().item(),
+    }
+
+
+def _accuracy(
+    matcher: Stage1Matcher, batches: Sequence[Tensor], texts: Sequence[str], captions: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    # The last text is the one of images whose captions all others share.
+    row_of = {text: row for row, text in enumerate([*texts, ""])}
+    pairs = [
+        torch.tensor([row_of[of_image[0]], row_of[_other_caption(captions, image)]])
+        for image, of_image in enumerate(captions)
+    ]
+    read = matcher.read([*texts, ""])
+    verdicts: list[Tensor] = []
+    for pixels_BCHW in batches:
+        asked = pairs[len(verdicts) : len(verdicts) + len(pixels_BCHW)]
+        verdicts += [logits.argmax(dim=1) for logits in matcher.match(pixels_BCHW, read, asked)]
+    right = torch.stack(verdicts) == torch.tensor([1, 0], device=matcher.device)
+    return {"itm_accuracy": right.double().mean().item()}
+
+
+def _other_caption(captions: Sequence[Sequence[str]], image: int) -> str:
+    """Return the best caption of the next image that has one which this image has not; empty: there is none."""
+    following = (captions[(image + step) % len(captions)][0] for step in range(1, len(captions)))
+    return next((caption for caption in following if caption not in captions[image]), "")
+
+
+def _cider(
+    model: Captioner, batches: Sequence[Tensor], captions: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    written = [text for pixels_BCHW in batches for text in model.caption(pixels_BCHW, "", _DECODING)]
+    return {"cider": caption_scores(written, captions)["cider"]}

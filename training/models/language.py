@@ -1,0 +1,312 @@
+"""The frozen language models of stage 2: a decoder (OPT) and an encoder-decoder (FlanT5).
+
+Both read the projected queries as a soft prompt (BLIP-2, section 3.3; lavis/models/blip2_models/blip2_{opt,t5}.py).
+They are never trained and never drop anything out; a gradient passes through them to the prompt.
+
+The legend of the names: B images, Q queries, L text tokens, T words to predict, W the language model's width.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from pipeline.models.transformers_loader import load_model, load_tokenizer, model_config
+from schemas.errors import CapfiltError
+from schemas.names import printable
+from schemas.pretrain import LanguageConfig
+from training.losses import IGNORED, captioning_loss
+from training.models.pretrained import config_file, model_folder, tokenizer_folder
+from training.seeds import seed_for
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Captions of few different lengths: compiled code meets few shapes.
+_LENGTHS = 8
+
+_OPT = {
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+_T5 = {"vocab_size": 32128, "num_layers": 24, "d_kv": 64, "feed_forward_proj": "gated-gelu"}
+_T5 |= {"tie_word_embeddings": False, "decoder_start_token_id": 0}
+# The published shapes, so that a plan can be made without a network.
+_PUBLISHED = {
+    "facebook/opt-2.7b": {**_OPT, "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240},
+    "facebook/opt-6.7b": {**_OPT, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384},
+    "google/flan-t5-xl": {**_T5, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
+    "google/flan-t5-xxl": {**_T5, "d_model": 4096, "d_ff": 10240, "num_heads": 64},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Captions for one language model.
+
+    ``read_BL`` is what it reads beside the soft prompt, under ``mask_BL``; ``words_BT`` what it has to predict,
+    ``IGNORED`` where nothing. Both are padded on the right.
+    """
+
+    read_BL: Tensor
+    mask_BL: Tensor
+    words_BT: Tensor
+
+    @property
+    def num_words(self) -> int:
+        """Return the number of words to predict."""
+        return int((self.words_BT != IGNORED).sum())
+
+
+class FrozenLanguage(nn.Module):
+    """What the two families share.
+
+    Args:
+        config: ``[language]``.
+        model: of transformers.
+        tokenizer: its own; None where no caption is ever given: on ``meta``, in benchmarks.
+    """
+
+    def __init__(
+        self, config: LanguageConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.width = model.config.hidden_size
+        # Over the ranks: then all of them have to call it together.
+        self.is_spread = False
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "FrozenLanguage":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """Return the embeddings (B, L, W) of words."""
+        return self.model.get_input_embeddings()(ids_BL)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_text_tokens).input_ids
+        longest = max(map(len, rows))
+        length = min(-(-longest // _LENGTHS) * _LENGTHS, self.config.max_text_tokens)
+        ids_BL = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask_BL = torch.zeros(len(rows), length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids_BL[index, : len(row)] = torch.tensor(row)
+            mask_BL[index, : len(row)] = True
+        return ids_BL, mask_BL
+
+
+class Decoder(FrozenLanguage):
+    """OPT: the soft prompt, then the caption, whose every token it has to predict, the leading ``</s>`` too."""
+
+    name = "opt"
+
+    def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
+        """Tokenise captions, each ended by a line break. The prompt is read and not predicted."""
+        prompt = self.config.prompt
+        ids_BL, mask_BL = self._tokens([f"{prompt}{caption}\n" for caption in captions])
+        words_BL = ids_BL.masked_fill(~mask_BL, IGNORED)
+        if prompt:
+            words_BL[:, : len(self.tokenizer(prompt).input_ids)] = IGNORED
+        return Target(read_BL=ids_BL, mask_BL=mask_BL, words_BT=words_BL)
+
+    def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
+        """Return the cross-entropy summed over the words."""
+        predicting, words = _predicting(target, prompt_BQW.device)
+        hidden_BLW = self._hidden(prompt_BQW, target.read_BL.to(prompt_BQW.device))
+        return captioning_loss(self._logits, hidden_BLW.flatten(0, 1).index_select(0, predicting), words)
+
+    def read_typical(self, prompt_BQW: Tensor) -> None:
+        """Do what a caption of usual length costs: 20 tokens."""
+        ids_BL = torch.zeros(len(prompt_BQW), 20, dtype=torch.long, device=prompt_BQW.device)
+        self._logits(self._hidden(prompt_BQW, ids_BL))
+
+    def _hidden(self, prompt_BQW: Tensor, ids_BL: Tensor) -> Tensor:
+        """Return what predicts each token."""
+        read_BSW = torch.cat((prompt_BQW, self.embed(ids_BL)), dim=1)
+        # No mask: padding comes last, where no word sees it, and without one attention takes its fast path.
+        hidden_BSW = self.model.model.decoder(inputs_embeds=read_BSW, use_cache=False).last_hidden_state
+        # The last query predicts the first token.
+        return hidden_BSW[:, prompt_BQW.shape[1] - 1 : -1]
+
+    def _logits(self, hidden_TW: Tensor) -> Tensor:
+        return _at_least_float(self.model.lm_head(hidden_TW))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks, in order."""
+        return list(self.model.model.decoder.layers)
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """Return the modules whose calls hold those of the blocks."""
+        return [self.model.model.decoder]
+
+
+class EncoderDecoder(FrozenLanguage):
+    """FlanT5: the encoder reads the soft prompt and the first words of a caption, the decoder writes the others."""
+
+    name = "t5"
+
+    def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
+        """Split each caption before a word between the second and the one at its middle, and tokenise both parts.
+
+        The rule is its author's (salesforce/LAVIS#139). A caption of one word is written whole. Where it is split
+        depends on ``seed``, the image and the caption alone.
+        """
+        prefixes, suffixes = zip(*map(split_caption, captions, uids, [seed] * len(uids)), strict=True)
+        ids_BL, mask_BL = self._tokens([f"{self.config.prompt}{prefix}" for prefix in prefixes])
+        words_BT, written_BT = self._tokens(suffixes)
+        return Target(read_BL=ids_BL, mask_BL=mask_BL, words_BT=words_BT.masked_fill(~written_BT, IGNORED))
+
+    def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
+        """Return the cross-entropy summed over the words."""
+        device = prompt_BQW.device
+        predicting, words = _predicting(target, device)
+        logits_BTV = self._logits(
+            prompt_BQW, target.read_BL.to(device), target.mask_BL.to(device), target.words_BT.to(device)
+        )
+        return captioning_loss(_at_least_float, logits_BTV.flatten(0, 1).index_select(0, predicting), words)
+
+    def read_typical(self, prompt_BQW: Tensor) -> None:
+        """Do what a caption of usual length costs: 8 tokens read and 16 written."""
+        ids_BT = torch.zeros(len(prompt_BQW), 16, dtype=torch.long, device=prompt_BQW.device)
+        self._logits(prompt_BQW, ids_BT[:, :8], ids_BT[:, :8] == 0, ids_BT)
+
+    def _logits(self, prompt_BQW: Tensor, ids_BL: Tensor, mask_BL: Tensor, words_BT: Tensor) -> Tensor:
+        """Return what the decoder says of each word, having read those before it."""
+        before_BT = words_BT.roll(1, dims=1)
+        before_BT[:, 0] = self.model.config.decoder_start_token_id
+        return self.model(
+            inputs_embeds=torch.cat((prompt_BQW, self.embed(ids_BL)), dim=1),
+            attention_mask=torch.cat((mask_BL.new_ones(prompt_BQW.shape[:2]), mask_BL), dim=1).long(),
+            decoder_input_ids=before_BT.masked_fill(before_BT == IGNORED, self.model.config.pad_token_id),
+            use_cache=False,
+        ).logits
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks, in order."""
+        return [*self.model.encoder.block, *self.model.decoder.block]
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """Return the modules whose calls hold those of the blocks."""
+        return [self.model.encoder, self.model.decoder]
+
+
+def split_caption(caption: str, uid: str, seed: int) -> tuple[str, str]:
+    """Return the words that are read and those that are to be written."""
+    words = caption.split()
+    if len(words) < 2:
+        return "", caption
+    # Of Python's generators only random() is promised to stay the same.
+    drawn = random.Random(seed_for("split", seed, uid, caption)).random()
+    at = 1 + int(drawn * (len(words) // 2))
+    return " ".join(words[:at]), " ".join(words[at:])
+
+
+def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
+    """Load the language model that ``[language]`` names, on the CPU.
+
+    Raises:
+        CapfiltError: no such model, a file is missing, or it is of another family.
+    """
+    where = "language.model"
+    _check_family(config, config_file(config.model, config.revision, where))
+    folder = model_folder(config.model, config.revision, where)
+    model_class = OPTForCausalLM if config.family == "opt" else T5ForConditionalGeneration
+    model = load_model(model_class, folder, where, dtype=DTYPES[config.precision])
+    if config.family == "t5":
+        _use_exact_gelu(model)
+    folder = tokenizer_folder(config.model, config.revision, where)
+    return _frozen(config, model, load_tokenizer(folder, where))
+
+
+def empty_language(config: LanguageConfig, device: torch.device | str) -> Decoder | EncoderDecoder:
+    """Build the language model that ``[language]`` names without its weights: on ``meta``, or at random on a device."""
+    with torch.device(device):
+        shape = language_shape(config)
+        model_class = OPTForCausalLM if config.family == "opt" else T5ForConditionalGeneration
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[config.precision])
+        try:
+            model = model_class(shape)
+        finally:
+            torch.set_default_dtype(default)
+    return _frozen(config, model, None)
+
+
+def language_shape(config: LanguageConfig) -> PretrainedConfig:
+    """Return the shape of the language model: known for the published ones, else from its folder or the hub.
+
+    Raises:
+        CapfiltError: as ``load_language``.
+    """
+    values = _PUBLISHED.get(config.model)
+    if values is None:
+        values = config_file(config.model, config.revision, "language.model")
+        _check_family(config, values)
+    elif (config.family == "opt") != ("ffn_dim" in values):
+        raise _other_family(config, "t5" if config.family == "opt" else "opt")
+    kind = OPTConfig if config.family == "opt" else T5Config
+    return model_config(kind, values, Path(config.model) / "config.json")
+
+
+def _frozen(
+    config: LanguageConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+) -> Decoder | EncoderDecoder:
+    family = Decoder if config.family == "opt" else EncoderDecoder
+    return family(config, model, tokenizer)
+
+
+def _check_family(config: LanguageConfig, values: Mapping[str, Any]) -> None:
+    if values.get("model_type") != config.family:
+        raise _other_family(config, printable(str(values.get("model_type", "unknown")))[:40])
+
+
+def _other_family(config: LanguageConfig, found: str) -> CapfiltError:
+    return CapfiltError(
+        f"language.model = {config.model!r} is of the family {found!r}; language.family = {config.family!r}"
+    )
+
+
+def _use_exact_gelu(model: T5ForConditionalGeneration) -> None:
+    """Replace the tanh approximation by GELU, as LAVIS does and BLIP-2 was trained."""
+    model.config.dense_act_fn = "gelu"
+    for block in (*model.encoder.block, *model.decoder.block):
+        feed_forward = block.layer[-1].DenseReluDense
+        feed_forward.act = nn.GELU()
+
+
+def _predicting(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which tokens, counted through the batch, predict something, and what; found on the CPU."""
+    words = target.words_BT.flatten()
+    rows = (words != IGNORED).nonzero()[:, 0]
+    return rows.to(device, non_blocking=True), words[rows].to(device, non_blocking=True)
+
+
+def _at_least_float(logits_TV: Tensor) -> Tensor:
+    return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()

@@ -1,0 +1,94 @@
+"""Folders of transformers' models: a local one, or the hub's in the local cache. Only safetensors are read."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.models.folder_view import TOKENIZER_FILES
+from pipeline.models.hub import hub_folder
+from pipeline.models.model_files import read_object, weight_files
+from schemas.errors import CapfiltError
+
+_CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def model_folder(name: str, revision: str, where: str) -> Path:
+    """Return the folder of a model with its config and weights.
+
+    Raises:
+        CapfiltError: no such folder, hub id or revision, a file is missing, or the hub cannot be reached and the
+            cache does not have it.
+    """
+    return _folder(
+        name, revision, where, ("config.json", _WEIGHTS, _INDEX, "model-*.safetensors"), _weights_gap
+    )
+
+
+def tokenizer_folder(name: str, revision: str, where: str) -> Path:
+    """Return the folder of a tokenizer; raises as ``model_folder``."""
+    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), _tokenizer_gap)
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that decide what a model computes."""
+    return ["config.json", *weight_files(folder)]
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that decide how a text is split."""
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
+    """Return a model's config.json; raises as ``model_folder``."""
+    return read_object(_folder(name, revision, where, ("config.json",), _config_gap) / "config.json", where)
+
+
+def _folder(
+    name: str, revision: str, where: str, patterns: tuple[str, ...], gap_of: Callable[[Path], str | None]
+) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = path.absolute()
+    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CapfiltError(f"{where} = {name!r}: no such folder, and no hub id (ORG/NAME)")
+    else:
+        folder = hub_folder(name, revision, patterns, gap_of, where)
+    if gap := gap_of(folder):
+        hint = _how_to_convert(name, folder, where) if gap == _WEIGHTS else ""
+        raise CapfiltError(f"{gap} is missing in {folder} ({where} = {name!r}){hint}")
+    return folder
+
+
+def _how_to_convert(name: str, folder: Path, where: str) -> str:
+    """Return what makes safetensors of older files, as the hub has of OPT; transformers runs no code of theirs."""
+    classes = read_object(folder / "config.json", where).get("architectures")
+    kind = classes[0] if isinstance(classes, list) and classes else "AutoModel"
+    if not (isinstance(kind, str) and _CLASS_NAME.fullmatch(kind)):
+        # What others wrote is not put into a command that the user is told to run.
+        kind = "AutoModel"
+    new = f"{name.rstrip('/').rpartition('/')[2]}-safetensors"
+    return (
+        f'; only safetensors are read. Convert once, and set {where} = {new!r}: python -c "from transformers import '
+        f"AutoTokenizer, {kind}; [one.from_pretrained({name!r}).save_pretrained({new!r}) for one in (AutoTokenizer, "
+        f'{kind})]"'
+    )
+
+
+def _config_gap(folder: Path) -> str | None:
+    return None if (folder / "config.json").is_file() else "config.json"
+
+
+def _tokenizer_gap(folder: Path) -> str | None:
+    usable = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
+    return None if any((folder / name).is_file() for name in usable) else usable[0]
+
+
+def _weights_gap(folder: Path) -> str | None:
+    if gap := _config_gap(folder):
+        return gap
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return _WEIGHTS
+    return next((name for name in weight_files(folder) if not (folder / name).is_file()), None)

@@ -1,0 +1,363 @@
+"""The Q-Former: BERT whose second half of each block is doubled, for queries that read an image and for text.
+
+Queries and text share the self-attention; each has a feed-forward network of its own; in every second block the
+queries also attend to the image (BLIP-2, section 3.1; lavis/models/blip2_models/Qformer.py). The names of the
+parameters are LAVIS's.
+
+What a pass sees of what is said by its arguments, not by a square mask:
+
+* queries alone: each other and the image;
+* text alone: itself, under a padding mask;
+* text after queries (ITG): the queries' keys and values of every block, which the queries' own pass returns, and
+  the text before it. Queries never see the text, so their pass is the one of ITC;
+* pairs (ITM): queries and text see each other.
+
+The keys and values of an image are projected once and given to every pass. Several rows may share an image: the
+rows of one image follow each other, and their queries are one longer list to its keys.
+
+The legend of the names: B rows, Q queries, L text tokens, S = Q + L, K tokens attended to, P tokens of an image,
+E its width, D the Q-Former's width, H heads, d = D / H, V words.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from schemas.pretrain import QFormerConfig
+from training.models.layers import LayerNorm, Linear
+
+# The epsilon of BERT's norms.
+NORM_EPS = 1e-12
+
+# Keys and values, each (B, H, K, d).
+KeyValue = tuple[Tensor, Tensor]
+
+
+class _Projections(nn.Module):
+    """Queries, keys and values; of one sequence, or of a sequence and an image."""
+
+    def __init__(self, width: int, source_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key = Linear(source_width, width)
+        self.value = Linear(source_width, width)
+
+    def queries(self, hidden_BSD: Tensor) -> Tensor:
+        """Project queries: (B, H, S, d)."""
+        return self.query(hidden_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_and_values(self, source_BKE: Tensor) -> KeyValue:
+        """Project keys and values in one product."""
+        return self._fused((self.key, self.value), source_BKE)
+
+    def all_three(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project queries, keys and values of one sequence in one product."""
+        return self._fused((self.query, self.key, self.value), hidden_BSD)
+
+    def _fused(self, layers: tuple[Linear, ...], source_BKE: Tensor) -> tuple[Tensor, ...]:
+        weight = torch.cat([layer.weight for layer in layers]).to(source_BKE.dtype)
+        bias = torch.cat([layer.bias for layer in layers]).to(source_BKE.dtype)
+        packed = F.linear(source_BKE, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _Residual(nn.Module):
+    """The end of each half of a block: linear, dropout, sum, norm."""
+
+    def __init__(self, from_width: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = Linear(from_width, width)
+        self.LayerNorm = LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
+        """Join a half's result to what went in."""
+        return self.LayerNorm(self.dropout(self.dense(hidden_BSD)) + residual_BSD)
+
+
+class _Widening(nn.Module):
+    """The first layer of a feed-forward network."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.dense = Linear(width, ffn_width)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Widen, with BERT's exact GELU."""
+        return F.gelu(self.dense(hidden_BSD))
+
+
+class Attention(nn.Module):
+    """BERT's attention with its residual, over the sequence itself or over an image."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        # "self" is the name in every BERT checkpoint.
+        self.self = _Projections(config.width, source_width, config.heads)
+        self.output = _Residual(config.width, config.width, config.dropout)
+
+    def forward(
+        self, hidden_BSD: Tensor, mask: Tensor | None, prefix: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend to the prefix, if any, and to the sequence; return its keys and values too."""
+        query, key, value = self.self.all_three(hidden_BSD)
+        seen = key, value
+        if prefix is not None:
+            seen = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        return self._attend(query, seen, mask, hidden_BSD), (key, value)
+
+    def to_image(self, hidden_BQD: Tensor, image: KeyValue) -> Tensor:
+        """Attend to an image; B may be a multiple of the number of images."""
+        images = image[0].shape[0]
+        query = self.self.queries(hidden_BQD.reshape(images, -1, hidden_BQD.shape[-1]))
+        return self._attend(query, image, None, hidden_BQD)
+
+    def _attend(self, query: Tensor, seen: KeyValue, mask: Tensor | None, residual_BSD: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, dropout_p=dropout)
+        return self.output(attended.transpose(1, 2).reshape(residual_BSD.shape), residual_BSD)
+
+
+class Block(nn.Module):
+    """One block. Without ``text``, it has no feed-forward network for text: stage 2 needs none."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, sees_image: bool, text: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.width)
+        if sees_image:
+            self.crossattention = Attention(config, image_width)
+        self.sees_image = sees_image
+        if text:
+            self.intermediate = _Widening(config.width, config.ffn_width)
+            self.output = _Residual(config.ffn_width, config.width, config.dropout)
+        self.intermediate_query = _Widening(config.width, config.ffn_width)
+        self.output_query = _Residual(config.ffn_width, config.width, config.dropout)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        num_queries: int,
+        mask: Tensor | None = None,
+        image: KeyValue | None = None,
+        prefix: KeyValue | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Apply the block to ``num_queries`` queries and the text after them; return its keys and values too."""
+        hidden_BSD, seen = self.attention(hidden_BSD, mask, prefix)
+        if not num_queries:
+            return self.output(self.intermediate(hidden_BSD), hidden_BSD), seen
+        queries_BQD = hidden_BSD[:, :num_queries]
+        if self.sees_image:
+            queries_BQD = self.crossattention.to_image(queries_BQD, image)
+        queries_BQD = self.output_query(self.intermediate_query(queries_BQD), queries_BQD)
+        if hidden_BSD.shape[1] == num_queries:
+            return queries_BQD, seen
+        text_BLD = hidden_BSD[:, num_queries:]
+        text_BLD = self.output(self.intermediate(text_BLD), text_BLD)
+        return torch.cat((queries_BQD, text_BLD), dim=1), seen
+
+
+class Encoder(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, text: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            Block(config, image_width, index % config.cross_attention_every == 0, text)
+            for index in range(config.layers)
+        )
+
+
+class Embeddings(nn.Module):
+    """Words and positions of text; queries have neither. All end in one norm and dropout."""
+
+    def __init__(self, config: QFormerConfig, text: bool) -> None:
+        super().__init__()
+        if text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+            self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = LayerNorm(config.width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def of_text(self, ids_BL: Tensor) -> Tensor:
+        """Return words plus positions, before the norm. Positions begin at 0, also after queries."""
+        positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        return self.word_embeddings(ids_BL) + self.position_embeddings(positions_L)
+
+    def forward(self, embedded_BSD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalise and drop out."""
+        return self.dropout(self.LayerNorm(embedded_BSD).to(dtype))
+
+
+class Bert(nn.Module):
+    """Embeddings and blocks."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, text: bool) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config, text)
+        self.encoder = Encoder(config, image_width, text)
+
+
+class _Transform(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = Linear(width, width)
+        self.LayerNorm = LayerNorm(width, eps=NORM_EPS)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden_TD)))
+
+
+class _Predictions(nn.Module):
+    """BERT's masked-language head without its matrix, which is that of the word embeddings."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.transform = _Transform(config.width)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class _Head(nn.Module):
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.predictions = _Predictions(config)
+
+
+class QFormer(nn.Module):
+    """The Q-Former on images of a width.
+
+    Args:
+        config: its shape.
+        image_width: E.
+        text: whether it reads and writes text (stage 1) or queries alone (stage 2).
+        dtype: of the matrix products; None: that of the weights.
+    """
+
+    def __init__(
+        self, config: QFormerConfig, image_width: int, *, text: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.bert = Bert(config, image_width, text)
+        if text:
+            self.cls = _Head(config)
+        self._dtype = dtype
+        self.apply(partial(_initialise, std=config.initializer_range))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the matrix products."""
+        return self._dtype or self.bert.embeddings.LayerNorm.weight.dtype
+
+    def project_image(self, image_BPE: Tensor) -> list[KeyValue | None]:
+        """Return the keys and values of images for every block; None for the blocks that see none."""
+        return [
+            block.crossattention.self.keys_and_values(image_BPE) if block.sees_image else None
+            for block in self.bert.encoder.layer
+        ]
+
+    def queries(
+        self, query_tokens_1QD: Tensor, image: list[KeyValue | None]
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Read images by queries alone.
+
+        Returns:
+            The queries' outputs (B, Q, D), and their keys and values in every block, for ``captions``.
+        """
+        images = next(one for one in image if one is not None)[0].shape[0]
+        hidden_BQD = self.bert.embeddings(query_tokens_1QD.expand(images, -1, -1), self.dtype)
+        seen = []
+        for block, image_of_block in zip(self.bert.encoder.layer, image, strict=True):
+            hidden_BQD, key_value = block(hidden_BQD, hidden_BQD.shape[1], image=image_of_block)
+            seen.append(key_value)
+        return hidden_BQD, seen
+
+    def text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Read text alone: (B, L, D)."""
+        hidden_BLD = self.bert.embeddings(self.bert.embeddings.of_text(ids_BL), self.dtype)
+        for block in self.bert.encoder.layer:
+            hidden_BLD, _ = block(hidden_BLD, 0, mask_BL[:, None, None, :])
+        return hidden_BLD
+
+    def captions(self, ids_BL: Tensor, queries: list[KeyValue]) -> Tensor:
+        """Read text after queries, each token seeing the queries and the tokens up to itself: (B, L, D).
+
+        Padding comes last, where no word sees it; what stands at the padding itself means nothing.
+        """
+        length, num_queries = ids_BL.shape[1], queries[0][0].shape[2]
+        seen_LK = torch.ones(length, num_queries + length, dtype=torch.bool, device=ids_BL.device)
+        seen_LK = seen_LK.tril(diagonal=num_queries)
+        hidden_BLD = self.bert.embeddings(self.bert.embeddings.of_text(ids_BL), self.dtype)
+        for block, prefix in zip(self.bert.encoder.layer, queries, strict=True):
+            hidden_BLD, _ = block(hidden_BLD, 0, seen_LK, prefix=prefix)
+        return hidden_BLD
+
+    def pairs(
+        self, query_tokens_1QD: Tensor, ids_BL: Tensor, mask_BL: Tensor, image: list[KeyValue | None]
+    ) -> Tensor:
+        """Read images and texts together and return the queries' outputs (B, Q, D).
+
+        Where there are more texts than images, the texts of one image follow each other.
+        """
+        rows, num_queries = ids_BL.shape[0], query_tokens_1QD.shape[1]
+        embedded_BSD = torch.cat(
+            (query_tokens_1QD.expand(rows, -1, -1), self.bert.embeddings.of_text(ids_BL)), dim=1
+        )
+        mask_BS = torch.cat((mask_BL.new_ones(rows, num_queries), mask_BL), dim=1)
+        hidden_BSD = self.bert.embeddings(embedded_BSD, self.dtype)
+        for block, image_of_block in zip(self.bert.encoder.layer, image, strict=True):
+            hidden_BSD, _ = block(hidden_BSD, num_queries, mask_BS[:, None, None, :], image=image_of_block)
+        return hidden_BSD[:, :num_queries]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Return the scores of the next word, (T, V), in the dtype of the weights."""
+        head = self.cls.predictions
+        words_VD = self.bert.embeddings.word_embeddings.weight
+        logits_TV = F.linear(head.transform(hidden_TD), words_VD.to(hidden_TD.dtype))
+        return logits_TV.to(head.bias.dtype) + head.bias
+
+    def compile_blocks(self) -> None:
+        """Compile each block for the shapes it meets; blocks of one kind share the code."""
+        for block in self.bert.encoder.layer:
+            block.compile(dynamic=False)
+
+
+def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Parameter:
+    """Return the query tokens (1, Q, D) as training begins."""
+    return nn.Parameter(torch.empty(1, num_queries, width).normal_(std=std))
+
+
+def _initialise(module: nn.Module, std: float) -> None:
+    """Start as BERT does."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        module.weight.data.normal_(std=std)
+    if isinstance(module, nn.Linear):
+        module.bias.data.zero_()
+
+
+def copy_bert(qformer: QFormer, bert: dict[str, Tensor]) -> None:
+    """Begin from BERT: its names are ours; the queries' feed-forward networks begin as the text's.
+
+    The last word, [DEC], which BERT has not, and the cross-attention stay as they are; BERT's token types are left out,
+    as in LAVIS.
+
+    Args:
+        qformer: with text.
+        bert: the state of transformers' ``BertForMaskedLM``.
+
+    Raises:
+        KeyError: BERT lacks a tensor.
+        ValueError: a tensor has another shape.
+    """
+    for name, parameter in qformer.named_parameters():
+        if "crossattention" in name:
+            continue
+        tensor = bert[name.replace("_query", "")]
+        rows = slice(0, tensor.shape[0])
+        short_by_one_word = name.endswith(("word_embeddings.weight", "predictions.bias"))
+        target = parameter.data[rows] if short_by_one_word else parameter.data
+        if target.shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} in BERT and {tuple(parameter.shape)} here")
+        target.copy_(tensor)

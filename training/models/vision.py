@@ -1,0 +1,194 @@
+"""The frozen image encoder: an open_clip tower, seen before its last block.
+
+BLIP-2 (section 3.3) takes the features of the second-to-last block of CLIP ViT-L/14 and EVA-CLIP ViT-g/14, all
+tokens and without the final norm. What comes after them is left out, so it costs neither memory nor time.
+
+The legend of the names: B images, C channels, H and W pixels, P tokens of an image (class token first), E width.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import _build_vision_tower
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.models.clip.loader import load_clip
+from pipeline.models.finite import require_finite_weights
+from pipeline.models.folder_view import clip_config
+from pipeline.models.weights import ranker_weights
+from schemas.errors import CapfiltError
+from schemas.pretrain import VisionConfig
+from training.models.layers import LayerNorm
+
+
+class FrozenVision(nn.Module):
+    """An image encoder that is never trained: without gradients, and in evaluation mode whatever it is told.
+
+    Args:
+        tower: open_clip's ``visual`` of a CLIP; it is taken apart.
+        drop_blocks: blocks left off at the end.
+        dtype: of the matrix products; norms stay in the dtype of the tower.
+        mean, std: of the pixels, per channel, as the tower was trained.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        drop_blocks: int,
+        dtype: torch.dtype,
+        mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN,
+        std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD,
+    ) -> None:
+        super().__init__()
+        self.tower, self.blocks, self.width = _without_end(tower, drop_blocks)
+        self.dtype = dtype
+        self.image_size_px = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+        scale = torch.tensor(std, dtype=torch.float32).mul(255).reciprocal()
+        shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
+        self.register_buffer("scale_C", scale, persistent=False)
+        self.register_buffer("shift_C", shift, persistent=False)
+        _lower_precision(self.tower, dtype)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "FrozenVision":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of an image."""
+        patch = (
+            self.tower.conv1 if isinstance(self.tower, VisionTransformer) else self.tower.patch_embed.proj
+        ).weight
+        return (self.image_size_px // patch.shape[-1]) ** 2 + 1
+
+    @torch.no_grad()
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the features (B, P, E) of uint8 pixels."""
+        pixels_BCHW = (
+            pixels_BCHW.to(self.scale_C.dtype) * self.scale_C[:, None, None] + self.shift_C[:, None, None]
+        )
+        pixels_BCHW = pixels_BCHW.to(self.dtype)
+        if not isinstance(self.tower, VisionTransformer):
+            return self.tower.forward_features(pixels_BCHW)
+        features_BPE = self.tower._embeds(pixels_BCHW)
+        for block in self.blocks:
+            features_BPE = block(features_BPE)
+        return features_BPE
+
+    def compile_blocks(self) -> None:
+        """Compile each block for one shape; blocks of one kind share the code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+
+class PackedAttention(nn.Module):
+    """``nn.MultiheadAttention`` over one sequence, on SDPA and without the copies it makes of Q, K and V."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+
+    def forward(self, hidden_BPE: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:
+        """Attend; takes and returns what ``nn.MultiheadAttention`` does."""
+        packed = F.linear(hidden_BPE, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def load_vision(config: VisionConfig, image_size_px: int, dtype: torch.dtype) -> FrozenVision:
+    """Load the encoder that ``[vision]`` names, on the CPU.
+
+    Raises:
+        CapfiltError: no such model, no such file, or made for another image size.
+    """
+    weights = ranker_weights(config.model, config.pretrained, "vision")
+    visual = load_clip(weights, "vision.model").visual
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+    if size != image_size_px:
+        raise CapfiltError(
+            f"vision.model = {weights.name!r} takes images of {size} pixels; set data.image_size_px = {size}"
+        )
+    preprocess = visual.preprocess_cfg
+    vision = FrozenVision(
+        visual, config.drop_blocks, dtype, tuple(preprocess["mean"]), tuple(preprocess["std"])
+    )
+    require_finite_weights(vision.tower.state_dict(), f"vision.model = {weights.name!r} in {weights.path}")
+    return vision
+
+
+def empty_vision(config: VisionConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenVision:
+    """Build the encoder that ``[vision]`` names without its weights: on ``meta``, or at random on a device."""
+    architecture = _architecture(config)
+    with torch.device(device):
+        tower = _build_vision_tower(
+            architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(config, architecture)
+        )
+        return FrozenVision(tower, config.drop_blocks, dtype)
+
+
+def _architecture(config: VisionConfig) -> Mapping[str, Any]:
+    if config.model.startswith(("local-dir:", "hf-hub:")):
+        folder = Path(ranker_weights(config.model, config.pretrained, "vision").path)
+        return clip_config(folder, "vision.model")["model_cfg"]
+    architecture = open_clip.get_model_config(config.model)
+    if architecture is None:
+        # Says so, with the nearest names.
+        ranker_weights(config.model, config.pretrained, "vision")
+    return architecture
+
+
+def _quick_gelu(config: VisionConfig, architecture: Mapping[str, Any]) -> bool:
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) or {}
+    return bool(architecture.get("quick_gelu") or tag.get("quick_gelu"))
+
+
+def _without_end(tower: nn.Module, drop_blocks: int) -> tuple[nn.Module, nn.ModuleList, int]:
+    """Return a tower cut before its last blocks and norm, its blocks, and its width."""
+    match tower:
+        case VisionTransformer():
+            blocks, width = tower.transformer.resblocks, tower.conv1.out_channels
+            tower.ln_post, tower.attn_pool, tower.proj = nn.Identity(), None, None
+            for block in blocks:
+                if isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
+                    block.attn = PackedAttention(block.attn)
+        case TimmModel():
+            tower = tower.trunk
+            blocks, width = tower.blocks, tower.embed_dim
+            tower.norm = tower.fc_norm = tower.head = nn.Identity()
+        case _:
+            raise CapfiltError(
+                f"vision.model: a {type(tower).__name__} has no blocks to take features from; name a ViT"
+            )
+    if drop_blocks >= len(blocks):
+        raise CapfiltError(f"vision.drop_blocks = {drop_blocks}: the tower has {len(blocks)} blocks")
+    if drop_blocks:
+        del blocks[-drop_blocks:]
+    return tower, blocks, width
+
+
+def _lower_precision(tower: nn.Module, dtype: torch.dtype) -> None:
+    """Give all but the norms another dtype; as LAVIS, which keeps the norms in float32."""
+    for name, module in list(tower.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            tower.set_submodule(name, LayerNorm.like(module))
+    norms = {
+        id(p) for module in tower.modules() if isinstance(module, LayerNorm) for p in module.parameters()
+    }
+    for module in tower.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in norms:
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module.register_buffer(name, buffer.to(dtype), persistent=False)

@@ -1,0 +1,112 @@
+"""What a run would train, on what, and what it costs: found without weights, from the shapes alone."""
+
+from typing import Any
+
+from pipeline.corpus.storage import Storage
+from schemas.pretrain import PretrainConfig
+from training.blip2.build import meta_stage
+from training.data.snapshot import Snapshot, take_snapshot
+from training.trainer.loop import TrainingStage
+from training.trainer.schedule import fill_preset
+
+# The rate that an estimate assumes: half of what an H200 reaches in a plain bf16 product of matrices.
+ASSUMED_MATMUL_FLOPS = 790e12
+ASSUMED_UTILISATION = 0.5
+
+# fp32 master, gradient and AdamW's two moments; and the bf16 copy that a product takes.
+_TRAINED_BYTES = 4 + 4 + 8 + 2
+_FROZEN_BYTES = 2
+# Of one token in one layer of width W: 34 W bytes in bf16 where attention keeps no scores (arXiv 2205.05198, eq. 2).
+_ACTIVATION_BYTES = 34
+
+
+def plan(config: PretrainConfig) -> dict[str, Any]:
+    """Return the size, the steps and the estimated cost of a run. Reads the corpora only where they exist.
+
+    Raises CapfiltError where a corpus that exists has nothing to train on, or the config names unknown shapes.
+    """
+    snapshot = _snapshot(config)
+    config = fill_preset(config, snapshot.num_images if snapshot else None)
+    stage = meta_stage(config)
+    trained = sum(parameter.numel() for _, parameter in stage.trainable_named_parameters())
+    frozen = sum(parameter.numel() for parameter in stage.parameters() if not parameter.requires_grad)
+    steps = config.optim.steps
+    assert steps is not None
+    samples = steps * config.optim.batch_size
+    flops = stage.flops_per_sample()
+    gpu_hours = samples * flops / (ASSUMED_MATMUL_FLOPS * ASSUMED_UTILISATION) / 3600
+    return {
+        "name": config.run.name,
+        "stage": config.run.stage,
+        "trainable_parameters": trained,
+        "frozen_parameters": frozen,
+        "steps": steps,
+        "batch_size": config.optim.batch_size,
+        "samples": samples,
+        "gflop_per_sample": round(flops / 1e9, 1),
+        "gpu_hours": round(gpu_hours, 2),
+        "gpu_hours_at": f"{ASSUMED_UTILISATION} of {ASSUMED_MATMUL_FLOPS / 1e12:.0f} TFLOP/s",
+        "memory_gb": _memory_gb(config, stage, trained, frozen),
+        "data": _data(config, snapshot),
+        "optim": config.optim.model_dump(mode="json"),
+    }
+
+
+def _snapshot(config: PretrainConfig) -> Snapshot | None:
+    """Return the snapshot if every corpus is there: a plan may come before the data."""
+    storages = [Storage(corpus.path) for corpus in config.data.corpus]
+    there = all(storage.fs.exists(storage.base) for storage in storages)
+    return take_snapshot(config.data) if there else None
+
+
+def _data(config: PretrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
+    if snapshot is None:
+        return {"found": False, "paths": [corpus.path for corpus in config.data.corpus]}
+    images = snapshot.num_images
+    return {
+        "found": True,
+        "snapshot": snapshot.digest,
+        "images": images,
+        "held_out": snapshot.num_held_out,
+        "shards": len(snapshot.shards),
+        "epochs": round(config.optim.steps * config.optim.batch_size / images, 2),
+        "sources": {source.name: source.num_images for source in snapshot.sources},
+    }
+
+
+def _memory_gb(config: PretrainConfig, stage: TrainingStage, trained: int, frozen: int) -> dict[str, float]:
+    """Estimate the memory of one rank from counted elements; what a kernel takes for itself comes on top."""
+    ranks = config.cluster.gpus or 1
+    if config.language is not None and config.performance.shard_language:
+        language = sum(
+            parameter.numel() for block in stage.language.blocks for parameter in block.parameters()
+        )
+        frozen -= language - language // ranks
+    share = config.optim.batch_size // ranks
+    micro = min(config.performance.micro_batch_size or share, share)
+    found = {
+        "weights_and_optimizer": trained * _TRAINED_BYTES + frozen * _FROZEN_BYTES,
+        "batch": share * _image_bytes(config, stage),
+        "micro_batch": micro * _activation_bytes(config, stage),
+    }
+    found["total"] = sum(found.values())
+    return {name: round(value / 1e9, 1) for name, value in found.items()}
+
+
+def _image_bytes(config: PretrainConfig, stage: TrainingStage) -> int:
+    """Return what is kept of each image of a rank's share: its pixels and, in stage 1, its bf16 features."""
+    vision = stage.visual_encoder
+    features = vision.num_tokens * vision.width * 2 if config.run.stage == 1 else 0
+    return features + 3 * config.data.image_size_px**2
+
+
+def _activation_bytes(config: PretrainConfig, stage: TrainingStage) -> int:
+    """Return what is kept of one image of a micro-batch from the forward to the backward pass."""
+    shape = config.qformer
+    queries, texts = shape.num_queries, shape.max_text_tokens
+    layer = shape.width * shape.layers * _ACTIVATION_BYTES
+    if config.run.stage == 1:
+        # ITC's queries and text, three pairs for ITM, and ITG's text.
+        return (queries + texts + 3 * (queries + texts) + texts) * layer
+    language = stage.language
+    return queries * layer + (queries + texts) * language.width * len(language.blocks) * _ACTIVATION_BYTES

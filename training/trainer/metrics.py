@@ -1,0 +1,230 @@
+"""What a run tells while it trains: JSON lines always, TensorBoard and wandb as further sinks."""
+
+import fcntl
+import importlib.util
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.corpus.storage import Storage, temporary_folder
+from schemas.errors import CapfiltError
+from schemas.pretrain import MetricsConfig
+
+FILE = "metrics.jsonl"
+
+# Dense bf16 rates of the data sheets, in FLOP/s, by a part of the device's name; the first that fits.
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
+
+
+class Sink(Protocol):
+    """Where metrics go."""
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Take in the values of a step; None: not known here."""
+
+    def close(self) -> None:
+        """Bring out what is held back."""
+
+
+class JsonLines:
+    """``metrics.jsonl`` in the run's folder: one object a line, each step once, in order.
+
+    A run that is resumed first drops the lines after its checkpoint: those steps are done again. On remote
+    storage, where nothing can be appended, the file is put whole at each ``flush``.
+
+    Raises CapfiltError where another process writes to the same run.
+    """
+
+    def __init__(self, storage: Storage, after_step: int) -> None:
+        self._storage = storage
+        if storage.is_local:
+            self._scratch = None
+            path = Path(storage.url(FILE))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            self._scratch = temporary_folder()
+            path = self._scratch.__enter__() / FILE
+            if storage.exists(FILE):
+                path.write_bytes(storage.read(FILE))
+        self._path = path
+        self._file = path.open("a+")
+        self._lock()
+        self._file.seek(0)
+        kept = [line for line in self._file if _step_of(line) <= after_step]
+        self._file.truncate(0)
+        self._file.writelines(kept)
+        self._file.flush()
+
+    def _lock(self) -> None:
+        """Hold the file for this process; the kernel lets go of it however the process ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CapfiltError(
+                f"{self._path.parent}: another process trains this run; wait for it, or set run.name to another"
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append one line."""
+        known = {name: value if _is_finite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Bring the file to remote storage."""
+        if not self._storage.is_local:
+            self._storage.put(self._path, FILE)
+
+    def close(self) -> None:
+        """Flush, and let others write."""
+        self.flush()
+        self._file.close()
+        if self._scratch is not None:
+            self._scratch.__exit__(None, None, None)
+
+
+class TensorBoard:
+    """Event files in the run's local folder, or in ``runs/`` where the run's folder is remote."""
+
+    def __init__(self, folder: str) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(folder)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Add one point to each curve."""
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is held back."""
+        self._writer.close()
+
+
+class Wandb:
+    """A wandb run of the same name, resumed where the training is."""
+
+    def __init__(self, project: str, name: str, run_key: str, config: Mapping[str, Any], folder: str) -> None:
+        import wandb
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=project, name=name, id=run_key, resume="allow", config=dict(config), dir=folder
+            )
+        except wandb.errors.Error as error:
+            raise CapfiltError(
+                f"metrics.wandb_project: {error}; log in (WANDB_API_KEY), set WANDB_MODE=offline, or leave it empty"
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log one step."""
+        self._run.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        """End wandb's run."""
+        self._run.finish()
+
+
+def require_libraries(config: MetricsConfig) -> None:
+    """Raise CapfiltError where the library of a sink is missing, before anything is loaded or written."""
+    wanted = {
+        "tensorboard": ("tensorboardX", config.tensorboard),
+        "wandb_project": ("wandb", config.wandb_project),
+    }
+    for key, (library, is_wanted) in wanted.items():
+        if is_wanted and importlib.util.find_spec(library) is None:
+            raise CapfiltError(
+                f"metrics.{key}: {library} is not installed: pip install {library}, or leave it out"
+            )
+
+
+def further_sinks(
+    config: MetricsConfig, name: str, run_key: str, resolved: Mapping[str, Any], folder: str
+) -> list[Sink]:
+    """Return the sinks that the config asks for beside the JSON lines. Raises CapfiltError where wandb refuses."""
+    sinks: list[Sink] = []
+    if config.tensorboard:
+        sinks.append(TensorBoard(folder))
+    if config.wandb_project:
+        sinks.append(Wandb(config.wandb_project, name, run_key, resolved, folder))
+    return sinks
+
+
+class Speedometer:
+    """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data."""
+
+    def __init__(self, device: torch.device, flops_per_sample: float, num_devices: int) -> None:
+        self._device = device
+        self._flops_per_sample = flops_per_sample
+        self._peak_flops = (peak_flops(device) or math.nan) * num_devices
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._waited_s = 0.0
+
+    def add(self, samples: int, waited_s: float) -> None:
+        """Count a step: samples over all ranks, seconds in which this rank had no data."""
+        self._samples += samples
+        self._waited_s += waited_s
+
+    def report(self) -> dict[str, float | None]:
+        """Return the rates since the last report, and begin anew."""
+        seconds = time.perf_counter() - self._start
+        rate = self._samples / seconds
+        mfu = rate * self._flops_per_sample / self._peak_flops
+        found = {
+            "samples_per_s": rate,
+            "mfu": mfu if math.isfinite(mfu) else None,
+            "data_wait_share": min(1.0, self._waited_s / seconds),
+            "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+        }
+        self._reset()
+        return found
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 rate of a GPU's data sheet, None for a CPU or a device that is not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity for one that was cut by a kill."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

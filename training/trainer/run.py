@@ -1,0 +1,199 @@
+"""One rank's training run from its config: data, model and checkpoint found and checked, then the loop."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from pipeline.corpus.fingerprint import digest_json, output_fields
+from pipeline.corpus.records import is_corpus
+from pipeline.corpus.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import CheckpointRecord, RunRecord
+from training.blip2.build import build_stage
+from training.blip2.stage2 import Stage2
+from training.checkpoint import Checkpoints, State, recorded_config
+from training.data import snapshot_file
+from training.data.loader import Batch, TrainingData, held_out_samples
+from training.data.snapshot import Snapshot, take_snapshot
+from training.distributed import World
+from training.evaluate.validation import probe
+from training.trainer.base_models import models_used
+from training.trainer.lineage import Ledger
+from training.trainer.loop import Loop, Summary
+from training.trainer.metrics import JsonLines, further_sinks, require_libraries
+from training.trainer.schedule import fill_preset
+
+Say = Callable[[str], None]
+
+
+def pretrain(
+    config: PretrainConfig, world: World, run: RunRecord, *, stop_asked: Callable[[], bool], say: Say
+) -> Summary:
+    """Train on this rank, from the newest good checkpoint of ``run.name`` if there is one.
+
+    Nothing is written before all ranks have found data, weights and checkpoint in order.
+
+    Args:
+        run: of the command; rank 0 notes it with the filled config.
+
+    Raises:
+        CapfiltError: the input is at fault.
+        TrainingStopped: see ``Loop.run``.
+    """
+    if config.run.stage == 2 and not config.run.init_from:
+        raise CapfiltError(
+            "run.init_from: not set; stage 2 goes on from a stage 1: name its run, or a LAVIS .pth"
+        )
+    if config.probe.every_steps and not config.data.held_out:
+        raise CapfiltError("probe.every_steps: there are no images for the probe; set data.held_out")
+    require_libraries(config.metrics)
+    if world.rank != 0:
+        say = _nothing
+    Storage(run_folder(config)).require_place("run.output")
+    say(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
+    loop, snapshot, batches = world.together(lambda: _prepare(config, world, run, stop_asked, say))
+    if loop.step == loop.schedule.steps:
+        return loop.run(iter(()))
+    with ExitStack() as stack:
+        world.from_first(lambda: _open_books(loop, snapshot, run, stack))
+        return loop.run(batches)
+
+
+def _prepare(
+    config: PretrainConfig, world: World, run: RunRecord, stop_asked: Callable[[], bool], say: Say
+) -> tuple[Loop, Snapshot, Iterator[Batch]]:
+    """Return the loop as it goes on, what it eats, and its batches; write nothing."""
+    checkpoints = Checkpoints(run_folder(config))
+    newest = world.from_first(lambda: checkpoints.newest_good(say))
+    state = checkpoints.read(newest) if newest else None
+    # One reading for all ranks: shards may be added while they start.
+    snapshot = world.from_first(lambda: _snapshot(config, checkpoints.storage, state))
+    config = fill_preset(config, snapshot.num_images)
+    if state is not None:
+        refuse_changes(recorded_config(state.progress.config, checkpoints.storage.root), config)
+    models = world.from_first(lambda: models_used(config, state.progress.models if state else None))
+    consumed = state.progress.samples if state else 0
+    data = TrainingData(config, snapshot, world.rank, world.size, consumed)
+    loop = Loop(
+        config=config,
+        world=world,
+        stage=build_stage(config, world, world.device, begin=state is None),
+        checkpoints=checkpoints,
+        run_id=run.run_id,
+        snapshot=snapshot.digest,
+        models=models,
+        stop_asked=stop_asked,
+        say=say,
+    )
+    if newest is not None and state is not None:
+        loop.resume(state, newest)
+        say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
+    if loop.step == loop.schedule.steps:
+        return loop, snapshot, iter(())
+    # One rank's business, unless the language model answers to all of them together.
+    spread = isinstance(loop.stage, Stage2) and loop.stage.language.is_spread
+    if config.probe.every_steps and (world.rank == 0 or spread):
+        held_out = held_out_samples(config, snapshot, config.probe.images)
+        loop.probe = lambda: probe(loop.stage, held_out, config)
+    batches = iter(data)
+    # The first batch comes before anything is written: a shard that differs from its record shows here.
+    return loop, snapshot, itertools.chain([next(batches)], batches)
+
+
+def run_folder(config: PretrainConfig) -> str:
+    """Return the folder or URL of a run's checkpoints and metrics."""
+    root = config.run.output
+    if not root:
+        corpus = Storage(config.data.corpus[0].path)
+        if not is_corpus(corpus):
+            raise CapfiltError(
+                f"run.output: not set, and the first of data.corpus ({corpus.root}) is no corpus of ours that could "
+                "keep the checkpoints; set run.output"
+            )
+        root = f"{corpus.root}/checkpoints"
+    return f"{root}/stage{config.run.stage}/{config.run.name}"
+
+
+def refuse_changes(before: PretrainConfig, after: PretrainConfig) -> None:
+    """Raise CapfiltError, naming the keys, where a resumed run would learn something else than it began with.
+
+    Keys declared with ``tuning()`` may differ, and so may places: the snapshot says whether the data is the same.
+    """
+    old, new = _what_is_learnt(before), _what_is_learnt(after)
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise CapfiltError(
+            f"run.name {after.run.name!r} began with another config ({'; '.join(changed)}); restore it, or set "
+            "run.name to begin another run"
+        )
+
+
+def _what_is_learnt(config: PretrainConfig) -> dict[str, Any]:
+    """Return the keys that decide what a run learns, as ``section.key``."""
+    found = {}
+    for section in PretrainConfig.model_fields:
+        values = getattr(config, section)
+        found |= {
+            f"{section}.{key}": value for key, value in (output_fields(values) if values else {}).items()
+        }
+    del found["run.output"]
+    places = ("path", "snapshot")
+    found["data.corpus"] = [
+        {key: value for key, value in corpus.items() if key not in places} for corpus in found["data.corpus"]
+    ]
+    return found
+
+
+def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> Snapshot:
+    """Return the shards to train on: those that the run began with, whatever the corpora have become since."""
+    if state is None:
+        return take_snapshot(config.data)
+    digest = state.progress.snapshot
+    name = snapshot_file.file_name(digest)
+    try:
+        kept = snapshot_file.decode(folder.read(name), config.data, folder.url(name))
+    except FileNotFoundError:
+        raise CapfiltError(
+            f"{folder.url(name)} is missing: without it the run cannot go on with its data"
+        ) from None
+    if kept.digest != digest:
+        raise CapfiltError(f"{folder.url(name)} is the snapshot of another run; restore it")
+    return kept
+
+
+def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
+    """Open what rank 0 alone writes: metrics, the run's own files, the manifests' rows."""
+    config, storage = loop.config, loop.checkpoints.storage
+    resolved = config.model_dump(mode="json")
+    lines = JsonLines(storage, after_step=loop.step)
+    stack.callback(lines.close)
+    loop.checkpoints.remove_unfinished()
+    storage.write("config.json", json.dumps(resolved, indent=1).encode())
+    storage.write(snapshot_file.file_name(snapshot.digest), snapshot_file.encode(snapshot))
+    local = storage.base if storage.is_local else f"runs/{config.run.name}"
+    loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, _run_key(storage), resolved, local)]
+    for sink in loop.sinks[1:]:
+        stack.callback(sink.close)
+    ledger = Ledger(config.data)
+    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.say)
+
+    def record_checkpoint(record: CheckpointRecord) -> None:
+        lines.flush()
+        ledger.checkpoint(record, storage.url(record.path))
+
+    loop.record_checkpoint = record_checkpoint
+
+
+def _run_key(storage: Storage) -> str:
+    """Return an id that a run keeps when it is resumed."""
+    return digest_json(storage.root)[:16]
+
+
+def _nothing(text: str) -> None:
+    pass
