@@ -12,7 +12,6 @@ name says, and names files of the corpus alone; a tar outside it only where the 
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -36,7 +35,6 @@ from schemas.records import (
 ShardId = tuple[Stage, str, str]
 R = TypeVar("R", bound=Json)
 
-_READERS = 32
 # An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
 _MAX_BYTES = 64 * 2**20
 
@@ -209,9 +207,8 @@ class Records:
             except FileNotFoundError:
                 return None
 
-        with ThreadPoolExecutor(_READERS) as readers:
-            records = readers.map(read, [info for info in files if info.path.endswith(".json")])
-            return [record for record in records if record is not None]
+        records = self.storage.map(read, [info for info in files if info.path.endswith(".json")])
+        return [record for record in records if record is not None]
 
 
 def read_bounded(storage: Storage, info: FileInfo) -> bytes:

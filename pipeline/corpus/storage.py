@@ -13,11 +13,12 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -25,6 +26,10 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.corpus.regular_files import NotRegularFileError, open_regular, require_regular
 from schemas.errors import CapfiltError
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_READERS, _LOCAL_FILES_A_THREAD = 32, 64
 # Where a put can be made conditional on absence.
 _PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
 # The mends of what a disk refuses.
@@ -130,6 +135,18 @@ class Storage:
         if _is_absolute(path):
             return fsspec.core.url_to_fs(path)
         return self.fs, self._full(path)
+
+    def map(self, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return ``read`` of every item, in their order; several at once, since object storage answers late.
+
+        On local disk a thread is started for every ``_LOCAL_FILES_A_THREAD`` items: for fewer small files,
+        starting threads costs more than reading.
+        """
+        threads = min(_READERS, len(items) // (_LOCAL_FILES_A_THREAD if self.is_local else 1))
+        if threads <= 1:
+            return [read(item) for item in items]
+        with ThreadPoolExecutor(threads) as readers:
+            return list(readers.map(read, items))
 
     # -- reading ---------------------------------------------------------------------------------------------
 

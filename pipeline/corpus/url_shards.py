@@ -1,7 +1,6 @@
 """Url shards: what the crawl is to fetch, as Parquet files that the intake records commit."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,6 @@ from pipeline.corpus.storage import Storage, sha256_file
 from pipeline.corpus.uids import KnownUids, Words, pack_uids
 from schemas.records import IntakeRecord, OutputFile, ShardRecord
 from schemas.tables import URLS
-
-_READERS = 16
 
 
 class UrlShardWriter:
@@ -104,8 +101,7 @@ def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
             return pack_uids(pq.read_table(data, columns=["uid"]).column("uid").to_pylist())
 
     paths = [file.path for batch in batches if batch.kind != "retry" for file in batch.shards.values()]
-    with ThreadPoolExecutor(_READERS) as readers:
-        return KnownUids(np.concatenate([pack_uids([]), *readers.map(read, paths)]))
+    return KnownUids(np.concatenate([pack_uids([]), *storage.map(read, paths)]))
 
 
 def taken_over(records: Records, source: str, shard: str) -> set[str]:
@@ -123,8 +119,7 @@ def taken_over(records: Records, source: str, shard: str) -> set[str]:
             table = pq.read_table(file, columns=["uid"], filters=[("retry_of", "==", shard)])
         return table["uid"].to_pylist()
 
-    with ThreadPoolExecutor(_READERS) as readers:
-        return set().union(*readers.map(read, paths))
+    return set().union(*records.storage.map(read, paths))
 
 
 def url_shards(records: Records) -> dict[tuple[str, str], ShardRecord]:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,6 @@ from schemas.names import shown
 from schemas.tables import URLS
 
 _KEY = "key"  # img2dataset's name for a sample
-_READERS = 16
 _TEXT_KINDS = {str, type(None)}
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -85,12 +83,8 @@ class Pairs:
     def check(self) -> None:
         """Look at the beginning of every list: what is not a list of URLs shows before any work."""
         wanted = self._wanted(*self._payload_columns(), *self._identity_columns())
-        with ThreadPoolExecutor(_READERS) as readers:
-            # In order, so that it is always the first faulty list that is named.
-            for _ in readers.map(
-                lambda file: require_columns(self.storage, file, self._form(), wanted), self.files
-            ):
-                pass
+        # In order, so that it is always the first faulty list that is named.
+        self.storage.map(lambda file: require_columns(self.storage, file, self._form(), wanted), self.files)
         first = next(self._batches(*self._identity_columns()), None)
         if first is None:
             raise self._no_urls(0)

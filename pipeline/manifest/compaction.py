@@ -13,7 +13,6 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -28,7 +27,6 @@ from pipeline.manifest.record_rows import Row, committed_path, rows_of, table_of
 from schemas.catalog import EVENT_TABLES, event_schema
 from schemas.errors import CorruptShardError
 
-_READERS = 32
 _MERGE_AT_PARTS = 8
 _BIG_PART_ROWS = 1_000_000
 _GRACE = timedelta(minutes=10)
@@ -112,10 +110,9 @@ class Parts:
         found = self._found()
         listed = {path for paths in found.values() for path in paths}
         missing = sorted(listed - self._known.keys())
-        with ThreadPoolExecutor(_READERS) as readers:
-            for path, part in zip(missing, readers.map(self._inspect, missing), strict=True):
-                if part is not None:
-                    self._known[path] = part
+        for path, part in zip(missing, self.storage.map(self._inspect, missing), strict=True):
+            if part is not None:
+                self._known[path] = part
         self._known = {path: part for path, part in self._known.items() if path in listed}
         replaced = {name for part in self._known.values() for name in part.replaces}
         return {
@@ -147,9 +144,8 @@ class Parts:
         listed = [info for info in self.storage.list("records") if table_of(info.path)]
         fresh = [info for info in listed if (info.path, info.version) not in seen]
         rows: dict[str, list[Row]] = {table: [] for table in EVENT_TABLES}
-        with ThreadPoolExecutor(_READERS) as readers:
-            for info, found in zip(fresh, readers.map(self._read_record, fresh), strict=True):
-                rows[table_of(info.path)].extend(found)
+        for info, found in zip(fresh, self.storage.map(self._read_record, fresh), strict=True):
+            rows[table_of(info.path)].extend(found)
         return rows
 
     def _read_record(self, info: FileInfo) -> list[Row]:
@@ -176,8 +172,7 @@ class Parts:
             with _readable(path), self.storage.open(path) as file:
                 return pq.read_table(file).cast(event_schema(table))
 
-        with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(read, paths))
+        return self.storage.map(read, paths)
 
     def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
         path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
