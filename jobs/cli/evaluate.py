@@ -217,9 +217,12 @@ def export(
     stage = load_trained(model, recipe, precision="fp32")
     kind = export_model(stage, Path(folder))
     how = _how_to_load(kind, folder, stage.config)
-    print_json({"folder": folder, "format": kind, "load": how}) if json_ else print(
-        f"{kind}: {folder}\n{how}"
-    )
+    if json_:
+        print_json({"folder": folder, "format": kind, "load": how})
+    else:
+        print(
+            f"written in the {'Hugging Face' if kind == 'huggingface' else 'capfilt'} format: {folder}\n{how}"
+        )
 
 
 def _how_to_load(kind: str, folder: str, config: "PretrainConfig") -> str:
