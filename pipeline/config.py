@@ -26,11 +26,10 @@ from pipeline.config_text import (
     parse_values,
     unusable_values,
 )
-from pipeline.corpus.fingerprint import digest_json
-from pipeline.nearest import did_you_mean
+from pipeline.digests import digest_json
 from pipeline.toml_lines import KeyPath, key_lines
 from schemas.config import CapfiltConfig
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import shown
 from schemas.pretrain import PretrainConfig
 

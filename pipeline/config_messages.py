@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.nearest import did_you_mean
 from pipeline.toml_lines import KeyPath
 from schemas.config import CapfiltConfig, KeyMistake
+from schemas.errors import did_you_mean
 
 _MAX_LISTED_KEYS = 12
 

@@ -1,4 +1,4 @@
-"""Captions as text: clean-up, equality, length.
+"""Captions as text: clean-up, equality, length; and durations as people read them.
 
 The clean-up makes a caption fit to be scored and trained on without changing what it says: case, punctuation
 and language stay (LAVIS and CLIP's tokenizer lower-case on their own). The raw text is kept in a column
@@ -123,3 +123,10 @@ def mark_duplicates(texts: Sequence[str]) -> list[int | None]:
 def count_words(text: str) -> int:
     """Return the number of words, as white space divides them."""
     return len(text.split())
+
+
+def readable_duration(seconds: float) -> str:
+    """Return hours and minutes, minutes and seconds, or seconds: ``2h05m``, ``1m20s``, ``9s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,4 +1,7 @@
-"""The error a user can mend."""
+"""Errors that a user can correct, and the "did you mean" that many of their messages end with."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class CapfiltError(Exception):
@@ -18,3 +21,9 @@ class NotFiniteError(CapfiltError):
 
 class CorruptShardError(CapfiltError):
     """Report bytes on storage that differ from the record that committed them."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``; did you mean X?`` for the candidate closest to ``name``, or nothing."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -16,8 +16,9 @@ from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.histograms import LENGTH_EDGES, SCORE_EDGES, histogram
 from pipeline.corpus.records import Records, now
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
-from pipeline.corpus.storage import Storage, sha256_file, temporary_folder
+from pipeline.corpus.storage import Storage, temporary_folder
 from pipeline.corpus.url_shards import url_shards
+from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig

@@ -12,7 +12,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
+from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.stages.img2dataset_shard import adopt_row, adopt_shard, reason_of

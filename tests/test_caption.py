@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
+from pipeline.digests import sha256_file
 from pipeline.images.preprocess import normalise
 from pipeline.models.blip.nucleus import Nucleus, draw, nucleus
 from pipeline.models.weights import captioner_weights

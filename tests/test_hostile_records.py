@@ -14,8 +14,9 @@ from jobs.cli.main import app
 from pipeline.corpus.records import Records, parse_record
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.shard_reader import open_crawled
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
+from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
 from schemas.catalog import event_schema
 from schemas.config import SourceConfig

@@ -4,8 +4,8 @@ import pytest
 
 from jobs.cluster.progress_actor import StageProgress
 from jobs.output.progress import LineProgress, _Rates
-from pipeline.durations import readable_duration
 from pipeline.stages.plan import StageCount, Survey
+from pipeline.text import readable_duration
 from training.trainer.loop import progress_line
 
 

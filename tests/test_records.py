@@ -13,7 +13,8 @@ from pipeline.corpus.commit import Attempt
 from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerprint
 from pipeline.corpus.records import Records, now
 from pipeline.corpus.shard_files import read_tar, write_tar
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
+from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
 

@@ -18,7 +18,8 @@ from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample
 from pipeline.corpus.commit import Attempt
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
+from pipeline.digests import sha256_file
 from pipeline.stages.selection import Candidate, SelectWorker, select
 from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.shard_files import read_tar, rows_to_table, write_parquet, write_tar
-from pipeline.corpus.storage import sha256_file
 from pipeline.corpus.url_shards import taken_over
+from pipeline.digests import sha256_file
 from pipeline.manifest.verify import verify
 from schemas.records import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES

@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records, now
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
-from pipeline.corpus.storage import Storage, sha256_file, temporary_folder
+from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig
 from schemas.records import OutputFile, ShardRecord, ShardTask
 from schemas.tables import URLS

@@ -33,7 +33,8 @@ from pipeline.corpus.checkpoint_files import (
     find_checkpoint,
 )
 from pipeline.corpus.records import now
-from pipeline.corpus.storage import first_line, sha256_file, temporary_folder
+from pipeline.corpus.storage import first_line, temporary_folder
+from pipeline.digests import sha256_file
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TextIO
 
-from pipeline.durations import readable_duration
+from pipeline.text import readable_duration
 
 _TERMINAL_INTERVAL_S, _LINE_INTERVAL_S = 2.0, 30.0
 _ERASE_LINE = "\r\x1b[K"

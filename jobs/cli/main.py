@@ -77,7 +77,7 @@ def _main(
 def _load(config: str, overrides: list[str] | None, sources: list[str] | None = None) -> Any:
     """Return the config, cut down to the named sources if there are any."""
     from pipeline.config import load_config
-    from pipeline.nearest import did_you_mean
+    from schemas.errors import did_you_mean
 
     loaded = load_config(config, overrides or ())
     if not sources:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.run import RunResult
-from pipeline.durations import readable_duration
 from pipeline.stages.totals import Totals
+from pipeline.text import readable_duration
 from schemas.names import printable
 from schemas.records import STAGES
 from schemas.statuses import DROP_REASONS, REASONS

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.cluster.progress_actor import StageProgress
-from pipeline.durations import readable_duration
 from pipeline.stages.plan import Survey
+from pipeline.text import readable_duration
 from schemas.records import Stage
 
 _LINE_INTERVAL_S = 10.0

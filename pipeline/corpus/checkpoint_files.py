@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.corpus.records import read_bounded
-from pipeline.corpus.regular_files import NotRegularFileError
-from pipeline.corpus.storage import FileInfo, Storage, sha256_file, temporary_folder
+from pipeline.corpus.storage import FileInfo, Storage, temporary_folder
+from pipeline.digests import sha256_file
+from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
 from schemas.records import CheckpointRecord

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.corpus.records import Records, now
-from pipeline.corpus.storage import sha256_file, temporary_folder
+from pipeline.corpus.storage import temporary_folder
+from pipeline.digests import sha256_file
 from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask
 
 _LIBRARIES = (

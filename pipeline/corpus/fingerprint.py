@@ -1,12 +1,12 @@
 """Digests that decide what is done, what is missing and what is stale; and the identity of a sample."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from pipeline.digests import digest_json
 from schemas.config import CapfiltConfig
 from schemas.records import STAGE_VERSIONS, Stage
 
@@ -14,12 +14,6 @@ from schemas.records import STAGE_VERSIONS, Stage
 def sample_uid(source: str, url: str) -> str:
     """Return the 128-bit hex identity of a sample: stable across re-crawls and re-sharding."""
     return hashlib.sha256(f"{source}\n{url}".encode()).hexdigest()[:32]
-
-
-def digest_json(value: Any) -> str:
-    """Return the sha256 of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def output_fields(section: BaseModel) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from pipeline.corpus.regular_files import NotRegularFileError
 from pipeline.corpus.storage import FileInfo, Storage, first_line
+from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CapfiltError
 from schemas.names import is_outside_tar
 from schemas.records import (

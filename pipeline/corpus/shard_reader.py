@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.regular_files import NotRegularFileError
 from pipeline.corpus.shard_files import ImageMember, image_members
-from pipeline.corpus.storage import sha256_file
+from pipeline.digests import sha256_file
 from pipeline.images.decode import Image, ImageError, decode_rgb
+from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord

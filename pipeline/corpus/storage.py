@@ -6,7 +6,6 @@ object, on S3 and on local disk alike. A file is made locally, checked, and put 
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import socket
@@ -23,7 +22,7 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.regular_files import NotRegularFileError, open_regular, require_regular
+from pipeline.regular_files import NotRegularFileError, open_regular, require_regular
 from schemas.errors import CapfiltError
 
 Item = TypeVar("Item")
@@ -317,12 +316,6 @@ def _create_exclusively(target: Path, data: bytes) -> bool:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a local file, in hex."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

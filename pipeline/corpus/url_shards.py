@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import KnownUids, Words, pack_uids
+from pipeline.digests import sha256_file
 from schemas.records import IntakeRecord, OutputFile, ShardRecord
 from schemas.tables import URLS
 

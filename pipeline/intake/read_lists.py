@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import digest_json
 from pipeline.corpus.records import Records, now
 from pipeline.corpus.storage import FileInfo, temporary_folder
 from pipeline.corpus.url_shards import UrlShardWriter, known_uids, next_number
+from pipeline.digests import digest_json
 from pipeline.intake.dedup import Pairs
 from pipeline.intake.img2dataset_folders import ForeignShard, find_foreign_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files

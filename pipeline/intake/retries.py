@@ -1,7 +1,6 @@
 """What ``--retry`` names: reasons, statuses, or ``transient`` for all that may succeed without a change."""
 
-from pipeline.nearest import did_you_mean
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, did_you_mean
 from schemas.statuses import REASONS, SAMPLE_STATUSES
 
 TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import read_bounded, read_record
-from pipeline.corpus.regular_files import NotRegularFileError
 from pipeline.corpus.shard_files import rows_to_table
 from pipeline.corpus.storage import FileInfo, Storage, first_line, temporary_folder
 from pipeline.manifest.record_rows import Row, committed_path, rows_of, table_of
+from pipeline.regular_files import NotRegularFileError
 from schemas.catalog import EVENT_TABLES, event_schema
 from schemas.errors import CorruptShardError
 

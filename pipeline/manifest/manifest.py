@@ -25,11 +25,11 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pipeline.corpus.regular_files import NotRegularFileError, require_regular
 from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.corpus.storage import Storage, first_line, temporary_folder
 from pipeline.manifest.compaction import Parts
 from pipeline.manifest.describe import commented
+from pipeline.regular_files import NotRegularFileError, require_regular
 from schemas.catalog import (
     DATA_STAGES,
     DATA_TABLES,

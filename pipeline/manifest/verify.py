@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.regular_files import NotRegularFileError
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
-from pipeline.corpus.storage import sha256_file
 from pipeline.corpus.uids import pack_uids, unpack_uids
 from pipeline.corpus.url_shards import url_shards
+from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
+from pipeline.regular_files import NotRegularFileError
 from schemas.catalog import DATA_STAGES, DATA_TABLES
 from schemas.errors import CorruptShardError
 from schemas.records import STAGES, OutputFile, ShardRecord, Stage

@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.corpus.regular_files import open_regular
 from pipeline.models.model_files import MAX_TOKENIZER_BYTES, impostor, read_object
+from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.corpus.regular_files import open_regular
+from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import confined_name, printable
 

@@ -12,9 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.corpus.fingerprint import digest_json
 from pipeline.corpus.records import now
-from pipeline.corpus.storage import sha256_file
+from pipeline.digests import digest_json, sha256_file
 from pipeline.models.folder_view import (
     TOKENIZER_FILES,
     clip_config,
@@ -31,9 +30,8 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
-from pipeline.nearest import did_you_mean
 from schemas.config import CapfiltConfig, CaptionConfig
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import printable
 from schemas.records import ModelRecord, Stage
 

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.corpus.shard_files import image_members
-from pipeline.corpus.storage import Storage, sha256_file
+from pipeline.corpus.storage import Storage
+from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError, probe
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from schemas.errors import CorruptShardError

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from pipeline.corpus.fingerprint import digest_json
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
+from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import CorpusSlice, DataConfig
 from training.data.held_out import choose_held_out

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.corpus.storage import FileInfo, Storage, sha256_file
+from pipeline.corpus.storage import FileInfo, Storage
+from pipeline.digests import sha256_file
 from schemas.errors import CapfiltError
 from schemas.names import printable
 from schemas.records import OutputFile

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.corpus.storage import first_line, storage_trouble
-from pipeline.durations import readable_duration
 from pipeline.models.finite import not_finite_tensors, require_finite_weights
+from pipeline.text import readable_duration
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord

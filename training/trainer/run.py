@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from pipeline.corpus.fingerprint import digest_json, output_fields
+from pipeline.corpus.fingerprint import output_fields
 from pipeline.corpus.records import is_corpus
 from pipeline.corpus.storage import Storage
+from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord

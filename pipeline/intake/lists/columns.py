@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.nearest import did_you_mean
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import shown
 
 Columns = dict[str, list[Any]]

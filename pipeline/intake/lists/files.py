@@ -12,12 +12,12 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.regular_files import NotRegularFileError, require_regular
 from pipeline.corpus.storage import FileInfo, Storage, temporary_folder
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
+from pipeline.regular_files import NotRegularFileError, require_regular
 from schemas.errors import CapfiltError
 
 Format = Literal["parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt"]
