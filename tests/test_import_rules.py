@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "jobs": {"schemas", "pipeline", "training", "jobs"},
 }
 # Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
-PIPELINE_READ_SIDE = ("corpus", "images", "models", "manifest", "text", "digests", "regular_files")
+PIPELINE_READ_SIDE = ("corpus", "images", "models", "manifest", "text", "rng", "digests", "regular_files")
 STAGE_FILES = {"crawl", "caption", "rank", "selection"}
 # Heavy library -> the files or packages that may import it. A benchmark may also import what it compares with.
 HOMES = {

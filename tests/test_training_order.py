@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.rng import permutation
 from schemas.records import OutputFile
-from training.data.sampler import Draw, Order, apportion, permutation, whole_numbers
+from training.data.sampler import Draw, Order, apportion, whole_numbers
 from training.data.shard_index import ShardRef
 from training.data.snapshot import Snapshot, Source
 

@@ -7,12 +7,12 @@ import torch
 
 from jobs.bench.stage1 import synthetic_step
 from jobs.bench.training import bench_device
+from pipeline.rng import seed_for
 from schemas.config import Precision
 from schemas.pretrain import PretrainConfig
 from training.blip2.build import compile_stage, empty_stage
 from training.blip2.stage1 import Stage1
 from training.distributed import World
-from training.seeds import seed_for
 
 _BATCH = 64
 _LAST = 50

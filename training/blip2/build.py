@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import BertForMaskedLM
 
 from pipeline.models.transformers_loader import load_model
+from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
@@ -20,7 +21,6 @@ from training.models.pretrained import model_folder, tokenizer_folder
 from training.models.qformer import QFormer, copy_bert
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
-from training.seeds import seed_for
 
 Stage = Stage1 | Stage2
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
 from training.blip2.micro_batches import Everyone, Share, arrange_pairs
 from training.distributed import World
@@ -45,7 +46,6 @@ from training.models.parameters import load_state, trainable
 from training.models.qformer import KeyValue, QFormer, initial_queries
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
-from training.seeds import seed_for
 
 if TYPE_CHECKING:
     from training.data.loader import Batch

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
 from training.distributed import World
 from training.models.flops import FORWARD, THROUGH, TRAINED, count_flops
@@ -21,7 +22,6 @@ from training.models.layers import LayerNorm, Linear
 from training.models.parameters import load_state, trainable
 from training.models.qformer import QFormer, initial_queries
 from training.models.vision import FrozenVision
-from training.seeds import seed_for
 
 if TYPE_CHECKING:
     from training.data.loader import Batch

@@ -14,7 +14,6 @@ The samples of a step come sorted by source and shard. A step's loss does not de
 so each rank's contiguous share of it needs few shards.
 """
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.rng import permutation
 from training.data.snapshot import Snapshot, Source
 
 
@@ -150,18 +150,3 @@ def whole_numbers(weights: Sequence[float]) -> list[int]:
     fractions = [Fraction(weight) for weight in weights]
     common = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * common) for fraction in fractions]
-
-
-def permutation(key: str, size: int) -> np.ndarray:
-    """Return the numbers under ``size`` in an order that the key alone decides, in any version of NumPy.
-
-    Sorts by SplitMix64 of (key, number); numpy.random's own permutations may change between versions, and a
-    run resumed after an upgrade would see other samples.
-    """
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
-    with np.errstate(over="ignore"):
-        hashes = np.uint64(start) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        hashes ^= hashes >> np.uint64(31)
-    return np.argsort(hashes, kind="stable")

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from pipeline.models.transformers_loader import load_model, load_tokenizer, model_config
+from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 from schemas.names import printable
 from schemas.pretrain import LanguageConfig
 from training.losses import IGNORED, captioning_loss
 from training.models.pretrained import config_file, model_folder, tokenizer_folder
-from training.seeds import seed_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
