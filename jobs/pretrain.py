@@ -8,12 +8,11 @@ from jobs.launcher import Outcome, train_here
 from jobs.run import new_run_id
 from pipeline.config import config_digest, dump_config
 from pipeline.corpus.commit import library_versions
-from pipeline.corpus.records import now
-from pipeline.corpus.storage import sweep_temporary_folders
+from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import RunRecord
+from schemas.records import RunRecord, utc_now
 from training.trainer.lineage import Ledger
 from training.trainer.loop import Summary
 
@@ -57,7 +56,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
         command="pretrain",
         config=dump_config(config),
         config_digest=config_digest(config),
-        started_at=now(),
+        started_at=utc_now(),
         host=socket.gethostname(),
         versions=library_versions(),
     )

@@ -19,7 +19,7 @@ from jobs.interrupts import Interrupts
 from jobs.output.progress import open_progress
 from pipeline.config import config_digest, dump_config
 from pipeline.corpus.commit import library_versions
-from pipeline.corpus.records import Records, now
+from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.img2dataset_folders import require_named_folders
@@ -32,7 +32,7 @@ from pipeline.stages.staleness import stale_reasons
 from pipeline.stages.totals import Totals
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.records import STAGES, RunRecord, ShardRecord, Stage
+from schemas.records import STAGES, RunRecord, ShardRecord, Stage, utc_now
 
 _CHANGES_NAMED = 5
 
@@ -162,7 +162,7 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
         command=options.command,
         config=dump_config(config),
         config_digest=config_digest(config),
-        started_at=now(),
+        started_at=utc_now(),
         host=socket.gethostname(),
         versions=library_versions(),
     )
@@ -224,7 +224,7 @@ def _stream(work: _Work, console: Console, interrupts: Interrupts) -> StreamOutc
 
     def note_interruption(shards_done: int) -> None:
         # At once, from what the workers told: a scheduler may leave no time to take Ray down and to recount.
-        record = replace(work.started, outcome="interrupted", finished_at=now(), shards_done=shards_done)
+        record = replace(work.started, outcome="interrupted", finished_at=utc_now(), shards_done=shards_done)
         work.records.write_run(record)
 
     streaming = Streaming(
@@ -331,7 +331,7 @@ def left_config_line(source: str, shards: int) -> str:
 def _ended(records: Records, started: RunRecord, outcome: Literal["interrupted", "error"]) -> RunRecord:
     """Return the record of a run's end, its shards counted from what is committed."""
     done = sum(record.run_id == started.run_id for record in records.shards().values())
-    return replace(started, outcome=outcome, finished_at=now(), shards_done=done)
+    return replace(started, outcome=outcome, finished_at=utc_now(), shards_done=done)
 
 
 def _end(work: _Work, outcome: StreamOutcome) -> RunResult:
@@ -353,7 +353,7 @@ def _end(work: _Work, outcome: StreamOutcome) -> RunResult:
     ended = replace(
         started,
         outcome="partial" if failed else outcome,
-        finished_at=now(),
+        finished_at=utc_now(),
         shards_done=sum(record.run_id == started.run_id for record in committed.values()),
         shards_skipped=sum(count.done for count in work.before.counts),
         shards_failed=len(in_the_way),

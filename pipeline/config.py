@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config_messages import Origin, dotted_key, mistakes, source_names, takes_text_only
+from pipeline.config_messages import Origin, config_errors, dotted_key, source_names, takes_text_only
 from pipeline.config_text import (
     MAX_DEPTH,
     TOO_DEEP,
@@ -90,7 +90,7 @@ def parse_config(
         # Strict JSON is TOML's typing: an array makes a tuple, 1 is a float, but "1" and true are no numbers.
         config = kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        errors += mistakes(error, values, places)
+        errors += config_errors(error, values, places)
     if errors or config is None:
         raise CapfiltError("\n".join(errors))
     resolve = _resolve_training_paths if kind is PretrainConfig else _resolve_paths

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.toml_lines import KeyPath
-from schemas.config import CapfiltConfig, KeyMistake
+from schemas.config import CapfiltConfig, ConfigKeyError
 from schemas.errors import did_you_mean
 
 _MAX_LISTED_KEYS = 12
@@ -55,13 +55,13 @@ class Origin:
         return self.name if line is None else f"{self.name}:{line}"
 
 
-def mistakes(error: ValidationError, values: dict[str, Any], origin: Origin) -> list[str]:
+def config_errors(error: ValidationError, values: dict[str, Any], origin: Origin) -> list[str]:
     """Return every mistake that pydantic found, in the order of the file."""
     found: list[tuple[int, str]] = []
     for detail in error.errors():
         context = detail.get("ctx", {})
         raised = context.get("error")
-        path: KeyPath = (*detail["loc"], *(raised.key if isinstance(raised, KeyMistake) else ()))
+        path: KeyPath = (*detail["loc"], *(raised.key if isinstance(raised, ConfigKeyError) else ()))
         if detail["type"] == "too_short" and len(detail["input"]) >= context["min_length"]:
             continue  # pydantic counts only the valid elements, and each invalid one has an error of its own
         label = f"{dotted_key(path, values)}: " if path else ""

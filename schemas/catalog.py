@@ -29,7 +29,7 @@ from schemas.tables import (
 )
 
 # Tables whose rows come from records; their Parquet parts lie under manifest/<table>/.
-EVENT_TABLES: dict[str, pa.Schema] = {
+RECORD_TABLES: dict[str, pa.Schema] = {
     "shards": SHARDS,
     "runs": RUNS,
     "models": MODELS,
@@ -59,10 +59,10 @@ ROW_STATUSES: dict[str, tuple[str, ...]] = {
 EMPTY_FOLDER = "~empty"
 
 
-def event_schema(table: str) -> pa.Schema:
+def record_row_schema(table: str) -> pa.Schema:
     """Return a table's columns with the record that each row was read from and that file's version."""
     origin = [pa.field("record", pa.string()), pa.field("version", pa.string())]
-    return pa.schema([*(field.remove_metadata() for field in EVENT_TABLES[table]), *origin])
+    return pa.schema([*(field.remove_metadata() for field in RECORD_TABLES[table]), *origin])
 
 
 def quote(text: str) -> str:
@@ -79,7 +79,7 @@ def file_relations(root: str) -> dict[str, str]:
     relations = {
         f"{table}_events": f"""
         SELECT * FROM read_parquet({quote(f"{folder}/manifest/{table}/*.parquet")}, union_by_name = true)"""
-        for table in EVENT_TABLES
+        for table in RECORD_TABLES
     }
     for name, schema in DATA_TABLES.items():
         relations[name] = _committed_rows(root, folder, name, schema.names)
@@ -126,25 +126,25 @@ def unquote_glob(text: str) -> str:
 
 def registered_relations() -> dict[str, str]:
     """Return ``base`` as SELECTs from relations on the connection: ``raw_data``, ``shards_data``, ..."""
-    events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in EVENT_TABLES}
+    events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in RECORD_TABLES}
     data = {name: f"SELECT * FROM {name}_data" for name in DATA_TABLES}
     return {**events, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
 
 
 def record_views(relations: Mapping[str, str]) -> list[str]:
     """Return the statements that make the tables whose rows come from records."""
-    bases = [_view(f"base.{table}_events", relations[f"{table}_events"]) for table in EVENT_TABLES]
+    bases = [_view(f"base.{table}_events", relations[f"{table}_events"]) for table in RECORD_TABLES]
     return [
         "CREATE SCHEMA IF NOT EXISTS base",
         *bases,
-        *(_view(name, _TABLES[name]) for name in EVENT_TABLES),
+        *(_view(name, _TABLES[name]) for name in RECORD_TABLES),
     ]
 
 
 def data_views(relations: Mapping[str, str]) -> list[str]:
     """Return the statements that make all else, once ``record_views`` are made."""
     bases = [_view(f"base.{name}", relations[name]) for name in (*DATA_TABLES, "retried")]
-    tables = [_view(name, sql) for name, sql in _TABLES.items() if name not in EVENT_TABLES]
+    tables = [_view(name, sql) for name, sql in _TABLES.items() if name not in RECORD_TABLES]
     views = [_view(name, sql) for name, (_, sql) in VIEWS.items()]
     functions = [f"CREATE OR REPLACE MACRO {call} AS {body}" for call, (_, body) in FUNCTIONS.items()]
     macros = [f"CREATE OR REPLACE MACRO {call} AS TABLE {body}" for call, (_, body) in TABLE_MACROS.items()]

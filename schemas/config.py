@@ -22,7 +22,7 @@ def tuning(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"tuning": True}, **constraints)
 
 
-class KeyMistake(ValueError):
+class ConfigKeyError(ValueError):
     """Report a value that another one forbids; ``key`` leads from the section that raises it to the value."""
 
     def __init__(self, message: str, key: tuple[str | int, ...]) -> None:
@@ -167,7 +167,7 @@ class CaptionConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> "CaptionConfig":
         if self.max_length <= self.min_length:
-            raise KeyMistake(f"must be over min_length ({self.min_length})", ("max_length",))
+            raise ConfigKeyError(f"must be over min_length ({self.min_length})", ("max_length",))
         return self
 
 
@@ -262,5 +262,5 @@ class CapfiltConfig(Section):
         if double := {name for name in names if names.count(name) > 1}:
             name = sorted(double)[0]
             again = len(names) - 1 - names[::-1].index(name)
-            raise KeyMistake(f"two [[source]] share the name {name!r}", ("source", again, "name"))
+            raise ConfigKeyError(f"two [[source]] share the name {name!r}", ("source", again, "name"))
         return self

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config import KeyMistake, Name, Section, tuning
+from schemas.config import ConfigKeyError, Name, Section, tuning
 
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
@@ -92,7 +92,7 @@ class QFormerConfig(Section):
     @model_validator(mode="after")
     def _divisible(self) -> "QFormerConfig":
         if self.width % self.heads:
-            raise KeyMistake(f"must divide width ({self.width})", ("heads",))
+            raise ConfigKeyError(f"must divide width ({self.width})", ("heads",))
         return self
 
 

@@ -41,6 +41,11 @@ STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank":
 _MOST = 2**44
 
 
+def utc_now() -> str:
+    """Return the time as records hold it: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def _file_name(name: str) -> str:
     if not is_one_part(name):
         raise ValueError(f"{name[:200]!r} is not usable in a file's name")
@@ -245,6 +250,14 @@ class ShardTask(Json):
     inputs: Mapping[str, ShardRecord]
     replaces: ShardRecord | None = None
     max_attempts: int = 3
+
+    def input_digests(self) -> dict[str, str]:
+        """Return the sha256 of each input file, by ``stage.name``."""
+        return {
+            f"{stage}.{name}": sha256
+            for stage, record in sorted(self.inputs.items())
+            for name, sha256 in record.input_digests().items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

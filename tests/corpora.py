@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import LENGTH_EDGES, SCORE_EDGES, ShardCommit, histogram
 from pipeline.corpus.fingerprint import sample_uid
-from pipeline.corpus.histograms import LENGTH_EDGES, SCORE_EDGES, histogram
-from pipeline.corpus.records import Records, now
+from pipeline.corpus.records import Records
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
@@ -31,6 +31,7 @@ from schemas.records import (
     ShardRecord,
     ShardTask,
     Stage,
+    utc_now,
 )
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, URLS
 
@@ -73,11 +74,11 @@ class Corpus:
             command="run",
             config=self.config.model_dump(mode="json"),
             config_digest="0" * 64,
-            started_at=now(),
+            started_at=utc_now(),
             host="here",
             versions={"python": "3.11"},
         )
-        self.records.write_run(replace(record, finished_at=now(), **end) if end else record)
+        self.records.write_run(replace(record, finished_at=utc_now(), **end) if end else record)
 
     def register_models(self) -> None:
         """Note the captioner and the ranker."""
@@ -90,7 +91,7 @@ class Corpus:
                     revision="1",
                     files={"model.safetensors": digest},
                     parameters=7,
-                    registered_at=now(),
+                    registered_at=utc_now(),
                 )
             )
 
@@ -145,7 +146,7 @@ class Corpus:
             rows_new=total,
             rows_duplicate=0,
             rows_known=0,
-            finished_at=now(),
+            finished_at=utc_now(),
             files=(f"{source}.csv",),
         )
         assert self.records.commit_intake(record)
@@ -189,16 +190,16 @@ class Corpus:
             urls = pq.read_table(file).to_pylist()
         rows = [row | _answer(row) for row in urls]
         images = {row["key"]: _jpeg(row["uid"]) for row in rows if row["status"] == "ok"}
-        with Attempt(self.records, task) as attempt:
-            tar, parquet = attempt.folder / "x.tar", attempt.folder / "x.parquet"
+        with ShardCommit(self.records, task) as commit:
+            tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
             stored = write_tar(tar, ((key, {"jpg": image}) for key, image in sorted(images.items())))
             written = write_parquet(parquet, rows_to_table(rows, SAMPLES), SAMPLES)
-            tally = attempt.tally
-            tally.rows_in, tally.rows_out, tally.images = len(rows), stored, stored
+            stats = commit.stats
+            stats.rows_in, stats.rows_out, stats.images = len(rows), stored, stored
             for row in rows:
-                tally.count(row["status"], row["reason"])
-            tally.histograms["width"] = histogram([16.0] * stored, LENGTH_EDGES)
-            return attempt.commit({"tar": (tar, stored), "parquet": (parquet, written)})
+                stats.count(row["status"], row["reason"])
+            stats.histograms["width"] = histogram([16.0] * stored, LENGTH_EDGES)
+            return commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})
 
     def _caption(self, source: str, shard: str) -> ShardRecord:
         rows = [
@@ -207,15 +208,15 @@ class Corpus:
             if sample["status"] == "ok"
             for index in range(NUM_CAPTIONS)
         ]
-        with Attempt(self.records, self.task("caption", source, shard, ("crawl",))) as attempt:
-            parquet = attempt.folder / "x.parquet"
+        with ShardCommit(self.records, self.task("caption", source, shard, ("crawl",))) as commit:
+            parquet = commit.folder / "x.parquet"
             written = write_parquet(parquet, rows_to_table(rows, CAPTIONS), CAPTIONS)
-            tally = attempt.tally
-            tally.rows_in = tally.images = written // NUM_CAPTIONS
-            tally.rows_out, tally.models = written, (CAPTIONER,)
-            tally.count("ok", rows=tally.images)
-            tally.histograms["caption_words"] = histogram([4.0] * written, LENGTH_EDGES)
-            return attempt.commit({"parquet": (parquet, written)})
+            stats = commit.stats
+            stats.rows_in = stats.images = written // NUM_CAPTIONS
+            stats.rows_out, stats.models = written, (CAPTIONER,)
+            stats.count("ok", rows=stats.images)
+            stats.histograms["caption_words"] = histogram([4.0] * written, LENGTH_EDGES)
+            return commit.publish({"parquet": (parquet, written)})
 
     def _rank(self, source: str, shard: str) -> ShardRecord:
         rows = self.read("caption", source, shard)
@@ -227,18 +228,18 @@ class Corpus:
                 )
         for row in rows:
             row |= {"score": score_of(row["uid"], row["origin"], row["candidate"]), "truncated": False}
-        with Attempt(self.records, self.task("rank", source, shard, ("crawl", "caption"))) as attempt:
-            parquet = attempt.folder / "x.parquet"
+        with ShardCommit(self.records, self.task("rank", source, shard, ("crawl", "caption"))) as commit:
+            parquet = commit.folder / "x.parquet"
             rows.sort(key=lambda row: row["key"])
             written = write_parquet(parquet, rows_to_table(rows, CANDIDATES), CANDIDATES)
-            tally = attempt.tally
-            tally.rows_in = tally.rows_out = written
-            tally.images, tally.models = written // (NUM_CAPTIONS + 1), (RANKER,)
-            tally.count("scored", rows=written)
-            tally.histograms["score_web"] = histogram(
+            stats = commit.stats
+            stats.rows_in = stats.rows_out = written
+            stats.images, stats.models = written // (NUM_CAPTIONS + 1), (RANKER,)
+            stats.count("scored", rows=written)
+            stats.histograms["score_web"] = histogram(
                 [row["score"] for row in rows if row["origin"] == "web"], SCORE_EDGES
             )
-            return attempt.commit({"parquet": (parquet, written)})
+            return commit.publish({"parquet": (parquet, written)})
 
     def _select(self, source: str, shard: str) -> ShardRecord:
         return SelectWorker(self.config, self.records)(self.task("select", source, shard, ("crawl", "rank")))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
@@ -78,9 +78,9 @@ def commit_crawl(
     records = Records(Storage(config.corpus.path))
     rows = [sample_row(key, captions.get(key, [])) for key in images]
     rows += [sample_row(key, captions.get(key, []), status="failed", reason="dns") for key in failed]
-    with Attempt(records, task_of(config, "crawl")) as attempt:
-        tar, parquet = attempt.folder / "raw.tar", attempt.folder / "raw.parquet"
+    with ShardCommit(records, task_of(config, "crawl")) as commit:
+        tar, parquet = commit.folder / "raw.tar", commit.folder / "raw.parquet"
         stored = write_tar(tar, images.items())
         written = write_parquet(parquet, rows_to_table(rows, SAMPLES), SAMPLES)
-        attempt.tally.rows_in, attempt.tally.rows_out = written, stored
-        return attempt.commit({"tar": (tar, stored), "parquet": (parquet, written)})
+        commit.stats.rows_in, commit.stats.rows_out = written, stored
+        return commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.corpus.records import Records, now
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar
 from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.read_lists import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
-from schemas.records import IntakeRecord, ShardRecord, ShardTask
+from schemas.records import IntakeRecord, ShardRecord, ShardTask, utc_now
 from schemas.statuses import REASONS, SAMPLE_STATUSES
 from schemas.tables import SAMPLES
 from tests.hostile import JPEG, HostileSite, encoded, picture
@@ -215,7 +215,7 @@ def listed_task(records: Records, urls: list[str]) -> ShardTask:
     batch = IntakeRecord(
         source="web", batch=0, kind="lists", run_id="run", attempt="test", signature="test",
         shards={task.shard: file}, rows_in=file.rows, rows_new=file.rows, rows_duplicate=0, rows_known=0,
-        finished_at=now(),
+        finished_at=utc_now(),
     )  # fmt: skip
     assert records.commit_intake(batch)
     return task

@@ -16,7 +16,7 @@ from jobs.demo.world.alt_texts import alt_text
 from jobs.demo.world.pictures import Encoding, published
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
@@ -82,12 +82,12 @@ def commit(
         }
         for row in rows
     ]
-    with Attempt(records, task) as attempt:
-        tar, parquet = attempt.folder / "x.tar", attempt.folder / "x.parquet"
+    with ShardCommit(records, task) as commit:
+        tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
         stored = write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures))
         written = write_parquet(parquet, rows_to_table(identities, schema), schema)
-        attempt.tally.rows_in = attempt.tally.rows_out = stored
-        attempt.commit({"tar": (tar, stored), "parquet": (parquet, written)})
+        commit.stats.rows_in = commit.stats.rows_out = stored
+        commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})
 
 
 # -- held-out scenes -----------------------------------------------------------------------------------------

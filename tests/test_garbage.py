@@ -1,4 +1,4 @@
-"""Garbage collection: removes what nothing refers to, and nothing else, whatever its age."""
+"""OrphanFile collection: removes what nothing refers to, and nothing else, whatever its age."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.garbage_collection import Garbage, find_garbage, remove
+from pipeline.corpus.garbage_collection import OrphanFile, find_orphans, remove
 from pipeline.manifest.verify import verify
 from schemas.records import STAGE_FOLDERS
 from tests.corpora import RUN, Corpus, make_corpus
@@ -43,7 +43,7 @@ def test_only_what_nothing_refers_to_goes(root: str) -> None:
     corpus.manifest.compact()
     before = {info.path for info in corpus.storage.list("")}
     paths = litter(corpus)
-    found = find_garbage(corpus.records, older_than=NOW)
+    found = find_orphans(corpus.records, older_than=NOW)
     assert {file.path: file.kind for file in found} == paths
     assert {info.path for info in corpus.storage.list("")} == before | set(paths)
     assert remove(corpus.records, found) == found
@@ -58,7 +58,7 @@ def test_what_a_record_names_stays_though_a_listing_missed_the_record(root: str)
     corpus.make("cc", "00000", ("caption",))
     paths = litter(corpus)
     data = [
-        Garbage(path=info.path, kind="orphan", bytes=info.bytes, modified=info.modified)
+        OrphanFile(path=info.path, kind="orphan", bytes=info.bytes, modified=info.modified)
         for folder in STAGE_FOLDERS.values()
         for info in corpus.storage.list(folder)
     ]
@@ -74,7 +74,7 @@ def test_what_a_record_names_stays_though_a_listing_missed_the_record(root: str)
 def test_young_files_stay(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1)
     litter(corpus)
-    assert find_garbage(corpus.records, older_than=timedelta(hours=24)) == []
+    assert find_orphans(corpus.records, older_than=timedelta(hours=24)) == []
 
 
 def test_retired_files_go_only_when_asked_for(local_root: str) -> None:
@@ -84,8 +84,8 @@ def test_retired_files_go_only_when_asked_for(local_root: str) -> None:
     for record in (captions, curated):
         corpus.records.retire(record)
         corpus.make("cc", "00000", (record.stage,))
-    assert find_garbage(corpus.records, older_than=NOW) == []
-    found = find_garbage(corpus.records, older_than=NOW, retired=True)
+    assert find_orphans(corpus.records, older_than=NOW) == []
+    found = find_orphans(corpus.records, older_than=NOW, retired=True)
     # The curated shard was made again under the same name: needed, though a retired record names it too.
     assert [(file.path, file.kind) for file in found] == [(captions.outputs["parquet"].path, "retired")]
     remove(corpus.records, found)
@@ -99,7 +99,7 @@ def test_what_a_killed_create_left_is_no_record(local_root: str) -> None:
     left = "records/crawl/cc/.00001.json.0123456789ab.tmp"
     corpus.storage.write(left, record.replace(b'"shard":"00000"', b'"shard":"00001"'))
     assert [shard for _, _, shard in corpus.records.shards()] == ["00000"]
-    assert [file.path for file in find_garbage(corpus.records, older_than=NOW)] == [left]
+    assert [file.path for file in find_orphans(corpus.records, older_than=NOW)] == [left]
 
 
 @pytest.mark.parametrize("folder", ["raw/cc/linked", "raw/linked", "scores"])
@@ -114,7 +114,7 @@ def test_files_behind_a_link_out_of_the_corpus_are_left_alone(
         file.write_text("mine")
     (tmp_path / "corpus" / folder).symlink_to(tmp_path / "own")
     corpus.storage.write("raw/cc/00000.000000000000.tar", b"orphan")
-    garbage = find_garbage(corpus.records, older_than=NOW, retired=True)
+    garbage = find_orphans(corpus.records, older_than=NOW, retired=True)
     assert [file.path for file in garbage] == ["raw/cc/00000.000000000000.tar"]
     assert "behind links that lead out of it, are left alone" in caplog.text
     remove(corpus.records, garbage)
@@ -126,4 +126,4 @@ def test_a_corpus_that_is_itself_behind_a_link_is_cleaned(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to(tmp_path / "corpus")
     records = Corpus(str(tmp_path / "link")).records
     records.storage.write("raw/cc/00000.000000000000.tar", b"orphan")
-    assert [file.path for file in find_garbage(records, older_than=NOW)] == ["raw/cc/00000.000000000000.tar"]
+    assert [file.path for file in find_orphans(records, older_than=NOW)] == ["raw/cc/00000.000000000000.tar"]

@@ -18,7 +18,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
 from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
-from schemas.catalog import event_schema
+from schemas.catalog import record_row_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.names import is_outside_tar
@@ -183,7 +183,7 @@ def test_the_manifests_parts_name_the_shards_own_files(corpus: Corpus, path: str
     for row in rows:
         row["paths"] = [(name, path if row["stage"] == "crawl" else own) for name, own in row["paths"]]
     for part in Path(corpus.root, "manifest/shards").glob("*.parquet"):
-        pq.write_table(rows_to_table(rows, event_schema("shards")), part)
+        pq.write_table(rows_to_table(rows, record_row_schema("shards")), part)
     for command in (("sql", "SELECT count(*) FROM samples"), ("status",), ("trace", "http://x/")):
         assert "manifest rebuild" in refused(corpus, *command)
     assert CliRunner().invoke(app, ["manifest", "rebuild", corpus.root]).exit_code == 0

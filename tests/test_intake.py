@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import parse_config
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import KnownUids, group_rows, pack_uids, unpack_uids
-from pipeline.corpus.url_shards import taken_over, url_shards
+from pipeline.corpus.url_shards import retried_elsewhere, url_shards
 from pipeline.intake.read_lists import queue_retries, read_lists, unread_rows
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -517,16 +517,14 @@ def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
         inputs={"urls": urls},
     )
     rows = pq.read_table(records.storage.open(urls.outputs["parquet"].path)).to_pylist()
-    with Attempt(records, task) as attempt:
+    with ShardCommit(records, task) as commit:
         for row in rows:
             row["reason"] = reasons.get(row["url"])
             row["status"] = "failed" if row["reason"] else "ok"
-            attempt.tally.count(row["status"], row["reason"])
-        write_parquet(attempt.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
-        (attempt.folder / "no-images").touch()
-        attempt.commit(
-            {"parquet": (attempt.folder / "x", len(rows)), "tar": (attempt.folder / "no-images", 0)}
-        )
+            commit.stats.count(row["status"], row["reason"])
+        write_parquet(commit.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
+        (commit.folder / "no-images").touch()
+        commit.publish({"parquet": (commit.folder / "x", len(rows)), "tar": (commit.folder / "no-images", 0)})
 
 
 def queue(config: CapfiltConfig) -> IntakeRecord | None:
@@ -584,11 +582,11 @@ def test_a_retried_row_leaves_the_decision_to_its_retry(folder: Path) -> None:
     records = records_of(config)
     take_in(config)
     crawl(config, "00000", {"http://a/0": "timeout", "http://a/1": "connect"})
-    assert taken_over(records, "s", "00000") == set()
+    assert retried_elsewhere(records, "s", "00000") == set()
     assert queue(config) is not None
     retried = {sample_uid("s", f"http://a/{n}") for n in range(2)}
-    assert taken_over(records, "s", "00000") == retried
-    assert taken_over(records, "s", "00001") == taken_over(records, "other", "00000") == set()
+    assert retried_elsewhere(records, "s", "00000") == retried
+    assert retried_elsewhere(records, "s", "00001") == retried_elsewhere(records, "other", "00000") == set()
 
     def crawl_anew(shard: str, reasons: dict[str, str]) -> None:
         committed = records.read("crawl", "s", shard)
@@ -608,8 +606,8 @@ def test_a_retried_row_leaves_the_decision_to_its_retry(folder: Path) -> None:
         ("http://a/2", "00002", "00000"),
         ("http://a/1", "00003", "00001"),
     ]
-    assert taken_over(records, "s", "00000") == {sample_uid("s", f"http://a/{n}") for n in range(3)}
-    assert taken_over(records, "s", "00001") == {sample_uid("s", "http://a/1")}
+    assert retried_elsewhere(records, "s", "00000") == {sample_uid("s", f"http://a/{n}") for n in range(3)}
+    assert retried_elsewhere(records, "s", "00001") == {sample_uid("s", "http://a/1")}
     crawl(config, "00002", {})
     crawl(config, "00003", {})
     crawl_anew("00001", {"http://a/1": "retried"})

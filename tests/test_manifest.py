@@ -17,12 +17,11 @@ import pyarrow as pa
 import pytest
 
 import pipeline.manifest.compaction
-from pipeline.corpus.records import now
 from pipeline.corpus.storage import Storage
-from pipeline.manifest.compaction import Parts
+from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import CATALOG, Manifest
 from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
-from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
+from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord, utc_now
 from schemas.tables import TABLES
 from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus
 
@@ -50,7 +49,7 @@ def part_files(corpus: Corpus, table: str = "shards") -> list[str]:
 def quarantine(corpus: Corpus, shard: str, error: str) -> None:
     corpus.records.quarantine(
         QuarantineRecord(
-            stage="rank", source="cc", shard=shard, run_id=RUN, attempts=3, error=error, finished_at=now()
+            stage="rank", source="cc", shard=shard, run_id=RUN, attempts=3, error=error, finished_at=utc_now()
         )
     )
 
@@ -274,19 +273,19 @@ def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
 def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compactions, rows_each = 300, 10
     written = {"new": 0, "merged": 0}
-    original = Parts._write
+    original = CompactedRecords._write
 
-    def write(self: Parts, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
+    def write(self: CompactedRecords, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
         written["merged" if replaces else "new"] += rows.num_rows
         original(self, table, rows, replaces)
 
-    monkeypatch.setattr(Parts, "_write", write)
+    monkeypatch.setattr(CompactedRecords, "_write", write)
     corpus = Corpus(local_root)
     batch = IntakeRecord(
         source="cc", batch=0, kind="lists", run_id=RUN, attempt="a", signature="s", shards={},
-        rows_in=0, rows_new=0, rows_duplicate=0, rows_known=0, finished_at=now(),
+        rows_in=0, rows_new=0, rows_duplicate=0, rows_known=0, finished_at=utc_now(),
     )  # fmt: skip
-    parts = Parts(corpus.storage)
+    parts = CompactedRecords(corpus.storage)
     for number in range(compactions):
         names = [f"{number * rows_each + index:05d}" for index in range(rows_each)]
         shards = {
@@ -303,9 +302,9 @@ def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.Monke
 def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(local_root, shards=1)
     inside, most = threading.Semaphore(1), []
-    original = Parts._found
+    original = CompactedRecords._found
 
-    def listed(self: Parts) -> dict[str, list[str]]:
+    def listed(self: CompactedRecords) -> dict[str, list[str]]:
         alone = inside.acquire(blocking=False)
         time.sleep(0.05)
         found = original(self)
@@ -313,7 +312,7 @@ def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) ->
         inside.release()
         return found
 
-    monkeypatch.setattr(Parts, "_found", listed)
+    monkeypatch.setattr(CompactedRecords, "_found", listed)
     asked = (corpus.manifest.compact, corpus.manifest.rebuild, corpus.manifest._parts.tables)
     with ThreadPoolExecutor(6) as threads:
         for answer in [threads.submit(ask) for ask in asked * 2]:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerprint
-from pipeline.corpus.records import Records, now
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig, CrawlConfig
-from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
+from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask, utc_now
 
 CONFIG = CapfiltConfig.model_validate({"corpus": {"path": "x"}, "source": [{"name": "s", "input": ["y"]}]})
 
@@ -34,27 +34,27 @@ def task(root: str, fingerprint: str = "f" * 64) -> ShardTask:
     )
 
 
-def make(records: Records, content: bytes, root: str, plain: bool = False) -> tuple[Attempt, ShardRecord]:
-    with Attempt(records, task(root), plain_names=plain) as attempt:
-        file = attempt.folder / "out"
+def make(records: Records, content: bytes, root: str, plain: bool = False) -> tuple[ShardCommit, ShardRecord]:
+    with ShardCommit(records, task(root), plain_names=plain) as commit:
+        file = commit.folder / "out"
         file.write_bytes(content)
-        attempt.tally.rows_in, attempt.tally.rows_out = 3, 2
-        attempt.tally.count("ok", rows=2)
-        attempt.tally.count("dropped", "why")
-        attempt.tally.histograms["h"] = Histogram(edges=(0.0, 0.5, 1.0), counts=(1, 2))
-        return attempt, attempt.commit({"parquet": (file, 2)})
+        commit.stats.rows_in, commit.stats.rows_out = 3, 2
+        commit.stats.count("ok", rows=2)
+        commit.stats.count("dropped", "why")
+        commit.stats.histograms["h"] = Histogram(edges=(0.0, 0.5, 1.0), counts=(1, 2))
+        return commit, commit.publish({"parquet": (file, 2)})
 
 
 def test_commit_round_trip(root: str) -> None:
     records = Records(Storage(root))
-    attempt, record = make(records, b"abc", root)
-    assert record.attempt == attempt.id
-    assert record.outputs["parquet"].path == f"captions/s/00000.{attempt.id}.parquet"
+    commit, record = make(records, b"abc", root)
+    assert record.attempt == commit.id
+    assert record.outputs["parquet"].path == f"captions/s/00000.{commit.id}.parquet"
     assert record.counts == {"ok": 2, "dropped": 1, "dropped/why": 1}
     assert records.read("caption", "s", "00000") == record
     assert records.shards() == {("caption", "s", "00000"): replace(record, histograms={})}
     assert ShardRecord.from_json(record.to_json()).digest() == record.digest()
-    assert not attempt.folder.exists()
+    assert not commit.folder.exists()
 
 
 def test_loser_takes_its_files_back(root: str) -> None:
@@ -73,7 +73,13 @@ def test_commit_ends_attempts_and_quarantine(root: str) -> None:
     assert records.begin_attempt("caption", "s", "00000", "c", "another-run") == 1
     records.quarantine(
         QuarantineRecord(
-            stage="caption", source="s", shard="00000", run_id="r", attempts=3, error="e", finished_at=now()
+            stage="caption",
+            source="s",
+            shard="00000",
+            run_id="r",
+            attempts=3,
+            error="e",
+            finished_at=utc_now(),
         )
     )
     assert ("caption", "s", "00000") in records.quarantined()
@@ -111,8 +117,8 @@ def test_a_put_that_was_sent_twice_is_still_ours(root: str, monkeypatch: pytest.
     records = Records(storage)
     create = Storage.create
     monkeypatch.setattr(Storage, "create", lambda self, *what: create(self, *what) and create(self, *what))
-    attempt, record = make(records, b"abc", root)
-    assert record.attempt == attempt.id
+    commit, record = make(records, b"abc", root)
+    assert record.attempt == commit.id
     assert storage.read(record.outputs["parquet"].path) == b"abc"
 
 
@@ -120,29 +126,29 @@ def test_recomputation_that_fails_leaves_the_old_shard(root: str) -> None:
     records = Records(Storage(root))
     _, old = make(records, b"old", root)
     stale = replace(task(root, "e" * 64), replaces=old)
-    with pytest.raises(OSError), Attempt(records, stale) as attempt:
-        attempt.commit({"parquet": (attempt.folder / "never-made", 0)})
+    with pytest.raises(OSError), ShardCommit(records, stale) as commit:
+        commit.publish({"parquet": (commit.folder / "never-made", 0)})
     assert records.read("caption", "s", "00000") == old
-    with Attempt(records, stale) as attempt:
-        (attempt.folder / "out").write_bytes(b"new")
-        new = attempt.commit({"parquet": (attempt.folder / "out", 0)})
-    assert records.read("caption", "s", "00000") == new and new.attempt == attempt.id
+    with ShardCommit(records, stale) as commit:
+        (commit.folder / "out").write_bytes(b"new")
+        new = commit.publish({"parquet": (commit.folder / "out", 0)})
+    assert records.read("caption", "s", "00000") == new and new.attempt == commit.id
     assert records.retired() == [old]
 
 
 def test_late_worker_of_another_config_overwrites_nothing(root: str) -> None:
     records = Records(Storage(root))
-    with Attempt(records, task(root, "0" * 64), plain_names=True) as late:
+    with ShardCommit(records, task(root, "0" * 64), plain_names=True) as late:
         (late.folder / "out").write_bytes(b"by the old config")
         _, standing = make(records, b"by the new config", root, plain=True)
-        assert late.commit({"parquet": (late.folder / "out", 1)}) == standing
+        assert late.publish({"parquet": (late.folder / "out", 1)}) == standing
     assert records.storage.read(standing.outputs["parquet"].path) == b"by the new config"
 
 
 def test_bytes_that_were_overwritten_lose_their_record(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The worst moment: the other one commits between our look and our put.
     records = Records(Storage(root))
-    with Attempt(records, task(root, "0" * 64), plain_names=True) as late:
+    with ShardCommit(records, task(root, "0" * 64), plain_names=True) as late:
         (late.folder / "out").write_bytes(b"by the old config")
         read = Records.read
         looks = iter([None])
@@ -150,7 +156,7 @@ def test_bytes_that_were_overwritten_lose_their_record(root: str, monkeypatch: p
         make(records, b"by the new config", root, plain=True)
         looks = iter([None])
         with pytest.raises(RuntimeError, match="different configs"):
-            late.commit({"parquet": (late.folder / "out", 1)})
+            late.publish({"parquet": (late.folder / "out", 1)})
     assert records.shards() == {}
 
 
@@ -237,9 +243,9 @@ def test_run_is_its_end_once_it_has_one(root: str) -> None:
 
     records = Records(Storage(root))
     start = RunRecord(
-        run_id="1", command="run", config={}, config_digest="", started_at=now(), host="h", versions={}
+        run_id="1", command="run", config={}, config_digest="", started_at=utc_now(), host="h", versions={}
     )
     records.write_run(start)
     assert [run.outcome for run in records.runs()] == [None]
-    records.write_run(replace(start, outcome="done", finished_at=now()))
+    records.write_run(replace(start, outcome="done", finished_at=utc_now()))
     assert [run.outcome for run in records.runs()] == ["done"]

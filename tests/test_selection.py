@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample_row, task_of
 
-from pipeline.corpus.commit import Attempt
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.storage import Storage
@@ -178,10 +178,10 @@ def commit_scores(config: CapfiltConfig, candidates: dict[str, list[Candidate]])
         for key, ones in candidates.items()
         for one in ones
     ]
-    with Attempt(Records(Storage(config.corpus.path)), task_of(config, "rank")) as attempt:
-        path = attempt.folder / "scores.parquet"
+    with ShardCommit(Records(Storage(config.corpus.path)), task_of(config, "rank")) as commit:
+        path = commit.folder / "scores.parquet"
         written = write_parquet(path, rows_to_table(rows, CANDIDATES), CANDIDATES)
-        return attempt.commit({"parquet": (path, written)})
+        return commit.publish({"parquet": (path, written)})
 
 
 CANDIDATES_BY_KEY = {

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.storage import Storage, storage_trouble, sweep_temporary_folders, temporary_folder
+from pipeline.corpus.scratch import sweep_temporary_folders, temporary_folder
+from pipeline.corpus.storage import Storage
+from pipeline.corpus.storage_errors import storage_error_message
 from schemas.errors import CapfiltError
 
 
@@ -173,4 +175,4 @@ def test_a_root_that_is_there_or_can_be_made_is_fine(tmp_path: Path, s3_root: st
 def test_a_folder_that_cannot_be_made_is_one_line() -> None:
     with pytest.raises(NotADirectoryError) as refused:
         Storage("/proc/capfilt").write("file", b"")
-    assert storage_trouble(refused.value).startswith("No folder can be made there: /proc/capfilt; ")
+    assert storage_error_message(refused.value).startswith("No folder can be made there: /proc/capfilt; ")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline.corpus.storage import storage_trouble
+from pipeline.corpus.storage_errors import storage_error_message
 from tests.processes import cli
 
 _CONFIG = """
@@ -57,7 +57,7 @@ def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
     ],
 )
 def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
-    line = storage_trouble(OSError(number, os.strerror(number), "/data/x"))
+    line = storage_error_message(OSError(number, os.strerror(number), "/data/x"))
     assert line is not None and os.strerror(number) in line and "/data/x" in line and mend in line
 
 
@@ -65,4 +65,4 @@ def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
     "error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError("y")]
 )
 def test_other_errors_are_not_explained_away(error: Exception) -> None:
-    assert storage_trouble(error) is None
+    assert storage_error_message(error) is None

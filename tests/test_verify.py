@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.shard_files import read_tar, rows_to_table, write_parquet, write_tar
-from pipeline.corpus.url_shards import taken_over
+from pipeline.corpus.url_shards import retried_elsewhere
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify import verify
 from schemas.records import Stage
@@ -57,8 +57,8 @@ def edit_tar(corpus: Corpus, stage: Stage, edit: Callable[[list], list], tmp_pat
 def test_a_sound_corpus_is_clean(root: str) -> None:
     corpus = make_corpus(root, sources=("cc", "laion"))
     retried = corpus.add_retry("cc", of="00000", shard="00002", batch=1)
-    assert taken_over(corpus.records, "cc", "00000") == set(retried) != set()
-    assert taken_over(corpus.records, "laion", "00000") == set()
+    assert retried_elsewhere(corpus.records, "cc", "00000") == set(retried) != set()
+    assert retried_elsewhere(corpus.records, "laion", "00000") == set()
     corpus.make("cc", "00002")
     corpus.manifest.compact()
     found = verify(corpus.manifest)

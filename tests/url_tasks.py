@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.fingerprint import sample_uid
-from pipeline.corpus.records import Records, now
+from pipeline.corpus.records import Records
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig
-from schemas.records import OutputFile, ShardRecord, ShardTask
+from schemas.records import OutputFile, ShardRecord, ShardTask, utc_now
 from schemas.tables import URLS
 
 
@@ -56,7 +57,7 @@ def crawl_task(records: Records, rows: Sequence[Mapping[str, Any]], adopted: str
     urls = ShardRecord(
         stage="urls", source="web", shard=shard, run_id="run", attempt="test", fingerprint=file.sha256,
         inputs={}, outputs=outputs, rows_in=len(rows), rows_out=len(rows), images=0, counts={},
-        started_at=now(), finished_at=now(),
+        started_at=utc_now(), finished_at=utc_now(),
     )  # fmt: skip
     return ShardTask(
         corpus=records.storage.root, stage="crawl", source="web", kind="web", shard=shard, run_id="run",

@@ -32,12 +32,11 @@ from pipeline.corpus.checkpoint_files import (
     SavedCheckpoints,
     find_checkpoint,
 )
-from pipeline.corpus.records import now
-from pipeline.corpus.storage import first_line, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint
+from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint, utc_now
 
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -167,7 +166,7 @@ class Checkpoints(SavedCheckpoints):
         if not self.storage.is_local:
             for file in files:
                 self.storage.put(folder / file, f"{name}/{file}")
-        made = replace(record, path=name, sha256=files, created_at=now())
+        made = replace(record, path=name, sha256=files, created_at=utc_now())
         created = self.storage.create(f"{name}.json", made.to_json().encode())
         assert created, f"{name} was there already"
         return made

@@ -27,7 +27,7 @@ from jobs.bench.fixtures.models import (
 )
 from jobs.bench.generate import engine, generate, prompt_ids, uniform_numbers
 from jobs.bench.toptwo import measure_top_two
-from pipeline.corpus.storage import temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.generation import NOTHING, RowSampler
 from pipeline.models.device import compute_dtype, device_name, worker_device

@@ -21,7 +21,8 @@ from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.bench.fixtures.server import serving
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig, CrawlConfig

@@ -28,7 +28,7 @@ from jobs.demo.world.alt_texts import alt_text
 from jobs.demo.world.pictures import picture_set
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true
-from pipeline.corpus.storage import temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.images.preprocess import PixelRecipe, normalise
 from pipeline.models.device import device_name, worker_device
 from pipeline.models.fp8 import quantise, require_fp8, require_torchao

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig
 

@@ -18,7 +18,7 @@ from typing import Any
 from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from jobs.bench.fixtures.pictures import jpeg
-from pipeline.corpus.storage import temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.stages.selection import SelectWorker
 
 _SIZE_PX = (512, 512)

@@ -8,7 +8,7 @@ import duckdb
 
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
-from pipeline.corpus.storage import temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.manifest.manifest import CATALOG, Manifest
 from pipeline.manifest.sample_trace import trace
 

@@ -9,7 +9,8 @@ from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from jobs.bench.fixtures.pictures import jpeg
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import Storage
 from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardTask

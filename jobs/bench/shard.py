@@ -26,8 +26,8 @@ from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.models import END_CHANCE, blip_large, end_after, save_captioner, save_ranker
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import temporary_folder
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.device import device_name, worker_device
 from pipeline.stages.caption import CaptionWorker

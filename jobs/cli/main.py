@@ -247,9 +247,9 @@ def main() -> None:
         complain(error)
         sys.exit(2)
     except Exception as error:
-        from pipeline.corpus.storage import storage_trouble
+        from pipeline.corpus.storage_errors import storage_error_message
 
-        if told := storage_trouble(error):
+        if told := storage_error_message(error):
             complain(told)
             sys.exit(2)
         print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)

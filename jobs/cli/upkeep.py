@@ -66,11 +66,11 @@ def gc(
 
     from jobs.output.render import print_json, print_table
     from jobs.output.values import readable_bytes
-    from pipeline.corpus.garbage_collection import find_garbage, remove
+    from pipeline.corpus.garbage_collection import find_orphans, remove
     from pipeline.corpus.records import Records
 
     records = Records(storage)
-    garbage = find_garbage(records, older_than=_age(older_than), retired=retired)
+    garbage = find_orphans(records, older_than=_age(older_than), retired=retired)
     if not dry_run:
         garbage = remove(records, garbage)
     size = sum(file.bytes for file in garbage)

@@ -13,12 +13,13 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.cluster.progress_actor import Outcome
 from jobs.cluster.sharing import Calls
-from pipeline.corpus.records import Records, now
-from pipeline.corpus.storage import Storage, sweep_temporary_folders
+from pipeline.corpus.records import Records
+from pipeline.corpus.scratch import sweep_temporary_folders
+from pipeline.corpus.storage import Storage
 from pipeline.stages.plan import ModelDigests, next_step, stages_of, upstream_of
 from schemas.config import CapfiltConfig, StageResources
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
-from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
+from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage, utc_now
 
 # Between tries of a step whose storage fails outside the worker's own attempts.
 _STORAGE_WAITS_S = (1.0, 10.0, 60.0)
@@ -155,7 +156,7 @@ class StageActor:
                 run_id=task.run_id,
                 attempts=min(begun, task.max_attempts),
                 error=error[-4000:],
-                finished_at=now(),
+                finished_at=utc_now(),
             )
         )
         return Outcome(

@@ -17,7 +17,7 @@ from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
 from jobs.launcher import TIMEOUT_S, Outcome, gravest, say, train_as
-from pipeline.corpus.storage import temporary_folder
+from pipeline.corpus.scratch import temporary_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord

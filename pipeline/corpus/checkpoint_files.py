@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.corpus.records import read_bounded
-from pipeline.corpus.storage import FileInfo, Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.digests import sha256_file
 from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CapfiltError

@@ -1,19 +1,24 @@
-"""One attempt at one shard: outputs made locally, checked, uploaded under the attempt's name, committed last."""
+"""The commit of one shard: outputs are built locally, uploaded under unique names, and made visible by the record.
+
+The record is written last, and only if the shard has none: of several commits of one shard exactly one counts.
+"""
 
 import contextlib
 import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.corpus.records import Records, now
-from pipeline.corpus.storage import temporary_folder
+import numpy as np
+
+from pipeline.corpus.records import Records
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
-from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask
+from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask, utc_now
 
 _LIBRARIES = (
     "capfilt",
@@ -26,6 +31,19 @@ _LIBRARIES = (
     "ray",
 )
 
+# Histograms have fixed edges, so that those of 13,000 shards can be added up.
+# Cosine similarities. CLIP ViT-L/14 puts web pairs between 0.05 and 0.4; a CLIP made for one small world goes
+# up to 0.9.
+SCORE_EDGES = tuple(round(0.005 * step, 3) for step in range(-40, 201))
+LENGTH_EDGES = tuple(float(length) for length in range(65))
+
+
+def histogram(values: Sequence[float] | np.ndarray, edges: tuple[float, ...]) -> Histogram:
+    """Count values into bins; those outside go to the first or last bin."""
+    inside = np.clip(np.asarray(values, np.float64), edges[0], edges[-1])
+    counts, _ = np.histogram(inside, np.asarray(edges))
+    return Histogram(edges=edges, counts=tuple(counts.tolist()))
+
 
 def library_versions() -> dict[str, str]:
     """Return the versions that a record names."""
@@ -37,7 +55,7 @@ def library_versions() -> dict[str, str]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
+class ShardStats:
     """What a stage counted while it worked on a shard."""
 
     rows_in: int = 0
@@ -66,10 +84,10 @@ class Tally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
-class Attempt:
-    """Make a shard's files in ``folder`` (local), then ``commit`` them. Use as a context manager.
+class ShardCommit:
+    """Build a shard's files in ``folder`` (local), then ``publish`` them. Use as a context manager.
 
-    ``plain_names``: the output is a pure function of the input, byte for byte, so every attempt may write the
+    ``plain_names``: the output is a pure function of the input, byte for byte, so every commit may write the
     same name (curated shards, which others glob).
     """
 
@@ -78,11 +96,11 @@ class Attempt:
         self.task = task
         self.plain_names = plain_names
         self.id = uuid.uuid4().hex[:12]
-        self.tally = Tally()
+        self.stats = ShardStats()
 
-    def __enter__(self) -> "Attempt":
+    def __enter__(self) -> "ShardCommit":
         self._start = time.perf_counter()
-        self._started_at = now()
+        self._started_at = utc_now()
         self._scratch = contextlib.ExitStack()
         self.folder = self._scratch.enter_context(temporary_folder())
         return self
@@ -91,85 +109,87 @@ class Attempt:
         self._scratch.close()
 
     def output_path(self, suffix: str) -> str:
-        """Return the corpus path of an output: ``raw/cc3m/00000.<attempt>.tar``."""
+        """Return the corpus path of an output: ``raw/cc3m/00000.<commit id>.tar``."""
         name = self.task.shard if self.plain_names else f"{self.task.shard}.{self.id}"
         return f"{STAGE_FOLDERS[self.task.stage]}/{self.task.source}/{name}.{suffix}"
 
-    def commit(
-        self, files: Mapping[str, tuple[Path, int]], adopted: Mapping[str, OutputFile] | None = None
+    def publish(
+        self, files: Mapping[str, tuple[Path, int]], imported: Mapping[str, OutputFile] | None = None
     ) -> ShardRecord:
         """Upload the files, then create the record if absent; return the record that stands.
 
         Args:
             files: by suffix, the local file and the rows (or samples) it holds.
-            adopted: files outside the corpus that the record refers to where they lie.
+            imported: files outside the corpus that the record refers to where they lie.
 
-        A loser deletes its own files. Between upload and record nothing is visible to a reader. A stale record
-        is retired no earlier than it must be: work that fails leaves the old shard standing.
+        If another commit won, its record is returned and this one's files are deleted. Between upload and record
+        nothing is visible to a reader. A stale record is retired as late as possible: work that fails leaves the
+        old shard in place.
         """
-        outputs = dict(adopted or {})
         if self.plain_names:
-            # These uploads overwrite: never under a record that stands for other bytes.
-            if self.task.replaces is not None:
-                self.records.retire(self.task.replaces)
+            # These uploads overwrite: never while a record refers to other bytes of that name.
+            self._retire_replaced()
             if standing := self._standing():
                 return standing
-        with self.tally.timed("write"):
-            for suffix, (local, rows) in files.items():
-                path = self.output_path(suffix)
-                outputs[suffix] = OutputFile(
-                    path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows
-                )
-                self.records.storage.put(local, path)
-        task, tally = self.task, self.tally
-        # Not the time that another shard of the same worker had the device: both count that once.
-        tally.seconds["total"] = time.perf_counter() - self._start - tally.seconds.get("wait", 0.0)
-        record = ShardRecord(
+        with self.stats.timed("write"):
+            uploaded = {suffix: self._upload(suffix, *file) for suffix, file in files.items()}
+        record = self._record({**(imported or {}), **uploaded})
+        self._retire_replaced()
+        if self.records.commit(record):
+            self.records.end_attempts(record.stage, record.source, record.shard)
+            return record
+        return self._lose(record, uploaded)
+
+    def _upload(self, suffix: str, local: Path, rows: int) -> OutputFile:
+        path = self.output_path(suffix)
+        output = OutputFile(path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows)
+        self.records.storage.put(local, path)
+        return output
+
+    def _record(self, outputs: Mapping[str, OutputFile]) -> ShardRecord:
+        task, stats = self.task, self.stats
+        # Without the time that another shard of the same worker had the device: else both would count it.
+        stats.seconds["total"] = time.perf_counter() - self._start - stats.seconds.get("wait", 0.0)
+        return ShardRecord(
             stage=task.stage,
             source=task.source,
             shard=task.shard,
             run_id=task.run_id,
             attempt=self.id,
             fingerprint=task.fingerprint,
-            inputs={
-                f"{stage}.{name}": sha
-                for stage, upstream in sorted(task.inputs.items())
-                for name, sha in upstream.input_digests().items()
-            },
+            inputs=task.input_digests(),
             outputs=outputs,
-            rows_in=tally.rows_in,
-            rows_out=tally.rows_out,
-            images=tally.images,
-            counts=tally.counts,
-            histograms=tally.histograms,
-            seconds={part: round(seconds, 4) for part, seconds in tally.seconds.items()},
-            models=tally.models,
-            device=tally.device,
+            rows_in=stats.rows_in,
+            rows_out=stats.rows_out,
+            images=stats.images,
+            counts=stats.counts,
+            histograms=stats.histograms,
+            seconds={part: round(seconds, 4) for part, seconds in stats.seconds.items()},
+            models=stats.models,
+            device=stats.device,
             started_at=self._started_at,
-            finished_at=now(),
+            finished_at=utc_now(),
             host=socket.gethostname(),
             versions=library_versions(),
         )
-        if task.replaces is not None:
-            self.records.retire(task.replaces)
-        if self.records.commit(record):
-            self.records.end_attempts(task.stage, task.source, task.shard)
-            return record
-        return self._lose(record, set(files))
+
+    def _retire_replaced(self) -> None:
+        if self.task.replaces is not None:
+            self.records.retire(self.task.replaces)
 
     def _standing(self) -> ShardRecord | None:
         return self.records.read(self.task.stage, self.task.source, self.task.shard)
 
-    def _lose(self, record: ShardRecord, suffixes: set[str]) -> ShardRecord:
-        """Take back what another attempt's record does not stand for; return that record."""
+    def _lose(self, record: ShardRecord, uploaded: Mapping[str, OutputFile]) -> ShardRecord:
+        """Undo the uploads of a commit whose record came second; return the record that came first."""
         winner = self._standing()
         if winner is None:
             raise RuntimeError("the record that won was retired meanwhile: two recomputations at once")
         if not self.plain_names:
-            for suffix in suffixes:
-                self.records.storage.delete(record.outputs[suffix].path)
+            for file in uploaded.values():
+                self.records.storage.delete(file.path)
         elif winner.input_digests() != record.input_digests():
-            # Another config's bytes, and ours lie over them now: nobody's, so the shard is to be made again.
+            # Made under another config, and overwritten by this commit: the files now belong to no record.
             self.records.retire(winner)
             raise RuntimeError(
                 "two runs with different configs select the same shard at once; stop one of them"

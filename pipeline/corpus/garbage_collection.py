@@ -23,7 +23,7 @@ _STAGES = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Garbage:
+class OrphanFile:
     """One file to remove."""
 
     path: str
@@ -32,7 +32,7 @@ class Garbage:
     modified: datetime
 
 
-def find_garbage(records: Records, *, older_than: timedelta, retired: bool = False) -> list[Garbage]:
+def find_orphans(records: Records, *, older_than: timedelta, retired: bool = False) -> list[OrphanFile]:
     """Return the files that nothing needs and that are older than any attempt in flight can be.
 
     Args:
@@ -61,7 +61,7 @@ def find_garbage(records: Records, *, older_than: timedelta, retired: bool = Fal
             continue
         kind = _kind(info, needed, replaced, is_data=info.path.split("/")[0] in STAGE_FOLDERS.values())
         if kind is not None and info.modified < before and (kind != "retired" or retired):
-            garbage.append(Garbage(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
+            garbage.append(OrphanFile(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
     return garbage
 
 
@@ -78,13 +78,13 @@ def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
     }
 
 
-def remove(records: Records, garbage: Iterable[Garbage]) -> list[Garbage]:
+def remove(records: Records, garbage: Iterable[OrphanFile]) -> list[OrphanFile]:
     """Delete the files; return those that went.
 
     The records are asked once more, file by file: a listing that missed one would cost committed data.
     """
 
-    def delete(file: Garbage) -> bool:
+    def delete(file: OrphanFile) -> bool:
         if file.kind in ("orphan", "retired") and _is_needed(records, file):
             return False
         records.storage.delete(file.path)
@@ -95,7 +95,7 @@ def remove(records: Records, garbage: Iterable[Garbage]) -> list[Garbage]:
         return [file for file, gone in zip(garbage, deleters.map(delete, garbage), strict=True) if gone]
 
 
-def _is_needed(records: Records, file: Garbage) -> bool:
+def _is_needed(records: Records, file: OrphanFile) -> bool:
     """Tell whether a record of the file's own shard names it: the committed one; of an orphan, a retired one too."""
     if file.path.count("/") != 2:
         return False  # no attempt writes there

@@ -13,12 +13,11 @@ name says, and names files of the corpus alone; a tar outside it only where the 
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TypeVar
 
-from pipeline.corpus.storage import FileInfo, Storage, first_line
+from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.regular_files import NotRegularFileError
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
 from schemas.names import is_outside_tar
 from schemas.records import (
     STAGES,
@@ -37,11 +36,6 @@ R = TypeVar("R", bound=Json)
 
 # An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
 _MAX_BYTES = 64 * 2**20
-
-
-def now() -> str:
-    """Return the time as records hold it: ISO 8601, UTC, microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def is_corpus(storage: Storage) -> bool:

@@ -8,9 +8,6 @@ import contextlib
 import errno
 import os
 import shutil
-import socket
-import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +19,8 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.regular_files import NotRegularFileError, open_regular, require_regular
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.regular_files import open_regular, require_regular
 from schemas.errors import CapfiltError
 
 Item = TypeVar("Item")
@@ -31,19 +29,6 @@ Result = TypeVar("Result")
 _READERS, _LOCAL_FILES_A_THREAD = 32, 64
 # Where a put can be made conditional on absence.
 _PROTOCOLS = {"s3", "s3a", "gs", "gcs"}
-# The mends of what a disk refuses.
-_ERRNO_HINTS = {
-    errno.ENOSPC: "make room",
-    errno.EFBIG: "make room, or raise the limit of a file's size",
-    errno.EDQUOT: "make room, or ask for a larger quota",
-    errno.EROFS: "name a folder that may be written",
-    errno.EACCES: "give this user the right to, or name another place",
-    errno.EPERM: "give this user the right to, or name another place",
-    errno.ENOTDIR: "a file stands where a folder is expected; name a folder",
-    errno.EISDIR: "a folder stands where a file is expected; name a file",
-    errno.ENAMETOOLONG: "name a shorter path",
-    errno.ELOOP: "a link leads back to itself; name a folder",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,88 +301,3 @@ def _create_exclusively(target: Path, data: bytes) -> bool:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix()}{os.getpid()}-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def sweep_temporary_folders() -> int:
-    """Remove the scratch folders that killed processes of this machine left; return how many."""
-    swept = 0
-    prefix = _scratch_prefix()
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        pid = folder.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-            swept += 1
-    return swept
-
-
-def _scratch_prefix() -> str:
-    """Return a name that no other machine's or container's processes use, should they share the folder."""
-    try:
-        space = Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
-    except OSError:
-        space = "0"
-    return f"capfilt-{socket.gethostname()}-{space}-"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def storage_trouble(error: BaseException) -> str | None:
-    """Return why storage cannot be used, with the mend; None where the error says something else.
-
-    S3 and GCS libraries raise errors of their own, no OSError, where credentials or the network are missing.
-    """
-    if _is(error, "botocore.exceptions", "NoCredentialsError"):
-        return (
-            "S3 wants credentials and there are none; "
-            "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    if _is(error, "botocore.exceptions", "BotoCoreError"):
-        hint = "check AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the network"
-        return f"S3 cannot be used: {first_line(error)}; {hint}"
-    if _is(error, "google.auth.exceptions", "GoogleAuthError"):
-        return (
-            f"GCS wants credentials: {first_line(error)} Set GOOGLE_APPLICATION_CREDENTIALS, or log in with "
-            "`gcloud auth application-default login`"
-        )
-    if not isinstance(error, OSError):
-        return None
-    if isinstance(error, NotRegularFileError):
-        return f"{error.filename} cannot be read: {error.strerror}; remove it, or put the file itself there"
-    cause = error.__cause__
-    if _is(cause, "botocore.exceptions", "ClientError"):
-        call = getattr(cause, "operation_name", "a request")
-        hint = "check that the bucket exists, and that these credentials may use it"
-        return f"S3 refused {call}: {first_line(error)}; {hint}"
-    if error.errno in _ERRNO_HINTS:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}; {_ERRNO_HINTS[error.errno]}"
-    return None
-
-
-def _is(error: BaseException | None, module: str, name: str) -> bool:
-    """Tell whether an error is of a library's class, without importing the library."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(error, getattr(loaded, name))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its class where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -105,7 +105,7 @@ def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
     return KnownUids(np.concatenate([pack_uids([]), *storage.map(read, paths)]))
 
 
-def taken_over(records: Records, source: str, shard: str) -> set[str]:
+def retried_elsewhere(records: Records, source: str, shard: str) -> set[str]:
     """Return the uids of a shard that later shards, queued to try them again, took over."""
     paths = [
         file.path

@@ -14,7 +14,7 @@ from schemas.records import ShardRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForeignShard:
+class Img2datasetShard:
     """A tar of img2dataset's, and the Parquet beside it that has a row for every URL."""
 
     tar: FileInfo
@@ -56,7 +56,7 @@ def _local_path(text: str) -> PurePosixPath:
     return PurePosixPath(LocalFileSystem._strip_protocol(text))
 
 
-def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> list[ForeignShard]:
+def find_img2dataset_shards(folders: Sequence[str], storage: Storage, key: str) -> list[Img2datasetShard]:
     """Return the shards of img2dataset's output folders, in the order given, then by name.
 
     Raises CapfiltError, naming the config's ``key``, where a folder has no tar or a tar has no Parquet.
@@ -76,7 +76,7 @@ def find_foreign_shards(folders: Sequence[str], storage: Storage, key: str) -> l
                     f"{key}: {tar} has no {parquet.rpartition('/')[2]} beside it; img2dataset writes one "
                     "with --output_format webdataset, once the shard is complete"
                 )
-            shards.append(ForeignShard(tar=storage.info(tar), parquet=storage.info(parquet)))
+            shards.append(Img2datasetShard(tar=storage.info(tar), parquet=storage.info(parquet)))
     return shards
 
 

@@ -15,17 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.records import Records, now
-from pipeline.corpus.storage import FileInfo, temporary_folder
+from pipeline.corpus.records import Records
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import FileInfo
 from pipeline.corpus.url_shards import UrlShardWriter, known_uids, next_number
 from pipeline.digests import digest_json
 from pipeline.intake.dedup import Pairs
-from pipeline.intake.img2dataset_folders import ForeignShard, find_foreign_shards
+from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.retries import TRANSIENT
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
-from schemas.records import IntakeRecord, ShardRecord
+from schemas.records import IntakeRecord, ShardRecord, utc_now
 from schemas.tables import URLS
 
 
@@ -60,7 +61,7 @@ class _Input:
     source: SourceConfig
     lists: tuple[str, ...]
     files: tuple[FileInfo, ...]
-    adoptable: dict[str, ForeignShard]
+    adoptable: dict[str, Img2datasetShard]
 
     @property
     def signature(self) -> str:
@@ -128,7 +129,7 @@ def _find_input(source: SourceConfig, records: Records) -> _Input:
             files=(*lists, *captions),
             adoptable={},
         )
-    shards = find_foreign_shards(source.input, records.storage, key)
+    shards = find_img2dataset_shards(source.input, records.storage, key)
     return _Input(
         source=source,
         lists=tuple(shard.parquet.path for shard in shards),
@@ -162,7 +163,7 @@ def _make_batch(
     name, attempt = found.source.name, uuid.uuid4().hex[:12]
     pairs = Pairs(found.source, records.storage, lists)
     identified = pairs.identify(known_uids(earlier, records.storage))
-    adopted: dict[str, ForeignShard] = {}
+    adopted: dict[str, Img2datasetShard] = {}
     with temporary_folder() as folder:
         writer = UrlShardWriter(
             records.storage,
@@ -196,7 +197,7 @@ def _make_batch(
         rows_duplicate=with_url - known - rows_new,
         rows_known=known,
         rows_without_url=identified.rows_in - with_url,
-        finished_at=now(),
+        finished_at=utc_now(),
         files=tuple(lists),
         adopted={shard: foreign.tar.path for shard, foreign in adopted.items()},
         adopted_bytes={shard: foreign.tar.bytes for shard, foreign in adopted.items()},
@@ -278,7 +279,7 @@ def _queue_source(
             rows_new=rows.num_rows,
             rows_duplicate=0,
             rows_known=0,
-            finished_at=now(),
+            finished_at=utc_now(),
         )
         if records.commit_intake(record):
             return IntakeOutcome(source=name, record=record)

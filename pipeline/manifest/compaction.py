@@ -3,7 +3,7 @@
     manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
 
 A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep
-one. Parts of about one size are merged into one of the next, so that a row is rewritten a logarithmic number
+one. CompactedRecords of about one size are merged into one of the next, so that a row is rewritten a logarithmic number
 of times; the merged part names those it replaces, which go only after a while, so that a reader that has
 already listed them still finds them.
 """
@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import read_bounded, read_record
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import rows_to_table
-from pipeline.corpus.storage import FileInfo, Storage, first_line, temporary_folder
+from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.manifest.record_rows import Row, committed_path, rows_of, table_of
 from pipeline.regular_files import NotRegularFileError
-from schemas.catalog import EVENT_TABLES, event_schema
-from schemas.errors import CorruptShardError
+from schemas.catalog import RECORD_TABLES, record_row_schema
+from schemas.errors import CorruptShardError, first_line
 
 _MERGE_AT_PARTS = 8
 _BIG_PART_ROWS = 1_000_000
@@ -44,7 +45,7 @@ class _Part:
     replaces: frozenset[str]
 
 
-class Parts:
+class CompactedRecords:
     """The parts of one corpus. Keeps what it read of each part in memory, since parts never change.
 
     Safe to use from several threads, one at a time: a run compacts beside those who ask.
@@ -68,9 +69,9 @@ class Parts:
         fresh = self._unseen(parts)
         return {
             table: pa.concat_tables(
-                [*self._read(table, parts[table]), rows_to_table(fresh[table], event_schema(table))]
+                [*self._read(table, parts[table]), rows_to_table(fresh[table], record_row_schema(table))]
             )
-            for table in EVENT_TABLES
+            for table in RECORD_TABLES
         }
 
     def compact(self) -> int:
@@ -85,7 +86,7 @@ class Parts:
             if (
                 rows or not parts[table]
             ):  # always one part, though empty: a glob of nothing is an error in DuckDB
-                self._write(table, rows_to_table(rows, event_schema(table)))
+                self._write(table, rows_to_table(rows, record_row_schema(table)))
             self._merge(table, parts[table])
         self._sweep()
         return sum(len(rows) for rows in fresh.values())
@@ -95,9 +96,9 @@ class Parts:
         with self._lock:
             # Damaged ones too, and those that a merged part replaces: without it they would be back.
             old = sorted((path for paths in self._found().values() for path in paths), key=_name)
-            rows = self._unseen({table: [] for table in EVENT_TABLES})
+            rows = self._unseen({table: [] for table in RECORD_TABLES})
             for table, table_rows in rows.items():
-                self._write(table, rows_to_table(table_rows, event_schema(table)))
+                self._write(table, rows_to_table(table_rows, record_row_schema(table)))
             for path in old:
                 self.storage.delete(path)
         # A run's start and its end are a row each.
@@ -125,7 +126,7 @@ class Parts:
             table: [
                 info.path for info in self.storage.list(f"manifest/{table}") if info.path.endswith(".parquet")
             ]
-            for table in EVENT_TABLES
+            for table in RECORD_TABLES
         }
 
     def _inspect(self, path: str) -> _Part | None:
@@ -143,7 +144,7 @@ class Parts:
         seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
         listed = [info for info in self.storage.list("records") if table_of(info.path)]
         fresh = [info for info in listed if (info.path, info.version) not in seen]
-        rows: dict[str, list[Row]] = {table: [] for table in EVENT_TABLES}
+        rows: dict[str, list[Row]] = {table: [] for table in RECORD_TABLES}
         for info, found in zip(fresh, self.storage.map(self._read_record, fresh), strict=True):
             rows[table_of(info.path)].extend(found)
         return rows
@@ -170,7 +171,7 @@ class Parts:
     def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
         def read(path: str) -> pa.Table:
             with _readable(path), self.storage.open(path) as file:
-                return pq.read_table(file).cast(event_schema(table))
+                return pq.read_table(file).cast(record_row_schema(table))
 
         return self.storage.map(read, paths)
 

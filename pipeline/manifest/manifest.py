@@ -25,9 +25,10 @@ import pyarrow.dataset as ds
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import schema_mismatch
-from pipeline.corpus.storage import Storage, first_line, temporary_folder
-from pipeline.manifest.compaction import Parts
+from pipeline.corpus.storage import Storage
+from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.describe import commented
 from pipeline.regular_files import NotRegularFileError, require_regular
 from schemas.catalog import (
@@ -42,7 +43,7 @@ from schemas.catalog import (
     registered_relations,
     unquote_glob,
 )
-from schemas.errors import CapfiltError, CorruptShardError
+from schemas.errors import CapfiltError, CorruptShardError, first_line
 from schemas.records import is_own_file
 from schemas.tables import TABLES
 
@@ -118,7 +119,7 @@ class Manifest:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._parts = Parts(storage)
+        self._parts = CompactedRecords(storage)
         # The catalog is made over the parts: no rebuild of another thread may take them away meanwhile.
         self._writing = threading.Lock()
 
@@ -239,7 +240,7 @@ class Query:
     """
 
     def __init__(
-        self, storage: Storage, parts: Parts, *, memory: str = "50%", in_place: bool = False
+        self, storage: Storage, parts: CompactedRecords, *, memory: str = "50%", in_place: bool = False
     ) -> None:
         self._storage = storage
         self._in_place = in_place and storage.is_local

@@ -6,7 +6,7 @@ from threading import Lock
 
 import torch
 
-from pipeline.corpus.commit import Tally
+from pipeline.corpus.commit import ShardStats
 from schemas.config import InferencePrecision
 
 
@@ -32,9 +32,9 @@ def compute_dtype(precision: InferencePrecision, device: torch.device) -> torch.
 
 
 @contextmanager
-def device_turn(lock: Lock, tally: Tally) -> Iterator[None]:
+def device_turn(lock: Lock, stats: ShardStats) -> Iterator[None]:
     """Hold the device for one shard; the part ``wait`` is the time that another one had it."""
-    with tally.timed("wait"):
+    with stats.timed("wait"):
         lock.acquire()
     try:
         yield

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.corpus.records import now
 from pipeline.digests import digest_json, sha256_file
 from pipeline.models.folder_view import (
     TOKENIZER_FILES,
@@ -33,7 +32,7 @@ from pipeline.models.model_files import (
 from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import printable
-from schemas.records import ModelRecord, Stage
+from schemas.records import ModelRecord, Stage, utc_now
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -82,7 +81,7 @@ def model_record(
         revision=revision,
         files=dict(files),
         parameters=parameters,
-        registered_at=now(),
+        registered_at=utc_now(),
     )
 
 

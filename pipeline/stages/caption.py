@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, GenerationConfig
 
-from pipeline.corpus.commit import Attempt, Tally
-from pipeline.corpus.histograms import LENGTH_EDGES, histogram
+from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, open_crawled
@@ -198,31 +197,31 @@ class CaptionWorker:
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the shard's captions; return the record that stands."""
-        with Attempt(self.records, task) as attempt, ExitStack() as stack:
-            tally = attempt.tally
-            tally.models = self.models
-            tally.device = device_name(self.captioner.device)
-            with tally.timed("read"):
+        with ShardCommit(self.records, task) as commit, ExitStack() as stack:
+            stats = commit.stats
+            stats.models = self.models
+            stats.device = device_name(self.captioner.device)
+            with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-            batches = self._batches(shard, tally)
+            batches = self._batches(shard, stats)
             # Decoded while another shard has the device, so that nothing waits at a shard's edge.
             first = list(islice(batches, 1))
             with (
-                device_turn(self._turn, tally),
+                device_turn(self._turn, stats),
                 # Closed before the turn ends, however it ends: the engine's buffers are one batch's at a time.
                 closing(
-                    look_ahead(partial(self._sample, tally), chain(first, batches), ahead=2, threads=1)
+                    look_ahead(partial(self._sample, stats), chain(first, batches), ahead=2, threads=1)
                 ) as sampled,
             ):
                 # Batches are gathered, and texts made, while the device samples another.
                 rows = [row for batch in sampled for row in self._rows(*batch)]
-            self._count(rows, shard.samples.num_rows, tally)
-            path = attempt.folder / "captions.parquet"
-            with tally.timed("write"):
+            self._count(rows, shard.samples.num_rows, stats)
+            path = commit.folder / "captions.parquet"
+            with stats.timed("write"):
                 written = write_parquet(path, rows_to_table(rows, CAPTIONS), CAPTIONS)
-            return attempt.commit({"parquet": (path, written)})
+            return commit.publish({"parquet": (path, written)})
 
-    def _batches(self, shard: CrawledShard, tally: Tally) -> Iterator[Batch]:
+    def _batches(self, shard: CrawledShard, stats: ShardStats) -> Iterator[Batch]:
         """Yield batches in order of key; images that do not decode are left out."""
 
         def prepare(sample: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
@@ -236,7 +235,7 @@ class CaptionWorker:
         prepared = look_ahead(prepare, samples, ahead=2 * size, threads=threads)
         decodable = ((sample, pixels) for sample, pixels in prepared if pixels is not None)
         while True:
-            with tally.timed("decode"):
+            with stats.timed("decode"):
                 batch = list(islice(decodable, size))
                 if not batch:
                     return
@@ -244,9 +243,9 @@ class CaptionWorker:
                 gathered = self.captioner.gather(pixels, [sample["uid"] for sample in kept])
             yield list(kept), gathered
 
-    def _sample(self, tally: Tally, batch: Batch) -> tuple[list[dict[str, Any]], Sampled]:
+    def _sample(self, stats: ShardStats, batch: Batch) -> tuple[list[dict[str, Any]], Sampled]:
         samples, gathered = batch
-        with tally.timed("gpu"):
+        with stats.timed("gpu"):
             return samples, self.captioner.compute(gathered)
 
     def _rows(self, samples: list[dict[str, Any]], sampled: Sampled) -> list[dict[str, Any]]:
@@ -271,20 +270,20 @@ class CaptionWorker:
                 )
         return rows
 
-    def _count(self, rows: list[dict[str, Any]], num_images: int, tally: Tally) -> None:
+    def _count(self, rows: list[dict[str, Any]], num_images: int, stats: ShardStats) -> None:
         num_captions = self.config.caption.num_captions
         duplicates = sum(row["duplicate_of"] is not None for row in rows)
-        tally.rows_in = num_images
-        tally.rows_out = len(rows)
-        tally.images = len(rows) // num_captions
-        tally.count("ok", rows=tally.images)
-        if undecodable := num_images - tally.images:
-            tally.count("failed", "undecodable", rows=undecodable)
-        assert tally.images * num_captions == len(rows), (
+        stats.rows_in = num_images
+        stats.rows_out = len(rows)
+        stats.images = len(rows) // num_captions
+        stats.count("ok", rows=stats.images)
+        if undecodable := num_images - stats.images:
+            stats.count("failed", "undecodable", rows=undecodable)
+        assert stats.images * num_captions == len(rows), (
             "an image has more or fewer captions than the config says"
         )
-        tally.counts["duplicate"] = duplicates
-        tally.histograms = {
+        stats.counts["duplicate"] = duplicates
+        stats.histograms = {
             "caption_words": histogram(np.array([count_words(row["text"]) for row in rows]), LENGTH_EDGES),
             "caption_tokens": histogram(np.array([row["num_tokens"] for row in rows]), LENGTH_EDGES),
         }

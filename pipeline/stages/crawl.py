@@ -29,11 +29,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.commit import Attempt, Tally
-from pipeline.corpus.histograms import LENGTH_EDGES, histogram
+from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
-from pipeline.corpus.url_shards import taken_over
+from pipeline.corpus.url_shards import retried_elsewhere
 from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, probe
 from pipeline.stages.img2dataset_shard import adopt_shard
 from pipeline.text import count_words
@@ -84,57 +83,57 @@ class CrawlWorker:
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Crawl the task's URLs and commit the shard."""
         urls = task.inputs["urls"].outputs
-        with Attempt(self._records, task) as attempt:
+        with ShardCommit(self._records, task) as commit:
             with self._records.storage.local_copy(urls["parquet"].path) as path:
                 rows = pq.read_table(path, schema=URLS).to_pylist()
             if "adopted" in urls:
-                return self._adopt(attempt, rows, urls["adopted"])
-            return self._crawl(attempt, rows)
+                return self._adopt(commit, rows, urls["adopted"])
+            return self._crawl(commit, rows)
 
-    def _crawl(self, attempt: Attempt, rows: list[dict[str, Any]]) -> ShardRecord:
-        tally, folder, task = attempt.tally, attempt.folder, attempt.task
+    def _crawl(self, commit: ShardCommit, rows: list[dict[str, Any]]) -> ShardRecord:
+        stats, folder, task = commit.stats, commit.folder, commit.task
         # Where this shard is crawled anew after its failures were queued again: they are the later shard's
         # now, as a URL that both fetched would be in the corpus twice.
-        retried = taken_over(self._records, task.source, task.shard)
+        retried = retried_elsewhere(self._records, task.source, task.shard)
         passed_on = [{**row, **_RETRIED} for row in rows if row["uid"] in retried]
         rows = [row for row in rows if row["uid"] not in retried]
         images = ShardImages([row["url"] for row in rows], folder, self._web, self._resizer, self._config)
-        with tally.timed("fetch"):
+        with stats.timed("fetch"):
             download(images, self._config)
         # The two overlap: what the decoder took is told apart from what was waited for.
-        tally.seconds["decode"] = images.decode_s
-        tally.seconds["fetch"] -= images.decode_s
-        with tally.timed("write"), images.stored() as stored_image:
+        stats.seconds["decode"] = images.decode_s
+        stats.seconds["fetch"] -= images.decode_s
+        with stats.timed("write"), images.stored() as stored_image:
             samples = [{**row, **images.columns(number)} for number, row in enumerate(rows)]
             tar = folder / "samples.tar"
             stored = write_tar(tar, tar_samples(samples, stored_image))
-        parquet = _write_rows(attempt, sorted(samples + passed_on, key=operator.itemgetter("key")))
-        assert stored == tally.rows_out, f"{stored} images in the tar, {tally.rows_out} rows ok"
-        return attempt.commit({"tar": (tar, stored), "parquet": parquet})
+        parquet = _write_rows(commit, sorted(samples + passed_on, key=operator.itemgetter("key")))
+        assert stored == stats.rows_out, f"{stored} images in the tar, {stats.rows_out} rows ok"
+        return commit.publish({"tar": (tar, stored), "parquet": parquet})
 
-    def _adopt(self, attempt: Attempt, rows: list[dict[str, Any]], adopted: OutputFile) -> ShardRecord:
-        with attempt.tally.timed("read"):
+    def _adopt(self, commit: ShardCommit, rows: list[dict[str, Any]], adopted: OutputFile) -> ShardRecord:
+        with commit.stats.timed("read"):
             samples, tar = adopt_shard(rows, adopted, self._records.storage, self._config.max_pixels)
-        return attempt.commit({"parquet": _write_rows(attempt, samples)}, adopted={"tar": tar})
+        return commit.publish({"parquet": _write_rows(commit, samples)}, imported={"tar": tar})
 
 
-def _write_rows(attempt: Attempt, samples: list[dict[str, Any]]) -> tuple[Path, int]:
+def _write_rows(commit: ShardCommit, samples: list[dict[str, Any]]) -> tuple[Path, int]:
     """Count the samples and write them as Parquet."""
-    count_samples(attempt.tally, samples)
-    path = attempt.folder / "samples.parquet"
-    with attempt.tally.timed("write"):
+    count_samples(commit.stats, samples)
+    path = commit.folder / "samples.parquet"
+    with commit.stats.timed("write"):
         return path, write_parquet(path, rows_to_table(samples, SAMPLES), SAMPLES)
 
 
-def count_samples(tally: Tally, samples: Sequence[dict[str, Any]]) -> None:
+def count_samples(stats: ShardStats, samples: Sequence[dict[str, Any]]) -> None:
     """Count a shard's samples by status and reason, and fill its histograms."""
     for sample in samples:
-        tally.count(sample["status"], sample["reason"])
+        stats.count(sample["status"], sample["reason"])
     stored = [sample for sample in samples if sample["status"] == "ok"]
-    tally.rows_in, tally.rows_out, tally.images = len(samples), len(stored), len(stored)
-    assert sum(tally.counts.get(status, 0) for status in SAMPLE_STATUSES) == len(samples)
+    stats.rows_in, stats.rows_out, stats.images = len(samples), len(stored), len(stored)
+    assert sum(stats.counts.get(status, 0) for status in SAMPLE_STATUSES) == len(samples)
     words = [count_words(caption) for sample in stored for caption in sample["captions"] or ()]
-    tally.histograms = {
+    stats.histograms = {
         "short_side_px": histogram([min(s["width"], s["height"]) for s in stored], SIZE_EDGES),
         "caption_words": histogram(words, LENGTH_EDGES),
     }

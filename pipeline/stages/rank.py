@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.corpus.commit import Attempt, Tally
-from pipeline.corpus.histograms import SCORE_EDGES, histogram
+from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
@@ -164,25 +163,25 @@ class RankWorker:
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the shard's scores; return the record that stands."""
-        with Attempt(self.records, task) as attempt, ExitStack() as stack:
-            tally = attempt.tally
-            tally.models = self.models
-            tally.device = device_name(self.rankers[0].device)
-            with tally.timed("read"):
+        with ShardCommit(self.records, task) as commit, ExitStack() as stack:
+            stats = commit.stats
+            stats.models = self.models
+            stats.device = device_name(self.rankers[0].device)
+            with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
                 candidates = self._candidates(shard, task)
-            batches = self._batches(shard, candidates, tally)
+            batches = self._batches(shard, candidates, stats)
             # Decoded while another shard has the device, so that nothing waits at a shard's edge.
             first = list(islice(batches, 1))
-            with device_turn(self._turn, tally):
-                scored = look_ahead(partial(self._score, tally), chain(first, batches), ahead=1, threads=1)
+            with device_turn(self._turn, stats):
+                scored = look_ahead(partial(self._score, stats), chain(first, batches), ahead=1, threads=1)
                 # A batch is read back, as Python objects, while the device scores the next.
                 rows = [row for batch in scored for image in batch for row in image.candidates]
-            _count(rows, shard.samples.num_rows, task.kind, tally)
-            path = attempt.folder / "scores.parquet"
-            with tally.timed("write"):
+            _count(rows, shard.samples.num_rows, task.kind, stats)
+            path = commit.folder / "scores.parquet"
+            with stats.timed("write"):
                 written = write_parquet(path, rows_to_table(rows, CANDIDATES), CANDIDATES)
-            return attempt.commit({"parquet": (path, written)})
+            return commit.publish({"parquet": (path, written)})
 
     def _candidates(self, shard: CrawledShard, task: ShardTask) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of each key: the synthetic captions, then those that the source's list gave."""
@@ -200,7 +199,7 @@ class RankWorker:
         return rows
 
     def _batches(
-        self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], tally: Tally
+        self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], stats: ShardStats
     ) -> Iterator[list[_Image]]:
         """Yield batches of images in order of key, those that do not decode included."""
 
@@ -217,18 +216,18 @@ class RankWorker:
         threads = decode_threads(self.config.cluster.rank.cpus, feeds_gpu=on_gpu)
         prepared = look_ahead(prepare, shard.keys, ahead=2 * size, threads=threads)
         while True:
-            with tally.timed("decode"):
+            with stats.timed("decode"):
                 batch = list(islice(prepared, size))
             if not batch:
                 return
             yield batch
 
-    def _score(self, tally: Tally, batch: list[_Image]) -> list[_Image]:
+    def _score(self, stats: ShardStats, batch: list[_Image]) -> list[_Image]:
         """Write score, truncated and, for the best of them, rerank_score into the candidates' rows."""
         images = [image for image in batch if image.pixels is not None]
         if not images:
             return batch
-        with tally.timed("gpu"):
+        with stats.timed("gpu"):
             self._score_with(0, "score", images, [image.texts() for image in images])
             rerank = self.config.rank.rerank
             if rerank is not None:
@@ -269,24 +268,24 @@ def _best(candidates: Sequence[Mapping[str, Any]], first: int) -> list[str]:
     return list(distinct.values())[:first]
 
 
-def _count(rows: Sequence[Mapping[str, Any]], num_images: int, kind: str, tally: Tally) -> None:
+def _count(rows: Sequence[Mapping[str, Any]], num_images: int, kind: str, stats: ShardStats) -> None:
     scored = [row for row in rows if row.get("score") is not None]
     empty = sum(not row["text"] for row in rows)
-    tally.rows_in = len(rows)
-    tally.rows_out = len(scored)
-    tally.images = num_images
-    tally.count("scored", rows=len(scored))
+    stats.rows_in = len(rows)
+    stats.rows_out = len(scored)
+    stats.images = num_images
+    stats.count("scored", rows=len(scored))
     if empty:
-        tally.count("unscored", "empty", rows=empty)
+        stats.count("unscored", "empty", rows=empty)
     if undecodable := len(rows) - len(scored) - empty:
-        tally.count("unscored", "undecodable", rows=undecodable)
-    tally.counts["truncated"] = sum(bool(row.get("truncated")) for row in scored)
+        stats.count("unscored", "undecodable", rows=undecodable)
+    stats.counts["truncated"] = sum(bool(row.get("truncated")) for row in scored)
     scores: dict[str, list[float]] = {"score": [], f"{kind}_score": []}
     best: dict[str, float] = {}
     for row in scored:
         scores["score" if row["origin"] == "synthetic" else f"{kind}_score"].append(row["score"])
         best[row["key"]] = max(row["score"], best.get(row["key"], -np.inf))
-    tally.histograms = {
+    stats.histograms = {
         name: histogram(values, SCORE_EDGES)
         for name, values in (scores | {"score_best": list(best.values())}).items()
     }

@@ -19,8 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.corpus.commit import Attempt, Tally
-from pipeline.corpus.histograms import SCORE_EDGES, histogram
+from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
@@ -120,27 +119,27 @@ class SelectWorker:
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Make and commit the curated shard; return the record that stands."""
-        with Attempt(self.records, task, plain_names=True) as attempt, ExitStack() as stack:
-            tally = attempt.tally
-            with tally.timed("read"):
+        with ShardCommit(self.records, task, plain_names=True) as commit, ExitStack() as stack:
+            stats = commit.stats
+            with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
                 file = task.inputs["rank"].outputs["parquet"]
                 scores = committed_table(self.records, file, _CANDIDATE_COLUMNS)
                 _require_finite_scores(scores, file.path)
-            with tally.timed("select"):
+            with stats.timed("select"):
                 candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
                 selections = {
                     key: select(candidates.get(key, ()), self.config.select, task.kind) for key in shard.keys
                 }
-            with tally.timed("write"):
-                tar = attempt.folder / "curated.tar"
+            with stats.timed("write"):
+                tar = commit.folder / "curated.tar"
                 kept = write_tar(tar, _curated_samples(shard, selections))
-                parquet = attempt.folder / "curated.parquet"
+                parquet = commit.folder / "curated.parquet"
                 rows = [_curated_row(sample, selections) for sample in shard.samples.to_pylist()]
                 written = write_parquet(parquet, rows_to_table(rows, CURATED), CURATED)
-            _count(selections, tally)
-            assert tally.rows_out == kept and tally.rows_in == written, "a sample was lost on the way"
-            return attempt.commit({"tar": (tar, kept), "parquet": (parquet, written)})
+            _count(selections, stats)
+            assert stats.rows_out == kept and stats.rows_in == written, "a sample was lost on the way"
+            return commit.publish({"tar": (tar, kept), "parquet": (parquet, written)})
 
 
 def _require_finite_scores(scores: pa.Table, path: str) -> None:
@@ -197,18 +196,18 @@ def _curated_row(sample: dict[str, Any], selections: Mapping[str, Selection]) ->
     }
 
 
-def _count(selections: Mapping[str, Selection], tally: Tally) -> None:
+def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
     kept = [one for selection in selections.values() for one in selection.kept]
-    tally.rows_in = tally.images = len(selections)
+    stats.rows_in = stats.images = len(selections)
     for selection in selections.values():
         if selection.kept:
-            tally.rows_out += 1
-            tally.count("kept")
+            stats.rows_out += 1
+            stats.count("kept")
         else:
-            tally.count("dropped", selection.reason)
-    dropped = tally.counts.get("dropped", 0)
-    assert tally.rows_in == tally.rows_out + dropped, "kept and dropped images do not add up"
+            stats.count("dropped", selection.reason)
+    dropped = stats.counts.get("dropped", 0)
+    assert stats.rows_in == stats.rows_out + dropped, "kept and dropped images do not add up"
     for one in kept:
         name = f"captions/{one.origin}"
-        tally.counts[name] = tally.counts.get(name, 0) + 1
-    tally.histograms = {"kept_score": histogram([one.score for one in kept], SCORE_EDGES)}
+        stats.counts[name] = stats.counts.get(name, 0) + 1
+    stats.histograms = {"kept_score": histogram([one.score for one in kept], SCORE_EDGES)}

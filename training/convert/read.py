@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.corpus.storage import first_line
 from pipeline.models.finite import require_finite_weights
 from pipeline.models.model_files import (
     impostor,
@@ -25,7 +24,7 @@ from pipeline.models.model_files import (
     safetensors_header,
     unwrapped_names,
 )
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
 from schemas.names import printable
 from training.convert.key_map import Family, from_hf
 

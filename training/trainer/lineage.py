@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from pipeline.corpus.records import Records, is_corpus, now
+from pipeline.corpus.records import Records, is_corpus
 from pipeline.corpus.storage import Storage
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunRecord
+from schemas.records import CheckpointRecord, ModelRecord, RunRecord, utc_now
 
 
 class Ledger:
@@ -42,6 +42,6 @@ class Ledger:
         for records in self.corpora:
             for started in records.runs():
                 if started.run_id == run_id:
-                    records.write_run(replace(started, outcome=outcome, finished_at=now()))
+                    records.write_run(replace(started, outcome=outcome, finished_at=utc_now()))
                     noted.append(records)
         return noted

@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.corpus.storage import first_line, storage_trouble
+from pipeline.corpus.storage_errors import storage_error_message
 from pipeline.models.finite import not_finite_tensors, require_finite_weights
 from pipeline.text import readable_duration
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
@@ -330,7 +330,7 @@ class Loop:
         try:
             yield
         except Exception as error:
-            what = storage_trouble(error) or (str(error) if isinstance(error, OSError) else "")
+            what = storage_error_message(error) or (str(error) if isinstance(error, OSError) else "")
             if not what:
                 raise
             raise TrainingStopped(

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.corpus.storage import Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 

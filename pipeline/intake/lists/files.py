@@ -12,7 +12,8 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.storage import FileInfo, Storage, temporary_folder
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
