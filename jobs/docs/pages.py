@@ -54,30 +54,32 @@ _PRETRAIN_INTRODUCTION = """\
 # Pretraining
 
 One TOML file describes one training run: `capfilt pretrain -c recipe.toml`. `make docs` writes this page from
-`schemas/pretrain.py`; edit that. Files, overrides and mistakes are dealt with as for a corpus ([config](config.md)).
+`schemas/pretrain.py`; edit that. Files, overrides and errors work as for a corpus ([config](config.md)).
 
 ```console
 $ capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml --dry-run  # parameters, steps, GPU-hours; needs no weights
 $ capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml            # trains; the same command goes on after any stop
-$ capfilt trace demo-corpus/checkpoints/stage1/demo-stage1           # shards, sources, runs, models it was made of
+$ capfilt trace demo-corpus/checkpoints/stage1/demo-stage1           # the shards, sources, runs and models behind it
 $ capfilt export demo-corpus/checkpoints/stage1/demo-stage1 exported # transformers' Blip2, or a format of our own
 ```
 
-- **Data.** Curated shards of one or more corpora, or folders of WebDataset shards of others' make. The order is a
-  function of (snapshot of the shards, seed): the whole state is the number of samples consumed, so that a run goes on
-  with the very next sample, on any number of ranks. Each image comes once before any comes twice; `weights` change how
-  often a source comes. Each shard is checked against its record before a sample of it is used.
-- **Where.** On this machine: a process for each GPU, or one on the CPU. With `cluster.address`, on a Ray cluster,
-  through Ray Train.
-- **Losses** are those of the whole batch, in whatever shares it is computed: `performance.micro_batch_size` and the
-  number of GPUs decide memory and speed, not which texts an image is compared with.
-- **Checkpoints** lie in `run.output`, or in the first corpus, as safetensors; each counts once its record exists, and a
-  damaged one is passed over for the one before. A run may be resumed with other *free* keys, and with no others, and
-  only with the files that it began with: each model it loads is a row of the table `models`, known by its digest.
+- **Data.** Curated shards of one or more corpora, or WebDataset folders made by other tools. The order of samples
+  depends on the list of shards (the snapshot) and the seed alone. The only state is the number of samples consumed, so
+  a resumed run starts with the very next sample, on any number of ranks. Each image comes once before any comes twice;
+  `weights` changes how often a source comes. Each shard is checked against its record before its samples are used.
+- **Where.** On this machine: one process for each GPU, or one on the CPU. On a Ray cluster, through Ray Train, if
+  `cluster.address` is set.
+- **Losses** are over the global batch, independent of micro-batch size and number of ranks:
+  `performance.micro_batch_size` and the number of GPUs change memory and speed, not which texts an image is compared
+  with.
+- **Checkpoints** are written as safetensors to `run.output`, or to the first corpus. A checkpoint counts from the
+  moment its record exists; a damaged one is skipped, and the one before it is used. On a resume only *free* keys may
+  differ, and the model files must be those the run began with: each model is a row of the table `models`, identified by
+  its digest.
 - **Every loss**, ITM's accuracy, temperature, learning rate, gradient norm, samples per second, share of the GPU's
   peak and waiting time is a line of `metrics.jsonl` beside the checkpoints.
-- Weights are safetensors only. A model that the hub has as `.bin` alone is converted once: load it with transformers
-  where you trust it, and `save_pretrained` it to a folder that the recipe names.
+- Weights must be safetensors. If the hub has a model as `.bin` alone, convert it once: load it with transformers, if
+  you trust it, save it with `save_pretrained`, and name that folder in the recipe.
 - Recipes: `jobs/recipes/blip2-stage{1,2}-*.toml`, one for each published combination, and the demo's. How results are
   scored: [evaluation](evaluate.md).
 """
