@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test test-fast check bench docs clean
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 setup: $(STAMP) ## install capfilt and its pinned requirements into .venv
 
@@ -24,8 +24,14 @@ demo: $(STAMP) ## build a small corpus, end to end, and say how true its caption
 test: $(STAMP) ## run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(STAMP) ## check style
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+test-fast: $(STAMP) ## run the tests that need neither Ray nor a training: the loop of work
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: $(STAMP) ## check style, import contracts and dead code
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/lint-imports
+	@$(BIN)/vulture
 
 bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
 	@for what in crawl intake manifest select; do echo "== capfilt bench $$what"; $(BIN)/capfilt bench $$what || exit; done

@@ -1,84 +1,41 @@
-"""The rooms of the house: who may import whom, and one home for each heavy library."""
+"""Who may import whom: the contracts of pyproject.toml, what ``schemas`` may use, and what ``--help`` loads."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import grimp
+from importlinter import api
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("schemas", "pipeline", "training", "jobs")
-MAY_IMPORT = {
-    "schemas": {"schemas"},
-    "pipeline": {"schemas", "pipeline"},
-    "training": {"schemas", "training", "pipeline"},
-    "jobs": {"schemas", "pipeline", "training", "jobs"},
-}
-# Of the pipeline, training reads only: nothing that fetches, captions, scores or writes.
-PIPELINE_READ_SIDE = ("corpus", "images", "models", "manifest", "text", "rng", "digests", "regular_files")
-STAGE_FILES = {"crawl", "caption", "rank", "selection"}
-# Heavy library -> the files or packages that may import it. A benchmark may also import what it compares with.
-HOMES = {
-    "ray": ("jobs/",),
-    "typer": ("jobs/",),
-    "rich": ("jobs/",),
-    "img2dataset": ("pipeline/stages/crawl.py", "jobs/bench/crawl.py"),
-    "duckdb": ("pipeline/manifest/manifest.py", "jobs/bench/manifest.py"),
-    "open_clip": ("pipeline/models/", "training/models/vision.py", "jobs/demo/", "jobs/bench/"),
-    "transformers": (
-        "pipeline/models/",
-        "pipeline/stages/caption.py",
-        "training/",
-        "jobs/demo/",
-        "jobs/bench/",
-    ),
-    "torchao": ("pipeline/models/fp8.py",),
-    "PIL": ("pipeline/images/", "jobs/demo/", "jobs/bench/"),
-    "cv2": ("pipeline/images/",),
-    "torchvision": ("pipeline/images/", "training/", "jobs/bench/loader.py"),
-}
-SCHEMAS_MAY_USE = set(sys.stdlib_module_names) | {"pydantic", "pyarrow", "schemas"}
+SCHEMAS_MAY_IMPORT = {"schemas", "pydantic", "pyarrow"} | sys.stdlib_module_names
 
 
-def modules() -> list[Path]:
-    return sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+def test_import_contracts_are_kept() -> None:
+    # The contracts name packages of the repository: run from its root, as `make check` does.
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def imports(path: Path) -> set[str]:
-    """Return the dotted names that a file imports, wherever in it, type-checking blocks included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+def test_every_package_is_under_contract() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages == set(
+        api.read_configuration(str(ROOT / "pyproject.toml"))["session_options"]["root_packages"]
+    )
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_file_keeps_to_its_room(path: Path) -> None:
-    relative = path.relative_to(ROOT)
-    room = relative.parts[0]
-    for name in imports(path):
-        top, *rest = name.split(".")
-        if top == "tests":
-            pytest.fail(f"{relative} imports {name}")
-        if top in ROOMS:
-            assert top in MAY_IMPORT[room], f"{relative}: {room}/ may not import {name}"
-        if room == "schemas":
-            assert top in SCHEMAS_MAY_USE, f"{relative}: schemas/ may not import {name}"
-        if room == "training" and top == "pipeline":
-            assert rest[0] in PIPELINE_READ_SIDE, f"{relative}: training/ may not import {name}"
-        if relative.parent.name == "stages" and relative.stem in STAGE_FILES and rest[:1] == ["stages"]:
-            assert rest[1] not in STAGE_FILES - {relative.stem}, (
-                f"{relative}: a stage imports a stage, {name}"
-            )
-        if top in HOMES:
-            assert any(str(relative).startswith(home) for home in HOMES[top]), (
-                f"{relative} may not import {top}"
-            )
+def test_schemas_use_the_standard_library_pydantic_and_pyarrow_alone() -> None:
+    graph = grimp.build_graph("schemas", include_external_packages=True)
+    imported = {
+        (importer, name)
+        for importer in graph.modules
+        if importer.startswith("schemas")
+        for name in graph.find_modules_directly_imported_by(importer)
+    }
+    assert {
+        (importer, name) for importer, name in imported if name.split(".")[0] not in SCHEMAS_MAY_IMPORT
+    } == set()
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:

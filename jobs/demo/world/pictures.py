@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT, Scene, render
+from jobs.demo.world.scenes import Scene, render
 
 ImageFormat = Literal["jpg", "png", "webp"]
 STORED_MAX_SIDE_PX = 128
@@ -71,11 +71,6 @@ class PictureSet:
 
     scenes: list[Scene]
     pixels_NHWC: np.ndarray
-
-    def labels_NA(self) -> np.ndarray:
-        """Number each attribute's value by its place in the world's tables."""
-        order = {slot: list(WORDS_BY_SLOT[slot]) for slot in ATTRIBUTES}
-        return np.array([[order[slot].index(getattr(s, slot)) for slot in ATTRIBUTES] for s in self.scenes])
 
 
 def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:

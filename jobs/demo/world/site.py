@@ -59,11 +59,6 @@ class Page:
     encoding: Encoding
 
     @property
-    def fails(self) -> bool:
-        """Say whether no crawler can get a usable, permitted image here."""
-        return self.outcome in FAILURES
-
-    @property
     def image_path(self) -> str:
         """The path that answers with the image itself."""
         folder = "größe/schön" if self.outcome == "non_ascii_path" else "photos"
