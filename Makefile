@@ -30,7 +30,7 @@ test-fast: $(STAMP) ## run the tests that need neither Ray nor a training: the l
 check: $(STAMP) ## check style, import contracts and dead code
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format --check -q .
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/vulture
 
 bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
