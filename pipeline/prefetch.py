@@ -26,7 +26,7 @@ def decode_threads(cpus: float, *, feeds_gpu: bool) -> int:
     return max(reserved, min(len(os.sched_getaffinity(0)), _MOST_THREADS))
 
 
-def look_ahead(work: Callable[[T], U], items: Iterable[T], ahead: int, threads: int) -> Iterator[U]:
+def prefetch_map(work: Callable[[T], U], items: Iterable[T], ahead: int, threads: int) -> Iterator[U]:
     """Yield ``work(item)`` for each item, in order, at most ``ahead`` begun before they are asked for.
 
     Memory is that of ``threads`` works under way and ``ahead`` results: bounded where results are of one size, as

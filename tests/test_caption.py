@@ -28,10 +28,11 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.preprocess import normalise
+from pipeline.models.blip.captioner import Captioner, RawCaption
 from pipeline.models.blip.nucleus import Nucleus, draw, nucleus
 from pipeline.models.weights import captioner_weights
 from pipeline.rng import stream_seed, uniforms
-from pipeline.stages.caption import Captioner, CaptionWorker, RawCaption
+from pipeline.stages.caption import CaptionWorker
 from pipeline.text import clean_caption
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError, CorruptShardError
@@ -169,7 +170,7 @@ def test_extreme_numbers_choose_tokens_that_may_be_chosen() -> None:
 
 def test_greedy_limit_equals_greedy_generation(folder: Path, images: list) -> None:
     one = captioner(folder, top_k=1, repetition_penalty=1.0, min_length=0, num_captions=2)
-    pixels = normalise(torch.stack([one.prepare(image) for image in images]), one.recipe, torch.float32)
+    pixels = normalise(torch.stack([one.prepare(image) for image in images]), one.preprocess, torch.float32)
     model = BlipForConditionalGeneration.from_pretrained(folder)
     greedy = model.generate(pixels, do_sample=False, max_length=20, min_length=0, repetition_penalty=1.0)
     for row, tokens in zip(one(images, UIDS), greedy.tolist(), strict=True):
@@ -273,24 +274,24 @@ def test_a_call_that_fails_leaves_nothing_on_the_device(
     """Or the next call would share the engine's buffers with it."""
     config, crawl = shard
     worker = CaptionWorker(config, Records(Storage(config.corpus.path)))
-    begun, ended, compute = [], [], worker.captioner.compute
+    begun, ended, generate = [], [], worker.captioner.generate
 
     def slow(batch: object) -> object:
         begun.append(batch)
         time.sleep(0.05)
-        sampled = compute(batch)
+        tokens = generate(batch)
         ended.append(batch)
-        return sampled
+        return tokens
 
     def fail(_: object) -> None:
         raise ValueError("no text")
 
-    monkeypatch.setattr(worker.captioner, "compute", slow)
-    monkeypatch.setattr(worker.captioner, "texts", fail)
+    monkeypatch.setattr(worker.captioner, "generate", slow)
+    monkeypatch.setattr(worker.captioner, "decode_text", fail)
     with pytest.raises(ValueError, match="no text") as failure:
         worker(task_of(config, "caption", crawl=crawl))
     done = len(ended)
-    assert len(begun) == done and not worker._turn.locked()
+    assert len(begun) == done and not worker.gpu_lock.locked()
     time.sleep(0.1)
     # ``failure`` holds the frames of the call, as an actor that tries again does.
     assert len(begun) == done and failure.tb is not None

@@ -22,9 +22,9 @@ import pipeline.models.blip.decoder
 import pipeline.models.blip.generation
 from jobs.bench.fixtures.compute import counted_flops
 from pipeline.models.blip.decoder import Decoder
-from pipeline.models.blip.generation import NOTHING, GridSampler, RowSampler
+from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.blip.nucleus import _largest
-from pipeline.models.blip.vision import VisionTower
+from pipeline.models.blip.vision import ImageKeysValues, VisionTower
 from pipeline.models.packed_linear import PackedLinear
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
@@ -108,8 +108,8 @@ def generated(
         ),
     )[:, len(prompt) :]
     ended_RT = (tokens_RL == END_ID).int().cumsum(1) - (tokens_RL == END_ID).int() > 0
-    said_RT = torch.full((images * samples, steps), NOTHING)
-    said_RT[:, : tokens_RL.shape[1]] = tokens_RL.masked_fill(ended_RT, NOTHING)
+    said_RT = torch.full((images * samples, steps), NO_TOKEN)
+    said_RT[:, : tokens_RL.shape[1]] = tokens_RL.masked_fill(ended_RT, NO_TOKEN)
     return said_RT.view(uniforms_BNT.shape)
 
 
@@ -196,26 +196,23 @@ def test_a_row_is_computed_for_each_distinct_unfinished_caption(
             (image, tuple(tokens[:step]))
             for image, row in enumerate(said_BNT.tolist())
             for tokens in row
-            if NOTHING not in tokens[:step] and END_ID not in tokens[:step]
+            if NO_TOKEN not in tokens[:step] and END_ID not in tokens[:step]
         }
         expected.append(len(prefixes))
     rows = [len(tokens_RL) for tokens_RL, _ in recorded]
     assert rows == list(itertools.takewhile(bool, expected))
-    unfinished = int((said_BNT[..., 1:] != NOTHING).sum())
+    unfinished = int((said_BNT[..., 1:] != NO_TOKEN).sum())
     assert sum(rows[1:]) < 0.8 * unfinished, "captions of few likely tokens share their beginnings"
 
 
-def test_an_image_is_projected_once_a_layer(
-    model: BlipForConditionalGeneration, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_is_projected_once_a_layer(model: BlipForConditionalGeneration, decoder: Decoder) -> None:
     projected: list[tuple[int, ...]] = []
-    linear = pipeline.models.blip.decoder.linear
 
-    def recording(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        projected.append((*x.shape[:2], weight.shape[0]))
-        return linear(x, weight, bias)
+    def record(_: ImageKeysValues, inputs: tuple[Tensor, ...], keys_values: Tensor) -> None:
+        images, positions = inputs[0].shape[:2]
+        projected.append((images, positions, keys_values.numel() // (images * positions)))
 
-    monkeypatch.setattr(pipeline.models.blip.decoder, "linear", recording)
+    hook = decoder.image_keys_values.register_forward_hook(record)
     image_BPE, config = features(model, 3), CaptionConfig()
     layers, width = len(decoder.layers), decoder.width
     RowSampler(decoder, [START_ID], config)(image_BPE, numbers(3, 10, 19))
@@ -223,6 +220,7 @@ def test_an_image_is_projected_once_a_layer(
     projected.clear()
     GridSampler(decoder, [START_ID], config, 3)(image_BPE, numbers(3, 10, 19))
     assert projected == [(3, image_BPE.shape[1], 2 * width)] * layers
+    hook.remove()
 
 
 def test_the_operations_are_those_of_the_rows(

@@ -18,13 +18,15 @@ from transformers import BlipForConditionalGeneration
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
+from pipeline.models.blip.captioner import Captioner
 from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.generation import NOT_FINITE, GridSampler, RowSampler
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.finite import require_finite_weights
 from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.rng import caption_seeds, uniforms
-from pipeline.stages.caption import Captioner, CaptionWorker
-from pipeline.stages.rank import Ranker, RankWorker
+from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.rank import RankWorker
 from pipeline.stages.selection import Candidate, SelectWorker, select
 from schemas.config import CaptionConfig, SelectConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError

@@ -16,16 +16,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
 
+import pipeline.models.blip.captioner
 import pipeline.models.blip.vision
-import pipeline.stages.caption
-import pipeline.stages.rank
+import pipeline.models.clip.ranker
 from jobs.bench.fp8 import _changes, _Outcome, measure_fp8, measure_speed
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.models.blip.captioner import Captioner
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.clip.towers import image_encoder
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
-from pipeline.stages.caption import Captioner
-from pipeline.stages.rank import Ranker
 from pipeline.stages.selection import Candidate
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
@@ -37,14 +37,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a machine with a GPU test what one without it does."""
-    for module in ("pipeline.stages.caption", "pipeline.stages.rank", "jobs.bench.fp8"):
+    for module in ("pipeline.models.blip.captioner", "pipeline.models.clip.ranker", "jobs.bench.fp8"):
         monkeypatch.setattr(f"{module}.worker_device", lambda: CPU)
 
 
 @pytest.fixture
 def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the models run in float8 here, which is exact and slow, as if this CPU were a GPU for it."""
-    for module in ("pipeline.stages.caption", "pipeline.stages.rank"):
+    for module in ("pipeline.models.blip.captioner", "pipeline.models.clip.ranker"):
         monkeypatch.setattr(f"{module}.require_fp8", lambda *_: None)
 
 
@@ -146,7 +146,7 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder: Path) -> None:
-    model = pipeline.stages.caption._load_model(
+    model = pipeline.models.blip.captioner._load_model(
         captioner_weights(CaptionConfig(model=str(captioner_folder)))
     ).bfloat16()
     before = copied(model)
@@ -158,7 +158,9 @@ def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder
 
 
 def test_of_clip_the_layers_of_the_image_towers_blocks_and_nothing_else(ranker_folder: Path) -> None:
-    model = pipeline.stages.rank._load_model(ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16)
+    model = pipeline.models.clip.ranker._load_model(
+        ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16
+    )
     before = copied(model)
     tower = image_encoder(model)
     before_blocks = copied(tower.blocks)
@@ -216,7 +218,7 @@ def test_products_are_those_of_the_rounded_numbers_and_rounded_once() -> None:
 
 def test_a_captioner_sees_in_float8_and_speaks_in_bfloat16(allowed: None, captioner_folder: Path) -> None:
     lowered, whole = captioner(captioner_folder, "fp8"), captioner(captioner_folder, "bf16")
-    pixels_BCHW = noise(3, 3, *lowered.recipe.size_px)
+    pixels_BCHW = noise(3, 3, *lowered.preprocess.size_px)
     seen_BPE, whole_BPE = lowered.vision(pixels_BCHW), whole.vision(pixels_BCHW)
     assert seen_BPE.dtype == torch.bfloat16
     assert 0.005 < float((seen_BPE - whole_BPE).std() / whole_BPE.std()) < 0.2

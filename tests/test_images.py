@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.images import decode
-from pipeline.images.decode import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, probe
+from pipeline.images.decode import ImageError, check, decode_rgb, encode_bmp, is_plain_jpeg, read_header
 from tests import hostile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 
@@ -64,7 +64,7 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
     ],
 )
 def test_every_format_shows_the_same_picture(data: bytes) -> None:
-    header = probe(data)
+    header = read_header(data)
     assert (header.width, header.height) == (160, 120)
     image = decode_rgb(data, formats=ALL)
     assert image.size == (160, 120)
@@ -85,7 +85,7 @@ def test_every_orientation(orientation: int) -> None:
     stored = picture().transpose(transposes[undo[orientation]]) if orientation in undo else picture()
     for format_name in ("JPEG", "PNG", "WEBP"):
         data = encoded(stored, format_name, exif=exif)
-        assert (probe(data).width, probe(data).height) == (160, 120)
+        assert (read_header(data).width, read_header(data).height) == (160, 120)
         assert_quarters(decode_rgb(data), tolerance=40)
 
 
@@ -103,12 +103,12 @@ def test_orientation_is_that_of_exif_whatever_xmp_says(format_name: str) -> None
         return encoded(stored, format_name, xmp=XMP_6, **options)
 
     stored = picture()
-    assert (probe(with_xmp(None)).width, probe(with_xmp(None)).orientation) == (160, 1)
+    assert (read_header(with_xmp(None)).width, read_header(with_xmp(None)).orientation) == (160, 1)
     assert_quarters(decode_rgb(with_xmp(None)), tolerance=40)
     exif = Image.Exif()
     exif[0x0112] = 3
     stored = picture().transpose(Image.Transpose.ROTATE_180)
-    assert probe(with_xmp(exif)).orientation == 3
+    assert read_header(with_xmp(exif)).orientation == 3
     assert_quarters(decode_rgb(with_xmp(exif)), tolerance=40)
 
 
@@ -137,7 +137,7 @@ TGA = encoded(picture(), "TGA")
 )
 def test_formats_are_refused_by_their_name(data: bytes, name: str) -> None:
     with pytest.raises(ImageError) as raised:
-        probe(data)
+        read_header(data)
     assert (raised.value.reason, raised.value.detail) == ("format_refused", name)
 
 
@@ -155,7 +155,7 @@ def test_formats_are_refused_by_their_name(data: bytes, name: str) -> None:
 )
 def test_what_is_not_an_image(data: bytes) -> None:
     with pytest.raises(ImageError, match="not_an_image"):
-        probe(data)
+        read_header(data)
 
 
 def test_transparency_lies_on_white() -> None:
@@ -179,7 +179,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
 )
 def test_bad_images_end_with_their_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as raised:
-        header = probe(data)
+        header = read_header(data)
         check(header, formats=ALL, max_pixels=50_000_000, min_size_px=64, max_aspect_ratio=4.0)
         is_plain_jpeg(data, header)
         decode_rgb(data, formats=ALL)
@@ -204,7 +204,7 @@ def peak_bytes() -> int:
 def test_formats_outside_the_config_are_refused() -> None:
     with pytest.raises(ImageError, match="format_refused: GIF"):
         check(
-            probe(encoded(picture(), "GIF")),
+            read_header(encoded(picture(), "GIF")),
             formats=("JPEG",),
             max_pixels=10**6,
             min_size_px=1,
@@ -220,7 +220,7 @@ def test_plain_jpegs_need_no_decoding_here() -> None:
         (encoded(picture().convert("CMYK"), "JPEG"), False),
         (encoded(picture(), "PNG"), False),
     ):
-        assert is_plain_jpeg(data, probe(data)) is plain
+        assert is_plain_jpeg(data, read_header(data)) is plain
 
 
 def test_a_thumbnails_end_is_not_the_pictures() -> None:
@@ -228,8 +228,8 @@ def test_a_thumbnails_end_is_not_the_pictures() -> None:
     thumbnail = encoded(picture(32, 24), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     whole = JPEG[:2] + segment + JPEG[2:]
-    assert is_plain_jpeg(whole, probe(whole))
-    assert not is_plain_jpeg(whole[:-200], probe(whole[:-200]))
+    assert is_plain_jpeg(whole, read_header(whole))
+    assert not is_plain_jpeg(whole[:-200], read_header(whole[:-200]))
     with pytest.raises(ImageError, match="image_truncated"):
         decode_rgb(whole[:-200])
 
@@ -244,7 +244,7 @@ def test_damage_is_never_an_exception_of_another_kind() -> None:
             for position in noise.integers(0, len(damaged), 8):
                 damaged[position] = noise.integers(256)
             try:
-                header = probe(bytes(damaged))
+                header = read_header(bytes(damaged))
                 check(header, formats=ALL, max_pixels=10**6, min_size_px=1, max_aspect_ratio=100)
                 is_plain_jpeg(bytes(damaged), header)
                 decode_rgb(bytes(damaged), formats=ALL, max_pixels=10**6)

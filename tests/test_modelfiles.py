@@ -19,11 +19,11 @@ from tiny_models import IMAGE_PX, save_captioner, save_ranker, tokenizer
 from transformers import AutoTokenizer, BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from pipeline.models import folder_view
+from pipeline.models.blip.captioner import Captioner
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.model_files import read_object, safetensors_header, weight_files
 from pipeline.models.transformers_loader import load_tokenizer
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.stages.caption import Captioner
-from pipeline.stages.rank import Ranker
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import LanguageConfig, VisionConfig

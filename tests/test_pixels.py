@@ -21,8 +21,8 @@ from jobs.bench.fixtures.pictures import jpeg
 from jobs.bench.images import measure_images
 from pipeline.images import preprocess
 from pipeline.images.decode import ImageError, decode_rgb
-from pipeline.images.preprocess import PixelRecipe, decode_pixels, normalise, stack_pinned
-from pipeline.prefetch import decode_threads, look_ahead
+from pipeline.images.preprocess import Preprocess, decode_pixels, normalise, stack_pinned
+from pipeline.prefetch import decode_threads, prefetch_map
 from schemas.config import PixelPath
 from schemas.errors import CapfiltError
 from tests import hostile
@@ -31,8 +31,8 @@ from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 # pytest resets the filters that pipeline.images.decode sets.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 PATHS: tuple[PixelPath, ...] = ("exact", "fast")
-BLIP = PixelRecipe.of_blip(BlipImageProcessorPil())
-CLIP = PixelRecipe.of_open_clip(asdict(PreprocessCfg()))
+BLIP = Preprocess.of_blip(BlipImageProcessorPil())
+CLIP = Preprocess.of_open_clip(asdict(PreprocessCfg()))
 # (width, height): as crawled, square, upright, as large as wanted, tiny, long, beside a multiple.
 SIZES_PX = [
     (512, 384), (512, 512), (480, 640), (384, 384), (224, 224), (8, 8), (31, 17), (64, 400), (1200, 100), (385, 383)
@@ -68,14 +68,14 @@ def files() -> Iterator[tuple[str, bytes]]:
 FILES = dict(files())
 
 
-def decoded(data: bytes, recipe: PixelRecipe, path: PixelPath = "exact") -> Tensor:
+def decoded(data: bytes, recipe: Preprocess, path: PixelPath = "exact") -> Tensor:
     found = decode_pixels(data, [recipe], path)
     assert found is not None and found[0].dtype == torch.uint8
     assert found[0].shape == (3, *recipe.size_px)
     return found[0]
 
 
-def normalised(data: bytes, recipe: PixelRecipe) -> Tensor:
+def normalised(data: bytes, recipe: Preprocess) -> Tensor:
     return normalise(decoded(data, recipe)[None], recipe, torch.float32)[0]
 
 
@@ -101,7 +101,7 @@ def test_every_setting_of_open_clip(size: int | tuple[int, int], resize: str, in
         std=(0.25,) * 3,
     )
     transform = image_transform_v2(cfg, is_train=False)
-    recipe = PixelRecipe.of_open_clip(asdict(cfg))
+    recipe = Preprocess.of_open_clip(asdict(cfg))
     for size_px in ((90, 70), (70, 90), (64, 64), (41, 97), (33, 8), (500, 40)):
         data = encoded(noise(0, size_px), "PNG")
         assert torch.equal(normalised(data, recipe), transform(decode_rgb(data))), size_px
@@ -113,7 +113,7 @@ def test_settings_of_blip() -> None:
         size={"height": 48, "width": 80}, resample=2, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]
     )
     expected = processor(decode_rgb(data), return_tensors="pt").pixel_values[0]
-    assert torch.equal(normalised(data, PixelRecipe.of_blip(processor)), expected)
+    assert torch.equal(normalised(data, Preprocess.of_blip(processor)), expected)
 
 
 def test_the_published_captioners_settings(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_published_captioners_settings(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     processor = BlipImageProcessorPil.from_pretrained(tmp_path)
     assert processor.do_pad
-    recipe = PixelRecipe.of_blip(processor)
+    recipe = Preprocess.of_blip(processor)
     assert recipe == BLIP
     expected = processor(decode_rgb(JPEG), return_tensors="pt").pixel_values[0]
     assert torch.equal(normalised(JPEG, recipe), expected)
@@ -143,7 +143,7 @@ def test_the_published_captioners_settings(tmp_path: Path) -> None:
 )
 def test_a_processor_that_does_more_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(CapfiltError, match="preprocessor_config.json"):
-        PixelRecipe.of_blip(BlipImageProcessorPil(**settings))
+        Preprocess.of_blip(BlipImageProcessorPil(**settings))
 
 
 def test_fast_is_within_two_levels_and_nearly_everywhere_within_one() -> None:
@@ -162,7 +162,7 @@ def test_fast_is_within_two_levels_and_nearly_everywhere_within_one() -> None:
     assert (levels > 0).mean() < 0.01 and (levels > 1).mean() < 2e-5
 
 
-def _resized(image: Image.Image, recipe: PixelRecipe, path: PixelPath) -> np.ndarray:
+def _resized(image: Image.Image, recipe: Preprocess, path: PixelPath) -> np.ndarray:
     size_px = preprocess._resized_px(recipe, image.height, image.width)
     return preprocess._resize(np.array(image) if path == "fast" else image, size_px, recipe.interpolation)
 
@@ -202,7 +202,7 @@ def test_what_decode_rgb_refuses_is_none_on_both_paths(case: str, path: PixelPat
 @pytest.mark.parametrize("path", PATHS)
 def test_damage_never_raises_and_decodes_on_both_paths_or_none(path: PixelPath) -> None:
     rng = np.random.default_rng(0)
-    recipe = PixelRecipe.of_blip(BlipImageProcessorPil(size={"height": 16, "width": 16}))
+    recipe = Preprocess.of_blip(BlipImageProcessorPil(size={"height": 16, "width": 16}))
     outcomes = []
     for _ in range(150):
         damaged = bytearray(JPEG)
@@ -221,7 +221,7 @@ def test_damage_never_raises_and_decodes_on_both_paths_or_none(path: PixelPath) 
 def test_an_image_too_narrow_for_a_recipe_is_none(path: PixelPath) -> None:
     """Of 1 x 20,000 pixels, ``shortest`` would make a billion, and ``longest`` none."""
     thread = encoded(Image.new("RGB", (1, 20_000)), "PNG")
-    longest = PixelRecipe.of_open_clip(asdict(PreprocessCfg(resize_mode="longest")))
+    longest = Preprocess.of_open_clip(asdict(PreprocessCfg(resize_mode="longest")))
     assert decode_pixels(thread, [BLIP], path) is not None
     assert decode_pixels(thread, [BLIP, CLIP], path) is None
     assert decode_pixels(thread, [longest], path) is None
@@ -249,7 +249,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         return image
 
     monkeypatch.setattr(preprocess, "decode_rgb", watched)
-    found = list(look_ahead(lambda data: decode_pixels(data, [BLIP], "exact"), [large, large, large, small, small],
+    found = list(prefetch_map(lambda data: decode_pixels(data, [BLIP], "exact"), [large, large, large, small, small],
                             ahead=5, threads=5))  # fmt: skip
     assert None not in found
     assert peak == {large: 1, small: 2}
@@ -280,9 +280,9 @@ def test_a_worker_on_the_cpu_decodes_on_what_it_reserved_and_one_on_a_gpu_on_all
     assert decode_threads(64, feeds_gpu=True) == 64
 
 
-def test_look_ahead_holds_no_more_than_it_says() -> None:
+def test_prefetch_map_holds_no_more_than_it_says() -> None:
     begun, taken = [], []
-    for result in look_ahead(lambda item: begun.append(item) or item, range(40), ahead=6, threads=3):
+    for result in prefetch_map(lambda item: begun.append(item) or item, range(40), ahead=6, threads=3):
         taken.append(result)
         # Taking a result begins one more before it is handed out.
         assert len(begun) <= len(taken) + 6

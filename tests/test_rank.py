@@ -13,9 +13,10 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.images.decode import decode_rgb
 from pipeline.images.preprocess import decode_pixels
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.weights import ranker_weights
 from pipeline.stages.caption import CaptionWorker
-from pipeline.stages.rank import Ranker, RankWorker
+from pipeline.stages.rank import RankWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
 from schemas.tables import CANDIDATES
@@ -38,7 +39,7 @@ def ranker(folder: Path) -> Ranker:
 
 
 def score_images(one: Ranker, images: list, texts: list[list[str]]) -> list:
-    levels = [decode_pixels(encoded(image), [one.recipe], "exact") for image in images]
+    levels = [decode_pixels(encoded(image), [one.preprocess], "exact") for image in images]
     return one.score_pixels(torch.stack([found for (found,) in levels]), texts)
 
 

@@ -454,7 +454,7 @@ import io
 import json
 import numpy as np
 from PIL import Image
-from pipeline.stages.caption import Captioner
+from pipeline.models.blip.captioner import Captioner
 from pipeline.models.weights import captioner_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
@@ -494,7 +494,7 @@ def test_openai_clip_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     code = """
 import json
 import torch
-from pipeline.stages.rank import Ranker
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
 weights = ranker_weights("ViT-L-14", "openai")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.bench.fixtures.pictures import jpeg
-from pipeline.images.decode import FORMATS, ImageError, decode_rgb, decode_srgb, is_plain_jpeg, probe
+from pipeline.images.decode import FORMATS, ImageError, decode_rgb, decode_srgb, is_plain_jpeg, read_header
 from tests.hostile import encoded, picture, png
 from tests.test_images import peak_bytes
 
@@ -54,7 +54,7 @@ def test_a_jpeg_without_its_end_marker_is_whole(data: bytes) -> None:
     expected = np.asarray(decode_rgb(data))
     for whole in (data[:-2], data[:-1], data[:-2] + bytes(40) + EOI, data + b"<html>", data + data):
         assert np.array_equal(np.asarray(decode_rgb(whole)), expected)
-    assert not is_plain_jpeg(data[:-2], probe(data)), "torchvision would refuse it"
+    assert not is_plain_jpeg(data[:-2], read_header(data)), "torchvision would refuse it"
 
 
 @each_jpeg
@@ -178,7 +178,7 @@ BESIDES = {
 @pytest.mark.parametrize("beside", BESIDES.values(), ids=BESIDES.keys())
 def test_pixels_are_sound_beside_any_text_or_profile(beside: bytes, at_end: bool) -> None:
     data, before = with_chunks(beside, at_end=at_end), peak_bytes()
-    assert probe(data).width == 160
+    assert read_header(data).width == 160
     assert np.array_equal(np.asarray(decode(data)), np.asarray(picture()))
     assert peak_bytes() - before < 20_000_000
 

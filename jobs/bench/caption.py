@@ -29,7 +29,7 @@ from jobs.bench.generate import engine, generate, prompt_ids, uniform_numbers
 from jobs.bench.toptwo import measure_top_two
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.models.blip.decoder import Decoder
-from pipeline.models.blip.generation import NOTHING, RowSampler
+from pipeline.models.blip.generation import NO_TOKEN, RowSampler
 from pipeline.models.device import compute_dtype, device_name, worker_device
 from schemas.config import CaptionConfig
 
@@ -116,7 +116,7 @@ def _counted(model: BlipForConditionalGeneration, features_BPE: Tensor) -> dict[
         said_BNT = ours(features_BPE, uniforms_BNT)
         flops = counted_flops(partial(ours, features_BPE, uniforms_BNT)) / images
         # Each token but an image's first ten comes of a row of its own; these ten come of one.
-        rows = (int((said_BNT != NOTHING).sum()) / images) - (config.num_captions - 1)
+        rows = (int((said_BNT != NO_TOKEN).sum()) / images) - (config.num_captions - 1)
         counts |= {
             f"gflop_ours{name}": round(flops / 1e9, 2),
             f"gflop_bound{name}": round(1.05 * (_GFLOP_IMAGE + _GFLOP_ROW * rows), 2),
@@ -151,7 +151,7 @@ def _decode(
     timed = in_turn({"ours": ours, "theirs": theirs}, rounds, model.device)
     return {
         f"{name}_ratio" if chance == 0 else "decode_ratio_early_stop": median_ratio(timed),
-        f"{name}_mean_tokens": round(float((said_BNT != NOTHING).sum(-1).double().mean()), 2),
+        f"{name}_mean_tokens": round(float((said_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
         f"{name}_s_per_image": round(median(timed["ours"]) / images, 6),
         f"{name}_s_per_image_transformers": round(median(timed["theirs"]) / images, 6),
     }

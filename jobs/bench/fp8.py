@@ -29,12 +29,12 @@ from jobs.demo.world.pictures import picture_set
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.images.preprocess import PixelRecipe, normalise
+from pipeline.images.preprocess import Preprocess, normalise
+from pipeline.models.blip.captioner import Captioner
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import device_name, worker_device
 from pipeline.models.fp8 import quantise, require_fp8, require_torchao
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.stages.caption import Captioner
-from pipeline.stages.rank import Ranker
 from pipeline.stages.selection import Candidate, select
 from pipeline.text import clean_caption
 from schemas.config import CaptionConfig, InferencePrecision, SelectConfig
@@ -132,11 +132,11 @@ def _full_size_speed() -> dict[str, Any]:
 @torch.inference_mode()
 def _see(model: Captioner | Ranker, batch: int) -> Tensor:
     """Encode images that are there already, as levels of noise."""
-    pixels_NCHW = _noise(model.recipe, batch).to(model.device)
-    return _tower(model)(normalise(pixels_NCHW, model.recipe, model.dtype))
+    pixels_NCHW = _noise(model.preprocess, batch).to(model.device)
+    return _tower(model)(normalise(pixels_NCHW, model.preprocess, model.dtype))
 
 
-def _noise(recipe: PixelRecipe, batch: int) -> Tensor:
+def _noise(recipe: Preprocess, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, *recipe.size_px), generator=generator, dtype=torch.uint8)
 
@@ -201,8 +201,8 @@ def _captions(world: _World, precision: InferencePrecision) -> list[list[str]]:
     uids = iter(map(str, range(len(world.scenes))))
     captions = []
     for pixels_NCHW in world.pixels_NCHW.split(_BATCH):
-        sampled = captioner.sample(list(pixels_NCHW), list(islice(uids, len(pixels_NCHW))))
-        captions += [[clean_caption(each.text) for each in row] for row in captioner.texts(sampled)]
+        sampled = captioner.generate(captioner.load(list(pixels_NCHW), list(islice(uids, len(pixels_NCHW)))))
+        captions += [[clean_caption(each.text) for each in row] for row in captioner.decode_text(sampled)]
     return captions
 
 

@@ -16,8 +16,8 @@ from transformers import BlipImageProcessorPil
 from jobs.bench.fixtures.machine import Stopwatch
 from jobs.bench.fixtures.pictures import jpeg
 from pipeline.images.decode import decode_rgb
-from pipeline.images.preprocess import PixelRecipe, decode_pixels
-from pipeline.prefetch import decode_threads, look_ahead
+from pipeline.images.preprocess import Preprocess, decode_pixels
+from pipeline.prefetch import decode_threads, prefetch_map
 from schemas.config import PixelPath
 
 # The first is what a crawl stores of a photograph; the others are what shards of other makers hold.
@@ -46,11 +46,11 @@ def measure_images(images: int) -> dict[str, Any]:
     }
 
 
-def _decoders() -> tuple[dict[str, _Decoder], list[PixelRecipe]]:
+def _decoders() -> tuple[dict[str, _Decoder], list[Preprocess]]:
     """Return the ways to prepare an image for BLIP-large and for CLIP ViT-L/14, and their recipes."""
     processor, cfg = BlipImageProcessorPil(), PreprocessCfg()
     transform = image_transform_v2(cfg, is_train=False)
-    recipes = [PixelRecipe.of_blip(processor), PixelRecipe.of_open_clip(asdict(cfg))]
+    recipes = [Preprocess.of_blip(processor), Preprocess.of_open_clip(asdict(cfg))]
 
     def naive(data: bytes) -> Any:
         blip_CHW = processor(decode_rgb(data), return_tensors="pt").pixel_values[0]
@@ -63,7 +63,7 @@ def _decoders() -> tuple[dict[str, _Decoder], list[PixelRecipe]]:
 
 
 def _measure_size(
-    size_px: tuple[int, int], images: int, decoders: dict[str, _Decoder], recipes: list[PixelRecipe]
+    size_px: tuple[int, int], images: int, decoders: dict[str, _Decoder], recipes: list[Preprocess]
 ) -> dict[str, Any]:
     pictures = [jpeg(seed, size_px) for seed in range(images)]
     threads = decode_threads(1, feeds_gpu=True)
@@ -86,7 +86,7 @@ def _measure_size(
 def _decode_all(decode: _Decoder, pictures: Sequence[bytes], threads: int) -> Stopwatch:
     """Decode through the pool that workers use."""
     with Stopwatch() as watch:
-        for pixels in look_ahead(decode, pictures, ahead=2 * threads, threads=threads):
+        for pixels in prefetch_map(decode, pictures, ahead=2 * threads, threads=threads):
             assert pixels is not None
     return watch
 
@@ -99,7 +99,7 @@ def _summary(one: Sequence[float], every: Sequence[float], naive: Sequence[float
     }
 
 
-def _differences(pictures: Sequence[bytes], recipes: Sequence[PixelRecipe]) -> dict[str, Any]:
+def _differences(pictures: Sequence[bytes], recipes: Sequence[Preprocess]) -> dict[str, Any]:
     """Say how far the fast path's levels are from the exact one's."""
     levels = torch.cat(
         [

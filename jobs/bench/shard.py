@@ -155,8 +155,8 @@ class _Bench:
         said = []
         for start in range(0, len(shard.uids), size):
             batch = slice(start, start + size)
-            sampled = captioner.sample(shard.blip[batch], shard.uids[batch])
-            said += [[caption.text for caption in row] for row in captioner.texts(sampled)]
+            sampled = captioner.generate(captioner.load(shard.blip[batch], shard.uids[batch]))
+            said += [[caption.text for caption in row] for row in captioner.decode_text(sampled)]
         return said
 
     def _rank_bare(self, shard: _Shard, rows: list[dict[str, float]]) -> list[list[float]]:
@@ -171,7 +171,7 @@ class _Bench:
 
     def _shards(self) -> list[_Shard]:
         """Make the raw shards, and decode the few pictures that they consist of."""
-        recipes = [self.caption.captioner.recipe, self.rank.rankers[0].recipe]
+        recipes = [self.caption.captioner.preprocess, self.rank.rankers[0].preprocess]
         pixels = [decode_pixels(data, recipes, "exact") for data in self.corpus.pictures]
         shards = []
         for name in self.corpus.shards:

@@ -19,11 +19,11 @@ from jobs.bench.fixtures.compute import in_turn, median_ratio, seconds
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.bench.generate import generate
 from pipeline.images.preprocess import decode_pixels, stack_pinned
+from pipeline.models.blip.captioner import Captioner, ImageBatch, TokenBatch
+from pipeline.models.clip.ranker import Ranker, Score
 from pipeline.models.device import compute_dtype, worker_device
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.prefetch import decode_threads, look_ahead
-from pipeline.stages.caption import Captioner, Gathered, Sampled
-from pipeline.stages.rank import Ranker, Score
+from pipeline.prefetch import decode_threads, prefetch_map
 from schemas.config import CaptionConfig
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def _best_batch(folder: Path, batch_sizes: Sequence[int], files: list[bytes]) ->
 def _batches(prepare: Callable[[bytes], T], files: list[bytes], size: int) -> Iterator[list[T]]:
     """Decode ahead of the device as the workers do, on a GPU on all cores, and yield batches."""
     threads = decode_threads(1, feeds_gpu=worker_device().type == "cuda")
-    prepared = look_ahead(prepare, files, ahead=2 * size, threads=threads)
+    prepared = prefetch_map(prepare, files, ahead=2 * size, threads=threads)
     while batch := list(islice(prepared, size)):
         yield batch
 
@@ -89,19 +89,19 @@ def _ours(folder: Path, batch_size: int) -> Callable[[list[bytes]], list[list[st
     config = CaptionConfig(model=str(folder / "captioner"), batch_size=batch_size)
     captioner = Captioner(config, captioner_weights(config), 0)
     ranker = Ranker(ranker_weights(f"local-dir:{folder / 'ranker'}", ""), "auto", batch_size)
-    recipes = [captioner.recipe, ranker.recipe]
+    recipes = [captioner.preprocess, ranker.preprocess]
 
     def prepare(data: bytes) -> tuple[Tensor, ...]:
         pixels = decode_pixels(data, recipes, "exact")
         assert pixels is not None
         return pixels
 
-    def gather(batch: list[tuple[Tensor, ...]], first: int) -> tuple[list[Tensor], Gathered]:
+    def gather(batch: list[tuple[Tensor, ...]], first: int) -> tuple[list[Tensor], ImageBatch]:
         blip, clip = zip(*batch, strict=True)
-        return clip, captioner.gather(blip, [str(first + index) for index in range(len(batch))])
+        return clip, captioner.load(blip, [str(first + index) for index in range(len(batch))])
 
-    def caption(batch: tuple[list[Tensor], Gathered]) -> tuple[list[Tensor], Sampled]:
-        return batch[0], captioner.compute(batch[1])
+    def caption(batch: tuple[list[Tensor], ImageBatch]) -> tuple[list[Tensor], TokenBatch]:
+        return batch[0], captioner.generate(batch[1])
 
     def rank(batch: tuple[list[Tensor], list[list[str]]]) -> list[tuple[list[str], list[Score]]]:
         clip, texts = batch
@@ -111,12 +111,12 @@ def _ours(folder: Path, batch_size: int) -> Callable[[list[bytes]], list[list[st
         # One model after the other, as the stages of a run do; what the device does not do is done meanwhile.
         batches = zip(_batches(prepare, files, batch_size), count(step=batch_size), strict=False)
         captioned = [
-            (clip, [[each.text for each in row] for row in captioner.texts(sampled)])
-            for clip, sampled in look_ahead(caption, starmap(gather, batches), ahead=2, threads=1)
+            (clip, [[each.text for each in row] for row in captioner.decode_text(sampled)])
+            for clip, sampled in prefetch_map(caption, starmap(gather, batches), ahead=2, threads=1)
         ]
         return [
             [text for _, text in sorted(zip((one.similarity for one in scores), texts, strict=True))[-2:]]
-            for batch in look_ahead(rank, captioned, ahead=1, threads=1)
+            for batch in prefetch_map(rank, captioned, ahead=1, threads=1)
             for texts, scores in batch
         ]
 
@@ -145,7 +145,7 @@ def _theirs(folder: Path, batch_size: int) -> Callable[[list[bytes]], Tensor]:
     def top_two(files: list[bytes]) -> Tensor:
         best = []
         # Collated ahead, as the workers of a data loader do.
-        for pixels in look_ahead(collate, _batches(prepare, files, batch_size), ahead=2, threads=1):
+        for pixels in prefetch_map(collate, _batches(prepare, files, batch_size), ahead=2, threads=1):
             blip_BCHW, clip_BCHW = (part.to(device, dtype) for part in pixels)
             features_BPE = model.vision_model(blip_BCHW).last_hidden_state
             captions = words.batch_decode(generate(model, features_BPE, config), skip_special_tokens=True)

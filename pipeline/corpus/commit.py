@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -82,6 +83,16 @@ class ShardStats:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def gpu_lock(self, lock: Lock) -> Iterator[None]:
+        """Hold the device for one shard; the part ``wait`` is the time that another shard held it."""
+        with self.timed("wait"):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class ShardCommit:

@@ -89,7 +89,7 @@ class ImageHeader:
     animated: bool
 
 
-def probe(data: bytes) -> ImageHeader:
+def read_header(data: bytes) -> ImageHeader:
     """Read an image's header. Raises ImageError: not an image, or a format that is never decoded."""
     with _open(data, FORMATS) as image:
         return _header(image)

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, probe
+from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, read_header
 from schemas.config import PixelPath
 from schemas.errors import CapfiltError
 
@@ -45,7 +45,7 @@ class _Processor(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PixelRecipe:
+class Preprocess:
     """How a model wants its images.
 
     Attributes:
@@ -65,8 +65,8 @@ class PixelRecipe:
     fill: int = 0
 
     @classmethod
-    def of_blip(cls, processor: _Processor) -> "PixelRecipe":
-        """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError where no recipe says that."""
+    def of_blip(cls, processor: _Processor) -> "Preprocess":
+        """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError where no preprocess says that."""
         settings = processor.to_dict()
         size = settings["size"]
         interpolation = {2: "bilinear", 3: "bicubic"}.get(settings["resample"])
@@ -91,7 +91,7 @@ class PixelRecipe:
         )
 
     @classmethod
-    def of_open_clip(cls, preprocess_cfg: Mapping[str, Any]) -> "PixelRecipe":
+    def of_open_clip(cls, preprocess_cfg: Mapping[str, Any]) -> "Preprocess":
         """Return what ``image_transform_v2`` does with this ``PreprocessCfg`` in evaluation."""
         size = preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -109,36 +109,38 @@ class PixelRecipe:
         )
 
 
-def decode_pixels(data: bytes, recipes: Sequence[PixelRecipe], path: PixelPath) -> tuple[Tensor, ...] | None:
-    """Decode an image once, within the bounds of ``decode_rgb``, and resize it by each recipe.
+def decode_pixels(
+    data: bytes, preprocesses: Sequence[Preprocess], path: PixelPath
+) -> tuple[Tensor, ...] | None:
+    """Decode an image once, within the bounds of ``decode_rgb``, and resize it by each preprocess.
 
     Thread-safe, with the interpreter's lock released in decoding and resizing; the torch operation in it starts
     no threads of its own.
 
     Returns:
-        A uint8 tensor (C, H, W) for each recipe, in memory as (H, W, C); None for what is no image or too long
-        and narrow for a recipe.
+        A uint8 tensor (C, H, W) for each preprocess, in memory as (H, W, C); None for what is no image or too long
+        and narrow for a preprocess.
     """
     try:
-        header = probe(data)
+        header = read_header(data)
         with _large_image if header.width * header.height > _LARGE_PIXELS else nullcontext():
             image = decode_rgb(data)
-            sizes = [_resized_px(recipe, image.height, image.width) for recipe in recipes]
-            # Copied out of Pillow once for all recipes.
+            sizes = [_resized_px(preprocess, image.height, image.width) for preprocess in preprocesses]
+            # Copied out of Pillow once for all preprocesses.
             source = np.array(image) if path == "fast" else image
             resized = [
-                _resize(source, size_px, recipe.interpolation)
-                for recipe, size_px in zip(recipes, sizes, strict=True)
+                _resize(source, size_px, preprocess.interpolation)
+                for preprocess, size_px in zip(preprocesses, sizes, strict=True)
             ]
     except ImageError:
         return None
     return tuple(
-        torch.from_numpy(_cut_or_pad(pixels_HWC, recipe.size_px, recipe.fill)).permute(2, 0, 1)
-        for recipe, pixels_HWC in zip(recipes, resized, strict=True)
+        torch.from_numpy(_cut_or_pad(pixels_HWC, preprocess.size_px, preprocess.fill)).permute(2, 0, 1)
+        for preprocess, pixels_HWC in zip(preprocesses, resized, strict=True)
     )
 
 
-def normalise(pixels_BCHW: Tensor, recipe: PixelRecipe, dtype: torch.dtype) -> Tensor:
+def normalise(pixels_BCHW: Tensor, preprocess: Preprocess, dtype: torch.dtype) -> Tensor:
     """Return what the model takes, computed in float32 on the pixels' device, rounded to ``dtype`` at the end.
 
     In float32 equal to what BLIP's and open_clip's preprocessing give, bit for bit.
@@ -150,7 +152,7 @@ def normalise(pixels_BCHW: Tensor, recipe: PixelRecipe, dtype: torch.dtype) -> T
 
     levels_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
     # Divided by a tensor: for a number, CUDA multiplies with its inverse, which rounds differently.
-    levels_BCHW.div_(by_channel([255.0])).sub_(by_channel(recipe.mean)).div_(by_channel(recipe.std))
+    levels_BCHW.div_(by_channel([255.0])).sub_(by_channel(preprocess.mean)).div_(by_channel(preprocess.std))
     return levels_BCHW.to(dtype)
 
 
@@ -165,18 +167,18 @@ def stack_pinned(pixels: Sequence[Tensor]) -> Tensor:
     return stacked_BCHW
 
 
-def _resized_px(recipe: PixelRecipe, height: int, width: int) -> tuple[int, int]:
+def _resized_px(preprocess: Preprocess, height: int, width: int) -> tuple[int, int]:
     """Return the size that an image is resized to, before it is cut or padded. Raises ImageError."""
-    target_height, target_width = recipe.size_px
-    if recipe.resize == "squash":
-        return recipe.size_px
-    if recipe.resize == "shortest" and target_height == target_width:
+    target_height, target_width = preprocess.size_px
+    if preprocess.resize == "squash":
+        return preprocess.size_px
+    if preprocess.resize == "shortest" and target_height == target_width:
         # torchvision's rounding; that of the other cases is open_clip's.
         long = int(target_height * max(height, width) / min(height, width))
         resized = (target_height, long) if height <= width else (long, target_height)
     else:
         ratios = height / target_height, width / target_width
-        ratio = min(ratios) if recipe.resize == "shortest" else max(ratios)
+        ratio = min(ratios) if preprocess.resize == "shortest" else max(ratios)
         resized = round(height / ratio), round(width / ratio)
     # Of a picture one pixel wide, covering a square makes more pixels than any memory has.
     if not 0 < resized[0] * resized[1] <= MAX_PIXELS:

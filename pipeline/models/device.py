@@ -1,12 +1,7 @@
-"""The device a worker computes on, the number format it computes in, and whose turn it is."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
+"""The device that a worker computes on, and the number format."""
 
 import torch
 
-from pipeline.corpus.commit import ShardStats
 from schemas.config import InferencePrecision
 
 
@@ -29,14 +24,3 @@ def compute_dtype(precision: InferencePrecision, device: torch.device) -> torch.
             return torch.float32
         case _:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-@contextmanager
-def device_turn(lock: Lock, stats: ShardStats) -> Iterator[None]:
-    """Hold the device for one shard; the part ``wait`` is the time that another one had it."""
-    with stats.timed("wait"):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -33,7 +33,7 @@ from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histog
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
 from pipeline.corpus.url_shards import retried_elsewhere
-from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, probe
+from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, read_header
 from pipeline.stages.img2dataset_shard import adopt_shard
 from pipeline.text import count_words
 from pipeline.web.client import Fetch, Web
@@ -208,7 +208,7 @@ class ShardImages:
         """Judge a fetched body, hand it to img2dataset's Resizer, and note what it is. Raises ImageError."""
         assert fetch.body is not None
         data, config = fetch.body.read(), self._config
-        header = probe(data)
+        header = read_header(data)
         columns.update(format=header.format, original_width=header.width, original_height=header.height)
         check(
             header,

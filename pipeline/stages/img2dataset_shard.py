@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.corpus.shard_files import image_members
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
-from pipeline.images.decode import ImageError, probe
+from pipeline.images.decode import ImageError, read_header
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
@@ -179,7 +179,7 @@ def read_images(path: Path) -> dict[str, StoredImage | ImageError]:
 
 def _stored_image(data: bytes) -> StoredImage | ImageError:
     try:
-        header = probe(data)
+        header = read_header(data)
     except ImageError as error:
         return error
     return StoredImage(width=header.width, height=header.height, bytes=len(data))

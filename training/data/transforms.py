@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, is_plain_jpeg, probe
+from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, is_plain_jpeg, read_header
 
 _RATIOS = (math.log(3 / 4), math.log(4 / 3))
 _TRIES = 10
@@ -42,7 +42,7 @@ def decode(data: bytes) -> Tensor:
 
     Plain JPEGs, nearly all there are, skip Pillow: libjpeg-turbo's output as a tensor without a copy.
     """
-    header = probe(data)
+    header = read_header(data)
     if header.width * header.height > MAX_PIXELS:
         raise ImageError("too_many_pixels", f"{header.width} x {header.height}")
     if not is_plain_jpeg(data, header):

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
+from pipeline.models.blip.vision import ImageKeysValues
 from pipeline.models.packed_linear import for_few_rows
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -70,10 +71,7 @@ class Decoder(nn.Module):
         self.end_id = config.sep_token_id
         self.embeddings = model.bert.embeddings
         self.layers = nn.ModuleList(DecoderLayer(layer) for layer in model.bert.encoder.layer)
-        crosses = [layer.crossattention.self for layer in model.bert.encoder.layer]
-        # Keys and values of all layers, layer by layer, as one weight.
-        self.weight_kv = _frozen(torch.cat([p for c in crosses for p in (c.key.weight, c.value.weight)]))
-        self.bias_kv = _frozen(torch.cat([p for c in crosses for p in (c.key.bias, c.value.bias)]))
+        self.image_keys_values = ImageKeysValues(model.bert.encoder.layer)
         head = model.cls.predictions
         self.transform, self.activation = _packed(head.transform.dense), head.transform.transform_act_fn
         self.norm = head.transform.LayerNorm
@@ -82,14 +80,10 @@ class Decoder(nn.Module):
         weight = head.decoder.weight if self.lowered else head.decoder.weight.float()
         self.out = for_few_rows(weight, head.decoder.bias.float())
 
-    def image_keys_values(self, image_BPE: Tensor, layer: int | None = None) -> Tensor:
-        """Return keys and values of every layer, or of one: (layers, 2, B, H, P, d), or without the first axis."""
-        per_layer = 2 * self.width
-        rows = slice(None) if layer is None else slice(layer * per_layer, (layer + 1) * per_layer)
-        projected = linear(image_BPE, self.weight_kv[rows], self.bias_kv[rows])
-        split = projected.unflatten(-1, (-1, 2, self.num_heads, self.width // self.num_heads))
-        heads = split.permute(2, 3, 0, 4, 1, 5)
-        return heads if layer is None else heads[0]
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.image_keys_values.weight.device
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the first hidden state of tokens, of any shape, at positions that broadcast with them."""
@@ -129,8 +123,8 @@ class Decoder(nn.Module):
             Logits of the token after them (B, V), and their own keys and values (layers, 2, B, H, L, d).
         """
         num_images, length = image_kv[0].shape[1], len(token_ids)
-        tokens_L = torch.tensor(token_ids, device=self.weight_kv.device)
-        hidden_LD = self.embed(tokens_L, torch.arange(length, device=self.weight_kv.device))
+        tokens_L = torch.tensor(token_ids, device=self.device)
+        hidden_LD = self.embed(tokens_L, torch.arange(length, device=self.device))
         kept: list[Tensor] = []
 
         def attend_self(_: int, projected_RM: Tensor) -> Tensor:
@@ -161,7 +155,3 @@ def _as_it_is(function: F) -> F:
 
 def _packed(layer: nn.Linear) -> nn.Module:
     return for_few_rows(layer.weight, layer.bias)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -26,7 +26,7 @@ from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.nucleus import Nucleus, draw, is_finite, nucleus
 from schemas.config import CaptionConfig
 
-NOTHING = -1
+NO_TOKEN = -1
 # Somewhere in a sample whose logits were NaN or infinite. It travels with the tokens, so that nobody has to ask
 # the device at every step.
 NOT_FINITE = -2
@@ -42,7 +42,7 @@ class RowSampler:
 
     @torch.inference_mode()
     def __call__(self, image_BPE: Tensor, uniforms_BNT: Tensor) -> Tensor:
-        """Return the tokens after the prompt, the end included: int64 (B, N, T), NOTHING behind the end.
+        """Return the tokens after the prompt, the end included: int64 (B, N, T), NO_TOKEN behind the end.
 
         A sample whose logits were not finite holds NOT_FINITE.
 
@@ -62,7 +62,7 @@ class RowSampler:
         sample_S = torch.arange(num_images * num_samples, device=image_BPE.device)
         row_S = sample_S // num_samples
         uniforms_ST = uniforms_BNT.flatten(0, 1)
-        said_ST = torch.full_like(uniforms_ST, NOTHING, dtype=torch.long)
+        said_ST = torch.full_like(uniforms_ST, NO_TOKEN, dtype=torch.long)
         for step in range(num_steps):
             choice = nucleus(logits_RV, tokens_RL, length + step, decoder.end_id, self.config)
             token_S = draw(Nucleus(*(part[row_S] for part in choice)), uniforms_ST[sample_S, step])
@@ -120,7 +120,7 @@ class GridSampler:
         self.config = config
         self.num_images = num_images
         self.num_steps = config.max_length - len(prompt_ids)
-        device = decoder.weight_kv.device
+        device = decoder.device
         num_rows = num_images * config.num_captions
         self._uniforms_ST = torch.zeros(num_rows, self.num_steps, dtype=torch.float64, device=device)
         self._tokens_SL = torch.zeros(num_rows, config.max_length, dtype=torch.long, device=device)
@@ -152,7 +152,7 @@ class GridSampler:
         said_ST = self._tokens_SL[:num_rows, len(self.prompt_ids) :].clone()
         ends_ST = said_ST == self.decoder.end_id
         # What an earlier batch left there goes as well: the loop leaves early only where all have ended.
-        said_ST[(ends_ST.cumsum(1) - ends_ST.long()) > 0] = NOTHING
+        said_ST[(ends_ST.cumsum(1) - ends_ST.long()) > 0] = NO_TOKEN
         said_ST.masked_fill_(self._broken_S[:num_rows, None], NOT_FINITE)
         return said_ST.view(num_images, num_samples, self.num_steps)
 

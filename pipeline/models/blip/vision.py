@@ -1,13 +1,18 @@
-"""BLIP's vision tower, computed with the attention kernels that transformers' BLIP does not use.
+"""What BLIP's text models read of an image: the features of the vision tower, and their keys and values.
+
+transformers' BLIP computes attention without torch's fused kernels; the tower here uses them, on the same weights.
 
 The legend of the names: B images, C channels, P positions (patches and the class token), E width, H heads,
 d their width.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 
 class VisionTower(nn.Module):
@@ -49,3 +54,32 @@ def _block(layer: BlipEncoderLayer, hidden_BPE: Tensor) -> Tensor:
     context_BHPd = scaled_dot_product_attention(q_BHPd, k_BHPd, v_BHPd)
     hidden_BPE = hidden_BPE + attention.projection(context_BHPd.transpose(1, 2).flatten(2))
     return hidden_BPE + layer.mlp(layer.layer_norm2(hidden_BPE))
+
+
+class ImageKeysValues(nn.Module):
+    """The keys and values that BLIP's text layers read of an image, projected once an image for all its captions.
+
+    Args:
+        layers: of a text model with cross-attention; all of one width.
+    """
+
+    def __init__(self, layers: Iterable[BlipTextLayer]) -> None:
+        super().__init__()
+        crosses = [layer.crossattention.self for layer in layers]
+        self._num_heads, self._width = crosses[0].num_attention_heads, crosses[0].all_head_size
+        # Key and value of layer 0, of layer 1, ...: one matrix product for all of them.
+        self.weight = _frozen(torch.cat([p for c in crosses for p in (c.key.weight, c.value.weight)]))
+        self.bias = _frozen(torch.cat([p for c in crosses for p in (c.key.bias, c.value.bias)]))
+
+    def forward(self, image_BPE: Tensor, layer: int | None = None) -> Tensor:
+        """Return keys and values of every layer, or of one: (layers, 2, B, H, P, d), or without the first axis."""
+        per_layer = 2 * self._width
+        rows = slice(None) if layer is None else slice(layer * per_layer, (layer + 1) * per_layer)
+        projected = linear(image_BPE, self.weight[rows], self.bias[rows])
+        split = projected.unflatten(-1, (-1, 2, self._num_heads, self._width // self._num_heads))
+        heads = split.permute(2, 3, 0, 4, 1, 5)
+        return heads if layer is None else heads[0]
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
