@@ -1,18 +1,15 @@
 """A training run as a command: on this machine or on a Ray cluster, noted in the manifests from start to end."""
 
 import os
-import socket
 
 from jobs.interrupts import Interrupts
 from jobs.launcher import Outcome, train_here
-from jobs.run import new_run_id
-from pipeline.config import config_digest, dump_config
-from pipeline.corpus.commit import library_versions
+from jobs.run_record import begin_run
 from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import RunRecord, utc_now
+from schemas.records import RunRecord
 from training.trainer.lineage import Ledger
 from training.trainer.loop import Summary
 
@@ -51,15 +48,7 @@ def training_interrupts() -> Interrupts:
 
 def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
     sweep_temporary_folders()
-    run = RunRecord(
-        run_id=new_run_id(),
-        command="pretrain",
-        config=dump_config(config),
-        config_digest=config_digest(config),
-        started_at=utc_now(),
-        host=socket.gethostname(),
-        versions=library_versions(),
-    )
+    run = begin_run("pretrain", config)
     outcome = None
     try:
         outcome = _train(config, run, interrupts)

@@ -1,24 +1,19 @@
 """A run: read the lists, see what is missing, have it done, say how it ended."""
 
 import contextlib
-import secrets
 import signal
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.cluster.actors import dataset_row
-from jobs.cluster.executor import Streaming, StreamOutcome
+from jobs.executor import Executor, ExecutorOutcome, RunMonitor, StageJob
 from jobs.interrupts import Interrupts
 from jobs.output.progress import open_progress
-from pipeline.config import config_digest, dump_config
-from pipeline.corpus.commit import library_versions
+from jobs.run_record import begin_run
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
@@ -37,10 +32,10 @@ from schemas.records import STAGES, RunRecord, ShardRecord, Stage, utc_now
 _CHANGES_NAMED = 5
 
 _FIRST_SIGNAL = (
-    "committed shards stay, those under way are begun anew by the same command; a second signal does not wait for Ray "
-    "and the manifest"
+    "committed shards stay, those under way are begun anew by the same command; a second signal does not wait for the "
+    "workers and the manifest"
 )
-_SECOND_SIGNAL = "not waiting for Ray and the manifest"
+_SECOND_SIGNAL = "not waiting for the workers and the manifest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +49,8 @@ class RunOptions:
     retry: str | None = None
     limit: int | None = None
     quiet: bool = False
+    # In this process, without Ray.
+    local: bool = False
     # --source was given: the config was cut down to some of its sources.
     only_named: bool = False
 
@@ -87,11 +84,6 @@ class RunResult:
         """Tell whether the corpus has URLs, or images, of which not one went on."""
         totals = self.corpus_totals
         return (totals.urls > 0 and not totals.images) or (totals.selected > 0 and not totals.kept)
-
-
-def new_run_id() -> str:
-    """Return an id that sorts by start."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def model_weights(config: CapfiltConfig, stages: tuple[Stage, ...]) -> dict[Stage, list[Weights]]:
@@ -157,15 +149,7 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     records = Records(Storage(config.corpus.path))
     records.storage.require_conditional_puts()
     records.storage.require_place("corpus.path")
-    started = RunRecord(
-        run_id=new_run_id(),
-        command=options.command,
-        config=dump_config(config),
-        config_digest=config_digest(config),
-        started_at=utc_now(),
-        host=socket.gethostname(),
-        versions=library_versions(),
-    )
+    started = begin_run(options.command, config)
     with Interrupts(_FIRST_SIGNAL, _SECOND_SIGNAL) as interrupts:
         work = None
         try:
@@ -173,6 +157,15 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
             return _carry_out(work, console, interrupts)
         except KeyboardInterrupt:
             return _interrupted(records, started, work, interrupts)
+
+
+def run_local(config: CapfiltConfig, **options: Any) -> RunResult:
+    """Do what is missing in this process, one shard at a time, without Ray and without display: for a debugger.
+
+    Args:
+        options: fields of RunOptions, such as ``stages=("rank", "select")`` or ``limit=1``.
+    """
+    return run(config, RunOptions(local=True, quiet=True, **options), Console(stderr=True))
 
 
 def _prepare(
@@ -209,7 +202,7 @@ def _carry_out(work: _Work, console: Console, interrupts: Interrupts) -> RunResu
         for model in models:
             work.records.register_model(model.to_record())
     try:
-        outcome = _stream(work, console, interrupts)
+        outcome = _execute(work, console, interrupts)
         result = _end(work, outcome)
         work.records.write_run(result.record)
     except Exception:
@@ -219,7 +212,7 @@ def _carry_out(work: _Work, console: Console, interrupts: Interrupts) -> RunResu
     return result
 
 
-def _stream(work: _Work, console: Console, interrupts: Interrupts) -> StreamOutcome:
+def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorOutcome:
     config, options = work.config, work.options
 
     def note_interruption(shards_done: int) -> None:
@@ -227,21 +220,39 @@ def _stream(work: _Work, console: Console, interrupts: Interrupts) -> StreamOutc
         record = replace(work.started, outcome="interrupted", finished_at=utc_now(), shards_done=shards_done)
         work.records.write_run(record)
 
-    streaming = Streaming(
+    kinds = {source.name: source.kind for source in config.source}
+    job = StageJob(
         config=config,
         stages=options.stages,
         models=digests_of(work.weights),
         run_id=work.started.run_id,
         recompute=options.recompute,
-        manifest=work.manifest,
-        progress=open_progress(console, work.before, options.stages, options.limit, options.quiet),
-        interrupts=interrupts,
-        note_interruption=note_interruption,
+        shards=[(kinds[source], work.urls[source, shard]) for source, shard in work.todo],
     )
-    kinds = {source.name: source.kind for source in config.source}
-    return streaming.drive(
-        [dataset_row(kinds[source], work.urls[source, shard]) for source, shard in work.todo]
-    )
+    # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
+    with contextlib.closing(
+        open_progress(console, work.before, options.stages, options.limit, options.quiet)
+    ) as display:
+        monitor = RunMonitor(
+            stages=options.stages,
+            display=display,
+            manifest=work.manifest,
+            compact_interval_s=config.cluster.compact_interval_s,
+            interrupts=interrupts,
+            note_interruption=note_interruption,
+        )
+        return _executor(options.local).run(job, monitor)
+
+
+def _executor(local: bool) -> Executor:
+    """Return what runs the stages; only the one that is chosen is imported."""
+    if local:
+        from jobs.local import LocalExecutor
+
+        return LocalExecutor()
+    from jobs.cluster.executor import RayExecutor
+
+    return RayExecutor()
 
 
 def _interrupted(
@@ -334,7 +345,7 @@ def _ended(records: Records, started: RunRecord, outcome: Literal["interrupted",
     return replace(started, outcome=outcome, finished_at=utc_now(), shards_done=done)
 
 
-def _end(work: _Work, outcome: StreamOutcome) -> RunResult:
+def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     """Recount from the records what became of the run."""
     config, options, records, started = work.config, work.options, work.records, work.started
     committed, quarantine, urls = records.shards(), records.quarantined(), url_shards(records)

@@ -1,4 +1,4 @@
-"""Two shards at once in one actor: what overlaps, what comes out the same, and what one does to the other."""
+"""Two shards at once in one worker: what overlaps, what comes out the same, and what one does to the other."""
 
 import shutil
 import threading
@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
-import jobs.cluster.actors
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
-from jobs.cluster.actors import CaptionActor, RankActor, dataset_row
-from jobs.cluster.progress_actor import Outcome
-from jobs.cluster.sharing import Calls
+from jobs.cluster.actors import CONCURRENT_SHARDS
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.url_shards import url_shards
 from pipeline.models.weights import captioner_weights
 from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.progress import Outcome
+from pipeline.stages.runner import RWLock, ShardRunner
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask, Stage
 from tests.raw_shards import encoded, picture
@@ -33,63 +31,63 @@ RUN = "20260101T000000-test"
 PATIENCE_S = 60
 
 
-# -- calls together and alone --------------------------------------------------------------------------------
+# -- the readers-writer lock ---------------------------------------------------------------------------------
 
 
-def test_calls_run_together() -> None:
-    calls, both = Calls(), threading.Barrier(2, timeout=PATIENCE_S)
+def test_readers_hold_the_lock_together() -> None:
+    lock, both = RWLock(), threading.Barrier(2, timeout=PATIENCE_S)
 
     def work() -> None:
-        with calls.together():
+        with lock.shared():
             both.wait()
 
     in_two_threads(work, work)
 
 
-def test_alone_waits_for_the_others_and_comes_before_those_that_follow() -> None:
-    calls, order = Calls(), []
+def test_a_writer_waits_for_the_readers_and_comes_before_those_that_follow() -> None:
+    lock, order = RWLock(), []
     inside, leave = threading.Event(), threading.Event()
 
     def first() -> None:
-        with calls.together():
+        with lock.shared():
             inside.set()
             leave.wait(PATIENCE_S)
             order.append("first")
 
-    def alone() -> None:
-        with calls.alone():
-            order.append("alone")
+    def writer() -> None:
+        with lock.exclusive():
+            order.append("writer")
 
     def later() -> None:
-        with calls.together():
+        with lock.shared():
             order.append("later")
 
     threads = [threading.Thread(target=first)]
     threads[0].start()
     inside.wait(PATIENCE_S)
-    for work in (alone, later):
+    for work in (writer, later):
         threads.append(threading.Thread(target=work))
         threads[-1].start()
-        wait_until(lambda: calls._asked_alone == 1)
+        wait_until(lambda: lock._waiting_writers == 1)
     assert order == []
     leave.set()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert order == ["first", "alone", "later"]
+    assert order == ["first", "writer", "later"]
 
 
-def test_an_exception_gives_the_place_back() -> None:
-    calls = Calls()
-    for enter in (calls.together, calls.alone):
+def test_an_exception_releases_the_lock() -> None:
+    lock = RWLock()
+    for enter in (lock.shared, lock.exclusive):
         with pytest.raises(RuntimeError), enter():
             raise RuntimeError
-    with calls.alone():
+    with lock.exclusive():
         pass
-    with calls.together():
+    with lock.shared():
         pass
 
 
-# -- one actor, in this process ------------------------------------------------------------------------------
+# -- one runner, in two threads -------------------------------------------------------------------------------
 
 
 class Watched(CaptionWorker):
@@ -133,27 +131,28 @@ def crawled(tmp_path: Path) -> SyntheticCorpus:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
-    monkeypatch.setattr(
-        jobs.cluster.actors, "stage_worker", lambda stage, config, records: Watched(config, records)
-    )
+def watched() -> type[Watched]:
     Watched.running = Watched.most = Watched.made = 0
     Watched.script = staticmethod(lambda shard: None)
     return Watched
 
 
 def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
-    """Have one actor caption both shards, one call each, at once; return what it said of them."""
-    told: list[Outcome] = []
-    told_states = SimpleNamespace(remote=lambda stage, state: None)
-    tracker = SimpleNamespace(note=SimpleNamespace(remote=told.append), tell=told_states)
-    models = {"caption": (captioner_weights(corpus.config.caption).digest,)}
-    actor = CaptionActor(corpus.config, models, RUN, False, tracker)
-    rows = {shard: dataset_row("web", urls) for (_, shard), urls in url_shards(corpus.records).items()}
-    in_two_threads(
-        *(lambda row=row: actor({name: [value] for name, value in row.items()}) for row in rows.values())
+    """Have one runner caption both shards, each in a thread of its own, at once; return the outcomes."""
+    outcomes: list[Outcome] = []
+    runner = ShardRunner(
+        "caption",
+        corpus.config,
+        {"caption": (captioner_weights(corpus.config.caption).digest,)},
+        run_id=RUN,
+        recompute=False,
+        note=outcomes.append,
+        report_state=lambda stage, state: None,
+        load=lambda stage, config, records: Watched(config, records),
     )
-    return {outcome.shard: outcome for outcome in told}
+    shards = url_shards(corpus.records).values()
+    in_two_threads(*(lambda urls=urls: runner.run_shard("web", urls) for urls in shards))
+    return {outcome.shard: outcome for outcome in outcomes}
 
 
 def test_two_calls_share_one_worker_and_its_captions_do_not_change(
@@ -243,8 +242,8 @@ def test_shards_overlap_in_one_actor_and_the_corpus_is_the_same_byte_for_byte(
     for calls in (1, 2):
         config = with_values(crawled, corpus={"path": str(tmp_path / str(calls))})
         shutil.copytree(crawled.corpus.path, config.corpus.path)
-        for actor in (CaptionActor, RankActor):
-            monkeypatch.setattr(actor, "calls_at_once", calls)
+        for stage in ("caption", "rank"):
+            monkeypatch.setitem(CONCURRENT_SHARDS, stage, calls)
         # One after the other, so that a stage finds all of its shards ready.
         assert do_run(config, command="caption", stages=("caption",)).exit_code == 0
         assert do_run(config, stages=("rank", "select")).exit_code == 0

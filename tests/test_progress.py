@@ -2,9 +2,9 @@
 
 import pytest
 
-from jobs.cluster.progress_actor import StageProgress
 from jobs.output.progress import LineProgress, _Rates
 from pipeline.stages.plan import StageCount, Survey
+from pipeline.stages.progress import StageProgress
 from pipeline.text import readable_duration
 from training.trainer.loop import progress_line
 

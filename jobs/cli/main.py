@@ -42,6 +42,7 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at mo
 Source = Annotated[
     list[str] | None, typer.Option("--source", help="Only this [[source]]; may be repeated.", metavar="NAME")
 ]
+Local = Annotated[bool, typer.Option("--local", help="Work in this process, a shard at a time, without Ray.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done and what it costs; do nothing.")
 ]
@@ -128,10 +129,11 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         source: Source = None,
         recompute: Recompute = False,
         limit: Limit = None,
+        local: Local = False,
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit, "local": local}
         _run(config, set_, source, dry_run, json_, **chosen)
 
     def crawling_command(
@@ -141,10 +143,11 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         retry: Retry = None,
         recompute: Recompute = False,
         limit: Limit = None,
+        local: Local = False,
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit}
+        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit, "local": local}
         _run(config, set_, source, dry_run, json_, retry=_retry_words(retry), **chosen)
 
     shown = crawling_command if "crawl" in stages else command

@@ -103,7 +103,7 @@ _CLI_INTRODUCTION = """\
   stale shard, refused before any work; **3** done in part: shards are quarantined, and named, or
   not one URL gave an image, or no image was kept (a warning says for what reason, and what mends it); **130** stopped
   by Ctrl-C (SIGINT), **143** by SIGTERM (a scheduler, a spot machine, `ray job stop`): both end in the same order, the
-  run is recorded as interrupted, and the same command goes on. A second signal does not wait for Ray and the manifest;
+  run is recorded as interrupted, and the same command goes on. A second signal does not wait for workers and manifest;
   a third ends the process.
 - Every command is safe to repeat, to kill and to start twice at once: what is committed is skipped.
 - A crawled URL is done, however it ended ([statuses and reasons](crawl.md#statuses)); `--retry WHICH` tries it again

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jobs.cluster.progress_actor import StageProgress
 from pipeline.stages.plan import Survey
+from pipeline.stages.progress import StageProgress
 from pipeline.text import readable_duration
 from schemas.records import Stage
 
@@ -24,7 +24,7 @@ class Progress(Protocol):
         """Tell what is waited for now."""
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
-        """Show a snapshot of the tracker."""
+        """Show the sums of the stages."""
 
     def close(self) -> None:
         """Show the last state and let go of the terminal."""

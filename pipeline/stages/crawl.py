@@ -306,19 +306,18 @@ def make_resizer(config: CrawlConfig) -> Any:
 def _import_img2dataset(max_pixels: int) -> None:
     """Import img2dataset with what it must not do switched off.
 
-    Its albumentations calls home, its OpenCV has no useful limit of pixels, and its webdataset imports torch
-    where there is one: 600 MB of memory in a worker that never computes with it.
+    Its albumentations calls home, its OpenCV has no useful limit of pixels, its webdataset imports torch where
+    there is one (600 MB of memory in a worker that never computes with it), and its distributor imports Ray.
     """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels))
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    hidden = {"torch", "ray"} - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         importlib.import_module("img2dataset")
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 class _RowOpener(urllib.request.OpenerDirector):

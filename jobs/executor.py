@@ -1,0 +1,121 @@
+"""What the executors of a run share: their interface, and the monitor that displays progress while they work.
+
+There are two: ``jobs.cluster.executor`` streams the shards through Ray, ``jobs.local`` runs them in this process.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from jobs.interrupts import Interrupts
+from jobs.output.progress import Progress
+from pipeline.manifest.manifest import Manifest
+from pipeline.stages.plan import Kind, ModelDigests
+from pipeline.stages.progress import RunProgress
+from schemas.config import CapfiltConfig
+from schemas.records import ShardRecord, Stage
+
+ExecutorOutcome = Literal["done", "interrupted", "gave up"]
+
+_POLL_S = 0.5
+# More failed shards than both this number and this share of the finished ones: a node, an install or a disk is at
+# fault, and the rest of the shards would fail as well.
+_MAX_FAILED, _MAX_FAILED_SHARE = 20, 0.05
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageJob:
+    """What an executor is to do: some stages of some shards, each shard as its source's kind and its URLs."""
+
+    config: CapfiltConfig
+    stages: tuple[Stage, ...]
+    models: ModelDigests
+    run_id: str
+    recompute: bool
+    shards: list[tuple[Kind, ShardRecord]]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunMonitor:
+    """Displays progress and keeps the manifest fresh while an executor works."""
+
+    stages: tuple[Stage, ...]
+    display: Progress
+    manifest: Manifest
+    compact_interval_s: float
+    interrupts: Interrupts
+    # Called at once, with the number of committed shards, when the run is interrupted.
+    note_interruption: Callable[[int], None]
+    # What the thread saw last.
+    progress: RunProgress = field(default_factory=RunProgress, init=False)
+
+    @contextlib.contextmanager
+    def watching(self, snapshot: Callable[[float], RunProgress | None]) -> Iterator[None]:
+        """Watch while the block runs.
+
+        Args:
+            snapshot: returns the progress within so many seconds; None where it cannot be had now.
+        """
+        stop = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(stop, snapshot), daemon=True)
+        thread.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            last = snapshot(1) or self.progress
+            self.note_interruption(last.finished - last.failed)
+            raise
+        finally:
+            stop.set()
+            # A thread that compacts is not waited for where the run is to stop.
+            thread.join(timeout=1 if self.interrupts.count else 30)
+
+    @staticmethod
+    def has_failed_too_often(progress: RunProgress) -> bool:
+        """Tell whether so many shards failed that the run should end."""
+        return progress.failed > max(_MAX_FAILED, _MAX_FAILED_SHARE * progress.finished)
+
+    def _watch(self, stop: threading.Event, snapshot: Callable[[float], RunProgress | None]) -> None:
+        compacted, interval_s = time.monotonic(), self.compact_interval_s
+        is_last = False
+        while not is_last:
+            is_last = stop.wait(_POLL_S)
+            if (progress := snapshot(10)) is not None:
+                self._show(progress)
+            if not is_last and time.monotonic() - compacted >= interval_s:
+                start = time.monotonic()
+                self._compact()
+                compacted = time.monotonic()
+                # A large corpus takes a while to list: never spend more than a tenth of the time on it.
+                interval_s = max(self.compact_interval_s, 10 * (compacted - start))
+
+    def _show(self, progress: RunProgress) -> None:
+        """Display the progress, after the states that the stages have come to since the last time."""
+        before, self.progress = self.progress.states, progress
+        news = [
+            f"{stage} {state}"
+            for stage in self.stages
+            if (state := progress.states.get(stage)) and state != before.get(stage)
+        ]
+        if news:
+            self.display.say(", ".join(news))
+        self.display.update(progress.stages)
+
+    def _compact(self) -> None:
+        try:
+            self.manifest.compact()
+        except Exception as error:
+            _log.warning("the manifest was not refreshed: %s", error)
+
+
+class Executor(Protocol):
+    """Runs the stages of a job on every shard; returns how that ended."""
+
+    def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
+        """Run the job. Raises CapfiltError that a worker raised: the run is at fault, not a shard."""

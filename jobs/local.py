@@ -1,0 +1,72 @@
+"""Runs a job in this process, one shard at a time through all stages: what a debugger steps through.
+
+The records, retries and quarantine are those of a run on Ray, which is neither imported nor started.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from jobs.environment import WORKER_ENVIRONMENT
+from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
+from pipeline.corpus.scratch import sweep_temporary_folders
+from pipeline.stages.progress import ProgressCounter
+from pipeline.stages.runner import ShardRunner
+from schemas.errors import CapfiltError
+
+
+class LocalExecutor:
+    """Executor without Ray. ``cluster.*.min_workers`` and ``max_workers`` have no effect."""
+
+    def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
+        """Run the job; weights are loaded at the first shard that needs them, and kept."""
+        sweep_temporary_folders()
+        counter = ProgressCounter()
+        runners = [
+            ShardRunner(
+                stage,
+                job.config,
+                job.models,
+                run_id=job.run_id,
+                recompute=job.recompute,
+                note=counter.note,
+                report_state=counter.report_state,
+            )
+            for stage in job.stages
+        ]
+        with _worker_environment(job), monitor.watching(lambda timeout_s: counter.snapshot()):
+            for kind, urls in job.shards:
+                for runner in runners:
+                    runner.run_shard(kind, urls)
+                if monitor.has_failed_too_often(counter.snapshot()):
+                    return "gave up"
+        return "done"
+
+
+@contextlib.contextmanager
+def _worker_environment(job: StageJob) -> Iterator[None]:
+    """Set the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one."""
+    variables = dict(WORKER_ENVIRONMENT)
+    if not any(getattr(job.config.cluster, stage).gpus for stage in job.stages):
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        _require_gpu(job)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _require_gpu(job: StageJob) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    keys = [f"cluster.{stage}.gpus" for stage in job.stages if getattr(job.config.cluster, stage).gpus]
+    raise CapfiltError(f"{' and '.join(keys)}: this machine has no GPU; set 0 to compute on the CPU")

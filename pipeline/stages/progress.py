@@ -1,0 +1,118 @@
+"""How far a run is: the outcome of one stage of one shard, and the sums over them that are displayed.
+
+For display alone: whether a shard is done is decided by its record.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
+
+from schemas.records import ShardRecord, ShardTask, Stage
+
+# In this order.
+StageState = Literal["waiting for a shard", "loading weights", "at work"]
+_STATES = ("", *get_args(StageState))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a runner did with one stage of one shard."""
+
+    stage: Stage
+    source: str
+    shard: str
+    # absent: the shard's source has no such stage. refused: a CapfiltError, which ends the run.
+    state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent", "refused"]
+    images: int = 0
+    rows_in: int = 0
+    rows_out: int = 0
+    error: str = ""
+
+    @classmethod
+    def committed(cls, record: ShardRecord) -> Self:
+        """Return the outcome of a stage that this run has committed."""
+        return cls(
+            stage=record.stage,
+            source=record.source,
+            shard=record.shard,
+            state="done",
+            images=record.images,
+            rows_in=record.rows_in,
+            rows_out=record.rows_out,
+        )
+
+    @classmethod
+    def quarantined(cls, task: ShardTask, error: str) -> Self:
+        """Return the outcome of a task that failed every attempt."""
+        return cls(stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error)
+
+
+@dataclass(slots=True)
+class StageProgress:
+    """Sums over the outcomes of one stage."""
+
+    shards: int = 0
+    images: int = 0
+    rows_in: int = 0
+    rows_out: int = 0
+    quarantined: list[str] = field(default_factory=list)
+    # What its first worker does: empty before it is up.
+    state: StageState | Literal[""] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """The sums by stage, and the CapfiltError that a worker met, if any did."""
+
+    stages: dict[Stage, StageProgress] = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def states(self) -> dict[Stage, str]:
+        """Return what each stage's first worker does; empty before it is up."""
+        return {stage: progress.state for stage, progress in self.stages.items()}
+
+    @property
+    def finished(self) -> int:
+        """Return the shards, over all stages, that are committed or given up."""
+        return sum(stage.shards for stage in self.stages.values())
+
+    @property
+    def failed(self) -> int:
+        """Return the shards, over all stages, that are given up."""
+        return sum(len(stage.quarantined) for stage in self.stages.values())
+
+
+class ProgressCounter:
+    """Adds up outcomes as the workers report them."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str, str]] = set()
+        self._stages: dict[Stage, StageProgress] = {}
+        self._refusal = ""
+
+    def note(self, outcome: Outcome) -> None:
+        """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
+        if outcome.state == "refused":
+            self._refusal = outcome.error
+        shard = (outcome.stage, outcome.source, outcome.shard)
+        if outcome.state not in ("done", "quarantined") or shard in self._seen:
+            return
+        self._seen.add(shard)
+        stage = self._stages.setdefault(outcome.stage, StageProgress())
+        stage.shards += 1
+        stage.images += outcome.images
+        stage.rows_in += outcome.rows_in
+        stage.rows_out += outcome.rows_out
+        if outcome.state == "quarantined":
+            stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
+
+    def report_state(self, stage: Stage, state: StageState) -> None:
+        """Note what a worker of a stage does now; of several workers, the one that is furthest counts."""
+        progress = self._stages.setdefault(stage, StageProgress())
+        if _STATES.index(state) > _STATES.index(progress.state):
+            progress.state = state
+
+    def snapshot(self) -> RunProgress:
+        """Return a copy of the sums so far, which another thread may read while they grow."""
+        stages = {stage: replace(progress) for stage, progress in list(self._stages.items())}
+        return RunProgress(stages=stages, refusal=self._refusal)

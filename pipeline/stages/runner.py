@@ -1,0 +1,232 @@
+"""Runs one stage on one shard: skips what is committed, retries what fails, quarantines what keeps failing.
+
+Knows nothing of Ray: an actor of a cluster and the local executor call the same ``ShardRunner``.
+"""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Condition, Lock
+from typing import Any
+
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
+from pipeline.stages.progress import Outcome, StageState
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
+from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage, utc_now
+
+Worker = Callable[[ShardTask], ShardRecord]
+
+# Waits between tries of a shard while the storage does not answer.
+_STORAGE_WAITS_S = (1.0, 10.0, 60.0)
+_MAX_ERROR_CHARACTERS = 4000
+
+
+def load_worker(stage: Stage, config: CapfiltConfig, records: Records) -> Worker:
+    """Return the worker of a stage, its weights loaded. Imports only what the stage needs."""
+    match stage:
+        case "crawl":
+            from pipeline.stages.crawl import CrawlWorker
+
+            return CrawlWorker(config, records)
+        case "caption":
+            from pipeline.stages.caption import CaptionWorker
+
+            return CaptionWorker(config, records)
+        case "rank":
+            from pipeline.stages.rank import RankWorker
+
+            return RankWorker(config, records)
+        case "select":
+            from pipeline.stages.selection import SelectWorker
+
+            return SelectWorker(config, records)
+    raise AssertionError(stage)
+
+
+class RWLock:
+    """A readers-writer lock: many threads may hold it shared, or one exclusively. A waiting writer goes first."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._readers = 0
+        self._waiting_writers = 0
+        self._has_writer = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the lock beside other readers, once no writer holds it or waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting_writers)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock alone, once all other holders have released it."""
+        with self._changed:
+            self._waiting_writers += 1
+            self._changed.wait_for(lambda: not self._readers and not self._has_writer)
+            self._has_writer = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._has_writer = False
+                self._waiting_writers -= 1
+                self._changed.notify_all()
+
+
+class ShardRunner:
+    """Runs one stage on the shards that it is given, from one thread or several.
+
+    A shard is tried up to ``cluster.max_attempts`` times in a run, attempts of workers that were killed included,
+    so that a shard that kills its worker ends in quarantine too. The first attempt runs beside other shards, a
+    retry runs alone: after a crash, shards that ran beside the failing one lose at most one attempt.
+
+    Args:
+        models: digests of the weights that the fingerprints name; a worker that loads others is refused.
+        recompute: replace stale shards.
+        note: receives the outcome of each shard.
+        report_state: receives what the worker is doing.
+        load: makes the worker; it is called again after a failed attempt, for fresh weights and device memory.
+        storage_waits_s: how long to wait before each further try of a shard whose storage does not answer.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: CapfiltConfig,
+        models: ModelDigests,
+        *,
+        run_id: str,
+        recompute: bool,
+        note: Callable[[Outcome], object],
+        report_state: Callable[[Stage, StageState], object],
+        load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
+        storage_waits_s: Sequence[float] = _STORAGE_WAITS_S,
+    ) -> None:
+        self.stage = stage
+        self.config = config
+        self.models = models
+        self.run_id = run_id
+        self.recompute = recompute
+        self.records = Records(Storage(config.corpus.path))
+        self._note = note
+        self._report_state = report_state
+        self._load = load
+        self._storage_waits_s = storage_waits_s
+        self._worker: Any = None
+        self._loading = Lock()
+        self._lock = RWLock()
+        report_state(stage, "waiting for a shard")
+
+    def run_shard(self, kind: Kind, urls: ShardRecord) -> None:
+        """Do the stage of the shard if it is to be done, and note the outcome.
+
+        Args:
+            urls: the record of the shard's URLs.
+
+        Raises CapfiltError where the run is at fault, not the shard.
+        """
+        self._note(self._run_despite_storage(kind, urls))
+
+    def _run_despite_storage(self, kind: Kind, urls: ShardRecord) -> Outcome:
+        """Try again while the storage does not answer; after the last wait, give the shard up."""
+        for wait_s in (*self._storage_waits_s, None):
+            try:
+                return self._run_if_needed(kind, urls)
+            except OSError as error:
+                if wait_s is None:
+                    return self._outcome(urls, "quarantined", repr(error))
+                time.sleep(wait_s)
+        raise AssertionError
+
+    def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> Outcome:
+        if self.stage not in stages_of(kind):
+            return self._outcome(urls, "absent")
+        source, shard = urls.source, urls.shard
+        upstream: dict[Stage, ShardRecord] = {"urls": urls}
+        for name in upstream_of(self.stage, kind):
+            if name != "urls" and (record := self.records.read(name, source, shard)) is not None:
+                upstream[name] = record
+        committed = self.records.read(self.stage, source, shard)
+        step = next_step(
+            self.config, self.models, self.stage, (source, shard), kind, upstream, committed, self.run_id
+        )
+        if step.task is None or (step.state == "stale" and not self.recompute):
+            return self._outcome(urls, "skipped" if step.state == "done" else step.state)
+        return self._run_task(step.task)
+
+    def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> Outcome:
+        return Outcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
+
+    def _run_task(self, task: ShardTask) -> Outcome:
+        """Try until the shard is committed or its attempts are used up."""
+        error = "the worker died on every attempt"
+        shard_id = (task.stage, task.source, task.shard)
+        while True:
+            is_retry = self.records.attempts_begun(*shard_id, task.run_id) > 0
+            with self._lock.exclusive() if is_retry else self._lock.shared():
+                begun = self.records.begin_attempt(*shard_id, os.urandom(6).hex(), task.run_id)
+                if begun > task.max_attempts:
+                    break
+                try:
+                    return Outcome.committed(self._ready_worker()(task))
+                except (CorruptShardError, NotFiniteError) as failure:
+                    error = str(failure)
+                    break  # another try reads the same bytes, and computes the same
+                except CapfiltError:
+                    raise
+                except Exception as failure:
+                    error = "".join(traceback.format_exception(failure, limit=-4)).strip()
+            # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
+            with self._lock.exclusive():
+                self._worker = None
+        return self._give_up(task, min(begun, task.max_attempts), error)
+
+    def _give_up(self, task: ShardTask, attempts: int, error: str) -> Outcome:
+        """Quarantine the shard, unless another runner has committed it meanwhile."""
+        committed = self.records.read(task.stage, task.source, task.shard)
+        if committed is not None and committed.fingerprint == task.fingerprint:
+            return Outcome.committed(committed)
+        self.records.quarantine(
+            QuarantineRecord(
+                stage=task.stage,
+                source=task.source,
+                shard=task.shard,
+                run_id=task.run_id,
+                attempts=attempts,
+                error=error[-_MAX_ERROR_CHARACTERS:],
+                finished_at=utc_now(),
+            )
+        )
+        return Outcome.quarantined(task, error)
+
+    def _ready_worker(self) -> Worker:
+        """Return the worker, its weights loaded and checked to be those that the fingerprints name."""
+        with self._loading:
+            if self._worker is None:
+                expected = self.models.get(self.stage, ())
+                if expected:
+                    self._report_state(self.stage, "loading weights")
+                worker = self._load(self.stage, self.config, self.records)
+                if getattr(worker, "models", ()) != expected:
+                    raise CapfiltError(
+                        f"{socket.gethostname()} has other weights for {self.stage} than the driver: pin "
+                        "caption.revision (or hf-hub:...@REVISION), or make the model folder the same on every "
+                        "node"
+                    )
+                self._worker = worker
+                self._report_state(self.stage, "at work")
+            return self._worker

@@ -1,0 +1,112 @@
+"""``capfilt run --local``: the corpus of a run on Ray, made in one process that may be stopped and killed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from schemas.config import CapfiltConfig
+from tests.processes import ROOT, cli, descendants, kill, start_cli
+from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+
+pytestmark = pytest.mark.slow
+
+STAGES = ("crawl", "caption", "rank", "select")
+
+
+@pytest.fixture(scope="module")
+def on_ray(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    """A corpus of six small shards that Ray has made."""
+    folder = tmp_path_factory.mktemp("on-ray")
+    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, 36, 6)
+    done = cli("run", "-c", str(config_file(config, folder / "c.json")))
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def local_config(on_ray: CapfiltConfig, folder: Path) -> tuple[CapfiltConfig, str]:
+    config = with_values(on_ray, corpus={"path": str(folder / "corpus")})
+    return config, str(config_file(config, folder / "c.json"))
+
+
+def assert_same(config: CapfiltConfig, on_ray: CapfiltConfig) -> None:
+    for stage in STAGES:
+        assert committed_uids(config.corpus.path, stage) == committed_uids(on_ray.corpus.path, stage)
+    assert curated_files(config.corpus.path) == curated_files(on_ray.corpus.path)
+    records, theirs = (Records(Storage(each.corpus.path)).shards() for each in (config, on_ray))
+    assert {shard: record.fingerprint for shard, record in records.items()} == {
+        shard: record.fingerprint for shard, record in theirs.items()
+    }
+    verified = cli("verify", config.corpus.path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_a_local_run_gives_the_corpus_of_ray_and_does_not_import_it(
+    on_ray: CapfiltConfig, tmp_path: Path
+) -> None:
+    config, file = local_config(on_ray, tmp_path)
+    code = (
+        "import json, sys; from pipeline.config import load_config; from jobs.run import run_local; "
+        "result = run_local(load_config(sys.argv[1])); "
+        "print(json.dumps([result.exit_code, result.record.shards_done, 'ray' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 24, False]
+    assert_same(config, on_ray)
+
+
+def test_each_stage_runs_locally_by_itself(on_ray: CapfiltConfig, tmp_path: Path) -> None:
+    config, file = local_config(on_ray, tmp_path)
+    for stage in STAGES:
+        done = cli(stage, "-c", file, "--local", "--json", *(["--limit", "2"] if stage == "crawl" else []))
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert (told["outcome"], told["shards_done"]) == ("done", 2)
+    assert {shard for _, _, shard in Records(Storage(config.corpus.path)).shards()} == {"00000", "00001"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_stops_it_and_the_same_command_goes_on(
+    number: signal.Signals, on_ray: CapfiltConfig, tmp_path: Path
+) -> None:
+    config, file = local_config(on_ray, tmp_path)
+    run = start_cli("run", "-c", file, "--local")
+    records = Records(Storage(config.corpus.path))
+    deadline = time.monotonic() + 120
+    while not records.shards(("caption",)) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(number)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, output + errors
+    assert "the same command goes on" in output and "Traceback" not in errors
+    [ended] = records.runs()
+    assert (ended.outcome, ended.shards_done) == ("interrupted", len(records.shards()))
+    assert 0 < ended.shards_done < 24
+    again = cli("run", "-c", file, "--local", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["shards_done"] == 24 - ended.shards_done
+    assert_same(config, on_ray)
+
+
+def test_kill_9_leaves_no_trace(on_ray: CapfiltConfig, tmp_path: Path) -> None:
+    config, file = local_config(on_ray, tmp_path)
+    records, chance = Records(Storage(config.corpus.path)), random.Random(4)
+    for shards in (1, 8, 16):
+        run = start_cli("run", "-c", file, "--local")
+        while run.poll() is None and len(records.shards()) < shards:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.5))
+        assert run.poll() is None, run.communicate()
+        assert descendants(run.pid) == [], "it works in one process"
+        kill(run.pid)
+        run.communicate()
+    assert cli("run", "-c", file, "--local").returncode == 0
+    assert_same(config, on_ray)
