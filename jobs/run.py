@@ -4,7 +4,6 @@ import contextlib
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -16,18 +15,17 @@ from jobs.output.progress import open_progress
 from jobs.run_record import begin_run
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import queue_retries, read_lists
 from pipeline.intake.retries import retried_reasons
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
-from pipeline.stages.plan import ModelDigests, Survey, survey
+from pipeline.stages.plan import ModelDigests
 from pipeline.stages.staleness import stale_reasons
-from pipeline.stages.totals import Totals
+from pipeline.stages.survey import CorpusState, Survey, Totals, survey
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.records import STAGES, RunRecord, ShardRecord, Stage, utc_now
+from schemas.records import STAGES, RunRecord, Stage, utc_now
 
 _CHANGES_NAMED = 5
 
@@ -103,23 +101,6 @@ def digests_of(weights: dict[Stage, list[Weights]]) -> ModelDigests:
     return {stage: tuple(model.digest for model in models) for stage, models in weights.items()}
 
 
-def survey_corpus(
-    config: CapfiltConfig,
-    records: Records,
-    models: ModelDigests,
-    stages: tuple[Stage, ...],
-    unread_rows: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Survey, dict[tuple[str, str], ShardRecord]]:
-    """Return where the corpus stands, and its url shards."""
-    urls = url_shards(records)
-    committed = records.shards()
-    found = survey(config, models, urls, committed, records.quarantined(), stages, unread_rows)
-    if found.stale:
-        because = stale_reasons(config, models, records, found.stale, committed, urls)
-        found = replace(found, stale_because=because)
-    return found, urls
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """A run that is about to begin: what it was asked for, and where the corpus stands before it."""
@@ -130,8 +111,8 @@ class _Work:
     manifest: Manifest
     started: RunRecord
     weights: dict[Stage, list[Weights]]
+    state: CorpusState
     before: Survey
-    urls: dict[tuple[str, str], ShardRecord]
 
     @property
     def todo(self) -> list[tuple[str, str]]:
@@ -174,11 +155,17 @@ def _prepare(
     """Check the input, read new lists, and return what there is to do."""
     weights = model_weights(config, options.stages)
     models = digests_of(weights)
-    before, urls = survey_corpus(config, records, models, options.stages)
-    _refuse(before, options)
-    require_named_folders(config.source, urls, records.storage)
+    state = CorpusState(records)
+    before = survey(config, models, state, options.stages)
+    if before.stale and not options.recompute:
+        raise CapfiltError(
+            _stale_message(before, stale_reasons(config, models, records, before.stale, state))
+        )
+    _require_input(before, options)
+    require_named_folders(config.source, state.urls, records.storage)
     if "crawl" in options.stages and _take_in_lists(config, records, started, options, console):
-        before, urls = survey_corpus(config, records, models, options.stages)
+        state.refresh_urls()
+        before = survey(config, models, state, options.stages)
     return _Work(
         config=config,
         options=options,
@@ -186,8 +173,8 @@ def _prepare(
         manifest=Manifest(records.storage),
         started=started,
         weights=weights,
+        state=state,
         before=before,
-        urls=urls,
     )
 
 
@@ -206,7 +193,9 @@ def _carry_out(work: _Work, console: Console, interrupts: Interrupts) -> RunResu
         result = _end(work, outcome)
         work.records.write_run(result.record)
     except Exception:
-        work.records.write_run(_ended(work.records, work.started, "error"))
+        work.state.refresh()
+        done = len(work.state.committed_by(work.started.run_id))
+        work.records.write_run(_ended(work.started, "error", done))
         raise
     work.manifest.compact()
     return result
@@ -217,8 +206,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
 
     def note_interruption(shards_done: int) -> None:
         # At once, from what the workers told: a scheduler may leave no time to take Ray down and to recount.
-        record = replace(work.started, outcome="interrupted", finished_at=utc_now(), shards_done=shards_done)
-        work.records.write_run(record)
+        work.records.write_run(_ended(work.started, "interrupted", shards_done))
 
     kinds = {source.name: source.kind for source in config.source}
     job = StageJob(
@@ -227,7 +215,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
         models=digests_of(work.weights),
         run_id=work.started.run_id,
         recompute=options.recompute,
-        shards=[(kinds[source], work.urls[source, shard]) for source, shard in work.todo],
+        shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
     )
     # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
     with contextlib.closing(
@@ -263,7 +251,7 @@ def _interrupted(
         if work is not None:
             result = _end(work, "interrupted")
         else:
-            record = _ended(records, started, "interrupted")
+            record = _ended(started, "interrupted", shards_done=0)
             result = RunResult(record=record, survey=Survey(counts=[]), corpus=records.storage.root)
         result.signal = interrupts.number
         if not records.has_begun(started.run_id):
@@ -294,10 +282,8 @@ def _take_in_lists(
     return bool(new)
 
 
-def _refuse(before: Survey, options: RunOptions) -> None:
-    """Stop before any spending where the run would not do what the user expects."""
-    if before.stale and not options.recompute:
-        raise CapfiltError(_stale_message(before))
+def _require_input(before: Survey, options: RunOptions) -> None:
+    """Raise CapfiltError where no shard has the input of the chosen stages."""
     total = sum(count.total for count in before.counts)
     waiting = sum(count.waiting for count in before.counts)
     if "crawl" not in options.stages and total == waiting:
@@ -306,11 +292,11 @@ def _refuse(before: Survey, options: RunOptions) -> None:
         )
 
 
-def _stale_message(before: Survey) -> str:
+def _stale_message(before: Survey, reasons: Mapping[str, int]) -> str:
     """Say how many shards are stale, what has changed since they were made, and what can be done."""
     named = ", ".join("/".join(shard) for shard in before.stale[:3])
     more = ", ..." if len(before.stale) > 3 else ""
-    changes = list(before.stale_because)
+    changes = list(reasons)
     rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
     because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made anew"
     return (
@@ -339,49 +325,52 @@ def left_config_line(source: str, shards: int) -> str:
     return f"{source}: the config has no such source; its {shards:,} shards stay as they are, and nothing is added"
 
 
-def _ended(records: Records, started: RunRecord, outcome: Literal["interrupted", "error"]) -> RunRecord:
-    """Return the record of a run's end, its shards counted from what is committed."""
-    done = sum(record.run_id == started.run_id for record in records.shards().values())
-    return replace(started, outcome=outcome, finished_at=utc_now(), shards_done=done)
+def _ended(started: RunRecord, outcome: Literal["interrupted", "error"], shards_done: int) -> RunRecord:
+    return replace(started, outcome=outcome, finished_at=utc_now(), shards_done=shards_done)
 
 
 def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
-    """Recount from the records what became of the run."""
-    config, options, records, started = work.config, work.options, work.records, work.started
-    committed, quarantine, urls = records.shards(), records.quarantined(), url_shards(records)
-    after = survey(config, digests_of(work.weights), urls, committed, quarantine, options.stages)
-    # Another driver's quarantine stands in this one's way just as well; so does that of an earlier stage.
-    sources = {source.name for source in config.source}
-    in_the_way = {
-        f"{stage} {source}/{shard}": record.error
-        for (stage, source, shard), record in quarantine.items()
-        if source in sources
-        and STAGES.index(stage) <= STAGES.index(options.stages[-1])
-        and (stage, source, shard) not in committed
-    }
+    """Return what became of the run, from the records that are committed now."""
+    config, options, state, started = work.config, work.options, work.state, work.started
+    state.refresh()
+    after = survey(config, digests_of(work.weights), state, options.stages)
+    blocking = _blocking_quarantine(work)
     undone = set(work.todo) & set(after.todo)
-    failed = outcome != "interrupted" and bool(in_the_way or undone or outcome == "gave up")
-    ended = replace(
+    failed = outcome != "interrupted" and bool(blocking or undone or outcome == "gave up")
+    committed = state.committed_by(started.run_id)
+    record = replace(
         started,
         outcome="partial" if failed else outcome,
         finished_at=utc_now(),
-        shards_done=sum(record.run_id == started.run_id for record in committed.values()),
+        shards_done=len(committed),
         shards_skipped=sum(count.done for count in work.before.counts),
-        shards_failed=len(in_the_way),
+        shards_failed=len(blocking),
     )
     waiting = sum(count.waiting for count in after.counts)
     note = f"{waiting:,} shards wait for an earlier stage" if waiting and outcome == "done" else ""
     # Neither done nor quarantined: its worker could not even reach the storage.
-    if failed and (unreached := undone - {(source, shard) for _, source, shard in quarantine}):
+    if failed and (unreached := undone - {(source, shard) for _, source, shard in state.quarantined}):
         note = "not done: " + ", ".join("/".join(shard) for shard in sorted(unreached))
     if outcome == "gave up":
         note = "stopped: too many shards failed; see the errors above"
+    sources = {source.name for source in config.source}
     return RunResult(
-        record=ended,
+        record=record,
         survey=after,
-        quarantined=in_the_way,
+        quarantined=blocking,
         note=note,
-        corpus=records.storage.root,
-        totals=Totals.of(record for record in committed.values() if record.run_id == started.run_id),
-        corpus_totals=Totals.of(record for record in committed.values() if record.source in sources),
+        corpus=work.records.storage.root,
+        totals=Totals.of(committed),
+        corpus_totals=Totals.of(record for record in state.committed.values() if record.source in sources),
     )
+
+
+def _blocking_quarantine(work: _Work) -> dict[str, str]:
+    """Return the errors of the quarantined shards that this run needs, whichever run quarantined them."""
+    sources = {source.name for source in work.config.source}
+    stages = STAGES[: STAGES.index(work.options.stages[-1]) + 1]
+    return {
+        f"{stage} {source}/{shard}": record.error
+        for (stage, source, shard), record in work.state.quarantined.items()
+        if source in sources and stage in stages and (stage, source, shard) not in work.state.committed
+    }

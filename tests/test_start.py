@@ -9,6 +9,8 @@ import pytest
 
 from tests.corpora import make_corpus
 from tests.processes import ROOT
+from tests.runs import config_file
+from tests.tiny_training import tiny_config
 
 HEAVY = {"pandas", "torch", "ray", "transformers", "open_clip", "cv2", "img2dataset"}
 _SCRIPT = """
@@ -44,6 +46,22 @@ def test_reading_commands_import_nothing_heavy(tmp_path: Path) -> None:
         ["sql", corpus.root, "FROM candidates JOIN curated USING (uid)", flag] for flag in ("--csv", "--json")
     ]
     assert modules_after(*asked) & HEAVY == set()
+
+
+def test_planning_and_training_on_one_machine_import_no_ray(tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1, images=24)
+    (tmp_path / "cc.csv").write_text("url,caption\nhttp://example.org/a.jpg,a cat\n")
+    source = corpus.config.source[0].model_copy(update={"input": (str(tmp_path / "cc.csv"),)})
+    built = str(config_file(corpus.config.model_copy(update={"source": (source,)}), tmp_path / "c.json"))
+    trained = str(config_file(tiny_config(tmp_path, corpus.root, optim={"steps": 1}), tmp_path / "t.json"))
+    commands = [
+        ["plan", "-c", built, "--set", f"corpus.path={tmp_path}/new"],
+        ["crawl", "-c", built, "--dry-run"],
+        ["pretrain", "-c", trained, "--dry-run"],
+        ["pretrain", "-c", trained],
+    ]
+    modules = modules_after(*commands)
+    assert "ray" not in modules and "torch" in modules
 
 
 def test_pandas_can_still_be_had_after_a_reading_command(tmp_path: Path) -> None:

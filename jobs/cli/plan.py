@@ -6,13 +6,15 @@ from typing import Any
 
 from jobs.output.render import print_table
 from jobs.output.values import cell, readable_bytes
-from jobs.run import digests_of, left_config_line, model_weights, survey_corpus
+from jobs.run import digests_of, left_config_line, model_weights
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import count_retries, unread_rows
 from pipeline.intake.retries import retried_reasons
 from pipeline.models.weights import require_model_names
-from pipeline.stages.plan import CPU_IMAGES_PER_S
+from pipeline.stages.staleness import stale_reasons
+from pipeline.stages.survey import CPU_IMAGES_PER_S, CorpusState
+from pipeline.stages.survey import survey as survey_corpus
 from schemas.config import CapfiltConfig
 from schemas.names import printable
 from schemas.records import STAGES, Stage
@@ -40,7 +42,8 @@ def plan_corpus(
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
     rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
-    survey = survey_corpus(config, records, models, stages, rows)[0]
+    state = CorpusState(records)
+    survey = survey_corpus(config, models, state, stages, rows)
     return {
         "stages": [asdict(count) for count in survey.counts],
         "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
@@ -48,7 +51,7 @@ def plan_corpus(
         "retries": {} if retry is None else count_retries(config, records, retried_reasons(retry)),
         "expected_share": round(survey.expected_share, 4),
         "expected_share_basis": survey.share_basis,
-        "stale_because": dict(survey.stale_because),
+        "stale_because": stale_reasons(config, models, records, survey.stale, state),
         "left_config": {} if only_named else dict(survey.left_config),
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),

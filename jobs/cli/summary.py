@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.run import RunResult
-from pipeline.stages.totals import Totals
+from pipeline.stages.survey import Totals
 from pipeline.text import readable_duration
 from schemas.names import printable
 from schemas.records import STAGES

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.stages.plan import Survey
 from pipeline.stages.progress import StageProgress
+from pipeline.stages.survey import Survey
 from pipeline.text import readable_duration
 from schemas.records import Stage
 

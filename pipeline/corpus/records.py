@@ -82,8 +82,15 @@ class Records:
         return record
 
     def shards(self, stages: Iterable[Stage] = STAGES) -> dict[ShardId, ShardRecord]:
-        """Return every committed record of the stages, without histograms: they are most of a record's size."""
-        files = [info for stage in stages for info in self.storage.list(f"records/{stage}")]
+        """Return every committed record of the stages, as ``read_shards`` does."""
+        return self.read_shards(self.list_shards(stages))
+
+    def list_shards(self, stages: Iterable[Stage] = STAGES) -> list[FileInfo]:
+        """Return the files of every committed record of the stages."""
+        return [info for stage in stages for info in self.storage.list(f"records/{stage}")]
+
+    def read_shards(self, files: list[FileInfo]) -> dict[ShardId, ShardRecord]:
+        """Return the records in listed files, without histograms: they are most of a record's size."""
         records = [replace(record, histograms={}) for record in self._read_all(ShardRecord, files)]
         self._require_adopted(records)
         return {(record.stage, record.source, record.shard): record for record in records}

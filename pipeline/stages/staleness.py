@@ -1,7 +1,7 @@
 """Why shards are stale: what differs between now and the run that made them, in the words of the config."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pipeline.corpus.fingerprint import deciding_fields
 from pipeline.corpus.records import Records, ShardId
 from pipeline.stages.plan import Kind, ModelDigests, upstream_of
+from pipeline.stages.survey import CorpusState
 from schemas.config import CapfiltConfig
 from schemas.records import RunRecord, ShardRecord, Stage
 
@@ -23,35 +24,33 @@ def stale_reasons(
     config: CapfiltConfig,
     models: ModelDigests,
     records: Records,
-    stale: Iterable[ShardId],
-    committed: Mapping[ShardId, ShardRecord],
-    urls: Mapping[tuple[str, str], ShardRecord],
+    stale: Sequence[ShardId],
+    state: CorpusState,
 ) -> dict[str, int]:
     """Return what has changed, such as ``select.top_k 2 -> 3``, with the number of shards; commonest first.
 
     A shard that is stale for nothing but an earlier stage's staleness gives no reason of its own.
     """
-    stale = list(stale)
     if not stale:
         return {}
+    stale_ids = set(stale)
     runs = {run.run_id: run for run in records.runs()}
     names = {model.digest: model.name for model in records.models()}
     kinds = {source.name: source.kind for source in config.source}
     counted: Counter[str] = Counter()
     for stage, source, shard in stale:
-        record = committed[stage, source, shard]
+        record = state.committed[stage, source, shard]
         kind = kinds[source]
         upstream = {
-            name: committed.get((name, source, shard)) for name in upstream_of(stage, kind) if name != "urls"
+            name: state.urls[source, shard] if name == "urls" else state.committed.get((name, source, shard))
+            for name in upstream_of(stage, kind)
         }
-        if "urls" in upstream_of(stage, kind):
-            upstream["urls"] = urls[source, shard]
         reasons = [
             *_changed_keys(config, runs.get(record.run_id), stage, kind, source),
             *_changed_weights(record, models.get(stage, ()), stage, names),
             *_changed_inputs(record, upstream),
         ]
-        is_root = not any((name, source, shard) in stale for name in upstream)
+        is_root = not any((name, source, shard) in stale_ids for name in upstream)
         if not reasons and is_root:
             made_by = record.versions.get("capfilt", "unknown")
             reasons = [f"{stage}: made by capfilt {made_by}, and this is {version('capfilt')}"]

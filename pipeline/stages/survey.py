@@ -1,0 +1,296 @@
+"""Where a corpus stands under a config: what is done, missing and stale, what the rest costs, what is in it so far."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Literal, Self
+
+from pipeline.corpus.records import Records, ShardId
+from pipeline.corpus.url_shards import url_shards
+from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
+from schemas.config import CapfiltConfig
+from schemas.records import STAGES, QuarantineRecord, ShardRecord, Stage
+
+# GPU stages at full size on one H200 in bf16 until a corpus has measured its own: images per second and worker.
+# Estimates, from the operations counted in docs/benchmarks.md; crawl and select are per CPU worker.
+_ESTIMATED_IMAGES_PER_S: dict[Stage, float] = {
+    "crawl": 80.0,
+    "caption": 500.0,
+    "rank": 1300.0,
+    "select": 2000.0,
+}
+_ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {
+    "crawl": 45e3,
+    "caption": 600.0,
+    "rank": 700.0,
+    "select": 45e3,
+}
+# One core, float32, models of the published sizes: ``capfilt bench caption`` and ``capfilt bench rank``.
+CPU_IMAGES_PER_S: dict[Stage, float] = {"caption": 0.33, "rank": 0.90}
+_ESTIMATED_CAPTIONS = 10
+_ESTIMATED_SUCCESS = 0.7
+
+Basis = Literal["measured", "estimate"]
+
+
+class CorpusState:
+    """What is committed in a corpus: its url shards, the records of its stages, its quarantine.
+
+    Read once when it is made. ``refresh`` lists the records again, and reads only those that are new or changed.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        # By path of a record's file.
+        self._versions: dict[str, str] = {}
+        self.urls: dict[tuple[str, str], ShardRecord] = url_shards(records)
+        self.committed: dict[ShardId, ShardRecord] = {}
+        self.quarantined: dict[ShardId, QuarantineRecord] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the records of the stages and the quarantine up to date."""
+        files = self._records.list_shards()
+        changed = [info for info in files if self._versions.get(info.path) != info.version]
+        self._versions = {info.path: info.version for info in files}
+        for shard in [shard for shard in self.committed if _path(shard) not in self._versions]:
+            del self.committed[shard]
+        self.committed |= self._records.read_shards(changed)
+        self.quarantined = self._records.quarantined()
+
+    def refresh_urls(self) -> None:
+        """Bring the url shards up to date, after an intake."""
+        self.urls = url_shards(self._records)
+
+    def committed_by(self, run_id: str) -> list[ShardRecord]:
+        """Return the records that a run has committed."""
+        return [record for record in self.committed.values() if record.run_id == run_id]
+
+
+def _path(shard: ShardId) -> str:
+    return f"records/{'/'.join(shard)}.json"
+
+
+@dataclass(slots=True, kw_only=True)
+class StageCount:
+    """Where one stage of one source stands, and what the rest will cost."""
+
+    stage: Stage
+    source: str
+    total: int = 0
+    done: int = 0
+    pending: int = 0
+    stale: int = 0
+    waiting: int = 0
+    quarantined: int = 0
+    images_left: int = 0
+    worker_hours: float = 0.0
+    gpu_hours: float = 0.0
+    bytes_left: int = 0
+    basis: Basis = "estimate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """Where a corpus stands under a config."""
+
+    counts: list[StageCount]
+    # Shards with anything to do in the chosen stages, in the order of the work: every source in turn.
+    todo: list[tuple[str, str]] = field(default_factory=list)
+    stale: list[ShardId] = field(default_factory=list)
+    # Sources that the config does not name any more, with their url shards: they stay as they are.
+    left_config: Mapping[str, int] = field(default_factory=dict)
+    # Of the URLs that are not crawled yet, how many are expected to give an image.
+    expected_share: float = _ESTIMATED_SUCCESS
+    share_basis: Basis = "estimate"
+
+    def of(self, stage: Stage) -> StageCount:
+        """Return a stage's count over all sources."""
+        total = StageCount(stage=stage, source="")
+        sums = [field.name for field in fields(StageCount) if field.name not in ("stage", "source", "basis")]
+        for count in self.counts:
+            if count.stage == stage:
+                for name in sums:
+                    setattr(total, name, getattr(total, name) + getattr(count, name))
+        return total
+
+
+def survey(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    state: CorpusState,
+    stages: tuple[Stage, ...] = STAGES,
+    unread_rows: Mapping[str, int] = MappingProxyType({}),
+) -> Survey:
+    """Compare what the config asks for with what is committed.
+
+    ``unread_rows``: rows of lists that no intake has read, by source; planned for as if each were a new URL.
+    """
+    kinds = {source.name: source.kind for source in config.source}
+    share, share_basis = _expected_share(state.committed)
+    counts: dict[tuple[Stage, str], StageCount] = {}
+
+    def count_of(stage: Stage, source: str) -> StageCount:
+        return counts.setdefault((stage, source), StageCount(stage=stage, source=source))
+
+    todo: list[tuple[int, str, str]] = []
+    stale: list[ShardId] = []
+    for source, shard in sorted(state.urls):
+        if source not in kinds:
+            continue
+        is_wanted = False
+        for stage, step, images in _steps(
+            config, models, stages, (source, shard), kinds[source], state, share
+        ):
+            count = count_of(stage, source)
+            count.total += 1
+            setattr(count, step, getattr(count, step) + 1)
+            count.quarantined += step != "done" and (stage, source, shard) in state.quarantined
+            if step in ("pending", "stale"):
+                is_wanted = True
+                count.images_left += images
+            if step == "stale":
+                stale.append((stage, source, shard))
+        if is_wanted:
+            todo.append((int(shard), source, shard))
+    for source, rows in unread_rows.items():
+        for stage in stages_of(kinds[source]):
+            if rows and stage in stages:
+                count = count_of(stage, source)
+                shards = math.ceil(rows / config.corpus.samples_per_shard)
+                count.total += shards
+                count.pending += shards
+                count.images_left += round(rows * share)
+    result = Survey(
+        counts=list(counts.values()),
+        todo=[item[1:] for item in sorted(todo)],
+        stale=stale,
+        left_config=Counter(source for source, _ in sorted(state.urls) if source not in kinds),
+        expected_share=share,
+        share_basis=share_basis,
+    )
+    _estimate_cost(config, result, state.committed)
+    return result
+
+
+def _steps(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    stages: tuple[Stage, ...],
+    shard_id: tuple[str, str],
+    kind: Kind,
+    state: CorpusState,
+    share: float,
+) -> Iterator[tuple[Stage, str, int]]:
+    """Yield each chosen stage of a shard, whether it is to be done, and the images that it would work on.
+
+    A stage downstream of a pending or stale one is pending or stale itself: the run will make its input anew first.
+    """
+    upstream: dict[Stage, ShardRecord] = {"urls": state.urls[shard_id]}
+    is_input_remade = False
+    for stage in stages_of(kind):
+        record = state.committed.get((stage, *shard_id))
+        if record is not None:
+            upstream[stage] = record
+        if stage not in stages:
+            continue
+        step = next_step(config, models, stage, shard_id, kind, upstream, record).state
+        if is_input_remade:
+            step = "pending" if record is None else "stale"
+        is_input_remade |= step in ("pending", "stale")
+        yield stage, step, _images(upstream, stage, share)
+
+
+def _expected_share(
+    committed: Mapping[ShardId, ShardRecord],
+) -> tuple[float, Basis]:
+    """Return the share of URLs that give an image: this corpus's own, where it has crawled any."""
+    crawled = [record for (stage, _, _), record in committed.items() if stage == "crawl"]
+    urls = sum(record.rows_in for record in crawled)
+    if not urls:
+        return _ESTIMATED_SUCCESS, "estimate"
+    return sum(record.rows_out for record in crawled) / urls, "measured"
+
+
+def _images(known: Mapping[Stage, ShardRecord], stage: Stage, share: float) -> int:
+    """Return the images a pending stage will work on; before the crawl, what is expected to succeed."""
+    if stage != "crawl" and "crawl" in known:
+        return known["crawl"].rows_out
+    return round(known["urls"].rows_out * share)
+
+
+def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[ShardId, ShardRecord]) -> None:
+    """Fill in hours and bytes from this corpus's own rates where it has any, else from the estimates above."""
+    by_stage: dict[Stage, list[ShardRecord]] = {}
+    for (stage, _, _), record in committed.items():
+        by_stage.setdefault(stage, []).append(record)
+    for count in result.counts:
+        records = by_stage.get(count.stage, [])
+        images = sum(record.images for record in records)
+        if images:
+            seconds = sum(record.seconds.get("total", 0.0) for record in records)
+            rate = images / max(seconds, 1e-9)
+            size = sum(file.bytes for record in records for file in record.outputs.values()) / images
+            count.basis = "measured"
+        else:
+            rate, size = _estimated_rate(config, count.stage), _ESTIMATED_BYTES_PER_IMAGE[count.stage]
+            if count.stage in ("caption", "rank"):
+                more = config.caption.num_captions / _ESTIMATED_CAPTIONS
+                rate, size = rate / more, size * more
+        count.worker_hours = count.images_left / rate / 3600
+        count.gpu_hours = count.worker_hours * getattr(config.cluster, count.stage).gpus
+        count.bytes_left = round(count.images_left * size)
+
+
+def _estimated_rate(config: CapfiltConfig, stage: Stage) -> float:
+    """Return the images per second of one worker: a GPU's, or that of the cores of one without a GPU."""
+    resources = getattr(config.cluster, stage)
+    if stage in CPU_IMAGES_PER_S and not resources.gpus:
+        return CPU_IMAGES_PER_S[stage] * (resources.cpus or 1.0)
+    return _ESTIMATED_IMAGES_PER_S[stage]
+
+
+@dataclass(slots=True, kw_only=True)
+class Totals:
+    """Sums over records. ``lost`` and ``dropped`` count rows by reason: of the crawl, and of the selection."""
+
+    urls: int = 0
+    images: int = 0
+    captioned: int = 0
+    ranked: int = 0
+    selected: int = 0
+    kept: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, records: Iterable[ShardRecord]) -> Self:
+        """Add up records."""
+        totals = cls()
+        for record in records:
+            totals.add(record)
+        return totals
+
+    def add(self, record: ShardRecord) -> None:
+        """Add one record."""
+        match record.stage:
+            case "crawl":
+                self.urls += record.rows_in
+                self.images += record.images
+                self.lost.update(_by_reason(record))
+            case "caption":
+                self.captioned += record.images
+            case "rank":
+                self.ranked += record.images
+            case "select":
+                self.selected += record.rows_in
+                self.kept += record.counts.get("kept", 0)
+                self.dropped.update(_by_reason(record, "dropped"))
+
+
+def _by_reason(record: ShardRecord, status: str = "") -> dict[str, int]:
+    """Return a record's rows by the reason under their status."""
+    pairs = ((name.partition("/"), rows) for name, rows in record.counts.items())
+    return {reason: rows for (above, _, reason), rows in pairs if reason and status in ("", above)}
