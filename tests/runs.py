@@ -34,9 +34,9 @@ def with_values(config: CapfiltConfig, **sections: dict) -> CapfiltConfig:
     return CapfiltConfig.model_validate(values)
 
 
-def do_run(config: CapfiltConfig, **options: object) -> RunResult:
-    """Run in this process, on the Ray that is up (or a fresh local one)."""
-    return run(config, RunOptions(quiet=True, **options), Console(stderr=True))
+def do_run(config: CapfiltConfig, *, local: bool = True, **options: object) -> RunResult:
+    """Run in this process, or with ``local=False`` on the Ray that is up (or a fresh one)."""
+    return run(config, RunOptions(quiet=True, local=local, **options), Console(stderr=True))
 
 
 def config_file(config: CapfiltConfig, path: Path) -> Path:

@@ -234,7 +234,7 @@ def test_plan_before_and_after(base_url: str, tmp_path: Path) -> None:
         (stage, 2, "estimate") for stage in ("crawl", "caption", "rank", "select")
     ]
     assert not (tmp_path / "corpus").exists(), "plan must not write"
-    crawled = json.loads(cli("crawl", "-c", file, "--json").stdout)
+    crawled = json.loads(cli("crawl", "-c", file, "--local", "--json").stdout)
     assert crawled["outcome"] == "done" and crawled["stages"]["crawl"] == {"done": 2, "total": 2}
     rows = {row["stage"]: row for row in plan(file)["stages"]}
     assert rows["crawl"]["done"] == 2 and rows["crawl"]["basis"] == "measured"

@@ -91,7 +91,7 @@ def test_a_node_dies_while_captioning(
     assert again.returncode == 0 and "attached to" in errors_again, errors_again
 
     local = with_values(config, corpus={"path": str(tmp_path / "local")})
-    done = cli("run", "-c", str(config_file(local, tmp_path / "local.json")))
+    done = cli("run", "--local", "-c", str(config_file(local, tmp_path / "local.json")))
     assert done.returncode == 0, done.stderr
     assert committed_uids(config.corpus.path) == committed_uids(local.corpus.path)
     assert curated_files(config.corpus.path) == curated_files(local.corpus.path)

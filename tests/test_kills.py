@@ -21,7 +21,7 @@ URLS, PER_SHARD = 240, 12
 def undisturbed(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, URLS, PER_SHARD)
-    done = cli("run", "-c", str(config_file(config, folder / "corpus.json")))
+    done = cli("run", "--local", "-c", str(config_file(config, folder / "corpus.json")))
     assert done.returncode == 0, done.stderr
     return config
 

@@ -236,7 +236,7 @@ def test_shards_overlap_in_one_actor_and_the_corpus_is_the_same_byte_for_byte(
     local_ray: None, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crawled = small_config(str(tmp_path / "crawled"), tmp_path / "urls.parquet", base_url)
-    assert do_run(crawled, command="crawl", stages=("crawl",)).exit_code == 0
+    assert do_run(crawled, local=False, command="crawl", stages=("crawl",)).exit_code == 0
     assert overlapping(crawled.corpus.path, "crawl") == 0
     curated = {}
     for calls in (1, 2):
@@ -245,8 +245,8 @@ def test_shards_overlap_in_one_actor_and_the_corpus_is_the_same_byte_for_byte(
         for stage in ("caption", "rank"):
             monkeypatch.setitem(CONCURRENT_SHARDS, stage, calls)
         # One after the other, so that a stage finds all of its shards ready.
-        assert do_run(config, command="caption", stages=("caption",)).exit_code == 0
-        assert do_run(config, stages=("rank", "select")).exit_code == 0
+        assert do_run(config, local=False, command="caption", stages=("caption",)).exit_code == 0
+        assert do_run(config, local=False, stages=("rank", "select")).exit_code == 0
         for stage in ("caption", "rank"):
             assert (overlapping(config.corpus.path, stage) > 0) == (calls == 2), (stage, calls)
         assert overlapping(config.corpus.path, "select") == 0

@@ -31,7 +31,7 @@ def test_readers_and_a_writing_run_do_not_disturb_each_other(tmp_path: Path) -> 
     with serving(flaky=False) as base_url:
         config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 80, 8)
         config = with_values(config, cluster={"compact_interval_s": 0.5})
-        run = start_cli("run", "-c", str(config_file(config, tmp_path / "c.json")))
+        run = start_cli("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
         plain = subprocess.Popen(
             [sys.executable, "-c", _PLAIN_DUCKDB, str(tmp_path / "corpus" / "manifest.duckdb")],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""The main job on real Ray, real HTTP and the demo's weights: chained, repeated, changed, damaged."""
+"""The main job on real HTTP and the demo's weights: chained, repeated, changed, damaged."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.runs import committed_uids, curated_files, do_run, small_config, with
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     ray.init(
         address="local",
@@ -43,7 +43,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def done(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
-    """A corpus of four small shards, built by one streaming run. Tests must not change it."""
+    """A corpus of four small shards, built by one run in this process. Tests must not change it."""
     folder = tmp_path_factory.mktemp("done")
     config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url)
     result = do_run(config)
@@ -78,13 +78,15 @@ def test_second_run_does_nothing(done: CapfiltConfig) -> None:
     assert Records(Storage(done.corpus.path)).shards() == before
 
 
-def test_stage_by_stage_with_more_workers_equals_one_run(done: CapfiltConfig, tmp_path: Path) -> None:
+def test_stage_by_stage_on_ray_with_more_workers_equals_one_run(
+    local_ray: None, done: CapfiltConfig, tmp_path: Path
+) -> None:
     two = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
     config = with_values(
         done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"caption": two}
     )
     for stage in ("crawl", "caption", "rank", "select"):
-        assert do_run(config, command=stage, stages=(stage,)).exit_code == 0
+        assert do_run(config, local=False, command=stage, stages=(stage,)).exit_code == 0
     assert curated_files(config.corpus.path) == curated_files(done.corpus.path)
 
 
@@ -168,8 +170,9 @@ def test_damaged_shard_is_quarantined_and_the_rest_goes_on(base_url: str, tmp_pa
     assert records.quarantined() == {}
 
 
+@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
 def test_weights_that_differ_on_a_worker_end_the_run(
-    base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local: bool, local_ray: None, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=10)
     digests_of = jobs.run.digests_of
@@ -178,7 +181,7 @@ def test_weights_that_differ_on_a_worker_end_the_run(
         jobs.run, "digests_of", lambda weights: {**digests_of(weights), "caption": ("0" * 64,)}
     )
     with pytest.raises(CapfiltError, match="other weights for caption than the driver"):
-        do_run(config)
+        do_run(config, local=local)
     records = Records(Storage(config.corpus.path))
     assert records.shards(("caption",)) == {} == records.quarantined()
     assert [run.outcome for run in records.runs()] == ["error"]

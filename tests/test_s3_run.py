@@ -14,8 +14,9 @@ pytestmark = pytest.mark.slow
 def test_s3_equals_local(base_url: str, s3_root: str, tmp_path: Path) -> None:
     local = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 24, 8)
     remote = with_values(local, corpus={"path": s3_root})
-    for config, name in ((local, "local"), (remote, "remote")):
-        done = cli("run", "-c", str(config_file(config, tmp_path / f"{name}.json")))
+    # The local one without Ray, so that what is equal are both executors, too.
+    for config, name, options in ((local, "local", ["--local"]), (remote, "remote", [])):
+        done = cli("run", "-c", str(config_file(config, tmp_path / f"{name}.json")), *options)
         assert done.returncode == 0, done.stderr
     assert curated_files(s3_root) == curated_files(local.corpus.path)
     assert committed_uids(s3_root) == committed_uids(local.corpus.path)
