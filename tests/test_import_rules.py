@@ -42,7 +42,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from jobs.cli.main import app; "
         "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0, result.output; "
-        "print(sorted({'torch', 'ray', 'duckdb', 'transformers', 'pyarrow'} & set(sys.modules)))"
+        "print(sorted({'torch', 'ray', 'duckdb', 'transformers', 'pyarrow', 'pydantic'} & set(sys.modules)))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

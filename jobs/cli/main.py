@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,9 @@ from jobs.cli.upkeep import upkeep
 from jobs.interrupts import Interrupts
 from jobs.output.render import complain, printable_lines
 from schemas.errors import CapfiltError
-from schemas.records import STAGES, Stage
+
+if TYPE_CHECKING:
+    from schemas.records import Stage
 
 _INTERRUPTED = 130
 
@@ -98,6 +100,8 @@ def _run(
     sources: list[str] | None,
     dry_run: bool,
     as_json: bool,
+    *,
+    stage: "Stage | None",
     **options: Any,
 ) -> None:
     # Before the imports of a run, which take seconds: a mistake in the config is told at once.
@@ -107,8 +111,10 @@ def _run(
     from jobs.cli.plan import plan_corpus, print_plan
     from jobs.cli.summary import print_result, result_json
     from jobs.run import RunOptions, run
+    from schemas.records import STAGES
 
-    chosen = RunOptions(quiet=as_json, only_named=bool(sources), **options)
+    stages = STAGES if stage is None else (stage,)
+    chosen = RunOptions(stages=stages, quiet=as_json, only_named=bool(sources), **options)
     if dry_run:
         planned = plan_corpus(loaded, chosen.stages, chosen.retry, only_named=chosen.only_named)
         print(json.dumps(planned)) if as_json else print_plan(planned)
@@ -122,7 +128,9 @@ def _run(
     raise typer.Exit(result.exit_code)
 
 
-def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
+def _stage_command(name: str, stage: "Stage | None", text: str) -> None:
+    """Add the command that runs one stage, or all of them."""
+
     def command(
         config: Config,
         set_: Set = None,
@@ -133,7 +141,7 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit, "local": local}
+        chosen = {"command": name, "stage": stage, "recompute": recompute, "limit": limit, "local": local}
         _run(config, set_, source, dry_run, json_, **chosen)
 
     def crawling_command(
@@ -147,10 +155,10 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stages": stages, "recompute": recompute, "limit": limit, "local": local}
+        chosen = {"command": name, "stage": stage, "recompute": recompute, "limit": limit, "local": local}
         _run(config, set_, source, dry_run, json_, retry=_retry_words(retry), **chosen)
 
-    shown = crawling_command if "crawl" in stages else command
+    shown = crawling_command if stage in (None, "crawl") else command
     app.command(name, help=text, rich_help_panel=BUILD)(shown)
 
 
@@ -166,12 +174,12 @@ def _retry_words(given: list[str] | None) -> str | None:
 
 
 _stage_command(
-    "run", STAGES, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
+    "run", None, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
 )
-_stage_command("crawl", ("crawl",), "Fetch the images of the lists into raw shards.")
-_stage_command("caption", ("caption",), "Write the synthetic captions of every crawled image.")
-_stage_command("rank", ("rank",), "Score every candidate caption with CLIP.")
-_stage_command("select", ("select",), "Keep the best captions and write the curated shards. Needs no GPU.")
+_stage_command("crawl", "crawl", "Fetch the images of the lists into raw shards.")
+_stage_command("caption", "caption", "Write the synthetic captions of every crawled image.")
+_stage_command("rank", "rank", "Score every candidate caption with CLIP.")
+_stage_command("select", "select", "Keep the best captions and write the curated shards. Needs no GPU.")
 
 
 @app.command(rich_help_panel=BUILD)
