@@ -1,4 +1,7 @@
-"""A run: read the lists, see what is missing, have it done, say how it ended."""
+"""A run of the stages on a corpus: read new lists, survey what is missing, execute it, and report how that ended.
+
+Which executor does the work (Ray or this process) is chosen in ``_executor``.
+"""
 
 import contextlib
 import signal
@@ -30,8 +33,8 @@ from schemas.records import STAGES, RunRecord, Stage, utc_now
 _CHANGES_NAMED = 5
 
 _FIRST_SIGNAL = (
-    "committed shards stay, those under way are begun anew by the same command; a second signal does not wait for the "
-    "workers and the manifest"
+    "committed shards stay, those under way are started again by the same command; a second signal does not wait for "
+    "the workers and the manifest"
 )
 _SECOND_SIGNAL = "not waiting for the workers and the manifest"
 
@@ -79,7 +82,7 @@ class RunResult:
 
     @property
     def yields_nothing(self) -> bool:
-        """Tell whether the corpus has URLs, or images, of which not one went on."""
+        """Tell whether the corpus has URLs but no image, or images for the selection but none kept."""
         totals = self.corpus_totals
         return (totals.urls > 0 and not totals.images) or (totals.selected > 0 and not totals.kept)
 
@@ -103,7 +106,7 @@ def digests_of(weights: dict[Stage, list[Weights]]) -> ModelDigests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """A run that is about to begin: what it was asked for, and where the corpus stands before it."""
+    """A run that is about to start: its config and options, and the state of the corpus before it."""
 
     config: CapfiltConfig
     options: RunOptions
@@ -135,13 +138,13 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
         work = None
         try:
             work = _prepare(config, options, console, records, started)
-            return _carry_out(work, console, interrupts)
+            return _run_stages(work, console, interrupts)
         except KeyboardInterrupt:
             return _interrupted(records, started, work, interrupts)
 
 
 def run_local(config: CapfiltConfig, **options: Any) -> RunResult:
-    """Do what is missing in this process, one shard at a time, without Ray and without display: for a debugger.
+    """Run in this process, a shard at a time, without Ray and without a display: what a debugger can step through.
 
     Args:
         options: fields of RunOptions, such as ``stages=("rank", "select")`` or ``limit=1``.
@@ -163,7 +166,7 @@ def _prepare(
         )
     _require_input(before, options)
     require_named_folders(config.source, state.urls, records.storage)
-    if "crawl" in options.stages and _take_in_lists(config, records, started, options, console):
+    if "crawl" in options.stages and _read_lists(config, records, started, options, console):
         state.refresh_urls()
         before = survey(config, models, state, options.stages)
     return _Work(
@@ -178,9 +181,9 @@ def _prepare(
     )
 
 
-def _carry_out(work: _Work, console: Console, interrupts: Interrupts) -> RunResult:
-    """Do the work, and note its start and its end. Raises KeyboardInterrupt where it was asked to stop."""
-    _say_before(work.before, work.options, console)
+def _run_stages(work: _Work, console: Console, interrupts: Interrupts) -> RunResult:
+    """Execute the stages, and write the run's start and end. Raises KeyboardInterrupt where it is interrupted."""
+    _print_counts(work.before, work.options, console)
     if not work.todo:
         work.manifest.compact()
         return _end(work, "done")
@@ -205,7 +208,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
     config, options = work.config, work.options
 
     def note_interruption(shards_done: int) -> None:
-        # At once, from what the workers told: a scheduler may leave no time to take Ray down and to recount.
+        # Written at once: a scheduler may leave no time to shut Ray down and to read the records again.
         work.records.write_run(_ended(work.started, "interrupted", shards_done))
 
     kinds = {source.name: source.kind for source in config.source}
@@ -246,7 +249,7 @@ def _executor(local: bool) -> Executor:
 def _interrupted(
     records: Records, started: RunRecord, work: _Work | None, interrupts: Interrupts
 ) -> RunResult:
-    """Note the end of a run that was asked to stop, by what is committed; of one that had not begun, nothing."""
+    """Write the end of a run that was interrupted; of a run whose start was not written, nothing."""
     with interrupts.ignored():
         if work is not None:
             result = _end(work, "interrupted")
@@ -263,7 +266,7 @@ def _interrupted(
     return result
 
 
-def _take_in_lists(
+def _read_lists(
     config: CapfiltConfig, records: Records, started: RunRecord, options: RunOptions, console: Console
 ) -> bool:
     """Read the lists, or queue the retries; return whether that made new url shards."""
@@ -298,14 +301,14 @@ def _stale_message(before: Survey, reasons: Mapping[str, int]) -> str:
     more = ", ..." if len(before.stale) > 3 else ""
     changes = list(reasons)
     rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
-    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made anew"
+    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made again"
     return (
         f"{len(before.stale)} committed shards are stale ({named}{more}): {because}{rest}. Restore that, make a "
         "corpus at another corpus.path, or run again with --recompute to replace them"
     )
 
 
-def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
+def _print_counts(before: Survey, options: RunOptions, console: Console) -> None:
     if options.quiet:
         return
     for stage in options.stages:
@@ -321,7 +324,7 @@ def _say_before(before: Survey, options: RunOptions, console: Console) -> None:
 
 
 def left_config_line(source: str, shards: int) -> str:
-    """Say what becomes of a source that the config does not name any more."""
+    """Return what becomes of a source that the config no longer names."""
     return f"{source}: the config has no such source; its {shards:,} shards stay as they are, and nothing is added"
 
 

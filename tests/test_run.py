@@ -145,7 +145,7 @@ def test_made_anew_inputs_and_sources_that_left_are_named(done: CapfiltConfig, t
     )  # as a recomputation that was killed before rank leaves it
     record.write_text(json.dumps(values))
     there = with_values(done, corpus={"path": str(corpus)})
-    assert plan_corpus(there)["stale_because"] == {"rank: the files of caption were made anew since": 1}
+    assert plan_corpus(there)["stale_because"] == {"rank: the files of caption were made again since": 1}
     other = there.model_copy(update={"source": (there.source[0].model_copy(update={"name": "another"}),)})
     planned = plan_corpus(other)
     assert planned["left_config"] == {"world": 4} and planned["stale_because"] == {}

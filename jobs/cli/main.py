@@ -104,7 +104,7 @@ def _run(
     stage: "Stage | None",
     **options: Any,
 ) -> None:
-    # Before the imports of a run, which take seconds: a mistake in the config is told at once.
+    # Before the imports of a run, which take seconds: an error in the config is reported at once.
     loaded = _load(config, overrides, sources)
     from rich.console import Console
 
@@ -188,8 +188,8 @@ def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = 
     loaded = _load(config, set_, source)
     from jobs.cli.plan import plan_corpus, print_plan
 
-    found = plan_corpus(loaded, only_named=bool(source))
-    print(json.dumps(found)) if json_ else print_plan(found)
+    planned = plan_corpus(loaded, only_named=bool(source))
+    print(json.dumps(planned)) if json_ else print_plan(planned)
 
 
 @app.command(rich_help_panel=BUILD)
@@ -260,8 +260,8 @@ def main() -> None:
     except Exception as error:
         from pipeline.corpus.storage_errors import storage_error_message
 
-        if told := storage_error_message(error):
-            complain(told)
+        if message := storage_error_message(error):
+            complain(message)
             sys.exit(2)
         print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
         complain("this is a fault of capfilt, not of your input; please report the lines above")

@@ -1,4 +1,4 @@
-"""What a run says at its end: a few lines for people, one object for programs."""
+"""The report at the end of a run: a few lines for people, one JSON object for programs."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from schemas.names import printable
 from schemas.records import STAGES
 from schemas.statuses import DROP_REASONS, REASONS
 
-# What mends the commonest reason, where no URL gave an image or no image was kept.
+# What to do about the commonest reason, where no URL gave an image or no image was kept.
 _ASK_AGAIN = (
     "check the workers' network and proxy, then ask again: capfilt crawl -c {config} --retry transient"
 )
-_MENDS = {
+_ADVICE = {
     **dict.fromkeys(("dns", "connect", "timeout", "host_down", "http_5xx", "bad_response"), _ASK_AGAIN),
     "tls": "check the workers' clock and certificates",
     "rate_limited": "lower crawl.rate_per_host, then capfilt crawl -c {config} --retry transient",
@@ -112,7 +112,7 @@ def _reasons(counted: Counter[str]) -> str:
 
 
 def _warning(result: RunResult, config_file: str) -> str:
-    """Say that nothing came of the corpus, the commonest reason and its mend; nothing where something did."""
+    """Return, where the corpus yields nothing, the commonest reason and what to do about it; else nothing."""
     if not result.yields_nothing:
         return ""
     totals = result.corpus_totals
@@ -124,9 +124,9 @@ def _warning(result: RunResult, config_file: str) -> str:
         return what
     [(reason, rows)] = counted.most_common(1)
     meaning = REASONS[reason].meaning if reason in REASONS else DROP_REASONS.get(reason, "")
-    mend = _MENDS.get(reason, "capfilt failures {corpus} shows examples")
-    mend = mend.format(config=config_file, corpus=result.corpus)
-    return f"{what}; {rows:,} for the reason {reason} ({meaning}): {mend}"
+    advice = _ADVICE.get(reason, "capfilt failures {corpus} shows examples")
+    advice = advice.format(config=config_file, corpus=result.corpus)
+    return f"{what}; {rows:,} for the reason {reason} ({meaning}): {advice}"
 
 
 def _next(result: RunResult, config_file: str) -> str:

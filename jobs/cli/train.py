@@ -63,15 +63,15 @@ def _plan_text(plan: dict) -> str:
     data, memory = plan["data"], plan["memory_gb"]
     if data["found"]:
         sources = ", ".join(f"{name} {images:,}" for name, images in data["sources"].items())
-        eaten = (
+        images = (
             f"{data['images']:,} images in {data['shards']:,} shards ({sources}): {data['epochs']:g} epochs"
         )
     else:
-        eaten = f"not looked at: {', '.join(data['paths'])} is not there yet"
+        images = f"not looked at: {', '.join(data['paths'])} is not there yet"
     return "\n".join(
         [
             f"stage {plan['stage']}: {plan['name']}",
-            f"data        {eaten}",
+            f"data        {images}",
             f"trained     {plan['trainable_parameters']:,} parameters; frozen {plan['frozen_parameters']:,}",
             f"steps       {plan['steps']:,} of {plan['batch_size']:,} images: {plan['samples']:,} samples",
             f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample: {plan['gpu_hours']:,.2f} GPU-hours at "

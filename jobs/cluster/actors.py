@@ -106,7 +106,7 @@ def build_dataset(job: StageJob, counter: ray.actor.ActorHandle) -> Dataset:
                 # One in work, one at hand: a deeper queue leaves shards behind a slow worker at the end.
                 max_tasks_in_flight_per_actor=2,
                 max_concurrent_calls_per_actor=concurrent,
-                # Otherwise Ray Data overlaps its own part of the calls, and not ours.
+                # Without it Ray Data overlaps its own part of the calls, but runs the actor's method one by one.
                 enable_true_multi_threading=concurrent > 1,
             ),
         )

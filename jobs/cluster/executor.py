@@ -57,7 +57,7 @@ def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.Actor
             broken = 1 if monitor.progress.finished > finished else broken + 1
             if broken == _MAX_BROKEN_EXECUTIONS:
                 raise
-            _log.warning("the execution broke and is started anew: %s", error)
+            _log.warning("the execution broke and is started again: %s", error)
 
 
 def _run_once(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle) -> ExecutorOutcome:

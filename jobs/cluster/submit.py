@@ -161,7 +161,7 @@ def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool
                 client.submit_job(**job)
                 return job_id, False
             except RuntimeError as error:
-                # Somebody submitted the same between our look and our try: theirs is as good.
+                # The same job was submitted since the jobs were listed: attach to it.
                 if "already exists" in str(error):
                     return job_id, True
                 # A head node answers before the agent that starts jobs is up.

@@ -1,4 +1,4 @@
-"""How a run shows where it is: a live table on a terminal, one line an interval where there is none."""
+"""Display of a run's progress: a live table on a terminal, else one line per interval."""
 
 import sys
 import time
@@ -18,16 +18,16 @@ _LINE_INTERVAL_S = 10.0
 
 
 class Progress(Protocol):
-    """Something that can be told how far a run is."""
+    """A display of a run's progress."""
 
     def say(self, text: str) -> None:
-        """Tell what is waited for now."""
+        """Print what the run waits for now."""
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Show the sums of the stages."""
 
     def close(self) -> None:
-        """Show the last state and let go of the terminal."""
+        """Show the last state and release the terminal."""
 
 
 class _Rates:

@@ -113,11 +113,11 @@ def _named(digest: str | None, names: Mapping[str, str]) -> str:
 
 def _changed_inputs(record: ShardRecord, upstream: Mapping[Stage, ShardRecord | None]) -> Iterator[str]:
     """Yield the earlier stages whose files are not those that the shard was made of."""
-    for stage, made in upstream.items():
-        if made is None:
+    for stage, current in upstream.items():
+        if current is None:
             continue
         used = {
             name.partition(".")[2]: sha for name, sha in record.inputs.items() if name.startswith(f"{stage}.")
         }
-        if used != made.input_digests():
-            yield f"{record.stage}: the files of {stage} were made anew since"
+        if used != current.input_digests():
+            yield f"{record.stage}: the files of {stage} were made again since"

@@ -53,11 +53,13 @@ class CorpusState:
     def refresh(self) -> None:
         """Bring the records of the stages and the quarantine up to date."""
         files = self._records.list_shards()
+        versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
-        self._versions = {info.path: info.version for info in files}
-        for shard in [shard for shard in self.committed if _path(shard) not in self._versions]:
-            del self.committed[shard]
-        self.committed |= self._records.read_shards(changed)
+        read = self._records.read_shards(changed)
+        kept = {shard: record for shard, record in self.committed.items() if _path(shard) in versions}
+        self.committed = kept | read
+        # Last, so that a refresh that is interrupted above is repeated whole.
+        self._versions = versions
         self.quarantined = self._records.quarantined()
 
     def refresh_urls(self) -> None:
