@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.bench.caption import measure_caption
-from jobs.bench.commands import _caption_rows
+from jobs.bench.commands import caption_rows
 from jobs.bench.fixtures.models import BLIP_LARGE
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.cli.main import app
@@ -145,7 +145,7 @@ def test_captioning_is_compared_with_transformers() -> None:
     for name in ("decode_ratio", "decode_ratio_early_stop", "decode_flops_ratio", "end_to_end_ratio"):
         require_positive(found, name)
     assert found["decode_early_stop_mean_tokens"] < found["decode_mean_tokens"] == 19
-    assert len(_caption_rows(found)) == 3
+    assert len(caption_rows(found)) == 3
 
 
 def test_without_json_a_table_is_printed() -> None:

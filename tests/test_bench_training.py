@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_training import tiny_config
 
-from jobs.bench import stage1, stage2
-from jobs.bench.precision import measure_precision
-from jobs.bench.training import measure_steps
+from jobs.bench.train_step import measure_precision, measure_steps, synthetic_step
 from training.blip2.build import empty_stage
 from training.distributed import World
 
@@ -25,9 +23,11 @@ FACTS = {
 
 def test_stage1_steps_are_measured(tmp_path: Path) -> None:
     stage = empty_stage(tiny_config(tmp_path, tmp_path), World(), "cpu")
-    found = measure_steps(stage.train(), stage1.synthetic_step(stage, 4), batch=4, steps=2, micro_batch=2)
+    found = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=2, micro_batch=2)
     assert found.keys() >= FACTS
-    assert found["trainable_parameters"] == sum(one.numel() for _, one in stage.trainable_named_parameters())
+    assert found["trainable_parameters"] == sum(
+        weight.numel() for _, weight in stage.trainable_named_parameters()
+    )
     assert found["samples_per_s"] == pytest.approx(4 / found["step_s"], rel=0.2)
     assert 0 < found["mfu"] < 1
     assert set(found["losses"]) == {"loss", "itc", "itm", "itg", "itm_accuracy", "temperature"}
@@ -37,7 +37,7 @@ def test_stage1_steps_are_measured(tmp_path: Path) -> None:
 def test_stage2_steps_are_measured(tmp_path: Path, family: str) -> None:
     config = tiny_config(tmp_path, tmp_path, 2, language={"family": family, "max_text_tokens": 24})
     stage = empty_stage(config, World(), "cpu")
-    found = measure_steps(stage.train(), stage2.synthetic_step(stage, 4), batch=4, steps=1, micro_batch=3)
+    found = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=1, micro_batch=3)
     assert found.keys() >= FACTS and found["micro_batch"] == 3
     assert set(found["losses"]) == {"loss"}
 

@@ -67,18 +67,21 @@ def _measure_size(
 ) -> dict[str, Any]:
     pictures = [jpeg(seed, size_px) for seed in range(images)]
     threads = decode_threads(1, feeds_gpu=True)
-    one: dict[str, list[float]] = {name: [] for name in decoders}
+    one_thread: dict[str, list[float]] = {name: [] for name in decoders}
     every: dict[str, list[float]] = {name: [] for name in decoders}
     # The first round warms caches: not counted.
     for _ in range(_ROUNDS + 1):
         for name, decode in decoders.items():
             # By CPU time: what a core does when it has nothing else to do.
-            one[name].append(images / _decode_all(decode, pictures, 1).cpu_s)
+            one_thread[name].append(images / _decode_all(decode, pictures, 1).cpu_s)
             every[name].append(images / _decode_all(decode, pictures, threads).seconds)
     return {
         "size": "x".join(map(str, size_px)),
         "bytes_per_picture": sum(map(len, pictures)) // images,
-        **{name: _summary(one[name][1:], every[name][1:], one["naive"][1:]) for name in decoders},
+        **{
+            name: _summary(one_thread[name][1:], every[name][1:], one_thread["naive"][1:])
+            for name in decoders
+        },
         **_differences(pictures, recipes),
     }
 

@@ -57,10 +57,10 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians of the counted rounds, and the peak of all."""
     counted = rounds[1:]
     return {
-        "images_per_s": round(median(one["images"] / one["seconds"] for one in counted), 1),
-        "images_per_core_s": round(median(one["images"] / one["cpu_s"] for one in counted), 1),
-        "cpu_ms_per_image": round(median(1000 * one["cpu_s"] / one["images"] for one in counted), 3),
-        "peak_bytes": max(one["peak_bytes"] for one in rounds),
+        "images_per_s": round(median(done["images"] / done["seconds"] for done in counted), 1),
+        "images_per_core_s": round(median(done["images"] / done["cpu_s"] for done in counted), 1),
+        "cpu_ms_per_image": round(median(1000 * done["cpu_s"] / done["images"] for done in counted), 3),
+        "peak_bytes": max(done["peak_bytes"] for done in rounds),
     }
 
 

@@ -49,8 +49,8 @@ def measure_manifest(images: int) -> dict[str, Any]:
         queries = [
             _timed_query(name, sql.format(uid=uid, shard=shard), manifest) for name, sql in _QUERIES.items()
         ]
-        [(traced_s, ways)] = _timed(lambda: trace(manifest, uid))
-        queries.append({"query": "trace", "capfilt_s": traced_s, "duckdb_s": None, "rows": len(ways)})
+        [(traced_s, traces)] = _timed(lambda: trace(manifest, uid))
+        queries.append({"query": "trace", "capfilt_s": traced_s, "duckdb_s": None, "rows": len(traces)})
         counts = dict(manifest.query(_QUERIES["count by status"]).rows)
         candidates = manifest.query("SELECT count(*) FROM candidates").rows[0][0]
         sizes = manifest.query(
@@ -84,12 +84,12 @@ def _timed_query(name: str, sql: str, manifest: Manifest) -> dict[str, Any]:
     return {"query": name, "capfilt_s": capfilt_s, "duckdb_s": duckdb_s, "rows": len(answer)}
 
 
-def _timed(*ways: Callable[[], Any]) -> list[tuple[float, Any]]:
+def _timed(*questions: Callable[[], Any]) -> list[tuple[float, Any]]:
     """Return, for each way of asking, the median seconds and the answer; files are in the page cache by then."""
-    answers = [ask() for ask in ways]
-    seconds: list[list[float]] = [[] for _ in ways]
+    answers = [ask() for ask in questions]
+    seconds: list[list[float]] = [[] for _ in questions]
     for _ in range(_TIMES):
-        for ask, taken in zip(ways, seconds, strict=True):
+        for ask, taken in zip(questions, seconds, strict=True):
             with Stopwatch() as watch:
                 ask()
             taken.append(watch.seconds)

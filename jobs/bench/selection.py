@@ -33,19 +33,19 @@ def measure_select(images: int) -> dict[str, Any]:
             corpus.task("select", f"{number:05d}", crawl=crawl, rank=rank) for number in range(_ROUNDS + 1)
         ]
         rounds = [process.submit(_select, corpus.config, task).result() for task in tasks]
-    assert all(one["images"] == images and one["kept"] == images for one in rounds), rounds
+    assert all(done["images"] == images and done["kept"] == images for done in rounds), rounds
     counted = rounds[1:]
-    total = sum(one["seconds"] for one in counted)
+    total = sum(done["seconds"] for done in counted)
     return {
         "images": images,
         "rounds": _ROUNDS,
         "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
         "select": {
-            "images_per_s": round(median(images / one["seconds"] for one in counted), 1),
-            "cpu_ms_per_image": round(median(1000 * one["cpu_s"] / images for one in counted), 3),
-            "peak_bytes": max(one["peak_bytes"] for one in rounds),
+            "images_per_s": round(median(images / done["seconds"] for done in counted), 1),
+            "cpu_ms_per_image": round(median(1000 * done["cpu_s"] / images for done in counted), 3),
+            "peak_bytes": max(done["peak_bytes"] for done in rounds),
             "share": {
-                part: round(sum(one["parts"][part] for one in counted) / total, 3)
+                part: round(sum(done["parts"][part] for done in counted) / total, 3)
                 for part in ("read", "select", "write")
             },
         },
