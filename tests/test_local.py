@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,44 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     again = do_run(config)
     assert (again.exit_code, again.record.shards_done) == (0, 24 - ended.shards_done)
     assert_same(config, on_ray)
+
+
+class SlowSite(ThreadingHTTPServer):
+    """Answers every request with 404, after half a second."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), SlowHandler)
+        self.requests = 0
+
+
+class SlowHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        time.sleep(0.5)
+        self.send_error(404)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_signal_does_not_wait_for_the_urls_that_are_not_fetched_yet(tmp_path: Path) -> None:
+    with SlowSite() as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        base_url = f"http://127.0.0.1:{site.server_port}"
+        (tmp_path / "urls.csv").write_text(
+            "url,caption\n" + "".join(f"{base_url}/{number}.jpg,a cat\n" for number in range(300))
+        )
+        config = small_config(str(tmp_path / "corpus"), tmp_path / "unused.parquet", base_url, per_shard=300)
+        source = config.source[0].model_copy(update={"input": (str(tmp_path / "urls.csv"),)})
+        config = with_values(config, crawl={"threads": 2}).model_copy(update={"source": (source,)})
+        run = start_cli("crawl", "-c", str(config_file(config, tmp_path / "c.json")), "--local")
+        while site.requests < 5 and run.poll() is None:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        output, errors = run.communicate(timeout=30)  # the rest of the URLs would take over a minute
+        site.shutdown()
+    assert run.returncode == 130 and "the same command goes on" in output, output + errors
+    assert Records(Storage(config.corpus.path)).shards() == {}
 
 
 def test_kill_9_leaves_no_trace(on_ray: CapfiltConfig, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 import urllib.response
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from email.message import Message
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -286,7 +287,25 @@ def download(images: ShardImages, config: CrawlConfig) -> None:
     )
     with _installed(_RowOpener(images.fetch)):
         # Not the call operator: that one swallows what goes wrong.
-        downloader.download_shard((0, str(path)))
+        _call_in_thread(lambda: downloader.download_shard((0, str(path))))
+
+
+def _call_in_thread(call: Callable[[], object]) -> None:
+    """Call something in another thread and wait for it; KeyboardInterrupt is raised here and abandons the call.
+
+    img2dataset's thread pool waits forever for its own source of rows where KeyboardInterrupt is raised in its loop.
+    Abandoned, it ends soon: without our opener every further row fails at once.
+    """
+    done: Future[object] = Future()
+
+    def complete() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=complete, daemon=True).start()
+    done.result()
 
 
 def make_resizer(config: CrawlConfig) -> Any:
