@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from schemas.records import STAGES
 from schemas.statuses import SAMPLE_STATUSES
 from schemas.tables import (
     CANDIDATES,
@@ -53,6 +54,12 @@ ROW_STATUSES: dict[str, tuple[str, ...]] = {
     "select": ("kept", "dropped"),
 }
 
+# Of rows with a column ``stage``: the order of the work, for ORDER BY.
+STAGE_ORDER = f"list_position({['urls', *STAGES]}, stage)"
+
+# The catalog's file in a corpus.
+CATALOG = "manifest.duckdb"
+
 # A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
 # It sorts last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the
 # wrong way round.
@@ -87,24 +94,31 @@ def file_relations(root: str) -> dict[str, str]:
     return relations
 
 
-_NOT_RANKED = """ AND NOT EXISTS (
-    FROM main.shards AS ranked WHERE ranked.stage = 'rank' AND ranked.state = 'committed'
-    AND ranked.source = made.source AND ranked.shard = made.shard)"""
-_RETRIES = """ AND EXISTS (
-    FROM main.shards AS urls WHERE urls.stage = 'urls' AND urls.counts['retry'] > 0
-    AND urls.source = made.source AND urls.shard = made.shard)"""
-
-
 def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> str:
-    """Return the SELECT of one kind of file: captions not ranked yet, ``retries`` of raw."""
-    kind = "raw" if name == "retries" else name
-    condition = {"captions": _NOT_RANKED, "retries": _RETRIES}.get(name, "")
+    """Return the SELECT of the committed files of one kind."""
+    pattern = f"{folder}/{'raw' if name == 'retries' else name}/*/*.parquet"
     return f"""
-        SELECT {_quoted(columns)} FROM read_parquet({quote(f"{folder}/{kind}/*/*.parquet")}, filename = true)
+        SELECT {_quoted(columns)} FROM read_parquet({quote(pattern)}, filename = true)
         SEMI JOIN (
-            SELECT {quote(root)} || '/' || paths['parquet'] AS filename FROM main.shards AS made
-            WHERE made.state = 'committed' AND made.stage = {quote(DATA_STAGES[kind])}{condition}
+            SELECT {quote(root)} || '/' || path AS filename FROM base.committed_files WHERE kind = {quote(name)}
         ) USING (filename)"""
+
+
+# The Parquet files of the data tables, by kind: those that the record of a shard commits. Captions count until their
+# shard is ranked, since the scores repeat them; ``retries`` are the raw files of shards that try URLs again.
+_COMMITTED_FILES = f"""
+    WITH made AS (
+        SELECT CASE {" ".join(f"WHEN stage = {quote(stage)} THEN {quote(name)}" for name, stage in DATA_STAGES.items())}
+            ELSE stage END AS kind, source, shard, paths['parquet'] AS path
+        FROM main.shards WHERE state = 'committed' AND stage <> 'urls'
+    )
+    SELECT * FROM made ANTI JOIN (
+        SELECT 'captions' AS kind, source, shard FROM made WHERE kind = 'scores'
+    ) USING (kind, source, shard)
+    UNION ALL
+    SELECT 'retries', source, shard, path FROM made SEMI JOIN (
+        SELECT 'raw' AS kind, source, shard FROM main.shards WHERE stage = 'urls' AND counts['retry'] > 0
+    ) USING (kind, source, shard)"""
 
 
 def parquet_files(paths: Sequence[str], schema: pa.Schema) -> str:
@@ -138,6 +152,7 @@ def record_views(relations: Mapping[str, str]) -> list[str]:
         "CREATE SCHEMA IF NOT EXISTS base",
         *bases,
         *(_view(name, _TABLES[name]) for name in RECORD_TABLES),
+        _view("base.committed_files", _COMMITTED_FILES),
     ]
 
 
@@ -227,7 +242,7 @@ _IS_STATUS = " OR ".join(
 VIEWS: dict[str, tuple[str, str]] = {
     "progress": (
         "shards and rows by source and stage (records only)",
-        """
+        f"""
         SELECT source, stage, count(*) FILTER (state = 'committed') AS shards,
             count(*) FILTER (state = 'quarantined') AS quarantined,
             sum(images) FILTER (state = 'committed') AS images,
@@ -236,7 +251,7 @@ VIEWS: dict[str, tuple[str, str]] = {
             sum(bytes) FILTER (state = 'committed') AS bytes,
             max(finished_at) AS last_commit
         FROM shards WHERE state <> 'retired' GROUP BY source, stage
-        ORDER BY source, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage)""",
+        ORDER BY source, {STAGE_ORDER}""",
     ),
     "outcomes": (
         "rows by source, stage, status and reason, a retry counted as a row more; those of kind 'status' sum up to "
@@ -259,18 +274,18 @@ VIEWS: dict[str, tuple[str, str]] = {
         SELECT source, stage, CASE WHEN {_IS_STATUS} THEN 'status' ELSE 'note' END AS kind,
             status, reason, "rows"
         FROM apart WHERE "rows" > 0
-        ORDER BY source, list_position(['crawl', 'caption', 'rank', 'select'], stage),
+        ORDER BY source, {STAGE_ORDER},
             kind DESC, status, reason""",
     ),
     "throughput": (
         "images per second of one worker, by stage and device (records only)",
-        """
+        f"""
         SELECT stage, source, device, count(*) AS shards, sum(images)::BIGINT AS images,
             sum(seconds['total']) AS worker_seconds,
             sum(seconds['total']) FILTER (device <> 'cpu') AS gpu_seconds,
             sum(images) / nullif(sum(seconds['total']), 0) AS images_per_second
         FROM shards WHERE state = 'committed' AND stage <> 'urls' GROUP BY stage, source, device
-        ORDER BY list_position(['crawl', 'caption', 'rank', 'select'], stage), source, device""",
+        ORDER BY {STAGE_ORDER}, source, device""",
     ),
     "bins": (
         "the histograms that the stages counted, a row for each shard and bin (records only)",

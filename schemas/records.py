@@ -144,7 +144,11 @@ class Histogram(Json):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord(Json):
-    """The commit of one shard by one stage. Times are ISO 8601 in UTC."""
+    """The commit of one shard by one stage. Times are ISO 8601 in UTC.
+
+    ``attempt`` is the id of the shard commit that wrote the outputs; their file names have it. ``adopted`` (in
+    outputs and intake records) names a tar of img2dataset's that was imported without copying it.
+    """
 
     stage: Stage
     source: FileName
@@ -166,6 +170,16 @@ class ShardRecord(Json):
     host: str = ""
     device: str = "cpu"
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """Where the record is while it is committed, relative to the corpus."""
+        return shard_record_path(self.stage, self.source, self.shard)
+
+    @property
+    def retired_path(self) -> str:
+        """Where the record is once a recomputation has replaced it."""
+        return f"records/retired/{self.stage}/{self.source}/{self.shard}.{self.attempt}.json"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -221,6 +235,11 @@ _OUTPUTS: dict[Stage, set[str]] = {
     "rank": {"parquet"},
     "select": {"parquet", "tar"},
 }
+
+
+def shard_record_path(stage: str, source: str, shard: str) -> str:
+    """Return where the committed record of a shard is, relative to the corpus."""
+    return f"records/{stage}/{source}/{shard}.json"
 
 
 def is_own_file(path: str, stage: Stage, source: str, shard: str) -> bool:
@@ -297,6 +316,40 @@ class IntakeRecord(Json):
         record.require_own_files()
         return record
 
+    @property
+    def path(self) -> str:
+        """Where the record is, relative to the corpus."""
+        return f"records/intake/{self.source}/{self.batch:05d}.json"
+
+    def shard_records(self) -> list[ShardRecord]:
+        """Return each url shard as a record of the stage ``urls``.
+
+        Its outputs are ``parquet``, the rows, and of an imported img2dataset shard ``adopted``, the tar where it lies.
+        """
+        return [self._shard_record(shard, file) for shard, file in self.shards.items()]
+
+    def _shard_record(self, shard: str, file: OutputFile) -> ShardRecord:
+        outputs = {"parquet": file}
+        if shard in self.adopted:
+            size = self.adopted_bytes[shard]
+            outputs["adopted"] = OutputFile(path=self.adopted[shard], bytes=size, sha256="", rows=0)
+        return ShardRecord(
+            stage="urls",
+            source=self.source,
+            shard=shard,
+            run_id=self.run_id,
+            attempt=self.attempt,
+            fingerprint=file.sha256,
+            inputs={},
+            outputs=outputs,
+            rows_in=file.rows,
+            rows_out=file.rows,
+            images=0,
+            counts={},
+            started_at=self.finished_at,
+            finished_at=self.finished_at,
+        )
+
     def require_own_files(self) -> None:
         """Raise ValueError unless the url shards lie in the corpus, and what is adopted is a tar where it lies."""
         for shard, file in self.shards.items():
@@ -323,6 +376,11 @@ class QuarantineRecord(Json):
     error: str
     finished_at: Time
 
+    @property
+    def path(self) -> str:
+        """Where the record is, relative to the corpus."""
+        return f"records/quarantine/{self.stage}/{self.source}/{self.shard}.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord(Json):
@@ -341,6 +399,11 @@ class RunRecord(Json):
     shards_skipped: Count = 0
     shards_failed: Count = 0
 
+    @property
+    def path(self) -> str:
+        """Where the record is, relative to the corpus: a run's start and its end have one each."""
+        return f"records/runs/{self.run_id}.{'start' if self.outcome is None else 'end'}.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord(Json):
@@ -353,6 +416,11 @@ class ModelRecord(Json):
     files: Mapping[str, str]
     parameters: Count
     registered_at: Time
+
+    @property
+    def path(self) -> str:
+        """Where the record is, relative to the corpus."""
+        return f"records/models/{self.digest}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

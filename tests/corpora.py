@@ -17,7 +17,6 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.url_shards import url_shards
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.selection import SelectWorker
@@ -166,7 +165,7 @@ class Corpus:
     def task(self, stage: Stage, source: str, shard: str, needs: Sequence[Stage]) -> ShardTask:
         """Return the task that a run would hand to a worker."""
         inputs = {
-            name: url_shards(self.records)[source, shard]
+            name: self.records.url_shards()[source, shard]
             if name == "urls"
             else self.records.read(name, source, shard)
             for name in needs

@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar
-from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.read_lists import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
@@ -226,7 +225,7 @@ def retry_task(config: CapfiltConfig, records: Records) -> ShardTask:
     [outcome] = queue_retries(config, records, "run")
     assert outcome.record is not None
     [shard] = outcome.record.shards
-    urls = url_shards(records)["web", shard]
+    urls = records.url_shards()["web", shard]
     return ShardTask(
         corpus=records.storage.root, stage="crawl", source="web", kind="web", shard=shard, run_id="run",
         fingerprint="test", inputs={"urls": urls},

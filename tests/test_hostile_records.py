@@ -15,7 +15,6 @@ from pipeline.corpus.records import Records, parse_record
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.shard_reader import open_crawled
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.url_shards import url_shards
 from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
 from schemas.catalog import record_row_schema
@@ -179,7 +178,7 @@ def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.parquet", "raw/other/00000.a.parquet", None])
 def test_the_manifests_parts_name_the_shards_own_files(corpus: Corpus, path: str | None) -> None:
     corpus.manifest.compact()
-    rows = corpus.manifest._parts.tables()["shards"].to_pylist()
+    rows = corpus.manifest.compacted.tables()["shards"].to_pylist()
     for row in rows:
         row["paths"] = [(name, path if row["stage"] == "crawl" else own) for name, own in row["paths"]]
     for part in Path(corpus.root, "manifest/shards").glob("*.parquet"):
@@ -222,7 +221,7 @@ def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(
     s3_root: str, tmp_path: Path
 ) -> None:
     corpus, folder = make_corpus(s3_root, shards=1), tmp_path / "theirs"
-    urls = url_shards(corpus.records)
+    urls = corpus.records.url_shards()
     (shard, record), *_ = urls.items()
 
     def adopted(path: str) -> dict[tuple[str, str], ShardRecord]:
@@ -262,7 +261,7 @@ def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(
 )
 def test_a_tar_lies_in_a_named_folder_itself(s3_root: str, named: str, tar: str, refused: bool) -> None:
     corpus = make_corpus(s3_root, shards=1)
-    (shard, record), *_ = url_shards(corpus.records).items()
+    (shard, record), *_ = corpus.records.url_shards().items()
     adopted = OutputFile(path=tar, bytes=1, sha256="", rows=0)
     urls = {shard: replace(record, outputs={**record.outputs, "adopted": adopted})}
     sources = [SourceConfig(name="cc", format="img2dataset", input=(named,))]

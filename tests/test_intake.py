@@ -20,9 +20,9 @@ from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import KnownUids, group_rows, pack_uids, unpack_uids
-from pipeline.corpus.url_shards import retried_elsewhere, url_shards
 from pipeline.intake.read_lists import queue_retries, read_lists, unread_rows
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -70,7 +70,7 @@ def take_in(config: CapfiltConfig) -> IntakeRecord | None:
 def rows_of(config: CapfiltConfig) -> list[dict[str, Any]]:
     """Return the rows of all url shards in order, checked against their records."""
     records, rows = records_of(config), []
-    for (source, shard), record in sorted(url_shards(records).items()):
+    for (source, shard), record in sorted(records.url_shards().items()):
         table = pq.read_table(records.storage.open(record.outputs["parquet"].path))
         assert table.schema.equals(URLS)
         assert table.num_rows == record.rows_out > 0
@@ -454,7 +454,7 @@ def test_a_crash_before_the_commit_leaves_only_orphans(folder: Path, monkeypatch
         crashing.setattr(Records, "commit_intake", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             take_in(config)
-    assert url_shards(records_of(config)) == {}
+    assert records_of(config).url_shards() == {}
     assert take_in(config) is not None
     assert [row["url"] for row in rows_of(config)] == [f"http://a/{n}" for n in range(5)]
     assert len(records_of(config).storage.list("urls")) == 4
@@ -505,7 +505,7 @@ def test_two_drivers_at_once_make_one_batch(folder: Path) -> None:
 def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
     """Commit a crawl of one url shard in which the given URLs failed, and the others are fine."""
     records = records_of(config)
-    urls = url_shards(records)["s", shard]
+    urls = records.url_shards()["s", shard]
     task = ShardTask(
         corpus=config.corpus.path,
         stage="crawl",
@@ -649,7 +649,7 @@ def test_img2dataset_shards_are_adopted_where_they_lie(folder: Path) -> None:
     batch = take_in(config)
     assert batch is not None
     assert (batch.kind, batch.rows_in, batch.rows_new, batch.rows_duplicate) == ("img2dataset", 5, 3, 2)
-    shards = url_shards(records_of(config))
+    shards = records_of(config).url_shards()
     assert {shard: Path(record.outputs["adopted"].path).name for (_, shard), record in shards.items()} == {
         "00000": "00000.tar",
         "00001": "00002.tar",

@@ -19,8 +19,8 @@ import pytest
 import pipeline.manifest.compaction
 from pipeline.corpus.storage import Storage
 from pipeline.manifest.compaction import CompactedRecords
-from pipeline.manifest.manifest import CATALOG, Manifest
-from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
+from pipeline.manifest.manifest import Manifest
+from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord, utc_now
 from schemas.tables import TABLES
 from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus

@@ -15,7 +15,6 @@ from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
 from jobs.cluster.actors import CONCURRENT_SHARDS
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.url_shards import url_shards
 from pipeline.models.weights import captioner_weights
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.progress import Outcome
@@ -150,7 +149,7 @@ def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
         report_state=lambda stage, state: None,
         load=lambda stage, config, records: Watched(config, records),
     )
-    shards = url_shards(corpus.records).values()
+    shards = corpus.records.url_shards().values()
     in_two_threads(*(lambda urls=urls: runner.run_shard("web", urls) for urls in shards))
     return {outcome.shard: outcome for outcome in outcomes}
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.read_lists import count_retries, queue_retries
 from pipeline.intake.retries import TRANSIENT, retried_reasons
 from pipeline.stages.crawl import CrawlWorker
@@ -111,7 +110,7 @@ def test_refused_addresses_are_tried_again_once_they_are_allowed(tmp_path: Path)
 def retry_of_shard(records, shard: str) -> ShardTask:
     return ShardTask(
         corpus=records.storage.root, stage="crawl", source="web", kind="web", shard=shard, run_id="run",
-        fingerprint="test", inputs={"urls": url_shards(records)["web", shard]},
+        fingerprint="test", inputs={"urls": records.url_shards()["web", shard]},
     )  # fmt: skip
 
 

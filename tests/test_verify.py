@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.shard_files import read_tar, rows_to_table, write_parquet, write_tar
-from pipeline.corpus.url_shards import retried_elsewhere
+from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify import verify
 from schemas.records import Stage

@@ -23,7 +23,6 @@ from jobs.bench.fixtures.server import serving
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.url_shards import url_shards
 from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import ShardTask
@@ -114,7 +113,7 @@ def _tasks(folder: Path, host: str, images: int, shards: int) -> tuple[CapfiltCo
             fingerprint="bench",
             inputs={"urls": record},
         )
-        for (source, shard), record in sorted(url_shards(records).items())
+        for (source, shard), record in sorted(records.url_shards().items())
     ]
 
 

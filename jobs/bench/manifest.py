@@ -9,8 +9,9 @@ import duckdb
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.manifest.manifest import CATALOG, Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.sample_trace import trace
+from schemas.catalog import CATALOG
 
 _TIMES = 3
 

@@ -27,7 +27,7 @@ def open_manifest(corpus: str) -> Manifest:
     from pipeline.corpus.storage import Storage
 
     storage = Storage(corpus)
-    if not storage.fs.exists(f"{storage.base}/records"):
+    if not storage.is_corpus():
         raise CapfiltError(
             f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
         )

@@ -29,6 +29,7 @@ from schemas.records import (
     RunRecord,
     ShardRecord,
     Stage,
+    shard_record_path,
 )
 
 ShardId = tuple[Stage, str, str]
@@ -36,11 +37,6 @@ R = TypeVar("R", bound=Json)
 
 # An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
 _MAX_BYTES = 64 * 2**20
-
-
-def is_corpus(storage: Storage) -> bool:
-    """Tell whether a folder is a corpus of ours: it has records."""
-    return storage.fs.exists(f"{storage.base}/records")
 
 
 def parse_record(kind: type[R], path: str, text: bytes) -> R:
@@ -69,16 +65,16 @@ class Records:
 
     def commit(self, record: ShardRecord) -> bool:
         """Create the shard's record if it has none; False: another attempt won."""
-        return self.storage.create(_shard_path(record), record.to_json().encode())
+        return self.storage.create(record.path, record.to_json().encode())
 
     def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
         """Return the committed record of a shard, or None."""
-        path = f"records/{stage}/{source}/{shard}.json"
+        path = shard_record_path(stage, source, shard)
         try:
             record = parse_record(ShardRecord, path, read_record(self.storage, path))
         except FileNotFoundError:
             return None
-        self._require_adopted([record])
+        self._require_imported([record])
         return record
 
     def shards(self, stages: Iterable[Stage] = STAGES) -> dict[ShardId, ShardRecord]:
@@ -92,7 +88,7 @@ class Records:
     def read_shards(self, files: list[FileInfo]) -> dict[ShardId, ShardRecord]:
         """Return the records in listed files, without histograms: they are most of a record's size."""
         records = [replace(record, histograms={}) for record in self._read_all(ShardRecord, files)]
-        self._require_adopted(records)
+        self._require_imported(records)
         return {(record.stage, record.source, record.shard): record for record in records}
 
     def retired(self) -> list[ShardRecord]:
@@ -104,11 +100,11 @@ class Records:
         committed = self.read(record.stage, record.source, record.shard)
         if committed is None or committed.attempt != record.attempt:
             return
-        self.storage.create(_retired_path(record), committed.to_json().encode())
-        self.storage.delete(_shard_path(record))
+        self.storage.create(record.retired_path, committed.to_json().encode())
+        self.storage.delete(record.path)
 
-    def _require_adopted(self, records: Iterable[ShardRecord]) -> None:
-        """Refuse a tar outside the corpus that the source's lists did not adopt for that shard."""
+    def _require_imported(self, records: Iterable[ShardRecord]) -> None:
+        """Reject a tar outside the corpus that the source's lists did not import for that shard."""
         outside = {
             (record.source, record.shard): record.outputs["tar"].path
             for record in records
@@ -116,14 +112,14 @@ class Records:
         }
         if not outside:
             return
-        adopted = {
+        imported = {
             (batch.source, shard): tar for batch in self.intakes() for shard, tar in batch.adopted.items()
         }
         for (source, shard), tar in outside.items():
-            if adopted.get((source, shard)) != tar:
+            if imported.get((source, shard)) != tar:
                 raise CapfiltError(
-                    f"records/crawl/{source}/{shard}.json names a tar outside the corpus that no list of it adopted: "
-                    f"{tar}; nothing was read. Use only a corpus from a source that you trust"
+                    f"{shard_record_path('crawl', source, shard)} names a tar outside the corpus that no list of "
+                    f"it adopted: {tar}; nothing was read. Use only a corpus from a source that you trust"
                 )
 
     # -- attempts and quarantine -----------------------------------------------------------------------------
@@ -146,7 +142,7 @@ class Records:
 
     def quarantine(self, record: QuarantineRecord) -> None:
         """Note that a shard failed every attempt."""
-        self.storage.write(_quarantine_path(record), record.to_json().encode())
+        self.storage.write(record.path, record.to_json().encode())
 
     def quarantined(self) -> dict[ShardId, QuarantineRecord]:
         """Return the shards that failed every attempt of their last run."""
@@ -157,16 +153,21 @@ class Records:
 
     def commit_intake(self, record: IntakeRecord) -> bool:
         """Create the batch's record if that number is free."""
-        return self.storage.create(_intake_path(record), record.to_json().encode())
+        return self.storage.create(record.path, record.to_json().encode())
 
     def intakes(self, source: str | None = None) -> list[IntakeRecord]:
         """Return the batches, by source and number."""
         folder = "records/intake" if source is None else f"records/intake/{source}"
         return self._read_all(IntakeRecord, self.storage.list(folder))
 
+    def url_shards(self) -> dict[tuple[str, str], ShardRecord]:
+        """Return every url shard, by (source, shard), as a record of the stage ``urls``."""
+        records = [record for batch in self.intakes() for record in batch.shard_records()]
+        return {(record.source, record.shard): record for record in records}
+
     def write_run(self, record: RunRecord) -> None:
         """Write the start (outcome None) or the end of a run."""
-        self.storage.write(_run_path(record), record.to_json().encode())
+        self.storage.write(record.path, record.to_json().encode())
 
     def has_begun(self, run_id: str) -> bool:
         """Tell whether the start of a run was written."""
@@ -182,7 +183,7 @@ class Records:
 
     def register_model(self, record: ModelRecord) -> None:
         """Note a model's identity, once."""
-        self.storage.create(_model_path(record), record.to_json().encode())
+        self.storage.create(record.path, record.to_json().encode())
 
     def models(self) -> list[ModelRecord]:
         """Return the models that runs used here."""
@@ -199,7 +200,7 @@ class Records:
     def _read_all(self, kind: type[R], files: list[FileInfo]) -> list[R]:
         """Read many small files at once; one that vanished meanwhile (retired) is left out.
 
-        So is a temporary file: what a writer killed inside ``Storage.create`` left beside the name is no record.
+        So is a temporary file: what a writer killed inside ``Storage.create`` left beside the name is not a record.
         """
 
         def read(info: FileInfo) -> R | None:
@@ -238,43 +239,12 @@ def _has_name_of(record: Json, path: str) -> bool:
     """Tell whether a record's file has the name that it was written under."""
     match record:
         case ShardRecord():
-            return path in (_shard_path(record), _retired_path(record))
-        case QuarantineRecord():
-            return path == _quarantine_path(record)
-        case IntakeRecord():
-            return path == _intake_path(record)
-        case RunRecord():
-            return path == _run_path(record)
-        case ModelRecord():
-            return path == _model_path(record)
-        case CheckpointRecord():
+            return path in (record.path, record.retired_path)
+        case CheckpointRecord():  # its own ``path`` is the checkpoint's
             return path.startswith(f"records/checkpoints/{record.run_id}.")
+        case QuarantineRecord() | IntakeRecord() | RunRecord() | ModelRecord():
+            return path == record.path
     raise AssertionError(type(record))
-
-
-def _shard_path(record: ShardRecord) -> str:
-    return f"records/{record.stage}/{record.source}/{record.shard}.json"
-
-
-def _retired_path(record: ShardRecord) -> str:
-    return f"records/retired/{record.stage}/{record.source}/{record.shard}.{record.attempt}.json"
-
-
-def _quarantine_path(record: QuarantineRecord) -> str:
-    return f"records/quarantine/{record.stage}/{record.source}/{record.shard}.json"
-
-
-def _intake_path(record: IntakeRecord) -> str:
-    return f"records/intake/{record.source}/{record.batch:05d}.json"
-
-
-def _run_path(record: RunRecord) -> str:
-    part = "start" if record.outcome is None else "end"
-    return f"records/runs/{record.run_id}.{part}.json"
-
-
-def _model_path(record: ModelRecord) -> str:
-    return f"records/models/{record.digest}.json"
 
 
 def _attempts_folder(stage: Stage, source: str, shard: str) -> str:

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import ImageMember, image_members
 from pipeline.digests import sha256_file
-from pipeline.images.decode import Image, ImageError, decode_rgb
 from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
@@ -74,20 +73,13 @@ class CrawledShard:
         return self.samples["key"].to_pylist()
 
     def extension(self, key: str) -> str:
-        """Return the extension of the sample's image: one of shards.IMAGE_EXTENSIONS."""
+        """Return the extension of the sample's image: one of shard_files.IMAGE_EXTENSIONS."""
         return self._members[key].extension
 
     def image_bytes(self, key: str) -> bytes:
         """Return the stored image, encoded."""
         member = self._members[key]
         return os.pread(self._descriptor, member.size, member.offset)
-
-    def image(self, key: str) -> Image.Image | None:
-        """Return the stored image, or None where it does not decode (adopted shards may hold such)."""
-        try:
-            return decode_rgb(self.image_bytes(key))
-        except ImageError:
-            return None
 
 
 @contextlib.contextmanager
@@ -126,6 +118,24 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
             os.close(descriptor)
 
 
+def retried_elsewhere(records: Records, source: str, shard: str) -> set[str]:
+    """Return the uids of a shard that later shards, queued to try them again, hold now."""
+    paths = [
+        file.path
+        for batch in records.intakes(source)
+        if batch.kind == "retry"
+        for file in batch.shards.values()
+    ]
+
+    def read(path: str) -> list[str]:
+        # The shards that a retry shard repeats are a short range, so of most files only the footer is read.
+        with records.storage.open(path) as file:
+            table = pq.read_table(file, columns=["uid"], filters=[("retry_of", "==", shard)])
+        return table["uid"].to_pylist()
+
+    return set().union(*records.storage.map(read, paths))
+
+
 def _index_images(path: Path, file: OutputFile) -> dict[str, ImageMember]:
     """Find the one image of each sample in a tar."""
     members: dict[str, ImageMember] = {}
@@ -135,7 +145,7 @@ def _index_images(path: Path, file: OutputFile) -> dict[str, ImageMember]:
                 raise _corrupt(file, f"holds two images under the key {member.key}")
             members[member.key] = member
     except tarfile.ReadError as error:
-        raise _corrupt(file, f"is no readable tar ({error})") from error
+        raise _corrupt(file, f"is not a readable tar ({error})") from error
     return members
 
 

@@ -64,6 +64,10 @@ class Storage:
         """Whether ``create`` is known to let exactly one writer win here. Anything that lists can be read."""
         return self.is_local or bool(_PROTOCOLS & set(_protocols(self.fs)))
 
+    def is_corpus(self) -> bool:
+        """Tell whether the root is a corpus: it has records."""
+        return self.fs.exists(f"{self.base}/records")
+
     def require_conditional_puts(self) -> None:
         """Raise CapfiltError unless this storage takes commits."""
         if not self.takes_commits:

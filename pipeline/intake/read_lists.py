@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.storage import FileInfo
-from pipeline.corpus.url_shards import UrlShardWriter, known_uids, next_number
 from pipeline.digests import digest_json
 from pipeline.intake.dedup import Pairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.retries import TRANSIENT
+from pipeline.intake.url_shard_writer import UrlShardWriter, known_uids, next_number
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardRecord, utc_now

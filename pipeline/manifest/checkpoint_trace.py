@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.corpus.checkpoint_files import find_checkpoint
-from pipeline.corpus.records import is_corpus
 from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
@@ -58,7 +57,7 @@ def trace_checkpoint(path: str) -> Row:
 
     Raises CapfiltError where there is no checkpoint, or what it was trained on cannot be read.
     """
-    if is_corpus(Storage(path)):
+    if Storage(path).is_corpus():
         raise CapfiltError(
             f"{path} is a corpus: name one of its uids or URLs behind it, or, alone, a run's folder or checkpoint, as "
             f"in {path}/checkpoints/stage1/NAME"
@@ -144,7 +143,7 @@ def _makers(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
     A shard may have been recomputed since: what counts is whose bytes it was, so retired records are asked too.
     """
     storage = Storage(corpus)
-    if not is_corpus(storage):
+    if not storage.is_corpus():
         return {"stages": [], "runs": [], "models": []}
     with Manifest(storage).open() as query:
         rows = query.rows(

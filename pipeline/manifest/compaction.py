@@ -23,10 +23,11 @@ from pipeline.corpus.records import read_bounded, read_record
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import rows_to_table
 from pipeline.corpus.storage import FileInfo, Storage
-from pipeline.manifest.record_rows import Row, committed_path, rows_of, table_of
+from pipeline.manifest.record_rows import Row, rows_of, table_of
 from pipeline.regular_files import NotRegularFileError
 from schemas.catalog import RECORD_TABLES, record_row_schema
 from schemas.errors import CorruptShardError, first_line
+from schemas.records import shard_record_path
 
 _MERGE_AT_PARTS = 8
 _BIG_PART_ROWS = 1_000_000
@@ -161,7 +162,7 @@ class CompactedRecords:
         """Tell whether a retired attempt is the committed one: whoever retired it was killed on the way."""
         if row.get("state") != "retired":
             return False
-        path = committed_path(row)
+        path = shard_record_path(row["stage"], row["source"], row["shard"])
         try:
             (committed,) = rows_of(path, read_record(self.storage, path))
         except FileNotFoundError:

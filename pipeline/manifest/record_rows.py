@@ -1,13 +1,18 @@
-"""Records as rows of the manifest's tables: what each JSON file under records/ says, by column."""
+"""Records as rows of the manifest's tables. A column holds the record's field of that name, in the column's type."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.corpus.records import parse_record
+from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
 from schemas.records import (
+    STAGES,
     CheckpointRecord,
     IntakeRecord,
     Json,
@@ -19,179 +24,89 @@ from schemas.records import (
 
 Row = dict[str, Any]
 
+# By the folder under records/. What lies in others (begun attempts) is not part of the manifest.
+_RECORD_TYPES: dict[str, type[Json]] = {
+    **dict.fromkeys(STAGES, ShardRecord),
+    "retired": ShardRecord,
+    "quarantine": QuarantineRecord,
+    "intake": IntakeRecord,
+    "runs": RunRecord,
+    "models": ModelRecord,
+    "checkpoints": CheckpointRecord,
+}
+
 
 def table_of(path: str) -> str | None:
-    """Return the table that a file under records/ belongs to, or None where it is none (begun attempts)."""
-    kind = path.split("/")[1]
-    if not path.endswith(".json") or kind not in _READERS:
+    """Return the table that a file under records/ belongs to, or None."""
+    folder = path.split("/")[1]
+    if not path.endswith(".json") or folder not in _RECORD_TYPES:
         return None
-    return kind if kind in ("runs", "models", "checkpoints") else "shards"
-
-
-def committed_path(row: Row) -> str:
-    """Return where the committed record of a row's shard is, if it has one."""
-    return f"records/{row['stage']}/{row['source']}/{row['shard']}.json"
+    return folder if folder in RECORD_TABLES else "shards"
 
 
 def rows_of(path: str, text: bytes) -> list[Row]:
-    """Return the rows of one record file. Raises CapfiltError naming a file that is no record."""
-    kind, rows = _READERS[path.split("/")[1]]
-    record = parse_record(kind, path, text)
+    """Return the rows of one record file. Raises CapfiltError naming a file that is not a record."""
+    folder = path.split("/")[1]
+    record = parse_record(_RECORD_TYPES[folder], path, text)
     try:
-        return rows(record)
-    except (ValueError, OverflowError) as error:  # a time that is none
+        match record:
+            case ShardRecord():
+                return [_shard_row(record, "retired" if folder == "retired" else "committed")]
+            case QuarantineRecord():
+                counts = {"attempts": record.attempts}
+                return [_row("shards", _fields(record) | {"state": "quarantined", "counts": counts})]
+            case IntakeRecord():
+                return _url_shard_rows(record)
+            case _:
+                return [_row(folder, _fields(record))]
+    except (ValueError, OverflowError) as error:  # not a time
         raise CapfiltError(f"{path} is not a record ({error}): restore it, or delete it") from error
 
 
 def _shard_row(record: ShardRecord, state: str) -> Row:
-    files = record.outputs
+    return _row("shards", _fields(record) | _files(record.outputs) | {"state": state})
+
+
+def _url_shard_rows(batch: IntakeRecord) -> list[Row]:
+    """Return one row for each url shard of a batch; ``counts`` names the batch's kind, by which retries are found."""
+    shared = {name: getattr(batch, name) for name in ("source", "run_id", "attempt", "finished_at")}
+    shared |= {"stage": "urls", "state": "committed", "fingerprint": batch.signature}
+    rows = []
+    for shard, file in sorted(batch.shards.items()):
+        numbers = {"rows_in": file.rows, "rows_out": file.rows, "counts": {batch.kind: file.rows}}
+        rows.append(_row("shards", shared | {"shard": shard} | _files({"parquet": file}) | numbers))
+    return rows
+
+
+def _files(outputs: Mapping[str, Any]) -> Row:
     return {
-        "stage": record.stage,
-        "source": record.source,
-        "shard": record.shard,
-        "state": state,
-        "run_id": record.run_id,
-        "attempt": record.attempt,
-        "fingerprint": record.fingerprint,
-        "inputs": _pairs(record.inputs),
-        "models": list(record.models),
-        "paths": [(name, file.path) for name, file in sorted(files.items())],
-        "sha256": [(name, file.sha256) for name, file in sorted(files.items())],
-        "bytes": sum(file.bytes for file in files.values()),
-        "rows_in": record.rows_in,
-        "rows_out": record.rows_out,
-        "images": record.images,
-        "counts": _pairs(record.counts),
-        "histograms": _json(
-            {name: {"edges": part.edges, "counts": part.counts} for name, part in record.histograms.items()}
-        ),
-        "seconds": _pairs(record.seconds),
-        "started_at": _time(record.started_at),
-        "finished_at": _time(record.finished_at),
-        "host": record.host,
-        "device": record.device,
-        "versions": _pairs(record.versions),
+        "paths": {name: file.path for name, file in outputs.items()},
+        "sha256": {name: file.sha256 for name, file in outputs.items()},
+        "bytes": sum(file.bytes for file in outputs.values()),
     }
 
 
-def _committed(record: ShardRecord) -> list[Row]:
-    return [_shard_row(record, "committed")]
+def _fields(record: Json) -> Row:
+    """Return a record's fields. Not ``asdict``: that copies every histogram."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
-def _retired(record: ShardRecord) -> list[Row]:
-    return [_shard_row(record, "retired")]
+def _row(table: str, values: Row) -> Row:
+    """Return those values that are columns of a table, as Arrow takes them."""
+    return {
+        column.name: _cell(column.type, values[column.name])
+        for column in RECORD_TABLES[table]
+        if column.name in values
+    }
 
 
-def _quarantined(record: QuarantineRecord) -> list[Row]:
-    return [
-        {
-            "stage": record.stage,
-            "source": record.source,
-            "shard": record.shard,
-            "state": "quarantined",
-            "run_id": record.run_id,
-            "counts": [("attempts", record.attempts)],
-            "finished_at": _time(record.finished_at),
-            "error": record.error,
-        }
-    ]
-
-
-def _intake(batch: IntakeRecord) -> list[Row]:
-    """Return one row for each url shard of a batch; ``counts`` names the kind, by which retries are found."""
-    return [
-        {
-            "stage": "urls",
-            "source": batch.source,
-            "shard": shard,
-            "state": "committed",
-            "run_id": batch.run_id,
-            "attempt": batch.attempt,
-            "fingerprint": batch.signature,
-            "paths": [("parquet", file.path)],
-            "sha256": [("parquet", file.sha256)],
-            "bytes": file.bytes,
-            "rows_in": file.rows,
-            "rows_out": file.rows,
-            "counts": [(batch.kind, file.rows)],
-            "finished_at": _time(batch.finished_at),
-        }
-        for shard, file in sorted(batch.shards.items())
-    ]
-
-
-def _run(record: RunRecord) -> list[Row]:
-    return [
-        {
-            "run_id": record.run_id,
-            "command": record.command,
-            "config": _json(record.config),
-            "config_digest": record.config_digest,
-            "started_at": _time(record.started_at),
-            "finished_at": _time(record.finished_at),
-            "outcome": record.outcome,
-            "shards_done": record.shards_done,
-            "shards_skipped": record.shards_skipped,
-            "shards_failed": record.shards_failed,
-            "host": record.host,
-            "versions": _pairs(record.versions),
-        }
-    ]
-
-
-def _model(record: ModelRecord) -> list[Row]:
-    return [
-        {
-            "digest": record.digest,
-            "kind": record.kind,
-            "name": record.name,
-            "revision": record.revision,
-            "files": _pairs(record.files),
-            "parameters": record.parameters,
-            "registered_at": _time(record.registered_at),
-        }
-    ]
-
-
-def _checkpoint(record: CheckpointRecord) -> list[Row]:
-    return [
-        {
-            "path": record.path,
-            "stage": record.stage,
-            "run_id": record.run_id,
-            "step": record.step,
-            "samples": record.samples,
-            "snapshot": record.snapshot,
-            "models": list(record.models),
-            "sha256": _pairs(record.sha256),
-            "metrics": _json(record.metrics),
-            "created_at": _time(record.created_at),
-        }
-    ]
-
-
-# By the folder under records/: what its files are, and their rows.
-_READERS: dict[str, tuple[type[Json], Callable[[Any], list[Row]]]] = {
-    "crawl": (ShardRecord, _committed),
-    "caption": (ShardRecord, _committed),
-    "rank": (ShardRecord, _committed),
-    "select": (ShardRecord, _committed),
-    "retired": (ShardRecord, _retired),
-    "quarantine": (QuarantineRecord, _quarantined),
-    "intake": (IntakeRecord, _intake),
-    "runs": (RunRecord, _run),
-    "models": (ModelRecord, _model),
-    "checkpoints": (CheckpointRecord, _checkpoint),
-}
-
-
-def _pairs(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(values.items())
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _time(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)
+def _cell(dtype: pa.DataType, value: Any) -> Any:
+    if value is None:
+        return None
+    if pa.types.is_map(dtype):
+        return sorted(value.items())
+    if pa.types.is_timestamp(dtype):
+        return datetime.fromisoformat(value)
+    if pa.types.is_string(dtype) and not isinstance(value, str):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
+    return value

@@ -6,15 +6,13 @@ from typing import Any
 
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.text import same_text_key
-from schemas.catalog import quote
+from schemas.catalog import STAGE_ORDER, quote
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
-from schemas.records import STAGES
 
 Row = dict[str, Any]
 
 _UID = re.compile(r"[0-9a-f]{32}")
-_ORDER = f"list_position({['urls', *STAGES]}, stage)"
 
 
 def trace(manifest: Manifest, who: str) -> list[Row]:
@@ -66,7 +64,7 @@ def _way(query: Query, source: str, uid: str, shards: list[str]) -> Row:
         f"""SELECT stage, shard, state, run_id, attempt, fingerprint, models, paths, rows_in, rows_out,
         started_at,
             finished_at, host, device, versions, error
-        FROM shards WHERE {_at(source, *shards)} ORDER BY shard, {_ORDER}, finished_at"""
+        FROM shards WHERE {_at(source, *shards)} ORDER BY shard, {STAGE_ORDER}, finished_at"""
     )
     # Of a shard in which it failed, only what this sample went through.
     reached = last["shard"] if last["status"] == "ok" else None

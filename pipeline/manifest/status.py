@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.manifest.manifest import Manifest, Query
+from schemas.catalog import STAGE_ORDER
 from schemas.records import STAGES
 from schemas.statuses import REASONS
 
@@ -113,13 +114,12 @@ def shards(
     """Return the table of shards, those that match."""
     with manifest.open() as query:
         return query.rows(
-            """SELECT stage, source, shard, state, rows_in, rows_out, images, bytes,
+            f"""SELECT stage, source, shard, state, rows_in, rows_out, images, bytes,
                 seconds['total'] AS seconds,
                 run_id, attempt, host, device, finished_at, error
             FROM shards WHERE ($1 IS NULL OR stage = $1) AND ($2 IS NULL OR source = $2)
                 AND ($3 IS NULL OR state = $3)
-            ORDER BY source, shard, list_position(['urls', 'crawl', 'caption', 'rank', 'select'], stage),
-            finished_at LIMIT $4""",
+            ORDER BY source, shard, {STAGE_ORDER}, finished_at LIMIT $4""",
             (stage, source, state, limit),
         )
 

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.corpus.uids import pack_uids, unpack_uids
-from pipeline.corpus.url_shards import url_shards
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.regular_files import NotRegularFileError
@@ -72,7 +71,7 @@ def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = Non
         quick: sizes only, nothing is read.
     """
     records = Records(manifest.storage)
-    urls, committed = url_shards(records), records.shards()
+    urls, committed = records.url_shards(), records.shards()
     chains: dict[tuple[str, str], dict[Stage, ShardRecord]] = {
         shard: {"urls": record} for shard, record in sorted(urls.items())
     }

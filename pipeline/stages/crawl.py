@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
-from pipeline.corpus.url_shards import retried_elsewhere
+from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, read_header
 from pipeline.stages.img2dataset_shard import adopt_shard
 from pipeline.text import count_words

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Literal, Self
 
 from pipeline.corpus.records import Records, ShardId
-from pipeline.corpus.url_shards import url_shards
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
 from schemas.config import CapfiltConfig
 from schemas.records import STAGES, QuarantineRecord, ShardRecord, Stage
@@ -45,7 +44,7 @@ class CorpusState:
         self._records = records
         # By path of a record's file.
         self._versions: dict[str, str] = {}
-        self.urls: dict[tuple[str, str], ShardRecord] = url_shards(records)
+        self.urls: dict[tuple[str, str], ShardRecord] = records.url_shards()
         self.committed: dict[ShardId, ShardRecord] = {}
         self.quarantined: dict[ShardId, QuarantineRecord] = {}
         self.refresh()
@@ -64,7 +63,7 @@ class CorpusState:
 
     def refresh_urls(self) -> None:
         """Bring the url shards up to date, after an intake."""
-        self.urls = url_shards(self._records)
+        self.urls = self._records.url_shards()
 
     def committed_by(self, run_id: str) -> list[ShardRecord]:
         """Return the records that a run has committed."""

@@ -145,7 +145,7 @@ def _curated(path: str) -> dict[str, Source]:
             )
             shards.setdefault(source, []).append(ref)
     if not shards:
-        if storage.exists("records"):
+        if storage.is_corpus():
             raise CapfiltError(
                 f"data.corpus: {path} has no curated shards; `capfilt plan` shows what is missing, `capfilt run` "
                 "makes it"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from pipeline.corpus.records import Records, is_corpus
+from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from schemas.pretrain import DataConfig
 from schemas.records import CheckpointRecord, ModelRecord, RunRecord, utc_now
@@ -15,7 +15,7 @@ class Ledger:
     def __init__(self, data: DataConfig) -> None:
         storages = [Storage(path) for path in dict.fromkeys(corpus.path for corpus in data.corpus)]
         self.corpora = [
-            Records(storage) for storage in storages if storage.takes_commits and is_corpus(storage)
+            Records(storage) for storage in storages if storage.takes_commits and storage.is_corpus()
         ]
 
     def begin(self, run: RunRecord, models: Iterable[ModelRecord], tell: Callable[[str], None]) -> None:

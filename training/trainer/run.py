@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.corpus.fingerprint import output_fields
-from pipeline.corpus.records import is_corpus
 from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
@@ -110,7 +109,7 @@ def run_folder(config: PretrainConfig) -> str:
     root = config.run.output
     if not root:
         corpus = Storage(config.data.corpus[0].path)
-        if not is_corpus(corpus):
+        if not corpus.is_corpus():
             raise CapfiltError(
                 f"run.output: not set, and the first of data.corpus ({corpus.root}) is no corpus of ours that could "
                 "keep the checkpoints; set run.output"

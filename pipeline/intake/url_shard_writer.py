@@ -1,4 +1,4 @@
-"""Url shards: what the crawl is to fetch, as Parquet files that the intake records commit."""
+"""Url shards as the intake writes them: numbered Parquet files of URLs, which an intake record then commits."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import KnownUids, Words, pack_uids
 from pipeline.digests import sha256_file
-from schemas.records import IntakeRecord, OutputFile, ShardRecord
+from schemas.records import IntakeRecord, OutputFile
 from schemas.tables import URLS
 
 
@@ -103,52 +102,3 @@ def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
 
     paths = [file.path for batch in batches if batch.kind != "retry" for file in batch.shards.values()]
     return KnownUids(np.concatenate([pack_uids([]), *storage.map(read, paths)]))
-
-
-def retried_elsewhere(records: Records, source: str, shard: str) -> set[str]:
-    """Return the uids of a shard that later shards, queued to try them again, took over."""
-    paths = [
-        file.path
-        for batch in records.intakes(source)
-        if batch.kind == "retry"
-        for file in batch.shards.values()
-    ]
-
-    def read(path: str) -> list[str]:
-        # The shards that a retry shard repeats are a short range, so of most files only the footer is read.
-        with records.storage.open(path) as file:
-            table = pq.read_table(file, columns=["uid"], filters=[("retry_of", "==", shard)])
-        return table["uid"].to_pylist()
-
-    return set().union(*records.storage.map(read, paths))
-
-
-def url_shards(records: Records) -> dict[tuple[str, str], ShardRecord]:
-    """Return every url shard, by (source, shard), as a record of the stage ``urls``.
-
-    Its outputs are ``parquet``, the rows, and of a shard of img2dataset's ``adopted``, the tar as it lies.
-    """
-    found: dict[tuple[str, str], ShardRecord] = {}
-    for batch in records.intakes():
-        for shard, file in batch.shards.items():
-            outputs = {"parquet": file}
-            if shard in batch.adopted:
-                size = batch.adopted_bytes[shard]
-                outputs["adopted"] = OutputFile(path=batch.adopted[shard], bytes=size, sha256="", rows=0)
-            found[batch.source, shard] = ShardRecord(
-                stage="urls",
-                source=batch.source,
-                shard=shard,
-                run_id=batch.run_id,
-                attempt=batch.attempt,
-                fingerprint=file.sha256,
-                inputs={},
-                outputs=outputs,
-                rows_in=file.rows,
-                rows_out=file.rows,
-                images=0,
-                counts={},
-                started_at=batch.finished_at,
-                finished_at=batch.finished_at,
-            )
-    return found

@@ -1,0 +1,92 @@
+"""``manifest.duckdb``: the catalog that anyone opens in a DuckDB of their own.
+
+It holds views and macros alone, so no process ever needs a database's write lock: a run commits records and adds
+Parquet parts while any number of people query.
+"""
+
+import re
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.storage import Storage
+from schemas.catalog import (
+    CATALOG,
+    DATA_TABLES,
+    EMPTY_FOLDER,
+    data_views,
+    file_relations,
+    record_views,
+    unquote_glob,
+)
+from schemas.errors import first_line
+
+_CATALOG_SQL = "manifest/catalog.sql"
+# A format that DuckDB's shells since 1.2 open; the newest version's own is refused by all before it.
+_STORAGE_VERSION = "v1.2.0"
+# Where the corpus was when its catalog was written, as its globs have it.
+_PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
+
+
+def write_catalog(storage: Storage) -> None:
+    """Publish ``manifest.duckdb`` in one step, unless it is there and says the same."""
+    relations = file_relations(storage.root)
+    statements = [*record_views(relations), *data_views(relations)]
+    text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
+    if storage.exists(CATALOG) and _read(storage) == text:
+        return
+    with temporary_folder() as folder:
+        for name, schema in DATA_TABLES.items():
+            pq.write_table(schema.empty_table(), folder / "empty.parquet")
+            storage.put(folder / "empty.parquet", f"{name}/{EMPTY_FOLDER}/00000.parquet")
+        connection = duckdb.connect(
+            str(folder / CATALOG), config={"storage_compatibility_version": _STORAGE_VERSION}
+        )
+        if not storage.is_local:
+            connection.register_filesystem(storage.fs)
+        for statement in statements:
+            connection.execute(statement)
+        connection.close()
+        storage.put(folder / CATALOG, CATALOG)
+    # Last, so that a catalog cut short is made again.
+    storage.write(_CATALOG_SQL, text)
+
+
+def rewrite_copied_catalog(storage: Storage) -> str | None:
+    """Write ``manifest.duckdb`` anew if it came here with a copied corpus: it would answer from the original.
+
+    Returns:
+        What to tell the user where that is so and it cannot be written, else None.
+    """
+    written_at = _PLACE.search(_read(storage).decode())
+    place = unquote_glob(written_at[1]) if written_at else storage.root
+    if _is_root_of(storage, place):
+        return None
+    try:
+        write_catalog(storage)
+    except (OSError, duckdb.Error) as error:
+        return (
+            f"{storage.url(CATALOG)} answers from {place}, where this corpus was copied from, and cannot be "
+            f"written ({first_line(error)}); run `capfilt manifest compact {storage.root}` as a user who may "
+            "write there, before you open it in a DuckDB of your own"
+        )
+    return None
+
+
+def _is_root_of(storage: Storage, place: str) -> bool:
+    """Tell whether a place is the corpus's own, under another name (a link) perhaps."""
+    if place == storage.root:
+        return True
+    try:
+        return storage.is_local and Path(place).samefile(storage.root)
+    except OSError:
+        return False
+
+
+def _read(storage: Storage) -> bytes:
+    try:
+        return storage.read(_CATALOG_SQL)
+    except FileNotFoundError:
+        return b""
