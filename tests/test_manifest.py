@@ -13,11 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-import pipeline.manifest.compaction
-from pipeline.corpus.storage import Storage
+from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
 from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
@@ -197,9 +196,9 @@ def test_a_record_that_was_not_retired_after_all_stands(root: str) -> None:
     assert states(corpus, "crawl") == [(first.attempt, "retired"), (second.attempt, "committed")]
 
 
-def test_rebuild_mends_a_wrongly_retired_shard(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 2)
+def test_rebuild_mends_a_wrongly_retired_shard(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1)
+    corpus.manifest = Manifest(corpus.storage, CompactedRecords(corpus.storage, merge_at=2))
     crawl = corpus.records.read("crawl", "cc", "00000")
     path = keep_retired_copy(corpus, crawl)
     corpus.storage.delete("records/crawl/cc/00000.json")
@@ -251,83 +250,93 @@ def test_compaction_reads_only_what_is_new(root: str, monkeypatch: pytest.Monkey
     assert len(part_files(corpus)) == 2
 
 
-def test_small_parts_are_merged_and_the_old_ones_stay_a_while(
-    local_root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 3)
+def test_small_parts_are_merged_and_the_old_ones_stay_a_while(local_root: str) -> None:
+    def compact(**options: timedelta) -> int:
+        storage = Storage(local_root)
+        return Manifest(storage, CompactedRecords(storage, merge_at=3, **options)).compact()
+
     corpus = make_corpus(local_root, stages=())
     for shard, stage in (("00000", "crawl"), ("00001", "crawl"), ("00000", "caption"), ("00001", "caption")):
         corpus.make("cc", shard, (stage,))
-        Manifest(Storage(local_root)).compact()
+        compact()
     expected = contents(corpus.manifest)
     before = part_files(corpus)
     assert len(before) == 5  # one merged part beside the three that it replaces, and one since
     # A reader who listed the old parts a moment ago still finds them; later they go.
-    monkeypatch.setattr(pipeline.manifest.compaction, "_GRACE", timedelta(seconds=-1))
-    corpus.manifest.compact()
+    compact(grace=timedelta(seconds=-1))
     assert len(part_files(corpus)) == 2
     assert contents(Manifest(Storage(local_root))) == expected
-    assert Manifest(Storage(local_root)).compact() == 0
+    assert compact() == 0
 
 
-def test_a_row_is_rewritten_few_times(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_rewritten_few_times(local_root: str) -> None:
     compactions, rows_each = 300, 10
-    written = {"new": 0, "merged": 0}
-    original = CompactedRecords._write
-
-    def write(self: CompactedRecords, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
-        written["merged" if replaces else "new"] += rows.num_rows
-        original(self, table, rows, replaces)
-
-    monkeypatch.setattr(CompactedRecords, "_write", write)
     corpus = Corpus(local_root)
     batch = IntakeRecord(
         source="cc", batch=0, kind="lists", run_id=RUN, attempt="a", signature="s", shards={},
         rows_in=0, rows_new=0, rows_duplicate=0, rows_known=0, finished_at=utc_now(),
     )  # fmt: skip
-    parts = CompactedRecords(corpus.storage)
+    compacted = CompactedRecords(corpus.storage)
     for number in range(compactions):
         names = [f"{number * rows_each + index:05d}" for index in range(rows_each)]
         shards = {
             name: OutputFile(path=f"urls/cc/{name}.a.parquet", bytes=1, sha256="0", rows=1) for name in names
         }
         assert corpus.records.commit_intake(replace(batch, batch=number, shards=shards))
-        assert parts.compact() == rows_each
-    assert written["new"] == compactions * rows_each
-    assert written["merged"] <= 2 * compactions * rows_each
-    assert len(parts._list()["shards"]) <= 3 * 8
-    assert parts.tables()["shards"].num_rows == compactions * rows_each
+        assert compacted.compact() == rows_each
+    # Nothing was deleted yet: a part that was merged names those it replaces.
+    parts = {path: pq.read_table(path) for path in Path(local_root).glob("manifest/shards/*.parquet")}
+    replaced = {path: json.loads(part.schema.metadata[b"replaces"]) for path, part in parts.items()}
+    written, merged = (
+        sum(part.num_rows for path, part in parts.items() if bool(replaced[path]) is is_merged)
+        for is_merged in (False, True)
+    )
+    assert written == compactions * rows_each
+    assert merged <= 2 * compactions * rows_each
+    assert len(parts) - len({name for names in replaced.values() for name in names}) <= 3 * 8
+    assert compacted.tables()["shards"].num_rows == compactions * rows_each
 
 
-def test_threads_take_turns(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class OneAtATime(Storage):
+    """Storage whose listings take a moment, and note whether another thread was listing meanwhile."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.inside, self.was_alone = threading.Semaphore(1), []
+
+    def list(self, prefix: str) -> list[FileInfo]:
+        alone = self.inside.acquire(blocking=False)
+        time.sleep(0.01)
+        listed = super().list(prefix)
+        self.was_alone.append(alone)
+        self.inside.release()
+        return listed
+
+
+def test_threads_take_turns(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1)
-    inside, most = threading.Semaphore(1), []
-    original = CompactedRecords._found
-
-    def listed(self: CompactedRecords) -> dict[str, list[str]]:
-        alone = inside.acquire(blocking=False)
-        time.sleep(0.05)
-        found = original(self)
-        most.append(alone)
-        inside.release()
-        return found
-
-    monkeypatch.setattr(CompactedRecords, "_found", listed)
-    asked = (corpus.manifest.compact, corpus.manifest.rebuild, corpus.manifest._parts.tables)
+    storage = OneAtATime(local_root)
+    manifest = Manifest(storage)
+    asked = (manifest.compact, manifest.rebuild, manifest.compacted.tables)
     with ThreadPoolExecutor(6) as threads:
         for answer in [threads.submit(ask) for ask in asked * 2]:
             answer.result()
-    assert most == [True] * 6
+    assert storage.was_alone and all(storage.was_alone)
     assert count(corpus, "shards") == 5
+
+
+class Overtaken(Storage):
+    """Storage on which another process compacts after the parts were listed, and before the records are."""
+
+    def list(self, prefix: str) -> list[FileInfo]:
+        if prefix == "records":
+            Manifest(Storage(self.root)).compact()
+        return super().list(prefix)
 
 
 def test_two_compactions_at_once_double_nothing(local_root: str) -> None:
     corpus = make_corpus(local_root)
-    first, second = Manifest(Storage(local_root)), Manifest(Storage(local_root))
-    listed = first._parts._list()
-    second.compact()
-    first._parts._list = lambda: listed  # the first has listed before the second wrote
-    first.compact()
+    assert Manifest(Overtaken(local_root)).compact() == 10
     assert len(part_files(corpus)) == 2
     assert count(corpus, "shards") == 10
     assert count(corpus, "samples") == 24
@@ -441,9 +450,9 @@ def _query_sandboxed(root: str, asked, stop, answers) -> None:
     answers.put(seen)
 
 
-def test_two_processes_query_while_a_run_writes(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.manifest.compaction, "_MERGE_AT_PARTS", 4)
+def test_two_processes_query_while_a_run_writes(local_root: str) -> None:
     corpus = Corpus(local_root)
+    corpus.manifest = Manifest(corpus.storage, CompactedRecords(corpus.storage, merge_at=4))
     names = [f"{number:05d}" for number in range(400)]
     corpus.add_urls("cc", names, 12)
     corpus.manifest.compact()

@@ -1,4 +1,4 @@
-"""The manifest's Parquet parts: append-only copies of the records, so that SQL opens few files.
+"""Compaction: the rows of the records in a few Parquet files, the manifest's parts, so that SQL opens few files.
 
     manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
 
@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.records import read_bounded, read_record
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.shard_files import rows_to_table
 from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.manifest.record_rows import Row, rows_of, table_of
 from pipeline.regular_files import NotRegularFileError
@@ -29,9 +28,7 @@ from schemas.catalog import RECORD_TABLES, record_row_schema
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import shard_record_path
 
-_MERGE_AT_PARTS = 8
 _BIG_PART_ROWS = 1_000_000
-_GRACE = timedelta(minutes=10)
 _REPLACES = b"replaces"
 
 Seen = frozenset[tuple[str, str]]
@@ -47,13 +44,21 @@ class _Part:
 
 
 class CompactedRecords:
-    """The parts of one corpus. Keeps what it read of each part in memory, since parts never change.
+    """The rows of a corpus's records: compacted into parts, and as tables of now. Remembers the parts it has read.
 
     Safe to use from several threads, one at a time: a run compacts beside those who ask.
+
+    Args:
+        merge_at: so many parts of about one size are merged into one.
+        grace: how long after a merge the parts that it replaces are kept.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(
+        self, storage: Storage, *, merge_at: int = 8, grace: timedelta = timedelta(minutes=10)
+    ) -> None:
         self.storage = storage
+        self.merge_at = merge_at
+        self.grace = grace
         self._known: dict[str, _Part] = {}
         self._lock = threading.Lock()
 
@@ -66,12 +71,10 @@ class CompactedRecords:
                 return self._tables()
 
     def _tables(self) -> dict[str, pa.Table]:
-        parts = self._list()
-        fresh = self._unseen(parts)
+        parts = self._live_parts()
+        new_rows = self._new_rows(parts)
         return {
-            table: pa.concat_tables(
-                [*self._read(table, parts[table]), rows_to_table(fresh[table], record_row_schema(table))]
-            )
+            table: pa.concat_tables([*self._read(table, parts[table]), _to_table(table, new_rows[table])])
             for table in RECORD_TABLES
         }
 
@@ -81,25 +84,24 @@ class CompactedRecords:
             return self._compact()
 
     def _compact(self) -> int:
-        parts = self._list()
-        fresh = self._unseen(parts)
-        for table, rows in fresh.items():
-            if (
-                rows or not parts[table]
-            ):  # always one part, though empty: a glob of nothing is an error in DuckDB
-                self._write(table, rows_to_table(rows, record_row_schema(table)))
+        parts = self._live_parts()
+        new_rows = self._new_rows(parts)
+        for table, rows in new_rows.items():
+            # Always one part, though empty: in DuckDB a glob that matches nothing is an error.
+            if rows or not parts[table]:
+                self._write(table, _to_table(table, rows))
             self._merge(table, parts[table])
         self._sweep()
-        return sum(len(rows) for rows in fresh.values())
+        return sum(len(rows) for rows in new_rows.values())
 
     def rebuild(self) -> dict[str, int]:
         """Make the parts anew from the records alone; return the rows by table, a run counted once."""
         with self._lock:
             # Damaged ones too, and those that a merged part replaces: without it they would be back.
-            old = sorted((path for paths in self._found().values() for path in paths), key=_name)
-            rows = self._unseen({table: [] for table in RECORD_TABLES})
+            old = sorted((path for paths in self._listed().values() for path in paths), key=_name)
+            rows = self._new_rows({table: [] for table in RECORD_TABLES})
             for table, table_rows in rows.items():
-                self._write(table, rows_to_table(table_rows, record_row_schema(table)))
+                self._write(table, _to_table(table, table_rows))
             for path in old:
                 self.storage.delete(path)
         # A run's start and its end are a row each.
@@ -107,22 +109,22 @@ class CompactedRecords:
             "runs": len({row["run_id"] for row in rows["runs"]})
         }
 
-    def _list(self) -> dict[str, list[str]]:
+    def _live_parts(self) -> dict[str, list[str]]:
         """Return the parts of each table, oldest first, without those that a merged part replaces."""
-        found = self._found()
-        listed = {path for paths in found.values() for path in paths}
-        missing = sorted(listed - self._known.keys())
-        for path, part in zip(missing, self.storage.map(self._inspect, missing), strict=True):
+        paths_by_table = self._listed()
+        listed = {path for paths in paths_by_table.values() for path in paths}
+        unknown = sorted(listed - self._known.keys())
+        for path, part in zip(unknown, self.storage.map(self._inspect, unknown), strict=True):
             if part is not None:
                 self._known[path] = part
         self._known = {path: part for path, part in self._known.items() if path in listed}
         replaced = {name for part in self._known.values() for name in part.replaces}
         return {
             table: [path for path in paths if path in self._known and path not in replaced]
-            for table, paths in found.items()
+            for table, paths in paths_by_table.items()
         }
 
-    def _found(self) -> dict[str, list[str]]:
+    def _listed(self) -> dict[str, list[str]]:
         return {
             table: [
                 info.path for info in self.storage.list(f"manifest/{table}") if info.path.endswith(".parquet")
@@ -132,7 +134,7 @@ class CompactedRecords:
 
     def _inspect(self, path: str) -> _Part | None:
         try:
-            with _readable(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
+            with _naming_damage(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
                 table = parquet.read(["record", "version"])
                 replaces = frozenset(json.loads((parquet.schema_arrow.metadata or {}).get(_REPLACES, b"[]")))
         except FileNotFoundError:
@@ -140,14 +142,14 @@ class CompactedRecords:
         seen = frozenset(zip(table["record"].to_pylist(), table["version"].to_pylist(), strict=True))
         return _Part(seen=seen, rows=table.num_rows, replaces=replaces)
 
-    def _unseen(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
+    def _new_rows(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
         seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
         listed = [info for info in self.storage.list("records") if table_of(info.path)]
-        fresh = [info for info in listed if (info.path, info.version) not in seen]
+        unseen = [info for info in listed if (info.path, info.version) not in seen]
         rows: dict[str, list[Row]] = {table: [] for table in RECORD_TABLES}
-        for info, found in zip(fresh, self.storage.map(self._read_record, fresh), strict=True):
-            rows[table_of(info.path)].extend(found)
+        for info, record_rows in zip(unseen, self.storage.map(self._read_record, unseen), strict=True):
+            rows[table_of(info.path)].extend(record_rows)
         return rows
 
     def _read_record(self, info: FileInfo) -> list[Row]:
@@ -156,10 +158,10 @@ class CompactedRecords:
         except FileNotFoundError:  # retired, or its quarantine lifted, since it was listed
             return []
         rows = [{**row, "record": info.path, "version": info.version} for row in rows_of(info.path, text)]
-        return [row for row in rows if not self._stands(row)]
+        return [row for row in rows if not self._is_wrongly_retired(row)]
 
-    def _stands(self, row: Row) -> bool:
-        """Tell whether a retired attempt is the committed one: whoever retired it was killed on the way."""
+    def _is_wrongly_retired(self, row: Row) -> bool:
+        """Tell whether a retired record is the committed one too: who retired it was killed before it deleted that."""
         if row.get("state") != "retired":
             return False
         path = shard_record_path(row["stage"], row["source"], row["shard"])
@@ -171,7 +173,7 @@ class CompactedRecords:
 
     def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
         def read(path: str) -> pa.Table:
-            with _readable(path), self.storage.open(path) as file:
+            with _naming_damage(path), self.storage.open(path) as file:
                 return pq.read_table(file).cast(record_row_schema(table))
 
         return self.storage.map(read, paths)
@@ -190,7 +192,7 @@ class CompactedRecords:
             if (rows := self._known[path].rows) < _BIG_PART_ROWS:
                 by_size.setdefault(rows.bit_length() // 3, []).append(path)
         for alike in by_size.values():
-            if len(alike) < _MERGE_AT_PARTS:
+            if len(alike) < self.merge_at:
                 continue
             # Suppressed where another process rebuilds: then there is nothing to merge any more.
             with contextlib.suppress(FileNotFoundError):
@@ -200,27 +202,29 @@ class CompactedRecords:
     def _sweep(self) -> None:
         """Delete what merged parts replaced a while ago; oldest first, so that none comes back into sight."""
         for path in sorted(self._known, key=_name):
-            if self._known[path].replaces and _age(path) > _GRACE:
+            if self._known[path].replaces and _age(path) > self.grace:
                 for replaced in self._known[path].replaces:
                     if replaced in self._known:
                         self.storage.delete(replaced)
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Say of a part that is not one which it is, and what mends it."""
+def _naming_damage(path: str) -> Iterator[None]:
+    """Turn what Arrow raises for a file that is not a part into an error that names the file and the remedy."""
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
-        is_kind = isinstance(error, NotRegularFileError)
-        if (
-            isinstance(error, OSError) and error.errno is not None and not is_kind
-        ):  # the storage's, not Arrow's
-            raise
-        why = error.strerror if is_kind else first_line(error)
+        is_irregular = isinstance(error, NotRegularFileError)
+        if isinstance(error, OSError) and error.errno is not None and not is_irregular:
+            raise  # the storage's error, not Arrow's
+        reason = error.strerror if is_irregular else first_line(error)
         raise CorruptShardError(
-            f"{path} is not a part of the manifest ({why}); `capfilt manifest rebuild CORPUS` mends it"
+            f"{path} is not a part of the manifest ({reason}); `capfilt manifest rebuild CORPUS` makes it anew"
         ) from error
+
+
+def _to_table(table: str, rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=record_row_schema(table))
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
@@ -242,6 +246,6 @@ def _name(path: str) -> str:
 def _age(path: str) -> timedelta:
     try:
         written = datetime.strptime(_name(path).split("-")[0], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
-    except ValueError:  # not a name of ours: as if written now
+    except ValueError:  # a file that capfilt did not name: as if written now
         return timedelta(0)
     return datetime.now(UTC) - written
