@@ -26,7 +26,7 @@ def local_root(tmp_path: Path) -> str:
 
 
 def differences(corpus: Corpus, **options: bool) -> list[str]:
-    return [f"{one.path}: {one.what}" for one in verify(corpus.manifest, **options).differences]
+    return [f"{found.path}: {found.what}" for found in verify(corpus.manifest, **options).differences]
 
 
 def path_of(corpus: Corpus, stage: Stage, name: str = "parquet") -> str:

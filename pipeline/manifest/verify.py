@@ -1,4 +1,4 @@
-"""Recount and re-hash a corpus against its records, and name each difference.
+"""Recount and re-hash a corpus against its records, and name each discrepancy.
 
 What is checked: every committed file's size, sha256, rows or samples; that no uid or key is lost or doubled
 from one stage to the next; that no image is stored twice, by a retry or otherwise; that curated tars say what
@@ -9,45 +9,36 @@ records commit.
 import json
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
+from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import pack_uids, unpack_uids
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
-from schemas.catalog import DATA_STAGES, DATA_TABLES
-from schemas.errors import CorruptShardError
-from schemas.records import STAGES, OutputFile, ShardRecord, Stage
-from schemas.statuses import REASONS
+from schemas.catalog import DATA_TABLES
+from schemas.errors import CorruptShardError, first_line
+from schemas.records import STAGE_FOLDERS, STAGES, OutputFile, ShardRecord, Stage
 from schemas.tables import URLS
 
-_COLUMNS: dict[Stage, list[str]] = {
-    "urls": ["uid", "key", "retry_of"],
-    "crawl": ["uid", "key", "status", "reason", "retry_of"],
-    "caption": ["uid", "origin", "candidate", "text"],
-    "rank": ["uid", "origin", "candidate", "text", "score"],
-    "select": ["uid", "key", "status", "caption", "captions", "scores", "origins", "candidates"],
-}
+_SCHEMAS = {"urls": URLS, **DATA_TABLES}
 
-_SCHEMAS = {"urls": URLS} | {stage: DATA_TABLES[name] for name, stage in DATA_STAGES.items()}
-
-ShardRecords = Mapping[Stage, ShardRecord]
-Samples = dict[str, dict[str, bytes]]
+_NO_UIDS = np.empty((0, 2), np.uint64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Discrepancy:
     """One thing that is not as committed: where, and what."""
 
     path: str
@@ -56,12 +47,12 @@ class Difference:
 
 @dataclass(slots=True, kw_only=True)
 class Verification:
-    """What was looked at, and every difference found."""
+    """What was looked at, and every discrepancy."""
 
     shards: int = 0
     files: int = 0
     bytes: int = 0
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[Discrepancy] = field(default_factory=list)
 
 
 def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = None) -> Verification:
@@ -71,310 +62,167 @@ def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = Non
         quick: sizes only, nothing is read.
     """
     records = Records(manifest.storage)
-    urls, committed = records.url_shards(), records.shards()
-    chains: dict[tuple[str, str], dict[Stage, ShardRecord]] = {
-        shard: {"urls": record} for shard, record in sorted(urls.items())
+    committed = records.shards() | {
+        ("urls", *shard): record for shard, record in records.url_shards().items()
     }
-    for (stage, source, shard), record in committed.items():
-        chains.setdefault((source, shard), {})[stage] = record
-    found = Verification(shards=len(chains))
-    checks = [_ShardCheck(records, chain) for chain in chains.values()]
+    shards: dict[tuple[str, str], dict[Stage, ShardRecord]] = {}
+    for (stage, source, shard), record in sorted(committed.items()):
+        shards.setdefault((source, shard), {})[stage] = record
+    checks = [_ShardCheck(manifest.storage, by_stage) for _, by_stage in sorted(shards.items())]
     with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as workers:
-        list(workers.map(lambda check: check.sizes() if quick else check.everything(), checks))
-    for check in checks:
-        found.files += check.files
-        found.bytes += check.bytes
-        found.differences += check.differences
+        list(workers.map(lambda check: check.sizes() if quick else check.contents(), checks))
+    verification = Verification(
+        shards=len(checks),
+        files=sum(check.files for check in checks),
+        bytes=sum(check.bytes for check in checks),
+        differences=[discrepancy for check in checks for discrepancy in check.discrepancies],
+    )
     if not quick:
-        found.differences += _doubled_uids(checks)
-    found.differences += _manifest_differences(manifest, {**committed, **_by_stage(urls)})
-    return found
+        verification.differences += _doubled_uids(checks)
+    verification.differences += _manifest_discrepancies(manifest, committed)
+    return verification
 
 
 class _ShardCheck:
-    """All stages of one shard."""
+    """The files of one shard, all stages."""
 
-    def __init__(self, records: Records, chain: ShardRecords) -> None:
-        self.storage = records.storage
-        self.chain = chain
-        self.differences: list[Difference] = []
+    def __init__(self, storage: Storage, records: Mapping[Stage, ShardRecord]) -> None:
+        self.storage = storage
+        self.records = records
+        self.discrepancies: list[Discrepancy] = []
         self.files = 0
         self.bytes = 0
-        self.listed = self.stored = np.empty((0, 2), np.uint64)
+        # The uids that the lists give the shard (retries not counted), and those whose image it stores.
+        self.listed_N2 = self.stored_N2 = _NO_UIDS
 
-    def differ(self, path: str, what: str) -> None:
-        self.differences.append(Difference(path=path, what=what))
+    def report(self, path: str, what: str) -> None:
+        self.discrepancies.append(Discrepancy(path=path, what=what))
 
     def sizes(self) -> None:
         """Compare the sizes of the files."""
-        for _, _, file in self._outputs():
+        for file in self._outputs().values():
             try:
                 size = self.storage.info(file.path).bytes
             except FileNotFoundError:
-                self.differ(file.path, "missing")
-                continue
-            self.files += 1
-            self.bytes += size
-            if size != file.bytes:
-                self.differ(file.path, f"{size:,} bytes, its record says {file.bytes:,}")
-
-    def everything(self) -> None:
-        """Read every file, then compare the stages with one another."""
-        tables: dict[Stage, list[dict[str, Any]]] = {}
-        tars: dict[Stage, Samples] = {}
-        for stage, name, file in self._outputs():
-            content = self._content(stage, name, file)
-            if content is None:
-                continue
-            if isinstance(content, dict):
-                tars[stage] = content
+                self.report(file.path, "missing")
             else:
-                tables[stage] = content
-        self._inputs()
+                self._compare_size(file, size)
+
+    def contents(self) -> None:
+        """Read every file, then compare the stages with one another."""
+        outputs = self._outputs()
+        read = {name: self._read(name, file) for name, file in outputs.items()}
+        tables = {name: rows for name, rows in read.items() if rows is not None}
+        self._compare_inputs()
+        with ShardTables(tables) as shard:
+            for name, what in shard.discrepancies():
+                self.report(outputs[name].path, what)
+            for stage in STAGES:
+                if stage in self.records and (what := shard.miscount(stage, self.records[stage].counts)):
+                    self.report(self.records[stage].path, what)
         if "urls" in tables:
-            self._urls(tables["urls"])
-        if "crawl" in tables:
-            self._crawl(tables["crawl"], tables.get("urls"), tars.get("crawl"))
-            stored = {row["uid"] for row in tables["crawl"] if row["status"] == "ok"}
-            if "caption" in tables:
-                self._caption(tables["caption"], stored)
-            if "rank" in tables:
-                self._rank(tables["rank"], tables.get("caption"), stored)
-            if "select" in tables:
-                self._select(tables["select"], tables.get("rank"), tars.get("select"), stored)
+            self.listed_N2 = _uids(tables["urls"], pc.field("retry_of").is_null())
+        if "raw" in tables:
+            self.stored_N2 = _uids(tables["raw"], pc.field("status") == "ok")
 
-    def _outputs(self) -> Iterator[tuple[Stage, str, OutputFile]]:
-        for stage in ("urls", *STAGES):
-            if stage in self.chain:
-                for name, file in sorted(self.chain[stage].outputs.items()):
-                    # An adopted tar is checked with the crawl's record, which has its digest.
-                    if name != "adopted":
-                        yield stage, name, file
+    def _outputs(self) -> dict[str, OutputFile]:
+        """Return the committed files by the names of their tables: ``urls``, ``raw``, ``raw_tar``, ..."""
+        return {
+            STAGE_FOLDERS[stage] + ("_tar" if name == "tar" else ""): file
+            for stage in ("urls", *STAGES)
+            if stage in self.records
+            for name, file in sorted(self.records[stage].outputs.items())
+            # An imported tar is checked with the crawl's record, which has its digest.
+            if name != "adopted"
+        }
 
-    def _content(self, stage: Stage, name: str, file: OutputFile) -> list[dict[str, Any]] | Samples | None:
+    def _compare_size(self, file: OutputFile, size: int) -> bool:
+        self.files += 1
+        self.bytes += size
+        if size != file.bytes:
+            self.report(file.path, f"{size:,} bytes, its record says {file.bytes:,}")
+        return size == file.bytes
+
+    def _read(self, name: str, file: OutputFile) -> pa.Table | None:
         """Return a file's rows or samples, or None where it cannot be read."""
         try:
             with self.storage.local_copy(file.path) as path:
-                self.files += 1
-                self.bytes += path.stat().st_size
-                if path.stat().st_size != file.bytes:
-                    self.differ(file.path, f"{path.stat().st_size:,} bytes, its record says {file.bytes:,}")
-                elif sha256_file(path) != file.sha256:
-                    self.differ(file.path, "another sha256 than its record says")
-                return self._tar(stage, file, path) if name == "tar" else self._parquet(stage, file, path)
+                if self._compare_size(file, path.stat().st_size) and sha256_file(path) != file.sha256:
+                    self.report(file.path, "another sha256 than its record says")
+                is_tar = name.endswith("_tar")
+                rows = self._samples(name, file, path) if is_tar else self._rows(name, file, path)
+                if rows is not None and rows.num_rows != file.rows:
+                    unit = "samples" if is_tar else "rows"
+                    self.report(file.path, f"{rows.num_rows:,} {unit}, its record says {file.rows:,}")
+                return rows
         except FileNotFoundError:
-            self.differ(file.path, "missing")
+            self.report(file.path, "missing")
         except NotRegularFileError as error:
-            self.differ(file.path, error.strerror)
+            self.report(file.path, error.strerror)
         except CorruptShardError as error:
-            self.differ(file.path, str(error))
+            self.report(file.path, str(error))
         except (OSError, pa.ArrowInvalid, EOFError, tarfile.TarError) as error:
-            self.differ(file.path, f"cannot be read: {str(error).splitlines()[0]}")
+            self.report(file.path, f"cannot be read: {first_line(error)}")
         return None
 
-    def _parquet(self, stage: Stage, file: OutputFile, path: Path) -> list[dict[str, Any]] | None:
-        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[stage]):
-            self.differ(file.path, mismatch)
+    def _rows(self, name: str, file: OutputFile, path: Path) -> pa.Table | None:
+        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name]):
+            self.report(file.path, mismatch)
             return None
-        table = pq.read_table(path, columns=_COLUMNS[stage], memory_map=False)
-        if table.num_rows != file.rows:
-            self.differ(file.path, f"{table.num_rows:,} rows, its record says {file.rows:,}")
-        return table.to_pylist()
+        return pq.read_table(path, columns=COLUMNS[name], memory_map=False)
 
-    def _tar(self, stage: Stage, file: OutputFile, path: Path) -> Samples:
+    def _samples(self, name: str, file: OutputFile, path: Path) -> pa.Table:
+        """Return the key of each sample, and of a curated tar its texts. Pixels are covered by the sha256."""
+        samples: dict[str, dict[str, object]] = {}
         if path.stat().st_size == 0 and file.rows == 0:  # img2dataset's shard without a single image
-            return {}
-        samples: Samples = {}
+            return TAR_COLUMNS.empty_table()
         with path.open("rb") as tar:
             for key, members in read_tar(tar):
                 if not IMAGE_EXTENSIONS & members.keys():
                     continue
                 if key in samples:
-                    self.differ(file.path, f"two samples with the key {key}")
-                # Pixels are behind the sha256; what curated texts say is compared with the Parquet.
-                texts = {name: members[name] for name in ("json", "txt") if name in members}
-                samples[key] = texts if stage == "select" else {}
-        if len(samples) != file.rows:
-            self.differ(file.path, f"{len(samples):,} samples, its record says {file.rows:,}")
-        return samples
+                    self.report(file.path, f"two samples with the key {key}")
+                samples[key] = {"key": key, **(_texts(members) if name == "curated_tar" else {})}
+        return pa.Table.from_pylist(list(samples.values()), schema=TAR_COLUMNS)
 
-    def _inputs(self) -> None:
+    def _compare_inputs(self) -> None:
         """Compare what each stage was made from with what is committed now."""
-        for stage, record in self.chain.items():
+        for stage, record in self.records.items():
             for name, sha256 in record.inputs.items():
                 upstream, _, output = name.partition(".")
-                now = self.chain.get(upstream)
-                if now is None or output not in now.outputs:
-                    self.differ(_record_path(record), f"made from {name}, which is not committed")
-                elif now.outputs[output].sha256 != sha256:
-                    self.differ(
-                        _record_path(record),
-                        f"stale: {upstream} was made anew since; run {stage} --recompute",
+                source = self.records.get(upstream)
+                if source is None or output not in source.outputs:
+                    self.report(record.path, f"made from {name}, which is not committed")
+                elif source.outputs[output].sha256 != sha256:
+                    self.report(
+                        record.path, f"stale: {upstream} was made anew since; run {stage} --recompute"
                     )
 
-    def _urls(self, rows: list[dict[str, Any]]) -> None:
-        path = self.chain["urls"].outputs["parquet"].path
-        self._unique(path, rows, "uid")
-        self._unique(path, rows, "key")
-        self.listed = pack_uids([row["uid"] for row in rows if row["retry_of"] is None])
 
-    def _crawl(
-        self, rows: list[dict[str, Any]], urls: list[dict[str, Any]] | None, tar: Samples | None
-    ) -> None:
-        record = self.chain["crawl"]
-        path = record.outputs["parquet"].path
-        if urls is not None:
-            self._same(
-                path, "uids", (row["uid"] for row in rows), "its url shard", (row["uid"] for row in urls)
-            )
-        self._unique(path, rows, "key")
-        for row in rows:
-            reason = row["reason"]
-            if (reason is None) != (row["status"] == "ok") or (
-                reason in REASONS and REASONS[reason].status != row["status"]
-            ):
-                self.differ(path, f"{row['uid']} has status {row['status']} with reason {reason}")
-        self.stored = pack_uids([row["uid"] for row in rows if row["status"] == "ok"])
-        counts = Counter(row["status"] for row in rows)
-        self._counted(
-            record, {name: number for name, number in record.counts.items() if "/" not in name}, counts
-        )
-        if tar is not None:
-            stored = (row["key"] for row in rows if row["status"] == "ok")
-            self._same(
-                record.outputs["tar"].path, "keys", list(tar), "the Parquet's rows that are ok", stored
-            )
-
-    def _caption(self, rows: list[dict[str, Any]], stored: set[str]) -> None:
-        record = self.chain["caption"]
-        path = record.outputs["parquet"].path
-        captions = Counter(row["uid"] for row in rows)
-        self._within(path, captions, "stored images", stored)
-        if len(set(captions.values())) > 1:
-            self.differ(
-                path, f"images have between {min(captions.values())} and {max(captions.values())} captions"
-            )
-        if len({(row["uid"], row["candidate"]) for row in rows}) != len(rows):
-            self.differ(path, "a candidate twice")
-        self._counted(
-            record,
-            {name: record.counts.get(name, 0) for name in ("ok", "failed")},
-            {"ok": len(captions), "failed": len(stored) - len(captions)},
-        )
-
-    def _rank(
-        self, rows: list[dict[str, Any]], captions: list[dict[str, Any]] | None, stored: set[str]
-    ) -> None:
-        record = self.chain["rank"]
-        path = record.outputs["parquet"].path
-        self._within(path, (row["uid"] for row in rows), "stored images", stored)
-        if captions is not None:
-            self._same(
-                path,
-                "synthetic candidates",
-                (_candidate(row) for row in rows if row["origin"] == "synthetic"),
-                "the captions",
-                map(_candidate, captions),
-            )
-        scored = sum(row["score"] is not None for row in rows)
-        self._counted(
-            record,
-            {name: record.counts.get(name, 0) for name in ("scored", "unscored")},
-            {"scored": scored, "unscored": len(rows) - scored},
-        )
-
-    def _select(
-        self,
-        rows: list[dict[str, Any]],
-        scores: list[dict[str, Any]] | None,
-        tar: Samples | None,
-        stored: set[str],
-    ) -> None:
-        record = self.chain["select"]
-        path = record.outputs["parquet"].path
-        self._same(path, "uids", (row["uid"] for row in rows), "the stored images", stored)
-        self._unique(path, rows, "key")
-        kept = [row for row in rows if row["status"] == "kept"]
-        self._counted(
-            record,
-            {name: record.counts.get(name, 0) for name in ("kept", "dropped")},
-            {"kept": len(kept), "dropped": len(rows) - len(kept)},
-        )
-        if scores is not None:
-            known = {_candidate(row): row["score"] for row in scores}
-            for row in kept:
-                chosen = zip(row["origins"], row["candidates"], row["captions"], row["scores"], strict=True)
-                if any(
-                    known.get((row["uid"], *place, text), "none") != score for *place, text, score in chosen
-                ):
-                    self.differ(path, f"{row['uid']} keeps a caption that is not among its scores")
-        if tar is not None:
-            self._same(
-                record.outputs["tar"].path, "keys", list(tar), "the kept rows", (row["key"] for row in kept)
-            )
-            for row in kept:
-                self._curated_texts(record.outputs["tar"].path, row, tar.get(row["key"]))
-
-    def _curated_texts(self, path: str, row: dict[str, Any], members: dict[str, bytes] | None) -> None:
-        if members is None:
-            return  # named already: a key that is not there
-        try:
-            captions, best = json.loads(members["json"]), members["txt"].decode()
-        except (KeyError, ValueError) as error:
-            self.differ(path, f"{row['key']} has no readable json and txt ({error!r})")
-            return
-        if captions != row["captions"] or [best, row["caption"]] != [row["captions"][0]] * 2:
-            self.differ(path, f"{row['key']} has other captions than its row")
-
-    # -- comparisons -----------------------------------------------------------------------------------------
-
-    def _counted(self, record: ShardRecord, said: Mapping[str, int], counted: Mapping[str, int]) -> None:
-        said = {name: number for name, number in said.items() if number}
-        counted = {name: number for name, number in counted.items() if number}
-        if said != counted:
-            self.differ(_record_path(record), f"the record counts {said}, its files hold {counted}")
-
-    def _unique(self, path: str, rows: list[dict[str, Any]], column: str) -> None:
-        twice = [value for value, times in Counter(row[column] for row in rows).items() if times > 1]
-        if twice:
-            self.differ(path, f"{len(twice)} {column}s twice, such as {twice[0]}")
-
-    def _same(self, path: str, what: str, here: Iterable[Any], where: str, there: Iterable[Any]) -> None:
-        ours, theirs = Counter(here), Counter(there)
-        for more, text in (
-            (ours - theirs, f"that {where} do not have"),
-            (theirs - ours, f"of {where} are not there"),
-        ):
-            if more:
-                self.differ(path, f"{more.total():,} {what} {text}, such as {next(iter(more))}")
-
-    def _within(self, path: str, uids: Iterable[str], where: str, known: set[str]) -> None:
-        if strange := set(uids) - known:
-            self.differ(path, f"{len(strange):,} uids are not among the {where}, such as {min(strange)}")
+def _texts(members: Mapping[str, bytes]) -> dict[str, object]:
+    """Return what KEY.json and KEY.txt of a curated sample say; captions that are not a list of texts are none."""
+    try:
+        captions, caption = json.loads(members["json"]), members["txt"].decode()
+    except (KeyError, ValueError) as error:
+        return {"error": repr(error)}
+    is_list = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+    return {"captions": captions if is_list else None, "caption": caption}
 
 
-def _candidate(row: dict[str, Any]) -> tuple[str, str, int, str]:
-    return row["uid"], row["origin"], row["candidate"], row["text"]
+def _uids(rows: pa.Table, which: pc.Expression) -> np.ndarray:
+    return pack_uids(rows.filter(which)["uid"].to_pylist())
 
 
-def _record_path(record: ShardRecord) -> str:
-    return f"records/{record.stage}/{record.source}/{record.shard}.json"
-
-
-def _by_stage(urls: Mapping[tuple[str, str], ShardRecord]) -> dict[tuple[str, str, str], ShardRecord]:
-    return {("urls", source, shard): record for (source, shard), record in urls.items()}
-
-
-def _doubled_uids(checks: list[_ShardCheck]) -> Iterator[Difference]:
+def _doubled_uids(checks: Sequence[_ShardCheck]) -> Iterator[Discrepancy]:
     """Find uids that two url shards list, retries not counted, or whose image two crawled shards hold."""
     for stage, uids, what in (
-        ("urls", [check.listed for check in checks], "are also in"),
-        ("crawl", [check.stored for check in checks], "are ok, and also in"),
+        ("urls", [check.listed_N2 for check in checks], "are also in"),
+        ("crawl", [check.stored_N2 for check in checks], "are ok, and also in"),
     ):
         for (first, second), shared in _shared(uids).items():
-            here, there = (checks[index].chain[stage].outputs["parquet"].path for index in (second, first))
+            here, there = (checks[index].records[stage].outputs["parquet"].path for index in (second, first))
             [example] = unpack_uids(shared[:1])
-            yield Difference(path=here, what=f"{len(shared):,} uids {what} {there}, such as {example}")
+            yield Discrepancy(path=here, what=f"{len(shared):,} uids {what} {there}, such as {example}")
 
 
 def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
@@ -390,18 +238,16 @@ def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
     return {pair: words[found] for pair, found in places.items()}
 
 
-def _manifest_differences(
+def _manifest_discrepancies(
     manifest: Manifest, committed: Mapping[tuple[str, str, str], ShardRecord]
-) -> list[Difference]:
+) -> list[Discrepancy]:
     with manifest.open() as query:
         rows = query.rows("SELECT stage, source, shard, attempt FROM shards WHERE state = 'committed'")
-    listed = {(row["stage"], row["source"], row["shard"], row["attempt"]) for row in rows}
+    listed = {tuple(row.values()) for row in rows}
     recorded = {(*shard, record.attempt) for shard, record in committed.items()}
-    mend = "capfilt manifest rebuild mends it"
-    return [
-        Difference(path="manifest/shards", what=f"lists {'/'.join(one)}, which has no record; {mend}")
-        for one in sorted(listed - recorded)
-    ] + [
-        Difference(path="manifest/shards", what=f"does not list {'/'.join(one)}, which is committed; {mend}")
-        for one in sorted(recorded - listed)
+    fix = "capfilt manifest rebuild mends it"
+    whats = [f"lists {'/'.join(shard)}, which has no record; {fix}" for shard in sorted(listed - recorded)]
+    whats += [
+        f"does not list {'/'.join(shard)}, which is committed; {fix}" for shard in sorted(recorded - listed)
     ]
+    return [Discrepancy(path="manifest/shards", what=what) for what in whats]
