@@ -258,9 +258,9 @@ def test_weights_fit_and_have_the_published_layouts():
 
 
 def test_ranking_lifts_the_share_of_true_captions_on_held_out_pictures():
-    from jobs.demo.weights_training.evaluate_weights import appraise
+    from jobs.demo.weights_training.evaluate_weights import evaluate_weights
 
-    appraisal = appraise(num_images=64, seed=11)
-    assert appraisal.web_true_share <= 0.65
-    assert appraisal.top_two_true_share >= 0.9
-    assert appraisal.top_two_true_share > appraisal.sampled_true_share
+    evaluation = evaluate_weights(num_images=64, seed=11)
+    assert evaluation.web_true_share <= 0.65
+    assert evaluation.top_two_true_share >= 0.9
+    assert evaluation.top_two_true_share > evaluation.sampled_true_share

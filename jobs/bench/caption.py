@@ -1,22 +1,29 @@
-"""Captioning beside transformers' own ``generate``: the same weights, images and knobs, in turn.
+"""``capfilt bench caption``: captioning beside transformers' ``generate``, and JPEG to the best two captions.
 
-The models have the published sizes (BLIP-large, CLIP ViT-L/14) and random weights, loaded from files of the
-published layout as a run loads them. Needs no Ray, no network and no weights. A CPU computes in float32 on one
-thread, a GPU in bfloat16.
+The same weights, images and settings, in turn. The models have the published sizes (BLIP-large, CLIP ViT-L/14) and
+random weights, loaded from files of the published layout as a run loads them. A CPU computes in float32 on one thread,
+a GPU in bfloat16. That both sides compute the same is tests/test_decoding.py; what only a GPU can show is compared
+here: its graphs sample the tokens of the CPU's engine (``grid_same_tokens``).
+
+The legend of the names: B images, N samples of an image, T tokens of a sample or texts, P image positions, E width,
+L tokens of a text.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import count, islice, starmap
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
+import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import BlipForConditionalGeneration
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from jobs.bench.agreement import agreement, lowered_agreement
-from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, median_ratio, one_thread
+from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, median_ratio, one_thread, seconds
 from jobs.bench.fixtures.models import (
     BLIP_LARGE,
     END_CHANCE,
@@ -25,39 +32,39 @@ from jobs.bench.fixtures.models import (
     save_captioner,
     save_ranker,
 )
-from jobs.bench.generate import engine, generate, prompt_ids, uniform_numbers
-from jobs.bench.toptwo import measure_top_two
+from jobs.bench.fixtures.pictures import jpeg
+from jobs.bench.rank import open_clip_side, similarities
 from pipeline.corpus.scratch import temporary_folder
+from pipeline.images.preprocess import decode_pixels, stack_pinned
+from pipeline.models.blip.captioner import Captioner
 from pipeline.models.blip.decoder import Decoder
-from pipeline.models.blip.generation import NO_TOKEN, RowSampler
+from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
+from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import compute_dtype, device_name, worker_device
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.prefetch import decode_threads, prefetch_map
+from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
 
-# Counted operations of the design, in GF at BLIP-large: keys and values of an image, and one row of one step.
+T = TypeVar("T")
+TopTwo = Callable[[list[bytes]], Any]
+
+# Counted operations of the design, in GFLOP at BLIP-large: keys and values of an image, and one row of one step.
 _GFLOP_IMAGE, _GFLOP_ROW = 21.8, 0.267
 _GFLOP_TOWERS = {"vision": 382, "clip_image": 162, "clip_text": 26}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """How many images each part takes, by device: a CPU takes seconds for each."""
-
-    whole: int
-    ending: int
-    top_two: int
-    theirs: tuple[int, ...]
-
-
-_SIZES = {
-    "cpu": _Sizes(whole=2, ending=4, top_two=4, theirs=(4,)),
-    "cuda": _Sizes(whole=256, ending=256, top_two=1024, theirs=(16, 32, 64, 128)),
-}
+# Images of each part, by device: a CPU takes seconds for each.
+_DECODED = {"cpu": 2, "cuda": 256}
+_DECODED_ENDING = {"cpu": 4, "cuda": 256}
+_TOP_TWO = {"cpu": 4, "cuda": 1024}
+# transformers and open_clip run at the fastest of these.
+_THEIR_BATCHES = {"cpu": (4,), "cuda": (16, 32, 64, 128)}
+_PICTURE_PX, _PICTURES = (512, 512), 16
 
 
 def measure_caption(
     batch_size: int, rounds: int, captioner: Mapping[str, Any] = BLIP_LARGE, ranker: str = "ViT-L-14"
 ) -> dict[str, Any]:
-    """Measure agreement, counted operations, the decoder alone, and JPEG to top two.
+    """Measure counted operations, the decoder alone, and JPEG to top two.
 
     Args:
         batch_size: of ours on a GPU.
@@ -66,31 +73,30 @@ def measure_caption(
         ranker: its architecture; as ``captioner``.
     """
     device = worker_device()
-    dtype = compute_dtype("auto", device)
-    sizes = _SIZES[device.type]
+    dtype, kind = compute_dtype("auto", device), device.type
     with one_thread(device), temporary_folder() as folder:
         model = blip_large(device, sizes=captioner)
-        features_BPE = _features(model, sizes.ending)
-        found: dict[str, Any] = {**agreement(model, features_BPE), **_counted(model, features_BPE[:2])}
-        lowered = {} if dtype == torch.float32 else lowered_agreement(model, features_BPE[:8], dtype)
+        features_BPE = _features(model, _DECODED_ENDING[kind])
+        result = {"grid_same_tokens": _grid_same_tokens(model, features_BPE[:1])}
+        result |= _counted(model, features_BPE[:2])
         model, features_BPE = model.to(dtype), features_BPE.to(dtype)
-        for name, chance, count in (("", 0.0, sizes.whole), ("_early_stop", END_CHANCE, sizes.ending)):
-            found |= _decode(model, features_BPE[:count], chance, rounds, f"decode{name}")
+        result |= _decode(model, features_BPE[: _DECODED[kind]], 0.0, rounds, "")
+        result |= _decode(model, features_BPE, END_CHANCE, rounds, "_early_stop")
         save_captioner(model.float(), folder / "captioner")
         save_ranker(folder / "ranker", ranker)
         del model, features_BPE
-        found |= lowered | measure_top_two(folder, sizes.top_two, batch_size, sizes.theirs, rounds)
+        result |= _top_two(folder, batch_size, rounds)
         rate = matmul_rate(device, dtype)
-    total_gflop = sum(_GFLOP_TOWERS.values()) + found["gflop_ours"]
+    gflop = sum(_GFLOP_TOWERS.values()) + result["gflop_ours"]
     return {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "batch_size": batch_size if device.type == "cuda" else sizes.ending,
+        "batch_size": batch_size if kind == "cuda" else _DECODED_ENDING[kind],
         "rounds": rounds,
-        **found,
+        **result,
         "matmul_tflop_per_s": round(rate / 1e12, 3),
-        "matmul_share": round(found["images_per_s"] * total_gflop * 1e9 / rate, 3),
-        "gpu_hours_129m": round(129e6 / found["images_per_s"] / 3600, 1),
+        "matmul_share": round(result["images_per_s"] * gflop * 1e9 / rate, 3),
+        "gpu_hours_129m": round(129e6 / result["images_per_s"] / 3600, 1),
     }
 
 
@@ -98,60 +104,215 @@ def _features(model: BlipForConditionalGeneration, images: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     pixels_BCHW = torch.randn(min(images, 8), 3, 384, 384, generator=generator)
     with torch.inference_mode():
-        features = model.vision_model(pixels_BCHW.to(model.device)).last_hidden_state
-    return features.repeat(-(-images // len(features)), 1, 1)[:images]
+        features_BPE = model.vision_model(pixels_BCHW.to(model.device)).last_hidden_state
+    return features_BPE.repeat(-(-images // len(features_BPE)), 1, 1)[:images]
+
+
+def _uniforms(model: BlipForConditionalGeneration, images: int) -> Tensor:
+    """Return the numbers that decide the captions of so many images: float64 (B, N, T)."""
+    config = CaptionConfig()
+    seeds_BN = caption_seeds(0, [str(index) for index in range(images)], config.num_captions)
+    return torch.from_numpy(uniforms(seeds_BN, config.max_length - 1)).to(model.device)
+
+
+def _sampler(model: BlipForConditionalGeneration, images: int, grid: bool) -> RowSampler | GridSampler:
+    """Return the engine: on a grid as the Captioner builds it on a GPU, else by rows as on a CPU."""
+    decoder = Decoder(model.text_decoder, compiled=grid and model.device.type == "cuda").eval()
+    prompt_ids = [model.config.text_config.bos_token_id]
+    if grid:
+        return GridSampler(decoder, prompt_ids, CaptionConfig(), images)
+    return RowSampler(decoder, prompt_ids, CaptionConfig())
+
+
+@torch.inference_mode()
+def _generate(model: BlipForConditionalGeneration, features_BPE: Tensor) -> Tensor:
+    """Sample with transformers, in the way its ``generate`` of the whole model calls the decoder."""
+    config, text = CaptionConfig(), model.config.text_config
+    return model.text_decoder.generate(
+        input_ids=torch.full((len(features_BPE), 1), text.bos_token_id, device=model.device),
+        encoder_hidden_states=features_BPE,
+        encoder_attention_mask=torch.ones(features_BPE.shape[:2], dtype=torch.long, device=model.device),
+        do_sample=True,
+        num_return_sequences=config.num_captions,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        min_length=config.min_length,
+        max_length=config.max_length,
+        eos_token_id=text.sep_token_id,
+        pad_token_id=text.pad_token_id,
+    )
+
+
+def _grid_same_tokens(model: BlipForConditionalGeneration, features_1PE: Tensor) -> float:
+    """Return the share of tokens that the grid of a GPU samples as the rows do: captured, then replayed."""
+    end_after(model, features_1PE, END_CHANCE)
+    uniforms_1NT = _uniforms(model, 1)
+    rows_1NT = _sampler(model, 1, grid=False)(features_1PE, uniforms_1NT)
+    grid = _sampler(model, 1, grid=True)
+    same = [grid(features_1PE, uniforms_1NT) == rows_1NT for _ in range(2)]
+    # Other shapes than those that are timed: they must not count among the compilations that torch allows.
+    torch.compiler.reset()
+    return round(float(torch.stack(same).double().mean()), 5)
 
 
 def _counted(model: BlipForConditionalGeneration, features_BPE: Tensor) -> dict[str, Any]:
-    """Count the decoder's operations per image, and the rows that the design allows for."""
-    images, config = len(features_BPE), CaptionConfig()
-    decoder = Decoder(model.text_decoder).eval()
-    uniforms_BNT = uniform_numbers(images, config).to(model.device)
-    ours = RowSampler(decoder, prompt_ids(model), config)
-    counts = {}
-    for name, chance in (("", 0.0), ("_early_stop", END_CHANCE)):
+    """Count the decoder's operations per image, and what the design allows for (``gflop_bound``)."""
+    images, uniforms_BNT = len(features_BPE), _uniforms(model, len(features_BPE))
+    counts: dict[str, float] = {}
+    for suffix, chance in (("_early_stop", END_CHANCE), ("", 0.0)):
         end_after(model, features_BPE, chance)
-        decoder = Decoder(model.text_decoder).eval()
-        ours = RowSampler(decoder, prompt_ids(model), config)
-        said_BNT = ours(features_BPE, uniforms_BNT)
-        flops = counted_flops(partial(ours, features_BPE, uniforms_BNT)) / images
+        sample = partial(_sampler(model, images, grid=False), features_BPE, uniforms_BNT)
+        tokens_BNT = sample()
         # Each token but an image's first ten comes of a row of its own; these ten come of one.
-        rows = (int((said_BNT != NO_TOKEN).sum()) / images) - (config.num_captions - 1)
-        counts |= {
-            f"gflop_ours{name}": round(flops / 1e9, 2),
-            f"gflop_bound{name}": round(1.05 * (_GFLOP_IMAGE + _GFLOP_ROW * rows), 2),
-        }
-    end_after(model, features_BPE, 0.0)
-    theirs = counted_flops(partial(generate, model, features_BPE, config)) / images
-    return {
-        "decode_flops_ratio": round(theirs / 1e9 / counts["gflop_ours"], 2),
-        **counts,
-        "gflop_transformers": round(theirs / 1e9, 2),
-    }
+        rows = int((tokens_BNT != NO_TOKEN).sum()) / images - (tokens_BNT.shape[1] - 1)
+        counts[f"gflop_ours{suffix}"] = round(counted_flops(sample) / images / 1e9, 2)
+        counts[f"gflop_bound{suffix}"] = round(1.05 * (_GFLOP_IMAGE + _GFLOP_ROW * rows), 2)
+    theirs = counted_flops(partial(_generate, model, features_BPE)) / images / 1e9
+    ratio = round(theirs / counts["gflop_ours"], 2)
+    return {"decode_flops_ratio": ratio, **counts, "gflop_transformers": round(theirs, 2)}
 
 
 def _decode(
-    model: BlipForConditionalGeneration, features_BPE: Tensor, chance: float, rounds: int, name: str
+    model: BlipForConditionalGeneration, features_BPE: Tensor, end_chance: float, rounds: int, suffix: str
 ) -> dict[str, Any]:
     """Time the decoder alone, image features given, both ways in turn."""
-    config, images = CaptionConfig(), len(features_BPE)
-    end_after(model, features_BPE[:8], chance)
-    sampler = engine(model, config, images)
-    uniforms_BNT = uniform_numbers(images, config).to(model.device)
-    # transformers repeats every image ten times before it decodes: as much of the batch as its memory holds.
-    share = min(images, 64)
+    images = len(features_BPE)
+    end_after(model, features_BPE[:8], end_chance)
+    sampler = _sampler(model, images, grid=model.device.type == "cuda")
+    ours = partial(sampler, features_BPE, _uniforms(model, images))
 
     def theirs() -> None:
-        for start in range(0, images, share):
-            generate(model, features_BPE[start : start + share], config)
+        # transformers repeats every image ten times before it decodes: as many at once as its memory holds.
+        for part_BPE in features_BPE.split(64):
+            _generate(model, part_BPE)
 
-    ours = partial(sampler, features_BPE, uniforms_BNT)
-    said_BNT = ours()
+    tokens_BNT = ours()
     theirs()
     timed = in_turn({"ours": ours, "theirs": theirs}, rounds, model.device)
     return {
-        f"{name}_ratio" if chance == 0 else "decode_ratio_early_stop": median_ratio(timed),
-        f"{name}_mean_tokens": round(float((said_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
-        f"{name}_s_per_image": round(median(timed["ours"]) / images, 6),
-        f"{name}_s_per_image_transformers": round(median(timed["theirs"]) / images, 6),
+        f"decode_ratio{suffix}": median_ratio(timed),
+        f"decode{suffix}_mean_tokens": round(float((tokens_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
+        f"decode{suffix}_s_per_image": round(median(timed["ours"]) / images, 6),
+        f"decode{suffix}_s_per_image_transformers": round(median(timed["theirs"]) / images, 6),
     }
+
+
+def _top_two(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
+    """Time JPEG to the best two captions both ways, the libraries' own at the fastest of their batch sizes."""
+    device = worker_device()
+    images = _TOP_TWO[device.type]
+    pictures = [jpeg(seed, _PICTURE_PX) for seed in range(min(images, _PICTURES))]
+    files = [pictures[index % len(pictures)] for index in range(images)]
+    ours = partial(_our_top_two(folder, min(batch_size, images)), files)
+    ours()  # compiles and captures
+    result: dict[str, Any] = {}
+    if device.type == "cuda":
+        # CUDA graphs included, without what earlier work left behind.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ours()
+        result["peak_bytes"] = torch.cuda.max_memory_reserved()
+    batch, theirs = _fastest_batch(folder, files)
+    timed = in_turn({"ours": ours, "theirs": partial(theirs, files)}, rounds, device)
+    return result | {
+        "end_to_end_ratio": median_ratio(timed),
+        "images_per_s": round(images / median(timed["ours"]), 3),
+        "transformers_images_per_s": round(images / median(timed["theirs"]), 3),
+        "transformers_batch_size": batch,
+    }
+
+
+def _fastest_batch(folder: Path, files: list[bytes]) -> tuple[int, TopTwo]:
+    """Return the batch size at which the libraries' own way is fastest, and that way, warmed up."""
+    device = worker_device()
+    sizes = _THEIR_BATCHES[device.type]
+    took_s = {}
+    for size in sizes:
+        run = partial(_their_top_two(folder, size), files[: 2 * max(sizes)])
+        run()
+        took_s[size] = seconds(run, device) if len(sizes) > 1 else 0.0
+    best = min(took_s, key=lambda size: took_s[size])
+    theirs = _their_top_two(folder, best)
+    theirs(files)
+    return best, theirs
+
+
+def _batches(prepare: Callable[[bytes], T], files: list[bytes], size: int) -> Iterator[list[T]]:
+    """Decode ahead of the device as the workers do, on a GPU on all cores, and yield batches."""
+    threads = decode_threads(1, feeds_gpu=worker_device().type == "cuda")
+    prepared = prefetch_map(prepare, files, ahead=2 * size, threads=threads)
+    while batch := list(islice(prepared, size)):
+        yield batch
+
+
+def _our_top_two(folder: Path, batch_size: int) -> TopTwo:
+    config = CaptionConfig(model=str(folder / "captioner"), batch_size=batch_size)
+    captioner = Captioner(config, captioner_weights(config), 0)
+    ranker = Ranker(ranker_weights(f"local-dir:{folder / 'ranker'}", ""), "auto", batch_size)
+
+    def prepare(data: bytes) -> tuple[Tensor, ...]:
+        pixels = decode_pixels(data, [captioner.preprocess, ranker.preprocess], "exact")
+        assert pixels is not None
+        return pixels
+
+    def load(batch: list[tuple[Tensor, ...]], first: int) -> tuple[Any, Any]:
+        blip, clip = zip(*batch, strict=True)
+        return clip, captioner.load(blip, [str(first + index) for index in range(len(batch))])
+
+    def generate(batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        clip, images = batch
+        return clip, captioner.generate(images)
+
+    def best_two(batch: tuple[Any, list[list[str]]]) -> list[list[str]]:
+        clip, texts = batch
+        scores = ranker.score_pixels(stack_pinned(clip), texts)
+        return [
+            [text for _, text in sorted(zip((score.similarity for score in row), captions, strict=True))[-2:]]
+            for row, captions in zip(scores, texts, strict=True)
+        ]
+
+    def top_two(files: list[bytes]) -> list[list[str]]:
+        # Loading, generating and scoring overlap, as the stages of a run do.
+        batches = zip(_batches(prepare, files, batch_size), count(step=batch_size), strict=False)
+        captioned = (
+            (clip, [[caption.text for caption in row] for row in captioner.decode_text(tokens)])
+            for clip, tokens in prefetch_map(generate, starmap(load, batches), ahead=2, threads=1)
+        )
+        ranked = prefetch_map(best_two, list(captioned), ahead=1, threads=1)
+        return [best for batch in ranked for best in batch]
+
+    return top_two
+
+
+def _their_top_two(folder: Path, batch_size: int) -> TopTwo:
+    device = worker_device()
+    dtype = compute_dtype("auto", device)
+    blip = BlipForConditionalGeneration.from_pretrained(folder / "captioner", dtype=dtype).to(device).eval()
+    processor = BlipImageProcessorPil.from_pretrained(folder / "captioner")
+    vocabulary = AutoTokenizer.from_pretrained(folder / "captioner")
+    clip, _, transform = open_clip.create_model_and_transforms(
+        f"local-dir:{folder / 'ranker'}", precision="bf16" if dtype == torch.bfloat16 else "fp32"
+    )
+    side = open_clip_side(clip.to(device).eval(), open_clip.get_tokenizer("ViT-L-14"))
+
+    def prepare(data: bytes) -> tuple[Tensor, Tensor]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return processor(image, return_tensors="pt").pixel_values[0], transform(image)
+
+    def collate(batch: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [torch.stack(part) for part in zip(*batch, strict=True)]
+
+    @torch.inference_mode()
+    def top_two(files: list[bytes]) -> Tensor:
+        best = []
+        # Collated ahead, as the workers of a data loader do.
+        for pixels in prefetch_map(collate, _batches(prepare, files, batch_size), ahead=2, threads=1):
+            blip_BCHW, clip_BCHW = (part.to(device, dtype) for part in pixels)
+            features_BPE = blip.vision_model(blip_BCHW).last_hidden_state
+            captions = vocabulary.batch_decode(_generate(blip, features_BPE), skip_special_tokens=True)
+            tokens_TL = side["tokenize"](captions)
+            best.append(similarities(side, tokens_TL, clip_BCHW).topk(2).indices.cpu())
+        return torch.cat(best)
+
+    return top_two

@@ -125,11 +125,8 @@ def rank(
 ) -> None:
     """Rank beside open_clip's own: agreement, operations, both towers and the tokenizer."""
     from jobs.bench.rank import measure_rank
-    from pipeline.models.device import worker_device
 
-    result = _measured(
-        measure_rank, images or _by_device(2, 256), captions, mean_tokens, rounds, worker_device(), model
-    )
+    result = _measured(measure_rank, images or _by_device(2, 256), captions, mean_tokens, rounds, model)
     _show(result, _rows(result, "side", "open_clip", "capfilt"), json_)
 
 

@@ -8,11 +8,10 @@ may sum in a little less than float32. What it saves is measured on a GPU, at th
 The legend of the names: N images, C channels, H height, W width.
 """
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any, TypeVar
@@ -20,14 +19,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.fixtures.compute import one_thread, seconds
+from jobs.bench.fixtures.compute import in_turn, one_thread
 from jobs.bench.fixtures.models import blip_large, save_captioner, save_ranker
-from jobs.demo.weights_training.evaluate_weights import APPRAISAL_SEED
+from jobs.demo.weights_training.evaluate_weights import (
+    BATCH_SIZE,
+    HeldOutImages,
+    caption_config,
+    held_out_images,
+    sample_captions,
+    score_candidates,
+    top_two,
+)
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
-from jobs.demo.world.alt_texts import alt_text
-from jobs.demo.world.pictures import picture_set
-from jobs.demo.world.responses import ALT_KINDS
-from jobs.demo.world.scenes import Scene, is_true
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.images.preprocess import Preprocess, normalise
 from pipeline.models.blip.captioner import Captioner
@@ -35,26 +38,15 @@ from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import device_name, worker_device
 from pipeline.models.fp8 import quantise, require_fp8, require_torchao
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.stages.selection import Candidate, select
-from pipeline.text import clean_caption
-from schemas.config import CaptionConfig, InferencePrecision, SelectConfig
+from pipeline.stages.selection import Candidate
+from schemas.config import InferencePrecision
 
 M = TypeVar("M", Captioner, Ranker)
 
 _PRECISIONS: tuple[InferencePrecision, ...] = ("fp32", "bf16", "fp8")
-_BATCH = 32
 # As many as fill a GPU at the published sizes.
 _SPEED_BATCH, _SPEED_ROUNDS = 256, 9
 _NO_SPEED = "this machine has no GPU that multiplies float8; on a CPU float8 is a rounding, not a gain"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _World:
-    """Pictures that no training saw, what they show, and what the web says of them."""
-
-    scenes: list[Scene]
-    pixels_NCHW: Tensor
-    alt_texts: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +72,22 @@ def measure_fp8(images: int = 500) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         require_fp8("caption", device)
-    world = _world(images)
+    held_out = held_out_images(images)
     outcomes: dict[str, _Outcome] = {}
     with one_thread(device):
         for precision in _PRECISIONS:
-            outcomes[precision] = _outcome(world, precision, outcomes.get("fp32"))
-    exact = [[one.score for one in row] for row in outcomes["fp32"].own]
+            outcomes[precision] = _outcome(held_out, precision, outcomes.get("fp32"))
+    exact = [[candidate.score for candidate in row] for row in outcomes["fp32"].own]
     return {
         "device": device_name(device),
         "is_emulated": not on_gpu,
         "images": images,
         "captions": sum(map(len, outcomes["fp32"].captions)),
         "score_spread": fmean(pstdev(row) for row in exact),
-        "sampled_true": {name: _true_share(world, each.captions) for name, each in outcomes.items()},
-        "kept_true": {name: _true_share(world, map(_top_two, each.own)) for name, each in outcomes.items()},
+        "sampled_true": {name: held_out.true_share(outcome.captions) for name, outcome in outcomes.items()},
+        "kept_true": {
+            name: held_out.true_share(map(top_two, outcome.own)) for name, outcome in outcomes.items()
+        },
         "bf16_from_fp32": _changes(outcomes["bf16"], outcomes["fp32"]),
         "fp8_from_fp32": _changes(outcomes["fp8"], outcomes["fp32"]),
         "fp8_from_bf16": _changes(outcomes["fp8"], outcomes["bf16"]),
@@ -108,12 +102,9 @@ def measure_speed(captioner: Path, ranker: Path, batch: int, rounds: int) -> dic
     for name, load, folder in (("blip", _captioner, captioner), ("clip", _ranker, ranker)):
         models = {precision: load(folder, precision, batch) for precision in ("bf16", "fp8")}
         runs = {precision: partial(_see, model, batch) for precision, model in models.items()}
-        timed: dict[str, list[float]] = {precision: [] for precision in runs}
         for run in runs.values():
             run()  # compiles
-        for _ in range(rounds):
-            for precision, run in runs.items():
-                timed[precision].append(seconds(run, worker_device()))
+        timed = in_turn(runs, rounds, worker_device())
         found |= {
             f"{name}_images_per_s_{precision}": batch / median(each) for precision, each in timed.items()
         }
@@ -144,13 +135,12 @@ def _noise(recipe: Preprocess, batch: int) -> Tensor:
 # -- the models in one precision -----------------------------------------------------------------------------
 
 
-def _captioner(folder: Path, precision: InferencePrecision, batch: int = _BATCH) -> Captioner:
-    # The world's captions have 3 words or more, as the demo's recipe says.
-    config = CaptionConfig(model=str(folder), precision=_held(precision), batch_size=batch, min_length=3)
+def _captioner(folder: Path, precision: InferencePrecision, batch: int = BATCH_SIZE) -> Captioner:
+    config = caption_config(folder, precision=_held(precision), batch_size=batch)
     return _lowered(Captioner(config, captioner_weights(config), seed=0), precision)
 
 
-def _ranker(folder: Path, precision: InferencePrecision, batch: int = _BATCH) -> Ranker:
+def _ranker(folder: Path, precision: InferencePrecision, batch: int = BATCH_SIZE) -> Ranker:
     return _lowered(Ranker(ranker_weights(f"local-dir:{folder}", ""), _held(precision), batch), precision)
 
 
@@ -169,62 +159,13 @@ def _tower(model: Captioner | Ranker) -> nn.Module:
     return model.vision if isinstance(model, Captioner) else model.encode_image
 
 
-# -- the demo's world ----------------------------------------------------------------------------------------
-
-
-def _world(images: int) -> _World:
-    pictures = picture_set(images, APPRAISAL_SEED)
-    rng = random.Random(APPRAISAL_SEED)
-    kinds = rng.choices(tuple(ALT_KINDS), tuple(ALT_KINDS.values()), k=images)
-    return _World(
-        scenes=pictures.scenes,
-        pixels_NCHW=torch.from_numpy(pictures.pixels_NHWC).permute(0, 3, 1, 2).contiguous(),
-        alt_texts=[
-            clean_caption(alt_text(scene, kind, rng))
-            for scene, kind in zip(pictures.scenes, kinds, strict=True)
-        ],
-    )
-
-
-def _outcome(world: _World, precision: InferencePrecision, exact: _Outcome | None) -> _Outcome:
+def _outcome(images: HeldOutImages, precision: InferencePrecision, exact: _Outcome | None) -> _Outcome:
     """Caption and rank in one precision; ``exact`` is float32's outcome, None while that is being made."""
-    captions = _captions(world, precision)
+    captions = sample_captions(_captioner(CAPTIONER_DIR, precision), images)
     ranker = _ranker(RANKER_DIR, precision)
-    own = _scored(world, ranker, captions)
-    return _Outcome(
-        captions=captions, own=own, scored=_scored(world, ranker, exact.captions) if exact else own
-    )
-
-
-def _captions(world: _World, precision: InferencePrecision) -> list[list[str]]:
-    captioner = _captioner(CAPTIONER_DIR, precision)
-    uids = iter(map(str, range(len(world.scenes))))
-    captions = []
-    for pixels_NCHW in world.pixels_NCHW.split(_BATCH):
-        sampled = captioner.generate(captioner.load(list(pixels_NCHW), list(islice(uids, len(pixels_NCHW)))))
-        captions += [[clean_caption(each.text) for each in row] for row in captioner.decode_text(sampled)]
-    return captions
-
-
-def _scored(world: _World, ranker: Ranker, captions: Sequence[Sequence[str]]) -> list[list[Candidate]]:
-    """Return each image's captions and alt text with their scores."""
-    texts = [[*row, alt] for row, alt in zip(captions, world.alt_texts, strict=True)]
-    scored = []
-    for start in range(0, len(texts), _BATCH):
-        part = slice(start, start + _BATCH)
-        scored += ranker.score_pixels(world.pixels_NCHW[part], texts[part])
-    return [
-        [
-            Candidate(
-                origin="synthetic" if index < len(row) - 1 else "web",
-                candidate=index if index < len(row) - 1 else 0,
-                text=text,
-                score=score.similarity,
-            )
-            for index, (text, score) in enumerate(zip(row, scores, strict=True))
-        ]
-        for row, scores in zip(texts, scored, strict=True)
-    ]
+    own = score_candidates(ranker, images, captions)
+    scored = score_candidates(ranker, images, exact.captions) if exact else own
+    return _Outcome(captions=captions, own=own, scored=scored)
 
 
 # -- what differs --------------------------------------------------------------------------------------------
@@ -236,7 +177,7 @@ def _changes(new: _Outcome, old: _Outcome) -> dict[str, float]:
     ``top_two``: images of which others of the same candidates are kept; ``captions``: of all sampled;
     ``own_top_two``: images of which other texts are kept, each precision having sampled its own.
     """
-    differences = [abs(one - other) for one, other in zip(_scores(new), _scores(old), strict=True)]
+    differences = [abs(after - before) for after, before in zip(_scores(new), _scores(old), strict=True)]
     return {
         "score_mean": fmean(differences),
         "score_max": max(differences),
@@ -247,17 +188,12 @@ def _changes(new: _Outcome, old: _Outcome) -> dict[str, float]:
 
 
 def _scores(outcome: _Outcome) -> list[float]:
-    return [one.score for row in outcome.scored for one in row]
+    return [candidate.score for row in outcome.scored for candidate in row]
 
 
 def _top_two(candidates: Sequence[Candidate]) -> set[str]:
-    return {one.text for one in select(candidates, SelectConfig()).kept}
+    return set(top_two(candidates))
 
 
 def _share_differing(new: Iterable[Any], old: Iterable[Any]) -> float:
-    return fmean(one != other for one, other in zip(new, old, strict=True))
-
-
-def _true_share(world: _World, texts: Iterable[Iterable[str]]) -> float:
-    """Return the share of entirely true texts among those of all images."""
-    return fmean(is_true(text, scene) for scene, row in zip(world.scenes, texts, strict=True) for text in row)
+    return fmean(after != before for after, before in zip(new, old, strict=True))

@@ -1,12 +1,11 @@
-"""The ranking beside open_clip's own: both towers and the tokenizer, in turn, on the same images and captions.
+"""``capfilt bench rank``: CLIP's towers and tokenizer beside open_clip's own, on the same images and captions in turn.
 
-The CLIP has the published size and random weights. Needs no Ray, no network and no weights.
+The CLIP has the published size and random weights. A CPU computes in float32 on one thread, a GPU in bfloat16.
 
 The legend of the names: B images, K captions of an image, T texts, L tokens, E width of the embedding.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,69 +17,79 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from jobs.bench.fixtures.compute import counted_flops, matmul_rate, one_thread, peak_memory, seconds
+from jobs.bench.fixtures.compute import (
+    counted_flops,
+    in_turn,
+    matmul_rate,
+    median_ratio,
+    one_thread,
+    peak_memory,
+)
 from pipeline.models.clip.tokenizer import ClipTokenizer
 from pipeline.models.clip.towers import image_encoder, text_encoder
-from pipeline.models.device import compute_dtype, device_name
+from pipeline.models.device import compute_dtype, device_name, worker_device
+
+# One way to rank: "tokenize" texts, "text" and "image" to embeddings.
+Side = dict[str, Callable[[Any], Tensor]]
 
 # Every so many captions one fills the context, as some web captions do.
 _LONG_EVERY = 40
-_SHORTEST = 4
-# The spread of the others' lengths around their mean: BLIP's captions end when they are done.
+_MIN_TOKENS = 4
+# The standard deviation of the others' lengths, as a share of their mean: BLIP's captions end when they are done.
 _SPREAD = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
-    """One way to rank: from texts to tokens, from tokens to embeddings, from pixels to embeddings."""
-
-    tokenize: Callable[[list[str]], Tensor]
-    encode_text: Callable[[Tensor], Tensor]
-    encode_image: Callable[[Tensor], Tensor]
-
-
 def measure_rank(
-    images: int,
-    captions: int,
-    mean_tokens: int,
-    repeats: int,
-    device: torch.device,
-    model_name: str = "ViT-L-14",
+    images: int, captions: int, mean_tokens: int, rounds: int, model_name: str = "ViT-L-14"
 ) -> dict[str, Any]:
-    """Rank ``captions`` captions of each of ``images`` images, both ways in turn, ``repeats`` times.
+    """Rank ``captions`` captions of each of ``images`` images, both ways in turn, ``rounds`` times.
 
     Args:
         mean_tokens: of a caption, start and end included.
-        device: a CPU computes in float32 on one thread, a GPU in bfloat16.
     """
+    device = worker_device()
     dtype = compute_dtype("auto", device)
     with one_thread(device), torch.inference_mode():
-        model = _model(model_name, device, dtype)
+        model = _clip(model_name, device, dtype)
         tokenizer = open_clip.get_tokenizer(model_name)
         texts = random_captions(tokenizer, images * captions, mean_tokens)
-        size = model.visual.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels_BCHW = torch.randn(images, 3, height, width, generator=torch.Generator().manual_seed(0))
-        pixels_BCHW = pixels_BCHW.to(device, dtype)
+        height, width = np.broadcast_to(model.visual.image_size, 2)
+        generator = torch.Generator().manual_seed(0)
+        pixels_BCHW = torch.randn(images, 3, height, width, generator=generator).to(device, dtype)
         tokens_TL = tokenizer(texts)
-        sides = {"open_clip": _theirs(model, tokenizer, device), "capfilt": _ours(model, tokenizer, images)}
-        found = {name: _facts(side, texts, tokens_TL, pixels_BCHW) for name, side in sides.items()}
-        timed = _timed_in_turn(sides, texts, tokens_TL, pixels_BCHW, repeats)
-        rate = matmul_rate(device, dtype)
-        similar = {
-            name: _similarities(side, tokens_TL, pixels_BCHW, captions) for name, side in sides.items()
+        inputs = {"tokenize": texts, "text": tokens_TL, "image": pixels_BCHW}
+        sides = {
+            "open_clip": open_clip_side(model, tokenizer),
+            "capfilt": _capfilt_side(model, tokenizer, images),
         }
+        result = {name: _rank_facts(side, inputs, images) for name, side in sides.items()}
+        timed = {
+            part: in_turn(
+                {
+                    "theirs": partial(sides["open_clip"][part], what),
+                    "ours": partial(sides["capfilt"][part], what),
+                },
+                rounds,
+                device,
+            )
+            for part, what in inputs.items()
+        }
+        rate = matmul_rate(device, dtype)
+        similar = {name: similarities(side, tokens_TL, pixels_BCHW) for name, side in sides.items()}
         if dtype != torch.float32:
-            exact = _theirs(_model(model_name, device, torch.float32), tokenizer, device)
-            exact_BK = _similarities(exact, tokens_TL, pixels_BCHW.float(), captions)
+            exact = open_clip_side(_clip(model_name, device, torch.float32), tokenizer)
+            exact_BK = similarities(exact, tokens_TL, pixels_BCHW.float())
             for name, similar_BK in similar.items():
-                found[name]["rms_error"] = float((similar_BK - exact_BK).square().mean().sqrt())
-    for name, parts in timed.items():
-        total = [sum(round_) for round_ in zip(*parts.values(), strict=True)]
-        found[name] |= {f"{part}_s": round(median(values), 5) for part, values in parts.items()}
-        found[name]["images_per_s"] = round(images / median(total), 3)
-        flops = 1e9 * (found[name]["gflop_text"] + found[name]["gflop_image"]) * images
-        found[name]["matmul_share"] = round(flops / median(total) / rate, 3)
+                result[name]["rms_error"] = float((similar_BK - exact_BK).square().mean().sqrt())
+    for name, timed_as in (("open_clip", "theirs"), ("capfilt", "ours")):
+        parts = {part: by_side[timed_as] for part, by_side in timed.items()}
+        total_s = median(map(sum, zip(*parts.values(), strict=True)))
+        result[name] |= {f"{part}_s": round(median(values), 5) for part, values in parts.items()}
+        flops = 1e9 * (result[name]["gflop_text"] + result[name]["gflop_image"]) * images
+        result[name] |= {
+            "images_per_s": round(images / total_s, 3),
+            "matmul_share": round(flops / total_s / rate, 3),
+        }
     return {
         "model": model_name,
         "device": device_name(device),
@@ -88,11 +97,11 @@ def measure_rank(
         "images": images,
         "captions": captions,
         "mean_tokens": round(float((tokens_TL != 0).sum(-1).double().mean()), 2),
-        "rounds": repeats,
-        **{f"{part}_ratio": _ratio(timed, part) for part in ("text", "image", "tokenize")},
+        "rounds": rounds,
+        **{f"{part}_ratio": median_ratio(timed[part]) for part in ("text", "image", "tokenize")},
         **_agreement(similar["open_clip"], similar["capfilt"]),
         "matmul_tflop_per_s": round(rate / 1e12, 3),
-        **found,
+        **result,
     }
 
 
@@ -105,10 +114,10 @@ def random_captions(tokenizer: SimpleTokenizer, count: int, mean_tokens: int) ->
     lengths[is_long] = longest
     # The others make up for it, one token at a time.
     others = np.flatnonzero(~is_long)
-    lengths[others] = lengths[others].clip(_SHORTEST, longest - 1)
+    lengths[others] = lengths[others].clip(_MIN_TOKENS, longest - 1)
     while (excess := lengths.sum() - mean_tokens * count) != 0:
         step = -int(np.sign(excess))
-        room = others[(lengths[others] + step >= _SHORTEST) & (lengths[others] + step < longest)]
+        room = others[(lengths[others] + step >= _MIN_TOKENS) & (lengths[others] + step < longest)]
         if not len(room):
             break
         lengths[rng.choice(room, min(abs(excess), len(room)), replace=False)] += step
@@ -117,7 +126,7 @@ def random_captions(tokenizer: SimpleTokenizer, count: int, mean_tokens: int) ->
     return [" ".join(rng.choice(words, length - 2)) for length in lengths]
 
 
-def _model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _clip(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     # OpenAI's weights, the recipe's, were trained with this activation.
@@ -127,68 +136,44 @@ def _model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _theirs(model: nn.Module, tokenizer: SimpleTokenizer, device: torch.device) -> _Side:
-    return _Side(
-        tokenize=tokenizer,
-        encode_text=lambda tokens_TL: model.encode_text(tokens_TL.to(device)),
-        encode_image=model.encode_image,
-    )
+def open_clip_side(model: nn.Module, tokenizer: SimpleTokenizer) -> Side:
+    """Return open_clip's own way: texts to tokens, tokens to embeddings, pixels to embeddings."""
+    device = next(model.parameters()).device
+    return {
+        "tokenize": tokenizer,
+        "text": lambda tokens_TL: model.encode_text(tokens_TL.to(device)),
+        "image": model.encode_image,
+    }
 
 
-def _ours(model: nn.Module, tokenizer: SimpleTokenizer, images: int) -> _Side:
+def _capfilt_side(model: nn.Module, tokenizer: SimpleTokenizer, images: int) -> Side:
     on_gpu = next(model.parameters()).is_cuda
     tokenize = ClipTokenizer(tokenizer)
-    return _Side(
-        tokenize=lambda texts: tokenize(texts)[0],
-        encode_text=text_encoder(model, compiled=on_gpu),
-        encode_image=image_encoder(model, compiled_batch=images if on_gpu else None),
-    )
+    return {
+        "tokenize": lambda texts: tokenize(texts)[0],
+        "text": text_encoder(model, compiled=on_gpu),
+        "image": image_encoder(model, compiled_batch=images if on_gpu else None),
+    }
 
 
-def _facts(side: _Side, texts: list[str], tokens_TL: Tensor, pixels_BCHW: Tensor) -> dict[str, Any]:
+def _rank_facts(side: Side, inputs: dict[str, Any], images: int) -> dict[str, Any]:
     """Count operations and memory; this warms up, too."""
-    images = len(pixels_BCHW)
 
     def rank() -> None:
-        side.encode_image(pixels_BCHW)
-        side.encode_text(side.tokenize(texts))
+        for part, values in inputs.items():
+            side[part](values)
 
-    return {
-        "gflop_text": round(counted_flops(partial(side.encode_text, tokens_TL)) / images / 1e9, 3),
-        "gflop_image": round(counted_flops(partial(side.encode_image, pixels_BCHW)) / images / 1e9, 3),
-        "peak_bytes": peak_memory(rank, pixels_BCHW.device),
+    gflop = {
+        f"gflop_{part}": round(counted_flops(partial(side[part], inputs[part])) / images / 1e9, 3)
+        for part in ("text", "image")
     }
+    return gflop | {"peak_bytes": peak_memory(rank, inputs["image"].device)}
 
 
-def _timed_in_turn(
-    sides: dict[str, _Side], texts: list[str], tokens_TL: Tensor, pixels_BCHW: Tensor, repeats: int
-) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each round by side and part."""
-    timed: dict[str, dict[str, list[float]]] = {
-        name: {"tokenize": [], "text": [], "image": []} for name in sides
-    }
-    device = pixels_BCHW.device
-    for _ in range(repeats):
-        for part in ("tokenize", "text", "image"):
-            for name, side in sides.items():
-                run = {
-                    "tokenize": partial(side.tokenize, texts),
-                    "text": partial(side.encode_text, tokens_TL),
-                    "image": partial(side.encode_image, pixels_BCHW),
-                }[part]
-                timed[name][part].append(seconds(run, device))
-    return timed
-
-
-def _ratio(timed: dict[str, dict[str, list[float]]], part: str) -> float:
-    pairs = zip(timed["open_clip"][part], timed["capfilt"][part], strict=True)
-    return round(median(theirs / ours for theirs, ours in pairs), 2)
-
-
-def _similarities(side: _Side, tokens_TL: Tensor, pixels_BCHW: Tensor, captions: int) -> Tensor:
-    """Return the similarity of each image with its own captions: (B, K)."""
-    image_BE = normalize(side.encode_image(pixels_BCHW).float(), dim=-1)
-    text_BKE = normalize(side.encode_text(tokens_TL).float(), dim=-1).unflatten(0, (-1, captions))
+def similarities(side: Side, tokens_TL: Tensor, pixels_BCHW: Tensor) -> Tensor:
+    """Return the cosine of each image with its own captions: (B, K), texts in the order of their images."""
+    image_BE = normalize(side["image"](pixels_BCHW).float(), dim=-1)
+    text_BKE = normalize(side["text"](tokens_TL).float(), dim=-1).unflatten(0, (len(image_BE), -1))
     return (image_BE[:, None] * text_BKE).sum(-1)
 
 

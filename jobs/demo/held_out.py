@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from jobs.demo.world.pictures import picture_set
+from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.scenes import TEMPLATES, WORDS_BY_SLOT, Scene, write_caption
 from training.data.loader import HeldOut
 
@@ -29,7 +29,7 @@ class HeldOutScenes:
 
 def held_out_scenes(count: int, seed: int = SEED) -> HeldOutScenes:
     """Draw scenes without repetition; equal arguments give equal pictures and captions."""
-    pictures = picture_set(count * 5 // 4, seed)
+    pictures = demo_images(count * 5 // 4, seed)
     rng = random.Random(seed)
     found: dict[Scene, HeldOut] = {}
     for scene, pixels_HWC in zip(pictures.scenes, pictures.pixels_NHWC, strict=True):

@@ -2,37 +2,59 @@
 
     python -m jobs.demo.weights_training.evaluate_weights --num-images 500
 
-The three steps of the pipeline in small: sample ten captions, add the alt
-text, rank all of them, keep the best two distinct ones.
+The pipeline's own engines caption and score each picture, and the selection keeps the best two; what is counted is
+how many of the texts are entirely true.
 
-Legend: N images, K captions of one image, L tokens, D embedding.
+Legend: N images, C channels, H height, W width.
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import open_clip
 import torch
-import torch.nn.functional as F
-from transformers import AutoTokenizer, BlipForConditionalGeneration
+from torch import Tensor
 
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
-from jobs.demo.weights_training.train_weights import to_input
 from jobs.demo.world.alt_texts import AltKind, alt_text
-from jobs.demo.world.pictures import picture_set
+from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.responses import ALT_KINDS
-from jobs.demo.world.scenes import is_true, normalise
+from jobs.demo.world.scenes import Scene, is_true
+from pipeline.models.blip.captioner import Captioner
+from pipeline.models.clip.ranker import Ranker
+from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.stages.selection import Candidate, select
+from pipeline.text import clean_caption
+from schemas.config import CaptionConfig, SelectConfig
 
-APPRAISAL_SEED = 3
-NUM_CAPTIONS = 10
+EVALUATION_SEED = 3
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Appraisal:
+class HeldOutImages:
+    """Pictures that no training saw, what they show, and what the web says of them."""
+
+    scenes: list[Scene]
+    pixels_NCHW: Tensor
+    alt_kinds: list[AltKind]
+    alt_texts: list[str]
+
+    def true_share(self, texts: Iterable[Iterable[str]], alt_kind: AltKind | None = None) -> float:
+        """Return the share of entirely true texts among those of all images, or of those with one kind of alt text."""
+        rows = zip(self.scenes, self.alt_kinds, texts, strict=True)
+        verdicts = [
+            is_true(text, scene) for scene, kind, row in rows if alt_kind in (None, kind) for text in row
+        ]
+        return sum(verdicts) / max(1, len(verdicts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsEvaluation:
     """Shares of entirely true texts, and the seconds that each step took."""
 
     num_images: int
@@ -44,97 +66,107 @@ class Appraisal:
     rank_s: float
 
 
-@torch.no_grad()
-def sample_captions(pixels_NCHW: torch.Tensor, folder: Path, batch_size: int = 32) -> list[list[str]]:
-    """Sample ten captions of each image with BLIP's settings for CapFilt (nucleus, p = 0.9)."""
-    model = BlipForConditionalGeneration.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts: list[str] = []
-    for pixels_BCHW in pixels_NCHW.split(batch_size):
-        ids_BKL = model.generate(
-            pixel_values=pixels_BCHW.repeat_interleave(NUM_CAPTIONS, 0),
-            do_sample=True, top_p=0.9, top_k=50, repetition_penalty=1.1, max_new_tokens=20,
-        )  # fmt: skip
-        texts += tokenizer.batch_decode(ids_BKL, skip_special_tokens=True)
-    return [texts[i : i + NUM_CAPTIONS] for i in range(0, len(texts), NUM_CAPTIONS)]
+def held_out_images(num_images: int, seed: int = EVALUATION_SEED) -> HeldOutImages:
+    """Make pictures and their alt texts; sets of different seeds share none."""
+    pictures = demo_images(num_images, seed)
+    rng = random.Random(seed)
+    kinds = rng.choices(tuple(ALT_KINDS), tuple(ALT_KINDS.values()), k=num_images)
+    return HeldOutImages(
+        scenes=pictures.scenes,
+        pixels_NCHW=torch.from_numpy(pictures.pixels_NHWC).permute(0, 3, 1, 2).contiguous(),
+        alt_kinds=kinds,
+        alt_texts=[
+            clean_caption(alt_text(scene, kind, rng))
+            for scene, kind in zip(pictures.scenes, kinds, strict=True)
+        ],
+    )
 
 
-@torch.no_grad()
-def rank_texts(pixels_NCHW: torch.Tensor, texts_by_image: list[list[str]], folder: Path) -> list[list[str]]:
-    """Order each image's texts by cosine similarity, best first."""
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    model.eval()
-    distinct = sorted({text for texts in texts_by_image for text in texts})
-    batches = (distinct[i : i + 256] for i in range(0, len(distinct), 256))
-    text_TD = torch.cat([F.normalize(model.encode_text(tokenizer(batch)), dim=-1) for batch in batches])
-    row_by_text = {text: row for row, text in enumerate(distinct)}
-    image_ND = F.normalize(torch.cat([model.encode_image(p) for p in pixels_NCHW.split(64)]), dim=-1)
-    ranked = []
-    for image_D, texts in zip(image_ND, texts_by_image, strict=True):
-        scores_K = text_TD[[row_by_text[text] for text in texts]] @ image_D
-        ranked.append([texts[i] for i in scores_K.argsort(descending=True, stable=True)])
-    return ranked
+def caption_config(folder: Path, **values: object) -> CaptionConfig:
+    """Return the captioner's settings: the world's captions have three words or more, as the demo's recipe says."""
+    return CaptionConfig.model_validate(
+        {"model": str(folder), "batch_size": BATCH_SIZE, "min_length": 3, **values}
+    )
 
 
-def first_distinct(texts: list[str], count: int) -> list[str]:
-    """Keep the first `count` texts that differ by more than case, white space or a full stop."""
-    first_by_plain: dict[str, str] = {}
-    for text in texts:
-        first_by_plain.setdefault(normalise(text), text)
-    return list(first_by_plain.values())[:count]
+def sample_captions(captioner: Captioner, images: HeldOutImages) -> list[list[str]]:
+    """Sample ten captions of each image."""
+    uids = [str(index) for index in range(len(images.scenes))]
+    captions: list[list[str]] = []
+    for start in range(0, len(uids), BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
+        tokens = captioner.generate(captioner.load(list(images.pixels_NCHW[part]), uids[part]))
+        captions += [
+            [clean_caption(caption.text) for caption in row] for row in captioner.decode_text(tokens)
+        ]
+    return captions
 
 
-def appraise(
+def score_candidates(
+    ranker: Ranker, images: HeldOutImages, captions: Sequence[Sequence[str]]
+) -> list[list[Candidate]]:
+    """Return each image's captions and its alt text with their scores."""
+    candidates = []
+    for start in range(0, len(captions), BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
+        texts = [[*row, alt] for row, alt in zip(captions[part], images.alt_texts[part], strict=True)]
+        scores = ranker.score_pixels(images.pixels_NCHW[part], texts)
+        candidates += [
+            [
+                Candidate(
+                    origin="web" if index == len(row) - 1 else "synthetic",
+                    candidate=0 if index == len(row) - 1 else index,
+                    text=text,
+                    score=score.similarity,
+                )
+                for index, (text, score) in enumerate(zip(row, row_scores, strict=True))
+            ]
+            for row, row_scores in zip(texts, scores, strict=True)
+        ]
+    return candidates
+
+
+def top_two(candidates: Sequence[Candidate]) -> list[str]:
+    """Return the texts that the selection keeps of one image's candidates, best first."""
+    return [candidate.text for candidate in select(candidates, SelectConfig()).kept]
+
+
+def evaluate_weights(
     num_images: int = 500,
-    seed: int = APPRAISAL_SEED,
+    seed: int = EVALUATION_SEED,
     captioner_dir: Path = CAPTIONER_DIR,
     ranker_dir: Path = RANKER_DIR,
-) -> Appraisal:
+) -> WeightsEvaluation:
     """Caption, rank and select held-out pictures, and count what is true."""
-    pictures = picture_set(num_images, seed)
-    pixels_NCHW = to_input(pictures.pixels_NHWC)
-    rng = random.Random(seed)
-    kinds: list[AltKind] = rng.choices(tuple(ALT_KINDS), tuple(ALT_KINDS.values()), k=num_images)
-    alts = [alt_text(scene, kind, rng) for scene, kind in zip(pictures.scenes, kinds, strict=True)]
-
-    torch.manual_seed(seed)
+    images = held_out_images(num_images, seed)
+    config = caption_config(captioner_dir)
+    captioner = Captioner(config, captioner_weights(config), seed)
+    ranker = Ranker(ranker_weights(f"local-dir:{ranker_dir}", ""), "auto", BATCH_SIZE)
     started = time.monotonic()
-    sampled = sample_captions(pixels_NCHW, captioner_dir)
+    captions = sample_captions(captioner, images)
     captioned = time.monotonic()
-    ranked = rank_texts(
-        pixels_NCHW, [[*texts, alt] for texts, alt in zip(sampled, alts, strict=True)], ranker_dir
-    )
+    kept = [top_two(candidates) for candidates in score_candidates(ranker, images, captions)]
     finished = time.monotonic()
-
-    def true_share(texts_by_image: list[list[str]], rows: list[int]) -> float:
-        verdicts = [is_true(text, pictures.scenes[i]) for i in rows for text in texts_by_image[i]]
-        return sum(verdicts) / max(1, len(verdicts))
-
-    everywhere = list(range(num_images))
-    top_two = [first_distinct(texts, 2) for texts in ranked]
-    return Appraisal(
+    return WeightsEvaluation(
         num_images=num_images,
-        web_true_share=true_share([[alt] for alt in alts], everywhere),
-        sampled_true_share=true_share(sampled, everywhere),
-        top_two_true_share=true_share(top_two, everywhere),
-        top_two_true_share_by_alt={
-            kind: true_share(top_two, [i for i in everywhere if kinds[i] == kind]) for kind in ALT_KINDS
-        },
+        web_true_share=images.true_share([alt] for alt in images.alt_texts),
+        sampled_true_share=images.true_share(captions),
+        top_two_true_share=images.true_share(kept),
+        top_two_true_share_by_alt={kind: images.true_share(kept, kind) for kind in ALT_KINDS},
         caption_s=captioned - started,
         rank_s=finished - captioned,
     )
 
 
 def main() -> None:
-    """Print the appraisal as JSON."""
+    """Print the evaluation as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--captioner", type=Path, default=CAPTIONER_DIR)
     parser.add_argument("--ranker", type=Path, default=RANKER_DIR)
     args = parser.parse_args()
-    appraisal = appraise(args.num_images, captioner_dir=args.captioner, ranker_dir=args.ranker)
-    print(json.dumps(asdict(appraisal), indent=2))
+    evaluation = evaluate_weights(args.num_images, captioner_dir=args.captioner, ranker_dir=args.ranker)
+    print(json.dumps(asdict(evaluation), indent=2))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from jobs.demo.weights_training.models import (
     save_ranker,
 )
 from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
-from jobs.demo.world.pictures import PictureSet, picture_set
+from jobs.demo.world.pictures import DemoImages, demo_images
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT, Scene, is_true, parse, write_caption
 
 TRAIN_SEED, EVAL_SEED = 1, 2
@@ -61,7 +61,7 @@ def augment(pixels_BCHW: torch.Tensor) -> torch.Tensor:
     return out_BCHW
 
 
-def batches(pictures: PictureSet, batch_size: int) -> Iterator[tuple[list[Scene], torch.Tensor]]:
+def batches(pictures: DemoImages, batch_size: int) -> Iterator[tuple[list[Scene], torch.Tensor]]:
     """Yield shuffled, augmented (scenes, pixels_BCHW) for ever."""
     while True:
         order = torch.randperm(len(pictures.scenes)).numpy()
@@ -204,7 +204,7 @@ class RankerObjective(nn.Module):
 
 
 @torch.no_grad()
-def captioner_accuracy(model: nn.Module, tokenizer: BertTokenizer, pictures: PictureSet) -> float:
+def captioner_accuracy(model: nn.Module, tokenizer: BertTokenizer, pictures: DemoImages) -> float:
     """Share of nucleus-sampled captions (BLIP's settings) that are entirely true."""
     ids_TL = model.generate(
         pixel_values=to_input(pictures.pixels_NHWC),
@@ -215,7 +215,7 @@ def captioner_accuracy(model: nn.Module, tokenizer: BertTokenizer, pictures: Pic
 
 
 @torch.no_grad()
-def ranker_accuracy(model: open_clip.CLIP, tokenizer: BertTokenizer, pictures: PictureSet) -> float:
+def ranker_accuracy(model: open_clip.CLIP, tokenizer: BertTokenizer, pictures: DemoImages) -> float:
     """Share of images where a true caption beats three that are not."""
     rng = random.Random(EVAL_SEED)
     image_BD = F.normalize(model.encode_image(to_input(pictures.pixels_NHWC)), dim=-1)
@@ -231,7 +231,7 @@ def train(
     objective: CaptionerObjective | RankerObjective,
     accuracy_of: Callable[..., float],
     save: Callable[..., None],
-    pictures: PictureSet,
+    pictures: DemoImages,
     out: Path,
     minutes: float,
     batch_size: int = 64,
@@ -243,7 +243,7 @@ def train(
     What is judged and saved is the running average of the weights.
     """
     tokenizer = build_tokenizer()
-    held_out = picture_set(256, EVAL_SEED)
+    held_out = demo_images(256, EVAL_SEED)
     average = copy.deepcopy(objective.model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_lr, weight_decay=0.02, betas=(0.9, 0.98))
     rng = random.Random(0)
@@ -291,7 +291,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    pictures = picture_set(args.num_images, TRAIN_SEED, workers=2)
+    pictures = demo_images(args.num_images, TRAIN_SEED, workers=2)
     out = args.out or WEIGHTS_DIR / args.model
     vocab_size = len(build_tokenizer())
     common = {"out": out, "minutes": args.minutes, "until_accuracy": args.until_accuracy}

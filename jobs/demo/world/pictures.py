@@ -66,7 +66,7 @@ def stored(body: bytes) -> Image.Image:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSet:
+class DemoImages:
     """Scenes and the 64-pixel inputs that a model sees of them."""
 
     scenes: list[Scene]
@@ -80,7 +80,7 @@ def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
     return scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
 
 
-def picture_set(num_images: int, seed: int, workers: int = 1) -> PictureSet:
+def demo_images(num_images: int, seed: int, workers: int = 1) -> DemoImages:
     """Make pictures that no site serves; sets of different seeds share none."""
     make = partial(_picture, seed=seed)
     if workers == 1:
@@ -88,4 +88,4 @@ def picture_set(num_images: int, seed: int, workers: int = 1) -> PictureSet:
     else:
         with ProcessPoolExecutor(workers) as pool:
             made = list(pool.map(make, range(num_images), chunksize=64))
-    return PictureSet([scene for scene, _ in made], np.stack([pixels_HWC for _, pixels_HWC in made]))
+    return DemoImages([scene for scene, _ in made], np.stack([pixels_HWC for _, pixels_HWC in made]))
