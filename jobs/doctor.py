@@ -13,11 +13,15 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+
+if TYPE_CHECKING:
+    from pipeline.models.weights import Weights
 
 _MIN_FREE_BYTES = 20_000_000_000
 _LIBRARIES = (
@@ -172,7 +176,7 @@ def check_compiler(asked: bool) -> Check:
     """
     # Triton's own order.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    state = "fail" if asked else "warn"
+    state: Literal["fail", "warn"] = "fail" if asked else "warn"
     mend = "workers on a GPU use torch.compile; on every node: apt-get install gcc libc6-dev, or set CC"
     if compiler is None:
         return Check(name="compiler", state=state, found="neither gcc nor clang", mend=mend)
@@ -245,20 +249,18 @@ def _weights(config: CapfiltConfig) -> Iterator[Check]:
     from pipeline.models.weights import captioner_weights, ranker_weights
 
     rank = config.rank
-    asked: list[tuple[str, Callable[[], object]]] = [
+    asked: list[tuple[str, Callable[[], Weights]]] = [
         ("captioner", lambda: captioner_weights(config.caption)),
         ("ranker", lambda: ranker_weights(rank.model, rank.pretrained)),
     ]
-    if rank.rerank:
-        asked.append(
-            ("reranker", lambda: ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
-        )
+    if rerank := rank.rerank:
+        asked.append(("reranker", lambda: ranker_weights(rerank.model, rerank.pretrained, "rank.rerank")))
     for name, load in asked:
-        yield _guarded(name, lambda name=name, load=load: _found_weights(name, load()), "")
+        yield _guarded(name, partial(_found_weights, name, load), "")
 
 
-def _found_weights(name: str, weights: object) -> Check:
-    record = weights.to_record()
+def _found_weights(name: str, load: Callable[[], "Weights"]) -> Check:
+    record = load().to_record()
     return Check(
         name=name, state="ok", found=f"{record.name}, {record.parameters:,} parameters, {record.digest[:12]}"
     )

@@ -85,7 +85,7 @@ class Interrupts:
         def refuse(number: int, handler: Any) -> Any:
             return signal.getsignal(number) if number == signal.SIGTERM else set_handler(number, handler)
 
-        signal.signal = refuse
+        signal.signal = refuse  # type: ignore[assignment]
         self._is_delayed = True
         try:
             yield

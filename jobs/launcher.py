@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -147,7 +147,9 @@ def _outcomes(processes: list[BaseProcess], answers: list[Connection]) -> list[O
     found: dict[int, Outcome] = {}
     deadline = float("inf")
     while len(found) < len(processes):
-        waiting = {process.sentinel: rank for rank, process in enumerate(processes) if rank not in found}
+        waiting: dict[Any, int] = {
+            process.sentinel: rank for rank, process in enumerate(processes) if rank not in found
+        }
         left_s = max(0.0, deadline - time.monotonic())
         for sentinel in wait(list(waiting), None if left_s == float("inf") else left_s):
             rank = waiting[sentinel]

@@ -343,7 +343,7 @@ def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     committed = state.committed_by(started.run_id)
     record = replace(
         started,
-        outcome="partial" if failed else outcome,
+        outcome="partial" if outcome == "gave up" or failed else outcome,
         finished_at=utc_now(),
         shards_done=len(committed),
         shards_skipped=sum(count.done for count in work.before.counts),

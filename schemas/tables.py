@@ -14,7 +14,8 @@ def _column(name: str, dtype: pa.DataType, doc: str) -> pa.Field:
 
 def column_doc(field: pa.Field) -> str:
     """Return the description that a table's field carries."""
-    return field.metadata[DOC].decode()
+    description: bytes = field.metadata[DOC]
+    return description.decode()
 
 
 _IDENTITY = [

@@ -115,7 +115,9 @@ def _uniforms(model: BlipForConditionalGeneration, images: int) -> Tensor:
     return torch.from_numpy(uniforms(seeds_BN, config.max_length - 1)).to(model.device)
 
 
-def _sampler(model: BlipForConditionalGeneration, images: int, grid: bool) -> RowSampler | GridSampler:
+def _sampler(
+    model: BlipForConditionalGeneration, images: int, grid: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the engine: on a grid as the Captioner builds it on a GPU, else by rows as on a CPU."""
     decoder = Decoder(model.text_decoder, compiled=grid and model.device.type == "cuda").eval()
     prompt_ids = [model.config.text_config.bos_token_id]

@@ -77,13 +77,13 @@ def measure_fp8(images: int = 500) -> dict[str, Any]:
     with one_thread(device):
         for precision in _PRECISIONS:
             outcomes[precision] = _outcome(held_out, precision, outcomes.get("fp32"))
-    exact = [[candidate.score for candidate in row] for row in outcomes["fp32"].own]
+    spreads = [pstdev(map(_score, row)) for row in outcomes["fp32"].own]
     return {
         "device": device_name(device),
         "is_emulated": not on_gpu,
         "images": images,
         "captions": sum(map(len, outcomes["fp32"].captions)),
-        "score_spread": fmean(pstdev(row) for row in exact),
+        "score_spread": fmean(spreads),
         "sampled_true": {name: held_out.true_share(outcome.captions) for name, outcome in outcomes.items()},
         "kept_true": {
             name: held_out.true_share(map(top_two, outcome.own)) for name, outcome in outcomes.items()
@@ -188,7 +188,12 @@ def _changes(new: _Outcome, old: _Outcome) -> dict[str, float]:
 
 
 def _scores(outcome: _Outcome) -> list[float]:
-    return [candidate.score for row in outcome.scored for candidate in row]
+    return [_score(candidate) for row in outcome.scored for candidate in row]
+
+
+def _score(candidate: Candidate) -> float:
+    assert candidate.score is not None, "every candidate of the demo's images has a score"
+    return candidate.score
 
 
 def _top_two(candidates: Sequence[Candidate]) -> set[str]:

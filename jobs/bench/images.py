@@ -109,7 +109,9 @@ def _differences(pictures: Sequence[bytes], recipes: Sequence[Preprocess]) -> di
             (fast.int() - exact.int()).abs().flatten()
             for data in pictures
             for fast, exact in zip(
-                decode_pixels(data, recipes, "fast"), decode_pixels(data, recipes, "exact"), strict=True
+                decode_pixels(data, recipes, "fast") or (),
+                decode_pixels(data, recipes, "exact") or (),
+                strict=True,
             )
         ]
     )

@@ -6,7 +6,7 @@ pixels stay uint8 until they are on the device; the plain loop normalises on the
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
@@ -76,7 +76,9 @@ def _curated(folder: Path, images: int, pictures: list[bytes]) -> str:
     return corpus.config.corpus.path
 
 
-def _measure(make_batches: Callable[[str], Iterator[int]], corpus: str, batches: int) -> dict[str, Any]:
+def _measure(
+    make_batches: Callable[[str], Generator[int, None, None]], corpus: str, batches: int
+) -> dict[str, Any]:
     """Time some batches of an endless loader that is in full swing; runs in a process of its own."""
     import torch
 
@@ -89,7 +91,7 @@ def _measure(make_batches: Callable[[str], Iterator[int]], corpus: str, batches:
     return {"images": images, "seconds": watch.seconds, "cpu_s": watch.cpu_s, "peak_bytes": peak_bytes()}
 
 
-def _our_batches(corpus: str) -> Iterator[int]:
+def _our_batches(corpus: str) -> Generator[int, None, None]:
     from schemas.pretrain import PretrainConfig
     from training.data.loader import TrainingData
     from training.data.snapshot import take_snapshot
@@ -106,7 +108,7 @@ def _our_batches(corpus: str) -> Iterator[int]:
         yield len(batch.pixels_BCHW)
 
 
-def _plain_batches(corpus: str) -> Iterator[int]:
+def _plain_batches(corpus: str) -> Generator[int, None, None]:
     """Load as LAVIS's LaionDataset does with blip2_image_train and blip_caption."""
     import webdataset
     from torch.utils.data import DataLoader

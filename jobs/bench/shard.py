@@ -172,7 +172,8 @@ class _Bench:
     def _shards(self) -> list[_Shard]:
         """Make the raw shards, and decode the few pictures that they consist of."""
         recipes = [self.caption.captioner.preprocess, self.rank.rankers[0].preprocess]
-        pixels = [decode_pixels(data, recipes, "exact") for data in self.corpus.pictures]
+        decoded = [decode_pixels(data, recipes, "exact") for data in self.corpus.pictures]
+        pixels = [image for image in decoded if image is not None]
         shards = []
         for name in self.corpus.shards:
             crawl = self.corpus.crawl(name)

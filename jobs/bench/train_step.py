@@ -61,8 +61,9 @@ def measure_train_step(
     """
     device = bench_device()
     sections = {} if language is None else {"language": _language_section(language, device)}
-    facts = {"stage": 1} if language is None else {"stage": 2}
-    facts |= {"arch": arch} if language is None else {"arch": arch, "language": language}
+    facts: dict[str, Any] = {"stage": 1, "arch": arch}
+    if language is not None:
+        facts = {"stage": 2, "arch": arch, "language": language}
     config = _config({"name": "bench", "stage": facts["stage"]}, VISION[arch], batch_size=1, **sections)
     stage = empty_stage(config, World(device), device)
     stage.train()

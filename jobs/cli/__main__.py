@@ -1,8 +1,6 @@
 """`python -m jobs.cli`: the command line where no `capfilt` script is on the path, as in a submitted job."""
 
-import sys
-
 from jobs.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

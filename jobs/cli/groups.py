@@ -28,7 +28,7 @@ class CommandGroup(TyperGroup):
         commands = [(name, command) for name, command in self.commands.items() if not command.hidden]
         width = max(len(name) for name, _ in commands)
         commands.sort(key=lambda item: _place(item[1]))
-        for heading, members in groupby(commands, key=lambda item: item[1].rich_help_panel or "Commands"):
+        for heading, members in groupby(commands, key=lambda item: _panel(item[1])):
             with formatter.section(heading):
                 formatter.write_dl(
                     [(f"{name:<{width}}", _first_sentence(command)) for name, command in members]
@@ -45,12 +45,16 @@ class CommandGroup(TyperGroup):
             # Python flushes once more at exit, and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             command = self.commands.get(ctx.invoked_subcommand)
-            only_looks = command is not None and command.rich_help_panel == LOOK
+            only_looks = command is not None and _panel(command) == LOOK
             raise Exit(0 if only_looks else _PIPE_CLOSED) from None
 
 
+def _panel(command: Any) -> str:
+    return command.rich_help_panel or "Commands"
+
+
 def _place(command: Any) -> int:
-    heading = command.rich_help_panel
+    heading = _panel(command)
     return _HEADINGS.index(heading) if heading in _HEADINGS else len(_HEADINGS)
 
 

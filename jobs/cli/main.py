@@ -141,8 +141,8 @@ def _stage_command(name: str, stage: "Stage | None", text: str) -> None:
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stage": stage, "recompute": recompute, "limit": limit, "local": local}
-        _run(config, set_, source, dry_run, json_, **chosen)
+        chosen: dict[str, Any] = {"stage": stage, "recompute": recompute, "limit": limit, "local": local}
+        _run(config, set_, source, dry_run, json_, command=name, **chosen)
 
     def crawling_command(
         config: Config,
@@ -155,8 +155,8 @@ def _stage_command(name: str, stage: "Stage | None", text: str) -> None:
         dry_run: DryRun = False,
         json_: Json = False,
     ) -> None:
-        chosen = {"command": name, "stage": stage, "recompute": recompute, "limit": limit, "local": local}
-        _run(config, set_, source, dry_run, json_, retry=_retry_words(retry), **chosen)
+        chosen: dict[str, Any] = {"stage": stage, "recompute": recompute, "limit": limit, "local": local}
+        _run(config, set_, source, dry_run, json_, command=name, retry=_retry_words(retry), **chosen)
 
     shown = crawling_command if stage in (None, "crawl") else command
     app.command(name, help=text, rich_help_panel=BUILD)(shown)

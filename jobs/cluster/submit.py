@@ -52,9 +52,11 @@ def submit_job(
         )
     if {"-c", "--config"} & set(arguments):
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
-    kind = PretrainConfig if arguments[0] == "pretrain" else CapfiltConfig
-    config = load_config(config_path, overrides, kind)
-    if isinstance(config, CapfiltConfig):
+    config: CapfiltConfig | PretrainConfig
+    if arguments[0] == "pretrain":
+        config = load_config(config_path, overrides, PretrainConfig)
+    else:
+        config = load_config(config_path, overrides, CapfiltConfig)
         Storage(config.corpus.path).require_place("corpus.path")
     client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
     job_id, attached = _start(client, config, list(arguments))

@@ -192,15 +192,14 @@ def _print_training(trained: "TrainingResult", console: Console) -> None:
         "steps on the same images",
         f"  {'trained on':18}{'text':>8}{'image':>8}{'text, ITM':>12}{'image, ITM':>12}{'ITM accuracy':>14}",
     ]
-    for captions, of in trained.stage1.items():
-        by_itc = f"{of.text_r1:8.1%}{of.image_r1:8.1%}"
-        by_itm = f"{of.text_r1_reranked:12.1%}{of.image_r1_reranked:12.1%}{of.itm_accuracy:14.1%}"
+    for captions, scores in trained.stage1.items():
+        by_itc = f"{scores.text_r1:8.1%}{scores.image_r1:8.1%}"
+        by_itm = f"{scores.text_r1_reranked:12.1%}{scores.image_r1_reranked:12.1%}{scores.itm_accuracy:14.1%}"
         lines.append(f"  {captions + ' captions':18}{by_itc}{by_itm}")
     lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
-    for family, of in trained.stage2.items():
-        lines.append(
-            f"  {family.upper():4}text alone {of.text_only_loss:.3f}  ->  with the picture {of.caption_loss:.3f}"
-        )
+    for family, losses in trained.stage2.items():
+        alone, with_picture = losses.text_only_loss, losses.caption_loss
+        lines.append(f"  {family.upper():4}text alone {alone:.3f}  ->  with the picture {with_picture:.3f}")
     lines.append(f"\ntrained and examined in {trained.training_seconds:.0f} s of CPU\n")
     console.print("\n".join(lines), highlight=False)
 

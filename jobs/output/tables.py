@@ -105,11 +105,10 @@ def fact_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
     indent = max((cell_len(name) for name in texts), default=0) + len(_GAP)
     lines = []
     for name, text in texts.items():
-        room = None if width is None else width - indent
-        if room is None or cell_len(text) <= room:
+        if width is None or cell_len(text) <= width - indent:
             lines.append(f"{_padded(name, indent)}{text}".rstrip())
-        elif max(map(cell_len, _words(text))) <= room:
-            first, *rest = _wrapped(text, room)
+        elif max(map(cell_len, _words(text))) <= width - indent:
+            first, *rest = _wrapped(text, width - indent)
             lines += [f"{_padded(name, indent)}{first}", *(" " * indent + line for line in rest)]
         else:
             below = _wrapped(text, width - len(_GAP))
