@@ -98,13 +98,13 @@ class RunMonitor:
     def _show(self, progress: RunProgress) -> None:
         """Display the progress, after the states that the stages have come to since the last time."""
         before, self.progress = self.progress.states, progress
-        news = [
-            f"{stage} {state}"
-            for stage in self.stages
-            if (state := progress.states.get(stage)) and state != before.get(stage)
-        ]
-        if news:
-            self.display.say(", ".join(news))
+        changed: dict[str, list[Stage]] = {}
+        for stage in self.stages:
+            state = progress.states.get(stage, "")
+            if state != before.get(stage, ""):
+                changed.setdefault(state, []).append(stage)
+        if changed:
+            self.display.say("; ".join(f"{', '.join(stages)}: {state}" for state, stages in changed.items()))
         self.display.update(progress.stages)
 
     def _compact(self) -> None:

@@ -12,6 +12,7 @@ import typer
 from jobs.bench.commands import bench
 from jobs.cli.evaluate import evaluate, export
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
+from jobs.cli.options import import_arrow_alone
 from jobs.cli.reports import reads
 from jobs.cli.trace import traces
 from jobs.cli.train import training
@@ -106,6 +107,7 @@ def _run(
 ) -> None:
     # Before the imports of a run, which take seconds: an error in the config is reported at once.
     loaded = _load(config, overrides, sources)
+    import_arrow_alone()
     from rich.console import Console
 
     from jobs.cli.plan import plan_corpus, print_plan
@@ -186,6 +188,7 @@ _stage_command("select", "select", "Keep the best captions and write the curated
 def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
+    import_arrow_alone()
     from jobs.cli.plan import plan_corpus, print_plan
 
     planned = plan_corpus(loaded, only_named=bool(source))
