@@ -42,7 +42,7 @@ class Outcome:
     summary: Summary | None = None
 
 
-_GRAVITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
+_SEVERITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
 
 
 def say(text: str) -> None:
@@ -118,9 +118,9 @@ def train_as(
         return Outcome(kind="lost" if lost else "fault", text=str(error) if lost else traceback.format_exc())
 
 
-def gravest(outcomes: Sequence[Outcome]) -> Outcome:
+def worst_outcome(outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcome that speaks for all ranks: one that lost another knows less than the one that failed."""
-    return min(outcomes, key=lambda outcome: _GRAVITY.index(outcome.kind))
+    return min(outcomes, key=lambda outcome: _SEVERITY.index(outcome.kind))
 
 
 def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> Outcome:
@@ -138,7 +138,7 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Inte
         processes.append(process)
         answers.append(answer)
     with interrupts.passed_on(lambda: _ask_to_stop(processes)):
-        outcome = gravest(_outcomes(processes, answers))
+        outcome = worst_outcome(_outcomes(processes, answers))
     return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
 
 

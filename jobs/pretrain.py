@@ -10,7 +10,7 @@ from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
-from training.trainer.lineage import Ledger
+from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Summary
 
 
@@ -83,5 +83,5 @@ def _note_end(config: PretrainConfig, run: RunRecord, outcome: Outcome | None) -
     ended = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
     if outcome and outcome.summary:
         ended = outcome.summary.outcome
-    for records in Ledger(config.data).end(run.run_id, ended):
+    for records in LineageWriter(config.data).end(run.run_id, ended):
         Manifest(records.storage).compact()

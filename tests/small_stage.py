@@ -11,7 +11,7 @@ from training.checkpoint import Checkpoints
 from training.data.loader import Batch
 from training.distributed import World
 from training.trainer.loop import Loop
-from training.trainer.schedule import fill_preset
+from training.trainer.optim import fill_preset
 
 BATCH_SIZE = 4
 

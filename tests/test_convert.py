@@ -18,7 +18,7 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.convert.key_map import from_hf, hf_name, our_name, to_hf
 from training.convert.load import load_trained
-from training.convert.read import read_foreign, read_lavis, stage_state
+from training.convert.read import read_external, read_lavis, stage_state
 from training.distributed import World
 
 
@@ -123,14 +123,14 @@ def test_a_lavis_file_of_stage1_loads_whole(stage1: Stage1, tmp_path: Path) -> N
 
 def test_half_precision_files_are_trained_on_in_full(stage1: Stage1, tmp_path: Path) -> None:
     half = {name: tensor.half() for name, tensor in stage1.trainable_state().items()}
-    imported = read_foreign(str(lavis_file(tmp_path / "half.pth", half)))
+    imported = read_external(str(lavis_file(tmp_path / "half.pth", half)))
     state = stage_state(imported.trained, stage1.trainable_state(), stage=1, where="half.pth")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert torch.equal(state["query_tokens"], half["query_tokens"].float())
 
 
 def test_stage2_begins_from_a_stage1_file(stage1: Stage1, stage2: Stage2, tmp_path: Path) -> None:
-    imported = read_foreign(str(lavis_file(tmp_path / "stage1.pth", stage1.trainable_state())))
+    imported = read_external(str(lavis_file(tmp_path / "stage1.pth", stage1.trainable_state())))
     fresh = stage2.trainable_state()
     state = stage_state(imported.trained, fresh, stage=2, where="stage1.pth")
     assert set(state) == set(fresh)
@@ -140,7 +140,7 @@ def test_stage2_begins_from_a_stage1_file(stage1: Stage1, stage2: Stage2, tmp_pa
 
 
 def test_stage2_goes_on_from_a_stage2_file(stage2: Stage2, tmp_path: Path) -> None:
-    imported = read_foreign(str(lavis_file(tmp_path / "stage2.pth", stage2.trainable_state())))
+    imported = read_external(str(lavis_file(tmp_path / "stage2.pth", stage2.trainable_state())))
     fresh = {name: torch.zeros_like(tensor) for name, tensor in stage2.trainable_state().items()}
     state = stage_state(imported.trained, fresh, stage=2, where="stage2.pth")
     assert torch.equal(state["opt_proj.weight"], stage2.trainable_state()["opt_proj.weight"])
@@ -173,25 +173,25 @@ class Payload:
 def test_no_code_of_a_file_is_run(stage1: Stage1, tmp_path: Path) -> None:
     path = lavis_file(tmp_path / "evil.pth", stage1.trainable_state(), extra=Payload())
     with pytest.raises(CapfiltError, match="holds more than tensors and plain values"):
-        read_foreign(str(path))
+        read_external(str(path))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises(CapfiltError, match="is no (LAVIS checkpoint|file of torch.save)|holds more than"):
-        read_foreign(str(tmp_path / "plain.pth"))
+        read_external(str(tmp_path / "plain.pth"))
 
 
 def test_files_that_are_none_of_it(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match="no such file"):
-        read_foreign(str(tmp_path / "absent.pth"))
+        read_external(str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(CapfiltError, match="text.pth"):
-        read_foreign(str(tmp_path / "text.pth"))
+        read_external(str(tmp_path / "text.pth"))
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(CapfiltError, match='there are no tensors under "model"'):
-        read_foreign(str(tmp_path / "other.pth"))
+        read_external(str(tmp_path / "other.pth"))
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "blip1.pth")
     with pytest.raises(CapfiltError, match="is not a BLIP-2: it has no query_tokens"):
-        read_foreign(str(tmp_path / "blip1.pth"))
-    assert read_foreign(str(tmp_path)) is None
+        read_external(str(tmp_path / "blip1.pth"))
+    assert read_external(str(tmp_path)) is None
 
 
 # -- Hugging Face's names ---------------------------------------------------------------------------------------
@@ -208,9 +208,9 @@ def test_every_full_size_name_goes_there_and_back(stage: int, family: str | None
         *built.trainable_state(),
         *(f"visual_encoder.{name}" for name in built.visual_encoder.tower.state_dict()),
     ]
-    homeless = {name for name in names if hf_name(name) is None and not name.endswith(("q_bias", "v_bias"))}
+    unmapped = {name for name in names if hf_name(name) is None and not name.endswith(("q_bias", "v_bias"))}
     expected = {name for name in names if name.startswith("Qformer.cls.")} | {"temp"}
-    assert homeless == (expected if stage == 1 else set())
+    assert unmapped == (expected if stage == 1 else set())
     for name in names:
         if there := hf_name(name):
             assert our_name(there, family) == name
@@ -219,9 +219,9 @@ def test_every_full_size_name_goes_there_and_back(stage: int, family: str | None
 def test_attention_biases_are_joined_and_parted() -> None:
     prefix = "visual_encoder.blocks.1.attn"
     ours = {f"{prefix}.q_bias": torch.tensor([1.0, 2.0]), f"{prefix}.v_bias": torch.tensor([3.0, 4.0])}
-    there, homeless = to_hf(ours)
+    there, unmapped = to_hf(ours)
     name = "vision_model.encoder.layers.1.self_attn.qkv.bias"
-    assert homeless == {}
+    assert unmapped == {}
     assert there[name].tolist() == [1, 2, 0, 0, 3, 4]
     back = from_hf(there, None, "x")
     assert {key: value.tolist() for key, value in back.items()} == {

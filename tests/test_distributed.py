@@ -23,7 +23,7 @@ def collectives(world: World) -> dict[str, object]:
     return {
         "gathered": world.all_gather(mine.requires_grad_()),
         "mask": world.all_gather(torch.tensor([[True, world.rank == 0]])),
-        "from_first": world.broadcast(mine.long()),
+        "broadcast_object": world.broadcast(mine.long()),
         "sum": world.sum(mine),
         "sums": tensors,
         "means": means,
@@ -34,7 +34,7 @@ def test_two_ranks() -> None:
     for found in on_ranks(2, collectives):
         assert found["gathered"].tolist() == [0, 1, 2, 10, 11, 12] and not found["gathered"].requires_grad
         assert found["mask"].tolist() == [[True, True], [True, False]]
-        assert found["from_first"].tolist() == [0, 1, 2]
+        assert found["broadcast_object"].tolist() == [0, 1, 2]
         assert found["sum"].tolist() == [10, 12, 14]
         assert [tensor.tolist() for tensor in found["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
         assert found["means"] == [torch.tensor(2.0)]
@@ -63,14 +63,14 @@ def agreements(world: World) -> dict[str, object]:
 
     refusals = []
     for ask in (
-        lambda: world.together(second_refuses),
-        lambda: world.from_first(lambda: first_alone("no corpus")),
+        lambda: world.all_or_raise(second_refuses),
+        lambda: world.broadcast_object(lambda: first_alone("no corpus")),
     ):
         with pytest.raises(CapfiltError) as refused:
             ask()
         refusals.append(str(refused.value))
-    own = world.together(lambda: 10 + world.rank)
-    return {"refusals": refusals, "own": own, "first's": world.from_first(first_alone)}
+    own = world.all_or_raise(lambda: 10 + world.rank)
+    return {"refusals": refusals, "own": own, "first's": world.broadcast_object(first_alone)}
 
 
 def test_a_refusal_of_one_rank_is_everybodys() -> None:
@@ -86,7 +86,7 @@ def test_alone_needs_no_process_group() -> None:
     world.all_reduce_mean_(tensors)
     world.barrier()
     world.leave()
-    assert (world.together(lambda: 3), world.from_first(lambda: 4)) == (3, 4)
+    assert (world.all_or_raise(lambda: 3), world.broadcast_object(lambda: 4)) == (3, 4)
     assert tensors[0].tolist() == [1, 1]
     assert world.all_gather(tensors[0]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]
     assert world.broadcast(tensors[0]).tolist() == [1, 1]

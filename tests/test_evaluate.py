@@ -21,14 +21,12 @@ from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, Progress, State
 from training.convert.export import export_model
 from training.convert.load import load_trained
-from training.data.captions import blip_caption
-from training.data.loader import HeldOut
-from training.evaluate import matching, retrieval
-from training.evaluate.caption_scores import caption_scores
-from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
-from training.evaluate.images import Pictures
-from training.evaluate.matching import Stage1Matcher
-from training.evaluate.retrieval import contrastive_lists, retrieve
+from training.data.held_out import HeldOut
+from training.data.transforms import blip_caption
+from training.evaluate.captioning import caption_scores
+from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
+from training.evaluate.images import ImageFolder
+from training.evaluate.retrieval import Stage1Matcher, contrastive_lists, retrieve
 from training.evaluate.validation import probe
 
 TEXTS = [
@@ -96,17 +94,16 @@ def with_rerank(similarity: Tensor, logit: Tensor, candidates: int) -> Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("rerank", [0, 2, 5, 128])
-def test_retrieval_is_the_published_one(
-    stage1: Stage1, rerank: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(matching, "_TEXTS_AT_ONCE", 5)
+def test_retrieval_is_the_published_one(stage1: Stage1, rerank: int, batch_size: int) -> None:
     similarity_NM, logit_NM = all_scores(stage1)
     if rerank:
         by_image = with_rerank(similarity_NM, logit_NM, rerank)
         by_text = with_rerank(similarity_NM.T, logit_NM.T, rerank)
     else:
         by_image, by_text = similarity_NM, similarity_NM.T
-    found = retrieve(Stage1Matcher(stage1), batches(batch_size), TEXTS, IMAGE_OF_TEXT, rerank)
+    found = retrieve(
+        Stage1Matcher(stage1, texts_at_once=5), batches(batch_size), TEXTS, IMAGE_OF_TEXT, rerank
+    )
     expected = recalls(by_image, IMAGE_OF_TEXT, "text") | recalls(by_text, IMAGE_OF_TEXT, "image")
     if 0 < rerank < 10:
         # Behind the candidates LAVIS's matrix holds ties at -100, whose order says nothing.
@@ -120,13 +117,12 @@ def test_reranking_matters_here(stage1: Stage1) -> None:
     assert by_itc != retrieve(matcher, batches(3), TEXTS, IMAGE_OF_TEXT, 128)
 
 
-def test_lists_do_not_depend_on_the_blocks(stage1: Stage1, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_do_not_depend_on_the_blocks(stage1: Stage1) -> None:
     matcher = Stage1Matcher(stage1)
-    texts = matcher.read(TEXTS)
-    whole = contrastive_lists(matcher, batches(IMAGES), texts, 4)
-    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(matching, "_TEXTS_AT_ONCE", 3)
-    for one, other in zip(whole, contrastive_lists(matcher, batches(3), texts, 4), strict=True):
+    whole = contrastive_lists(matcher, batches(IMAGES), matcher.tokenize(TEXTS), 4)
+    small = Stage1Matcher(stage1, texts_at_once=3)
+    parts = contrastive_lists(small, batches(3), small.tokenize(TEXTS), 4, block_elements=1)
+    for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one.positions, other.positions)
         assert torch.allclose(one.similarities, other.similarities, atol=1e-6)
 
@@ -149,14 +145,14 @@ def greedy_caption(stage: Stage1, pixels_CHW: Tensor, prompt: list[int], tokens:
 
 
 def test_stage1_captions_are_those_of_its_captioning_head(stage1: Stage1) -> None:
-    captions = Stage1Captioner(stage1).caption(pictures(4), "", GREEDY)
+    captions = Stage1Generator(stage1).caption(pictures(4), "", GREEDY)
     assert captions == [greedy_caption(stage1, one, [], 6) for one in pictures(4)]
     assert len(set(captions)) > 1
 
 
 def test_a_prompt_is_read_and_not_returned(stage1: Stage1) -> None:
     words = stage1.tokenizer.words("a photo of", add_special_tokens=False).input_ids
-    captions = Stage1Captioner(stage1).caption(pictures(3), "a photo of", GREEDY)
+    captions = Stage1Generator(stage1).caption(pictures(3), "a photo of", GREEDY)
     assert captions == [greedy_caption(stage1, one, words, 6) for one in pictures(3)]
 
 
@@ -164,14 +160,14 @@ def test_a_prompt_is_read_and_not_returned(stage1: Stage1) -> None:
     "decoding", [GREEDY, Decoding(beams=3, min_tokens=2, max_tokens=7, length_penalty=-1.0)]
 )
 def test_captions_do_not_depend_on_the_batch(stage1: Stage1, decoding: Decoding) -> None:
-    captioner = Stage1Captioner(stage1)
+    captioner = Stage1Generator(stage1)
     together = captioner.caption(pictures(5), "", decoding)
     assert together == [captioner.caption(one[None], "", decoding)[0] for one in pictures(5)]
 
 
 def test_answers_do_not_depend_on_the_other_prompts(stage2: Stage2) -> None:
     prompts = ["question : a red dog ? answer :", "dog", "a large white cat in street", ""]
-    writer = Stage2Writer(stage2)
+    writer = Stage2Generator(stage2)
     for decoding in (GREEDY, Decoding(beams=3, min_tokens=1, max_tokens=7, length_penalty=-1.0)):
         together = writer.answer(pictures(4), prompts, decoding)
         alone = [writer.answer(pictures(4)[n : n + 1], [prompts[n]], decoding)[0] for n in range(4)]
@@ -199,7 +195,7 @@ def test_stage2_writes_what_its_language_model_finds_likeliest(stage2: Stage2) -
                 break
         expected = language.tokenizer.decode(written, skip_special_tokens=True).strip()
         decoding = Decoding(beams=1, min_tokens=0, max_tokens=5)
-        assert Stage2Writer(stage2).caption(pixels_CHW[None], prompt, decoding) == [expected]
+        assert Stage2Generator(stage2).caption(pixels_CHW[None], prompt, decoding) == [expected]
 
 
 # -- probe -----------------------------------------------------------------------------------------------------
@@ -227,7 +223,7 @@ def test_probe_of_stage1(stage1: Stage1) -> None:
             for label, text in ((1, captions[n][0]), (0, captions[(n + 1) % IMAGES][0])):
                 right += int(stage1.match(image, stage1.tokenizer([text]))[0].mean(0).argmax()) == label
     assert found["itm_accuracy"] == pytest.approx(right / (2 * IMAGES))
-    written = Stage1Captioner(stage1).caption(
+    written = Stage1Generator(stage1).caption(
         pictures(IMAGES), "", Decoding(beams=1, min_tokens=0, max_tokens=20)
     )
     assert found["cider"] == pytest.approx(caption_scores(written, captions)["cider"])
@@ -268,7 +264,7 @@ def test_probe_of_stage2(stage2: Stage2) -> None:
 
 def test_pictures_are_squeezed_whole_by_pillow(tmp_path: Path) -> None:
     Image.fromarray(pictures(1, 64)[0].permute(1, 2, 0).numpy()).resize((90, 41)).save(tmp_path / "a.png")
-    pixels_CHW = Pictures(str(tmp_path), 32).pixels("a.png")
+    pixels_CHW = ImageFolder(str(tmp_path), 32).pixels("a.png")
     with Image.open(tmp_path / "a.png") as image:
         expected = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert pixels_CHW.permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
@@ -279,13 +275,13 @@ def test_pictures_come_in_order_and_a_missing_one_is_told(tmp_path: Path) -> Non
     for n, pixels_CHW in enumerate(pictures(5)):
         files.append(f"{n}.png")
         Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy()).save(tmp_path / files[-1])
-    found = torch.cat(list(Pictures(str(tmp_path), 32).batches(files, 2)))
+    found = torch.cat(list(ImageFolder(str(tmp_path), 32).batches(files, 2)))
     assert torch.equal(found, pictures(5))
     with pytest.raises(CapfiltError, match=r"absent.jpg: no such image; --images must be"):
-        list(Pictures(str(tmp_path), 32).batches([*files, "absent.jpg"], 2))
+        list(ImageFolder(str(tmp_path), 32).batches([*files, "absent.jpg"], 2))
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(CapfiltError, match=r"bad.jpg does not decode"):
-        Pictures(str(tmp_path), 32).pixels("bad.jpg")
+        ImageFolder(str(tmp_path), 32).pixels("bad.jpg")
 
 
 # -- models and commands -----------------------------------------------------------------------------------------

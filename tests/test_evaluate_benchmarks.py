@@ -15,12 +15,17 @@ from training.evaluate.annotations import (
     read_questions,
     require_enough_answers,
 )
-from training.evaluate.answers import clean_answer, gqa_accuracy, vqa_accuracy
-from training.evaluate.caption_scores import caption_scores
-from training.evaluate.captioning import score_captions
-from training.evaluate.images import Pictures
+from training.evaluate.captioning import caption_scores, score_captions
+from training.evaluate.images import ImageFolder
 from training.evaluate.ptb_tokenizer import caption_words
-from training.evaluate.vqa import clean_question, lemmatizer, score_answers
+from training.evaluate.vqa import (
+    clean_answer,
+    clean_question,
+    gqa_accuracy,
+    lemmatizer,
+    score_answers,
+    vqa_accuracy,
+)
 
 # Captions and what Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) makes of them; punctuation not yet
 # taken out.
@@ -489,7 +494,7 @@ def test_answers_beside_a_file_that_holds_its_own_are_refused(tmp_path: Path) ->
 
 def test_missing_images_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    pictures = Pictures(str(tmp_path), 32)
+    pictures = ImageFolder(str(tmp_path), 32)
     pictures.require_all(["a.jpg"])
     with pytest.raises(CapfiltError, match=r"b\.jpg: no such image, and 1 others are missing; --images must"):
         pictures.require_all(["a.jpg", "b.jpg", "c.jpg", "b.jpg"])
@@ -502,5 +507,5 @@ def test_annotations_name_images_of_their_folder_alone(tmp_path: Path, file: str
     picture(1).save(tmp_path / "own.png")
     (tmp_path / "images").mkdir()
     with pytest.raises(CapfiltError, match="leads outside its folder"):
-        Pictures(str(tmp_path / "images"), 8).pixels(file.format(folder=tmp_path))
-    assert Pictures(str(tmp_path), 8).pixels("./own.png").shape == (3, 8, 8)
+        ImageFolder(str(tmp_path / "images"), 8).pixels(file.format(folder=tmp_path))
+    assert ImageFolder(str(tmp_path), 8).pixels("./own.png").shape == (3, 8, 8)

@@ -25,9 +25,9 @@ from training.convert import load
 from training.convert.export import blip2_config, export_model
 from training.convert.key_map import to_hf
 from training.convert.load import load_trained
-from training.convert.read import read_foreign, stage_state
-from training.evaluate.generation import Decoding, Stage2Writer
-from training.evaluate.matching import Stage1Matcher
+from training.convert.read import read_external, stage_state
+from training.evaluate.generation import Decoding, Stage2Generator
+from training.evaluate.retrieval import Stage1Matcher
 
 TEXTS = ["a red dog", "two cat on street", "the large white triangle near tree"]
 # ln_vision's epsilon is 1e-5 here, as in LAVIS; Hugging Face has one epsilon, 1e-6, for the encoder and it.
@@ -76,10 +76,10 @@ def test_retrieval_scores_are_hugging_faces(stage1: Stage1, exported1: Path) -> 
 
     matcher = Stage1Matcher(stage1)
     similarity_NQM = torch.einsum(
-        "nqc,mc->nqm", matcher.embed_images(pictures(3)), matcher.embed_texts(matcher.read(TEXTS))
+        "nqc,mc->nqm", matcher.embed_images(pictures(3)), matcher.embed_texts(matcher.tokenize(TEXTS))
     )
     torch.testing.assert_close(itc_NM, similarity_NQM.amax(dim=1), atol=TOLERANCE, rtol=0)
-    ours_N2 = torch.cat(matcher.match(pictures(3), matcher.read(TEXTS), torch.arange(3)[:, None]))
+    ours_N2 = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), torch.arange(3)[:, None]))
     torch.testing.assert_close(itm_N2, ours_N2, atol=TOLERANCE, rtol=0)
     assert itm_N2.std() > 20 * TOLERANCE
 
@@ -116,7 +116,7 @@ def test_generate_is_hugging_faces(stage2: Stage2, exported2: Path, decoding: De
         if stage2.language.name == "opt":
             ids_BL = ids_BL[:, inputs.input_ids.shape[1] :]
         theirs.append(processor.batch_decode(ids_BL, skip_special_tokens=True)[0].strip())
-    assert Stage2Writer(stage2).answer(pictures(3), TEXTS, decoding) == theirs
+    assert Stage2Generator(stage2).answer(pictures(3), TEXTS, decoding) == theirs
     assert any(theirs)
 
 
@@ -136,7 +136,7 @@ def require_same(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 
 
 def test_stage1_there_and_back_is_bit_equal(stage1: Stage1, exported1: Path) -> None:
-    imported = read_foreign(str(exported1))
+    imported = read_external(str(exported1))
     require_same(
         stage1.trainable_state(), stage_state(imported.trained, stage1.trainable_state(), stage=1, where="x")
     )
@@ -144,7 +144,7 @@ def test_stage1_there_and_back_is_bit_equal(stage1: Stage1, exported1: Path) -> 
 
 
 def test_stage2_there_and_back_is_bit_equal(stage2: Stage2, exported2: Path) -> None:
-    imported = read_foreign(str(exported2))
+    imported = read_external(str(exported2))
     require_same(
         stage2.trainable_state(), stage_state(imported.trained, stage2.trainable_state(), stage=2, where="x")
     )
@@ -158,7 +158,7 @@ def test_what_hugging_face_saves_again_loads_here(
     Blip2ForImageTextRetrieval.from_pretrained(exported1).save_pretrained(again)
     # Without our side file there are no temperature and no captioning head: training cannot go on from that.
     with pytest.raises(CapfiltError, match=r"missing, (temp|Qformer.cls.*) first"):
-        stage_state(read_foreign(str(again)).trained, stage1.trainable_state(), stage=1, where="again")
+        stage_state(read_external(str(again)).trained, stage1.trainable_state(), stage=1, where="again")
     loaded = load_trained(str(again), stage1.config)
     assert "its captions mean nothing" in caplog.text
     assert torch.equal(
@@ -231,8 +231,8 @@ def test_full_size_tensors_are_exactly_hugging_faces(stage: int, family: str, la
     config = blip2_config(built.config, built.visual_encoder, **more)
     with torch.device("meta"):
         theirs = kind(config).state_dict()
-    homed, _ = to_hf(tensors)
-    assert {name: tensor.shape for name, tensor in homed.items()} == {
+    mapped, _ = to_hf(tensors)
+    assert {name: tensor.shape for name, tensor in mapped.items()} == {
         name: tensor.shape for name, tensor in theirs.items()
     }
 

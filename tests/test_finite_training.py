@@ -19,9 +19,8 @@ from training.blip2.build import build_stage
 from training.convert.export import export_model
 from training.convert.load import load_trained
 from training.distributed import World
-from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
-from training.evaluate.matching import Stage1Matcher
-from training.evaluate.retrieval import retrieve
+from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
+from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import probe
 from training.trainer.loop import TrainingStopped
 
@@ -184,7 +183,7 @@ def test_captions_of_logits_that_are_not_finite_are_refused(
     folder: Path, parameter: str, options: dict, decoding: Decoding
 ) -> None:
     stage = broken(folder, parameter, **options)
-    writer = Stage2Writer(stage) if options else Stage1Captioner(stage)
+    writer = Stage2Generator(stage) if options else Stage1Generator(stage)
     with pytest.raises(NotFiniteError, match="^the model's logits of words are not finite"):
         writer.caption(pictures(2), "a photo of", decoding)
 

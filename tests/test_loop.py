@@ -17,7 +17,7 @@ from schemas.pretrain import MetricsConfig
 from tests.processes import ROOT
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
 from training.trainer.loop import Loop, TrainingStopped
-from training.trainer.metrics import FILE, JsonLines, Speedometer, require_libraries
+from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
 
 
 def weights(loop: Loop) -> dict[str, torch.Tensor]:
@@ -236,7 +236,7 @@ def test_a_missing_library_is_named(
 def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 102.0])
     monkeypatch.setattr("training.trainer.metrics.time.perf_counter", lambda: next(clock))
-    speed = Speedometer(torch.device("cpu"), 1e9, 1)
+    speed = Throughput(torch.device("cpu"), 1e9, 1)
     speed.add(30, 0.5)
     speed.add(30, 0.5)
     report = speed.report()

@@ -11,8 +11,8 @@ from training.losses import (
     contrastive_loss,
     draw_negatives,
     matching_loss,
-    next_words,
-    similarities,
+    next_tokens,
+    similarity,
 )
 
 
@@ -63,8 +63,8 @@ def test_negatives_follow_the_similarities_and_are_never_of_their_own() -> None:
     for one in uniforms:
         for direction, drawn in enumerate(draw_negatives(image, text, temperature, same, one)):
             counts[direction, torch.arange(5), drawn] += 1
-    similarity = similarities(image, text) / temperature
-    for direction, logits in enumerate((similarity, similarity.T)):
+    to_text = similarity(image, text) / temperature
+    for direction, logits in enumerate((to_text, to_text.T)):
         wanted = logits.masked_fill(same, -torch.inf).softmax(1)
         assert (counts[direction] / draws - wanted).abs().max() < 0.035
         assert counts[direction][same].sum() == 0
@@ -91,25 +91,24 @@ def test_matching_takes_the_mean_of_the_queries_logits_and_leaves_out_what_fills
     assert right.item() == 1
 
 
-def test_next_words_end_with_the_end() -> None:
+def test_next_tokens_end_with_the_end() -> None:
     ids = torch.tensor([[2, 7, 8, 3, 0], [2, 9, 3, 0, 0], [2, 5, 6, 7, 3]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     i = IGNORED
-    assert next_words(ids, mask).tolist() == [[7, 8, 3, i, i], [9, 3, i, i, i], [5, 6, 7, 3, i]]
+    assert next_tokens(ids, mask).tolist() == [[7, 8, 3, i, i], [9, 3, i, i, i], [5, 6, 7, 3, i]]
 
 
-def test_captioning_in_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captioning_in_parts_is_the_whole() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11).double()
     words = torch.randint(11, (23,))
     results = []
     for rows in (4, 1000):
-        monkeypatch.setattr("training.losses._ROWS_OF_LOGITS", rows)
         hidden = torch.randn(
             23, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
         ).requires_grad_()
         head.zero_grad()
-        loss = captioning_loss(head, hidden, words, 0.1)
+        loss = captioning_loss(head, hidden, words, 0.1, rows_at_once=rows)
         loss.backward()
         results.append((loss.detach(), hidden.grad, head.weight.grad.clone()))
     for one, other in zip(*results, strict=True):

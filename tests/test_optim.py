@@ -9,15 +9,16 @@ from torch import nn
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.trainer.optim import (
+    Schedule,
     clip_gradients,
     decays,
+    fill_preset,
     gradients_of,
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
     set_lr,
 )
-from training.trainer.schedule import Schedule, fill_preset
 
 
 def config(stage: int = 1, **optim: object) -> PretrainConfig:

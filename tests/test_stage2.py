@@ -99,14 +99,14 @@ def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:
     target = language.target(CAPTIONS[:2], ["0", "1"], 0)
     newline = language.tokenizer("\n").input_ids[-1]
     # "</s> a red circle \n": the leading </s> too; padded to a multiple of 8.
-    first = target.words_BT[0]
+    first = target.labels_BT[0]
     assert (
         first[0] == 2
         and first[4] == newline
         and (first[5:] == -100).all()
-        and target.words_BT.shape == (2, 8)
+        and target.labels_BT.shape == (2, 8)
     )
-    assert target.num_words == 5 + 6
+    assert target.num_tokens == 5 + 6
 
 
 def test_t5_loss_is_transformers_own(folder: Path) -> None:
@@ -121,8 +121,8 @@ def test_t5_loss_is_transformers_own(folder: Path) -> None:
     total, words = 0.0, 0
     with torch.no_grad():
         for index, prompt in enumerate(stage.soft_prompt(batch().pixels_BCHW)):
-            ids = target.read_BL[index][target.mask_BL[index]][None]
-            labels = target.words_BT[index][target.words_BT[index] != -100][None]
+            ids = target.inputs_BL[index][target.mask_BL[index]][None]
+            labels = target.labels_BT[index][target.labels_BT[index] != -100][None]
             read = torch.cat((prompt[None], model.get_input_embeddings()(ids)), dim=1)
             total += model(inputs_embeds=read, labels=labels).loss.item() * labels.shape[1]
             words += labels.shape[1]
@@ -151,8 +151,8 @@ def test_t5_reads_a_beginning_and_writes_the_rest(folder: Path) -> None:
         assert lengths == set(range(1, len(caption.split()) // 2 + 1)) or lengths == {0}
     target = language.target(["a red circle on grass"], ["0"], 3)
     first, rest = split_caption("a red circle on grass", "0", 3)
-    assert target.read_BL[0][target.mask_BL[0]].tolist() == language.tokenizer(first).input_ids
-    assert target.words_BT[0][target.words_BT[0] != -100].tolist() == language.tokenizer(rest).input_ids
+    assert target.inputs_BL[0][target.mask_BL[0]].tolist() == language.tokenizer(first).input_ids
+    assert target.labels_BT[0][target.labels_BT[0] != -100].tolist() == language.tokenizer(rest).input_ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)

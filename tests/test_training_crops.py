@@ -15,8 +15,16 @@ from torchvision.transforms.v2 import functional as F
 
 from jobs.bench.fixtures.pictures import jpeg
 from pipeline.images.decode import ImageError, decode_rgb
-from training.data.captions import NoCaptionError, blip_caption, usable_captions
-from training.data.transforms import crop_box, decode, random_crop, resize, sample_random
+from training.data.transforms import (
+    NoCaptionError,
+    blip_caption,
+    crop_box,
+    decode,
+    random_crop,
+    resize,
+    sample_random,
+    usable_captions,
+)
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:

@@ -23,10 +23,11 @@ from pipeline.corpus.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.pretrain import PretrainConfig
-from training.data.loader import Batch, TrainingData, held_out_samples
+from training.data.held_out import held_out_samples
+from training.data.loader import Batch, TrainingData
 from training.data.shard_index import open_shard
 from training.data.snapshot import take_snapshot
-from training.trainer.lineage import Ledger
+from training.trainer.lineage import LineageWriter
 
 BATCH_SIZE = 8
 SIZE_PX = 16
@@ -302,7 +303,7 @@ def test_a_folder_that_takes_no_commits_trains(tmp_path: Path) -> None:
     served = config_of("memory://served/laion", held_out=2)
     require_equal(batches(served, 3), batches(config_of(tmp_path / "laion", held_out=2), 3))
     assert len(held_out_samples(served, take_snapshot(served.data))) == 2
-    assert Ledger(served.data).corpora == []
+    assert LineageWriter(served.data).corpora == []
 
 
 def test_img2datasets_folders_train_on_their_txt(tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_a_digest_says_nothing_of_place_or_time(corpus: str, tmp_path: Path) -> 
     [
         ({"sources": ["laion"]}, "data.corpus.sources: .* no source 'laion' .* cc, sbu"),
         ({"weights": {"laion": 1.0}}, "data.corpus.weights: .* no source 'laion'"),
-        ({"weights": {"cc": 0.0}}, "data.corpus.weights: cc = 0: a weight is over 0"),
+        ({"weights": {"cc": 0.0}}, "data.corpus.weights: cc = 0: a weight must be over 0"),
         ({"weights": {"cc": float("nan")}}, "data.corpus.weights: cc = nan"),
         ({"held_out": 28}, "data.held_out: 28 of 54 images are more than half"),
     ],

@@ -1,4 +1,4 @@
-"""The order of samples: permutations, shares, turns; at any position, without what came before."""
+"""The order of samples: permutations, shares, epochs; at any position, without what came before."""
 
 import hashlib
 from collections import Counter
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.rng import permutation
 from schemas.records import OutputFile
-from training.data.sampler import Draw, Order, apportion, whole_numbers
+from training.data.sampler import SampleIndex, Sampler, apportion, whole_numbers
 from training.data.shard_index import ShardRef
 from training.data.snapshot import Snapshot, Source
 
@@ -47,8 +47,8 @@ def snapshot_of(
     )
 
 
-def samples(draws: list[Draw]) -> list[tuple[int, int]]:
-    return [(draw.shard, draw.sample) for draw in draws]
+def samples(indices: list[SampleIndex]) -> list[tuple[int, int]]:
+    return [(index.shard, index.sample) for index in indices]
 
 
 # -- permutations ----------------------------------------------------------------------------------------------
@@ -114,17 +114,17 @@ def test_weights_keep_their_proportions_exactly(weights: list[float]) -> None:
 
 
 @given(SIZES, st.integers(0, 2**63), st.integers(1, 4), st.integers(0, 3))
-def test_by_default_every_image_comes_once_in_each_turn(
-    sizes: list[list[int]], seed: int, shuffle_shards: int, turn: int
+def test_by_default_every_image_comes_once_in_each_epoch(
+    sizes: list[list[int]], seed: int, shuffle_shards: int, epoch: int
 ) -> None:
     snapshot = snapshot_of(sizes)
     total = snapshot.num_images
-    draws = Order(snapshot, seed, shuffle_shards).draws(turn * total, (turn + 1) * total)
+    indices = Sampler(snapshot, seed, shuffle_shards).indices(epoch * total, (epoch + 1) * total)
     everything = [
         (number, sample) for number, shard in enumerate(snapshot.shards) for sample in range(shard.samples)
     ]
-    assert sorted(samples(draws)) == everything
-    assert {draw.turn for draw in draws} == {turn}
+    assert sorted(samples(indices)) == everything
+    assert {index.epoch for index in indices} == {epoch}
 
 
 @given(SIZES, st.integers(0, 10), st.integers(1, 4), st.lists(st.integers(0, 60), min_size=2, max_size=5))
@@ -134,9 +134,9 @@ def test_a_stretch_is_the_sum_of_its_parts_wherever_it_begins(
     snapshot = snapshot_of(sizes)
     cuts = sorted(cuts)
     # A fresh order for each part: nothing is remembered.
-    parts = [Order(snapshot, seed, shuffle_shards).draws(start, stop) for start, stop in pairwise(cuts)]
-    whole = Order(snapshot, seed, shuffle_shards).draws(cuts[0], cuts[-1])
-    assert sorted(draw for part in parts for draw in part) == sorted(whole)
+    parts = [Sampler(snapshot, seed, shuffle_shards).indices(start, stop) for start, stop in pairwise(cuts)]
+    whole = Sampler(snapshot, seed, shuffle_shards).indices(cuts[0], cuts[-1])
+    assert sorted(index for part in parts for index in part) == sorted(whole)
 
 
 @given(SIZES, st.integers(1, 4), st.integers(1, 9))
@@ -144,41 +144,41 @@ def test_groups_never_fall_and_hold_few_shards(
     sizes: list[list[int]], shuffle_shards: int, batch_size: int
 ) -> None:
     snapshot = snapshot_of(sizes)
-    order = Order(snapshot, 1, shuffle_shards)
+    order = Sampler(snapshot, 1, shuffle_shards)
     source_of = [number for number, source in enumerate(snapshot.sources) for _ in source.shards]
     last, shards = Counter(), {}
     for start in range(0, 3 * snapshot.num_images, batch_size):
         now = Counter()
-        for draw in order.draws(start, start + batch_size):
-            source = source_of[draw.shard]
-            assert draw.group >= last[source]
-            now[source] = max(now[source], draw.group)
-            shards.setdefault((source, draw.group), set()).add(draw.shard)
+        for index in order.indices(start, start + batch_size):
+            source = source_of[index.shard]
+            assert index.group >= last[source]
+            now[source] = max(now[source], index.group)
+            shards.setdefault((source, index.group), set()).add(index.shard)
         last |= now
     assert max(map(len, shards.values())) <= shuffle_shards
 
 
 def test_with_other_weights_a_source_goes_through_its_turns_at_its_own_speed() -> None:
     snapshot = snapshot_of([[6, 4], [5, 5, 10]], weights={0: 3.0, 1: 1.0})
-    draws = Order(snapshot, 3, 2).draws(0, 80)
-    seen = Counter(samples(draws))
+    indices = Sampler(snapshot, 3, 2).indices(0, 80)
+    seen = Counter(samples(indices))
     small = {sample: times for sample, times in seen.items() if sample[0] < 2}
     large = {sample: times for sample, times in seen.items() if sample[0] >= 2}
-    # 60 draws of 10 images, 20 of 20.
+    # 60 indices of 10 images, 20 of 20.
     assert len(small) == 10 and set(small.values()) == {6}
     assert len(large) == 20 and set(large.values()) == {1}
     # At any moment, no image of a source is ahead of another by more than one.
     for stop in range(0, 80, 7):
-        times = Counter(samples(Order(snapshot, 3, 2).draws(0, stop)))
+        times = Counter(samples(Sampler(snapshot, 3, 2).indices(0, stop)))
         counts = [times[0, sample] for sample in range(6)] + [times[1, sample] for sample in range(4)]
         assert max(counts) - min(counts) <= 1
 
 
 def test_every_batch_has_its_share_of_each_source_and_each_shard_of_the_group() -> None:
     snapshot = snapshot_of([[96] * 4, [96] * 12])
-    order = Order(snapshot, 5, 4)
+    order = Sampler(snapshot, 5, 4)
     for start in range(0, 2 * snapshot.num_images, 32):
-        by_shard = Counter(draw.shard for draw in order.draws(start, start + 32))
+        by_shard = Counter(index.shard for index in order.indices(start, start + 32))
         assert sum(times for shard, times in by_shard.items() if shard < 4) == 8
         assert set(by_shard.values()) <= {2, 6}
 
@@ -186,16 +186,16 @@ def test_every_batch_has_its_share_of_each_source_and_each_shard_of_the_group() 
 def test_a_rank_needs_few_shards() -> None:
     """Half of a batch, the same half each time, is of about half of the shards."""
     snapshot = snapshot_of([[100] * 8])
-    order = Order(snapshot, 5, 8)
-    halves = [order.draws(start, start + 32)[:16] for start in range(0, 800, 32)]
-    assert {draw.shard for half in halves for draw in half} < set(range(8))
-    assert len({draw.shard for half in halves for draw in half}) <= 5
+    order = Sampler(snapshot, 5, 8)
+    halves = [order.indices(start, start + 32)[:16] for start in range(0, 800, 32)]
+    assert {index.shard for half in halves for index in half} < set(range(8))
+    assert len({index.shard for half in halves for index in half}) <= 5
 
 
 def test_seeds_and_turns_differ() -> None:
     snapshot = snapshot_of([[30, 30, 30]])
-    first, other = (samples(Order(snapshot, seed, 1).draws(0, 30)) for seed in (1, 2))
-    again = samples(Order(snapshot, 1, 1).draws(90, 120))
+    first, other = (samples(Sampler(snapshot, seed, 1).indices(0, 30)) for seed in (1, 2))
+    again = samples(Sampler(snapshot, 1, 1).indices(90, 120))
     assert first != other and first != again
 
 
@@ -223,4 +223,4 @@ def test_sources_and_shards_with_nothing_left_give_nothing() -> None:
         ),
         "digest",
     )
-    assert Counter(samples(Order(empty, 1, 2).draws(0, 8))) == {(2, sample): 2 for sample in range(4)}
+    assert Counter(samples(Sampler(empty, 1, 2).indices(0, 8))) == {(2, sample): 2 for sample in range(4)}

@@ -89,7 +89,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def together(self, do: Callable[[], T]) -> T:
+    def all_or_raise(self, do: Callable[[], T]) -> T:
         """Return what ``do`` returns on this rank, once all ranks are through.
 
         Raises CapfiltError on every rank where it does on one: nobody goes on alone to a collective that the
@@ -109,12 +109,12 @@ class World:
             raise CapfiltError(refusals[0])
         return result
 
-    def from_first(self, find: Callable[[], T]) -> T:
+    def broadcast_object(self, find: Callable[[], T]) -> T:
         """Return what ``find`` returns on rank 0, which alone calls it: what must be the same on all ranks.
 
         Raises CapfiltError on every rank where it does on rank 0.
         """
-        found = self.together(find if self.rank == 0 else lambda: None)
+        found = self.all_or_raise(find if self.rank == 0 else lambda: None)
         return self._exchanged(found)[0]
 
     def _exchanged(self, mine: T) -> list[T]:

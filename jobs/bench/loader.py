@@ -114,7 +114,7 @@ def _plain_batches(corpus: str) -> Generator[int, None, None]:
     from torch.utils.data import DataLoader
     from torchvision import transforms
 
-    from training.data.captions import blip_caption
+    from training.data.transforms import blip_caption
 
     image_train = transforms.Compose(
         [

@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import TIMEOUT_S, Outcome, gravest, say, train_as
+from jobs.launcher import TIMEOUT_S, Outcome, say, train_as, worst_outcome
 from pipeline.corpus.scratch import temporary_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -91,7 +91,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         # A rank that lost another was started again: what counts is what stopped that, or the end of the last try.
         final = [outcome for outcome in found if _is_final(outcome)]
         ended = [outcome for outcome in found if outcome.kind == "ended"]
-        return gravest(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
+        return worst_outcome(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
 
 
 def _fit(trainer: TorchTrainer) -> None:

@@ -12,9 +12,8 @@ from jobs.demo.held_out import HeldOutScenes
 from jobs.demo.world.scenes import is_true
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.evaluate.generation import Decoding, Stage2Writer
-from training.evaluate.matching import Stage1Matcher
-from training.evaluate.retrieval import retrieve
+from training.evaluate.generation import Decoding, Stage2Generator
+from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import probe
 from training.losses import IGNORED
 from training.models.language import Target
@@ -82,13 +81,13 @@ def examine_language(stage: Stage2, held_out: HeldOutScenes) -> LanguageScores:
     before_BQW = soft_BQW[:, :0]
     if language.name == "opt":
         # OPT has to have read something before it can predict: the </s> that begins every text is given, not asked.
-        before_BQW = language.embed(target.read_BL[:, :1])
+        before_BQW = language.embed(target.inputs_BL[:, :1])
         target = _without_first(target)
 
     def loss(prompt_BQW: Tensor) -> float:
-        return language.loss(prompt_BQW, target).item() / target.num_words
+        return language.loss(prompt_BQW, target).item() / target.num_tokens
 
-    written = Stage2Writer(stage).caption(pixels_BCHW, _PROMPT, _DECODING)
+    written = Stage2Generator(stage).caption(pixels_BCHW, _PROMPT, _DECODING)
     verdicts = [
         is_true(f"{_PROMPT} {text}", scene) for text, scene in zip(written, held_out.scenes, strict=True)
     ]
@@ -100,9 +99,12 @@ def examine_language(stage: Stage2, held_out: HeldOutScenes) -> LanguageScores:
 
 
 def _without_first(target: Target) -> Target:
-    assert (target.words_BT[:, 0] != IGNORED).all()
+    assert (target.labels_BT[:, 0] != IGNORED).all()
     return replace(
-        target, read_BL=target.read_BL[:, 1:], mask_BL=target.mask_BL[:, 1:], words_BT=target.words_BT[:, 1:]
+        target,
+        inputs_BL=target.inputs_BL[:, 1:],
+        mask_BL=target.mask_BL[:, 1:],
+        labels_BT=target.labels_BT[:, 1:],
     )
 
 

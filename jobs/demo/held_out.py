@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.scenes import TEMPLATES, WORDS_BY_SLOT, Scene, write_caption
-from training.data.loader import HeldOut
+from training.data.held_out import HeldOut
 
 # The site's pictures have seeds of their own kind, and the models' training had 1 and 2.
 SEED = 3

@@ -13,7 +13,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.checkpoint import read_model
-from training.convert.read import read_foreign, stage_state
+from training.convert.read import read_external, stage_state
 from training.distributed import World
 from training.models.language import Decoder, EncoderDecoder, empty_language, load_language
 from training.models.layers import compute_dtype
@@ -107,12 +107,12 @@ def shard_language(language: Decoder | EncoderDecoder) -> None:
     for root in language.roots:
         whole = {parameter for parameter in root.parameters() if parameter not in in_blocks}
         fully_shard(root, ignored_params=whole)
-    language.is_spread = True
+    language.is_sharded = True
 
 
 def _begin_from(stage: Stage, config: PretrainConfig) -> None:
     path = config.run.init_from
-    foreign = read_foreign(path)
+    foreign = read_external(path)
     given = foreign.trained if foreign else read_model(path)[1].model
     stage.load_trainable_state(
         stage_state(given, stage.trainable_state(), stage=config.run.stage, where=f"run.init_from = {path!r}")

@@ -1,7 +1,7 @@
-"""What a step of stage 1 is divided into: shares of a rank's images and texts, and the pairs of ITM that go with each.
+"""Micro-batches of a stage 1 step, and the image-text pairs that each computes ITM on.
 
-The legend of the names: N images of the step over all ranks; B of a share; R pairs; Q queries, L text tokens, T words
-to predict, P tokens of an image, E its width, C the contrastive one.
+The legend of the names: N images of the step over all ranks; B of a micro-batch; R pairs; Q queries, L text tokens, T
+of them with a label, P tokens of an image, E its width, C the contrastive one.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from training.models.tokenizer import Texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one backward pass is about, on the device.
+class MicroBatch:
+    """The images and texts of one backward pass, on the device.
 
-    ``words_T`` are the words that the tokens ``predicting_T``, counted through (B, L), have to predict; ``first`` is
-    the first image's index in N.
+    ``labels_T`` are the next tokens of the tokens at ``target_positions_T``, which index (B, L) flattened; ``first`` is
+    the first image's index in N; ``seed`` sets dropout.
     """
 
     features_BPE: Tensor
     texts: Texts
-    predicting_T: Tensor
-    words_T: Tensor
+    target_positions_T: Tensor
+    labels_T: Tensor
     first: int
     seed: int
 
@@ -36,10 +36,10 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Everyone:
-    """What each rank knows of the whole step. None of it has a gradient.
+class GlobalBatch:
+    """What each rank knows of the whole step: embeddings, tokens and drawn negatives. None of it has a gradient.
 
-    ``image_of_text_N`` is on the CPU, where the pairs are arranged.
+    ``image_of_text_N`` is on the CPU, where the pairs are formed.
     """
 
     image_NQC: Tensor
@@ -47,7 +47,7 @@ class Everyone:
     texts: Texts
     text_of_image_N: Tensor
     image_of_text_N: np.ndarray
-    num_words: Tensor
+    num_tokens: Tensor
 
     @property
     def size(self) -> int:
@@ -56,8 +56,8 @@ class Everyone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pairs:
-    """Images and texts for ITM. Without ``rows_R``, all images of the share, two texts each; else one text each."""
+class ItmPairs:
+    """Pairs for ITM. Without ``rows_R``: all images of the micro-batch with two texts each; else one text each."""
 
     rows_R: Tensor | None
     texts: Texts
@@ -65,30 +65,33 @@ class Pairs:
     weights_R: Tensor
 
 
-def arrange_pairs(share: Share, everyone: Everyone) -> Iterator[Pairs]:
-    """Yield the pairs of ITM whose image is in the share.
+def itm_pairs(micro_batch: MicroBatch, global_batch: GlobalBatch) -> Iterator[ItmPairs]:
+    """Yield the pairs of ITM whose image is in the micro-batch.
 
-    First each image with its own text and with its negative text; then, with the texts of any rank that drew them,
-    the images that are negatives. How many those are differs, so they come in parts of few sizes, the last one
-    filled up with pairs of no weight: compiled code knows its shapes.
+    First each image with its own text and with its negative text; then the images that were drawn as negatives, with
+    the texts, of any rank, that they were drawn for. The number of those differs from step to step, so they come in
+    parts of two sizes, the last one padded with pairs of weight 0: compiled code then meets known shapes only.
     """
-    device, dtype = everyone.text_NC.device, everyone.text_NC.dtype
-    own_B = torch.arange(share.first, share.first + share.size, device=device)
-    yield Pairs(
+    device, dtype = global_batch.text_NC.device, global_batch.text_NC.dtype
+    own_B = torch.arange(micro_batch.first, micro_batch.first + micro_batch.size, device=device)
+    # Rows 2 i and 2 i + 1 are image i's own text (label 1) and its negative text (label 0).
+    yield ItmPairs(
         rows_R=None,
-        texts=everyone.texts[torch.stack((own_B, everyone.text_of_image_N[own_B]), dim=1).flatten()],
-        labels_R=torch.tensor([1, 0], device=device).repeat(share.size),
-        weights_R=torch.ones(2 * share.size, device=device, dtype=dtype),
+        texts=global_batch.texts[torch.stack((own_B, global_batch.text_of_image_N[own_B]), dim=1).flatten()],
+        labels_R=torch.tensor([1, 0], device=device).repeat(micro_batch.size),
+        weights_R=torch.ones(2 * micro_batch.size, device=device, dtype=dtype),
     )
-    rows = everyone.image_of_text_N - share.first
-    texts = ((rows >= 0) & (rows < share.size)).nonzero()[0]
-    for part in _parts(len(texts), share.size):
-        chosen = np.resize(texts[part], part.stop - part.start)
+    # For each text of the step: the row of its negative image in this micro-batch, outside 0 .. B - 1 if it has none.
+    rows = global_batch.image_of_text_N - micro_batch.first
+    texts = ((rows >= 0) & (rows < micro_batch.size)).nonzero()[0]
+    for part in _parts(len(texts), micro_batch.size):
+        # np.resize repeats the part's texts up to its length.
+        padded_texts = np.resize(texts[part], part.stop - part.start)
         weights = np.arange(part.start, part.stop) < len(texts)
-        yield Pairs(
-            rows_R=torch.from_numpy(rows[chosen]).to(device),
-            texts=everyone.texts[torch.from_numpy(chosen).to(device)],
-            labels_R=torch.zeros(len(chosen), device=device, dtype=torch.long),
+        yield ItmPairs(
+            rows_R=torch.from_numpy(rows[padded_texts]).to(device),
+            texts=global_batch.texts[torch.from_numpy(padded_texts).to(device)],
+            labels_R=torch.zeros(len(padded_texts), device=device, dtype=torch.long),
             weights_R=torch.from_numpy(weights).to(device, dtype),
         )
 

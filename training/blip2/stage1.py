@@ -1,22 +1,17 @@
 """Stage 1: the Q-Former learns from a frozen image encoder by ITC, ITM and ITG (BLIP-2, section 3.2).
 
-A step works through the rank's part of the batch share by share (micro-batches), and comes to the same gradient in
-whatever shares and on however many ranks:
+A step computes the same gradient for any micro-batch size and number of ranks:
 
-1. every image is encoded, once, and its features kept;
+1. every image is encoded once, and its features are kept;
 2. the contrastive embeddings are computed without gradient and gathered from all ranks;
-3. hard negatives are drawn from the whole step's similarities, by numbers that depend on the step alone;
-4. each share is computed again with gradient, and its part of each loss is sent backward.
+3. hard negatives are drawn from the similarities of the global batch;
+4. each micro-batch is computed again with gradient, and its part of each loss is sent backward.
 
-A share's part of ITM are the pairs whose *image* it holds. So only tokens travel between ranks, never features, and the
-keys and values of an image are projected once, for every loss: they are leaves of the losses' graphs, and what gathers
-there goes on to their projection and to ``ln_vision`` in one go.
+Dropout's generator is seeded for each micro-batch, so that step 4 repeats step 2, and a checkpoint needs no generator's
+state.
 
-Dropout draws from a generator that is set for each share, so step 4 repeats what step 2 did, and a resumed run needs no
-generator's state.
-
-The legend of the names: N images of the step over all ranks; B of a share; R pairs; Q queries, L text tokens, T words
-to predict, P tokens of an image, E its width, D the Q-Former's, C the contrastive one.
+The legend of the names: N images of the step over all ranks; B of a micro-batch; R pairs; Q queries, L text tokens, T
+of them with a label, P tokens of an image, E its width, D the Q-Former's, C the contrastive one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +25,7 @@ from torch.nn import functional as F
 
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
-from training.blip2.micro_batches import Everyone, Share, arrange_pairs
+from training.blip2.micro_batches import GlobalBatch, MicroBatch, itm_pairs
 from training.distributed import World
 from training.losses import (
     IGNORED,
@@ -38,12 +33,12 @@ from training.losses import (
     contrastive_loss,
     draw_negatives,
     matching_loss,
-    next_words,
+    next_tokens,
 )
 from training.models.flops import FORWARD, TRAINED, count_flops
-from training.models.layers import LayerNorm, Linear
+from training.models.layers import KeyValue, LayerNorm, Linear
 from training.models.parameters import load_state, trainable
-from training.models.qformer import KeyValue, QFormer, initial_queries
+from training.models.qformer import QFormer, initial_queries
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
 
@@ -53,9 +48,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """A share as ITC sees it, with what the other losses take over.
+    """A micro-batch encoded for ITC, with what the other losses use again.
 
-    ``image`` are the keys and values of ``projected`` as leaves.
+    ``image`` holds the keys and values of ``projected`` as leaves of the losses' graphs.
     """
 
     projected: list[KeyValue | None]
@@ -150,54 +145,60 @@ class Stage1(nn.Module):
             uids: of the images: no caption of an image is its negative.
             position: a number that no other step of the run has.
         """
-        shares = list(self._shares(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
-        if len(shares) == 1:
-            encoded = [self._encode(shares[0])]
-            embeddings = [(one.image_BQC.detach(), one.text_BC.detach()) for one in encoded]
+        micro_batches = list(self._micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
+        if len(micro_batches) == 1:
+            kept = [self._encode(micro_batches[0])]
+            embeddings = [(encoded.image_BQC.detach(), encoded.text_BC.detach()) for encoded in kept]
         else:
-            # Kept, they would be the keys and values of all images: they are computed again.
-            encoded = [None] * len(shares)
+            # The keys and values of all images would not fit: they are computed again for each micro-batch.
+            kept = [None] * len(micro_batches)
             with torch.no_grad():
-                embeddings = [(one.image_BQC, one.text_BC) for one in map(self._encode, shares)]
-        everyone = self._everyone(embeddings, texts, uids, position)
+                embeddings = [
+                    (encoded.image_BQC, encoded.text_BC) for encoded in map(self._encode, micro_batches)
+                ]
+        global_batch = self._global_batch(embeddings, texts, uids, position)
         parts = [
-            self._backward(share, one or self._encode(share), everyone)
-            for share, one in zip(shares, encoded, strict=True)
+            self._backward(micro_batch, encoded or self._encode(micro_batch), global_batch)
+            for micro_batch, encoded in zip(micro_batches, kept, strict=True)
         ]
-        itc, itm, itg, right = self.world.sum(torch.stack(parts).sum(dim=0))
+        itc, itm, itg, itm_accuracy = self.world.sum(torch.stack(parts).sum(dim=0))
+        # Section 3.2: the three losses are summed; their weights are 1 unless the config says otherwise.
         weight = self.config.objective
         return {
             "loss": weight.itc * itc + weight.itm * itm + weight.itg * itg,
             "itc": itc,
             "itm": itm,
             "itg": itg,
-            "itm_accuracy": right,
+            "itm_accuracy": itm_accuracy,
             "temperature": self.temp.detach().clone(),
         }
 
-    def _shares(self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int) -> Iterator[Share]:
+    def _micro_batches(
+        self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int
+    ) -> Iterator[MicroBatch]:
         device, local = self.temp.device, len(pixels_BCHW)
-        words_BL = next_words(texts.ids_BL, texts.mask_BL)
+        labels_BL = next_tokens(texts.ids_BL, texts.mask_BL)
         for index, start in enumerate(range(0, local, size)):
             rows = slice(start, min(start + size, local))
-            words = words_BL[rows].flatten()
-            # On the CPU: asking the device how many there are would wait for it.
-            predicting_T = (words != IGNORED).nonzero()[:, 0]
-            yield Share(
+            labels = labels_BL[rows].flatten()
+            # On the CPU: the result's size depends on the data, and the device would have to be waited for.
+            target_positions_T = (labels != IGNORED).nonzero()[:, 0]
+            yield MicroBatch(
                 features_BPE=self.visual_encoder(pixels_BCHW[rows].to(device, non_blocking=True)),
                 texts=texts[rows].to(device),
-                predicting_T=predicting_T.to(device, non_blocking=True),
-                words_T=words[predicting_T].to(device, non_blocking=True),
+                target_positions_T=target_positions_T.to(device, non_blocking=True),
+                labels_T=labels[target_positions_T].to(device, non_blocking=True),
                 first=self.world.rank * local + start,
                 seed=seed_for("dropout", self.config.run.seed, position, self.world.rank, index),
             )
 
-    def _encode(self, share: Share) -> Encoded:
-        torch.manual_seed(share.seed)
-        projected = self._project(share.features_BPE)
+    def _encode(self, micro_batch: MicroBatch) -> Encoded:
+        torch.manual_seed(micro_batch.seed)
+        projected = self._project(micro_batch.features_BPE)
+        # Detached: the losses' gradients add up at these leaves and pass through the projection once, in _backward.
         image = [
-            one and tuple(part.detach().requires_grad_(part.requires_grad) for part in one)
-            for one in projected
+            key_value and tuple(part.detach().requires_grad_(part.requires_grad) for part in key_value)
+            for key_value in projected
         ]
         image_BQC, queries = self.embed_images(image)
         return Encoded(
@@ -205,68 +206,82 @@ class Stage1(nn.Module):
             image=image,
             queries=queries,
             image_BQC=image_BQC,
-            text_BC=self.embed_texts(share.texts),
+            text_BC=self.embed_texts(micro_batch.texts),
         )
 
     @torch.no_grad()
-    def _everyone(
+    def _global_batch(
         self, embeddings: list[tuple[Tensor, Tensor]], texts: Texts, uids: Sequence[str], position: int
-    ) -> Everyone:
+    ) -> GlobalBatch:
         device, gather = self.temp.device, self.world.all_gather
         image_NQC, text_NC = (gather(torch.cat(parts)) for parts in zip(*embeddings, strict=True))
         all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
-        # Two images may share a caption, two samples an image: then neither has the other's text for a negative.
-        names = [
+        # Two images may have equal captions, and two samples the same image: neither's text is a negative of the other.
+        # Compared by hashes of the uid and of the tokens, since the ranks can only gather tensors of one shape.
+        hashes = [
             (seed_for(uid), seed_for(*ids)) for uid, ids in zip(uids, texts.ids_BL.tolist(), strict=True)
         ]
-        names_N2 = gather(torch.tensor(names, device=device))
-        same_NN = (names_N2[:, None] == names_N2).any(dim=2)
+        hashes_N2 = gather(torch.tensor(hashes, device=device))
+        same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
         generator = np.random.default_rng(seed_for("negatives", self.config.run.seed, position))
-        uniforms_2N = torch.from_numpy(generator.random((2, len(names_N2))))
-        drawn = draw_negatives(image_NQC, text_NC, self.temp, same_NN, uniforms_2N.to(device))
-        # Rank 0's stand: the last bit of a similarity may differ between devices.
-        text_of_image_N, image_of_text_N = self.world.broadcast(torch.stack(drawn))
-        return Everyone(
+        uniforms_2N = torch.from_numpy(generator.random((2, len(hashes_N2))))
+        negatives = draw_negatives(image_NQC, text_NC, self.temp, same_NN, uniforms_2N.to(device))
+        # All ranks use rank 0's: the last bit of a similarity may differ between devices.
+        text_of_image_N, image_of_text_N = self.world.broadcast(torch.stack(negatives))
+        return GlobalBatch(
             image_NQC=image_NQC,
             text_NC=text_NC,
             texts=all_texts,
             text_of_image_N=text_of_image_N,
             image_of_text_N=image_of_text_N.cpu().numpy(),
-            num_words=all_texts.mask_BL[:, 1:].sum(),
+            # Every token but the first is predicted.
+            num_tokens=all_texts.mask_BL[:, 1:].sum(),
         )
 
-    def _backward(self, share: Share, encoded: Encoded, everyone: Everyone) -> Tensor:
-        """Send a share's part of each loss backward; return the parts of ITC, ITM, ITG and ITM's accuracy."""
+    def _backward(self, micro_batch: MicroBatch, encoded: Encoded, global_batch: GlobalBatch) -> Tensor:
+        """Send a micro-batch's part of each loss backward; return the parts of ITC, ITM, ITG and ITM's accuracy.
+
+        Its part of ITM are the pairs whose image it holds: so tokens travel between ranks, and features do not.
+        """
         objective = self.config.objective
+        # ITC: the mean over the N images of the step.
         itc = contrastive_loss(
             encoded.image_BQC,
             encoded.text_BC,
-            everyone.image_NQC,
-            everyone.text_NC,
+            global_batch.image_NQC,
+            global_batch.text_NC,
             self.temp,
-            torch.arange(share.first, share.first + share.size, device=self.temp.device),
+            torch.arange(micro_batch.first, micro_batch.first + micro_batch.size, device=self.temp.device),
             objective.label_smoothing,
-        ).div(everyone.size)
-        hidden_BLD = self.Qformer.captions(share.texts.beginning_with(self.begin_id).ids_BL, encoded.queries)
-        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, share.predicting_T)
-        itg = captioning_loss(self.Qformer.logits, hidden_TD, share.words_T, objective.label_smoothing)
-        itg = itg / everyone.num_words
+        ).div(global_batch.size)
+        # ITG: the mean over the tokens of the step. The text begins with [DEC] in place of [CLS] (section 3.2).
+        hidden_BLD = self.Qformer.captions(
+            micro_batch.texts.beginning_with(self.begin_id).ids_BL, encoded.queries
+        )
+        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, micro_batch.target_positions_T)
+        itg = captioning_loss(self.Qformer.logits, hidden_TD, micro_batch.labels_T, objective.label_smoothing)
+        itg = itg / global_batch.num_tokens
         (objective.itc * itc + objective.itg * itg).backward()
 
-        itm = right = torch.zeros_like(itc)
-        for pairs in arrange_pairs(share, everyone):
+        # ITM: the mean over 3 N pairs: each image with its own text, each image and each text with a negative.
+        itm = accuracy = torch.zeros_like(itc)
+        for pairs in itm_pairs(micro_batch, global_batch):
             image = encoded.image
             if pairs.rows_R is not None:
-                image = [one and tuple(part.index_select(0, pairs.rows_R) for part in one) for one in image]
-            loss, num_right = matching_loss(self.match(image, pairs.texts), pairs.labels_R, pairs.weights_R)
-            loss = loss / (3 * everyone.size)
+                image = [
+                    key_value and tuple(part.index_select(0, pairs.rows_R) for part in key_value)
+                    for key_value in image
+                ]
+            loss, num_correct = matching_loss(self.match(image, pairs.texts), pairs.labels_R, pairs.weights_R)
+            loss = loss / (3 * global_batch.size)
             (objective.itm * loss).backward()
-            itm, right = itm + loss.detach(), right + num_right / (3 * everyone.size)
+            itm, accuracy = itm + loss.detach(), accuracy + num_correct / (3 * global_batch.size)
 
-        leaves = [part for one in encoded.image if one for part in one]
-        roots = [part for one in encoded.projected if one for part in one]
+        # The summed gradient of the images' keys and values goes on to their projection and to ln_vision.
+        leaves = [part for key_value in encoded.image if key_value for part in key_value]
+        roots = [part for key_value in encoded.projected if key_value for part in key_value]
         torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
-        return torch.stack((itc.detach(), itm, itg.detach(), right))
+        return torch.stack((itc.detach(), itm, itg.detach(), accuracy))
 
     # -- what is trained -----------------------------------------------------------------------------------------
 
@@ -275,7 +290,7 @@ class Stage1(nn.Module):
         return trainable(self)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters' values, which change with them."""
+        """Return the trainable parameters' values, as views: they change with the parameters."""
         return {name: parameter.detach() for name, parameter in trainable(self)}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -283,7 +298,7 @@ class Stage1(nn.Module):
         load_state(self, state)
 
     def flops_per_sample(self) -> float:
-        """Return the FLOP of one sample's step, the second computation of a share not counted."""
+        """Return the FLOP of one sample's step, without the second computation of a micro-batch."""
         return FORWARD * count_flops(self._flops_of_vision) + TRAINED * count_flops(self._flops_of_qformer)
 
     def _flops_of_vision(self) -> None:
@@ -291,7 +306,7 @@ class Stage1(nn.Module):
         self.visual_encoder(torch.empty(1, 3, size, size, dtype=torch.uint8, device=self.temp.device))
 
     def _flops_of_qformer(self) -> None:
-        """Do what a sample costs: each text once for ITC and ITG, three pairs for ITM, the image projected once."""
+        """Compute what one sample needs: its text for ITC and ITG, three pairs for ITM, one projection of the image."""
         vision, device, length = self.visual_encoder, self.temp.device, self.config.qformer.max_text_tokens
         texts = Texts(
             ids_BL=torch.zeros(3, length, dtype=torch.long, device=device),

@@ -1,10 +1,10 @@
-"""Stage 2: the Q-Former learns to speak to a frozen language model (BLIP-2, section 3.3).
+"""Stage 2: the Q-Former learns to give a frozen language model what it needs of an image (BLIP-2, section 3.3).
 
 The queries' outputs, projected to the language model's width, come before the text as a soft prompt; the loss is the
 language model's own. Trained are the Q-Former without its text parts, the queries, ``ln_vision`` and the projection.
 
-The legend of the names: B images of a share, P tokens of an image, E its width, Q queries, D the Q-Former's width, W
-the language model's.
+The legend of the names: B images of a micro-batch, P tokens of an image, E its width, Q queries, D the Q-Former's
+width, W the language model's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +60,7 @@ class Stage2(nn.Module):
         self.language = language
 
     def soft_prompt(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return what the language model reads of images: (B, Q, W)."""
+        """Return the language model's input for images: (B, Q, W)."""
         return self._prompt(self.visual_encoder(pixels_BCHW)).to(self.language.dtype)
 
     def _prompt(self, features_BPE: Tensor) -> Tensor:
@@ -71,40 +71,42 @@ class Stage2(nn.Module):
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
         """Add to ``.grad`` what this rank has of the gradient of the step's mean loss; set torch's generators.
 
-        The mean is over the words of the whole step. The sum over the ranks is the gradient.
+        The mean is over the tokens of the whole step. The sum over the ranks is the gradient.
 
         Returns:
             The loss of the whole step, the same on every rank.
         """
         size = micro_batch_size or len(batch.uids)
         seed = seed_for(self.config.run.seed, batch.position)
-        shares = [slice(start, start + size) for start in range(0, len(batch.uids), size)]
-        targets = [self.language.target(batch.captions[rows], batch.uids[rows], seed) for rows in shares]
-        pixels = [batch.pixels_BCHW[rows] for rows in shares]
+        micro_batches = [slice(start, start + size) for start in range(0, len(batch.uids), size)]
+        targets = [
+            self.language.target(batch.captions[rows], batch.uids[rows], seed) for rows in micro_batches
+        ]
+        pixels = [batch.pixels_BCHW[rows] for rows in micro_batches]
         return self.step(pixels, targets, batch.position)
 
     def step(self, pixels: Sequence[Tensor], targets: Sequence[Target], position: int) -> dict[str, Tensor]:
-        """Do ``training_step`` on tokens, which are on the CPU; each share's apart.
+        """Do ``training_step`` on tokens, which are on the CPU; one entry for each micro-batch.
 
         Args:
             position: a number that no other step of the run has.
         """
         device, dtype = self.query_tokens.device, self.query_tokens.dtype
-        num_words = self.world.sum(
-            torch.tensor(float(sum(target.num_words for target in targets)), device=device, dtype=dtype)
+        num_tokens = self.world.sum(
+            torch.tensor(float(sum(target.num_tokens for target in targets)), device=device, dtype=dtype)
         )
         total = torch.zeros((), device=device, dtype=dtype)
         for index, (pixels_BCHW, target) in enumerate(zip(pixels, targets, strict=True)):
             features_BPE = self.visual_encoder(pixels_BCHW.to(device, non_blocking=True))
             torch.manual_seed(seed_for("dropout", self.config.run.seed, position, self.world.rank, index))
             prompt_BQW = self._prompt(features_BPE)
-            # The sum goes through the language model and is divided after it: divided before, its gradient would be
-            # too small for float16.
+            # d(sum / n) / d(prompt) = (d(sum) / d(prompt)) / n: the sum's gradient goes through the language model and
+            # is divided behind it. Divided before, it would be too small for float16.
             leaf_BQW = prompt_BQW.detach().requires_grad_()
             loss = self.language.loss(leaf_BQW.to(self.language.dtype), target)
             loss.backward()
-            prompt_BQW.backward(leaf_BQW.grad / num_words)
-            total += loss.detach() / num_words
+            prompt_BQW.backward(leaf_BQW.grad / num_tokens)
+            total += loss.detach() / num_tokens
         return {"loss": self.world.sum(total)}
 
     # -- what is trained -----------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ class Stage2(nn.Module):
         return trainable(self)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters' values, which change with them."""
+        """Return the trainable parameters' values, as views: they change with the parameters."""
         return {name: parameter.detach() for name, parameter in trainable(self)}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -138,10 +140,10 @@ class Stage2(nn.Module):
         self._prompt(torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device))
 
     def _flops_of_language(self) -> None:
-        # On a twin without weights: the model itself may be spread over the ranks, which would have to meet for it.
-        twin = empty_language(self.config.language, "meta")
-        shape = (1, self.config.qformer.num_queries, twin.width)
-        twin.read_typical(torch.empty(shape, dtype=twin.dtype, device="meta"))
+        # On a copy on "meta": a forward pass of a model that is sharded over the ranks needs all of them.
+        copy = empty_language(self.config.language, "meta")
+        shape = (1, self.config.qformer.num_queries, copy.width)
+        copy.typical_forward(torch.empty(shape, dtype=copy.dtype, device="meta"))
 
     def compile_blocks(self) -> None:
         """Compile the blocks of the image encoder, the Q-Former and the language model."""

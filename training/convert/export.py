@@ -31,7 +31,7 @@ from training.blip2.stage2 import Stage2
 from training.convert.key_map import to_hf
 from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMAT, OWN_VERSION, OWN_WEIGHTS_FILE
 from training.evaluate.generation import end_of_text
-from training.models.qformer import NORM_EPS
+from training.models.layers import NORM_EPS
 from training.models.vision import FrozenVision
 
 
@@ -48,16 +48,16 @@ def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
     if folder.is_dir() and any(folder.iterdir()):
         raise CapfiltError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    vision, homeless_vision = to_hf(_vision_state(stage.visual_encoder))
-    if homeless_vision:
+    vision, unmapped_vision = to_hf(_vision_state(stage.visual_encoder))
+    if unmapped_vision:
         save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
         kind = "capfilt"
     else:
-        trained, homeless = to_hf(stage.trainable_state())
+        trained, unmapped = to_hf(stage.trainable_state())
         write = _write_retrieval if isinstance(stage, Stage1) else _write_generation
         write(stage, vision | trained, folder)
-        if homeless:
-            save_file(_whole(homeless), folder / EXTRA_FILE)
+        if unmapped:
+            save_file(_whole(unmapped), folder / EXTRA_FILE)
         kind = "huggingface"
     description = {
         "format": OWN_FORMAT,

@@ -80,18 +80,18 @@ def our_name(name: str, family: Family | None) -> str | None:
 
 def to_hf(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors under Hugging Face's names, and those that have no home there under ours."""
-    homed: dict[str, Tensor] = {}
-    homeless: dict[str, Tensor] = {}
+    mapped: dict[str, Tensor] = {}
+    unmapped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if bias := _OUR_BIAS.fullmatch(name):
             block = bias[1]
             q_D, v_D = (tensors[f"visual_encoder.blocks.{block}.attn.{part}_bias"] for part in "qv")
-            homed[_QKV_BIAS.format(block)] = torch.cat([q_D, torch.zeros_like(q_D), v_D])
+            mapped[_QKV_BIAS.format(block)] = torch.cat([q_D, torch.zeros_like(q_D), v_D])
         elif there := hf_name(name):
-            homed[there] = tensor
+            mapped[there] = tensor
         else:
-            homeless[name] = tensor
-    return homed, homeless
+            unmapped[name] = tensor
+    return mapped, unmapped
 
 
 def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) -> dict[str, Tensor]:

@@ -18,7 +18,13 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.checkpoint import read_model, recorded_config
 from training.convert.key_map import hf_name
-from training.convert.read import OWN_CONFIG_FILE, Imported, read_foreign, require_same_shapes, stage_state
+from training.convert.read import (
+    OWN_CONFIG_FILE,
+    ExternalCheckpoint,
+    read_external,
+    require_same_shapes,
+    stage_state,
+)
 from training.distributed import World
 from training.models.vision import FrozenVision
 
@@ -43,7 +49,7 @@ def load_trained(
     Raises:
         CapfiltError: it does not load, or the config is of another architecture.
     """
-    imported = read_foreign(path)
+    imported = read_external(path)
     if imported is not None:
         given, own_config = imported.trained, _exported_config(Path(path).expanduser())
     else:
@@ -84,14 +90,14 @@ def _refuse_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, pa
 
 def _filled_up(given: dict[str, Tensor], fresh: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Add what Hugging Face's classes have no home for, untrained, where no side file brought it; say so."""
-    homeless = {name: tensor for name, tensor in fresh.items() if name not in given and hf_name(name) is None}
-    if homeless:
+    unmapped = {name: tensor for name, tensor in fresh.items() if name not in given and hf_name(name) is None}
+    if unmapped:
         _log.warning(
             "%s has no captioning head and no temperature, as all models of Blip2ForImageTextRetrieval: retrieval does "
             "not need them, its captions mean nothing",
             path,
         )
-    return given | homeless
+    return given | unmapped
 
 
 def _exported_config(folder: Path) -> dict[str, Any] | None:
@@ -107,7 +113,7 @@ def _parsed(values: Any, path: str) -> PretrainConfig:
     return recorded_config(values, path)
 
 
-def _load_vision(vision: FrozenVision, imported: Imported) -> None:
+def _load_vision(vision: FrozenVision, imported: ExternalCheckpoint) -> None:
     """Take the image encoder from the file too: a fine-tuned model's differs from open_clip's."""
     require_finite_weights(imported.vision, f"{imported.path}: its image encoder")
     try:

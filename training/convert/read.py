@@ -50,7 +50,7 @@ _PROJECTION = re.compile(r"(opt|t5)_proj\..+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
+class ExternalCheckpoint:
     """Weights under our names, and what they were."""
 
     kind: Literal["lavis", "huggingface", "capfilt"]
@@ -81,7 +81,7 @@ class Imported:
         }
 
 
-def read_foreign(path: str) -> Imported | None:
+def read_external(path: str) -> ExternalCheckpoint | None:
     """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of ours; None for anything else.
 
     Raises:
@@ -97,7 +97,7 @@ def read_foreign(path: str) -> Imported | None:
     return None
 
 
-def read_lavis(path: Path) -> Imported:
+def read_lavis(path: Path) -> ExternalCheckpoint:
     """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, running no code of the file."""
     if not path.is_file():
         raise CapfiltError(f"{path}: no such file")
@@ -115,7 +115,7 @@ def read_lavis(path: Path) -> Imported:
     tensors = unwrapped_names(tensors)
     if "query_tokens" not in tensors:
         raise CapfiltError(f"{path} is not a BLIP-2: it has no query_tokens")
-    return Imported(kind="lavis", path=str(path), tensors=tensors)
+    return ExternalCheckpoint(kind="lavis", path=str(path), tensors=tensors)
 
 
 def _is_filled(tensor: Tensor) -> bool:
@@ -157,7 +157,7 @@ def _unpickled(path: Path) -> Any:
         raise CapfiltError(f"{path} is not a file of torch.save: {reason}") from error
 
 
-def read_blip2(folder: Path) -> Imported:
+def read_blip2(folder: Path) -> ExternalCheckpoint:
     """Read ``Blip2ForImageTextRetrieval`` or ``Blip2ForConditionalGeneration`` as ``save_pretrained`` wrote it.
 
     What an export of ours put beside it comes along, so that ours -> Hugging Face -> ours loses no bit.
@@ -177,10 +177,10 @@ def read_blip2(folder: Path) -> Imported:
     extra = folder / EXTRA_FILE
     if extra.is_file():
         ours |= _read_safetensors(extra)
-    return Imported(kind="huggingface", path=str(folder), tensors=ours, config=config)
+    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=ours, config=config)
 
 
-def read_own(folder: Path) -> Imported:
+def read_own(folder: Path) -> ExternalCheckpoint:
     """Read an export in our own format."""
     config = read_object(folder / OWN_CONFIG_FILE)
     if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
@@ -190,7 +190,7 @@ def read_own(folder: Path) -> Imported:
             f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
         )
     tensors = unwrapped_names(_read_safetensors(folder / OWN_WEIGHTS_FILE))
-    return Imported(kind="capfilt", path=str(folder), tensors=tensors, config=config)
+    return ExternalCheckpoint(kind="capfilt", path=str(folder), tensors=tensors, config=config)
 
 
 def stage_state(

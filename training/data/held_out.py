@@ -1,45 +1,48 @@
-"""Images set aside for the probe: which ones, and their samples."""
+"""Held-out images: the samples that a run does not train on, read for its validation."""
 
-import hashlib
-from collections.abc import Iterable
+import contextlib
+from typing import NamedTuple
 
-import pyarrow.compute as pc
+from torch import Tensor
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.storage import Storage
-from training.data.shard_index import ShardRef, open_shard
+from pipeline.images.decode import ImageError
+from schemas.pretrain import PretrainConfig
+from training.data.shard_index import Sample, open_shard
+from training.data.snapshot import Snapshot, Source
+from training.data.transforms import NoCaptionError, decode, resize, usable_captions
 
-# Taken from shards that hold so many times as many images: a probe need not read a whole corpus.
-_OF = 4
+
+class HeldOut(NamedTuple):
+    """A held-out image, resized to a square, and its captions, cleaned, best first."""
+
+    pixels_CHW: Tensor
+    captions: list[str]
+    uid: str
 
 
-def choose_held_out(shards: Iterable[ShardRef], images: int) -> dict[ShardRef, tuple[str, ...]]:
-    """Choose the images whose uids have the smallest hashes, of a few shards; return the uids by shard.
+def held_out_samples(config: PretrainConfig, snapshot: Snapshot, limit: int | None = None) -> list[HeldOut]:
+    """Return the images of ``data.held_out``, or the first ``limit`` of them; unusable ones are left out.
 
-    The few are, of all shards in the order of their names' hashes, the first that hold four times as many
-    images: so the choice depends neither on a run's seed nor on its ranks.
+    Reads the few shards that hold them, each checked against its record.
     """
-    candidates: list[tuple[str, str, ShardRef]] = []
-    for shard in sorted(shards, key=lambda shard: _hash(f"{shard.source}/{shard.shard}")):
-        candidates += [(_hash(uid), uid, shard) for uid in _uids(shard)]
-        if len(candidates) >= _OF * images:
-            break
-    chosen: dict[ShardRef, list[str]] = {}
-    for _, uid, shard in sorted(candidates, key=lambda candidate: candidate[:2])[:images]:
-        chosen.setdefault(shard, []).append(uid)
-    return {shard: tuple(sorted(uids)) for shard, uids in chosen.items()}
+    samples: list[HeldOut] = []
+    for source in snapshot.sources:
+        for shard in source.shards:
+            if not shard.held_out or len(samples) == limit:
+                continue
+            with open_shard(Records(Storage(shard.corpus)), shard) as opened:
+                for sample in opened.held_out():
+                    if len(samples) == limit:
+                        break
+                    with contextlib.suppress(ImageError, NoCaptionError):
+                        samples.append(_held_out(sample, source, config))
+    return samples
 
 
-def _uids(shard: ShardRef) -> list[str]:
-    """Return the uids of a shard's samples; a corpus's tar need not be fetched for that."""
-    records = Records(Storage(shard.corpus))
-    if shard.parquet is None:
-        with open_shard(records, shard) as opened:
-            return opened.uids
-    table = committed_table(records, shard.parquet, ("uid", "status"))
-    return table.filter(pc.equal(table["status"], "kept"))["uid"].to_pylist()
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _held_out(sample: Sample, source: Source, config: PretrainConfig) -> HeldOut:
+    data = config.data
+    captions = usable_captions(sample.captions, source.first_captions(data), data.max_words)
+    pixels_CHW = resize(decode(sample.image), data.image_size_px)
+    return HeldOut(pixels_CHW.contiguous(), captions, sample.uid)

@@ -1,7 +1,7 @@
 """The stream of training batches of one rank: read, checked, decoded and cropped ahead of the step.
 
-What a step sees depends on the snapshot and the seed alone (``order``); how many ranks and threads make it, and
-how far ahead, does not matter. The whole state is the number of samples consumed.
+What a step sees depends on the snapshot and the seed alone (``sampler``), not on the number of ranks and threads or
+how far ahead they read. The whole state is the number of samples consumed.
 
 Memory of a rank: the batches in flight (3 * size_px**2 bytes an image, three batches or a few images a thread),
 one decoded image a thread, and about 100 bytes for each sample of the open shards: those of the current
@@ -10,7 +10,6 @@ one decoded image a thread, and about 100 bytes for each sample of the open shar
 B: images of one rank's batch; C, H, W: channels, rows, columns.
 """
 
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,35 +17,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.images.decode import ImageError
 from schemas.errors import CapfiltError
-from schemas.pretrain import DataConfig, PretrainConfig
-from training.data.captions import NoCaptionError, usable_captions
-from training.data.sampler import Draw, Order
-from training.data.shard_cache import Shelf
-from training.data.shard_index import OpenShard, Sample, open_shard
-from training.data.snapshot import Snapshot, Source
-from training.data.transforms import decode, random_crop, resize, sample_random
+from schemas.pretrain import PretrainConfig
+from training.data.sampler import SampleIndex, Sampler
+from training.data.shard_cache import ShardCache
+from training.data.shard_index import OpenShard, Sample
+from training.data.snapshot import Snapshot
+from training.data.transforms import NoCaptionError, decode, random_crop, sample_random, usable_captions
 
 _log = logging.getLogger(__name__)
 
-# Images that a thread makes at a time: fewer spend more on handing over, more leave threads idle at a batch's end.
+# Images that a thread makes at a time: fewer cost more for handing over, more leave threads idle at a batch's end.
 _CHUNK = 8
 _CHUNKS_AHEAD_PER_THREAD = 4
-# How far ahead shards are looked for: a group of them lasts fewer steps at the batch sizes of the recipes.
+# How many steps ahead shards are looked for; at the recipes' batch sizes a group of shards lasts fewer steps.
 _PLANNED_STEPS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One rank's share of a step.
+    """One rank's part of a step.
 
     Attributes:
         pixels_BCHW: uint8, cropped and mirrored; normalised on the device.
@@ -64,17 +59,17 @@ class Batch:
 class TrainingData:
     """The batches of one rank, from any position on.
 
-    Global step k takes the samples ``[k * batch_size, (k + 1) * batch_size)`` of the order, and rank r the r-th
-    contiguous share of them.
+    Global step k takes the samples ``[k * batch_size, (k + 1) * batch_size)`` of the sampler, and rank r the r-th
+    contiguous part of them.
 
-    A sample that cannot be used (its image does not decode, or no word is left of its captions) is replaced by
-    the next usable one of its shard; each is logged once.
+    A sample that cannot be used (its image does not decode, or its captions have no word) is replaced by the next
+    usable one of its shard; each is logged once.
 
     Args:
         consumed: ``position`` of the last batch trained on.
 
     Raises:
-        CapfiltError: the ranks cannot share the batch evenly, or ``consumed`` is not a whole number of batches.
+        CapfiltError: the batch does not divide among the ranks, or ``consumed`` is not a whole number of batches.
     """
 
     def __init__(
@@ -93,7 +88,7 @@ class TrainingData:
             )
         if consumed % batch_size:
             raise CapfiltError(
-                f"optim.batch_size: {consumed:,} samples consumed are no whole number of batches of {batch_size}; "
+                f"optim.batch_size: {consumed:,} samples consumed are not a whole number of batches of {batch_size}; "
                 "resume with the batch size that the run began with"
             )
         self.consumed = consumed
@@ -101,70 +96,74 @@ class TrainingData:
         self._config = config.data
         self._seed = config.run.seed
         self._batch_size = batch_size
-        self._share = batch_size // world_size
+        self._rank_batch_size = batch_size // world_size
         self._rank = rank
-        self._order = Order(snapshot, config.run.seed, config.data.shuffle_shards)
+        self._sampler = Sampler(snapshot, config.run.seed, config.data.shuffle_shards)
         self._first_captions = [
-            _first_captions(source, config.data) for source in snapshot.sources for _ in source.shards
+            source.first_captions(config.data) for source in snapshot.sources for _ in source.shards
         ]
         self._unusable: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end. Raises CorruptShardError for a shard that is not what its record says."""
         workers = self._config.workers
-        ahead = max(2, -(-_CHUNKS_AHEAD_PER_THREAD * workers * _CHUNK // self._share))
+        batches_ahead = max(2, -(-_CHUNKS_AHEAD_PER_THREAD * workers * _CHUNK // self._rank_batch_size))
         with ExitStack() as stack:
-            shelf = stack.enter_context(Shelf(self.snapshot))
+            cache = stack.enter_context(ShardCache(self.snapshot))
             pool = ThreadPoolExecutor(workers)
             stack.callback(pool.shutdown, cancel_futures=True)
-            making: deque[_Making] = deque()
-            for step, draws in self._planned(shelf):
-                making.append(self._make(pool, shelf, step, draws))
-                if len(making) > ahead:
-                    made = making.popleft()
-                    batch = made.wait()
-                    shelf.leave(made.draws)
+            pending: deque[_PendingBatch] = deque()
+            for step, indices in self._planned(cache):
+                pending.append(self._start(pool, cache, step, indices))
+                if len(pending) > batches_ahead:
+                    oldest = pending.popleft()
+                    batch = oldest.wait()
+                    cache.release(oldest.indices)
                     yield batch
 
-    def _planned(self, shelf: Shelf) -> Iterator[tuple[int, list[Draw]]]:
-        """Yield each step and this rank's samples of it, ``read_ahead`` shards after them already being opened."""
-        planned: deque[tuple[int, list[Draw]]] = deque()
+    def _planned(self, cache: ShardCache) -> Iterator[tuple[int, list[SampleIndex]]]:
+        """Yield each step and this rank's samples of it, while ``read_ahead`` later shards are being opened."""
+        planned: deque[tuple[int, list[SampleIndex]]] = deque()
+        # For each shard that is opened ahead: the first step that reads it.
         first_uses: deque[int] = deque()
         for step in count(self.consumed // self._batch_size):
+            # This rank's contiguous part of the step's samples.
             start = step * self._batch_size
-            draws = self._order.draws(start, start + self._batch_size)
-            draws = draws[self._rank * self._share : (self._rank + 1) * self._share]
-            planned.append((step, draws))
-            first_uses.extend([step] * shelf.want(draws))
+            indices = self._sampler.indices(start, start + self._batch_size)
+            indices = indices[self._rank * self._rank_batch_size : (self._rank + 1) * self._rank_batch_size]
+            planned.append((step, indices))
+            first_uses.extend([step] * cache.prefetch(indices))
             while planned:
-                now = planned[0][0]
-                while first_uses and first_uses[0] <= now:
+                next_step = planned[0][0]
+                while first_uses and first_uses[0] <= next_step:
                     first_uses.popleft()
                 if len(first_uses) < self._config.read_ahead and len(planned) < _PLANNED_STEPS:
                     break
                 yield planned.popleft()
 
-    def _make(self, pool: ThreadPoolExecutor, shelf: Shelf, step: int, draws: Sequence[Draw]) -> "_Making":
-        """Begin to make a batch."""
+    def _start(
+        self, pool: ThreadPoolExecutor, cache: ShardCache, step: int, indices: Sequence[SampleIndex]
+    ) -> "_PendingBatch":
+        """Begin to fill a batch."""
         size_px = self._config.image_size_px
         batch = Batch(
-            pixels_BCHW=torch.empty((len(draws), 3, size_px, size_px), dtype=torch.uint8),
-            captions=[""] * len(draws),
-            uids=[""] * len(draws),
+            pixels_BCHW=torch.empty((len(indices), 3, size_px, size_px), dtype=torch.uint8),
+            captions=[""] * len(indices),
+            uids=[""] * len(indices),
             position=(step + 1) * self._batch_size,
         )
         chunks = [
-            pool.submit(self._fill, batch, shelf, draws, range(start, min(start + _CHUNK, len(draws))))
-            for start in range(0, len(draws), _CHUNK)
+            pool.submit(self._fill, batch, cache, indices, range(start, min(start + _CHUNK, len(indices))))
+            for start in range(0, len(indices), _CHUNK)
         ]
-        return _Making(batch=batch, draws=draws, chunks=chunks)
+        return _PendingBatch(batch=batch, indices=indices, chunks=chunks)
 
-    def _fill(self, batch: Batch, shelf: Shelf, draws: Sequence[Draw], rows: range) -> None:
-        """Make some rows of a batch."""
+    def _fill(self, batch: Batch, cache: ShardCache, indices: Sequence[SampleIndex], rows: range) -> None:
+        """Fill some rows of a batch."""
         for row in rows:
-            draw = draws[row]
-            sample, pixels_CHW, captions = self._usable(shelf.get(draw.shard), draw)
-            numbers = sample_random(self._seed, sample.uid, draw.turn)
+            index = indices[row]
+            sample, pixels_CHW, captions = self._usable(cache.get(index.shard), index)
+            numbers = sample_random(self._seed, sample.uid, index.epoch)
             batch.uids[row] = sample.uid
             batch.captions[row] = captions[int(numbers.random() * len(captions))]
             batch.pixels_BCHW[row] = random_crop(
@@ -175,13 +174,13 @@ class TrainingData:
                 flip=self._config.flip,
             )
 
-    def _usable(self, shard: OpenShard, draw: Draw) -> tuple[Sample, Tensor, list[str]]:
-        """Return a sample with its pixels and captions, or the next of the shard that can be used."""
-        for number in range(draw.sample, draw.sample + len(shard)):
+    def _usable(self, shard: OpenShard, index: SampleIndex) -> tuple[Sample, Tensor, list[str]]:
+        """Return a sample with its pixels and captions, or the next one of the shard that can be used."""
+        for number in range(index.sample, index.sample + len(shard)):
             sample = shard.sample(number % len(shard))
             try:
                 captions = usable_captions(
-                    sample.captions, self._first_captions[draw.shard], self._config.max_words
+                    sample.captions, self._first_captions[index.shard], self._config.max_words
                 )
                 return sample, decode(sample.image), captions
             except (ImageError, NoCaptionError) as error:
@@ -189,53 +188,17 @@ class TrainingData:
                     self._unusable.add(sample.uid)
                     _log.warning("%s: sample %s is not used: %s", shard.ref.tar.path, sample.uid, error)
         raise CapfiltError(
-            f"{shard.ref.tar.path} of {shard.ref.corpus}: not one sample has an image that decodes and a caption of "
-            "words; take it out, or leave its source out with data.corpus.sources"
+            f"{shard.ref.tar.path} of {shard.ref.corpus}: no sample has both an image that decodes and a caption of "
+            "words; take the shard out, or leave its source out with data.corpus.sources"
         )
 
 
-class HeldOut(NamedTuple):
-    """An image set aside for the probe, squashed to a square, and its captions, cleaned, best first."""
-
-    pixels_CHW: Tensor
-    captions: list[str]
-    uid: str
-
-
-def held_out_samples(config: PretrainConfig, snapshot: Snapshot, limit: int | None = None) -> list[HeldOut]:
-    """Return the images of ``data.held_out``, or the first ``limit`` of them; those that cannot be used are left out.
-
-    Reads the few shards that they are of, each checked against its record.
-    """
-    samples: list[HeldOut] = []
-    for source in snapshot.sources:
-        for shard in source.shards:
-            if not shard.held_out or len(samples) == limit:
-                continue
-            with open_shard(Records(Storage(shard.corpus)), shard) as opened:
-                for sample in opened.held_out():
-                    if len(samples) == limit:
-                        break
-                    with contextlib.suppress(ImageError, NoCaptionError):
-                        captions = usable_captions(
-                            sample.captions, _first_captions(source, config.data), config.data.max_words
-                        )
-                        pixels_CHW = resize(decode(sample.image), config.data.image_size_px)
-                        samples.append(HeldOut(pixels_CHW.contiguous(), captions, sample.uid))
-    return samples
-
-
-def _first_captions(source: Source, config: DataConfig) -> int | None:
-    """Return how many of an image's captions are drawn from; None: all, where people wrote them."""
-    return None if source.kind == "human" else config.captions_per_image
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Making:
-    """A batch whose rows are being made."""
+class _PendingBatch:
+    """A batch whose rows are being filled."""
 
     batch: Batch
-    draws: Sequence[Draw]
+    indices: Sequence[SampleIndex]
     chunks: list[Future[None]]
 
     def wait(self) -> Batch:

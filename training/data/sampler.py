@@ -1,17 +1,16 @@
-"""The order of samples: a pure function of the snapshot and the seed, for ever, at any position.
+"""The order of training samples: a pure function of the snapshot and the seed, computed at any position.
 
 Nothing here has a state and nothing is as long as the corpus, so that a run resumes at any sample at once:
 
-- A *turn* of a source is one pass over its images. Turn t is a sequence of groups of ``shuffle_shards`` shards;
-  which shards, and the samples within each shard, are permuted anew every turn. No image comes a second time
+- An *epoch* of a source is one pass over its images: a sequence of groups of ``shuffle_shards`` shards. Which shards
+  are in a group, and the samples within each shard, are permuted anew in every epoch. No image comes a second time
   before every image of its source came once.
-- The stream mixes sources, and a group mixes shards, by apportioning: of the first n samples, each gets its
-  share of n to within about one sample. Weights that are the sources' numbers of images therefore give each
-  image exactly once in every ``num_images`` samples; with other weights a source goes faster or slower through
-  its turns, independent of the others.
+- The stream mixes sources, and a group mixes shards, by apportionment: of the first n samples, each gets its share of
+  n to within about one sample. Weights that are the sources' numbers of images therefore give each image exactly once
+  in every ``num_images`` samples; with other weights a source goes through its epochs faster or slower than the others.
 
-The samples of a step come sorted by source and shard. A step's loss does not depend on the order within it, and
-so each rank's contiguous share of it needs few shards.
+The samples of a step come sorted by source and shard. A step's loss does not depend on the order within it, and each
+rank's contiguous part of it then needs few shards.
 """
 
 import math
@@ -27,40 +26,40 @@ from pipeline.rng import permutation
 from training.data.snapshot import Snapshot, Source
 
 
-class Draw(NamedTuple):
-    """One sample of the stream.
+class SampleIndex(NamedTuple):
+    """The place of one sample of the stream.
 
-    ``shard`` indexes ``Snapshot.shards``; ``sample`` counts the shard's training samples from 0; ``turn`` is
-    that of its source; ``group`` counts the source's groups over all turns and never falls.
+    ``shard`` indexes ``Snapshot.shards``; ``sample`` counts the shard's training samples from 0; ``epoch`` is that of
+    its source; ``group`` counts the source's groups over all epochs and never falls.
     """
 
     shard: int
     sample: int
-    turn: int
+    epoch: int
     group: int
 
 
-class Order:
+class Sampler:
     """The endless stream of a snapshot's samples under one seed."""
 
     def __init__(self, snapshot: Snapshot, seed: int, shuffle_shards: int) -> None:
-        starts = accumulate((len(source.shards) for source in snapshot.sources), initial=0)
+        first_shards = accumulate((len(source.shards) for source in snapshot.sources), initial=0)
         self._streams = [
-            _SourceStream(source, start, seed, shuffle_shards)
-            for source, start in zip(snapshot.sources, starts, strict=False)
+            _SourceStream(source, first_shard, seed, shuffle_shards)
+            for source, first_shard in zip(snapshot.sources, first_shards, strict=False)
         ]
-        # A source whose images are all set aside has nothing to give, whatever its weight.
+        # A source whose images are all held out gives none, whatever its weight.
         self._weights = whole_numbers(
             [source.weight if source.num_images else 0 for source in snapshot.sources]
         )
 
-    def draws(self, start: int, stop: int) -> list[Draw]:
+    def indices(self, start: int, stop: int) -> list[SampleIndex]:
         """Return the samples at positions ``start`` to ``stop`` of the stream, sorted by source and shard."""
         firsts, lasts = apportion(start, self._weights), apportion(stop, self._weights)
         return [
-            draw
+            index
             for stream, first, last in zip(self._streams, firsts, lasts, strict=True)
-            for draw in stream.draws(first, last)
+            for index in stream.indices(first, last)
         ]
 
 
@@ -76,26 +75,28 @@ class _SourceStream:
         ]
         self._num_images = sum(samples for *_, samples in self._shards)
         self._shuffle_shards = shuffle_shards
-        self._groups_per_turn = math.ceil(len(self._shards) / shuffle_shards)
-        self._turn, self._groups, self._starts = -1, [], []
+        self._groups_per_epoch = math.ceil(len(self._shards) / shuffle_shards)
+        self._epoch, self._groups, self._starts = -1, [], []
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
-    def draws(self, first: int, last: int) -> list[Draw]:
-        draws: list[Draw] = []
+    def indices(self, first: int, last: int) -> list[SampleIndex]:
+        indices: list[SampleIndex] = []
         while first < last:
-            turn, position = divmod(first, self._num_images)
-            self._begin(turn)
+            epoch, position = divmod(first, self._num_images)
+            self._begin(epoch)
             group = bisect_right(self._starts, position) - 1
             stop = min(position + last - first, self._starts[group + 1])
-            draws += self._of_group(turn, group, position - self._starts[group], stop - self._starts[group])
+            indices += self._of_group(
+                epoch, group, position - self._starts[group], stop - self._starts[group]
+            )
             first += stop - position
-        return draws
+        return indices
 
-    def _begin(self, turn: int) -> None:
-        """Lay out a turn: its shards permuted and cut into groups."""
-        if turn == self._turn:
+    def _begin(self, epoch: int) -> None:
+        """Lay out an epoch: its shards permuted and cut into groups."""
+        if epoch == self._epoch:
             return
-        order = permutation(f"{self._key}/{turn}", len(self._shards)).tolist()
+        order = permutation(f"{self._key}/{epoch}", len(self._shards)).tolist()
         shards = [self._shards[number] for number in order]
         self._groups = [
             shards[start : start + self._shuffle_shards]
@@ -103,42 +104,45 @@ class _SourceStream:
         ]
         sizes = (sum(samples for *_, samples in group) for group in self._groups)
         self._starts = list(accumulate(sizes, initial=0))
-        self._turn = turn
+        self._epoch = epoch
 
-    def _of_group(self, turn: int, group: int, start: int, stop: int) -> list[Draw]:
+    def _of_group(self, epoch: int, group: int, start: int, stop: int) -> list[SampleIndex]:
+        """Return the samples at positions ``start`` to ``stop`` of a group: from each shard its share of them."""
         sizes = [samples for *_, samples in self._groups[group]]
         firsts, lasts = apportion(start, sizes), apportion(stop, sizes)
-        serial = turn * self._groups_per_turn + group
-        draws = []
+        group_number = epoch * self._groups_per_epoch + group
+        indices = []
         for shard, first, last in zip(self._groups[group], firsts, lasts, strict=True):
-            samples = self._permutation(turn, *shard)[first:last].tolist()
-            draws += [Draw(shard[0], sample, turn, serial) for sample in samples]
-        return draws
+            samples = self._permutation(epoch, *shard)[first:last].tolist()
+            indices += [SampleIndex(shard[0], sample, epoch, group_number) for sample in samples]
+        return indices
 
-    def _permutation(self, turn: int, number: int, name: str, samples: int) -> np.ndarray:
-        """Return a shard's samples in the turn's order; those of the latest two groups are kept."""
-        found = self._permutations.get((turn, number))
-        if found is None:
+    def _permutation(self, epoch: int, number: int, name: str, samples: int) -> np.ndarray:
+        """Return a shard's samples in the epoch's order; those of the latest two groups are kept in memory."""
+        samples_N = self._permutations.get((epoch, number))
+        if samples_N is None:
             while len(self._permutations) >= 2 * self._shuffle_shards:
                 del self._permutations[next(iter(self._permutations))]
-            found = permutation(f"{self._key}/{turn}/{name}", samples)
-            self._permutations[turn, number] = found
-        return found
+            samples_N = permutation(f"{self._key}/{epoch}/{name}", samples)
+            self._permutations[epoch, number] = samples_N
+        return samples_N
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
     """Divide ``total`` samples in proportion to weights, by Webster's method, in whole numbers only.
 
-    Of all methods of apportionment this one is chosen for what a stream needs: no share falls as the total
-    grows, the shares add up, and they are exact wherever the proportions are whole.
+    Of the methods of apportionment this one has what a stream needs: no share falls as the total grows, the shares
+    add up to it, and they are exact wherever the proportions are whole.
     """
-    # Rounding at a divisor that cannot give out too many, then seat by seat: about 1.5 per weight.
-    sure, everything = max(0, total - len(weights)), sum(weights)
-    shares = [(2 * sure * weight + everything) // (2 * everything) for weight in weights]
+    # round(certain * weight / sum), as floor((2 a + b) / 2 b) in whole numbers. Rounding up gives each of the k weights
+    # at most half a sample too much, so that distributing total - k cannot exceed the total.
+    certain, weight_sum = max(0, total - len(weights)), sum(weights)
+    shares = [(2 * certain * weight + weight_sum) // (2 * weight_sum) for weight in weights]
+    # The rest, about 1.5 samples per weight, goes one by one to the highest quotient weight / (2 share + 1).
     for _ in range(total - sum(shares)):
         best = 0
         for other in range(1, len(weights)):
-            # Highest weight / (2 share + 1), ties to the first.
+            # The quotients are compared crosswise, without division; of equals the first wins.
             if weights[other] * (2 * shares[best] + 1) > weights[best] * (2 * shares[other] + 1):
                 best = other
         shares[best] += 1
@@ -148,5 +152,5 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
 def whole_numbers(weights: Sequence[float]) -> list[int]:
     """Return weights in exactly the same proportions as whole numbers."""
     fractions = [Fraction(weight) for weight in weights]
-    common = math.lcm(*(fraction.denominator for fraction in fractions))
-    return [int(fraction * common) for fraction in fractions]
+    denominator = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * denominator) for fraction in fractions]

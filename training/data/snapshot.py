@@ -1,23 +1,30 @@
 """What a run trains on: the curated shards that the records commit at one moment, and how sources are mixed.
 
-A snapshot is small (a few hundred bytes a shard) and pickles: taken once, it is handed to every rank.
+A snapshot is small (a few hundred bytes a shard) and pickles: taken once, it is handed to every rank. It also says
+which images are held out from training.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import pyarrow.compute as pc
+
 from pipeline.corpus.records import Records
+from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import CorpusSlice, DataConfig
-from training.data.held_out import choose_held_out
-from training.data.shard_index import ShardRef
-from training.data.webdataset_folder import foreign_shards
+from training.data.shard_index import ShardRef, open_shard
+from training.data.webdataset_folder import webdataset_shards
 
 Kind = Literal["web", "human"]
+
+# Held-out images are chosen from shards that hold so many times as many: no need to read a whole corpus.
+_HELD_OUT_POOL = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +47,21 @@ class Source:
         """Its share of the mix: as given, else its number of images."""
         return self.num_images if self.given_weight is None else self.given_weight
 
+    def first_captions(self, config: DataConfig) -> int | None:
+        """Return how many of an image's captions are drawn from; None: all, where people wrote them."""
+        return None if self.kind == "human" else config.captions_per_image
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The shards of a run. ``digest`` is that of their bytes, samples and sources' settings, not of their place."""
+    """The shards of a run. ``digest`` is that of their bytes, samples and sources' settings, not of their location."""
 
     sources: tuple[Source, ...]
     digest: str
 
     @cached_property
     def shards(self) -> tuple[ShardRef, ...]:
-        """All shards, source by source: what ``order.Draw`` numbers."""
+        """All shards, source by source: numbered by ``SampleIndex.shard``."""
         return tuple(shard for source in self.sources for shard in source.shards)
 
     @cached_property
@@ -69,18 +80,18 @@ class Snapshot:
 
     @cached_property
     def num_held_out(self) -> int:
-        """The images that are set aside."""
+        """The images that are held out."""
         return sum(len(shard.held_out) for shard in self.shards)
 
 
 def take_snapshot(config: DataConfig) -> Snapshot:
-    """Read what there is to train on from the corpora's records, or from folders of others' shards.
+    """Read what there is to train on from the corpora's records, or from folders of WebDataset shards.
 
     Raises:
-        CapfiltError: a corpus has no curated shards, or others than a pinned digest says; a source that the
-            config names is not there; more is held out than half of the images.
+        CapfiltError: a corpus has no curated shards, or their digest is not the pinned one; a source that the
+            config names does not exist; more than half of the images are held out.
     """
-    slices = [_slice(number, one) for number, one in enumerate(config.corpus)]
+    slices = [_slice(number, corpus) for number, corpus in enumerate(config.corpus)]
     sources = tuple(source for sources, _ in slices for source in sources)
     digests = [digest for _, digest in slices]
     snapshot = Snapshot(sources, digests[0] if len(digests) == 1 else digest_json(digests))
@@ -89,7 +100,7 @@ def take_snapshot(config: DataConfig) -> Snapshot:
 
 def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
     """Return the sources of one ``[[data.corpus]]`` and the digest of its shards."""
-    found = _chosen(config, _curated(config.path) or _foreign(config.path))
+    sources = _chosen(config, _curated(config.path) or _webdataset(config.path))
     digest = digest_json(
         {
             name: {
@@ -97,7 +108,7 @@ def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
                 "weight": source.given_weight,
                 "shards": [[shard.shard, shard.tar.sha256, shard.tar.rows] for shard in source.shards],
             }
-            for name, source in found.items()
+            for name, source in sources.items()
         }
     )
     if config.snapshot and config.snapshot != digest:
@@ -108,29 +119,30 @@ def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
         )
     return [
         replace(source, slice=number, given_weight=config.weights.get(name, source.given_weight))
-        for name, source in found.items()
+        for name, source in sources.items()
     ], digest
 
 
-def _chosen(config: CorpusSlice, found: Mapping[str, Source]) -> dict[str, Source]:
-    """Return the sources that the config wants, by name."""
+def _chosen(config: CorpusSlice, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources that the config names, or all, by name."""
     for key, names in (("sources", config.sources), ("weights", config.weights)):
         for name in names:
-            if name not in found:
+            if name not in sources:
                 raise CapfiltError(
                     f"data.corpus.{key}: {config.path} has no source {name!r} with curated shards; it has "
-                    f"{', '.join(sorted(found))}"
+                    f"{', '.join(sorted(sources))}"
                 )
     for name, weight in config.weights.items():
         if not 0 < weight < float("inf"):
             raise CapfiltError(
-                f"data.corpus.weights: {name} = {weight:g}: a weight is over 0; sources = [...] leaves one out"
+                f"data.corpus.weights: {name} = {weight:g}: a weight must be over 0; leave a source out "
+                "with sources = [...]"
             )
-    return {name: found[name] for name in sorted(found) if not config.sources or name in config.sources}
+    return {name: sources[name] for name in sorted(sources) if not config.sources or name in config.sources}
 
 
 def _curated(path: str) -> dict[str, Source]:
-    """Return a corpus's sources with curated images by name; none where the folder is no corpus."""
+    """Return a corpus's sources with curated images by name; none where the folder is not a corpus."""
     storage = Storage(path)
     records = Records(storage)
     shards: dict[str, list[ShardRef]] = {}
@@ -160,7 +172,7 @@ def _source(name: str, shards: Iterable[ShardRef], kind: Kind = "web", weight: f
 
 
 def _settings(records: Records) -> dict[str, tuple[Kind, float | None]]:
-    """Return kind and weight of each source, as the corpus's latest run that names it was told."""
+    """Return kind and weight of each source, as the config of the latest run that names it has them."""
     return {
         source["name"]: (source["kind"], source["weight"])
         for run in records.runs()
@@ -168,13 +180,13 @@ def _settings(records: Records) -> dict[str, tuple[Kind, float | None]]:
     }
 
 
-def _foreign(path: str) -> dict[str, Source]:
-    """Return the shards of a folder that is no corpus as one source with the folder's name."""
+def _webdataset(path: str) -> dict[str, Source]:
+    """Return the shards of a folder that is not a corpus as one source with the folder's name."""
     storage = Storage(path)
     name = storage.base.rpartition("/")[2]
     refs = [
         ShardRef(corpus=path, source=name, shard=shard, tar=tar)
-        for shard, tar in foreign_shards(storage).items()
+        for shard, tar in webdataset_shards(storage).items()
     ]
     if not refs:
         raise CapfiltError(
@@ -189,7 +201,7 @@ def _without_held_out(snapshot: Snapshot, held_out: int) -> Snapshot:
         raise CapfiltError(
             f"data.held_out: {held_out:,} of {snapshot.num_images:,} images are more than half; hold out fewer"
         )
-    chosen = choose_held_out(snapshot.shards, held_out)
+    chosen = _choose_held_out(snapshot.shards, held_out)
     return replace(
         snapshot,
         sources=tuple(
@@ -200,3 +212,34 @@ def _without_held_out(snapshot: Snapshot, held_out: int) -> Snapshot:
             for source in snapshot.sources
         ),
     )
+
+
+def _choose_held_out(shards: Iterable[ShardRef], images: int) -> dict[ShardRef, tuple[str, ...]]:
+    """Choose the images whose uids have the smallest hashes, of a few shards; return the uids by shard.
+
+    The shards are taken in the order of their names' hashes until they hold four times as many images as are wanted:
+    so the choice depends neither on a run's seed nor on its ranks.
+    """
+    candidates: list[tuple[str, str, ShardRef]] = []
+    for shard in sorted(shards, key=lambda shard: _hash(f"{shard.source}/{shard.shard}")):
+        candidates += [(_hash(uid), uid, shard) for uid in _uids(shard)]
+        if len(candidates) >= _HELD_OUT_POOL * images:
+            break
+    chosen: dict[ShardRef, list[str]] = {}
+    for _, uid, shard in sorted(candidates, key=lambda candidate: candidate[:2])[:images]:
+        chosen.setdefault(shard, []).append(uid)
+    return {shard: tuple(sorted(uids)) for shard, uids in chosen.items()}
+
+
+def _uids(shard: ShardRef) -> list[str]:
+    """Return the uids of a shard's samples; a corpus's tar need not be fetched for that."""
+    records = Records(Storage(shard.corpus))
+    if shard.parquet is None:
+        with open_shard(records, shard) as opened:
+            return opened.uids
+    table = committed_table(records, shard.parquet, ("uid", "status"))
+    return table.filter(pc.equal(table["status"], "kept"))["uid"].to_pylist()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A snapshot as a file beside a run's checkpoints: which shards the run ate, kept when the corpora grow."""
+"""The list of shards a run was trained on, saved beside its checkpoints so that it is kept when the corpora grow."""
 
 import json
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ def encode(snapshot: Snapshot) -> bytes:
 
 
 def decode(data: bytes, config: DataConfig, where: str) -> Snapshot:
-    """Return the snapshot of a file; its corpora lie where the config says, should they have been moved.
+    """Return the snapshot of a file; its corpora are where the config says, as they may have been moved.
 
     Raises CapfiltError, naming the file (``where``), if it is not a snapshot of these corpora.
     """
@@ -42,11 +42,11 @@ def _placed(source: Source, config: DataConfig) -> Source:
     """Return a source with its corpus where the config says. Raises ValueError for a file outside that corpus."""
     if not 0 <= source.slice < len(config.corpus):
         raise ValueError(
-            f"{source.name!r} is of [[data.corpus]] number {source.slice + 1}, which is not there"
+            f"{source.name!r} is of [[data.corpus]] number {source.slice + 1}, which does not exist"
         )
     for shard in source.shards:
         for file in filter(None, (shard.tar, shard.parquet)):
             if not is_confined(file.path):
-                raise ValueError(f"{file.path[:200]!r} leads outside its corpus")
+                raise ValueError(f"{file.path[:200]!r} leads out of its corpus")
     corpus = config.corpus[source.slice].path
     return replace(source, shards=tuple(replace(shard, corpus=corpus) for shard in source.shards))

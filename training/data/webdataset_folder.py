@@ -46,7 +46,7 @@ class _Entry(TypedDict):
     follows: str
 
 
-def foreign_shards(storage: Storage) -> dict[str, OutputFile]:
+def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
     """Return every tar under a folder that holds samples, by its path without ``.tar``.
 
     Raises CapfiltError where there is no tar, or one cannot be read.

@@ -1,17 +1,19 @@
-"""Image captioning: a caption for every image of a benchmark, and its CIDEr and BLEU-4."""
+"""Image captioning: a caption for every image of a benchmark, and its CIDEr-D and BLEU-4 by COCO's own scorers."""
 
+import shutil
 from collections.abc import Sequence
 
+from schemas.errors import CapfiltError
 from training.evaluate.annotations import CaptionedImage
-from training.evaluate.caption_scores import caption_scores
-from training.evaluate.generation import Captioner, Decoding
-from training.evaluate.images import Pictures
+from training.evaluate.generation import CaptionModel, Decoding
+from training.evaluate.images import ImageFolder
+from training.evaluate.ptb_tokenizer import caption_words
 
 
-def write_captions(
-    model: Captioner,
+def generate_captions(
+    model: CaptionModel,
     images: Sequence[CaptionedImage],
-    pictures: Pictures,
+    image_folder: ImageFolder,
     *,
     prompt: str,
     decoding: Decoding,
@@ -19,7 +21,7 @@ def write_captions(
 ) -> list[str]:
     """Return a caption for each image, without the prompt."""
     captions: list[str] = []
-    for pixels_BCHW in pictures.batches([image.file for image in images], batch_size):
+    for pixels_BCHW in image_folder.batches([image.file for image in images], batch_size):
         captions += model.caption(pixels_BCHW, prompt, decoding)
     return captions
 
@@ -39,3 +41,45 @@ def score_captions(
         )
         scores[f"cider_{domain.replace('-', '_')}"] = of_domain["cider"]
     return scores
+
+
+def caption_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool = False
+) -> dict[str, float]:
+    """Return ``cider`` and ``bleu4`` in per cent, as papers print them.
+
+    CIDEr weighs a word by how few images' references have it, so a score depends on the whole set: those of two
+    sets do not compare, and one image alone scores 0.
+
+    Args:
+        captions: one for each image.
+        references: those of each image.
+        java: divide words by Stanford's tokenizer itself (needs a ``java`` on the path) instead of our port.
+    """
+    # Only what scores captions needs the package: a training without held-out images does not.
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    words = _stanford_words if java else _ported_words
+    candidates = words([[caption] for caption in captions])
+    targets = words(references)
+    cider, _ = Cider().compute_score(targets, candidates)
+    bleu, _ = Bleu(4).compute_score(targets, candidates, verbose=0)
+    return {"cider": 100 * float(cider), "bleu4": 100 * float(bleu[3])}
+
+
+def _ported_words(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    return {
+        index: [" ".join(caption_words(text)) for text in of_image] for index, of_image in enumerate(texts)
+    }
+
+
+def _stanford_words(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    # Checked first: without java the wrapper fails after it has written a file, which it leaves behind.
+    if shutil.which("java") is None:
+        raise CapfiltError("--java: no java on the path; without the option, words are divided in Python")
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    return PTBTokenizer().tokenize(
+        {index: [{"caption": text} for text in of_image] for index, of_image in enumerate(texts)}
+    )

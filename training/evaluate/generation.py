@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from pipeline.models.finite import require_finite
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.models.qformer import KeyValue
+from training.models.layers import KeyValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +50,19 @@ class Decoding:
         )
 
 
-class Captioner(Protocol):
+class CaptionModel(Protocol):
     """What captioning asks of a model."""
 
     def caption(self, pixels_BCHW: Tensor, prompt: str, decoding: Decoding) -> list[str]:
         """Return what follows the prompt, for each image (uint8)."""
 
 
-class Stage1Captioner:
+class Stage1Generator:
     """Captions by a stage 1 model, in evaluation mode."""
 
     def __init__(self, stage: Stage1) -> None:
         self.stage = stage.eval()
-        self._writer = _QFormerWriter(stage)
+        self._writer = _QFormerDecoder(stage)
 
     @torch.no_grad()
     def caption(self, pixels_BCHW: Tensor, prompt: str, decoding: Decoding) -> list[str]:
@@ -89,7 +89,7 @@ class Stage1Captioner:
         ]
 
 
-class Stage2Writer:
+class Stage2Generator:
     """Captions and answers by a stage 2 model, in evaluation mode."""
 
     def __init__(self, stage: Stage2) -> None:
@@ -117,7 +117,7 @@ class Stage2Writer:
             inputs_embeds=read_BSW,
             attention_mask=mask_BS,
             # A rank that is through goes on calling the model until all are.
-            synced_gpus=language.is_spread,
+            synced_gpus=language.is_sharded,
             generation_config=decoding.config(
                 eos_token_id=end_of_text(self.stage),
                 pad_token_id=shape.pad_token_id,
@@ -160,7 +160,7 @@ def _generate(model: Any, **arguments: Any) -> Tensor:
     return ids_BL
 
 
-class _QFormerWriter(PreTrainedModel, GenerationMixin):
+class _QFormerDecoder(PreTrainedModel, GenerationMixin):
     """The Q-Former's text side as transformers' ``generate`` wants a decoder.
 
     The text so far, at most some thirty tokens, is read anew for each token: that is cheaper to keep right than a

@@ -28,7 +28,7 @@ def tell_nobody(what: str, done: int, total: int) -> None:
     """Do nothing."""
 
 
-class Pictures:
+class ImageFolder:
     """A folder of images, local or remote.
 
     Args:

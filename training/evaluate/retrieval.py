@@ -8,8 +8,8 @@ projected once for all of its texts.
 Nothing of the size images x texts or images x image tokens is ever held: similarities are reduced to the best of each
 list block by block, and images are encoded again for the second pass (4% more work at the size of COCO).
 
-The legend of the names: N images, M texts, P pairs, R candidates in a list, B images at once, Q queries, C channels
-of an embedding.
+The legend of the names: N images, M texts, P pairs, R candidates in a list or texts of an image, B images at once,
+Q queries, L tokens, C channels of an embedding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +19,125 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from training.evaluate.matching import ReadTexts, Stage1Matcher
+from pipeline.models.finite import require_finite
+from training.blip2.stage1 import Stage1
+from training.data.transforms import blip_caption
+from training.losses import similarity
+from training.models.layers import KeyValue
+from training.models.tokenizer import Texts
 
+# LAVIS's retrieval reads three tokens more than its training.
+MAX_TEXT_TOKENS = 35
+_TEXTS_AT_ONCE = 256
 # Similarities held at once: 2 ** 26 float32 are 256 MB.
 _BLOCK_ELEMENTS = 2**26
 _RECALL_AT = (1, 5, 10)
 
 ImageBatches = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedTexts:
+    """Tokenised texts: tokens on the device, lengths on the CPU."""
+
+    tokens: Texts
+    lengths_M: Tensor
+    bucket_size: int
+
+    def length_buckets(self, rows_R: Tensor) -> Iterator[tuple[Tensor, Texts]]:
+        """Yield texts in buckets of like length, padded to their longest, with their positions in ``rows_R``.
+
+        A caption of COCO has about a third of the tokens that there is room for.
+        """
+        for places in self.lengths_M[rows_R].argsort(stable=True).split(self.bucket_size):
+            rows = rows_R[places]
+            longest = int(self.lengths_M[rows[-1]])
+            rows = rows.to(self.tokens.ids_BL.device)
+            yield (
+                places,
+                Texts(ids_BL=self.tokens.ids_BL[rows, :longest], mask_BL=self.tokens.mask_BL[rows, :longest]),
+            )
+
+
+class Stage1Matcher:
+    """The contrastive and the matching side of a stage 1 model, in evaluation mode and without gradients.
+
+    Its methods raise NotFiniteError where the model computes NaN or infinity.
+
+    Args:
+        stage: the model; put in evaluation mode.
+        max_text_tokens: of a caption, special tokens included.
+        texts_at_once: computed in one pass.
+    """
+
+    def __init__(
+        self, stage: Stage1, max_text_tokens: int = MAX_TEXT_TOKENS, texts_at_once: int = _TEXTS_AT_ONCE
+    ) -> None:
+        self.stage = stage.eval()
+        self.device = stage.temp.device
+        self.max_text_tokens = min(max_text_tokens, stage.config.qformer.max_positions)
+        self.texts_at_once = texts_at_once
+
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Clean texts as in training and tokenise them."""
+        tokens = self.stage.tokenizer([blip_caption(text) for text in texts], self.max_text_tokens)
+        return TokenizedTexts(
+            tokens=tokens.to(self.device),
+            lengths_M=tokens.mask_BL.sum(dim=1),
+            bucket_size=self.texts_at_once,
+        )
+
+    @torch.no_grad()
+    def embed_texts(self, texts: TokenizedTexts) -> Tensor:
+        """Return the normalised embeddings (M, C)."""
+        embeddings_MC = self._in_place(
+            (places, self.stage.embed_texts(part))
+            for places, part in texts.length_buckets(torch.arange(len(texts.lengths_M)))
+        )
+        require_finite(embeddings_MC, "the model's embeddings of texts")
+        return embeddings_MC
+
+    @torch.no_grad()
+    def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the normalised embeddings (B, Q, C) of uint8 pixels."""
+        embeddings_BQC = self.stage.embed_images(self.stage.encode_pixels(pixels_BCHW.to(self.device)))[0]
+        require_finite(embeddings_BQC, "the model's embeddings of images")
+        return embeddings_BQC
+
+    @torch.no_grad()
+    def match(self, pixels_BCHW: Tensor, texts: TokenizedTexts, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return, for each image, the logits of its ``rows`` of the texts, (R, 2): index 1 for "they belong together".
+
+        The logits are means over the queries.
+        """
+        images = self.stage.encode_pixels(pixels_BCHW.to(self.device))
+        return [
+            self._match_image(_image_at(images, index), texts, rows_R) for index, rows_R in enumerate(rows)
+        ]
+
+    def _match_image(self, image: list[KeyValue | None], texts: TokenizedTexts, rows_R: Tensor) -> Tensor:
+        if not len(rows_R):
+            return torch.empty(0, 2, device=self.device)
+        logits_R2 = self._in_place(
+            (places, self.stage.match(image, part).mean(dim=1))
+            for places, part in texts.length_buckets(rows_R)
+        )
+        require_finite(logits_R2, "the model's matching logits")
+        return logits_R2
+
+    def _in_place(self, parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Join rows that were computed in another order: each goes to its position."""
+        positions, values = zip(*parts, strict=True)
+        joined = torch.cat(values)
+        return torch.empty_like(joined).index_copy_(0, torch.cat(positions).to(joined.device), joined)
+
+
+def _image_at(images: list[KeyValue | None], index: int) -> list[KeyValue | None]:
+    """Return the keys and values of one image of a batch, for every block."""
+    return [
+        key_value and (key_value[0][index : index + 1], key_value[1][index : index + 1])
+        for key_value in images
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,37 +157,45 @@ def retrieve(
 ) -> dict[str, float]:
     """Return recall at 1, 5 and 10 in per cent, of texts by image (``text_r1``) and of images by text (``image_r1``).
 
-    Where ITM reranks, what the lists were before it is there too: ``itc_text_r1`` and so on.
+    Where ITM reranks, the recall of the lists before it is returned too: ``itc_text_r1`` and so on.
 
     Args:
         model: what scores.
         images: begins a pass over the images, in batches.
         texts: the captions.
         image_of_text: position of the image that a text belongs to.
-        rerank: candidates of each list that ITM sees; 0: none, the lists stay as ITC gave them.
+        rerank: candidates of each list that ITM reranks; 0: none, the lists stay as ITC gave them.
     """
     owner_M = torch.tensor(image_of_text)
     num_images = int(owner_M.max()) + 1
     candidates = max(rerank, max(_RECALL_AT))
-    read = model.read(texts)
-    to_texts, to_images = contrastive_lists(model, images, read, candidates)
+    tokenized = model.tokenize(texts)
+    to_texts, to_images = contrastive_lists(model, images, tokenized, candidates)
 
     def recalls(to_texts: Lists, to_images: Lists) -> dict[str, float]:
         text_hits = owner_M[to_texts.positions] == torch.arange(num_images)[:, None]
         image_hits = to_images.positions == owner_M[:, None]
-        return _recalls(text_hits, "text") | _recalls(image_hits, "image")
+        hits = {"text": text_hits, "image": image_hits}
+        return {f"{name}_r{k}": recall(hits[name], k) for name in hits for k in _RECALL_AT}
 
     by_itc = recalls(to_texts, to_images)
     if not rerank:
         return by_itc
-    reranked = _rerank(model, images, read, _first(to_texts, rerank), _first(to_images, rerank))
+    reranked = _rerank(model, images, tokenized, _first(to_texts, rerank), _first(to_images, rerank))
     return recalls(*reranked) | {f"itc_{name}": value for name, value in by_itc.items()}
 
 
 def contrastive_lists(
-    model: Stage1Matcher, images: ImageBatches, texts: ReadTexts, candidates: int
+    model: Stage1Matcher,
+    images: ImageBatches,
+    texts: TokenizedTexts,
+    candidates: int,
+    block_elements: int = _BLOCK_ELEMENTS,
 ) -> tuple[Lists, Lists]:
-    """Return the best texts of each image and the best images of each text, by ITC."""
+    """Return the best texts of each image and the best images of each text, by ITC.
+
+    ``block_elements`` similarities are held at once.
+    """
     texts_MC = model.embed_texts(texts)
     num_texts, device = len(texts_MC), texts_MC.device
     of_images: list[tuple[Tensor, Tensor]] = []
@@ -85,9 +205,9 @@ def contrastive_lists(
     start = 0
     for pixels_BCHW in images():
         embeddings_BQC = model.embed_images(pixels_BCHW)
-        images_at_once = max(1, _BLOCK_ELEMENTS // (num_texts * embeddings_BQC.shape[1]))
+        images_at_once = max(1, block_elements // (num_texts * embeddings_BQC.shape[1]))
         for block_BQC in embeddings_BQC.split(images_at_once):
-            similarity_BM = torch.einsum("bqc,mc->bqm", block_BQC, texts_MC).amax(dim=1)
+            similarity_BM = similarity(block_BQC, texts_MC)
             of_images.append(tuple(part.cpu() for part in _best(similarity_BM, candidates)))
             image_B = torch.arange(start, start + len(block_BQC), device=device)
             image_MR = torch.cat([image_MR, image_B.expand(num_texts, -1)], dim=1)
@@ -112,19 +232,20 @@ def _first(lists: Lists, candidates: int) -> Lists:
 
 
 def _rerank(
-    model: Stage1Matcher, images: ImageBatches, texts: ReadTexts, to_texts: Lists, to_images: Lists
+    model: Stage1Matcher, images: ImageBatches, texts: TokenizedTexts, to_texts: Lists, to_images: Lists
 ) -> tuple[Lists, Lists]:
     """Sort both directions' candidates by matching logit plus similarity."""
     num_texts = len(texts.lengths_M)
     rows_N = torch.arange(len(to_texts.positions))[:, None]
     rows_M = torch.arange(num_texts)[:, None]
-    # A pair's number: image by image, and within an image text by text.
+    # Pair (n, m) has the number n M + m: image by image, and within an image text by text. Each is computed once.
     pair_NR = rows_N * num_texts + to_texts.positions
     pair_MR = to_images.positions * num_texts + rows_M
     pair_P = torch.cat([pair_NR.flatten(), pair_MR.flatten()]).unique()
     logit_P = _match_pairs(model, images, texts, pair_P)
 
     def sort(lists: Lists, pair: Tensor) -> Lists:
+        # score = ITM logit + cosine similarity
         score = logit_P[torch.searchsorted(pair_P, pair)] + lists.similarities
         order = score.sort(dim=1, descending=True, stable=True).indices
         return Lists(
@@ -134,7 +255,7 @@ def _rerank(
     return sort(to_texts, pair_NR), sort(to_images, pair_MR)
 
 
-def _match_pairs(model: Stage1Matcher, images: ImageBatches, texts: ReadTexts, pair_P: Tensor) -> Tensor:
+def _match_pairs(model: Stage1Matcher, images: ImageBatches, texts: TokenizedTexts, pair_P: Tensor) -> Tensor:
     """Return the matching logit of each pair; ``pair_P`` is sorted."""
     num_texts = len(texts.lengths_M)
     logits: list[Tensor] = []
@@ -143,10 +264,11 @@ def _match_pairs(model: Stage1Matcher, images: ImageBatches, texts: ReadTexts, p
         numbers = torch.arange(start, start + len(pixels_BCHW) + 1) * num_texts
         bounds = torch.searchsorted(pair_P, numbers).tolist()
         rows = [pair_P[first:last] % num_texts for first, last in pairwise(bounds)]
-        logits += [one[:, 1].float().cpu() for one in model.match(pixels_BCHW, texts, rows)]
+        logits += [logits_R2[:, 1].float().cpu() for logits_R2 in model.match(pixels_BCHW, texts, rows)]
         start += len(pixels_BCHW)
     return torch.cat(logits)
 
 
-def _recalls(hits: Tensor, of: str) -> dict[str, float]:
-    return {f"{of}_r{at}": 100 * hits[:, :at].any(dim=1).double().mean().item() for at in _RECALL_AT}
+def recall(hits: Tensor, k: int) -> float:
+    """Return recall at k in per cent: of how many rows one of the first k columns is a hit."""
+    return 100 * hits[:, :k].any(dim=1).double().mean().item()

@@ -13,17 +13,16 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.data import snapshot_file
-from training.data.loader import held_out_samples
+from training.data.held_out import held_out_samples
 from training.data.snapshot import Snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
-from training.evaluate.captioning import score_captions, write_captions
-from training.evaluate.generation import Decoding, Stage1Captioner, Stage2Writer
-from training.evaluate.images import Pictures, Tell, tell_nobody
-from training.evaluate.matching import Stage1Matcher
+from training.evaluate.captioning import generate_captions, score_captions
+from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
+from training.evaluate.images import ImageFolder, Tell, tell_nobody
 from training.evaluate.published import Result, published
-from training.evaluate.retrieval import retrieve
+from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import probe
-from training.evaluate.vqa import DECODING, PROMPTS, lemmatizer, score_answers, write_answers
+from training.evaluate.vqa import DECODING, PROMPTS, generate_answers, lemmatizer, score_answers
 
 Stage = Stage1 | Stage2
 
@@ -44,7 +43,7 @@ def evaluate_retrieval(
             "retrieval is stage 1's: a stage 2 model has neither the text side nor the matching head"
         )
     began = time.perf_counter()
-    pictures = Pictures(images, stage.config.data.image_size_px, tell)
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
     files = [image.file for image in captioned]
     pairs = [(caption, index) for index, image in enumerate(captioned) for caption in image.captions]
     texts, image_of_text = zip(*pairs, strict=True)
@@ -52,7 +51,7 @@ def evaluate_retrieval(
     passes = iter(("comparing by ITC", "matching by ITM"))
     tell("reading the texts", 0, 0)
     metrics = retrieve(
-        matcher, lambda: pictures.batches(files, batch_size, next(passes)), texts, image_of_text, rerank
+        matcher, lambda: image_folder.batches(files, batch_size, next(passes)), texts, image_of_text, rerank
     )
     protocol = {
         "rerank": rerank,
@@ -78,10 +77,10 @@ def evaluate_captions(
 ) -> Result:
     """Caption every image: by the language model, or by the Q-Former in stage 1."""
     began = time.perf_counter()
-    model = Stage1Captioner(stage) if isinstance(stage, Stage1) else Stage2Writer(stage)
-    pictures = Pictures(images, stage.config.data.image_size_px, tell)
-    captions = write_captions(
-        model, captioned, pictures, prompt=prompt, decoding=decoding, batch_size=batch_size
+    model = Stage1Generator(stage) if isinstance(stage, Stage1) else Stage2Generator(stage)
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
+    captions = generate_captions(
+        model, captioned, image_folder, prompt=prompt, decoding=decoding, batch_size=batch_size
     )
     if predictions:
         rows = [
@@ -115,11 +114,11 @@ def evaluate_answers(
     prompt = prompt or PROMPTS[stage.language.name]
     if "{}" not in prompt:
         raise CapfiltError(f"--prompt {prompt!r} has no {{}} for the question")
-    pictures = Pictures(images, stage.config.data.image_size_px, tell)
-    given = write_answers(
-        Stage2Writer(stage),
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
+    given = generate_answers(
+        Stage2Generator(stage),
         asked.questions,
-        pictures,
+        image_folder,
         prompt=prompt,
         decoding=decoding,
         batch_size=batch_size,

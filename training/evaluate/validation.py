@@ -11,10 +11,11 @@ from torch import Tensor
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.data.loader import HeldOut
-from training.evaluate.caption_scores import caption_scores
-from training.evaluate.generation import Captioner, Decoding, Stage1Captioner, Stage2Writer
-from training.evaluate.matching import Stage1Matcher
+from training.data.held_out import HeldOut
+from training.evaluate.captioning import caption_scores
+from training.evaluate.generation import CaptionModel, Decoding, Stage1Generator, Stage2Generator
+from training.evaluate.retrieval import Stage1Matcher, recall
+from training.losses import similarity
 
 # Greedy and short: for comparing steps of a run, not runs with papers.
 _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=20)
@@ -40,27 +41,24 @@ def _look(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float
     ]
     captions = [sample.captions for sample in samples]
     if not isinstance(stage, Stage1):
-        return _cider(Stage2Writer(stage), batches, captions)
+        return _cider(Stage2Generator(stage), batches, captions)
     matcher = Stage1Matcher(stage)
     texts = list(dict.fromkeys(caption for of_image in captions for caption in of_image))
     found = _recalls(matcher, batches, texts, captions) | _accuracy(matcher, batches, texts, captions)
-    return found | _cider(Stage1Captioner(stage), batches, captions)
+    return found | _cider(Stage1Generator(stage), batches, captions)
 
 
 def _recalls(
     matcher: Stage1Matcher, batches: Sequence[Tensor], texts: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    texts_MC = matcher.embed_texts(matcher.read(texts))
+    texts_MC = matcher.embed_texts(matcher.tokenize(texts))
     similarity_NM = torch.cat(
-        [torch.einsum("bqc,mc->bqm", matcher.embed_images(one), texts_MC).amax(dim=1) for one in batches]
+        [similarity(matcher.embed_images(pixels_BCHW), texts_MC) for pixels_BCHW in batches]
     ).cpu()
     right_NM = torch.tensor([[text in of_image for text in texts] for of_image in captions])
     by_image = right_NM.gather(1, similarity_NM.argmax(dim=1, keepdim=True))
     by_text = right_NM.gather(0, similarity_NM.argmax(dim=0, keepdim=True))
-    return {
-        "text_r1": 100 * by_image.double().mean().item(),
-        "image_r1": 100 * by_text.double().mean().item(),
-    }
+    return {"text_r1": recall(by_image, 1), "image_r1": recall(by_text.T, 1)}
 
 
 def _accuracy(
@@ -72,11 +70,11 @@ def _accuracy(
         torch.tensor([row_of[of_image[0]], row_of[_other_caption(captions, image)]])
         for image, of_image in enumerate(captions)
     ]
-    read = matcher.read([*texts, ""])
+    tokenized = matcher.tokenize([*texts, ""])
     verdicts: list[Tensor] = []
     for pixels_BCHW in batches:
         asked = pairs[len(verdicts) : len(verdicts) + len(pixels_BCHW)]
-        verdicts += [logits.argmax(dim=1) for logits in matcher.match(pixels_BCHW, read, asked)]
+        verdicts += [logits.argmax(dim=1) for logits in matcher.match(pixels_BCHW, tokenized, asked)]
     right = torch.stack(verdicts) == torch.tensor([1, 0], device=matcher.device)
     return {"itm_accuracy": right.double().mean().item()}
 
@@ -88,7 +86,7 @@ def _other_caption(captions: Sequence[Sequence[str]], image: int) -> str:
 
 
 def _cider(
-    model: Captioner, batches: Sequence[Tensor], captions: Sequence[Sequence[str]]
+    model: CaptionModel, batches: Sequence[Tensor], captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     written = [text for pixels_BCHW in batches for text in model.caption(pixels_BCHW, "", _DECODING)]
     return {"cider": caption_scores(written, captions)["cider"]}

@@ -1,9 +1,10 @@
 """The frozen language models of stage 2: a decoder (OPT) and an encoder-decoder (FlanT5).
 
-Both read the projected queries as a soft prompt (BLIP-2, section 3.3; lavis/models/blip2_models/blip2_{opt,t5}.py).
-They are never trained and never drop anything out; a gradient passes through them to the prompt.
+Both take the projected queries as a soft prompt (BLIP-2, section 3.3; lavis/models/blip2_models/blip2_{opt,t5}.py).
+They are never trained and have no dropout; a gradient passes through them to the prompt.
 
-The legend of the names: B images, Q queries, L text tokens, T words to predict, W the language model's width.
+The legend of the names: B images, Q queries, L text tokens, S = Q + L, T tokens to predict, W the language model's
+width, V its vocabulary.
 """
 
 import random
@@ -33,8 +34,8 @@ from training.models.pretrained import config_file, model_folder, tokenizer_fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Captions of few different lengths: compiled code meets few shapes.
-_LENGTHS = 8
+# Lengths are rounded up to a multiple of this, so that compiled code meets few shapes.
+_LENGTH_MULTIPLE = 8
 
 _OPT = {
     "vocab_size": 50272,
@@ -55,24 +56,24 @@ _PUBLISHED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Captions for one language model.
+    """Tokenised captions for one language model.
 
-    ``read_BL`` is what it reads beside the soft prompt, under ``mask_BL``; ``words_BT`` what it has to predict,
-    ``IGNORED`` where nothing. Both are padded on the right.
+    ``inputs_BL`` follows the soft prompt, with ``mask_BL`` true where there is a token; ``labels_BT`` are the tokens to
+    predict, ``IGNORED`` where there is none. Both are padded on the right.
     """
 
-    read_BL: Tensor
+    inputs_BL: Tensor
     mask_BL: Tensor
-    words_BT: Tensor
+    labels_BT: Tensor
 
     @property
-    def num_words(self) -> int:
-        """Return the number of words to predict."""
-        return int((self.words_BT != IGNORED).sum())
+    def num_tokens(self) -> int:
+        """Return the number of tokens to predict."""
+        return int((self.labels_BT != IGNORED).sum())
 
 
 class FrozenLanguage(nn.Module):
-    """What the two families share.
+    """A frozen language model: what the two families share.
 
     Args:
         config: ``[language]``.
@@ -88,8 +89,8 @@ class FrozenLanguage(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.width = model.config.hidden_size
-        # Over the ranks: then all of them have to call it together.
-        self.is_spread = False
+        # Over the ranks (FSDP): every call then needs all of them.
+        self.is_sharded = False
         self.requires_grad_(False)
         self.train(False)
 
@@ -103,13 +104,14 @@ class FrozenLanguage(nn.Module):
         return self.model.get_input_embeddings().weight.dtype
 
     def embed(self, ids_BL: Tensor) -> Tensor:
-        """Return the embeddings (B, L, W) of words."""
+        """Return the embeddings (B, L, W) of tokens."""
         return self.model.get_input_embeddings()(ids_BL)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the tokens of texts and where they are, padded on the right."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_text_tokens).input_ids
         longest = max(map(len, rows))
-        length = min(-(-longest // _LENGTHS) * _LENGTHS, self.config.max_text_tokens)
+        length = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.config.max_text_tokens)
         ids_BL = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask_BL = torch.zeros(len(rows), length, dtype=torch.bool)
         for index, row in enumerate(rows):
@@ -119,36 +121,37 @@ class FrozenLanguage(nn.Module):
 
 
 class Decoder(FrozenLanguage):
-    """OPT: the soft prompt, then the caption, whose every token it has to predict, the leading ``</s>`` too."""
+    """OPT: the soft prompt, then the caption, each token of which is predicted, the leading ``</s>`` included."""
 
     name = "opt"
 
     def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
-        """Tokenise captions, each ended by a line break. The prompt is read and not predicted."""
+        """Tokenise captions, each ended by a line break. The text prompt is input only, not predicted."""
         prompt = self.config.prompt
         ids_BL, mask_BL = self._tokens([f"{prompt}{caption}\n" for caption in captions])
-        words_BL = ids_BL.masked_fill(~mask_BL, IGNORED)
+        labels_BL = ids_BL.masked_fill(~mask_BL, IGNORED)
         if prompt:
-            words_BL[:, : len(self.tokenizer(prompt).input_ids)] = IGNORED
-        return Target(read_BL=ids_BL, mask_BL=mask_BL, words_BT=words_BL)
+            labels_BL[:, : len(self.tokenizer(prompt).input_ids)] = IGNORED
+        return Target(inputs_BL=ids_BL, mask_BL=mask_BL, labels_BT=labels_BL)
 
     def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
-        """Return the cross-entropy summed over the words."""
-        predicting, words = _predicting(target, prompt_BQW.device)
-        hidden_BLW = self._hidden(prompt_BQW, target.read_BL.to(prompt_BQW.device))
-        return captioning_loss(self._logits, hidden_BLW.flatten(0, 1).index_select(0, predicting), words)
+        """Return the cross-entropy summed over the tokens."""
+        positions_T, labels_T = _target_positions(target, prompt_BQW.device)
+        hidden_BLW = self._hidden(prompt_BQW, target.inputs_BL.to(prompt_BQW.device))
+        return captioning_loss(self._logits, hidden_BLW.flatten(0, 1).index_select(0, positions_T), labels_T)
 
-    def read_typical(self, prompt_BQW: Tensor) -> None:
-        """Do what a caption of usual length costs: 20 tokens."""
+    def typical_forward(self, prompt_BQW: Tensor) -> None:
+        """Compute a forward pass over a caption of usual length: 20 tokens."""
         ids_BL = torch.zeros(len(prompt_BQW), 20, dtype=torch.long, device=prompt_BQW.device)
         self._logits(self._hidden(prompt_BQW, ids_BL))
 
     def _hidden(self, prompt_BQW: Tensor, ids_BL: Tensor) -> Tensor:
-        """Return what predicts each token."""
-        read_BSW = torch.cat((prompt_BQW, self.embed(ids_BL)), dim=1)
-        # No mask: padding comes last, where no word sees it, and without one attention takes its fast path.
-        hidden_BSW = self.model.model.decoder(inputs_embeds=read_BSW, use_cache=False).last_hidden_state
-        # The last query predicts the first token.
+        """Return the last hidden state from which each token is predicted, (B, L, W)."""
+        inputs_BSW = torch.cat((prompt_BQW, self.embed(ids_BL)), dim=1)
+        # No padding mask: attention is causal and padding comes last, so no token sees it; without a mask attention is
+        # faster.
+        hidden_BSW = self.model.model.decoder(inputs_embeds=inputs_BSW, use_cache=False).last_hidden_state
+        # Position i predicts token i + 1: the last query predicts the first token, the last token nothing.
         return hidden_BSW[:, prompt_BQW.shape[1] - 1 : -1]
 
     def _logits(self, hidden_TW: Tensor) -> Tensor:
@@ -166,43 +169,49 @@ class Decoder(FrozenLanguage):
 
 
 class EncoderDecoder(FrozenLanguage):
-    """FlanT5: the encoder reads the soft prompt and the first words of a caption, the decoder writes the others."""
+    """FlanT5: the encoder takes the soft prompt and the first words of a caption, the decoder predicts the others."""
 
     name = "t5"
 
     def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
         """Split each caption before a word between the second and the one at its middle, and tokenise both parts.
 
-        The rule is its author's (salesforce/LAVIS#139). A caption of one word is written whole. Where it is split
-        depends on ``seed``, the image and the caption alone.
+        The rule is of BLIP-2's author (salesforce/LAVIS#139). A caption of one word is predicted whole. Where it is
+        split depends on ``seed``, the image and the caption alone.
         """
         prefixes, suffixes = zip(*map(split_caption, captions, uids, [seed] * len(uids)), strict=True)
         ids_BL, mask_BL = self._tokens([f"{self.config.prompt}{prefix}" for prefix in prefixes])
-        words_BT, written_BT = self._tokens(suffixes)
-        return Target(read_BL=ids_BL, mask_BL=mask_BL, words_BT=words_BT.masked_fill(~written_BT, IGNORED))
+        labels_BT, suffix_mask_BT = self._tokens(suffixes)
+        return Target(
+            inputs_BL=ids_BL, mask_BL=mask_BL, labels_BT=labels_BT.masked_fill(~suffix_mask_BT, IGNORED)
+        )
 
     def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
-        """Return the cross-entropy summed over the words."""
+        """Return the cross-entropy summed over the tokens."""
         device = prompt_BQW.device
-        predicting, words = _predicting(target, device)
+        positions_T, labels_T = _target_positions(target, device)
         logits_BTV = self._logits(
-            prompt_BQW, target.read_BL.to(device), target.mask_BL.to(device), target.words_BT.to(device)
+            prompt_BQW, target.inputs_BL.to(device), target.mask_BL.to(device), target.labels_BT.to(device)
         )
-        return captioning_loss(_at_least_float, logits_BTV.flatten(0, 1).index_select(0, predicting), words)
+        logits_TV = logits_BTV.flatten(0, 1).index_select(0, positions_T)
+        return captioning_loss(_at_least_float, logits_TV, labels_T)
 
-    def read_typical(self, prompt_BQW: Tensor) -> None:
-        """Do what a caption of usual length costs: 8 tokens read and 16 written."""
+    def typical_forward(self, prompt_BQW: Tensor) -> None:
+        """Compute a forward pass over a caption of usual length: 8 tokens for the encoder and 16 for the decoder."""
         ids_BT = torch.zeros(len(prompt_BQW), 16, dtype=torch.long, device=prompt_BQW.device)
         self._logits(prompt_BQW, ids_BT[:, :8], ids_BT[:, :8] == 0, ids_BT)
 
-    def _logits(self, prompt_BQW: Tensor, ids_BL: Tensor, mask_BL: Tensor, words_BT: Tensor) -> Tensor:
-        """Return what the decoder says of each word, having read those before it."""
-        before_BT = words_BT.roll(1, dims=1)
-        before_BT[:, 0] = self.model.config.decoder_start_token_id
+    def _logits(self, prompt_BQW: Tensor, ids_BL: Tensor, mask_BL: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return the decoder's logits of each label, given those before it, (B, T, V)."""
+        # Teacher forcing: the decoder's inputs are the labels shifted right by one, behind the start token.
+        decoder_ids_BT = labels_BT.roll(1, dims=1)
+        decoder_ids_BT[:, 0] = self.model.config.decoder_start_token_id
         return self.model(
             inputs_embeds=torch.cat((prompt_BQW, self.embed(ids_BL)), dim=1),
             attention_mask=torch.cat((mask_BL.new_ones(prompt_BQW.shape[:2]), mask_BL), dim=1).long(),
-            decoder_input_ids=before_BT.masked_fill(before_BT == IGNORED, self.model.config.pad_token_id),
+            decoder_input_ids=decoder_ids_BT.masked_fill(
+                decoder_ids_BT == IGNORED, self.model.config.pad_token_id
+            ),
             use_cache=False,
         ).logits
 
@@ -218,14 +227,14 @@ class EncoderDecoder(FrozenLanguage):
 
 
 def split_caption(caption: str, uid: str, seed: int) -> tuple[str, str]:
-    """Return the words that are read and those that are to be written."""
+    """Return the words for the encoder and those for the decoder to predict."""
     words = caption.split()
     if len(words) < 2:
         return "", caption
-    # Of Python's generators only random() is promised to stay the same.
-    drawn = random.Random(seed_for("split", seed, uid, caption)).random()
-    at = 1 + int(drawn * (len(words) // 2))
-    return " ".join(words[:at]), " ".join(words[at:])
+    # Of the methods of random.Random only random() is promised to stay the same between versions of Python.
+    uniform = random.Random(seed_for("split", seed, uid, caption)).random()
+    split = 1 + int(uniform * (len(words) // 2))
+    return " ".join(words[:split]), " ".join(words[split:])
 
 
 def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
@@ -287,9 +296,9 @@ def _check_family(config: LanguageConfig, values: Mapping[str, Any]) -> None:
         raise _other_family(config, printable(str(values.get("model_type", "unknown")))[:40])
 
 
-def _other_family(config: LanguageConfig, found: str) -> CapfiltError:
+def _other_family(config: LanguageConfig, family: str) -> CapfiltError:
     return CapfiltError(
-        f"language.model = {config.model!r} is of the family {found!r}; language.family = {config.family!r}"
+        f"language.model = {config.model!r} is of the family {family!r}; language.family = {config.family!r}"
     )
 
 
@@ -301,11 +310,11 @@ def _use_exact_gelu(model: T5ForConditionalGeneration) -> None:
         feed_forward.act = nn.GELU()
 
 
-def _predicting(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which tokens, counted through the batch, predict something, and what; found on the CPU."""
-    words = target.words_BT.flatten()
-    rows = (words != IGNORED).nonzero()[:, 0]
-    return rows.to(device, non_blocking=True), words[rows].to(device, non_blocking=True)
+def _target_positions(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions, in (B, T) flattened, that have a label, and the labels; computed on the CPU."""
+    labels = target.labels_BT.flatten()
+    positions_T = (labels != IGNORED).nonzero()[:, 0]
+    return positions_T.to(device, non_blocking=True), labels[positions_T].to(device, non_blocking=True)
 
 
 def _at_least_float(logits_TV: Tensor) -> Tensor:

@@ -26,100 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from schemas.pretrain import QFormerConfig
-from training.models.layers import LayerNorm, Linear
-
-# The epsilon of BERT's norms.
-NORM_EPS = 1e-12
-
-# Keys and values, each (B, H, K, d).
-KeyValue = tuple[Tensor, Tensor]
-
-
-class _Projections(nn.Module):
-    """Queries, keys and values; of one sequence, or of a sequence and an image."""
-
-    def __init__(self, width: int, source_width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = Linear(width, width)
-        self.key = Linear(source_width, width)
-        self.value = Linear(source_width, width)
-
-    def queries(self, hidden_BSD: Tensor) -> Tensor:
-        """Project queries: (B, H, S, d)."""
-        return self.query(hidden_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_and_values(self, source_BKE: Tensor) -> KeyValue:
-        """Project keys and values in one product."""
-        return self._fused((self.key, self.value), source_BKE)
-
-    def all_three(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project queries, keys and values of one sequence in one product."""
-        return self._fused((self.query, self.key, self.value), hidden_BSD)
-
-    def _fused(self, layers: tuple[Linear, ...], source_BKE: Tensor) -> tuple[Tensor, ...]:
-        weight = torch.cat([layer.weight for layer in layers]).to(source_BKE.dtype)
-        bias = torch.cat([layer.bias for layer in layers]).to(source_BKE.dtype)
-        packed = F.linear(source_BKE, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
-        return packed.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class _Residual(nn.Module):
-    """The end of each half of a block: linear, dropout, sum, norm."""
-
-    def __init__(self, from_width: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.dense = Linear(from_width, width)
-        self.LayerNorm = LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
-        """Join a half's result to what went in."""
-        return self.LayerNorm(self.dropout(self.dense(hidden_BSD)) + residual_BSD)
-
-
-class _Widening(nn.Module):
-    """The first layer of a feed-forward network."""
-
-    def __init__(self, width: int, ffn_width: int) -> None:
-        super().__init__()
-        self.dense = Linear(width, ffn_width)
-
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """Widen, with BERT's exact GELU."""
-        return F.gelu(self.dense(hidden_BSD))
-
-
-class Attention(nn.Module):
-    """BERT's attention with its residual, over the sequence itself or over an image."""
-
-    def __init__(self, config: QFormerConfig, source_width: int) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        # "self" is the name in every BERT checkpoint.
-        self.self = _Projections(config.width, source_width, config.heads)
-        self.output = _Residual(config.width, config.width, config.dropout)
-
-    def forward(
-        self, hidden_BSD: Tensor, mask: Tensor | None, prefix: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        """Attend to the prefix, if any, and to the sequence; return its keys and values too."""
-        query, key, value = self.self.all_three(hidden_BSD)
-        seen = key, value
-        if prefix is not None:
-            seen = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
-        return self._attend(query, seen, mask, hidden_BSD), (key, value)
-
-    def to_image(self, hidden_BQD: Tensor, image: KeyValue) -> Tensor:
-        """Attend to an image; B may be a multiple of the number of images."""
-        images = image[0].shape[0]
-        query = self.self.queries(hidden_BQD.reshape(images, -1, hidden_BQD.shape[-1]))
-        return self._attend(query, image, None, hidden_BQD)
-
-    def _attend(self, query: Tensor, seen: KeyValue, mask: Tensor | None, residual_BSD: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, dropout_p=dropout)
-        return self.output(attended.transpose(1, 2).reshape(residual_BSD.shape), residual_BSD)
+from training.models.layers import (
+    NORM_EPS,
+    Attention,
+    FeedForwardInput,
+    KeyValue,
+    LayerNorm,
+    Linear,
+    Residual,
+)
 
 
 class Block(nn.Module):
@@ -132,10 +47,10 @@ class Block(nn.Module):
             self.crossattention = Attention(config, image_width)
         self.sees_image = sees_image
         if text:
-            self.intermediate = _Widening(config.width, config.ffn_width)
-            self.output = _Residual(config.ffn_width, config.width, config.dropout)
-        self.intermediate_query = _Widening(config.width, config.ffn_width)
-        self.output_query = _Residual(config.ffn_width, config.width, config.dropout)
+            self.intermediate = FeedForwardInput(config.width, config.ffn_width)
+            self.output = Residual(config.ffn_width, config.width, config.dropout)
+        self.intermediate_query = FeedForwardInput(config.width, config.ffn_width)
+        self.output_query = Residual(config.ffn_width, config.width, config.dropout)
 
     def forward(
         self,

@@ -9,11 +9,11 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import ModelRecord
 from training.checkpoint import read_model
-from training.convert.read import read_foreign
+from training.convert.read import read_external
 from training.models.pretrained import model_files, model_folder, tokenizer_files, tokenizer_folder
 
 
-def models_used(config: PretrainConfig, before: Sequence[ModelRecord] | None = None) -> list[ModelRecord]:
+def base_models(config: PretrainConfig, before: Sequence[ModelRecord] | None = None) -> list[ModelRecord]:
     """Return the models that a run loads, each identified by the digest of its files.
 
     Their kinds: ``vision`` and ``language`` (frozen), ``tokenizer``, and ``qformer``: what training begins from, which
@@ -58,7 +58,7 @@ def _frozen(config: PretrainConfig) -> list[ModelRecord]:
 
 def _begun_from(config: PretrainConfig) -> list[ModelRecord]:
     if path := config.run.init_from:
-        foreign = read_foreign(path)
+        foreign = read_external(path)
         if foreign is None:
             record, state = read_model(path)
             folder, files, weights = Path(path), dict(record.sha256), state.model

@@ -7,7 +7,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.build import meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
 from training.trainer.loop import TrainingStage
-from training.trainer.schedule import fill_preset
+from training.trainer.optim import fill_preset
 
 # The rate that an estimate assumes: half of what an H200 reaches in a plain bf16 product of matrices.
 ASSUMED_MATMUL_FLOPS = 790e12

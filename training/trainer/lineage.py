@@ -9,7 +9,7 @@ from schemas.pretrain import DataConfig
 from schemas.records import CheckpointRecord, ModelRecord, RunRecord, utc_now
 
 
-class Ledger:
+class LineageWriter:
     """The manifests of the corpora that a run reads; others' shards have none, nor has what is only served (HTTP)."""
 
     def __init__(self, data: DataConfig) -> None:

@@ -19,8 +19,9 @@ from schemas.records import CheckpointRecord, Json, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
 from training.data.loader import Batch
 from training.distributed import World
-from training.trainer.metrics import Sink, Speedometer
+from training.trainer.metrics import Sink, Throughput
 from training.trainer.optim import (
+    Schedule,
     clip_gradients,
     gradients_of,
     load_optimizer_state,
@@ -28,7 +29,6 @@ from training.trainer.optim import (
     optimizer_state,
     set_lr,
 )
-from training.trainer.schedule import Schedule
 
 _CALM_DOWN = (
     "The same command would meet it again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
@@ -175,7 +175,7 @@ class Loop:
     def _steps(
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
-        speed = Speedometer(self.world.device, self.stage.flops_per_sample(), self.world.size)
+        speed = Throughput(self.world.device, self.stage.flops_per_sample(), self.world.size)
         every = self.config.metrics.every_steps
         self.stage.train()
         values: dict[str, float | None] = {}

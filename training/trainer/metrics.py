@@ -170,7 +170,7 @@ def further_sinks(
     return sinks
 
 
-class Speedometer:
+class Throughput:
     """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data."""
 
     def __init__(self, device: torch.device, flops_per_sample: float, num_devices: int) -> None:

@@ -17,15 +17,16 @@ from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, State, recorded_config
 from training.data import snapshot_file
-from training.data.loader import Batch, TrainingData, held_out_samples
+from training.data.held_out import held_out_samples
+from training.data.loader import Batch, TrainingData
 from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import World
 from training.evaluate.validation import probe
-from training.trainer.base_models import models_used
-from training.trainer.lineage import Ledger
+from training.trainer.base_models import base_models
+from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Loop, Summary
 from training.trainer.metrics import JsonLines, further_sinks, require_libraries
-from training.trainer.schedule import fill_preset
+from training.trainer.optim import fill_preset
 
 Say = Callable[[str], None]
 
@@ -55,11 +56,11 @@ def pretrain(
         say = _nothing
     Storage(run_folder(config)).require_place("run.output")
     say(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
-    loop, snapshot, batches = world.together(lambda: _prepare(config, world, run, stop_asked, say))
+    loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stop_asked, say))
     if loop.step == loop.schedule.steps:
         return loop.run(iter(()))
     with ExitStack() as stack:
-        world.from_first(lambda: _open_books(loop, snapshot, run, stack))
+        world.broadcast_object(lambda: _open_outputs(loop, snapshot, run, stack))
         return loop.run(batches)
 
 
@@ -68,14 +69,14 @@ def _prepare(
 ) -> tuple[Loop, Snapshot, Iterator[Batch]]:
     """Return the loop as it goes on, what it eats, and its batches; write nothing."""
     checkpoints = Checkpoints(run_folder(config))
-    newest = world.from_first(lambda: checkpoints.newest_good(say))
+    newest = world.broadcast_object(lambda: checkpoints.newest_good(say))
     state = checkpoints.read(newest) if newest else None
     # One reading for all ranks: shards may be added while they start.
-    snapshot = world.from_first(lambda: _snapshot(config, checkpoints.storage, state))
+    snapshot = world.broadcast_object(lambda: _snapshot(config, checkpoints.storage, state))
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
         refuse_changes(recorded_config(state.progress.config, checkpoints.storage.root), config)
-    models = world.from_first(lambda: models_used(config, state.progress.models if state else None))
+    models = world.broadcast_object(lambda: base_models(config, state.progress.models if state else None))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
     loop = Loop(
@@ -95,7 +96,7 @@ def _prepare(
     if loop.step == loop.schedule.steps:
         return loop, snapshot, iter(())
     # One rank's business, unless the language model answers to all of them together.
-    spread = isinstance(loop.stage, Stage2) and loop.stage.language.is_spread
+    spread = isinstance(loop.stage, Stage2) and loop.stage.language.is_sharded
     if config.probe.every_steps and (world.rank == 0 or spread):
         held_out = held_out_samples(config, snapshot, config.probe.images)
         loop.probe = lambda: probe(loop.stage, held_out, config)
@@ -167,7 +168,7 @@ def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> S
     return kept
 
 
-def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
+def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
     """Open what rank 0 alone writes: metrics, the run's own files, the manifests' rows."""
     config, storage = loop.config, loop.checkpoints.storage
     resolved = config.model_dump(mode="json")
@@ -180,12 +181,12 @@ def _open_books(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack
     loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, _run_key(storage), resolved, local)]
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
-    ledger = Ledger(config.data)
-    ledger.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.say)
+    lineage = LineageWriter(config.data)
+    lineage.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.say)
 
     def record_checkpoint(record: CheckpointRecord) -> None:
         lines.flush()
-        ledger.checkpoint(record, storage.url(record.path))
+        lineage.checkpoint(record, storage.url(record.path))
 
     loop.record_checkpoint = record_checkpoint
 
