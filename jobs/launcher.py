@@ -1,4 +1,8 @@
-"""The ranks of a training on this machine: one process each, watched; restarted together when one dies."""
+"""Starts the ranks of a training on this machine, one process each, and restarts all of them when one dies.
+
+Ranks on the CPU are forked from a server process that has imported torch and this module once. Ranks on GPUs are
+started afresh: a library that looks for GPUs while the server imports it would leave CUDA unusable in its forks.
+"""
 
 import multiprocessing
 import os
@@ -11,7 +15,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
@@ -26,22 +32,26 @@ from training.distributed import World
 from training.trainer.loop import LostRankError, Summary, TrainingStopped, is_lost_rank
 from training.trainer.run import pretrain
 
-# A collective that takes longer has lost a rank; a first step may compile for minutes.
+# A collective that takes longer counts as failed; a first step may compile for minutes.
 TIMEOUT_S = 900.0
 
-# After one rank has failed: for the others to find out and to have their last checkpoint committed.
+# What multiprocessing says of a process whose server has died.
+_UNKNOWN_EXIT = 255
+
+# After one rank has failed: time for the others to notice it and to commit their last checkpoint.
 _GRACE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a rank ended, or all of them: something that goes between processes whatever happened."""
+    """How a rank ended, or all of them. Its values can be sent between processes."""
 
     kind: Literal["ended", "refused", "stopped", "fault", "interrupted", "lost"]
     text: str = ""
     summary: Summary | None = None
 
 
+# The most severe first.
 _SEVERITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
 
 
@@ -68,12 +78,12 @@ def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -
 
 def num_ranks(config: PretrainConfig) -> int:
     """Return how many ranks this machine gives a run. Raises CapfiltError where it has fewer GPUs than wanted."""
-    there = torch.cuda.device_count()
-    if config.cluster.gpus > there:
+    num_gpus = torch.cuda.device_count()
+    if config.cluster.gpus > num_gpus:
         raise CapfiltError(
-            f"cluster.gpus = {config.cluster.gpus}, and this machine has {there}; lower it, or set 0"
+            f"cluster.gpus = {config.cluster.gpus}, and this machine has {num_gpus}; lower it, or set 0"
         )
-    return config.cluster.gpus or there or config.cluster.cpu_ranks
+    return config.cluster.gpus or num_gpus or config.cluster.cpu_ranks
 
 
 def device_of(local_rank: int) -> torch.device:
@@ -84,11 +94,11 @@ def device_of(local_rank: int) -> torch.device:
 def train_rank(
     config: PretrainConfig, run: RunRecord, device: torch.device, interrupts: Interrupts
 ) -> Outcome:
-    """Train as the rank that this process is, told by its environment; whatever happens, return it."""
+    """Train as the rank that the environment describes; return how it ended, whatever happens."""
     try:
         world = World.join(device, TIMEOUT_S)
     except distributed.DistError as error:
-        return Outcome(kind="lost", text=f"rank {os.environ['RANK']} did not meet the others: {error}")
+        return Outcome(kind="lost", text=f"rank {os.environ['RANK']} could not reach the others: {error}")
     try:
         return train_as(world, config, run, interrupts.asked)
     finally:
@@ -102,7 +112,7 @@ def train_as(
     stop_asked: Callable[[], bool] = lambda: False,
     tell: Callable[[str], None] = say,
 ) -> Outcome:
-    """Train as one rank of a world; whatever happens, return it."""
+    """Train as one rank of a world; return how it ended, whatever happens."""
     try:
         return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, say=tell))
     except KeyboardInterrupt:
@@ -119,61 +129,82 @@ def train_as(
 
 
 def worst_outcome(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the outcome that speaks for all ranks: one that lost another knows less than the one that failed."""
+    """Return the most severe outcome: a rank's own error takes precedence over "lost contact with another"."""
     return min(outcomes, key=lambda outcome: _SEVERITY.index(outcome.kind))
 
 
 def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> Outcome:
     """Start all ranks and wait for them; when one fails, the others get some time, then are killed."""
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     port = _free_port()
     processes: list[BaseProcess] = []
-    answers: list[Connection] = []
+    receivers: list[Connection] = []
     for rank in range(size):
-        answer, ours = context.Pipe(duplex=False)
-        arguments = (config.model_dump(mode="json"), run.to_json(), rank, size, port, ours)
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (config.model_dump(mode="json"), run.to_json(), rank, size, port, sender)
         process = context.Process(target=_rank_process, args=arguments, name=f"rank {rank}", daemon=True)
         process.start()
-        ours.close()
+        sender.close()
         processes.append(process)
-        answers.append(answer)
+        receivers.append(receiver)
     with interrupts.passed_on(lambda: _ask_to_stop(processes)):
-        outcome = worst_outcome(_outcomes(processes, answers))
+        outcome = worst_outcome(_outcomes(processes, receivers))
     return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
 
 
-def _outcomes(processes: list[BaseProcess], answers: list[Connection]) -> list[Outcome]:
+def _context() -> BaseContext:
+    """Return how processes of ranks are started: forked from a server, or each afresh."""
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # The tracker's own start would unblock SIGTERM.
+    resource_tracker.ensure_running()
+    # A signal to the whole process group must not end the server, and one to a new rank waits until it has handlers.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return context
+
+
+def _outcomes(processes: list[BaseProcess], receivers: list[Connection]) -> list[Outcome]:
     """Return how each rank ended, in order of rank."""
-    found: dict[int, Outcome] = {}
+    outcomes: dict[int, Outcome] = {}
     deadline = float("inf")
-    while len(found) < len(processes):
+    while len(outcomes) < len(processes):
         waiting: dict[Any, int] = {
-            process.sentinel: rank for rank, process in enumerate(processes) if rank not in found
+            process.sentinel: rank for rank, process in enumerate(processes) if rank not in outcomes
         }
         left_s = max(0.0, deadline - time.monotonic())
         for sentinel in wait(list(waiting), None if left_s == float("inf") else left_s):
             rank = waiting[sentinel]
-            found[rank] = _answer(rank, processes[rank], answers[rank])
-            if found[rank].kind != "ended":
+            outcomes[rank] = _outcome_of(rank, processes[rank], receivers[rank])
+            if outcomes[rank].kind != "ended":
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         if time.monotonic() > deadline:
             for rank in waiting.values():
                 processes[rank].kill()
-    return [found[rank] for rank in range(len(processes))]
+    return [outcomes[rank] for rank in range(len(processes))]
 
 
-def _answer(rank: int, process: BaseProcess, answer: Connection) -> Outcome:
+def _outcome_of(rank: int, process: BaseProcess, receiver: Connection) -> Outcome:
     process.join()
     try:
-        return answer.recv()
+        return receiver.recv()
     except EOFError:
         code = process.exitcode or 0
+        if code == _UNKNOWN_EXIT and process.pid is not None:
+            # The server is gone, and with it the rank's exit code: the rank may still run.
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         return Outcome(kind="lost", text=f"rank {rank} {how}")
 
 
-def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answer: Connection) -> None:
-    """Be one rank; the answer is small, so that it fits the pipe before anybody reads."""
+def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sender: Connection) -> None:
+    """Run as one rank and send the outcome, which is small enough for the pipe's buffer."""
     # A terminal's Ctrl-C reaches every process; the parent passes it on, and two of them would not wait for the step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_without_parent, daemon=True).start()
@@ -190,17 +221,18 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, answe
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with Interrupts(quiet=True) as interrupts:
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
             outcome = train_rank(*arguments, device_of(rank), interrupts)
         except KeyboardInterrupt:
             outcome = Outcome(kind="interrupted")
     with suppress(OSError):  # the parent is gone
-        answer.send(outcome)
-        answer.close()
+        sender.send(outcome)
+        sender.close()
 
 
 def _stop_without_parent() -> None:
-    """Ask this rank to stop once its parent is gone, however it went: nobody would hear of what it does."""
+    """Ask this rank to stop once its parent has ended, which alone takes its outcome."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trained import trained_stage
+from trained import begun_stage, trained_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import build_stage, meta_stage
+from training.blip2.build import meta_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.convert.key_map import from_hf, hf_name, our_name, to_hf
 from training.convert.load import load_trained
 from training.convert.read import read_external, read_lavis, stage_state
-from training.distributed import World
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_a_lavis_file_of_stage1_loads_whole(stage1: Stage1, tmp_path: Path) -> N
     config = stage1.config.model_copy(
         update={"run": stage1.config.run.model_copy(update={"init_from": str(path)})}
     )
-    loaded = build_stage(config, World(), "cpu")
+    loaded = begun_stage(config)
     for name, tensor in stage1.trainable_state().items():
         assert torch.equal(loaded.trainable_state()[name], tensor), name
     # The same for evaluation, where the recipe must come along.

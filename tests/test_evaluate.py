@@ -141,7 +141,7 @@ def greedy_caption(stage: Stage1, pixels_CHW: Tensor, prompt: list[int], tokens:
         written.append(int(stage.Qformer.logits(hidden_BLD[0, -1:]).argmax()))
         if written[-1] == stage.tokenizer.end_id:
             break
-    return stage.tokenizer.words.decode(written, skip_special_tokens=True).strip()
+    return stage.tokenizer.tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def test_stage1_captions_are_those_of_its_captioning_head(stage1: Stage1) -> None:
@@ -151,7 +151,7 @@ def test_stage1_captions_are_those_of_its_captioning_head(stage1: Stage1) -> Non
 
 
 def test_a_prompt_is_read_and_not_returned(stage1: Stage1) -> None:
-    words = stage1.tokenizer.words("a photo of", add_special_tokens=False).input_ids
+    words = stage1.tokenizer.tokenizer("a photo of", add_special_tokens=False).input_ids
     captions = Stage1Generator(stage1).caption(pictures(3), "a photo of", GREEDY)
     assert captions == [greedy_caption(stage1, one, words, 6) for one in pictures(3)]
 

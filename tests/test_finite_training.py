@@ -11,14 +11,12 @@ from corpora import make_corpus
 from safetensors.torch import load_file, save_file
 from small_stage import SmallStage, batches, config, make_loop
 from test_evaluate import GREEDY, IMAGE_OF_TEXT, TEXTS, held_out
-from trained import pictures, trained_config, trained_stage
+from trained import begun_stage, pictures, trained_config, trained_stage
 
 from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError, NotFiniteError
-from training.blip2.build import build_stage
 from training.convert.export import export_model
 from training.convert.load import load_trained
-from training.distributed import World
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import probe
@@ -58,7 +56,7 @@ def test_a_frozen_model_that_is_not_finite_is_refused(
     run = trained_config(tmp_path, stage, eva=file.startswith("eva"), family=family)
     spoil(tmp_path / file, tensor, value)
     with pytest.raises(CapfiltError) as refused:
-        build_stage(run, World(), "cpu")
+        begun_stage(run)
     line = str(refused.value)
     assert line.startswith(named) and "not finite (NaN or infinite)" in line
     assert tensor.removeprefix("visual.").removeprefix("trunk.") in line
@@ -68,7 +66,7 @@ def test_a_block_that_is_left_off_may_be_anything(tmp_path: Path) -> None:
     run = trained_config(tmp_path)
     spoil(tmp_path / "clip" / "open_clip_model.safetensors", "visual.transformer.resblocks.1.ln_1.weight")
     assert run.vision.drop_blocks == 1
-    build_stage(run, World(), "cpu")
+    begun_stage(run)
 
 
 @pytest.fixture(scope="module")

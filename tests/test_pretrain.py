@@ -1,5 +1,6 @@
 """Training runs through the command line and on real models: exact resume, restarts, refusals, lineage."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -466,6 +467,56 @@ def test_what_a_run_began_from_need_not_stay(make: Make, tmp_path: Path) -> None
     assert last_state(config).progress.models == began
 
 
+def test_a_run_that_was_moved_goes_on(tmp_path: Path) -> None:
+    """Corpus, models, checkpoints and the run that it began from lie elsewhere; their digests are as before."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    make_corpus(str(before / "corpus"), shards=1, images=24)
+    first, other = (
+        tiny_config(
+            before, before / "corpus", run={"name": name, "output": str(before / "out"), "seed": seed},
+            optim={"steps": 1},
+        )
+        for seed, name in enumerate(("first", "other"))
+    )  # fmt: skip
+    pretrain(first)
+    pretrain(other)
+    run = {"name": "second", "output": str(before / "out"), "init_from": str(folder_of(first))}
+    config = tiny_config(before, before / "corpus", 2, run=run)
+    pretrain(config)
+    whole = last_state(config)
+    _take_back_to(config, 4)
+    before.rename(after)
+    moved = PretrainConfig.model_validate_json(config.model_dump_json().replace(str(before), str(after)))
+    changed = moved.run.model_copy(update={"init_from": str(folder_of(other)).replace("before", "after")})
+    with pytest.raises(
+        CapfiltError, match="the qformer files of .*/other' are not those that run.name 'second'"
+    ):
+        pretrain(moved.model_copy(update={"run": changed}))
+    assert pretrain(moved).resumed_from == 4
+    assert_equal(last_state(moved), whole)
+
+
+@pytest.mark.parametrize("images", [0, 4])
+def test_only_a_training_that_scores_captions_loads_their_scorers(
+    make: Make, tmp_path: Path, images: int
+) -> None:
+    config = make(
+        run={"name": "scorers"},
+        optim={"steps": 1},
+        data={"held_out": images},
+        probe={"every_steps": images and 1},
+    )
+    code = (
+        "import sys; from pathlib import Path; from jobs.pretrain import pretrain; "
+        "from schemas.pretrain import PretrainConfig; "
+        "pretrain(PretrainConfig.model_validate_json(Path(sys.argv[1]).read_text())); "
+        "print('pycocoevalcap' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, in_file(config, tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(bool(images))]
+
+
 def test_keys_of_speed_may_change(make: Make) -> None:
     config = make(run={"name": "faster"}, optim={"steps": 8})
     pretrain(config)
@@ -478,17 +529,27 @@ def test_keys_of_speed_may_change(make: Make) -> None:
 # -- ranks that die ------------------------------------------------------------------------------------------
 
 
-def _ranks(pid: int, command_has: str = "spawn_main") -> list[int]:
-    """Return the processes of the ranks, in the order of their start."""
+def _ranks(pid: int) -> list[int]:
+    """Return the processes of the ranks, which a server forks, in the order of their start."""
+    servers = _commands(pid, "forkserver")
+    return [child for server in servers for child in servers if _parent(child) == server]
+
+
+def _commands(pid: int, text: str) -> list[int]:
+    """Return the processes below another whose command line has a text, in the order of their start."""
     found = []
     for child in sorted(descendants(pid)):
-        try:
-            command = Path(f"/proc/{child}/cmdline").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if command_has in command:
-            found.append(child)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if text in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(child)
     return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 @pytest.mark.slow
@@ -528,7 +589,7 @@ def test_ray_train_does_the_same_and_survives_a_killed_worker(
     config = like(whole_of_two, tmp_path, "ray", address="local")
     process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
     wait_for_steps(config, 7, process)
-    assert kill(_ranks(process.pid, "ray::RayTrainWorker")[-1])
+    assert kill(_commands(process.pid, "ray::RayTrainWorker")[-1])
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "goes on after step" in errors

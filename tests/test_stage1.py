@@ -11,10 +11,11 @@ from ranks import on_ranks
 from tiny_models import IMAGE_PX
 from tiny_training import tiny_config
 from torch import Tensor
+from trained import begun_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import build_stage, meta_stage
+from training.blip2.build import meta_stage
 from training.blip2.micro_batches import _parts
 from training.blip2.stage1 import Stage1
 from training.distributed import World
@@ -39,7 +40,7 @@ def exact_config(tmp_path: Path, **overrides: Any) -> PretrainConfig:
 
 def exact_stage(config: PretrainConfig, world: World) -> Stage1:
     """Return a float64 model; the same on every rank."""
-    stage = build_stage(config, world, "cpu")
+    stage = begun_stage(config, world)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in stage.trainable_named_parameters():
@@ -71,7 +72,7 @@ def one_rank(tmp_path: Path, micro_batch_size: int) -> tuple[dict[str, Tensor], 
 
 
 def parts_of_two(world: World, tmp_path: Path) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Do this rank's half at once, and in two shares."""
+    """Do this rank's half at once, and in two micro_batches."""
     stage = exact_stage(exact_config(tmp_path), world)
     size = N // world.size
     half = batch(slice(world.rank * size, (world.rank + 1) * size))
@@ -107,8 +108,8 @@ def whole(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list
     """One rank, all at once: losses, gradients, and the negatives it drew."""
     stage = exact_stage(exact_config(folder), World())
     drawn: list[Any] = []
-    everyone = stage._everyone
-    stage._everyone = lambda *arguments: drawn.append(everyone(*arguments)) or drawn[0]
+    global_batch = stage._global_batch
+    stage._global_batch = lambda *arguments: drawn.append(global_batch(*arguments)) or drawn[0]
     losses = stage.training_step(batch(), N)
     negatives = [drawn[0].text_of_image_N.tolist(), drawn[0].image_of_text_N.tolist()]
     return losses, gradients(stage), negatives
@@ -165,9 +166,9 @@ def test_texts_of_the_same_image_and_equal_texts_are_no_negatives(folder: Path) 
         one.position = position
         with torch.no_grad():
             texts = stage.tokenizer(one.captions)
-            [share] = stage._shares(one.pixels_BCHW, texts, position, N)
-            encoded = stage._encode(share)
-            found = stage._everyone([(encoded.image_BQC, encoded.text_BC)], texts, one.uids, position)
+            [micro_batch] = stage._micro_batches(one.pixels_BCHW, texts, position, N)
+            encoded = stage._encode(micro_batch)
+            found = stage._global_batch([(encoded.image_BQC, encoded.text_BC)], texts, one.uids, position)
         for drawn in (found.text_of_image_N.tolist(), found.image_of_text_N.tolist()):
             for own, other in enumerate(drawn):
                 assert one.captions[own] != one.captions[other]
@@ -179,11 +180,11 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
     stage = exact_stage(config, World())
     stage.train()
     texts = stage.tokenizer(CAPTIONS)
-    shares = list(stage._shares(batch().pixels_BCHW, texts, 8, 4))
+    micro_batches = list(stage._micro_batches(batch().pixels_BCHW, texts, 8, 4))
     with torch.no_grad():
-        first = [stage._encode(share) for share in shares]
+        first = [stage._encode(micro_batch) for micro_batch in micro_batches]
     torch.rand(3)
-    again = [stage._encode(share) for share in shares]
+    again = [stage._encode(micro_batch) for micro_batch in micro_batches]
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.image_BQC, other.image_BQC) and torch.equal(one.text_BC, other.text_BC)
     results = []
@@ -204,12 +205,12 @@ def test_compiled_dropout_is_repeated(folder: Path) -> None:
         .train()
     )
     stage.visual_encoder.dtype = torch.float32
-    (share,) = stage._shares(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
+    (micro_batch,) = stage._micro_batches(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
     with torch.no_grad():
-        eager = stage._encode(share)
+        eager = stage._encode(micro_batch)
         stage.Qformer.compile_blocks()
-        first = stage._encode(share)
-    again = stage._encode(share)
+        first = stage._encode(micro_batch)
+    again = stage._encode(micro_batch)
     assert torch.equal(first.image_BQC, again.image_BQC) and torch.equal(first.text_BC, again.text_BC)
     # It was compiled: inductor's masks are not those of eager dropout.
     assert not torch.allclose(first.image_BQC, eager.image_BQC, atol=0.01)
@@ -226,7 +227,7 @@ def test_weights_of_the_losses(folder: Path, whole: tuple) -> None:
 
 
 def test_only_the_qformer_is_trained(folder: Path) -> None:
-    stage = build_stage(exact_config(folder), World(), "cpu")
+    stage = begun_stage(exact_config(folder))
     before = {name: value.clone() for name, value in stage.visual_encoder.state_dict().items()}
     stage.train()
     assert not any(module.training for module in stage.visual_encoder.modules())
@@ -240,7 +241,7 @@ def test_only_the_qformer_is_trained(folder: Path) -> None:
 
 
 def test_state_is_strict(folder: Path) -> None:
-    stage = build_stage(exact_config(folder), World(), "cpu")
+    stage = begun_stage(exact_config(folder))
     state = {name: value.clone() + 1 for name, value in stage.trainable_state().items()}
     stage.load_trainable_state(state)
     assert all(torch.equal(state[name], value) for name, value in stage.trainable_state().items())
@@ -291,7 +292,7 @@ def test_full_size_counts(model: str, pretrained: str, parameters: int, gflops: 
 def test_missing_or_wrong_weights_are_named(tmp_path: Path, folder: Path) -> None:
     def refused(message: str, **overrides: Any) -> None:
         with pytest.raises(CapfiltError, match=message):
-            build_stage(tiny_config(folder, folder, **overrides), World(), "cpu")
+            begun_stage(tiny_config(folder, folder, **overrides))
 
     refused("qformer.weights = .*no such folder", qformer={"weights": str(tmp_path / "nothing")})
     refused("config.json is missing", qformer={"weights": str(tmp_path)})

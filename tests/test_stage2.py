@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from tiny_models import IMAGE_PX
 from tiny_training import NUM_QUERIES, save_opt, save_t5, tiny_config
 from torch import Tensor
+from trained import begun_stage
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import build_stage, meta_stage
+from training.blip2.build import meta_stage
 from training.blip2.stage2 import Stage2
 from training.distributed import World
 from training.models.language import load_language, split_caption
@@ -47,7 +48,7 @@ def exact_config(folder: Path, family: str, **overrides: Any) -> PretrainConfig:
 
 def exact_stage(config: PretrainConfig, world: World, double: bool = True) -> Stage2:
     """Return a float64 model whose weights are large enough for everything to matter; the same on every rank."""
-    stage = build_stage(config, world, "cpu")
+    stage = begun_stage(config, world)
     torch.manual_seed(5)
     with torch.no_grad():
         for _, parameter in stage.trainable_named_parameters():
@@ -239,7 +240,7 @@ def test_a_language_model_in_half_precision_gives_nearly_the_same_gradients(fold
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_qformer_is_trained(folder: Path, family: str) -> None:
-    stage = build_stage(exact_config(folder, family), World(), "cpu")
+    stage = begun_stage(exact_config(folder, family))
     stage.train()
     assert not any(module.training for module in stage.language.modules())
     before = {name: value.clone() for name, value in stage.language.state_dict().items()}
@@ -294,7 +295,7 @@ def test_wrong_language_models_are_named(tmp_path: Path, folder: Path) -> None:
         ("config.json is missing", {"model": str(tmp_path), "family": "t5"}),
     ):
         with pytest.raises(CapfiltError, match=message):
-            build_stage(tiny_config(folder, folder, 2, language=language), World(), "cpu")
+            begun_stage(tiny_config(folder, folder, 2, language=language))
     with pytest.raises(CapfiltError, match="of the family 't5'"):
         meta_stage(full_size("ViT-L-14", "openai", "google/flan-t5-xl", "opt"))
 
@@ -308,7 +309,7 @@ def test_older_files_are_refused_with_the_command_that_converts_them(
     (old / "model.safetensors").unlink()
 
     def build(model: str) -> Stage2:
-        return build_stage(tiny_config(folder, folder, 2, language={"model": model}), World(), "cpu")
+        return begun_stage(tiny_config(folder, folder, 2, language={"model": model}))
 
     with pytest.raises(CapfiltError, match="only safetensors are read") as refused:
         build(str(old))

@@ -449,7 +449,7 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
 
 def test_a_shard_without_one_usable_sample_is_said(tmp_path: Path) -> None:
     foreign_folder(tmp_path / "f", 1, 8, jpg=b"no image")
-    with pytest.raises(CapfiltError, match=r"00000\.tar of .*: not one sample"):
+    with pytest.raises(CapfiltError, match=r"00000\.tar of .*: no sample has both"):
         batches(config_of(tmp_path / "f"), 1)
 
 

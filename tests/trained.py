@@ -14,9 +14,18 @@ from training.blip2.build import build_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.distributed import World
+from training.trainer.base_models import begin_training, read_initial_weights
 
 # Rows of the language models' embeddings: their words, and room for Hugging Face's image token.
 EMBEDDINGS = 64
+
+
+def begun_stage(config: PretrainConfig, world: World | None = None) -> Stage1 | Stage2:
+    """Return a stage on the CPU as a run begins with it."""
+    world = world or World()
+    stage = build_stage(config, world, "cpu")
+    begin_training(stage, read_initial_weights(config), world)
+    return stage
 
 
 def trained_config(
@@ -37,7 +46,7 @@ def trained_stage(folder: Path, stage: int = 1, **options: Any) -> Stage1 | Stag
     config = trained_config(folder, stage, **options)
     if config.language is not None:
         _make_room(Path(config.language.model), config.language.family)
-    model = build_stage(config, World(), "cpu").eval()
+    model = begun_stage(config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.trainable_named_parameters():

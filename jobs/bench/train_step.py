@@ -110,7 +110,11 @@ def _random_target(stage: Stage, batch: int, generator: torch.Generator) -> dict
         mask_BL = torch.arange(_OPT_LENGTH).expand_as(ids_BL) < _OPT_TOKENS
         return {"inputs_BL": ids_BL, "mask_BL": mask_BL, "labels_BT": ids_BL.masked_fill(~mask_BL, IGNORED)}
     inputs_BL, labels_BT = tokens(_T5_PROMPT), tokens(_T5_TARGET)
-    return {"inputs_BL": inputs_BL, "mask_BL": torch.ones_like(inputs_BL, dtype=torch.bool), "labels_BT": labels_BT}
+    return {
+        "inputs_BL": inputs_BL,
+        "mask_BL": torch.ones_like(inputs_BL, dtype=torch.bool),
+        "labels_BT": labels_BT,
+    }
 
 
 def measure_steps(stage: Stage, step: Step, batch: int, steps: int, micro_batch: int) -> dict[str, Any]:

@@ -1,39 +1,27 @@
-"""The model of a run, from its config: with weights on a device, or without them for a plan or a benchmark."""
-
-from pathlib import Path
+"""Builds the model of a run from its config: with its frozen models on a device, or without any weights for a plan."""
 
 import torch
 from torch.distributed.fsdp import fully_shard
-from transformers import BertForMaskedLM
 
-from pipeline.models.transformers_loader import load_model
 from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.checkpoint import read_model
-from training.convert.read import read_external, stage_state
 from training.distributed import World
 from training.models.language import Decoder, EncoderDecoder, empty_language, load_language
 from training.models.layers import compute_dtype
-from training.models.pretrained import model_folder, tokenizer_folder
-from training.models.qformer import QFormer, copy_bert
+from training.models.pretrained import tokenizer_folder
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
 
 Stage = Stage1 | Stage2
 
 
-def build_stage(
-    config: PretrainConfig, world: World, device: torch.device | str, *, begin: bool = True
-) -> Stage:
-    """Load the frozen models, and the Q-Former as training begins: from ``run.init_from``, else from BERT.
+def build_stage(config: PretrainConfig, world: World, device: torch.device | str) -> Stage:
+    """Load the frozen models of a stage; what is trained gets random values of ``run.seed``, the same on every rank.
 
-    The same on every rank; sets torch's generators.
-
-    Args:
-        begin: False where a checkpoint of the run itself comes next.
+    Sets torch's generators.
 
     Raises:
         CapfiltError: weights are missing, or do not fit the config.
@@ -47,10 +35,6 @@ def build_stage(
         stage: Stage = Stage1(config, vision, CaptionTokenizer(folder, config.qformer), world, dtype)
     else:
         stage = Stage2(config, vision, load_language(config.language), world, dtype)
-    if begin and config.run.init_from:
-        _begin_from(stage, config)
-    elif begin and config.qformer.weights:
-        _begin_from_bert(stage.Qformer, config)
     if config.language is not None and config.performance.shard_language and world.size > 1:
         shard_language(stage.language)
     stage.to(device)
@@ -60,7 +44,7 @@ def build_stage(
 
 
 def empty_stage(config: PretrainConfig, world: World, device: torch.device | str) -> Stage:
-    """Build a stage without any file: with random weights on a device, without contents on ``meta``.
+    """Build a stage without any file: with random weights on a device, or without data on ``meta``.
 
     Raises:
         CapfiltError: the config names a model that is neither known nor found.
@@ -81,7 +65,7 @@ def empty_stage(config: PretrainConfig, world: World, device: torch.device | str
 
 
 def meta_stage(config: PretrainConfig) -> Stage:
-    """Build a stage without contents, to count its parameters and operations."""
+    """Build a stage without data, to count its parameters and operations."""
     return empty_stage(config, World("meta"), "meta")
 
 
@@ -89,16 +73,16 @@ def compile_stage(stage: Stage) -> None:
     """Compile a stage's blocks.
 
     Those of the Q-Former are called for queries, text, captions and pairs, with and without gradient, and half of them
-    see images: more versions of one function than torch keeps unless it is told.
+    attend to images: more versions of one function than torch keeps by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     stage.compile_blocks()
 
 
 def shard_language(language: Decoder | EncoderDecoder) -> None:
-    """Spread a frozen language model's blocks over all ranks (FSDP2); each is gathered while it computes.
+    """Shard a frozen language model's blocks over all ranks (FSDP2); each is gathered while it computes.
 
-    Words are looked up and scored outside the blocks' own calls, so what is not in a block stays whole.
+    Embeddings and output head are used outside the blocks' own calls, so what is not in a block is not sharded.
     """
     blocks = language.blocks
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
@@ -108,22 +92,3 @@ def shard_language(language: Decoder | EncoderDecoder) -> None:
         whole = {parameter for parameter in root.parameters() if parameter not in in_blocks}
         fully_shard(root, ignored_params=whole)
     language.is_sharded = True
-
-
-def _begin_from(stage: Stage, config: PretrainConfig) -> None:
-    path = config.run.init_from
-    foreign = read_external(path)
-    given = foreign.trained if foreign else read_model(path)[1].model
-    stage.load_trainable_state(
-        stage_state(given, stage.trainable_state(), stage=config.run.stage, where=f"run.init_from = {path!r}")
-    )
-
-
-def _begin_from_bert(qformer: QFormer, config: PretrainConfig) -> None:
-    where = "qformer.weights"
-    folder: Path = model_folder(config.qformer.weights, "main", where)
-    bert = load_model(BertForMaskedLM, folder, where, dtype=torch.float32)
-    try:
-        copy_bert(qformer, bert.state_dict())
-    except (KeyError, ValueError) as error:
-        raise CapfiltError(f"{where} = {config.qformer.weights!r} does not fit [qformer]: {error}") from error

@@ -30,7 +30,6 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.convert.key_map import to_hf
 from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMAT, OWN_VERSION, OWN_WEIGHTS_FILE
-from training.evaluate.generation import end_of_text
 from training.models.layers import NORM_EPS
 from training.models.vision import FrozenVision
 
@@ -74,7 +73,7 @@ def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) ->
     model = _filled(Blip2ForImageTextRetrieval, config, tensors)
     model.save_pretrained(folder)
     # Without a number of query tokens it writes no image tokens into a text, and the model expects none.
-    _processor(stage.visual_encoder, stage.tokenizer.words, None).save_pretrained(folder)
+    _processor(stage.visual_encoder, stage.tokenizer.tokenizer, None).save_pretrained(folder)
 
 
 def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -89,7 +88,7 @@ def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -
         )
     shape = copy.deepcopy(language.model.config)
     # generate() ends texts by the language model's own config, not by a generation_config beside it.
-    shape.eos_token_id = end_of_text(stage)
+    shape.eos_token_id = language.end_of_text_id
     config = blip2_config(
         stage.config, stage.visual_encoder, text_config=shape, image_token_index=image_token
     )

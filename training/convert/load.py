@@ -65,7 +65,7 @@ def load_trained(
     try:
         if imported is None or imported.kind == "capfilt":
             _refuse_other_shapes(given, config, path)
-        stage = build_stage(config, World(device), device, begin=False)
+        stage = build_stage(config, World(device), device)
     except CapfiltError as error:
         raise CapfiltError(f"{error}{own}") from error
     fresh = stage.trainable_state()

@@ -1,5 +1,6 @@
-"""Text written about images: captions by the Q-Former itself (stage 1, ITG), captions and answers by the language
-model (stage 2). Decoding is transformers' own beam search for both.
+"""Text generation: captions by the Q-Former (stage 1, ITG), captions and answers by the language model (stage 2).
+
+Both use the beam search of transformers.
 
 The legend of the names: B images, N = B x beams rows, L tokens, Q queries, H heads, d = D / H, K = keys and values of
 every block, V words, W the language model's width, S = Q + L.
@@ -29,7 +30,7 @@ from training.models.layers import KeyValue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """How text is decoded; the paper's settings for captions. Lengths are of new tokens, the end included."""
+    """Settings of the beam search; by default the paper's for captions. Lengths count new tokens, the end included."""
 
     beams: int = 5
     min_tokens: int = 8
@@ -38,7 +39,7 @@ class Decoding:
     repetition_penalty: float = 1.0
 
     def config(self, **more: Any) -> GenerationConfig:
-        """Return transformers' form of it; ``more``: the ids of begin, end and padding."""
+        """Return them as transformers' config; ``more``: the ids of begin, end and padding."""
         return GenerationConfig(
             do_sample=False,
             num_beams=self.beams,
@@ -51,7 +52,7 @@ class Decoding:
 
 
 class CaptionModel(Protocol):
-    """What captioning asks of a model."""
+    """A model that captions images."""
 
     def caption(self, pixels_BCHW: Tensor, prompt: str, decoding: Decoding) -> list[str]:
         """Return what follows the prompt, for each image (uint8)."""
@@ -62,30 +63,31 @@ class Stage1Generator:
 
     def __init__(self, stage: Stage1) -> None:
         self.stage = stage.eval()
-        self._writer = _QFormerDecoder(stage)
+        self._decoder = _QFormerDecoder(stage)
 
     @torch.no_grad()
     def caption(self, pixels_BCHW: Tensor, prompt: str, decoding: Decoding) -> list[str]:
         """Return what follows the prompt, for each image (uint8)."""
-        stage, words = self.stage, self.stage.tokenizer.words
+        stage, tokenizer = self.stage, self.stage.tokenizer.tokenizer
         device = stage.temp.device
         _, queries = stage.embed_images(stage.encode_pixels(pixels_BCHW.to(device)))
         begin_L = torch.tensor(
-            [stage.begin_id, *words(prompt, add_special_tokens=False).input_ids], device=device
+            [stage.begin_id, *tokenizer(prompt, add_special_tokens=False).input_ids], device=device
         )
         ids_BL = _generate(
-            self._writer,
+            self._decoder,
             inputs=begin_L.expand(len(pixels_BCHW), -1),
             queries=_pack(queries),
             generation_config=decoding.config(
                 bos_token_id=stage.begin_id,
-                eos_token_id=words.sep_token_id,
-                pad_token_id=words.pad_token_id,
+                eos_token_id=tokenizer.sep_token_id,
+                pad_token_id=tokenizer.pad_token_id,
                 use_cache=False,
             ),
         )
         return [
-            text.strip() for text in words.batch_decode(ids_BL[:, len(begin_L) :], skip_special_tokens=True)
+            text.strip()
+            for text in tokenizer.batch_decode(ids_BL[:, len(begin_L) :], skip_special_tokens=True)
         ]
 
 
@@ -103,44 +105,34 @@ class Stage2Generator:
     def answer(self, pixels_BCHW: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return what follows each prompt, given its image (uint8)."""
         language = self.stage.language
-        words, shape = language.tokenizer, language.model.config
+        tokenizer, shape = language.tokenizer, language.model.config
         soft_BQW = self.stage.soft_prompt(pixels_BCHW.to(self.stage.query_tokens.device))
-        # A decoder goes on where its prompt ends, so that padding must come before.
-        side = "left" if language.name == "opt" else "right"
-        read = words(list(prompts), padding="longest", padding_side=side, return_tensors="pt").to(
-            soft_BQW.device
-        )
-        read_BSW = torch.cat([soft_BQW, language.embed(read.input_ids)], dim=1)
-        mask_BS = torch.cat([read.attention_mask.new_ones(soft_BQW.shape[:2]), read.attention_mask], dim=1)
+        encoded = tokenizer(
+            list(prompts), padding="longest", padding_side=language.padding_side, return_tensors="pt"
+        ).to(soft_BQW.device)
+        # The model's input is the soft prompt and then the text prompt; every query is attended to.
+        inputs_BSW = torch.cat([soft_BQW, language.embed(encoded.input_ids)], dim=1)
+        query_mask_BQ = encoded.attention_mask.new_ones(soft_BQW.shape[:2])
+        mask_BS = torch.cat([query_mask_BQ, encoded.attention_mask], dim=1)
         ids_BL = _generate(
             language.model,
-            inputs_embeds=read_BSW,
+            inputs_embeds=inputs_BSW,
             attention_mask=mask_BS,
-            # A rank that is through goes on calling the model until all are.
+            # A rank that has finished calls the model until all ranks have, since each call needs all of them.
             synced_gpus=language.is_sharded,
             generation_config=decoding.config(
-                eos_token_id=end_of_text(self.stage),
+                eos_token_id=language.end_of_text_id,
                 pad_token_id=shape.pad_token_id,
                 decoder_start_token_id=getattr(shape, "decoder_start_token_id", None),
             ),
         )
-        return [text.strip() for text in words.batch_decode(ids_BL, skip_special_tokens=True)]
-
-
-def end_of_text(stage: Stage2) -> int:
-    """Return the token that ends a text: OPT learnt to end captions by a line break, T5 has a token for it."""
-    words = stage.language.tokenizer
-    return (
-        words("\n", add_special_tokens=False).input_ids[-1]
-        if stage.language.name == "opt"
-        else words.eos_token_id
-    )
+        return [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
 
 
 class _LargestLogits(LogitsProcessor):
-    """Keeps the largest logit of each step: NaN or infinity if one of them is. Nothing waits for the device.
+    """Keeps the largest logit of each step, which is NaN or infinite if any logit is, without waiting for the device.
 
-    The others may be minus infinity: words that must not come yet.
+    Single logits may be minus infinity: tokens that are not allowed yet.
     """
 
     def __init__(self) -> None:
@@ -161,10 +153,10 @@ def _generate(model: Any, **arguments: Any) -> Tensor:
 
 
 class _QFormerDecoder(PreTrainedModel, GenerationMixin):
-    """The Q-Former's text side as transformers' ``generate`` wants a decoder.
+    """The Q-Former's text side as a decoder for transformers' ``generate``.
 
-    The text so far, at most some thirty tokens, is read anew for each token: that is cheaper to keep right than a
-    cache, and the image is not read again.
+    Each step computes the whole text so far, at most some thirty tokens: that is simpler than a cache, and the image is
+    not computed again.
     """
 
     config_class = PretrainedConfig
@@ -172,16 +164,16 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
 
     def __init__(self, stage: Stage1) -> None:
         super().__init__(PretrainedConfig(vocab_size=stage.config.qformer.vocab_size))
-        # Not a submodule: the weights stay the stage's alone.
+        # In a tuple, so that it is not a submodule: the weights belong to the stage.
         self._qformer = (stage.Qformer,)
 
     @property
     def device(self) -> torch.device:
-        """Return where the Q-Former is."""
+        """Return the Q-Former's device."""
         return self._qformer[0].cls.predictions.bias.device
 
     def can_generate(self) -> bool:  # type: ignore[override]
-        """Say that it can: transformers looks for the class's own ``prepare_inputs_for_generation``."""
+        """Return True: transformers asks before it generates."""
         return True
 
     def prepare_inputs_for_generation(
@@ -191,7 +183,7 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "queries": queries}
 
     def forward(self, input_ids: Tensor, queries: Tensor, **_: Any) -> CausalLMOutput:
-        """Return the logits of the next word, (N, 1, V)."""
+        """Return the logits of the next token, (N, 1, V)."""
         qformer = self._qformer[0]
         hidden_NLD = qformer.captions(input_ids, _unpack(queries))
         return CausalLMOutput(logits=qformer.logits(hidden_NLD[:, -1])[:, None])

@@ -124,6 +124,13 @@ class Decoder(FrozenLanguage):
     """OPT: the soft prompt, then the caption, each token of which is predicted, the leading ``</s>`` included."""
 
     name = "opt"
+    # Generation continues where a prompt ends, so that padding must come before it.
+    padding_side = "left"
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Return the token that ends a text: OPT has learnt to end captions by a line break."""
+        return self.tokenizer("\n", add_special_tokens=False).input_ids[-1]
 
     def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
         """Tokenise captions, each ended by a line break. The text prompt is input only, not predicted."""
@@ -172,6 +179,12 @@ class EncoderDecoder(FrozenLanguage):
     """FlanT5: the encoder takes the soft prompt and the first words of a caption, the decoder predicts the others."""
 
     name = "t5"
+    padding_side = "right"
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Return the token that ends a text."""
+        return self.tokenizer.eos_token_id
 
     def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
         """Split each caption before a word between the second and the one at its middle, and tokenise both parts.

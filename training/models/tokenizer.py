@@ -1,4 +1,4 @@
-"""Captions as the Q-Former reads them: BERT's words between [CLS] or [DEC] and [SEP], padded to one length.
+"""Captions as tokens for the Q-Former: BERT's word pieces between [CLS] or [DEC] and [SEP], padded to one length.
 
 The legend of the names: B captions, L tokens.
 """
@@ -44,31 +44,31 @@ class Texts:
 
 
 class CaptionTokenizer:
-    """BERT's tokenizer with [DEC], which begins a caption that is to be written."""
+    """BERT's tokenizer with [DEC], the first token of a caption that is generated (BLIP-2, section 3.2)."""
 
     def __init__(self, folder: Path, config: QFormerConfig) -> None:
-        self.words = load_tokenizer(folder, "qformer.tokenizer", BertTokenizer)
-        self.words.add_special_tokens({"bos_token": _BEGIN_CAPTION})
-        if len(self.words) != config.vocab_size:
+        self.tokenizer = load_tokenizer(folder, "qformer.tokenizer", BertTokenizer)
+        self.tokenizer.add_special_tokens({"bos_token": _BEGIN_CAPTION})
+        if len(self.tokenizer) != config.vocab_size:
             raise CapfiltError(
-                f"qformer.tokenizer = {config.tokenizer!r} has {len(self.words)} words with {_BEGIN_CAPTION}; "
-                f"set qformer.vocab_size = {len(self.words)}"
+                f"qformer.tokenizer = {config.tokenizer!r} has {len(self.tokenizer)} words with {_BEGIN_CAPTION}; "
+                f"set qformer.vocab_size = {len(self.tokenizer)}"
             )
         self.max_length = config.max_text_tokens
 
     @property
     def begin_id(self) -> int:
         """Return the id of [DEC]."""
-        return self.words.bos_token_id
+        return self.tokenizer.bos_token_id
 
     @property
     def end_id(self) -> int:
         """Return the id of [SEP]."""
-        return self.words.sep_token_id
+        return self.tokenizer.sep_token_id
 
     def __call__(self, captions: Sequence[str], max_length: int | None = None) -> Texts:
         """Tokenise, cut and pad to ``max_length``, that of the config if it is not given."""
-        encoded = self.words(
+        encoded = self.tokenizer(
             list(captions),
             padding="max_length",
             truncation=True,

@@ -1,4 +1,4 @@
-"""One rank's training run from its config: data, model and checkpoint found and checked, then the loop."""
+"""One rank's training run from its config: data, models and checkpoint are read and checked, then the loop runs."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, RunRecord
+from schemas.records import CheckpointRecord, ModelRecord, RunRecord
 from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, State, recorded_config
@@ -22,13 +22,29 @@ from training.data.loader import Batch, TrainingData
 from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import World
 from training.evaluate.validation import probe
-from training.trainer.base_models import base_models
+from training.trainer.base_models import (
+    InitialWeights,
+    base_models,
+    begin_training,
+    read_initial_weights,
+    require_same_models,
+)
 from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Loop, Summary
 from training.trainer.metrics import JsonLines, further_sinks, require_libraries
 from training.trainer.optim import fill_preset
 
 Say = Callable[[str], None]
+
+# Keys that say where models and results are; models are compared by digest (``require_same_models``).
+_LOCATIONS = (
+    "run.output",
+    "run.init_from",
+    "qformer.weights",
+    "qformer.tokenizer",
+    "language.model",
+    "language.revision",
+)
 
 
 def pretrain(
@@ -67,7 +83,7 @@ def pretrain(
 def _prepare(
     config: PretrainConfig, world: World, run: RunRecord, stop_asked: Callable[[], bool], say: Say
 ) -> tuple[Loop, Snapshot, Iterator[Batch]]:
-    """Return the loop as it goes on, what it eats, and its batches; write nothing."""
+    """Return the loop ready to run, the snapshot it trains on, and its batches; write nothing."""
     checkpoints = Checkpoints(run_folder(config))
     newest = world.broadcast_object(lambda: checkpoints.newest_good(say))
     state = checkpoints.read(newest) if newest else None
@@ -76,13 +92,16 @@ def _prepare(
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
         refuse_changes(recorded_config(state.progress.config, checkpoints.storage.root), config)
-    models = world.broadcast_object(lambda: base_models(config, state.progress.models if state else None))
+    initial = None
+    if state is None:
+        initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else None)
+    models = world.broadcast_object(lambda: _models(config, state, initial))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
     loop = Loop(
         config=config,
         world=world,
-        stage=build_stage(config, world, world.device, begin=state is None),
+        stage=build_stage(config, world, world.device),
         checkpoints=checkpoints,
         run_id=run.run_id,
         snapshot=snapshot.digest,
@@ -93,6 +112,8 @@ def _prepare(
     if newest is not None and state is not None:
         loop.resume(state, newest)
         say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
+    else:
+        begin_training(loop.stage, initial, world)
     if loop.step == loop.schedule.steps:
         return loop, snapshot, iter(())
     # One rank's business, unless the language model answers to all of them together.
@@ -105,6 +126,14 @@ def _prepare(
     return loop, snapshot, itertools.chain([next(batches)], batches)
 
 
+def _models(config: PretrainConfig, state: State | None, initial: InitialWeights | None) -> list[ModelRecord]:
+    """Return the models that the run began with."""
+    if state is None:
+        return base_models(config, initial)
+    require_same_models(config, state.progress.models)
+    return list(state.progress.models)
+
+
 def run_folder(config: PretrainConfig) -> str:
     """Return the folder or URL of a run's checkpoints and metrics."""
     root = config.run.output
@@ -112,8 +141,8 @@ def run_folder(config: PretrainConfig) -> str:
         corpus = Storage(config.data.corpus[0].path)
         if not corpus.is_corpus():
             raise CapfiltError(
-                f"run.output: not set, and the first of data.corpus ({corpus.root}) is no corpus of ours that could "
-                "keep the checkpoints; set run.output"
+                f"run.output: not set, and the first of data.corpus ({corpus.root}) is not a corpus that "
+                "checkpoints could be stored in; set run.output"
             )
         root = f"{corpus.root}/checkpoints"
     return f"{root}/stage{config.run.stage}/{config.run.name}"
@@ -122,9 +151,10 @@ def run_folder(config: PretrainConfig) -> str:
 def refuse_changes(before: PretrainConfig, after: PretrainConfig) -> None:
     """Raise CapfiltError, naming the keys, where a resumed run would learn something else than it began with.
 
-    Keys declared with ``tuning()`` may differ, and so may places: the snapshot says whether the data is the same.
+    Keys declared with ``tuning()`` may differ, and so may locations: the digests of the snapshot and of the models say
+    whether data and models are the same.
     """
-    old, new = _what_is_learnt(before), _what_is_learnt(after)
+    old, new = _learning_keys(before), _learning_keys(after)
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
     ]
@@ -135,20 +165,25 @@ def refuse_changes(before: PretrainConfig, after: PretrainConfig) -> None:
         )
 
 
-def _what_is_learnt(config: PretrainConfig) -> dict[str, Any]:
-    """Return the keys that decide what a run learns, as ``section.key``."""
-    found = {}
-    for section in PretrainConfig.model_fields:
-        values = getattr(config, section)
-        found |= {
-            f"{section}.{key}": value for key, value in (output_fields(values) if values else {}).items()
-        }
-    del found["run.output"]
-    places = ("path", "snapshot")
-    found["data.corpus"] = [
-        {key: value for key, value in corpus.items() if key not in places} for corpus in found["data.corpus"]
+def _learning_keys(config: PretrainConfig) -> dict[str, Any]:
+    """Return the keys that decide what a run learns, as ``section.key``, without the locations of data and models."""
+    values: dict[str, Any] = {}
+    for name in PretrainConfig.model_fields:
+        section = getattr(config, name)
+        fields = output_fields(section) if section else {}
+        values |= {f"{name}.{key}": value for key, value in fields.items()}
+    for key in _LOCATIONS:
+        values.pop(key, None)
+    values["data.corpus"] = [
+        {key: value for key, value in corpus.items() if key not in ("path", "snapshot")}
+        for corpus in values["data.corpus"]
     ]
-    return found
+    # An open_clip architecture's name and its pretrained tag say more than the weights' digest does: both stay.
+    if config.vision.model.startswith(("local-dir:", "hf-hub:")):
+        values["vision.model"] = "folder"
+    elif "/" in config.vision.pretrained:
+        values["vision.pretrained"] = "file"
+    return values
 
 
 def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> Snapshot:
