@@ -1,0 +1,128 @@
+"""One stage on one shard: what a runner does when the storage, the worker or the run is at fault."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.executor import RunMonitor
+from pipeline.corpus.records import Records
+from pipeline.stages.progress import Outcome, ProgressCounter
+from pipeline.stages.runner import ShardRunner, load_worker
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.records import ShardRecord, ShardTask, Stage
+from tests.corpora import Corpus
+
+RUN = "20260102T000000-test"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """A corpus of one shard whose selection is to be done."""
+    corpus = Corpus(str(tmp_path / "corpus"))
+    corpus.add_urls("cc", ["00000"], images=6)
+    corpus.make("cc", "00000", ("crawl", "caption", "rank"))
+    return corpus
+
+
+def select(corpus: Corpus, *failures: Exception) -> tuple[Outcome, int]:
+    """Run the selection with a worker whose first calls fail; return the outcome, and how often it was loaded."""
+    outcomes: list[Outcome] = []
+    left, loads = list(failures), []
+
+    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
+        loads.append(stage)
+        worker = load_worker(stage, config, records)
+
+        def call(task: ShardTask) -> ShardRecord:
+            if left:
+                raise left.pop(0)
+            return worker(task)
+
+        return call
+
+    runner = ShardRunner(
+        "select",
+        corpus.config,
+        {},
+        run_id=RUN,
+        recompute=False,
+        note=outcomes.append,
+        report_state=lambda stage, state: None,
+        load=load,
+    )
+    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
+    [outcome] = outcomes
+    return outcome, len(loads)
+
+
+def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: Corpus) -> None:
+    outcome, loads = select(corpus, RuntimeError("device-side assert"), OSError("no space"))
+    assert (outcome.state, loads) == ("done", 3)
+    record = corpus.records.read("select", "cc", "00000")
+    assert record is not None and (outcome.rows_in, outcome.rows_out) == (record.rows_in, record.rows_out)
+    assert corpus.records.attempts_begun("select", "cc", "00000", RUN) == 0, "the commit ends the attempts"
+
+
+def test_a_shard_that_fails_every_attempt_is_quarantined_with_its_last_error(corpus: Corpus) -> None:
+    outcome, loads = select(corpus, *(RuntimeError(f"try {number}") for number in range(5)))
+    assert (outcome.state, loads) == ("quarantined", corpus.config.cluster.max_attempts)
+    [quarantine] = corpus.records.quarantined().values()
+    assert quarantine.attempts == 3 and quarantine.error.endswith("RuntimeError: try 2")
+
+
+def test_attempts_of_killed_workers_count(corpus: Corpus) -> None:
+    for attempt in range(corpus.config.cluster.max_attempts):
+        corpus.records.begin_attempt("select", "cc", "00000", f"killed{attempt}", RUN)
+    outcome, loads = select(corpus)
+    assert (outcome.state, outcome.error, loads) == ("quarantined", "the worker died on every attempt", 0)
+
+
+def test_an_error_of_the_run_is_raised_and_quarantines_nothing(corpus: Corpus) -> None:
+    with pytest.raises(CapfiltError, match="other weights"):
+        select(corpus, CapfiltError("other weights"))
+    assert corpus.records.quarantined() == {}
+
+
+@pytest.mark.parametrize(("outages", "state"), [(2, "done"), (3, "quarantined")])
+def test_a_storage_that_does_not_answer_is_waited_for(corpus: Corpus, outages: int, state: str) -> None:
+    class Away(Records):
+        left = outages
+
+        def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
+            if self.left:
+                self.left -= 1
+                raise TimeoutError("the bucket does not answer")
+            return super().read(stage, source, shard)
+
+    outcomes: list[Outcome] = []
+    runner = ShardRunner(
+        "select",
+        corpus.config,
+        {},
+        run_id=RUN,
+        recompute=False,
+        note=outcomes.append,
+        report_state=lambda stage, state: None,
+        storage_waits_s=(0, 0),
+    )
+    runner.records = Away(corpus.storage)
+    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
+    assert [outcome.state for outcome in outcomes] == [state]
+    # Not even a quarantine can be written while the storage is away: the run reports the shard as not done.
+    assert corpus.records.quarantined() == {}
+
+
+def test_a_run_gives_up_where_too_many_shards_fail() -> None:
+    counter = ProgressCounter()
+
+    def finish(number: int, state: str) -> bool:
+        counter.note(Outcome(stage="crawl", source="cc", shard=f"{number:05d}", state=state))
+        return RunMonitor.has_failed_too_often(counter.snapshot())
+
+    assert [finish(number, "quarantined") for number in range(21)] == [False] * 20 + [True]
+    finish(20, "quarantined")
+    assert counter.snapshot().failed == 21, "a shard counts once"
+    # More than twenty may fail where they are no more than one in twenty of the finished shards.
+    assert [finish(number, "done") for number in range(21, 420)][-2:] == [True, False]
