@@ -8,7 +8,8 @@ import pytest
 from pipeline.intake.read_lists import count_retries, queue_retries
 from pipeline.intake.retries import TRANSIENT, retried_reasons
 from pipeline.stages.crawl import CrawlWorker
-from pipeline.web.urls import FetchError, Resolver, WebUrl
+from pipeline.web.dns import Resolver
+from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardTask

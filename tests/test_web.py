@@ -26,9 +26,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.web.client import Fetch, Web
-from pipeline.web.host_limits import HostHealth, HostTurns
+from pipeline.web.dns import Resolver, is_forbidden
+from pipeline.web.host_limits import HostHealth, HostLimits
 from pipeline.web.robots import RobotRules, RobotsTxt, reserved_by_robots_tag
-from pipeline.web.urls import FetchError, Resolver, WebUrl, is_forbidden
+from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
 from tests.hostile import JPEG, OPTED_OUT_HEADERS, OTHERS_HEADERS, Exchange, HostileSite
 
@@ -41,8 +42,8 @@ def site():
         yield site
 
 
-def web(site: HostileSite, **settings: object) -> Web:
-    return Web(CrawlConfig(**site.crawl_settings() | settings))
+def web(site: HostileSite, spare_lookups: int = 256, **settings: object) -> Web:
+    return Web(CrawlConfig(**site.crawl_settings() | settings), spare_lookups=spare_lookups)
 
 
 def end(fetch: Fetch) -> tuple[str, str | None]:
@@ -93,10 +94,10 @@ def test_what_no_one_thought_of_ends_the_url_alone(
     faults: list[BaseException] = [OverflowError("too large"), RecursionError(), UnicodeError("what")]
     for fault in [*faults, AssertionError("ours"), OSError("disk full"), KeyboardInterrupt()]:
 
-        def trip(*_: object, fault: BaseException = fault) -> None:
+        def trip(*_: object, fault: BaseException = fault, **__: object) -> None:
             raise fault
 
-        monkeypatch.setattr("pipeline.web.client._check_status", trip)
+        monkeypatch.setattr("pipeline.web.client.request", trip)
         if fault in faults:
             fetch = fetcher.fetch(site.url("/plain.jpg"))
             assert (*end(fetch), fetch.detail, fetch.attempts) == ("failed", "bad_response", repr(fault), 1)
@@ -341,13 +342,10 @@ def test_names_that_do_not_answer_cost_the_others_nothing(
     assert {names.asked[host] for host in bad} == {asked}
 
 
-def test_good_hosts_wait_for_room_among_names_that_never_answer(
-    site: HostileSite, names: Names, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_good_hosts_wait_for_room_among_names_that_never_answer(site: HostileSite, names: Names) -> None:
     """All the look-ups that may be under way are stuck for longer than a URL may take."""
-    monkeypatch.setattr("pipeline.web.client._SILENT_NAMES", 4)
     threading.Timer(1.5, names.silence.set).start()
-    fetches = crawl(site, some("silent", 40) + some("good", 20), timeout_s=1.0)
+    fetches = crawl(site, some("silent", 40) + some("good", 20), spare_lookups=4, timeout_s=1.0)
     assert {end(fetches[host]) for host in some("good", 20)} == {("ok", None)}
     assert {fetches[host].reason for host in some("silent", 40)} == {"dns"}
 
@@ -640,16 +638,16 @@ def test_robots_txt_that_is_not_there(
     assert site.requests["/plain.jpg"] == (expected[0] == "ok")
 
 
-# -- turns -------------------------------------------------------------------------------------------------
+# -- host limits -------------------------------------------------------------------------------------------------
 
 
 def test_no_more_at_once_than_allowed() -> None:
-    turns, lock = HostTurns(3, 10_000.0), threading.Lock()
+    limits, lock = HostLimits(3, 10_000.0), threading.Lock()
     now, most = 0, 0
 
     def work(_: int) -> None:
         nonlocal now, most
-        with turns.turn("example.com"):
+        with limits.slot("example.com"):
             with lock:
                 now += 1
                 most = max(most, now)
@@ -663,10 +661,10 @@ def test_no_more_at_once_than_allowed() -> None:
 
 
 def test_no_more_a_second_than_allowed() -> None:
-    turns, starts = HostTurns(100, 50.0), []
+    limits, starts = HostLimits(100, 50.0), []
 
     def work(host: str) -> None:
-        with turns.turn(host):
+        with limits.slot(host):
             starts.append((host, time.monotonic()))
 
     with ThreadPoolExecutor(16) as pool:

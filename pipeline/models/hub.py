@@ -18,14 +18,16 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH
 
 from schemas.errors import CapfiltError
 
-# The first file that a model's folder lacks, or None.
-Gaps = Callable[[Path], str | None]
+# Returns the first file that a model's folder lacks, or None.
+FirstMissingFile = Callable[[Path], str | None]
 
 # The hub's client waits for ever; a firewall that swallows packets must not look like a download.
 _TIMEOUT_S = 10.0
 
 
-def hub_folder(repository: str, revision: str, patterns: Iterable[str], gaps: Gaps, where: str) -> Path:
+def hub_folder(
+    repository: str, revision: str, patterns: Iterable[str], first_missing_file: FirstMissingFile, where: str
+) -> Path:
     """Return the snapshot of a hub repository in the local cache, fetched where that is needed.
 
     A commit that the cache has whole is not asked for again. A branch or tag is looked up, so that it may
@@ -33,7 +35,7 @@ def hub_folder(repository: str, revision: str, patterns: Iterable[str], gaps: Ga
     """
     patterns = list(patterns)
     cached = _cached_snapshot(repository, revision, patterns, where)
-    complete = cached is not None and gaps(cached) is None
+    complete = cached is not None and first_missing_file(cached) is None
     if complete and REGEX_COMMIT_HASH.fullmatch(revision):
         return cached
     what = f"{where}: {repository} at revision {revision!r}"
@@ -50,15 +52,22 @@ def hub_folder(repository: str, revision: str, patterns: Iterable[str], gaps: Ga
     except (OSError, HTTPError) as error:
         if complete:
             return cached
-        raise CapfiltError(_unreachable(what, repository, revision, cached, gaps, error)) from error
+        raise CapfiltError(
+            _unreachable(what, repository, revision, cached, first_missing_file, error)
+        ) from error
 
 
 def _unreachable(
-    what: str, repository: str, revision: str, cached: Path | None, gaps: Gaps, error: Exception
+    what: str,
+    repository: str,
+    revision: str,
+    cached: Path | None,
+    first_missing_file: FirstMissingFile,
+    error: Exception,
 ) -> str:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     if cached is not None:
-        have = f"the cache lacks its {gaps(cached)} ({cached})"
+        have = f"the cache lacks its {first_missing_file(cached)} ({cached})"
     elif known := _cached_revisions(repository):
         have = f"the cache in {constants.HF_HUB_CACHE} has only {', '.join(known)}"
     else:

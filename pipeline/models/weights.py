@@ -104,8 +104,8 @@ def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> Non
 
 def _architectures() -> list[str]:
     """Return the architectures that open_clip brings; importing it would take seconds, and torch along."""
-    found = find_spec("open_clip")
-    configs = Path(found.origin).parent / "model_configs" if found and found.origin else Path()
+    spec = find_spec("open_clip")
+    configs = Path(spec.origin).parent / "model_configs" if spec and spec.origin else Path()
     return sorted(path.stem for path in configs.glob("*.json"))
 
 
@@ -136,11 +136,11 @@ def captioner_weights(config: CaptionConfig) -> Weights:
         patterns = (
             "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
         )  # fmt: skip
-        folder = hub_folder(config.model, config.revision, patterns, _captioner_gaps, where)
+        folder = hub_folder(config.model, config.revision, patterns, _first_missing_captioner_file, where)
         revision = config.revision
-    if gap := _captioner_gaps(folder):
+    if missing := _first_missing_captioner_file(folder):
         raise CapfiltError(
-            f"{gap} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
+            f"{missing} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
             "captioner (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
         )
     shape = read_object(folder / "config.json", where)
@@ -195,11 +195,15 @@ def _clip_folder(model: str, where: str) -> Weights:
         name, _, revision = rest.partition("@")
         revision = revision or "main"
         folder = hub_folder(
-            name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), partial(_clip_gaps, where=where), where
+            name,
+            revision,
+            (*_CLIP_FILES, *_CLIP_WEIGHTS),
+            partial(_first_missing_clip_file, where=where),
+            where,
         )
-    if gap := _clip_gaps(folder, where):
+    if missing := _first_missing_clip_file(folder, where):
         raise CapfiltError(
-            f"{gap} is missing in {folder}; {where} must name a folder as open_clip publishes it "
+            f"{missing} is missing in {folder}; {where} must name a folder as open_clip publishes it "
             "(open_clip_config.json, open_clip_model.safetensors, a Hugging Face tokenizer's files)"
         )
     if clip_config(folder, where)["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
@@ -229,7 +233,7 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
                 f"{where}.pretrained = {pretrained!r} of {model} is not on the hub; give a local file"
             )
         wanted = _CLIP_WEIGHTS if not file else (f"{file.rpartition('.')[0]}.safetensors",)
-        folder = hub_folder(repository, "main", wanted, _first_gap(wanted), f"{where}.pretrained")
+        folder = hub_folder(repository, "main", wanted, _none_of(wanted), f"{where}.pretrained")
         checkpoint = next((folder / name for name in wanted if (folder / name).is_file()), None)
         if checkpoint is None:
             raise CapfiltError(
@@ -263,23 +267,26 @@ def _local_folder(name: str) -> Path | None:
     if path.is_dir():
         return path.absolute()
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(f"caption.model = {name!r}: no such folder, and no hub id (ORG/NAME)")
+        raise CapfiltError(
+            f"caption.model = {name!r}: there is no such folder, and it is not a hub id (ORG/NAME)"
+        )
     return None
 
 
-def _captioner_gaps(folder: Path) -> str | None:
+def _first_missing_captioner_file(folder: Path) -> str | None:
     """Return the first file that a BLIP captioner's folder lacks."""
     for name in ("config.json", processor_file(folder)):
         if not (folder / name).is_file():
             return name
     if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
         return _CAPTIONER_WEIGHTS[0]
-    if missing := [name for name in weight_files(folder) if not (folder / name).is_file()]:
-        return missing[0]
+    for name in weight_files(folder):
+        if not (folder / name).is_file():
+            return name
     return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
 
 
-def _clip_gaps(folder: Path, where: str) -> str | None:
+def _first_missing_clip_file(folder: Path, where: str) -> str | None:
     """Return the first file that an open_clip folder lacks."""
     config = folder / "open_clip_config.json"
     if not config.is_file():
@@ -291,7 +298,7 @@ def _clip_gaps(folder: Path, where: str) -> str | None:
     return "tokenizer.json" if text.get("hf_tokenizer_name") and not has_tokenizer else None
 
 
-def _first_gap(names: tuple[str, ...]) -> Callable[[Path], str | None]:
+def _none_of(names: tuple[str, ...]) -> Callable[[Path], str | None]:
     return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
 
 

@@ -1,8 +1,8 @@
 """The guarded fetch: one URL in, one outcome out, whatever the web answers.
 
-What a list of URLs can lead to is bounded here: schemes and addresses at every redirect, redirects, header
-and body bytes, time, tries, requests at a host. Proxies of the environment are not asked: they would connect
-to addresses that nobody checked.
+Bounds: schemes and addresses (checked at every redirect), number of redirects, header and body bytes, time,
+attempts, requests per host. Proxies of the environment are not used: they would connect to addresses that were not
+checked.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.web.connection import Clock, read_body, read_start, request
-from pipeline.web.host_limits import HostHealth, HostTurns
+from pipeline.web.connection import Deadline, read_body, read_start, request
+from pipeline.web.dns import Resolver
+from pipeline.web.host_limits import HostHealth, HostLimits
 from pipeline.web.robots import RobotsTxt, product_token, reserved_by_robots_tag, reserved_by_tdm
-from pipeline.web.urls import FetchError, Resolver, WebUrl
+from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
 from schemas.statuses import REASONS
 
@@ -31,12 +32,10 @@ _ACCEPT = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.5"
 _DETAIL_CHARS = 200
 # RFC 9309: at least 500 KiB of a robots.txt are read.
 _ROBOTS_BYTES = 512_000
-# Look-ups that may still be under way after every fetch has given them up.
-_SILENT_NAMES = 256
-# Bodies over this lie on disk until their turn at the decoder: 128 of them may wait in one worker.
+# Larger bodies wait on disk for the decoder: a worker may hold 128 of them.
 _BODY_IN_MEMORY_BYTES = 250_000
-# A bug of ours, or a full disk or memory: the shard fails, and is tried again. Everything else that a fetch
-# raises was provoked by what the server sent.
+# A bug of capfilt's, or a full disk or memory: the shard fails and is retried. All other exceptions of a fetch are
+# caused by what the server sent.
 _OUR_FAULTS = (AssertionError, OSError, MemoryError)
 
 
@@ -58,15 +57,15 @@ class Fetch:
     seconds: float = 0.0
 
     def end(self, reason: str | None = None, detail: str = "") -> None:
-        """Note how it ended: with a reason, or well."""
+        """Record how it ended: with a reason, or successfully."""
         self.status = "ok" if reason is None else REASONS[reason].status
         self.reason = reason
         self.detail = detail[:_DETAIL_CHARS] or None
         self.seconds = time.monotonic() - self.started
 
-    def pause(self, clock: Clock, waited_s: float) -> None:
-        """Take out time in a queue of our own: it is not the site's fault."""
-        clock.pause(waited_s)
+    def pause(self, deadline: Deadline, waited_s: float) -> None:
+        """Exclude time in our own queues from the URL's time: the site is not charged for it."""
+        deadline.pause(waited_s)
         self.started += waited_s
 
     def close(self) -> None:
@@ -81,26 +80,27 @@ class Web:
 
     Args:
         workers: how many crawl at the same time. They do not talk to one another, so each keeps to an equal
-            share of what a host is asked at once (one request at least) and a second.
+            share of a host's limits: concurrent requests (at least one) and requests per second.
+        spare_lookups: how many look-ups may still be under way after every fetch has given them up.
     """
 
-    def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
+    def __init__(self, config: CrawlConfig, workers: int = 1, spare_lookups: int = 256) -> None:
         self._config = config
         self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
-        self._resolver = Resolver(config.allow_hosts, config.threads + _SILENT_NAMES)
-        self._turns = HostTurns(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
+        self._resolver = Resolver(config.allow_hosts, config.threads + spare_lookups)
+        self._limits = HostLimits(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
         self._health = HostHealth()
         self._robots = RobotsTxt(self._token) if config.robots_txt else None
         self._tls = ssl.create_default_context()
 
     def fetch(self, url: str, spool: Path | None = None) -> Fetch:
         """Fetch a URL. Nothing that the web does raises; ``spool`` is the folder for big bodies."""
-        config, fetch, clock = self._config, Fetch(), Clock(self._config.timeout_s)
+        config, fetch, deadline = self._config, Fetch(), Deadline(self._config.timeout_s)
         while True:
             try:
-                self._try(WebUrl.parse(url), fetch, clock, spool)
+                self._try(WebUrl.parse(url), fetch, deadline, spool)
                 fetch.end()
                 return fetch
             except FetchError as error:
@@ -113,14 +113,14 @@ class Web:
             fetch.close()
             fetch.end(fault.reason, fault.detail)
             wait_s = max(self._backoff_s(url, fetch.attempts), fault.retry_after_s)
-            if not fault.again or fetch.attempts >= config.max_attempts or not clock.has(wait_s):
+            if not fault.again or fetch.attempts >= config.max_attempts or not deadline.has(wait_s):
                 return fetch
             time.sleep(wait_s)
 
-    def _try(self, url: WebUrl, fetch: Fetch, clock: Clock, spool: Path | None) -> None:
+    def _try(self, url: WebUrl, fetch: Fetch, deadline: Deadline, spool: Path | None) -> None:
         """Follow a URL to an image's bytes, once. Raises FetchError."""
         fetch.attempts += 1
-        with self._follow(url, fetch, clock, check_robots=self._robots is not None) as response:
+        with self._follow(url, fetch, deadline, check_robots=self._robots is not None) as response:
             self._check_opt_out(response)
             body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=spool)  # noqa: SIM115
             fetch.body_bytes, fetch.sha256 = read_body(response, body, self._config.max_body_bytes)
@@ -130,7 +130,7 @@ class Web:
 
     @contextlib.contextmanager
     def _follow(
-        self, url: WebUrl, fetch: Fetch, clock: Clock, *, check_robots: bool
+        self, url: WebUrl, fetch: Fetch, deadline: Deadline, *, check_robots: bool
     ) -> Iterator[http.client.HTTPResponse]:
         """Follow redirects and yield a response that delivers. Raises FetchError."""
         config, visited = self._config, set[WebUrl]()
@@ -144,22 +144,22 @@ class Web:
             visited.add(url)
             site = f"{url.host}:{url.port}"
             self._health.check(site)
-            # The address first: a robots.txt is asked for only at a host that may be asked.
-            asked = time.monotonic()
+            # The address is checked first: a robots.txt too is fetched from allowed hosts only.
+            lookup_started = time.monotonic()
             lookup = self._resolver.lookup(url)
-            fetch.pause(clock, time.monotonic() - asked)
-            patience_s = min(config.connect_timeout_s, clock.left_s())
+            fetch.pause(deadline, time.monotonic() - lookup_started)
+            patience_s = min(config.connect_timeout_s, deadline.left_s())
             with self._health.watched(site, answers=False):
                 addresses = self._resolver.addresses(url, patience_s, lookup)
             if check_robots and self._robots is not None:
-                self._robots.check(url, lambda robots: self._robots_txt(robots, clock), clock.left_s())
+                self._robots.check(url, lambda robots: self._robots_txt(robots, deadline), deadline.left_s())
             fetch.final_url = str(url)
-            with self._turns.turn(url.host) as waited_s:
-                fetch.pause(clock, waited_s)
-                # Again: it may have gone down while this URL waited.
+            with self._limits.slot(url.host) as waited_s:
+                fetch.pause(deadline, waited_s)
+                # Checked again: the host may have gone down while this URL waited.
                 self._health.check(site)
                 with self._health.watched(site), request(
-                    url, addresses, self._headers, clock=clock, silence_s=config.connect_timeout_s,
+                    url, addresses, self._headers, deadline=deadline, read_timeout_s=config.connect_timeout_s,
                     max_header_bytes=config.max_header_bytes, tls=self._tls,
                 ) as response:  # fmt: skip
                     fetch.http_status = response.status
@@ -177,13 +177,13 @@ class Web:
         if self._config.tdm_reservation and reserved_by_tdm(response.headers.get_all("TDM-Reservation", [])):
             raise FetchError("tdm_reservation")
 
-    def _robots_txt(self, url: WebUrl, clock: Clock) -> bytes:
+    def _robots_txt(self, url: WebUrl, deadline: Deadline) -> bytes:
         """Fetch the start of a robots.txt within the time of the URL that needs it. Raises FetchError."""
-        with self._follow(url, Fetch(), clock, check_robots=False) as response:
+        with self._follow(url, Fetch(), deadline, check_robots=False) as response:
             start = read_start(response, _ROBOTS_BYTES + 1)
         if len(start) <= _ROBOTS_BYTES:
             return start
-        # Half a line would be another rule.
+        # Cut at a line's end: half a line would be another rule.
         end = max(start.rfind(line_end, 0, _ROBOTS_BYTES) for line_end in (b"\n", b"\r"))
         return start[: end + 1]
 
@@ -194,7 +194,7 @@ class Web:
 
 
 def user_agent(config: CrawlConfig) -> str:
-    """Return the User-Agent that is sent: who we are, and where to turn to."""
+    """Return the User-Agent that is sent: the crawler's name and where to reach its operator."""
     return f"{config.user_agent} (+{config.contact})" if config.contact else config.user_agent
 
 
@@ -206,7 +206,7 @@ def _check_status(response: http.client.HTTPResponse) -> None:
     if 500 <= code < 600:
         raise FetchError("http_5xx", detail, retry_after_s=_retry_after_s(response))
     if code not in _DELIVERED:
-        # 999 and the like are how some sites refuse robots: asking again does not help.
+        # Some sites refuse robots with 999 and the like: another try does not help.
         raise FetchError("http_4xx" if 400 <= code < 500 else "http_other", detail)
 
 

@@ -1,8 +1,8 @@
-"""One request and its response, within a clock: no header flood, no endless body, no drip outlives its time.
+"""One HTTP request with limits on header size, body size and total time.
 
-``http.client`` does the HTTP; the socket beneath it is ours, connected to an address that was checked before.
-A socket's own timeout is per operation, so a server that sends a byte a second is never late: here every
-read gets what is left of the URL's time.
+``http.client`` does the HTTP, on a socket connected to an address that was checked before. A socket's own timeout
+is per operation, so a server that sends a byte a second would hold a thread without end: here each read may take
+``read_timeout_s`` and no more than what is left until the URL's deadline.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from pipeline.web.urls import FetchError, WebUrl
 _CHUNK_BYTES = 1 << 16
 
 
-class Clock:
-    """The time that one URL may take."""
+class Deadline:
+    """The end of the time that one URL may take."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -41,21 +41,21 @@ class Clock:
         return self._end - time.monotonic() > seconds
 
     def pause(self, seconds: float) -> None:
-        """Take out time that was spent in a queue of our own."""
+        """Extend by time spent in our own queues: the site is not charged for it."""
         self._end += seconds
 
 
 class _Reads(io.RawIOBase):
-    """The socket's bytes, each read limited by the clock and by how long a silence may last."""
+    """The socket's bytes; each read ends at ``read_timeout_s`` or at the deadline, whichever comes first."""
 
-    def __init__(self, sock: socket.socket, clock: Clock, silence_s: float) -> None:
-        self._sock, self._clock, self._silence_s = sock, clock, silence_s
+    def __init__(self, sock: socket.socket, deadline: Deadline, read_timeout_s: float) -> None:
+        self._sock, self._deadline, self._read_timeout_s = sock, deadline, read_timeout_s
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        self._sock.settimeout(min(self._silence_s, self._clock.left_s()))
+        self._sock.settimeout(min(self._read_timeout_s, self._deadline.left_s()))
         return self._sock.recv_into(buffer)
 
 
@@ -82,24 +82,26 @@ class _BoundedLines(io.BufferedReader):
 class _Socket:
     """What ``http.client`` uses of a socket."""
 
-    def __init__(self, sock: socket.socket, clock: Clock, silence_s: float, max_header_bytes: int) -> None:
-        self._sock, self._clock = sock, clock
-        self.file = _BoundedLines(_Reads(sock, clock, silence_s))
+    def __init__(
+        self, sock: socket.socket, deadline: Deadline, read_timeout_s: float, max_header_bytes: int
+    ) -> None:
+        self._sock, self._deadline = sock, deadline
+        self.file = _BoundedLines(_Reads(sock, deadline, read_timeout_s))
         self.file.lines_left = max_header_bytes
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(self._clock.left_s())
+        self._sock.settimeout(self._deadline.left_s())
         self._sock.sendall(data)
 
     def makefile(self, mode: str) -> _BoundedLines:
         return self.file
 
     def close(self) -> None:
-        """Leave the closing to whoever opened the socket: the body is still to be read."""
+        """Do nothing: the opener of the socket closes it, after the body was read."""
 
 
 class _Response(http.client.HTTPResponse):
-    """Passes over interim answers (103 Early Hints and the like), of which http.client knows only 100."""
+    """Skips interim responses (103 Early Hints and the like); http.client skips 100 alone."""
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -116,18 +118,18 @@ def request(
     addresses: Sequence[SocketAddress],
     headers: Mapping[str, str],
     *,
-    clock: Clock,
-    silence_s: float,
+    deadline: Deadline,
+    read_timeout_s: float,
     max_header_bytes: int,
     tls: ssl.SSLContext,
 ) -> Iterator[http.client.HTTPResponse]:
     """GET a URL from one of the given addresses and yield the response, headers read. Raises FetchError."""
     with contextlib.ExitStack() as stack:
         with _faults_named():
-            sock = stack.enter_context(_connect(addresses, clock, silence_s))
+            sock = stack.enter_context(_connect(addresses, deadline, read_timeout_s))
             if url.scheme == "https":
-                sock = stack.enter_context(_encrypt(sock, url, clock, silence_s, tls))
-            wire = _Socket(sock, clock, silence_s, max_header_bytes)
+                sock = stack.enter_context(_encrypt(sock, url, deadline, read_timeout_s, tls))
+            wire = _Socket(sock, deadline, read_timeout_s, max_header_bytes)
             connection = http.client.HTTPConnection(url.host, url.port)
             connection.response_class = _Response
             connection.sock = wire  # type: ignore[assignment]
@@ -155,10 +157,10 @@ def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int
 
 
 def read_start(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """Return so much of the body, decompressed, whatever length it declares. Raises FetchError."""
+    """Return the first ``max_bytes`` of the decompressed body, whatever length it declares. Raises FetchError."""
     start = b""
     try:
-        # The chunk that goes over the bound does not arrive.
+        # The chunk that exceeds the bound is not yielded: allow one more than is needed.
         for chunk in _body(_wire(response), response, max_bytes + _CHUNK_BYTES):
             start += chunk
     except FetchError as error:
@@ -188,13 +190,13 @@ def _whole(response: http.client.HTTPResponse) -> Iterator[bytes]:
         raise FetchError("body_truncated", f"{received} of {declared} bytes")
 
 
-def _connect(addresses: Sequence[SocketAddress], clock: Clock, silence_s: float) -> socket.socket:
+def _connect(addresses: Sequence[SocketAddress], deadline: Deadline, read_timeout_s: float) -> socket.socket:
     """Connect to the first address that answers."""
     fault: OSError = ConnectionError("no address")
     for family, address in addresses:
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(min(silence_s, clock.left_s()))
+            sock.settimeout(min(read_timeout_s, deadline.left_s()))
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
@@ -208,10 +210,10 @@ def _connect(addresses: Sequence[SocketAddress], clock: Clock, silence_s: float)
 
 
 def _encrypt(
-    sock: socket.socket, url: WebUrl, clock: Clock, silence_s: float, tls: ssl.SSLContext
+    sock: socket.socket, url: WebUrl, deadline: Deadline, read_timeout_s: float, tls: ssl.SSLContext
 ) -> ssl.SSLSocket:
     # For a handshake, unlike for a read, the socket's timeout is the limit of the whole.
-    sock.settimeout(min(silence_s, clock.left_s()))
+    sock.settimeout(min(read_timeout_s, deadline.left_s()))
     try:
         return tls.wrap_socket(sock, server_hostname=url.host)
     except TimeoutError:

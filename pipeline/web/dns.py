@@ -1,15 +1,22 @@
-"""Look-ups of host names, each in a thread of its own, so that names which never answer hold up no other.
+"""The addresses of a URL's host: looked up with a time limit, and checked against private and reserved networks.
 
 getaddrinfo has no time limit and cannot be stopped: for a name whose servers are silent it takes half a minute.
-A fetch waits for its name only as long as for a connection, then leaves the look-up to end by itself. Meanwhile
-nobody asks for that name again, and whoever needs it fails at once.
+So each look-up runs in a thread of its own; a fetch waits for it as long as for a connection, and then fails while
+the thread ends by itself. Until then the name is not looked up again, and every fetch that needs it fails at once.
+The address that is checked is the address that is connected to, so that a name which resolves differently the
+second time (DNS rebinding) gains nothing.
 """
 
+import contextlib
+import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
+
+from pipeline.web.urls import FetchError, WebUrl, encode_host
 
 SocketAddress = tuple[socket.AddressFamily, Any]
 
@@ -20,9 +27,24 @@ _QUICK_S = 2.0
 _CACHED_NAMES = 50_000
 _ROOM_TIMEOUT_S = 60.0
 
+_FORBIDDEN_NETWORKS = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata server is 192.0.0.192
+        "192.88.99.0/24",  # 6to4 relays
+        "168.63.129.16/32",  # Azure's metadata server, on a public address
+        "2001::/23",  # Teredo and other protocol assignments
+        "2001:db8::/32",
+        "2002::/16",  # 6to4: any IPv4 address inside
+        "3fff::/20",
+    )
+)
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
 
 class Lookup:
-    """The look-up of one name, shared by everyone who asks for it."""
+    """The look-up of one name, shared by all fetches that need it."""
 
     def __init__(self) -> None:
         self._answer: Future[list[SocketAddress]] = Future()
@@ -32,8 +54,8 @@ class Lookup:
     def run(self, host: str, port: int) -> None:
         """Ask the system's resolver."""
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            outcome: Any = [(family, address) for family, _, _, _, address in found]
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            outcome: Any = [(family, address) for family, _, _, _, address in infos]
         except Exception as error:
             outcome = error
         self._seconds = time.monotonic() - self._started
@@ -45,7 +67,8 @@ class Lookup:
     def result(self, timeout_s: float) -> list[SocketAddress]:
         """Return the addresses.
 
-        Raises TimeoutError so long after the look-up began, however late one asks; else what getaddrinfo raised.
+        Raises TimeoutError once ``timeout_s`` have passed since the look-up began, however late this is called; or
+        what getaddrinfo raised.
         """
         try:
             return self._answer.result(max(0.0, self._started + timeout_s - time.monotonic()))
@@ -54,19 +77,19 @@ class Lookup:
 
     @property
     def under_way(self) -> bool:
-        """Tell whether the answer is still awaited."""
+        """Tell whether there is no answer yet."""
         return not self._answer.done()
 
     @property
     def worth_another(self) -> bool:
-        """Tell whether it failed in a way that another try right away may mend."""
+        """Tell whether it failed quickly and temporarily, so that another try right away may succeed."""
         error = None if self.under_way else self._answer.exception()
         temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         return temporary and self._seconds < _QUICK_S
 
     @property
     def fresh(self) -> bool:
-        """Tell whether nobody needs to ask again."""
+        """Tell whether the answer, or the wait for it, may be reused."""
         if self.under_way:
             return True
         kept_s = _ANSWER_FRESH_S if self._answer.exception() is None else _FAILURE_FRESH_S
@@ -77,7 +100,7 @@ class Lookups:
     """The look-ups of one worker, under way and remembered.
 
     Args:
-        at_once: how many may be under way, those that everyone gave up included.
+        at_once: how many may be under way, those that every fetch has given up included.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -87,7 +110,10 @@ class Lookups:
         self._lookups: dict[tuple[str, int], Lookup] = {}
 
     def of(self, host: str, port: int) -> Lookup:
-        """Return the look-up of a name, begun now unless there is one. Raises TimeoutError for want of room."""
+        """Return the look-up of a name, begun now unless there is one.
+
+        Raises TimeoutError where too many are under way.
+        """
         if (known := self._known(host, port)) is not None:
             return known
         if not self._room.acquire(timeout=_ROOM_TIMEOUT_S):
@@ -117,3 +143,71 @@ class Lookups:
             lookup.run(host, port)
         finally:
             self._room.release()
+
+
+class Resolver:
+    """Turns a URL's host into addresses that may be connected to.
+
+    Args:
+        allow_hosts: ``host:port`` entries whose addresses are not checked.
+        lookups_at_once: see ``Lookups``.
+    """
+
+    def __init__(self, allow_hosts: Collection[str] = (), lookups_at_once: int = 320) -> None:
+        self._allowed = {_allowed_site(entry) for entry in allow_hosts}
+        self._lookups = Lookups(lookups_at_once)
+
+    def lookup(self, url: WebUrl) -> Lookup:
+        """Return the look-up of the host, begun now unless there is one. Raises FetchError."""
+        try:
+            return self._lookups.of(url.host, url.port)
+        except TimeoutError as error:
+            raise FetchError("dns", str(error), again=False) from error
+
+    def addresses(self, url: WebUrl, timeout_s: float, lookup: Lookup | None = None) -> list[SocketAddress]:
+        """Return the host's addresses, each checked: one bad one refuses the host. Raises FetchError."""
+        lookup = lookup or self.lookup(url)
+        try:
+            addresses = lookup.result(timeout_s)
+        except TimeoutError as error:
+            raise FetchError("dns", str(error), again=False) from error
+        except socket.gaierror as error:
+            raise FetchError("dns", str(error), again=lookup.worth_another) from error
+        except (UnicodeError, OSError) as error:
+            raise FetchError("bad_url", f"host {url.host!r}: {error}") from error
+        if _site(url) not in self._allowed:
+            for _, address in addresses:
+                if is_forbidden(address[0]):
+                    raise FetchError(
+                        "forbidden_address",
+                        f'{url.host} is {address[0]}; crawl.allow_hosts = ["{_site(url)}"] would exempt it',
+                    )
+        return addresses
+
+
+def _site(url: WebUrl) -> str:
+    return f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
+
+
+def _allowed_site(entry: str) -> str:
+    """Return an entry of crawl.allow_hosts in the form of ``_site``; an IPv6 address may lack its brackets."""
+    host, _, port = entry.lower().rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    with contextlib.suppress(FetchError):
+        host = encode_host(host)
+    return f"[{host}]:{int(port)}" if ":" in host else f"{host}:{int(port)}"
+
+
+def is_forbidden(text: str) -> bool:
+    """Tell whether an IP address is anything but a public unicast one (metadata servers are not)."""
+    address = ipaddress.ip_address(text)
+    if address.version == 6:
+        if address.ipv4_mapped is not None:
+            return is_forbidden(str(address.ipv4_mapped))
+        if address in _NAT64:
+            return is_forbidden(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
+        if address not in _GLOBAL_UNICAST:
+            return True
+    elif not address.is_global or address.is_multicast or address.is_reserved:
+        return True
+    return any(address in network for network in _FORBIDDEN_NETWORKS)

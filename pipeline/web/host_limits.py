@@ -1,4 +1,4 @@
-"""Turns at a host, so many at once and so many a second; and hosts that are down, which are left alone."""
+"""Per-host limits: concurrent requests, requests per second, and a back-off for hosts that do not answer."""
 
 import contextlib
 import threading
@@ -11,7 +11,7 @@ from pipeline.web.urls import FetchError
 _IDLE_HOSTS_KEPT = 4096
 _FAILING_HOSTS_KEPT = 65_536
 
-# Failures of a host itself: whatever else it answers, it is there.
+# Failures of the host itself: after any other one the host has answered.
 _HOST_FAILURES = frozenset({"dns", "connect", "timeout"})
 _DOWN_AFTER = 20
 _MAX_DOWN_S = 600.0
@@ -24,8 +24,8 @@ class _Host:
         self.next_start = 0.0
 
 
-class HostTurns:
-    """Hands out turns; shared by the threads of one worker."""
+class HostLimits:
+    """Limits concurrent requests and requests per second of each host; shared by the threads of one worker."""
 
     def __init__(self, at_once: int, per_second: float) -> None:
         self._at_once = at_once
@@ -34,15 +34,15 @@ class HostTurns:
         self._hosts: dict[str, _Host] = {}
 
     @contextlib.contextmanager
-    def turn(self, name: str) -> Iterator[float]:
-        """Wait for a turn at a host, hold it for the block, and yield the seconds waited."""
-        asked = time.monotonic()
+    def slot(self, name: str) -> Iterator[float]:
+        """Wait for a slot of a host's limits, hold it for the block, and yield the seconds waited."""
+        queued = time.monotonic()
         with self._used(name) as host, host.slots:
             with self._lock:
                 start = max(time.monotonic(), host.next_start)
                 host.next_start = start + self._interval_s
             time.sleep(max(0.0, start - time.monotonic()))
-            yield time.monotonic() - asked
+            yield time.monotonic() - queued
 
     @contextlib.contextmanager
     def _used(self, name: str) -> Iterator[_Host]:
@@ -68,11 +68,11 @@ class _Failing:
 
 
 class HostHealth:
-    """Knows which hosts are down, so that a dead one costs a shard minutes; shared by a worker's threads.
+    """Back-off for hosts that do not answer, so that a dead host costs a shard minutes; shared by a worker's threads.
 
-    A host that failed 20 times in a row is left alone for as long again as it has been failing, ten minutes at
-    most: one that hangs is soon asked no more, and one that restarts within seconds loses hardly a URL. The
-    next failure after that leaves it alone anew; one answer, of whatever status, and it is up.
+    After 20 failures in a row a host gets no requests for as long as it has been failing, at most ten minutes: a host
+    that hangs soon gets none, and a host that restarts within seconds loses hardly a URL. The next failure after
+    that time starts the back-off again; any answer, of whatever status, ends it.
     """
 
     def __init__(self) -> None:
@@ -87,9 +87,9 @@ class HostHealth:
 
     @contextlib.contextmanager
     def watched(self, name: str, *, answers: bool = True) -> Iterator[None]:
-        """Note how a block that asks a host ends: the FetchError that leaves it says so.
+        """Record success or failure of a block that contacts a host, by the FetchError that leaves it.
 
-        ``answers``: that it did not fail means that the host answered; looking up its name does not.
+        ``answers``: whether the block's success means that the host answered; a look-up of its name does not.
         """
         started = time.monotonic()
         try:
