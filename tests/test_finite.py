@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import BlipForConditionalGeneration
 
+from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.models.blip.captioner import Captioner
@@ -27,7 +28,7 @@ from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.rng import caption_seeds, uniforms
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
-from pipeline.stages.selection import Candidate, SelectWorker, select
+from pipeline.stages.selection import SelectWorker, select
 from schemas.config import CaptionConfig, SelectConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 

@@ -21,12 +21,12 @@ import pipeline.models.blip.vision
 import pipeline.models.clip.ranker
 from jobs.bench.fp8 import _changes, _Outcome, measure_fp8, measure_speed
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import Captioner
 from pipeline.models.clip.ranker import Ranker
 from pipeline.models.clip.towers import image_encoder
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
-from pipeline.stages.selection import Candidate
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PerformanceConfig

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample_row, task_of
 
+from pipeline.candidates import Candidate
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
-from pipeline.stages.selection import Candidate, SelectWorker, select
+from pipeline.stages.selection import SelectWorker, select
 from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.records import ShardRecord

@@ -31,6 +31,7 @@ from jobs.demo.weights_training.evaluate_weights import (
     top_two,
 )
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from pipeline.candidates import Candidate
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.images.preprocess import Preprocess, normalise
 from pipeline.models.blip.captioner import Captioner
@@ -38,7 +39,6 @@ from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import device_name, worker_device
 from pipeline.models.fp8 import quantise, require_fp8, require_torchao
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.stages.selection import Candidate
 from schemas.config import InferencePrecision
 
 M = TypeVar("M", Captioner, Ranker)

@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
+from pipeline.candidates import Candidate, Choice, choose
 from pipeline.manifest.manifest import Manifest, Query
-from pipeline.text import same_text_key
 from schemas.catalog import STAGE_ORDER, quote
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
@@ -13,9 +13,13 @@ from schemas.errors import CapfiltError
 Row = dict[str, Any]
 
 _UID = re.compile(r"[0-9a-f]{32}")
+_CANDIDATE_COLUMNS = (
+    "origin", "candidate", "text", "raw_text", "score", "rerank_score", "seed", "num_tokens", "duplicate_of",
+    "truncated",
+)  # fmt: skip
 
 
-def trace(manifest: Manifest, who: str) -> list[Row]:
+def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
     """Return the way of the sample with this uid or URL; of each, where two sources list the URL.
 
     Keys of one way: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
@@ -24,11 +28,11 @@ def trace(manifest: Manifest, who: str) -> list[Row]:
     Raises CapfiltError where no list has it.
     """
     with manifest.open(in_place=True) as query:
-        found = _find(query, who)
+        found = _find(query, uid_or_url)
         if not found:
-            kind = "uid" if _UID.fullmatch(who) else "URL"
+            kind = "uid" if _UID.fullmatch(uid_or_url) else "URL"
             raise CapfiltError(
-                f"no sample of {manifest.storage.root} has the {kind} {who!r}; it is compared letter by letter, "
+                f"no sample of {manifest.storage.root} has the {kind} {uid_or_url!r}; it is compared letter by letter, "
                 "and only what was crawled is listed: `capfilt status` shows what is not yet"
             )
         ways: dict[tuple[str, str], list[str]] = {}
@@ -37,15 +41,15 @@ def trace(manifest: Manifest, who: str) -> list[Row]:
         return [_way(query, source, uid, sorted(shards)) for (source, uid), shards in ways.items()]
 
 
-def _find(query: Query, who: str) -> list[Row]:
+def _find(query: Query, uid_or_url: str) -> list[Row]:
     """Return source, uid and shard of every crawled row of a sample, those a retry replaced included.
 
     The uid alone says nothing about the shard: this reads one column of every raw Parquet, and no other
     step does.
     """
-    column = "uid" if _UID.fullmatch(who) else "url"
+    column = "uid" if _UID.fullmatch(uid_or_url) else "url"
     return query.rows(
-        f"SELECT source, uid, shard FROM base.raw WHERE {column} = $1 ORDER BY source, shard", (who,)
+        f"SELECT source, uid, shard FROM base.raw WHERE {column} = $1 ORDER BY source, shard", (uid_or_url,)
     )
 
 
@@ -126,52 +130,48 @@ def _select_config(stages: list[Row], runs: list[Row]) -> SelectConfig | None:
     return SelectConfig.model_validate(json.loads(configs[0]).get("select", {})) if configs else None
 
 
-def _judged(candidates: list[Row], selection: list[Row], config: SelectConfig | None) -> list[Row]:
-    """Return the candidates best first, each with its outcome in words."""
-    kept = list(zip(selection[0]["origins"], selection[0]["candidates"], strict=True)) if selection else []
-    by_place = {place: index for index, place in enumerate(kept)}
-
-    def best_first(row: Row) -> tuple[int, bool, float, float]:
-        place = by_place.get((row["origin"], row["candidate"]), len(kept))
-        rerank, score = row["rerank_score"], row["score"]
-        return place, rerank is None, -(rerank or 0.0), -(score if score is not None else -2.0)
-
-    ordered = sorted(candidates, key=best_first)
-    names = (
-        "origin",
-        "candidate",
-        "text",
-        "raw_text",
-        "score",
-        "rerank_score",
-        "seed",
-        "num_tokens",
-        "duplicate_of",
-    )
-    seen: dict[str, Row] = {}
-    judged = []
-    for row in ordered:
-        earlier = seen.setdefault(same_text_key(row["text"]), row)
-        outcome = _outcome(row, earlier, by_place, bool(selection), config)
-        judged.append({name: row[name] for name in (*names, "truncated")} | {"outcome": outcome})
-    return judged
+def _judged(rows: list[Row], selection: list[Row], config: SelectConfig | None) -> list[Row]:
+    """Return the candidates' rows, those that were kept first, then best first, each with its outcome in words."""
+    numbers: dict[tuple[str, int], int] = {}
+    if selection:
+        kept = zip(selection[0]["origins"], selection[0]["candidates"], strict=True)
+        numbers = {place: number for number, place in enumerate(kept, start=1)}
+    row_by_place = {(row["origin"], row["candidate"]): row for row in rows}
+    outcomes = {}
+    for choice in _choices(rows, config):
+        place = (choice.candidate.origin, choice.candidate.candidate)
+        outcomes[place] = _outcome(choice, numbers.get(place), bool(selection), config)
+    # Sorting is stable: after the kept ones, the order of ``choose`` stays.
+    ordered = sorted(outcomes, key=lambda place: numbers.get(place, len(rows)))
+    return [
+        {name: row_by_place[place][name] for name in _CANDIDATE_COLUMNS} | {"outcome": outcomes[place]}
+        for place in ordered
+    ]
 
 
-def _outcome(
-    row: Row, earlier: Row, kept: dict[tuple[str, int], int], selected: bool, config: SelectConfig | None
-) -> str:
-    if (row["origin"], row["candidate"]) in kept:
-        return f"kept as number {kept[row['origin'], row['candidate']] + 1}"
-    if not row["text"]:
-        return "empty after clean-up"
-    if not selected:
-        return "not selected yet" if row["score"] is not None else "not scored yet"
-    if row["score"] is None:
-        return "no score: the image does not decode"
-    if config is not None and row["origin"] == "web" and config.web_caption == "never":
-        return 'not used: select.web_caption = "never"'
-    if earlier is not row:
-        return f"the same text as {earlier['origin']} {earlier['candidate']}"
-    if config is not None and config.min_score is not None and row["score"] < config.min_score:
-        return f"under select.min_score = {config.min_score:g}"
+def _choices(rows: list[Row], config: SelectConfig | None) -> list[Choice]:
+    names = ("origin", "candidate", "text", "score", "rerank_score")
+    candidates = [Candidate(**{name: row[name] for name in names}) for row in rows]
+    # Of a human source every distinct caption is kept.
+    if config is None or any(candidate.origin == "human" for candidate in candidates):
+        return choose(candidates)
+    return choose(candidates, top_k=config.top_k, min_score=config.min_score, web_caption=config.web_caption)
+
+
+def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectConfig | None) -> str:
+    if number is not None:
+        return f"kept as number {number}"
+    if choice.candidate.text and not selected:
+        return "not selected yet" if choice.candidate.score is not None else "not scored yet"
+    match choice.reason:
+        case "empty_text":
+            return "empty after clean-up"
+        case "not_scored":
+            return "no score: the image does not decode"
+        case "web_caption_never":
+            return 'not used: select.web_caption = "never"'
+        case "same_text":
+            return f"the same text as {choice.same_as.origin} {choice.same_as.candidate}"
+        case "below_min_score":
+            return f"under select.min_score = {config.min_score:g}"
     return "others score higher"

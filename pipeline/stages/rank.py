@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pipeline.candidates import Candidate, choose
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
@@ -21,7 +22,7 @@ from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
 from pipeline.prefetch import decode_threads, prefetch_map
-from pipeline.text import clean_caption, mark_duplicates, same_text_key
+from pipeline.text import clean_caption, mark_duplicates
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES, CAPTIONS
@@ -155,15 +156,13 @@ def _given_rows(sample: dict[str, Any], given: Sequence[str], origin: str) -> li
     ]
 
 
-def _best(candidates: Sequence[Mapping[str, Any]], first: int) -> list[str]:
-    """Return the ``first`` distinct texts by score; the earlier candidate where scores are equal."""
-    scored = sorted(
-        (row for row in candidates if row.get("score") is not None), key=lambda row: -row["score"]
-    )
-    distinct: dict[str, str] = {}
-    for row in scored:
-        distinct.setdefault(same_text_key(row["text"]), row["text"])
-    return list(distinct.values())[:first]
+def _best(rows: Sequence[Mapping[str, Any]], first: int) -> list[str]:
+    """Return the ``first`` distinct texts by score."""
+    candidates = [
+        Candidate(origin=row["origin"], candidate=row["candidate"], text=row["text"], score=row.get("score"))
+        for row in rows
+    ]
+    return [choice.candidate.text for choice in choose(candidates, top_k=first) if choice.reason is None]
 
 
 def _count(rows: Sequence[Mapping[str, Any]], num_images: int, kind: str, stats: ShardStats) -> None:

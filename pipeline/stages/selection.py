@@ -3,8 +3,8 @@
 A curated shard is what others already read: ``KEY.jpg``, ``KEY.json`` (a JSON list of captions, best first:
 LAVIS's LaionDataset draws from its first two) and ``KEY.txt`` (the best one: open_clip, img2dataset). Its
 bytes are a function of its inputs and ``[select]`` alone. The image's bytes are those of the raw shard, never
-encoded again; a PNG or WebP of an adopted folder keeps its extension (open_clip reads those too, LAVIS reads
-``jpg`` only).
+encoded again; a PNG or WebP of an imported img2dataset folder keeps its extension (open_clip reads those too, LAVIS
+reads ``jpg`` only).
 """
 
 import json
@@ -12,36 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from math import isfinite
 from operator import itemgetter
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.candidates import Candidate, choose
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
-from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CURATED
 
 _CANDIDATE_COLUMNS = ("key", "origin", "candidate", "text", "score", "rerank_score")
-_ORIGIN_ORDER = {"synthetic": 0, "human": 1, "web": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One scored text of an image; columns as in the table ``candidates``."""
-
-    origin: str
-    candidate: int
-    text: str
-    score: float | None
-    rerank_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,59 +42,23 @@ class Selection:
 def select(
     candidates: Sequence[Candidate], config: SelectConfig, kind: Literal["web", "human"] = "web"
 ) -> Selection:
-    """Choose among the candidates of one image, whatever order they come in.
+    """Choose among the candidates of one image, whatever order they come in; see ``choose`` for the rules.
 
-    - Texts that differ in case alone are one text: its best candidate stands for it.
-    - Best first: by ``rerank_score``, candidates that have one before those that have none, then by
-      ``score``; equal scores by origin (synthetic, human, web), then by index within the origin.
-    - A web source keeps the ``top_k`` of those that reach ``min_score``. The web caption is one candidate
-      more (``compete``), none (``never``), or kept beside the ``top_k`` synthetic ones if it reaches
-      ``min_score`` too (``always``).
-    - A human source keeps every distinct caption: they are the truth here, and a model's score is no reason
-      to drop one. ``top_k`` and ``min_score`` do not apply.
-    - A candidate without a score (its text is empty, or the image does not decode) is never kept, nor one whose
-      score is NaN or infinite.
+    A human source keeps every distinct caption: they are the reference here, and a model's score is no reason to
+    drop one; ``[select]`` does not apply to it.
     """
-    if kind == "web" and config.web_caption == "never":
-        candidates = [one for one in candidates if one.origin != "web"]
-    texts = [one for one in candidates if one.text]
-    scored = [one for one in texts if _has_score(one)]
-    if not scored:
-        return Selection(kept=(), reason="not_scored" if texts else "no_candidates")
     if kind == "human":
-        return Selection(kept=_distinct(scored))
-    passing = [one for one in scored if config.min_score is None or one.score >= config.min_score]
-    if not passing:
-        return Selection(kept=(), reason="below_min_score")
-    if config.web_caption == "always":
-        web = [one for one in passing if one.origin == "web"]
-        others = _distinct([one for one in passing if one.origin != "web"])
-        return Selection(kept=_distinct([*others[: config.top_k], *web]))
-    return Selection(kept=_distinct(passing)[: config.top_k])
-
-
-def _has_score(one: Candidate) -> bool:
-    return one.score is not None and isfinite(one.score) and isfinite(one.rerank_score or 0.0)
-
-
-def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Return the best candidate of each text, best first."""
-    distinct: dict[str, Candidate] = {}
-    for one in sorted(candidates, key=_best_first):
-        distinct.setdefault(same_text_key(one.text), one)
-    return tuple(distinct.values())
-
-
-def _best_first(one: Candidate) -> tuple[bool, float, float, int, int, str]:
-    reranked = one.rerank_score is not None
-    return (
-        not reranked,
-        -one.rerank_score if reranked else 0.0,
-        -one.score,
-        _ORIGIN_ORDER[one.origin],
-        one.candidate,
-        one.text,
-    )
+        choices = choose(candidates)
+    else:
+        choices = choose(
+            candidates, top_k=config.top_k, min_score=config.min_score, web_caption=config.web_caption
+        )
+    kept = tuple(choice.candidate for choice in choices if choice.reason is None)
+    if kept:
+        return Selection(kept=kept)
+    reasons = {choice.reason for choice in choices}
+    image_reasons = ("below_min_score", "not_scored")
+    return Selection(kept=(), reason=next((r for r in image_reasons if r in reasons), "no_candidates"))
 
 
 class SelectWorker:
@@ -169,7 +120,7 @@ def _curated_samples(
     for key, selection in selections.items():
         if not selection.kept:
             continue
-        captions = [one.text for one in selection.kept]
+        captions = [candidate.text for candidate in selection.kept]
         extension = shard.extension(key)
         yield (
             key,
@@ -189,15 +140,15 @@ def _curated_row(sample: dict[str, Any], selections: Mapping[str, Selection]) ->
         "status": "kept" if kept else "dropped",
         "reason": selection.reason,
         "caption": kept[0].text if kept else None,
-        "captions": [one.text for one in kept],
-        "scores": [one.score for one in kept],
-        "origins": [one.origin for one in kept],
-        "candidates": [one.candidate for one in kept],
+        "captions": [candidate.text for candidate in kept],
+        "scores": [candidate.score for candidate in kept],
+        "origins": [candidate.origin for candidate in kept],
+        "candidates": [candidate.candidate for candidate in kept],
     }
 
 
 def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
-    kept = [one for selection in selections.values() for one in selection.kept]
+    kept = [candidate for selection in selections.values() for candidate in selection.kept]
     stats.rows_in = stats.images = len(selections)
     for selection in selections.values():
         if selection.kept:
@@ -207,7 +158,7 @@ def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
             stats.count("dropped", selection.reason)
     dropped = stats.counts.get("dropped", 0)
     assert stats.rows_in == stats.rows_out + dropped, "kept and dropped images do not add up"
-    for one in kept:
-        name = f"captions/{one.origin}"
+    for candidate in kept:
+        name = f"captions/{candidate.origin}"
         stats.counts[name] = stats.counts.get(name, 0) + 1
-    stats.histograms = {"kept_score": histogram([one.score for one in kept], SCORE_EDGES)}
+    stats.histograms = {"kept_score": histogram([candidate.score for candidate in kept], SCORE_EDGES)}

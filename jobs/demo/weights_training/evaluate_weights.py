@@ -24,10 +24,11 @@ from jobs.demo.world.alt_texts import AltKind, alt_text
 from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true
+from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import Captioner
 from pipeline.models.clip.ranker import Ranker
 from pipeline.models.weights import captioner_weights, ranker_weights
-from pipeline.stages.selection import Candidate, select
+from pipeline.stages.selection import select
 from pipeline.text import clean_caption
 from schemas.config import CaptionConfig, SelectConfig
 
