@@ -44,7 +44,7 @@ C = TypeVar("C", CapfiltConfig, PretrainConfig)
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = CapfiltConfig) -> C:
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = CapfiltConfig) -> C:  # type: ignore[assignment]
     """Read a config file (TOML, or a run's resolved copy as JSON) and apply ``section.key=value`` overrides.
 
     Args:
@@ -72,7 +72,7 @@ def parse_config(
     origin: str,
     overrides: Sequence[str] = (),
     base_folder: str | Path = ".",
-    kind: type[C] = CapfiltConfig,
+    kind: type[C] = CapfiltConfig,  # type: ignore[assignment]
 ) -> C:
     """Turn TOML text into a config; ``origin`` is its name in messages, ``base_folder`` that of its paths."""
     values = parse_values(text, origin)
@@ -93,8 +93,9 @@ def parse_config(
         errors += config_errors(error, values, places)
     if errors or config is None:
         raise CapfiltError("\n".join(errors))
-    resolve = _resolve_training_paths if kind is PretrainConfig else _resolve_paths
-    return resolve(config, places, Path(base_folder))
+    if isinstance(config, PretrainConfig):
+        return _resolve_training_paths(config, places, Path(base_folder))
+    return _resolve_paths(config, places, Path(base_folder))
 
 
 def _refuse_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:

@@ -149,8 +149,9 @@ def _header(path: KeyPath, kind: type[BaseModel]) -> str:
 def _is_table_list(path: KeyPath, kind: type[BaseModel]) -> bool:
     section = _section_at(path[:-1], kind)
     info = section.model_fields.get(str(path[-1])) if section else None
-    is_tuple = info is not None and typing.get_origin(info.annotation) is tuple
-    return is_tuple and section_class(info.annotation) is not None
+    if info is None or typing.get_origin(info.annotation) is not tuple:
+        return False
+    return section_class(info.annotation) is not None
 
 
 def _required_keys(path: KeyPath, kind: type[BaseModel]) -> str:
@@ -169,8 +170,8 @@ def _nearest_key(path: KeyPath, kind: type[BaseModel]) -> str:
     if near := did_you_mean(prefix + name, [prefix + key for key in section.model_fields], cutoff=0.8):
         return near
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(_keys(kind))}
-    if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.85):
-        return f"; did you mean {elsewhere[near[0]]}?"
+    if matches := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.85):
+        return f"; did you mean {elsewhere[matches[0]]}?"
     if len(section.model_fields) > _MAX_LISTED_KEYS:
         return f"; docs/config.md lists the keys of {_header(above, kind) if above else 'the file'}"
     return f"; {_header(above, kind) if above else 'the file'} has {', '.join(section.model_fields)}"

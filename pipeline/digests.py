@@ -11,7 +11,7 @@ from pipeline.regular_files import open_regular
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a local file, in hex."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed asks for more
 
 
 def digest_json(value: Any) -> str:

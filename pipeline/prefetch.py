@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -26,7 +26,9 @@ def decode_threads(cpus: float, *, feeds_gpu: bool) -> int:
     return max(reserved, min(len(os.sched_getaffinity(0)), _MOST_THREADS))
 
 
-def prefetch_map(work: Callable[[T], U], items: Iterable[T], ahead: int, threads: int) -> Iterator[U]:
+def prefetch_map(
+    work: Callable[[T], U], items: Iterable[T], ahead: int, threads: int
+) -> Generator[U, None, None]:
     """Yield ``work(item)`` for each item, in order, at most ``ahead`` begun before they are asked for.
 
     Memory is that of ``threads`` works under way and ``ahead`` results: bounded where results are of one size, as

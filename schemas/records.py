@@ -378,6 +378,9 @@ class QuarantineRecord(Json):
         return f"records/quarantine/{self.stage}/{self.source}/{self.shard}.json"
 
 
+RunOutcome = Literal["done", "partial", "interrupted", "error"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord(Json):
     """The start (outcome None) or the end of a run; columns as in the table ``runs``."""
@@ -390,7 +393,7 @@ class RunRecord(Json):
     host: str
     versions: Mapping[str, str]
     finished_at: Time | None = None
-    outcome: Literal["done", "partial", "interrupted", "error"] | None = None
+    outcome: RunOutcome | None = None
     shards_done: Count = 0
     shards_skipped: Count = 0
     shards_failed: Count = 0

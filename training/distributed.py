@@ -95,7 +95,7 @@ class World:
         Raises CapfiltError on every rank where it does on one: nobody goes on alone to a collective that the
         others never reach.
         """
-        refusal, result = None, None
+        refusal: CapfiltError | None = None
         try:
             result = do()
         except CapfiltError as error:

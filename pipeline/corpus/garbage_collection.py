@@ -4,14 +4,14 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pipeline.corpus.records import Records, parse_record, read_record
+from pipeline.corpus.records import Records, ShardId, parse_record, read_record
 from pipeline.corpus.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import STAGE_FOLDERS, ShardRecord
@@ -22,12 +22,15 @@ _DELETERS = 32
 _STAGES = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
 
 
+Kind = Literal["orphan", "retired", "temporary", "attempt"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrphanFile:
     """One file to remove."""
 
     path: str
-    kind: Literal["orphan", "retired", "temporary", "attempt"]
+    kind: Kind
     bytes: int
     modified: datetime
 
@@ -119,11 +122,11 @@ def _is_needed(records: Records, file: OrphanFile) -> bool:
     return False
 
 
-def _outputs(shards: dict[object, ShardRecord]) -> set[str]:
+def _outputs(shards: Mapping[ShardId, ShardRecord]) -> set[str]:
     return {file.path for record in shards.values() for file in record.outputs.values()}
 
 
-def _kind(info: FileInfo, needed: set[str], replaced: set[str], *, is_data: bool) -> str | None:
+def _kind(info: FileInfo, needed: set[str], replaced: set[str], *, is_data: bool) -> Kind | None:
     name = info.path.split("/")[-1]
     if name.startswith(".") and name.endswith(".tmp"):
         return "temporary"

@@ -64,7 +64,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
 
     Raises tarfile.ReadError where the tar is damaged inside a member.
     """
-    key, members = "", {}
+    key = ""
+    members: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r|") as tar:
         for info in tar:
             if not info.isfile():

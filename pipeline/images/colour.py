@@ -27,7 +27,11 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile or len(profile) > MAX_PROFILE_BYTES or image.mode not in _SPACES:
         return image
     transform = _transform(profile, image.mode)
-    return image if transform is None else ImageCms.applyTransform(image, transform)
+    if transform is None:
+        return image
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None, "only inPlace returns nothing"
+    return converted
 
 
 # A few profiles are in nearly all images that have one; a printer's takes some megabytes.
@@ -49,7 +53,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 @lru_cache(maxsize=1)
 def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.createProfile("sRGB")
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.images import jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
@@ -158,11 +158,11 @@ def encode_bmp(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _open(data: bytes, formats: Collection[str]) -> Image.Image:
+def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
     """Open lazily: Pillow reads the header only. Raises ImageError."""
     file = png.without_metadata(data) if data.startswith(png.SIGNATURE) else data
     try:
-        return Image.open(io.BytesIO(file), formats=formats)
+        return Image.open(io.BytesIO(file), formats=tuple(formats))
     except UnidentifiedImageError as error:
         if name := _refused_format(data):
             raise ImageError("format_refused", name) from error
@@ -270,7 +270,7 @@ def _read_scans(data: bytes) -> jpeg.JpegScans:
 class _JpegFeed:
     """Pillow's decoder of one JPEG, fed in pieces. Where data run out, it waits for more."""
 
-    def __init__(self, image: Image.Image) -> None:
+    def __init__(self, image: ImageFile.ImageFile) -> None:
         ((name, extents, _, arguments),) = image.tile
         image.load_prepare()
         self._decoder = Image._getdecoder(image.mode, name, arguments, image.decoderconfig)
@@ -291,7 +291,7 @@ class _JpegFeed:
         self._decoder.cleanup()
 
 
-def _load_jpeg(image: Image.Image, data: bytes, scans: jpeg.JpegScans) -> None:
+def _load_jpeg(image: ImageFile.ImageFile, data: bytes, scans: jpeg.JpegScans) -> None:
     """Decode a JPEG. Raises OSError unless every block of it is there.
 
     At a marker, libjpeg fills up with grey what is missing and only counts a warning, which Pillow does not show.

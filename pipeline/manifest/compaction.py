@@ -145,11 +145,12 @@ class CompactedRecords:
     def _new_rows(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
         seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
-        listed = [info for info in self.storage.list("records") if table_of(info.path)]
-        unseen = [info for info in listed if (info.path, info.version) not in seen]
+        unseen = [info for info in self.storage.list("records") if (info.path, info.version) not in seen]
+        by_table = [(table, info) for info in unseen if (table := table_of(info.path))]
         rows: dict[str, list[Row]] = {table: [] for table in RECORD_TABLES}
-        for info, record_rows in zip(unseen, self.storage.map(self._read_record, unseen), strict=True):
-            rows[table_of(info.path)].extend(record_rows)
+        read = self.storage.map(self._read_record, [info for _, info in by_table])
+        for (table, _), record_rows in zip(by_table, read, strict=True):
+            rows[table].extend(record_rows)
         return rows
 
     def _read_record(self, info: FileInfo) -> list[Row]:
@@ -217,7 +218,7 @@ def _naming_damage(path: str) -> Iterator[None]:
         is_irregular = isinstance(error, NotRegularFileError)
         if isinstance(error, OSError) and error.errno is not None and not is_irregular:
             raise  # the storage's error, not Arrow's
-        reason = error.strerror if is_irregular else first_line(error)
+        reason = error.strerror if isinstance(error, NotRegularFileError) else first_line(error)
         raise CorruptShardError(
             f"{path} is not a part of the manifest ({reason}); `capfilt manifest rebuild CORPUS` makes it anew"
         ) from error

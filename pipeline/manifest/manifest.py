@@ -132,7 +132,10 @@ class Query:
         self._storage = storage
         self._in_place = in_place and storage.is_local
         # Variables of the calling Python code must not be tables.
-        config = {"python_enable_replacements": False, "memory_limit": memory}
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "python_enable_replacements": False,
+            "memory_limit": memory,
+        }
         try:
             self._connection = duckdb.connect(config=config)
         except duckdb.Error as error:

@@ -140,7 +140,7 @@ def _require_read(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 def _reject_machine_facts(connection: duckdb.DuckDBPyConnection, select: str) -> None:
     """Reject a SELECT that names what tells about the machine rather than the corpus."""
-    (tree,) = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchone()
+    [(tree,)] = connection.execute("SELECT json_serialize_sql(?)", [select]).fetchall()
     for node in _nodes(json.loads(tree)):
         name = str(node.get("function_name") or node.get("table_name") or "").lower()
         # SHOW of what is not a relation is the value of a setting.

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.corpus.storage import Storage
 from pipeline.corpus.uids import pack_uids, unpack_uids
@@ -158,7 +158,7 @@ class _ShardCheck:
         except FileNotFoundError:
             self.report(file.path, "missing")
         except NotRegularFileError as error:
-            self.report(file.path, error.strerror)
+            self.report(file.path, error.strerror or "")
         except CorruptShardError as error:
             self.report(file.path, str(error))
         except (OSError, pa.ArrowInvalid, EOFError, tarfile.TarError) as error:
@@ -239,7 +239,7 @@ def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
 
 
 def _manifest_discrepancies(
-    manifest: Manifest, committed: Mapping[tuple[str, str, str], ShardRecord]
+    manifest: Manifest, committed: Mapping[ShardId, ShardRecord]
 ) -> list[Discrepancy]:
     with manifest.open() as query:
         rows = query.rows("SELECT stage, source, shard, attempt FROM shards WHERE state = 'committed'")

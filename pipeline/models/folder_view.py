@@ -83,7 +83,7 @@ _CLIP_KEYS = {
     *_CLIP_SECTIONS,
 }  # fmt: skip
 _ANOTHER_REPOSITORY = ("hf_model_name", "hf_model_pretrained")
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, type]] = {
     "act_kwargs": {"approximate": str},
     "norm_kwargs": {"eps": float},
     "tokenizer_kwargs": {

@@ -35,9 +35,9 @@ def hub_folder(
     """
     patterns = list(patterns)
     cached = _cached_snapshot(repository, revision, patterns, where)
-    complete = cached is not None and first_missing_file(cached) is None
+    complete = cached if cached is not None and first_missing_file(cached) is None else None
     if complete and REGEX_COMMIT_HASH.fullmatch(revision):
-        return cached
+        return complete
     what = f"{where}: {repository} at revision {revision!r}"
     try:
         if constants.HF_HUB_OFFLINE:
@@ -51,7 +51,7 @@ def hub_folder(
         raise CapfiltError(f"{what}: the hub has no such model, or it needs a login (HF_TOKEN)") from error
     except (OSError, HTTPError) as error:
         if complete:
-            return cached
+            return complete
         raise CapfiltError(
             _unreachable(what, repository, revision, cached, first_missing_file, error)
         ) from error

@@ -360,4 +360,4 @@ def _installed(opener: urllib.request.OpenerDirector) -> Iterator[None]:
         try:
             yield
         finally:
-            urllib.request.install_opener(None)  # type: ignore[arg-type]
+            urllib.request.install_opener(None)

@@ -56,7 +56,7 @@ def next_step(
     needed = upstream_of(stage, kind)
     if any(name not in upstream for name in needed):
         return Step(state="waiting")
-    inputs = {name: upstream[name] for name in needed}
+    inputs: dict[str, ShardRecord] = {name: upstream[name] for name in needed}
     fingerprint = stage_fingerprint(
         config,
         stage,

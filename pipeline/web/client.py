@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from pipeline.web.connection import Deadline, read_body, read_start, request
 from pipeline.web.dns import Resolver
@@ -50,7 +50,7 @@ class Fetch:
     attempts: int = 0
     final_url: str | None = None
     content_type: str | None = None
-    body: BinaryIO | None = None
+    body: IO[bytes] | None = None
     body_bytes: int | None = None
     sha256: str | None = None
     started: float = field(default_factory=time.monotonic)
@@ -122,7 +122,7 @@ class Web:
         fetch.attempts += 1
         with self._follow(url, fetch, deadline, check_robots=self._robots is not None) as response:
             self._check_opt_out(response)
-            body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=spool)  # noqa: SIM115
+            body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=spool and str(spool))  # noqa: SIM115
             fetch.body_bytes, fetch.sha256 = read_body(response, body, self._config.max_body_bytes)
         if not fetch.body_bytes:
             raise FetchError("empty_body")

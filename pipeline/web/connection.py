@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import IO, Any
 
 from pipeline.web.content_encoding import bounded, decompressed
 from pipeline.web.dns import SocketAddress
@@ -54,7 +54,7 @@ class _Reads(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         self._sock.settimeout(min(self._read_timeout_s, self._deadline.left_s()))
         return self._sock.recv_into(buffer)
 
@@ -105,7 +105,7 @@ class _Response(http.client.HTTPResponse):
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
-            version, status, reason = super()._read_status()
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # no public name
             # 101 is final: what follows it is another protocol.
             if status <= http.HTTPStatus.SWITCHING_PROTOCOLS or status >= http.HTTPStatus.OK:
                 return version, status, reason
@@ -132,7 +132,7 @@ def request(
             wire = _Socket(sock, deadline, read_timeout_s, max_header_bytes)
             connection = http.client.HTTPConnection(url.host, url.port)
             connection.response_class = _Response
-            connection.sock = wire  # type: ignore[assignment]
+            connection.sock = wire
             fields = {"Host": url.netloc, "Accept-Encoding": "identity", "Connection": "close", **headers}
             connection.request("GET", url.target, headers=fields)
             response = stack.enter_context(contextlib.closing(connection.getresponse()))
@@ -140,7 +140,7 @@ def request(
         yield response
 
 
-def read_body(response: http.client.HTTPResponse, sink: BinaryIO, max_bytes: int) -> tuple[int, str]:
+def read_body(response: http.client.HTTPResponse, sink: IO[bytes], max_bytes: int) -> tuple[int, str]:
     """Copy the body, decompressed, to ``sink``; return its bytes and sha256.
 
     Raises FetchError once it is too long, as it comes over the wire or as it unfolds.

@@ -76,7 +76,9 @@ class _SourceStream:
         self._num_images = sum(samples for *_, samples in self._shards)
         self._shuffle_shards = shuffle_shards
         self._groups_per_epoch = math.ceil(len(self._shards) / shuffle_shards)
-        self._epoch, self._groups, self._starts = -1, [], []
+        self._epoch = -1
+        self._groups: list[list[tuple[int, str, int]]] = []
+        self._starts: list[int] = []
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
     def indices(self, first: int, last: int) -> list[SampleIndex]:

@@ -129,7 +129,8 @@ def _missing(found: Places) -> str:
 
 def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, Places]]:
     """Yield each key with the places of its members, as long as they are beside one another."""
-    key, found = "", [None, None, None]
+    key = ""
+    found: Places = [None, None, None]
     for info in members:
         own, extension = key_and_extension(info.name)
         if own != key:
@@ -208,11 +209,11 @@ class OpenShard:
 
     def sample(self, number: int) -> Sample:
         """Return a training sample."""
-        return self._read(self._trained[number])
+        return self._read(int(self._trained[number]))
 
     def held_out(self) -> Iterator[Sample]:
         """Yield the samples that are set aside."""
-        return map(self._read, self._held_out)
+        return map(self._read, self._held_out.tolist())
 
     def _read(self, place: int) -> Sample:
         return Sample(self._uids_N[place].decode(), self._member(place, _IMAGE) or b"", self._captions(place))

@@ -172,7 +172,7 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
         """Return the Q-Former's device."""
         return self._qformer[0].cls.predictions.bias.device
 
-    def can_generate(self) -> bool:  # type: ignore[override]
+    def can_generate(self) -> bool:
         """Return True: transformers asks before it generates."""
         return True
 

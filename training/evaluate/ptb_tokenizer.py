@@ -76,7 +76,7 @@ _TOKEN = re.compile(
 def caption_words(caption: str) -> list[str]:
     """Return a caption's words, as the published evaluation counts them."""
     text = " ".join(html.unescape(caption).translate(_REWRITTEN).lower().replace('"', " '' ").split())
-    words = []
+    words: list[str] = []
     for token in _TOKEN.findall(text):
         words.extend(_DIVIDED.get(token, (token,)))
     return [word for word in words if word not in _PUNCTUATION and not _RUN.fullmatch(word)]

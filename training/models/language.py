@@ -46,7 +46,7 @@ _OPT = {
 _T5 = {"vocab_size": 32128, "num_layers": 24, "d_kv": 64, "feed_forward_proj": "gated-gelu"}
 _T5 |= {"tie_word_embeddings": False, "decoder_start_token_id": 0}
 # The published shapes, so that a plan can be made without a network.
-_PUBLISHED = {
+_PUBLISHED: dict[str, dict[str, Any]] = {
     "facebook/opt-2.7b": {**_OPT, "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240},
     "facebook/opt-6.7b": {**_OPT, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384},
     "google/flan-t5-xl": {**_T5, "d_model": 2048, "d_ff": 5120, "num_heads": 32},

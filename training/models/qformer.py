@@ -19,6 +19,7 @@ The legend of the names: B rows, Q queries, L text tokens, S = Q + L, K tokens a
 E its width, D the Q-Former's width, H heads, d = D / H, V words.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -252,7 +253,7 @@ def _initialise(module: nn.Module, std: float) -> None:
         module.bias.data.zero_()
 
 
-def copy_bert(qformer: QFormer, bert: dict[str, Tensor]) -> None:
+def copy_bert(qformer: QFormer, bert: Mapping[str, Tensor]) -> None:
     """Begin from BERT: its names are ours; the queries' feed-forward networks begin as the text's.
 
     The last word, [DEC], which BERT has not, and the cross-attention stay as they are; BERT's token types are left out,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunRecord, utc_now
+from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord, utc_now
 
 
 class LineageWriter:
@@ -36,7 +36,7 @@ class LineageWriter:
             path = url.removeprefix(f"{records.storage.root}/")
             records.write_checkpoint(name, replace(record, path=path))
 
-    def end(self, run_id: str, outcome: str) -> list[Records]:
+    def end(self, run_id: str, outcome: RunOutcome) -> list[Records]:
         """Note how a run ended, in the manifests that have its start, and return them; a refused run began in none."""
         noted = []
         for records in self.corpora:

@@ -63,7 +63,7 @@ class LastBlock(Block):
         context_BD = self.attend(self.query(normed_BLD[:, 0]), keys_values_BL2HK)
         return self.finish(x_BLD[:, 0], context_BD)
 
-    def project(self, x_ND: Tensor, rows_T: Tensor) -> tuple[Tensor, Tensor]:
+    def project_read(self, x_ND: Tensor, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return the queries of the rows that are read, and keys and values (N, 2, H, K) of all."""
         normed_ND = self._norm_1(x_ND)
         return self.query(normed_ND[rows_T]), self.key_value(normed_ND).unflatten(

@@ -157,7 +157,7 @@ class TextTower(nn.Module):
         x_ND = self._embedding(ids_N).to(dtype) + self._positions_LD.to(dtype)[positions_N]
         for block in self._blocks:
             x_ND = block.finish(x_ND, _attend_causally(block.project(x_ND), groups))
-        query_TD, keys_values_N2HK = self._last.project(x_ND, rows_T)
+        query_TD, keys_values_N2HK = self._last.project_read(x_ND, rows_T)
         context_TD = torch.cat(
             [
                 self._last.attend(
