@@ -9,7 +9,7 @@ from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import RunRecord
+from schemas.records import RunOutcome, RunRecord
 from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Summary
 
@@ -80,7 +80,7 @@ def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Ou
 
 def _note_end(config: PretrainConfig, run: RunRecord, outcome: Outcome | None) -> None:
     """Write the run's end beside its start; of a run that was refused there is neither."""
-    ended = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
+    ended: RunOutcome = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
     if outcome and outcome.summary:
         ended = outcome.summary.outcome
     for records in LineageWriter(config.data).end(run.run_id, ended):

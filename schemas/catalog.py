@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from schemas.records import STAGES
+from schemas.records import STAGES, Stage
 from schemas.statuses import SAMPLE_STATUSES
 from schemas.tables import (
     CANDIDATES,
@@ -44,7 +44,7 @@ DATA_TABLES: dict[str, pa.Schema] = {
     "scores": CANDIDATES,
     "curated": CURATED,
 }
-DATA_STAGES = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
+DATA_STAGES: dict[str, Stage] = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
 
 # What a stage's rows end as: of the counts of its records, those that sum up to rows_in. All others are notes.
 ROW_STATUSES: dict[str, tuple[str, ...]] = {

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class World:
         Raises CapfiltError on every rank where it does on rank 0.
         """
         found = self.all_or_raise(find if self.rank == 0 else lambda: None)
-        return self._exchanged(found)[0]
+        return self._exchanged(cast(T, found))[0]
 
     def _exchanged(self, mine: T) -> list[T]:
         """Return an object of each rank, in order."""

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.cli.groups import CommandGroup
 from schemas.errors import CapfiltError
 
-bench = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Each way, in turn; medians are shown.", metavar="N")]

@@ -236,7 +236,11 @@ app.add_typer(
     evaluate, name="evaluate", help="Score a trained model on published benchmarks.", rich_help_panel=MEASURE
 )
 app.add_typer(
-    bench, name="bench", help="Measure what the pipeline costs on this machine.", rich_help_panel=MEASURE
+    bench,
+    name="bench",
+    cls=CommandGroup,
+    help="Measure what the pipeline costs on this machine.",
+    rich_help_panel=MEASURE,
 )
 
 

@@ -237,7 +237,7 @@ def _decode(
             raise ImageError("image_truncated", str(error)) from error
 
 
-def _load(image: Image.Image, format_name: str, data: bytes) -> Image.Image:
+def _load(image: ImageFile.ImageFile, format_name: str, data: bytes) -> Image.Image:
     """Decode the pixels of an opened image. Raises ImageError, or what Pillow raises, unless all are there."""
     match format_name:
         case "JPEG":

@@ -37,6 +37,9 @@ _large_image = threading.Lock()
 # levels different. From 13 on it begins with the height where that shrinks by over twice the pixels of the width.
 _HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
+# Pillow's numbers of the filters.
+_INTERPOLATIONS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
+
 
 class _Processor(Protocol):
     """Any image processor of transformers."""
@@ -69,7 +72,7 @@ class Preprocess:
         """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError where no preprocess says that."""
         settings = processor.to_dict()
         size = settings["size"]
-        interpolation = {2: "bilinear", 3: "bicubic"}.get(settings["resample"])
+        interpolation = _INTERPOLATIONS.get(settings["resample"])
         steps = {name for name, value in settings.items() if name.startswith("do_") and value}
         # The published files ask for padding to the largest of a batch: nothing, where all are of one size.
         harmless = {"do_convert_rgb"} if settings.get("pad_size") else {"do_convert_rgb", "do_pad"}

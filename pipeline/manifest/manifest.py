@@ -32,11 +32,11 @@ from schemas.catalog import (
     registered_relations,
 )
 from schemas.errors import CapfiltError, CorruptShardError
-from schemas.records import is_own_file
+from schemas.records import Stage, is_own_file
 
 _PARQUET = ds.ParquetFileFormat()
 # The kinds of committed files: the stage that writes them, and their columns.
-_STAGES = {**DATA_STAGES, "retries": "crawl"}
+_STAGES: dict[str, Stage] = {**DATA_STAGES, "retries": "crawl"}
 _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
 
 # In this package's own SQL these too come from damaged files. In a user's they are slips, for which no file is looked

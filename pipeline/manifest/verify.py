@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -115,8 +116,8 @@ class _ShardCheck:
         tables = {name: rows for name, rows in read.items() if rows is not None}
         self._compare_inputs()
         with ShardTables(tables) as shard:
-            for name, what in shard.discrepancies():
-                self.report(outputs[name].path, what)
+            for name, difference in shard.discrepancies():
+                self.report(outputs[name].path, difference)
             for stage in STAGES:
                 if stage in self.records and (what := shard.miscount(stage, self.records[stage].counts)):
                     self.report(self.records[stage].path, what)
@@ -190,7 +191,7 @@ class _ShardCheck:
         for stage, record in self.records.items():
             for name, sha256 in record.inputs.items():
                 upstream, _, output = name.partition(".")
-                source = self.records.get(upstream)
+                source = self.records.get(cast(Stage, upstream))
                 if source is None or output not in source.outputs:
                     self.report(record.path, f"made from {name}, which is not committed")
                 elif source.outputs[output].sha256 != sha256:
@@ -215,10 +216,11 @@ def _uids(rows: pa.Table, which: pc.Expression) -> np.ndarray:
 
 def _doubled_uids(checks: Sequence[_ShardCheck]) -> Iterator[Discrepancy]:
     """Find uids that two url shards list, retries not counted, or whose image two crawled shards hold."""
-    for stage, uids, what in (
+    doubled: tuple[tuple[Stage, list[np.ndarray], str], ...] = (
         ("urls", [check.listed_N2 for check in checks], "are also in"),
         ("crawl", [check.stored_N2 for check in checks], "are ok, and also in"),
-    ):
+    )
+    for stage, uids, what in doubled:
         for (first, second), shared in _shared(uids).items():
             here, there = (checks[index].records[stage].outputs["parquet"].path for index in (second, first))
             [example] = unpack_uids(shared[:1])

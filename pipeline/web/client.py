@@ -122,7 +122,8 @@ class Web:
         fetch.attempts += 1
         with self._follow(url, fetch, deadline, check_robots=self._robots is not None) as response:
             self._check_opt_out(response)
-            body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=spool and str(spool))  # noqa: SIM115
+            folder = str(spool) if spool else None
+            body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=folder)  # noqa: SIM115
             fetch.body_bytes, fetch.sha256 = read_body(response, body, self._config.max_body_bytes)
         if not fetch.body_bytes:
             raise FetchError("empty_body")

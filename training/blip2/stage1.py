@@ -133,6 +133,7 @@ class Stage1(nn.Module):
         Returns:
             The losses of the whole step, the same on every rank.
         """
+        assert self.tokenizer is not None, "a stage that is trained has a tokenizer"
         texts = self.tokenizer(batch.captions)
         return self.step(batch.pixels_BCHW, texts, batch.uids, batch.position, micro_batch_size)
 
@@ -147,8 +148,9 @@ class Stage1(nn.Module):
         """
         micro_batches = list(self._micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
         if len(micro_batches) == 1:
-            kept = [self._encode(micro_batches[0])]
-            embeddings = [(encoded.image_BQC.detach(), encoded.text_BC.detach()) for encoded in kept]
+            encoded = self._encode(micro_batches[0])
+            kept: list[Encoded | None] = [encoded]
+            embeddings = [(encoded.image_BQC.detach(), encoded.text_BC.detach())]
         else:
             # The keys and values of all images would not fit: they are computed again for each micro-batch.
             kept = [None] * len(micro_batches)

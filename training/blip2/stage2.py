@@ -141,7 +141,7 @@ class Stage2(nn.Module):
 
     def _flops_of_language(self) -> None:
         # On a copy on "meta": a forward pass of a model that is sharded over the ranks needs all of them.
-        copy = empty_language(self.config.language, "meta")
+        copy = empty_language(self.language.config, "meta")
         shape = (1, self.config.qformer.num_queries, copy.width)
         copy.typical_forward(torch.empty(shape, dtype=copy.dtype, device="meta"))
 

@@ -69,6 +69,7 @@ def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
 
 
 def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) -> None:
+    assert stage.tokenizer is not None, "a stage with weights has a tokenizer"
     config = blip2_config(stage.config, stage.visual_encoder)
     model = _filled(Blip2ForImageTextRetrieval, config, tensors)
     model.save_pretrained(folder)

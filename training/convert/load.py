@@ -49,6 +49,7 @@ def load_trained(
     Raises:
         CapfiltError: it does not load, or the config is of another architecture.
     """
+    own_config: Mapping[str, Any] | None
     imported = read_external(path)
     if imported is not None:
         given, own_config = imported.trained, _exported_config(Path(path).expanduser())

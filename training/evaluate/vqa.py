@@ -7,7 +7,7 @@ character alone, and ``re.UNICODE`` given as a count makes 32 the most that it r
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from training.evaluate.annotations import Question, QuestionSet
 from training.evaluate.generation import Decoding
 from training.evaluate.images import ImageFolder
 
-PROMPTS: dict[Literal["opt", "t5"], str] = {
+PROMPTS: dict[str, str] = {
     "opt": "Question: {} Answer:",
     "t5": "Question: {} Short answer:",
 }

@@ -87,7 +87,7 @@ class FrozenLanguage(nn.Module):
         super().__init__()
         self.config = config
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.width = model.config.hidden_size
         # Over the ranks (FSDP): every call then needs all of them.
         self.is_sharded = False

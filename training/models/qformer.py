@@ -67,7 +67,7 @@ class Block(nn.Module):
             return self.output(self.intermediate(hidden_BSD), hidden_BSD), seen
         queries_BQD = hidden_BSD[:, :num_queries]
         if self.sees_image:
-            queries_BQD = self.crossattention.to_image(queries_BQD, image)
+            queries_BQD = self.crossattention.to_image(queries_BQD, image)  # type: ignore[arg-type]  # such a block is given images
         queries_BQD = self.output_query(self.intermediate_query(queries_BQD), queries_BQD)
         if hidden_BSD.shape[1] == num_queries:
             return queries_BQD, seen

@@ -123,8 +123,9 @@ def require_same_models(config: PretrainConfig, recorded: Sequence[ModelRecord])
     initial = read_initial_weights(config)
     if initial is None or began is None:
         raise CapfiltError(
-            f"run.name {config.run.name!r} began from {_name(began)}, not from {_name(initial and initial.record)}; "
-            "restore run.init_from and qformer.weights, or set run.name to begin another run"
+            f"run.name {config.run.name!r} began from {_name(began)}, not from "
+            f"{_name(initial.record if initial else None)}; restore run.init_from and qformer.weights, or set run.name "
+            "to begin another run"
         )
     _require_same(initial.record, began, config)
 

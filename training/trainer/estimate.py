@@ -4,9 +4,10 @@ from typing import Any
 
 from pipeline.corpus.storage import Storage
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import meta_stage
+from training.blip2.build import Stage, meta_stage
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
 from training.data.snapshot import Snapshot, take_snapshot
-from training.trainer.loop import TrainingStage
 from training.trainer.optim import fill_preset
 
 # The rate that an estimate assumes: half of what an H200 reaches in a plain bf16 product of matrices.
@@ -47,7 +48,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "gpu_hours": round(gpu_hours, 2),
         "gpu_hours_at": f"{ASSUMED_UTILISATION} of {ASSUMED_MATMUL_FLOPS / 1e12:.0f} TFLOP/s",
         "memory_gb": _memory_gb(config, stage, trained, frozen),
-        "data": _data(config, snapshot),
+        "data": _data(config, snapshot, samples),
         "optim": config.optim.model_dump(mode="json"),
     }
 
@@ -59,7 +60,7 @@ def _snapshot(config: PretrainConfig) -> Snapshot | None:
     return take_snapshot(config.data) if there else None
 
 
-def _data(config: PretrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
+def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> dict[str, Any]:
     if snapshot is None:
         return {"found": False, "paths": [corpus.path for corpus in config.data.corpus]}
     images = snapshot.num_images
@@ -69,15 +70,15 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None) -> dict[str, Any]:
         "images": images,
         "held_out": snapshot.num_held_out,
         "shards": len(snapshot.shards),
-        "epochs": round(config.optim.steps * config.optim.batch_size / images, 2),
+        "epochs": round(samples / images, 2),
         "sources": {source.name: source.num_images for source in snapshot.sources},
     }
 
 
-def _memory_gb(config: PretrainConfig, stage: TrainingStage, trained: int, frozen: int) -> dict[str, float]:
+def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
     """Estimate the memory of one rank from counted elements; what a kernel takes for itself comes on top."""
     ranks = config.cluster.gpus or 1
-    if config.language is not None and config.performance.shard_language:
+    if isinstance(stage, Stage2) and config.performance.shard_language:
         language = sum(
             parameter.numel() for block in stage.language.blocks for parameter in block.parameters()
         )
@@ -93,19 +94,19 @@ def _memory_gb(config: PretrainConfig, stage: TrainingStage, trained: int, froze
     return {name: round(value / 1e9, 1) for name, value in found.items()}
 
 
-def _image_bytes(config: PretrainConfig, stage: TrainingStage) -> int:
+def _image_bytes(config: PretrainConfig, stage: Stage) -> int:
     """Return what is kept of each image of a rank's share: its pixels and, in stage 1, its bf16 features."""
     vision = stage.visual_encoder
     features = vision.num_tokens * vision.width * 2 if config.run.stage == 1 else 0
     return features + 3 * config.data.image_size_px**2
 
 
-def _activation_bytes(config: PretrainConfig, stage: TrainingStage) -> int:
+def _activation_bytes(config: PretrainConfig, stage: Stage) -> int:
     """Return what is kept of one image of a micro-batch from the forward to the backward pass."""
     shape = config.qformer
     queries, texts = shape.num_queries, shape.max_text_tokens
     layer = shape.width * shape.layers * _ACTIVATION_BYTES
-    if config.run.stage == 1:
+    if isinstance(stage, Stage1):
         # ITC's queries and text, three pairs for ITM, and ITG's text.
         return (queries + texts + 3 * (queries + texts) + texts) * layer
     language = stage.language

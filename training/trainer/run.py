@@ -98,10 +98,11 @@ def _prepare(
     models = world.broadcast_object(lambda: _models(config, state, initial))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
+    stage = build_stage(config, world, world.device)
     loop = Loop(
         config=config,
         world=world,
-        stage=build_stage(config, world, world.device),
+        stage=stage,
         checkpoints=checkpoints,
         run_id=run.run_id,
         snapshot=snapshot.digest,
@@ -113,14 +114,14 @@ def _prepare(
         loop.resume(state, newest)
         say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
     else:
-        begin_training(loop.stage, initial, world)
+        begin_training(stage, initial, world)
     if loop.step == loop.schedule.steps:
         return loop, snapshot, iter(())
     # One rank's business, unless the language model answers to all of them together.
-    spread = isinstance(loop.stage, Stage2) and loop.stage.language.is_sharded
+    spread = isinstance(stage, Stage2) and stage.language.is_sharded
     if config.probe.every_steps and (world.rank == 0 or spread):
         held_out = held_out_samples(config, snapshot, config.probe.images)
-        loop.probe = lambda: probe(loop.stage, held_out, config)
+        loop.probe = lambda: probe(stage, held_out, config)
     batches = iter(data)
     # The first batch comes before anything is written: a shard that differs from its record shows here.
     return loop, snapshot, itertools.chain([next(batches)], batches)

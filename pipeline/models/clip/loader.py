@@ -53,7 +53,7 @@ def load_clip_tokenizer(weights: Weights, where: str) -> Any:
         with folder_view(path, {}, f"{where}: {path}"):
             return open_clip.get_tokenizer(weights.name)
     config = clip_config(path, where)
-    files = {"open_clip_config.json": config}
+    files: dict[str, dict[str, Any] | None] = {"open_clip_config.json": config}
     if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         files |= tokenizer_view(path, where)
     with folder_view(path, files, f"{where}: {path}") as view:
