@@ -27,9 +27,10 @@ test: $(STAMP) ## run the whole test suite
 test-fast: $(STAMP) ## run the tests that need neither Ray nor a training: the loop of work
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-check: $(STAMP) ## check style, import contracts and dead code
+check: $(STAMP) ## check style, types, import contracts and dead code
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/vulture
 

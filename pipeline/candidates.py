@@ -85,24 +85,27 @@ def _unusable(candidate: Candidate, min_score: float | None, web_caption: str) -
         return "web_caption_never"
     if not candidate.text:
         return "empty_text"
-    if not _has_score(candidate):
+    score = _finite_score(candidate)
+    if score is None:
         return "not_scored"
-    return "below_min_score" if min_score is not None and candidate.score < min_score else None
+    return "below_min_score" if min_score is not None and score < min_score else None
 
 
-def _has_score(candidate: Candidate) -> bool:
-    return (
-        candidate.score is not None and isfinite(candidate.score) and isfinite(candidate.rerank_score or 0.0)
-    )
+def _finite_score(candidate: Candidate) -> float | None:
+    """Return the score; None where there is none, or where it or ``rerank_score`` is NaN or infinite."""
+    score = candidate.score
+    if score is None or not isfinite(score) or not isfinite(candidate.rerank_score or 0.0):
+        return None
+    return score
 
 
 def _best_first(candidate: Candidate) -> tuple[bool, bool, float, float, int, int, str]:
-    has_score = _has_score(candidate)
+    score = _finite_score(candidate)
     return (
-        not has_score,
+        score is None,
         candidate.rerank_score is None,
-        -(candidate.rerank_score or 0.0) if has_score else 0.0,
-        -candidate.score if has_score else 0.0,
+        0.0 if score is None else -(candidate.rerank_score or 0.0),
+        0.0 if score is None else -score,
         _ORIGIN_ORDER[candidate.origin],
         candidate.candidate,
         candidate.text,

@@ -17,8 +17,6 @@ def collectives(world: World) -> dict[str, object]:
     mine = torch.arange(3.0) + 10 * world.rank
     tensors = [torch.full((2,), 1.0 + world.rank), torch.full((3, 2), 2.0 + world.rank).T, torch.tensor(5.0)]
     world.all_reduce_sum_(tensors)
-    means = [torch.tensor(4.0 * world.rank)]
-    world.all_reduce_mean_(means)
     world.barrier()
     return {
         "gathered": world.all_gather(mine.requires_grad_()),
@@ -26,7 +24,6 @@ def collectives(world: World) -> dict[str, object]:
         "broadcast_object": world.broadcast(mine.long()),
         "sum": world.sum(mine),
         "sums": tensors,
-        "means": means,
     }
 
 
@@ -37,7 +34,6 @@ def test_two_ranks() -> None:
         assert found["broadcast_object"].tolist() == [0, 1, 2]
         assert found["sum"].tolist() == [10, 12, 14]
         assert [tensor.tolist() for tensor in found["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
-        assert found["means"] == [torch.tensor(2.0)]
 
 
 def listeners(world: World) -> set[str]:
@@ -83,7 +79,6 @@ def test_alone_needs_no_process_group() -> None:
     assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
     tensors = [torch.ones(2)]
     world.all_reduce_sum_(tensors)
-    world.all_reduce_mean_(tensors)
     world.barrier()
     world.leave()
     assert (world.all_or_raise(lambda: 3), world.broadcast_object(lambda: 4)) == (3, 4)

@@ -160,13 +160,6 @@ class World:
             for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def all_reduce_mean_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors, of one dtype, by their means over the ranks."""
-        tensors = list(tensors)
-        self.all_reduce_sum_(tensors)
-        for tensor in tensors:
-            tensor.div_(self.size)
-
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     bucket: list[Tensor] = []

@@ -170,8 +170,8 @@ def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectC
             return "no score: the image does not decode"
         case "web_caption_never":
             return 'not used: select.web_caption = "never"'
-        case "same_text":
+        case "same_text" if choice.same_as is not None:
             return f"the same text as {choice.same_as.origin} {choice.same_as.candidate}"
-        case "below_min_score":
+        case "below_min_score" if config is not None:
             return f"under select.min_score = {config.min_score:g}"
     return "others score higher"

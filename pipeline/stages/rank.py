@@ -135,7 +135,8 @@ class RankWorker:
         return batch
 
     def _score_with(self, position: int, column: str, images: list[_Image], texts: list[list[str]]) -> None:
-        pixels_BCHW = stack_pinned([image.pixels[position] for image in images])
+        pixels = [image.pixels[position] for image in images if image.pixels is not None]
+        pixels_BCHW = stack_pinned(pixels)
         scores = self.rankers[position].score_pixels(pixels_BCHW, texts)
         for image, image_texts, image_scores in zip(images, texts, scores, strict=True):
             by_text = dict(zip(image_texts, image_scores, strict=True))

@@ -161,4 +161,5 @@ def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
     for candidate in kept:
         name = f"captions/{candidate.origin}"
         stats.counts[name] = stats.counts.get(name, 0) + 1
-    stats.histograms = {"kept_score": histogram([candidate.score for candidate in kept], SCORE_EDGES)}
+    scores = [candidate.score for candidate in kept if candidate.score is not None]
+    stats.histograms = {"kept_score": histogram(scores, SCORE_EDGES)}
