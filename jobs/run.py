@@ -19,8 +19,8 @@ from jobs.run_record import begin_run
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.img2dataset_folders import require_named_folders
-from pipeline.intake.read_lists import queue_retries, read_lists
-from pipeline.intake.retries import retried_reasons
+from pipeline.intake.read_lists import read_lists
+from pipeline.intake.retries import queue_retries, retried_reasons
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from pipeline.stages.plan import ModelDigests

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar
-from pipeline.intake.read_lists import queue_retries
+from pipeline.intake.retries import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
 from schemas.records import IntakeRecord, ShardRecord, ShardTask, utc_now

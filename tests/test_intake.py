@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
-from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.fingerprint import pack_uids, sample_uid, unpack_uids
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.uids import KnownUids, group_rows, pack_uids, unpack_uids
-from pipeline.intake.read_lists import queue_retries, read_lists, unread_rows
+from pipeline.intake.read_lists import read_lists, unread_rows
+from pipeline.intake.retries import queue_retries
+from pipeline.intake.uids import KnownUids, group_rows
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardTask
@@ -704,19 +705,19 @@ def test_grouping_is_exact_even_where_half_a_uid_collides() -> None:
     assert unpack_uids(words) == uids
     known_mask = KnownUids(pack_uids(sorted(known))).contains(words)
     assert known_mask.tolist() == [uid in known for uid in uids]
-    grouping = group_rows(words, known_mask)
+    groups = group_rows(words, known_mask)
 
     rows: dict[str, list[int]] = {}
     for row, uid in enumerate(uids):
         if uid not in known:
             rows.setdefault(uid, []).append(row)
-    assert np.flatnonzero(grouping.fresh).tolist() == sorted(group[0] for group in rows.values())
+    assert np.flatnonzero(groups.is_first_N).tolist() == sorted(group[0] for group in rows.values())
     expected = sorted((row, group[0]) for group in rows.values() if len(group) > 1 for row in group)
-    assert list(zip(grouping.members.tolist(), grouping.heads.tolist(), strict=True)) == expected
+    assert list(zip(groups.repeated_rows.tolist(), groups.first_rows.tolist(), strict=True)) == expected
 
 
 def test_no_known_uids_and_no_rows() -> None:
     empty = pack_uids([])
     assert KnownUids(empty).contains(pack_uids(["0" * 32])).tolist() == [False]
     assert KnownUids(pack_uids(["0" * 32])).contains(empty).tolist() == []
-    assert group_rows(empty, np.zeros(0, bool)).fresh.tolist() == []
+    assert group_rows(empty, np.zeros(0, bool)).is_first_N.tolist() == []

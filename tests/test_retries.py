@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.intake.read_lists import count_retries, queue_retries
-from pipeline.intake.retries import TRANSIENT, retried_reasons
+from pipeline.intake.retries import TRANSIENT, count_retries, queue_retries, retried_reasons
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.web.dns import Resolver
 from pipeline.web.urls import FetchError, WebUrl

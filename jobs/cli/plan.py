@@ -9,8 +9,8 @@ from jobs.output.values import cell, readable_bytes
 from jobs.run import digests_of, left_config_line, model_weights
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
-from pipeline.intake.read_lists import count_retries, unread_rows
-from pipeline.intake.retries import retried_reasons
+from pipeline.intake.read_lists import unread_rows
+from pipeline.intake.retries import count_retries, retried_reasons
 from pipeline.models.weights import require_model_names
 from pipeline.stages.staleness import stale_reasons
 from pipeline.stages.survey import CPU_IMAGES_PER_S, CorpusState

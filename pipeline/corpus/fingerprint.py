@@ -1,19 +1,36 @@
 """Digests that decide what is done, what is missing and what is stale; and the identity of a sample."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from pipeline.digests import digest_json
 from schemas.config import CapfiltConfig
 from schemas.records import STAGE_VERSIONS, Stage
 
+# uids packed as two 64-bit words each: 16 bytes, where a Python string takes 81.
+PackedUids = NDArray[np.uint64]
+
 
 def sample_uid(source: str, url: str) -> str:
     """Return the 128-bit hex identity of a sample: stable across re-crawls and re-sharding."""
     return hashlib.sha256(f"{source}\n{url}".encode()).hexdigest()[:32]
+
+
+def pack_uids(uids: Iterable[str]) -> PackedUids:
+    """Return uids of 32 hex digits as words_N2."""
+    data = bytes.fromhex("".join(uids))
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def unpack_uids(words_N2: PackedUids) -> list[str]:
+    """Return the uids that ``pack_uids`` packed."""
+    text = words_N2.astype(">u8").tobytes().hex()
+    return [text[start : start + 32] for start in range(0, len(text), 32)]
 
 
 def output_fields(section: BaseModel) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.fingerprint import PackedUids, pack_uids, sample_uid, unpack_uids
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.uids import Grouping, KnownUids, Words, group_rows, pack_uids, unpack_uids
 from pipeline.intake.lists.columns import Rows, Unit, Wanted
 from pipeline.intake.lists.files import read_columns, require_columns
 from pipeline.intake.lists.lines import not_utf8
+from pipeline.intake.uids import KnownUids, UidGroups, group_rows
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
 from schemas.names import shown
@@ -35,7 +35,7 @@ _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 class Identified:
     """The rows that have a URL, by identity; ``rows_in`` counts those without one too."""
 
-    words_N2: Words
+    words_N2: PackedUids
     known_N: NDArray[np.bool_]
     rows_in: int
 
@@ -62,11 +62,11 @@ class _Batch:
         return len(self.rows.numbers)
 
     def place(self, row: int) -> str:
-        """Return where a row is, for a complaint about it."""
+        """Return where a row is, for an error message."""
         return f"{self.file}: {self.rows.place(row)}"
 
 
-class Pairs:
+class SourcePairs:
     """The pairs of a source's files, in order.
 
     Args:
@@ -78,7 +78,7 @@ class Pairs:
         self.source = source
         self.storage = storage
         self.files = files
-        self.adopts = source.format == "img2dataset"
+        self.keeps_keys = source.format == "img2dataset"
 
     def check(self) -> None:
         """Look at the beginning of every list: what is not a list of URLs shows before any work."""
@@ -104,14 +104,14 @@ class Pairs:
             raise self._no_urls(rows_in)
         return Identified(words_N2=np.concatenate(words), known_N=np.concatenate(flags), rows_in=rows_in)
 
-    def fresh(self, identified: Identified) -> Iterator[tuple[str, pa.Table]]:
+    def new_pairs(self, identified: Identified) -> Iterator[tuple[str, pa.Table]]:
         """Yield (file, new pairs) in order; columns of URLS, without shard, retry_of and a list's key."""
-        grouping = group_rows(identified.words_N2, identified.known_N)
-        merged = self._merge(grouping) if len(grouping.members) else {}
+        groups = group_rows(identified.words_N2, identified.known_N)
+        merged = self._merge(groups) if len(groups.repeated_rows) else {}
         columns = (*self._payload_columns(), *self._identity_columns())
         for batch in self._batches(*columns):
             end = batch.start + len(batch)
-            wanted = np.flatnonzero(grouping.fresh[batch.start : end])
+            wanted = np.flatnonzero(groups.is_first_N[batch.start : end])
             if len(wanted):
                 uids = unpack_uids(identified.words_N2[batch.start + wanted])
                 yield batch.file, self._table(batch, wanted.tolist(), uids, merged)
@@ -119,14 +119,14 @@ class Pairs:
     # -- reading ---------------------------------------------------------------------------------------------
 
     def _form(self) -> str:
-        return "parquet" if self.adopts else self.source.format
+        return "parquet" if self.keeps_keys else self.source.format
 
     def _identity_columns(self) -> tuple[str, ...]:
         return (self.source.uid_column,) if self.source.uid_column else ()
 
     def _payload_columns(self) -> tuple[str, ...]:
         caption = (self.source.caption_column,) if self.source.caption_column else ()
-        return (*caption, *self.source.extra_columns, *((_KEY,) if self.adopts else ()))
+        return (*caption, *self.source.extra_columns, *((_KEY,) if self.keeps_keys else ()))
 
     def _wanted(self, *columns: str) -> Wanted:
         url, caption = self.source.url_column, self.source.caption_column or None
@@ -145,11 +145,11 @@ class Pairs:
                 start += len(kept)
 
     def _no_urls(self, rows: int) -> CapfiltError:
-        trouble = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
-        return CapfiltError(f"source.{self.source.name}.input: {trouble} ({', '.join(self.files[:3])})")
+        reason = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
+        return CapfiltError(f"source.{self.source.name}.input: {reason} ({', '.join(self.files[:3])})")
 
     def _require_urls(self, batch: _Batch) -> None:
-        """Refuse lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""
+        """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""
         urls = batch.rows.columns[self.source.url_column]
         if urls and not any(map(_SCHEME.match, urls)):
             raise CapfiltError(
@@ -162,11 +162,11 @@ class Pairs:
         if not column:
             return (sample_uid(name, url) for url in batch.rows.columns[self.source.url_column])
         return (
-            sample_uid(name, self._own_identity(batch, row, value))
+            sample_uid(name, self._uid_text(batch, row, value))
             for row, value in enumerate(batch.rows.columns[column])
         )
 
-    def _own_identity(self, batch: _Batch, row: int, value: Any) -> str:
+    def _uid_text(self, batch: _Batch, row: int, value: Any) -> str:
         """Return a uid column's value as text: it is hashed as a URL would be."""
         if isinstance(value, str) and value:
             return value
@@ -193,19 +193,19 @@ class Pairs:
             for row, cell in zip(rows, cells, strict=True)
         ]
 
-    def _merge(self, grouping: Grouping) -> dict[int, _Merged]:
+    def _merge(self, groups: UidGroups) -> dict[int, _Merged]:
         """Gather, under its first row's number, what the rows of a repeated uid say."""
         merged: dict[int, _Merged] = {}
         caption = (self.source.caption_column,) if self.source.caption_column else ()
         for batch in self._batches(*caption):
-            first, last = np.searchsorted(grouping.members, (batch.start, batch.start + len(batch)))
+            first, last = np.searchsorted(groups.repeated_rows, (batch.start, batch.start + len(batch)))
             if first == last:
                 continue
-            rows = (grouping.members[first:last] - batch.start).tolist()
-            heads, captions = grouping.heads[first:last].tolist(), self._captions(batch, rows)
-            for row, head, texts in zip(rows, heads, captions, strict=True):
+            rows = (groups.repeated_rows[first:last] - batch.start).tolist()
+            first_rows, captions = groups.first_rows[first:last].tolist(), self._captions(batch, rows)
+            for row, first_row, texts in zip(rows, first_rows, captions, strict=True):
                 url = batch.rows.columns[self.source.url_column][row]
-                entry = merged.setdefault(head, _Merged(url=url))
+                entry = merged.setdefault(first_row, _Merged(url=url))
                 if entry.url != url:
                     raise CapfiltError(
                         f"{batch.place(row)}: two URLs share one {self.source.uid_column}: "
@@ -228,7 +228,7 @@ class Pairs:
             "input_rows": [1 if entry is None else entry.rows for entry in entries],
             "extra": [self._extra(batch, row) for row in rows],
         }
-        if self.adopts:
+        if self.keeps_keys:
             columns["key"] = [batch.rows.columns[_KEY][row] for row in rows]
         return pa.table({name: pa.array(cells, URLS.field(name).type) for name, cells in columns.items()})
 
@@ -251,7 +251,7 @@ def _texts(rows: Rows, column: str, file: str) -> list[str | None]:
 
 
 def _text(cell: Any, place: str, *, numbers: bool = False) -> str | None:
-    """Return a cell's text, None where it is missing (NaN too: pandas writes it); refuse any other value."""
+    """Return a cell's text, None where it is missing (NaN too: pandas writes it); reject any other value."""
     match cell:
         case None | str():
             return cell

@@ -1,18 +1,42 @@
-"""Url shards as the intake writes them: numbered Parquet files of URLs, which an intake record then commits."""
+"""A batch of the intake: numbered Parquet files of URLs (url shards), which one intake record then commits."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.corpus.fingerprint import PackedUids, pack_uids
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.uids import KnownUids, Words, pack_uids
 from pipeline.digests import sha256_file
+from pipeline.intake.uids import KnownUids
 from schemas.records import IntakeRecord, OutputFile
 from schemas.tables import URLS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeOutcome:
+    """What an intake did for one source; ``record`` is the batch it made, None where nothing was new."""
+
+    source: str
+    record: IntakeRecord | None
+
+    def __str__(self) -> str:
+        batch = self.record
+        if batch is None:
+            return f"{self.source}: nothing new to take in"
+        shards = f"new shards: {len(batch.shards):,}"
+        if batch.kind == "retry":
+            return f"{self.source}: {batch.rows_new:,} to be tried again; {shards}"
+        return (
+            f"{self.source}: {batch.rows_in:,} rows: {batch.rows_new:,} new, "
+            f"{batch.rows_duplicate:,} duplicate, {batch.rows_known:,} known, "
+            f"{batch.rows_without_url:,} without a URL; {shards}"
+        )
 
 
 class UrlShardWriter:
@@ -63,8 +87,15 @@ class UrlShardWriter:
         self._waiting, self._rows = [], 0
         return name
 
+    def commit(self, records: Records, record: IntakeRecord) -> bool:
+        """Create the batch's record; False, and the shards are deleted, if another driver's batch has its number."""
+        if records.commit_intake(record):
+            return True
+        self.discard()
+        return False
+
     def discard(self) -> None:
-        """Delete what was put: another driver's batch won."""
+        """Delete the shards that were put on storage."""
         for file in self.shards.values():
             self.storage.delete(file.path)
 
@@ -96,7 +127,7 @@ def next_number(batches: Iterable[IntakeRecord]) -> int:
 def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
     """Return the uids of a source's shards; retries only repeat some."""
 
-    def read(path: str) -> Words:
+    def read(path: str) -> PackedUids:
         with storage.open(path) as data:
             return pack_uids(pq.read_table(data, columns=["uid"]).column("uid").to_pylist())
 

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.corpus.fingerprint import pack_uids, unpack_uids
 from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.corpus.storage import Storage
-from pipeline.corpus.uids import pack_uids, unpack_uids
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
