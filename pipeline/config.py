@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] =
     Args:
         kind: the tree to read: a corpus's, or a training run's.
 
-    Raises CapfiltError that names every mistake, each on a line of its own with the line of the file or the
+    Raises CapfiltError that names every error, each on a line of its own with the line of the file or the
     ``--set`` it is in.
     """
     path = Path(path)
@@ -79,7 +79,7 @@ def parse_config(
     if not values and not overrides:
         what, sections, _ = _KINDS[kind]
         raise CapfiltError(f"{origin}: the file is empty; the config of {what} has {sections}")
-    _refuse_other_kind(values, origin, kind)
+    _reject_other_kind(values, origin, kind)
     places = Origin(name=origin, lines={} if is_json(text) else key_lines(text), kind=kind)
     errors = [message for override in overrides if (message := _apply(override, values, places))]
     if unusable := list(unusable_values(values, places)):
@@ -98,15 +98,15 @@ def parse_config(
     return _resolve_paths(config, places, Path(base_folder))
 
 
-def _refuse_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:
+def _reject_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:
     """Raise CapfiltError that names the command, where every section is of the other kind of config."""
     (other,) = _KINDS.keys() - {kind}
     own, others = (set(tree.model_fields) - {"cluster"} for tree in (kind, other))
     if values.keys() & others and not values.keys() & own:
-        found, _, command = _KINDS[other]
-        wanted, sections, _ = _KINDS[kind]
+        described, _, command = _KINDS[other]
+        expected, sections, _ = _KINDS[kind]
         raise CapfiltError(
-            f"{origin}: this is the config of {found}, for {command}; this command takes the config of {wanted}, "
+            f"{origin}: this is the config of {described}, for {command}; this command takes the config of {expected}, "
             f"which has {sections}"
         )
 
@@ -178,20 +178,20 @@ def _source_path(address: str, values: dict[str, Any]) -> KeyPath:
 
 def _through_lists(path: KeyPath, values: Any) -> KeyPath:
     """Return the path with places in lists: ``data.corpus.1.path``; a list of one needs no number."""
-    found: list[str | int] = []
+    steps: list[str | int] = []
     for part in path:
         step: str | int = part
         if isinstance(values, list):
             if str(part).isdigit() and int(part) < len(values):
                 step = int(part)
             elif len(values) == 1:
-                found.append(0)
+                steps.append(0)
                 values = values[0]
-        found.append(step)
+        steps.append(step)
         values = (
             values.get(step) if isinstance(values, dict) else values[step] if isinstance(step, int) else None
         )
-    return tuple(found)
+    return tuple(steps)
 
 
 def _override_value(text: str, path: KeyPath, kind: type[BaseModel]) -> Any:
@@ -206,7 +206,7 @@ def _override_value(text: str, path: KeyPath, kind: type[BaseModel]) -> Any:
 
 
 def _secrets(values: dict[str, Any], places: Origin) -> Iterator[str]:
-    """Refuse URLs with a password: the config is kept with every run."""
+    """Reject URLs with a password: the config is kept with every run."""
 
     def walk(value: Any, path: KeyPath) -> Iterator[KeyPath]:
         if isinstance(value, str) and _PASSWORD.search(value):

@@ -1,4 +1,4 @@
-"""Mistakes in a config, one line each: where it stands, which key it is, what is wrong, and what mends it.
+"""Error messages about a config, one line each: file and line, key, what is wrong, and how to fix it.
 
 corpus.toml:12: crawl.image_sise_px: unknown key; did you mean crawl.image_size_px?
 --set select.top_k=two: select.top_k: "two" is not an integer
@@ -46,7 +46,7 @@ class Origin:
         return next((self.lines[part] for part in above if part in self.lines), None)
 
     def place(self, path: KeyPath) -> str:
-        """Return where to mend the value at ``path``: the --set argument, or file and line."""
+        """Return where to correct the value at ``path``: the --set argument, or file and line."""
         if argument := self.override_of(path):
             return f"--set {argument}"
         line = self.line(path)
@@ -56,8 +56,8 @@ class Origin:
 
 
 def config_errors(error: ValidationError, values: dict[str, Any], origin: Origin) -> list[str]:
-    """Return every mistake that pydantic found, in the order of the file."""
-    found: list[tuple[int, str]] = []
+    """Return every error that pydantic reports, in the order of the file."""
+    messages: list[tuple[int, str]] = []
     for detail in error.errors():
         context = detail.get("ctx", {})
         raised = context.get("error")
@@ -65,10 +65,10 @@ def config_errors(error: ValidationError, values: dict[str, Any], origin: Origin
         if detail["type"] == "too_short" and len(detail["input"]) >= context["min_length"]:
             continue  # pydantic counts only the valid elements, and each invalid one has an error of its own
         label = f"{dotted_key(path, values)}: " if path else ""
-        found.append(
-            (origin.line(path) or 0, f"{origin.place(path)}: {label}{_complaint(path, detail, origin.kind)}")
+        messages.append(
+            (origin.line(path) or 0, f"{origin.place(path)}: {label}{_message(path, detail, origin.kind)}")
         )
-    return [message for _, message in sorted(found, key=lambda mistake: mistake[0])]
+    return [message for _, message in sorted(messages, key=lambda message: message[0])]
 
 
 def dotted_key(path: KeyPath, values: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def takes_text_only(path: KeyPath, kind: type[BaseModel]) -> bool:
     return set(kinds) <= {str, types.NoneType}
 
 
-def _complaint(path: KeyPath, detail: Any, kind: type[BaseModel]) -> str:
+def _message(path: KeyPath, detail: Any, kind: type[BaseModel]) -> str:
     """Say what is wrong with the value at ``path`` and what would be right."""
     value, context, shown = detail["input"], detail.get("ctx", {}), _shown(detail["input"])
     match detail["type"]:
@@ -156,7 +156,7 @@ def _is_table_list(path: KeyPath, kind: type[BaseModel]) -> bool:
 
 def _required_keys(path: KeyPath, kind: type[BaseModel]) -> str:
     section = _section_at(path, kind)
-    assert section is not None, f"{path}: no list of tables"
+    assert section is not None, f"{path}: not a list of tables"
     names = [name for name, info in section.model_fields.items() if info.is_required()]
     return " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names)
 
@@ -165,7 +165,7 @@ def _nearest_key(path: KeyPath, kind: type[BaseModel]) -> str:
     """Suggest what was meant: a key of this section, else of another; or list what there is."""
     above, name = path[:-1], str(path[-1])
     section = _section_at(above, kind)
-    assert section is not None, f"{path}: pydantic refused a key of a section that is none"
+    assert section is not None, f"{path}: pydantic rejected a key of what is not a section"
     prefix = "".join(f"{part}." for part in above if isinstance(part, str))
     if near := did_you_mean(prefix + name, [prefix + key for key in section.model_fields], cutoff=0.8):
         return near
@@ -205,5 +205,5 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section within Section, tuple[Section, ...] or Section | None; None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = (section_class(part) for part in typing.get_args(annotation))
-    return next((section for section in found if section), None)
+    parts = map(section_class, typing.get_args(annotation))
+    return next((section for section in parts if section), None)

@@ -1,4 +1,4 @@
-"""The text of a config as plain values: parsed, and refused with its place where no config can hold them."""
+"""The text of a config as plain values: parsed, and rejected with file and line where no config can hold them."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def is_too_deep(values: Any) -> bool:
 
 
 def unusable_values(values: dict[str, Any], places: Origin) -> Iterator[str]:
-    """Yield a complaint about each key or value that no file name, no UTF-8 text or no number of a config can be."""
+    """Yield an error for each key or value that cannot be a file name, UTF-8 text or a number of a config."""
     waiting: list[tuple[KeyPath, Any]] = [((), values)]
     while waiting:
         path, value = waiting.pop()

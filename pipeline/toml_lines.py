@@ -1,4 +1,4 @@
-"""On which line of a TOML text each key stands: tomllib gives no positions, and an error message needs them.
+"""The line of each key of a TOML text: tomllib gives no positions, and error messages name them.
 
 A scanner, not a parser: it is given text that tomllib has accepted already, so it needs to know only where
 keys and values begin and end.

@@ -80,7 +80,7 @@ def quote(text: str) -> str:
 def file_relations(root: str) -> dict[str, str]:
     """Return ``base`` as SELECTs over the corpus's files, found by glob each time they are queried.
 
-    Globs also find the files of attempts that did not commit, hence the semi-joins with the committed names.
+    Globs also match files that no record commits, hence the semi-joins with the committed names.
     """
     folder = _literal(root)
     relations = {
@@ -107,16 +107,16 @@ def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> st
 # The Parquet files of the data tables, by kind: those that the record of a shard commits. Captions count until their
 # shard is ranked, since the scores repeat them; ``retries`` are the raw files of shards that try URLs again.
 _COMMITTED_FILES = f"""
-    WITH made AS (
+    WITH outputs AS (
         SELECT CASE {" ".join(f"WHEN stage = {quote(stage)} THEN {quote(name)}" for name, stage in DATA_STAGES.items())}
             ELSE stage END AS kind, source, shard, paths['parquet'] AS path
         FROM main.shards WHERE state = 'committed' AND stage <> 'urls'
     )
-    SELECT * FROM made ANTI JOIN (
-        SELECT 'captions' AS kind, source, shard FROM made WHERE kind = 'scores'
+    SELECT * FROM outputs ANTI JOIN (
+        SELECT 'captions' AS kind, source, shard FROM outputs WHERE kind = 'scores'
     ) USING (kind, source, shard)
     UNION ALL
-    SELECT 'retries', source, shard, path FROM made SEMI JOIN (
+    SELECT 'retries', source, shard, path FROM outputs SEMI JOIN (
         SELECT 'raw' AS kind, source, shard FROM main.shards WHERE stage = 'urls' AND counts['retry'] > 0
     ) USING (kind, source, shard)"""
 
@@ -189,8 +189,8 @@ def _comments() -> list[str]:
 
 
 _TABLES: dict[str, str] = {
-    # One row for each attempt that committed, its last state; a quarantined shard vanishes once it is
-    # committed. Of two committed attempts the older is retired, and was listed before its record went.
+    # One row for each commit, its last state; a quarantined shard vanishes once it is committed. Of two
+    # commits of a shard the older is retired, and was listed before its record went.
     "shards": f"""
         WITH latest AS (
             SELECT *, state = 'quarantined' AS failed FROM base.shards_events

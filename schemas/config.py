@@ -1,4 +1,4 @@
-"""The typed config tree of a corpus: one TOML file, unknown keys refused, every number with its unit.
+"""The typed config tree of a corpus: one TOML file, unknown keys rejected, every number with its unit.
 
 ``tuning()`` marks the fields that change speed or reach but not what a sample becomes; every other field of
 a stage's section enters that stage's fingerprint (see pipeline/corpus/fingerprint.py).
@@ -14,6 +14,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
 # Of a model that is run as it is, not trained.
 InferencePrecision = Literal["auto", "fp32", "bf16", "fp8"]
+# Of one image: decoding 50M pixels takes up to 600 MB.
+MAX_PIXELS = 50_000_000
 PixelPath = Literal["exact", "fast"]
 
 
@@ -31,13 +33,13 @@ class ConfigKeyError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, defaults checked too."""
+    """Base of every section: frozen, unknown keys rejected, defaults checked too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 def _host_and_port(entry: str) -> str:
-    """Refuse what names no host and port, and so could never match."""
+    """Reject an entry that does not name a host and a port: it could never match."""
     host, _, port = entry.rpartition(":")
     if _is_host(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65_536:
         return entry
@@ -109,7 +111,7 @@ class CrawlConfig(Section):
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
     max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")
     max_pixels: int = Field(
-        50_000_000, ge=1, le=178_956_970, description="by the header; decoding one takes up to 12 bytes"
+        MAX_PIXELS, ge=1, le=178_956_970, description="by the header; decoding one takes up to 12 bytes"
     )
     opt_out_directives: tuple[str, ...] = Field(
         ("noai", "noimageai", "noindex", "noimageindex"), description="of X-Robots-Tag, to be respected"

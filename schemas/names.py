@@ -9,7 +9,7 @@ from schemas.errors import CapfiltError
 # Windows and S3 both allow less; nothing that capfilt or a model library writes comes near.
 _MAX_NAME = 1024
 _DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-# Where adopted tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
+# Where imported tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
 _SCHEMES = ("file:///", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
 
 
@@ -21,7 +21,7 @@ def confined_name(name: object, where: str) -> str:
     still lead out of it (the hub's cache is made of such links).
 
     Args:
-        name: what stands in the file; anything but a usable name is refused.
+        name: what stands in the file; anything but a usable name is rejected.
         where: the file that holds the name, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The typed config tree of a training run: one TOML file, unknown keys refused, every number with its unit.
+"""The typed config tree of a training run: one TOML file, unknown keys rejected, every number with its unit.
 
 ``tuning()`` marks the fields that change speed, memory or reach but not what is learnt: a run may be resumed
 with other values of these, and of these alone.

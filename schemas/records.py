@@ -90,7 +90,7 @@ class Json:
             # A class is hashable, which mypy does not know of Self.
             _types(cls).validate_json(text)  # type: ignore[arg-type]
         except ValidationError as error:
-            raise ValueError(first_complaint(error)) from None
+            raise ValueError(first_error(error)) from None
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -105,8 +105,8 @@ def _types(cls: type[Json]) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def first_complaint(error: ValidationError) -> str:
-    """Return the first thing that does not fit, and where, in one line that may be printed."""
+def first_error(error: ValidationError) -> str:
+    """Return the first validation error and its place, in one line that is safe to print."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     what = first["msg"].removeprefix("Value error, ")
@@ -115,7 +115,7 @@ def first_complaint(error: ValidationError) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile(Json):
-    """One file that a record commits. ``path`` is relative to the corpus, or a URL outside it (adopted tars)."""
+    """One file that a record commits. ``path`` is relative to the corpus, or a URL outside it (imported tars)."""
 
     path: str
     bytes: Count
@@ -203,7 +203,7 @@ class ShardRecord(Json):
     def require_own_files(self) -> None:
         """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
 
-        A tar that was adopted where it lies may be outside the corpus; whoever reads the record sees that the lists
+        A tar that was imported without copying may be outside the corpus; whoever reads the record sees that the lists
         say so (``pipeline.corpus.records``).
         """
         expected = _OUTPUTS[self.stage]
@@ -216,8 +216,8 @@ class ShardRecord(Json):
                 raise ValueError(f"outputs.{name}.path: {file.path[:200]!r} is not a file of this shard")
 
     def _may_be_outside(self, name: str) -> bool:
-        adopted = (self.stage, name) in (("crawl", "tar"), ("urls", "adopted"))
-        return adopted and is_outside_tar(self.outputs[name].path)
+        is_imported = (self.stage, name) in (("crawl", "tar"), ("urls", "adopted"))
+        return is_imported and is_outside_tar(self.outputs[name].path)
 
     def input_digests(self) -> dict[str, str]:
         """Return the sha256 of each output by name: what the next stage's fingerprint takes in."""
@@ -347,7 +347,7 @@ class IntakeRecord(Json):
         )
 
     def require_own_files(self) -> None:
-        """Raise ValueError unless the url shards lie in the corpus, and what is adopted is a tar where it lies."""
+        """Raise ValueError unless the url shards lie in the corpus, and each imported tar outside it."""
         for shard, file in self.shards.items():
             if not is_own_file(file.path, "urls", self.source, shard):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 A sample of the crawl ends with a status and, unless it is ``ok``, a reason; a reason belongs to exactly
 one status and says whether another try may succeed without a change (``--retry transient``). The others can be
-tried again by name once their cause is mended (``--retry forbidden_address``).
+tried again by name once their cause is removed (``--retry forbidden_address``).
 """
 
 from dataclasses import dataclass

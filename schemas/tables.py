@@ -7,6 +7,9 @@ import pyarrow as pa
 
 DOC = b"doc"
 
+# Of samples.detail.
+MAX_DETAIL_CHARS = 200
+
 
 def _column(name: str, dtype: pa.DataType, doc: str) -> pa.Field:
     return pa.field(name, dtype, metadata={DOC: doc.encode()})
@@ -43,7 +46,11 @@ SAMPLES = pa.schema(
         *URLS,
         _column("status", pa.string(), "ok, failed, refused, opted_out or invalid"),
         _column("reason", pa.string(), "why it is not ok; NULL where it is"),
-        _column("detail", pa.string(), "what the library or the server said, at most 200 characters"),
+        _column(
+            "detail",
+            pa.string(),
+            f"what the library or the server said, at most {MAX_DETAIL_CHARS} characters",
+        ),
         _column("http_status", pa.int16(), "code of the last response, NULL where there was none"),
         _column("attempts", pa.int16(), "requests made for it, redirects not counted"),
         _column("final_url", pa.string(), "the URL after redirects"),

@@ -36,7 +36,7 @@ from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
 from schemas.errors import CapfiltError, first_line
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_complaint, utc_now
+from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_error, utc_now
 
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
@@ -201,7 +201,7 @@ def recorded_config(values: Any, where: str) -> PretrainConfig:
         return PretrainConfig.model_validate(values)
     except ValidationError as error:
         raise CapfiltError(
-            f"{where}: its config is of another version ({first_complaint(error)}); name a recipe with -c"
+            f"{where}: its config is of another version ({first_error(error)}); name a recipe with -c"
         ) from error
 
 

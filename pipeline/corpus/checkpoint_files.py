@@ -3,8 +3,8 @@
 <run folder>/step-00001000.<attempt>/           the files
 <run folder>/step-00001000.<attempt>.json       the record: it commits the folder, and has each file's sha256
 
-A run's folder may be somebody else's: a record counts only where it is that of the folder beside it and names files in
-it, and of that folder only these files are read.
+A run's folder may come from somebody else: a record counts only if it is that of the folder beside it and names files
+in that folder; no other file of it is read.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ class SavedCheckpoints:
         records = [_record(self.storage, info) for info in self.storage.list("") if _is_record(info.path)]
         return sorted(records, key=lambda record: (record.step, record.created_at))
 
-    def newest_good(self, tell: Callable[[str], None]) -> CheckpointRecord | None:
-        """Return the newest checkpoint whose files are those of its record; each damaged one is told and passed over.
+    def newest_good(self, log: Callable[[str], None]) -> CheckpointRecord | None:
+        """Return the newest checkpoint whose files are those of its record; each damaged one is logged and passed over.
 
         Raises CapfiltError where there are checkpoints and all are damaged: training anew under the same name
         would hide that.
@@ -52,7 +52,7 @@ class SavedCheckpoints:
                 with self.checked_files(record):
                     return record
             except DamagedCheckpointError as error:
-                tell(f"{error}; taking the one before")
+                log(f"{error}; taking the one before")
         if records:
             raise CapfiltError(
                 f"{self.storage.root}: each of its {len(records)} checkpoints is damaged; begin anew under another "
@@ -77,12 +77,12 @@ class SavedCheckpoints:
                     if not self.storage.is_local:
                         with self.storage.local_copy(path) as copy:
                             shutil.move(copy, folder / name)
-                    found = sha256_file(folder / name)
+                    actual = sha256_file(folder / name)
                 except NotRegularFileError as error:
                     raise DamagedCheckpointError(f"{self.storage.url(path)}: {error.strerror}") from None
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                     raise DamagedCheckpointError(f"{self.storage.url(path)} is missing") from None
-                if found != digest:
+                if actual != digest:
                     raise DamagedCheckpointError(
                         f"{self.storage.url(path)} has another sha256 than its record"
                     )
@@ -99,15 +99,15 @@ def find_checkpoint(path: str) -> tuple[SavedCheckpoints, CheckpointRecord]:
     if not CHECKPOINT_FOLDER.fullmatch(last):
         run = SavedCheckpoints(name)
         newest = run.newest_good(lambda _: None)
-        found = [newest] if newest else []
+        checkpoints = [newest] if newest else []
     else:
         run = SavedCheckpoints(folder or ".")
-        found = [record for record in run.committed() if record.path == last]
-    if not found:
+        checkpoints = [record for record in run.committed() if record.path == last]
+    if not checkpoints:
         raise CapfiltError(
             f"{path}: no checkpoint there; name a run's folder, or one of its step-... records"
         )
-    return run, found[0]
+    return run, checkpoints[0]
 
 
 def _is_record(path: str) -> bool:

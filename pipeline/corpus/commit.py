@@ -127,7 +127,7 @@ class ShardCommit:
     def publish(
         self, files: Mapping[str, tuple[Path, int]], imported: Mapping[str, OutputFile] | None = None
     ) -> ShardRecord:
-        """Upload the files, then create the record if absent; return the record that stands.
+        """Upload the files, then create the record if absent; return the shard's record.
 
         Args:
             files: by suffix, the local file and the rows (or samples) it holds.
@@ -140,8 +140,8 @@ class ShardCommit:
         if self.plain_names:
             # These uploads overwrite: never while a record refers to other bytes of that name.
             self._retire_replaced()
-            if standing := self._standing():
-                return standing
+            if existing := self._committed():
+                return existing
         with self.stats.timed("write"):
             uploaded = {suffix: self._upload(suffix, *file) for suffix, file in files.items()}
         record = self._record({**(imported or {}), **uploaded})
@@ -149,7 +149,7 @@ class ShardCommit:
         if self.records.commit(record):
             self.records.end_attempts(record.stage, record.source, record.shard)
             return record
-        return self._lose(record, uploaded)
+        return self._withdraw(record, uploaded)
 
     def _upload(self, suffix: str, local: Path, rows: int) -> OutputFile:
         path = self.output_path(suffix)
@@ -188,12 +188,12 @@ class ShardCommit:
         if self.task.replaces is not None:
             self.records.retire(self.task.replaces)
 
-    def _standing(self) -> ShardRecord | None:
+    def _committed(self) -> ShardRecord | None:
         return self.records.read(self.task.stage, self.task.source, self.task.shard)
 
-    def _lose(self, record: ShardRecord, uploaded: Mapping[str, OutputFile]) -> ShardRecord:
+    def _withdraw(self, record: ShardRecord, uploaded: Mapping[str, OutputFile]) -> ShardRecord:
         """Undo the uploads of a commit whose record came second; return the record that came first."""
-        winner = self._standing()
+        winner = self._committed()
         if winner is None:
             raise RuntimeError("the record that won was retired meanwhile: two recomputations at once")
         if not self.plain_names:

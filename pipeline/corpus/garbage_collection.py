@@ -1,4 +1,4 @@
-"""Files that no record refers to: what killed attempts left, found by age and by the records."""
+"""Orphan files: files that no record refers to, such as those of killed workers. Found by age and by the records."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from typing import Literal
 from pipeline.corpus.records import Records, ShardId, parse_record, read_record
 from pipeline.corpus.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
-from schemas.records import STAGE_FOLDERS, ShardRecord
+from schemas.records import STAGE_FOLDERS, ShardRecord, shard_record_path
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class OrphanFile:
 
 
 def find_orphans(records: Records, *, older_than: timedelta, retired: bool = False) -> list[OrphanFile]:
-    """Return the files that nothing needs and that are older than any attempt in flight can be.
+    """Return the files that nothing needs and that are older than any commit under way can be.
 
     Args:
-        older_than: an upload waits for its record at most as long as one attempt takes; a day is plenty.
+        older_than: an upload waits for its record at most as long as its shard takes; a day is plenty.
         retired: also the files of records that a recomputation replaced; the records themselves stay.
     """
     storage = records.storage
@@ -51,7 +51,7 @@ def find_orphans(records: Records, *, older_than: timedelta, retired: bool = Fal
         file.path for intake in records.intakes() for file in intake.shards.values()
     }
     replaced = {file.path for record in records.retired() for file in record.outputs.values()} - needed
-    garbage = []
+    orphans = []
     behind_links = _behind_links(storage, (*files, *others))
     if behind_links:
         _log.warning(
@@ -64,8 +64,8 @@ def find_orphans(records: Records, *, older_than: timedelta, retired: bool = Fal
             continue
         kind = _kind(info, needed, replaced, is_data=info.path.split("/")[0] in STAGE_FOLDERS.values())
         if kind is not None and info.modified < before and (kind != "retired" or retired):
-            garbage.append(OrphanFile(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
-    return garbage
+            orphans.append(OrphanFile(path=info.path, kind=kind, bytes=info.bytes, modified=info.modified))
+    return orphans
 
 
 def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
@@ -81,7 +81,7 @@ def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
     }
 
 
-def remove(records: Records, garbage: Iterable[OrphanFile]) -> list[OrphanFile]:
+def remove(records: Records, orphans: Iterable[OrphanFile]) -> list[OrphanFile]:
     """Delete the files; return those that went.
 
     The records are asked once more, file by file: a listing that missed one would cost committed data.
@@ -93,31 +93,31 @@ def remove(records: Records, garbage: Iterable[OrphanFile]) -> list[OrphanFile]:
         records.storage.delete(file.path)
         return True
 
-    garbage = list(garbage)
+    orphans = list(orphans)
     with ThreadPoolExecutor(_DELETERS) as deleters:
-        return [file for file, gone in zip(garbage, deleters.map(delete, garbage), strict=True) if gone]
+        return [file for file, gone in zip(orphans, deleters.map(delete, orphans), strict=True) if gone]
 
 
 def _is_needed(records: Records, file: OrphanFile) -> bool:
     """Tell whether a record of the file's own shard names it: the committed one; of an orphan, a retired one too."""
     if file.path.count("/") != 2:
-        return False  # no attempt writes there
+        return False  # no stage writes there
     folder, source, name = file.path.split("/")
     shard, *rest = name.split(".")
     if folder == STAGE_FOLDERS["urls"]:
         batches = (batch.shards for batch in records.intakes(source))
         return any(shard in shards and shards[shard].path == file.path for shards in batches)
     stage = _STAGES[folder]
-    makers = [f"records/{stage}/{source}/{shard}.json"]
+    paths = [shard_record_path(stage, source, shard)]
     if file.kind == "orphan" and len(rest) > 1:
-        makers.append(f"records/retired/{stage}/{source}/{shard}.{rest[0]}.json")
-    elif file.kind == "orphan":  # a curated file: its name is the shard's alone, whatever the attempt
+        paths.append(f"records/retired/{stage}/{source}/{shard}.{rest[0]}.json")
+    elif file.kind == "orphan":  # a curated file: its name is the shard's alone, whatever the commit
         retired = records.storage.list(f"records/retired/{stage}/{source}")
-        makers += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
-    for maker in makers:
+        paths += [info.path for info in retired if info.path.split("/")[-1].startswith(f"{shard}.")]
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            record = parse_record(ShardRecord, maker, read_record(records.storage, maker))
-            if file.path in {made.path for made in record.outputs.values()}:
+            record = parse_record(ShardRecord, path, read_record(records.storage, path))
+            if file.path in {output.path for output in record.outputs.values()}:
                 return True
     return False
 

@@ -3,12 +3,12 @@
 records/<stage>/<source>/<shard>.json                         committed
 records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
 records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
-records/attempts/<stage>/<source>/<shard>/<attempt>.json      begun; removed at commit
+records/attempts/<stage>/<source>/<shard>/<run>.<attempt>     begun; removed at commit
 records/intake/<source>/<batch>.json                          lists read into url shards
 records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
 
 A corpus may be somebody else's. What is read here has the declared types, is about the shard that its own file's
-name says, and names files of the corpus alone; a tar outside it only where the source's lists adopted that very tar.
+name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
 from collections.abc import Iterable
@@ -64,7 +64,7 @@ class Records:
     # -- shards ----------------------------------------------------------------------------------------------
 
     def commit(self, record: ShardRecord) -> bool:
-        """Create the shard's record if it has none; False: another attempt won."""
+        """Create the shard's record if it has none; False: another commit came first."""
         return self.storage.create(record.path, record.to_json().encode())
 
     def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
@@ -96,7 +96,7 @@ class Records:
         return self._read_all(ShardRecord, self.storage.list("records/retired"))
 
     def retire(self, record: ShardRecord) -> None:
-        """Take a committed record out of the readers' sight, keeping a copy, before its shard is made anew."""
+        """Move a committed record to records/retired, where readers do not look, before its shard is recomputed."""
         committed = self.read(record.stage, record.source, record.shard)
         if committed is None or committed.attempt != record.attempt:
             return
@@ -223,7 +223,7 @@ def read_bounded(storage: Storage, info: FileInfo) -> bytes:
 
 
 def read_record(storage: Storage, path: str) -> bytes:
-    """Return a record's text. Raises FileNotFoundError; CapfiltError where no record can be what stands there."""
+    """Return a record's text. Raises FileNotFoundError; CapfiltError where the file is not a record."""
     try:
         text = storage.read(path, _MAX_BYTES)
     except NotRegularFileError as error:

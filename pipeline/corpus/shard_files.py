@@ -53,7 +53,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) ->
 
 
 def key_and_extension(name: str) -> tuple[str, str]:
-    """Part a member's name as WebDataset does, at the first dot after its folder; the extension in lower case."""
+    """Split a member's name as WebDataset does, at the first dot after its folder; the extension in lower case."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -70,11 +70,11 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
         for info in tar:
             if not info.isfile():
                 continue
-            own, extension = key_and_extension(info.name)
-            if own != key:
+            member_key, extension = key_and_extension(info.name)
+            if member_key != key:
                 if members:
                     yield key, members
-                key, members = own, {}
+                key, members = member_key, {}
             content = tar.extractfile(info)
             assert content is not None
             data = content.read()
@@ -88,7 +88,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
 class PlainFiles:
     """The plain files of a tar on disk, in order. Links, devices, folders and sparse files are passed over.
 
-    Iterating raises tarfile.ReadError, whatever a false header made tarfile say. After it, ``end`` is the byte behind
+    Iterating raises tarfile.ReadError, whatever tarfile raises for an invalid header. After it, ``end`` is the byte behind
     the last member: tarfile stops without an error at a header that is damaged, or where a tar was cut.
     """
 
@@ -102,7 +102,7 @@ class PlainFiles:
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for info in tar:
-                    # A negative size leads tarfile back to where it was, for ever.
+                    # A negative size would make tarfile read the same header for ever.
                     if info.size < 0 or info.offset_data <= last:
                         raise tarfile.ReadError("a member's size is false")
                     last, self.end = info.offset_data, tar.offset
@@ -112,7 +112,7 @@ class PlainFiles:
             raise tarfile.ReadError(f"a false header: {type(error).__name__}") from error
 
     def what_follows(self) -> Literal["end", "nothing", "damage", "more"]:
-        """Tell what stands behind the last member: the mark of the end alone, or what should not be so."""
+        """Tell what follows the last member: the end marker alone (``end``), or one of three faults."""
         with self.path.open("rb") as file:
             file.seek(self.end)
             block = file.read(tarfile.BLOCKSIZE)
@@ -144,13 +144,13 @@ def write_parquet(path: Path, table: pa.Table, schema: pa.Schema) -> int:
     return table.num_rows
 
 
-def schema_mismatch(found: pa.Schema, wanted: pa.Schema) -> str | None:
-    """Return what a table of the schema ``wanted`` cannot be read from a Parquet file by, or None."""
-    for column in wanted:
-        if column.name not in found.names:
+def schema_mismatch(actual: pa.Schema, expected: pa.Schema) -> str | None:
+    """Return the first column for which a Parquet file does not fit the expected schema, and why, or None."""
+    for column in expected:
+        if column.name not in actual.names:
             return f"the column {column.name} is missing"
-        if found.field(column.name).type != column.type:
-            return f"the column {column.name} holds {found.field(column.name).type}, not {column.type}"
+        if actual.field(column.name).type != column.type:
+            return f"the column {column.name} holds {actual.field(column.name).type}, not {column.type}"
     return None
 
 

@@ -1,7 +1,7 @@
-"""What records committed, read back: every file is checked against its record before a row of it is used.
+"""Committed shards, read back: every file is checked against its record before a row of it is used.
 
-A tar cut at a member boundary reads without an error, in tarfile and in webdataset alike, so size, sha256 and
-the number of samples decide, not the reader.
+A tar cut at a member boundary reads without an error, in tarfile and in webdataset alike: only size, sha256 and
+the number of samples show it.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class CrawledShard:
 
 @contextlib.contextmanager
 def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard]:
-    """Open what a crawl committed for a shard, in the corpus or where an adopted folder lies.
+    """Open what a crawl committed for a shard, in the corpus or, if it was imported, where its tar lies.
 
     Raises:
         CorruptShardError: the files are not those of the record, or tar and Parquet do not agree on the
@@ -93,19 +93,19 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
     tar = record.outputs["tar"]
     table = committed_table(records, record.outputs["parquet"], (*_SAMPLE_COLUMNS, "status"))
     samples = table.filter(pc.equal(table["status"], "ok")).select(_SAMPLE_COLUMNS).sort_by("key")
-    if strange := [key for key in samples["key"].to_pylist() if not (key and is_one_part(key))]:
+    if unusable := [key for key in samples["key"].to_pylist() if not (key and is_one_part(key))]:
         raise _corrupt(
-            record.outputs["parquet"], f"has the key {strange[0]!r}, which cannot be a file's name,"
+            record.outputs["parquet"], f"has the key {unusable[0]!r}, which cannot be a file's name,"
         )
     with committed_file(records, tar) as path:
         members = _index_images(path, tar)
         keys = samples["key"].to_pylist()
-        # An adopted tar may hold more than its Parquet takes: duplicates, and images that were found invalid.
-        adopted = records.storage.url(tar.path) == tar.path
+        # An imported tar may hold more than its Parquet takes: duplicates, and invalid images.
+        is_imported = records.storage.url(tar.path) == tar.path
         if (
             len(members) != tar.rows
             or not members.keys() >= set(keys)
-            or (len(keys) != tar.rows and not adopted)
+            or (len(keys) != tar.rows and not is_imported)
         ):
             raise _corrupt(
                 tar,

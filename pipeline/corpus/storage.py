@@ -45,7 +45,7 @@ class Storage:
     """A folder or a bucket prefix, and everything that may be done to the files under it.
 
     Paths are relative to the root, with ``/``; a path with ``://`` or a leading ``/`` is taken as it is, so that
-    adopted files outside the corpus are read by the same calls. Instances pickle.
+    imported files outside the corpus are read by the same calls. Instances pickle.
     """
 
     def __init__(self, root: str) -> None:
@@ -77,9 +77,9 @@ class Storage:
             )
 
     def require_place(self, key: str) -> None:
-        """Raise CapfiltError where the root can be no folder: a file, or a dangling link, stands there or above it.
+        """Raise CapfiltError where the root cannot be a folder: it, or a folder above it, is a file or a dangling link.
 
-        A folder that is not there yet is fine if it can be made. Changes nothing.
+        A missing folder is accepted if it can be created. Changes nothing.
         """
         if not self.is_local:
             if self.fs.isfile(self.base) and not self.fs.isdir(self.base):
@@ -183,10 +183,10 @@ class Storage:
         try:
             # By default a local listing leaves out what it cannot read: then live files would look like orphans.
             strict = {"on_error": _raise_unless_vanished} if self.is_local else {}
-            found = self.fs.find(self._full(prefix), detail=True, **strict)
+            listed = self.fs.find(self._full(prefix), detail=True, **strict)
         except FileNotFoundError:
             return []
-        return sorted((self._info(full, info) for full, info in found.items()), key=lambda info: info.path)
+        return sorted((self._info(full, info) for full, info in listed.items()), key=lambda info: info.path)
 
     def info(self, path: str) -> FileInfo:
         """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
@@ -232,8 +232,8 @@ class Storage:
 
         The file is never visible half-written: on local disk a finished temporary file is hard-linked to its
         name, on S3 and GCS the put is conditional. A client that repeats a put whose answer was lost is refused
-        by its own first try; hence a file with the very bytes counts as ours, and two writers that must not both
-        win write different ones (a record holds its attempt).
+        by its own first try; hence a file with these very bytes counts as written by this call. Two writers that must
+        not both win write different bytes (a record holds the id of its commit).
         """
         if not self.is_local:
             try:
@@ -258,7 +258,7 @@ class Storage:
     def delete(self, path: str) -> None:
         """Remove a file of the corpus; absent is fine."""
         if _is_absolute(path):
-            raise ValueError(f"{path} lies outside the corpus and is not ours to delete")
+            raise ValueError(f"{path} lies outside the corpus and is not deleted")
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._full(path))
 
@@ -282,7 +282,7 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError) as error:
-        # Still an error of the storage: who can do without this file goes on.
+        # Still an OSError: a caller that can do without this file catches it.
         raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", str(target.parent)) from error
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:

@@ -17,13 +17,13 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.images import jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
+from schemas.config import MAX_PIXELS
 
 # Pillow's warnings of damaged EXIF and of many pixels say nothing that a status does not: every opening below
 # bounds the pixels itself, from the header. Its error, at 179M pixels, stays.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 50_000_000
 
 # 56 bits of ones, each byte stuffed: what libjpeg may read ahead of the last block. No Huffman code is all ones, and
 # an attempt to decode them takes 17 bits.

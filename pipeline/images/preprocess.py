@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, read_header
-from schemas.config import PixelPath
+from pipeline.images.decode import ImageError, decode_rgb, read_header
+from schemas.config import MAX_PIXELS, PixelPath
 from schemas.errors import CapfiltError
 
 # Images over this are decoded one at a time in a process. Decoding takes up to 12 bytes a pixel, so that a thread

@@ -1,4 +1,4 @@
-"""Folders that img2dataset's command line made: their shards are taken as they are, where they lie."""
+"""Folders that img2dataset's command line made: their shards are imported as they are, without copying the tars."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Img2datasetShard:
 def require_named_folders(
     sources: Sequence[SourceConfig], urls: Mapping[tuple[str, str], ShardRecord], storage: Storage
 ) -> None:
-    """Refuse a corpus on a bucket that adopted tars of this machine's disk which its config does not name.
+    """Reject a corpus on a bucket that imported tars of this machine's disk which its config does not name.
 
     Whoever wrote such a corpus could have pictures of this user's own captioned, and copied to the bucket. A tar
     lies in a named folder itself, as the intake found it: below one, a ``..`` or a link could lead anywhere.
@@ -86,7 +86,7 @@ def _files(folder: str, key: str) -> list[str]:
         fs.invalidate_cache()
         if not fs.isdir(path):
             raise CapfiltError(f'{key}: {folder} is not a folder, as format = "img2dataset" needs')
-        found = fs.ls(path, detail=False)
+        files = fs.ls(path, detail=False)
     except (OSError, ValueError, ImportError) as error:
         raise CapfiltError(f"{key}: {folder} cannot be listed: {error}") from error
-    return [fs.unstrip_protocol(file) if "://" in folder else file for file in found]
+    return [fs.unstrip_protocol(file) if "://" in folder else file for file in files]

@@ -1,6 +1,6 @@
 """From lists of URLs to url shards: every distinct URL exactly once, numbered for good.
 
-A batch is one reading of a source's lists. Its shards lie under ``urls/<source>/<shard>.<attempt>.parquet``
+A batch is one reading of a source's lists. Its shards lie under ``urls/<source>/<shard>.<id>.parquet``
 before its record is created; a crash leaves orphans, and of two drivers one wins and the other starts over.
 Earlier batches are never changed: what a list has gained becomes further shards.
 """

@@ -12,7 +12,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
-from schemas.records import STAGES, Count, ModelRecord, first_complaint
+from schemas.records import STAGES, Count, ModelRecord, first_error
 
 Row = dict[str, Any]
 
@@ -49,7 +49,7 @@ class _Progress(BaseModel):
 
 
 def trace_checkpoint(path: str) -> Row:
-    """Return the way of a checkpoint, named by its record, its folder or its run's: then the newest good one.
+    """Return the trace of a checkpoint, named by its record, its folder or its run's: then the newest good one.
 
     Keys: ``checkpoint``; ``config`` of its training; ``loaded``: the models it loaded or began from; ``sources``,
     each with corpus, weight, images and URLs; ``shards``, each with the tar that was read; ``stages``, which made
@@ -69,19 +69,22 @@ def trace_checkpoint(path: str) -> Row:
         raise CapfiltError(f"{path}: its snapshot {saved.snapshot[:80]!r} is not a digest")
     snapshot = _read(storage, f"snapshot-{saved.snapshot[:16]}.json", _Snapshot)
     slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in snapshot["sources"]]
-    made: list[Row] = []
+    stages: list[Row] = []
     runs: dict[str, Row] = {}
     models: dict[str, Row] = {}
     for corpus in dict.fromkeys(source["corpus"] for source in slices):
         wanted = {
-            shard["tar"]["sha256"] for one in slices if one["corpus"] == corpus for shard in one["shards"]
+            shard["tar"]["sha256"]
+            for source in slices
+            if source["corpus"] == corpus
+            for shard in source["shards"]
         }
-        found = _makers(corpus, wanted)
-        made += [{"corpus": corpus, **row} for row in found["stages"]]
-        runs |= {row["run_id"]: row for row in found["runs"]}
-        models |= {row["digest"]: row for row in found["models"]}
+        lineage = _lineage(corpus, wanted)
+        stages += [{"corpus": corpus, **row} for row in lineage["stages"]]
+        runs |= {row["run_id"]: row for row in lineage["runs"]}
+        models |= {row["digest"]: row for row in lineage["models"]}
     urls = Counter[tuple[str, str]]()
-    for row in made:
+    for row in stages:
         if row["stage"] == "urls":
             urls[row["corpus"], row["source"]] += row["rows_in"]
     return {
@@ -90,7 +93,7 @@ def trace_checkpoint(path: str) -> Row:
         "loaded": progress["models"],
         "sources": [_source(source, urls) for source in slices],
         "shards": [_shard(source, shard) for source in slices for shard in source["shards"]],
-        "stages": made,
+        "stages": stages,
         "runs": [runs[run_id] for run_id in sorted(runs)],
         "models": [models[digest] for digest in sorted(models, key=lambda digest: models[digest]["kind"])],
     }
@@ -105,9 +108,7 @@ def _read(storage: Storage, path: str, shape: type[BaseModel]) -> Row:
             f"{storage.url(path)} is missing: what the checkpoint was trained on is not known"
         ) from None
     except ValidationError as error:
-        raise CapfiltError(
-            f"{storage.url(path)} cannot be read: {first_complaint(error)}; restore it"
-        ) from error
+        raise CapfiltError(f"{storage.url(path)} cannot be read: {first_error(error)}; restore it") from error
 
 
 def _source(source: Mapping[str, Any], urls: Mapping[tuple[str, str], int]) -> Row:
@@ -137,10 +138,10 @@ def _shard(source: Mapping[str, Any], shard: Mapping[str, Any]) -> Row:
     }
 
 
-def _makers(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
+def _lineage(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
     """Return the records that made some files, and those that made their inputs, back to the lists.
 
-    A shard may have been recomputed since: what counts is whose bytes it was, so retired records are asked too.
+    A shard may have been recomputed since: the record with the file's sha256 counts, retired or not.
     """
     storage = Storage(corpus)
     if not storage.is_corpus():
@@ -151,18 +152,18 @@ def _makers(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
             "device FROM shards WHERE state <> 'quarantined'"
         )
         made_by = {digest: row for row in rows for digest in (row["sha256"] or {}).values()}
-        found: dict[tuple[str, str, str, str], Row] = {}
+        by_key: dict[tuple[str, str, str, str], Row] = {}
         todo = list(wanted)
         while todo:
             row = made_by.get(todo.pop())
             if (
                 row is not None
-                and (key := (row["source"], row["shard"], row["stage"], row["run_id"])) not in found
+                and (key := (row["source"], row["shard"], row["stage"], row["run_id"])) not in by_key
             ):
-                found[key] = row
+                by_key[key] = row
                 todo += (row["inputs"] or {}).values()
         stages = sorted(
-            found.values(), key=lambda row: (row["source"], row["shard"], _ORDER.index(row["stage"]))
+            by_key.values(), key=lambda row: (row["source"], row["shard"], _ORDER.index(row["stage"]))
         )
         run_ids = sorted({row["run_id"] for row in stages})
         digests = sorted({digest for row in stages for digest in row["models"] or ()})

@@ -1,4 +1,4 @@
-"""One sample's whole way: list, fetch, shard, captions with scores, what was kept and why, by whom."""
+"""The trace of one sample: list, fetches, shard, captions with scores, what was kept and why, and which runs did it."""
 
 import json
 import re
@@ -20,25 +20,25 @@ _CANDIDATE_COLUMNS = (
 
 
 def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
-    """Return the way of the sample with this uid or URL; of each, where two sources list the URL.
+    """Return the trace of the sample with this uid or URL; one of each source, where two list the URL.
 
-    Keys of one way: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
+    Keys of a trace: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
     ``candidates``, best first, with ``outcome``; ``selection``; ``stages``, ``runs`` and ``models``.
 
     Raises CapfiltError where no list has it.
     """
     with manifest.open(in_place=True) as query:
-        found = _find(query, uid_or_url)
-        if not found:
+        crawled = _find(query, uid_or_url)
+        if not crawled:
             kind = "uid" if _UID.fullmatch(uid_or_url) else "URL"
             raise CapfiltError(
                 f"no sample of {manifest.storage.root} has the {kind} {uid_or_url!r}; it is compared letter by letter, "
                 "and only what was crawled is listed: `capfilt status` shows what is not yet"
             )
-        ways: dict[tuple[str, str], list[str]] = {}
-        for row in found:
-            ways.setdefault((row["source"], row["uid"]), []).append(row["shard"])
-        return [_way(query, source, uid, sorted(shards)) for (source, uid), shards in ways.items()]
+        shards: dict[tuple[str, str], list[str]] = {}
+        for row in crawled:
+            shards.setdefault((row["source"], row["uid"]), []).append(row["shard"])
+        return [_trace(query, source, uid, sorted(names)) for (source, uid), names in shards.items()]
 
 
 def _find(query: Query, uid_or_url: str) -> list[Row]:
@@ -53,7 +53,7 @@ def _find(query: Query, uid_or_url: str) -> list[Row]:
     )
 
 
-def _way(query: Query, source: str, uid: str, shards: list[str]) -> Row:
+def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
     # Literal source and shard: they decide which files are opened at all.
     fetches = [
         row
@@ -100,8 +100,8 @@ def _at(source: str, *shards: str) -> str:
 
 
 def _fetch(row: Row) -> Row:
-    given = ("uid", "source", "url", "captions", "extra", "input_rows")
-    return {name: value for name, value in row.items() if name not in given}
+    listed = ("uid", "source", "url", "captions", "extra", "input_rows")
+    return {name: value for name, value in row.items() if name not in listed}
 
 
 def _selection(rows: list[Row]) -> Row | None:

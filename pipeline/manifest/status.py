@@ -35,17 +35,17 @@ def status(manifest: Manifest) -> dict[str, Any]:
         for stage in STAGES:
             if stage == "caption" and kinds.get(source) == "human":
                 continue
-            found = progress.get((source, stage), {})
+            counts = progress.get((source, stage), {})
             rows.append(
                 {
                     "source": source,
                     "stage": stage,
-                    "done": found.get("shards", 0),
+                    "done": counts.get("shards", 0),
                     "total": total,
-                    "quarantined": found.get("quarantined", 0),
-                    "images": found.get("images") or 0,
-                    "bytes": found.get("bytes") or 0,
-                    "last_commit": found.get("last_commit"),
+                    "quarantined": counts.get("quarantined", 0),
+                    "images": counts.get("images") or 0,
+                    "bytes": counts.get("bytes") or 0,
+                    "last_commit": counts.get("last_commit"),
                 }
             )
     return {
@@ -127,15 +127,15 @@ def shards(
 def quantiles(lows: Sequence[float], highs: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
     """Return the QUANTILES of a histogram, a value spread evenly over its bin."""
     total = sum(counts)
-    found = {}
+    values = {}
     for quantile in QUANTILES:
         wanted, below = quantile * total, 0
         for low, high, count in zip(lows, highs, counts, strict=True):
             if count and below + count >= wanted:
-                found[f"p{quantile * 100:02.0f}"] = round(low + (high - low) * (wanted - below) / count, 4)
+                values[f"p{quantile * 100:02.0f}"] = round(low + (high - low) * (wanted - below) / count, 4)
                 break
             below += count
-    return found
+    return values
 
 
 def _summaries(bins: list[Row]) -> list[Row]:

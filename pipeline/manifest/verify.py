@@ -237,7 +237,7 @@ def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
     places: dict[tuple[int, int], list[int]] = {}
     for place in again.tolist():
         places.setdefault((int(owners[place]), int(owners[place + 1])), []).append(place)
-    return {pair: words[found] for pair, found in places.items()}
+    return {pair: words[rows] for pair, rows in places.items()}
 
 
 def _manifest_discrepancies(

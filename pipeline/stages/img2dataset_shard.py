@@ -18,8 +18,8 @@ from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
 from schemas.records import OutputFile
 from schemas.statuses import REASONS
+from schemas.tables import MAX_DETAIL_CHARS
 
-_DETAIL_CHARS = 200
 # Longer than any key, digest or beginning of a message that tells why a download failed.
 _CELL_CHARS = 4096
 
@@ -137,7 +137,7 @@ def adopt_row(
         **row,
         "status": "ok",
         "reason": None,
-        "detail": detail[:_DETAIL_CHARS] or None,
+        "detail": detail[:MAX_DETAIL_CHARS] or None,
         "http_status": int(code[1]) if code else None,
         "sha256": theirs.get("sha256"),
         "original_width": theirs.get("original_width"),
@@ -149,7 +149,7 @@ def adopt_row(
     elif image is None:
         reason, sample["detail"] = "missing_member", "status success, and no such image in the tar"
     elif isinstance(image, ImageError):
-        reason, sample["detail"] = image.reason, image.detail[:_DETAIL_CHARS]
+        reason, sample["detail"] = image.reason, image.detail[:MAX_DETAIL_CHARS]
     elif image.width * image.height > max_pixels:
         reason, sample["detail"] = "too_many_pixels", f"{image.width} x {image.height}"
     else:

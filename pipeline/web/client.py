@@ -25,11 +25,11 @@ from pipeline.web.robots import RobotsTxt, product_token, reserved_by_robots_tag
 from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
 from schemas.statuses import REASONS
+from schemas.tables import MAX_DETAIL_CHARS
 
 _DELIVERED = frozenset({200, 203})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ACCEPT = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.5"
-_DETAIL_CHARS = 200
 # RFC 9309: at least 500 KiB of a robots.txt are read.
 _ROBOTS_BYTES = 512_000
 # Larger bodies wait on disk for the decoder: a worker may hold 128 of them.
@@ -60,7 +60,7 @@ class Fetch:
         """Record how it ended: with a reason, or successfully."""
         self.status = "ok" if reason is None else REASONS[reason].status
         self.reason = reason
-        self.detail = detail[:_DETAIL_CHARS] or None
+        self.detail = detail[:MAX_DETAIL_CHARS] or None
         self.seconds = time.monotonic() - self.started
 
     def pause(self, deadline: Deadline, waited_s: float) -> None:
@@ -164,7 +164,9 @@ class Web:
                     max_header_bytes=config.max_header_bytes, tls=self._tls,
                 ) as response:  # fmt: skip
                     fetch.http_status = response.status
-                    fetch.content_type = (response.headers.get("Content-Type") or "")[:_DETAIL_CHARS] or None
+                    fetch.content_type = (response.headers.get("Content-Type") or "")[
+                        :MAX_DETAIL_CHARS
+                    ] or None
                     if response.status not in _REDIRECTS:
                         _check_status(response)
                         yield response

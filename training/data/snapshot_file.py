@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from schemas.errors import CapfiltError
 from schemas.names import is_confined, printable
 from schemas.pretrain import DataConfig
-from schemas.records import first_complaint
+from schemas.records import first_error
 from training.data.snapshot import Snapshot, Source
 
 _SNAPSHOT = TypeAdapter(Snapshot)
@@ -33,7 +33,7 @@ def decode(data: bytes, config: DataConfig, where: str) -> Snapshot:
         snapshot = _SNAPSHOT.validate_json(data, strict=True)
         sources = tuple(_placed(source, config) for source in snapshot.sources)
     except ValueError as error:
-        why = first_complaint(error) if isinstance(error, ValidationError) else printable(str(error))
+        why = first_error(error) if isinstance(error, ValidationError) else printable(str(error))
         raise CapfiltError(f"{where} is not a snapshot of this run ({why}); restore it") from error
     return Snapshot(sources, snapshot.digest)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.images.decode import MAX_PIXELS, ImageError, decode_rgb, is_plain_jpeg, read_header
+from pipeline.images.decode import ImageError, decode_rgb, is_plain_jpeg, read_header
+from schemas.config import MAX_PIXELS
 
 # Logarithms of the narrowest and the widest aspect.
 _RATIOS = (math.log(3 / 4), math.log(4 / 3))

@@ -1,4 +1,4 @@
-"""What a list is asked for and gives: columns by name, rows by number; a column that is missing is explained."""
+"""Columns that are asked of a list, the rows that it gives, and the errors for columns that are missing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Wanted:
 class Rows:
     """Some consecutive rows of a list, by column: all of the same length, a missing cell is None.
 
-    ``numbers`` says where each row is, for a complaint about it: its line, row or item, as ``unit`` says.
+    ``numbers`` says where each row is, for error messages: its line, row or item, as ``unit`` says.
     """
 
     columns: Columns
@@ -45,7 +45,7 @@ class Rows:
 
 
 def require(wanted: Wanted, present: Sequence[str], path: str, hint: str = "") -> None:
-    """Refuse a list without one of the columns, or with two of its name; name those it has."""
+    """Reject a list without one of the columns, or with two of its name; name those it has."""
     for name in wanted.columns:
         count = present.count(name)
         if count > 1:
@@ -62,7 +62,7 @@ def require(wanted: Wanted, present: Sequence[str], path: str, hint: str = "") -
 
 
 def require_header(wanted: Wanted, header: Sequence[str], path: str, form: str, separator: str) -> None:
-    """Refuse a header without one of the columns; a line of data or a quoted line is told from it."""
+    """Reject a header without one of the columns; a line of data or a quoted line is told from it."""
     hint = ""
     if any("://" in cell for cell in header):
         hint = f"; its first line looks like data: {_header_advice(wanted, header, separator)}"

@@ -45,14 +45,14 @@ def find_files(inputs: Sequence[str], storage: Storage, key: str) -> list[FileIn
 
     Raises CapfiltError, naming the config's ``key``, where one names no file.
     """
-    found: dict[str, FileInfo] = {}
+    files: dict[str, FileInfo] = {}
     for pattern in inputs:
         paths = expand(pattern, key)
         if not paths:
             raise CapfiltError(f"{key}: no file matches {pattern}")
         for path in paths:
-            found.setdefault(path, storage.info(path))
-    return list(found.values())
+            files.setdefault(path, storage.info(path))
+    return list(files.values())
 
 
 def expand(pattern: str, key: str) -> list[str]:
@@ -81,7 +81,7 @@ def expand(pattern: str, key: str) -> list[str]:
 
 
 def caption_files(lists: Sequence[FileInfo], form: str, storage: Storage) -> list[FileInfo]:
-    """Return the files that hold the captions of plain lists of URLs: no lists themselves, though a glob may say so."""
+    """Return the files with the captions of plain lists of URLs. A glob may match them too; they are not lists."""
     plain = [file.path for file in lists if (_format_of(file.path) if form == "auto" else form) == "txt"]
     return [storage.info(captions) for path in plain if (captions := captions_beside(path, storage))]
 

@@ -105,7 +105,7 @@ class _Text:
         try:
             return self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            # The items before it come first, so that the complaint names the right one.
+            # The items before it come first, so that the error names the right one.
             self._broken = error
             return error.object[: error.start].decode().removeprefix("\ufeff")
 
@@ -121,9 +121,9 @@ class _Text:
 
     def skip(self, character: str) -> None:
         """Pass one character and what white space follows. Raises CapfiltError where it is another."""
-        found = self.next_character()
-        if found != character:
-            said = f"found {shown(found)!r}" if found else "the file ends"
+        actual = self.next_character()
+        if actual != character:
+            said = f"found {shown(actual)!r}" if actual else "the file ends"
             raise CapfiltError(f"{self.place}: not JSON: {character!r} is expected after it, {said}")
         self.at += 1
         self.next_character()
@@ -157,14 +157,14 @@ class _Text:
 
 
 def _unusable(place: str, error: Exception) -> CapfiltError:
-    """Explain what Python's parser refuses though it is JSON: deep nesting, numbers of thousands of digits."""
+    """Explain what Python's parser rejects though it is JSON: deep nesting, numbers of thousands of digits."""
     nested = isinstance(error, RecursionError)
     reason = f"nested more than {_MAX_DEPTH} levels deep" if nested else "a number has thousands of digits"
     return CapfiltError(f"{place}: cannot be used: {reason}")
 
 
 def _checked(row: Any, text: str, reader: "Lines | _Text", columns: Sequence[str]) -> dict[str, Any]:
-    """Return a row whose cells can be stored as text, or refuse it."""
+    """Return a row whose cells can be stored as text, or reject it."""
     if not isinstance(row, dict):
         raise CapfiltError(f"{reader.place}: {shown(text.strip())} is not an object with the columns")
     escaped = "\\" in text and _ESCAPED_NAME.search(text) is not None

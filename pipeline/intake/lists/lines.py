@@ -1,7 +1,7 @@
-"""The text of a list as lines: decompressed, decoded, numbered, and none of them without an end.
+"""The text of a list as lines: decompressed, decoded and numbered, each of bounded length.
 
-What a list holds was written by others. So no line, no row and no decompressed stream may grow without bound,
-and whatever cannot be read is named with its line.
+Lists come from others. So no line, no row and no decompressed stream may grow without bound, and the error for
+what cannot be read names its line.
 """
 
 import bz2
@@ -80,7 +80,7 @@ def content_of(file: BinaryIO) -> io.BufferedReader:
 
 
 def text_of(file: BinaryIO, path: str) -> io.BufferedReader:
-    """Return a list's content, refused by its first bytes where it is not UTF-8 text."""
+    """Return a list's content; reject by its first bytes what is not UTF-8 text."""
     content = content_of(file)
     try:
         start = content.peek(8)
@@ -93,7 +93,7 @@ def text_of(file: BinaryIO, path: str) -> io.BufferedReader:
 
 
 def not_utf8(place: str, error: UnicodeDecodeError, before: int = 0) -> CapfiltError:
-    """Return the complaint about bytes that are not UTF-8, ``before`` of which came before the decoded ones."""
+    """Return the error about bytes that are not UTF-8, ``before`` of which came before the decoded ones."""
     byte, position = error.object[error.start], before + error.start + 1
     return CapfiltError(
         f"{place}: not UTF-8 text (byte 0x{byte:02x} at byte {position:,}); "

@@ -41,8 +41,8 @@ class ParquetList:
         """Yield consecutive rows of the named columns, in order."""
         leaves = self._leaves(columns)
         for group in range(self._plain.num_row_groups):
-            self._refuse_bomb(group, leaves)
-            rows, dictionaries = self._manner(group, leaves)
+            self._reject_bomb(group, leaves)
+            rows, dictionaries = self._decoding(group, leaves)
             reader = self._open(dictionaries) if dictionaries else self._plain
             for batch in reader.iter_batches(
                 rows, row_groups=[group], columns=list(columns), use_threads=False
@@ -68,7 +68,7 @@ class ParquetList:
             if any(path == c or path.startswith(f"{c}.") for c in columns)
         ]
 
-    def _refuse_bomb(self, group: int, leaves: Sequence[int]) -> None:
+    def _reject_bomb(self, group: int, leaves: Sequence[int]) -> None:
         chunks = [self._plain.metadata.row_group(group).column(leaf) for leaf in leaves]
         size = sum(chunk.total_compressed_size for chunk in chunks)
         expanded = sum(chunk.total_uncompressed_size for chunk in chunks)
@@ -81,7 +81,7 @@ class ParquetList:
                 "as a decompression bomb does; if you trust it, write it anew in row groups of 100,000 rows"
             )
 
-    def _manner(self, group: int, leaves: Sequence[int]) -> tuple[int, list[str]]:
+    def _decoding(self, group: int, leaves: Sequence[int]) -> tuple[int, list[str]]:
         """Return how many rows to decode at once, and the columns to keep in their dictionary."""
         rows, dictionaries = _PIECE_ROWS, []
         for leaf in leaves:
@@ -144,18 +144,18 @@ def cells_of(piece: pa.RecordBatch, name: str, path: str, first_row: int) -> lis
     """Return a column's cells as Python objects.
 
     Args:
-        first_row: number of the piece's first row in the file, for the complaint about a cell.
+        first_row: number of the piece's first row in the file, for the error message about a cell.
     """
     column = piece.column(name)
     if _decoded_bytes(column) > MAX_ROW_BYTES:
-        _refuse_large(column, name, path, first_row)
+        _reject_large(column, name, path, first_row)
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         return [_cell(value, f"{path}: row {first_row + row:,}: {name}") for row, value in enumerate(column)]
 
 
-def _refuse_large(column: pa.Array, name: str, path: str, first_row: int) -> None:
+def _reject_large(column: pa.Array, name: str, path: str, first_row: int) -> None:
     for row in range(len(column)):
         if _decoded_bytes(column.slice(row, 1)) > MAX_ROW_BYTES:
             raise CapfiltError(

@@ -54,9 +54,9 @@ def text_rows(
 
 def captions_beside(path: str, storage: Storage) -> str | None:
     """Return the file with the captions of a plain list of URLs: of NAME_urls.txt, NAME_captions.txt."""
-    start, found, end = path.rpartition(_URLS)
+    start, is_list, end = path.rpartition(_URLS)
     captions = f"{start}{_CAPTIONS}{end}"
-    return captions if found and storage.exists(captions) else None
+    return captions if is_list and storage.exists(captions) else None
 
 
 # -- CSV and TSV ---------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def _plain_rows(content: io.BufferedReader, path: str, storage: Storage, wanted:
 
 
 def _plain_urls(content: io.BufferedReader, path: str) -> Lines:
-    """Return the lines of a list of URLs, refused where it begins as another text does."""
+    """Return the lines of a list of URLs; reject a text that begins differently."""
     first = (
         content.peek(_PLAIN_START)[:_PLAIN_START].lstrip().partition(b"\n")[0].removeprefix(codecs.BOM_UTF8)
     )
