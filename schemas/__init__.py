@@ -1,1 +1,4 @@
-"""Declarations that every room shares: config tree, tables, records, statuses, catalog SQL, errors. No I/O."""
+"""Declarations that all other packages share: config trees, tables, records, statuses, the catalog's SQL, errors.
+
+No I/O; imports the standard library, pydantic and pyarrow only.
+"""

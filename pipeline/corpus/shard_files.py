@@ -88,8 +88,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
 class PlainFiles:
     """The plain files of a tar on disk, in order. Links, devices, folders and sparse files are passed over.
 
-    Iterating raises tarfile.ReadError, whatever tarfile raises for an invalid header. After it, ``end`` is the byte behind
-    the last member: tarfile stops without an error at a header that is damaged, or where a tar was cut.
+    Iterating raises tarfile.ReadError for every invalid header. After it, ``end`` is the byte behind the last member:
+    tarfile stops without an error at a header that is damaged, or where a tar was cut.
     """
 
     def __init__(self, path: Path) -> None:

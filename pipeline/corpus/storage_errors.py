@@ -24,7 +24,7 @@ _ERRNO_HINTS = {
 def storage_error_message(error: BaseException) -> str | None:
     """Return why storage cannot be used and what to do; None where the error has another cause.
 
-    S3 and GCS libraries raise errors of their own, which are not OSErrors, where credentials or the network are missing.
+    S3 and GCS libraries raise their own errors, not OSError, where credentials or the network are missing.
     """
     if _is(error, "botocore.exceptions", "NoCredentialsError"):
         return (

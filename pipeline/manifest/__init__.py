@@ -1,4 +1,10 @@
 """The corpus in SQL: records as tables, the questions asked of them, and verification.
 
-In: records. Out: Parquet parts, `manifest.duckdb`, rows. Reads the corpus; writes below `manifest/` only.
+In: records and committed Parquet files. Out: rows, Parquet parts, `manifest.duckdb`. Reads the whole corpus;
+writes below `manifest/` and the catalog only.
+
+`record_rows` turns records into rows, `compaction` keeps them in few files, `manifest` answers questions over
+both and `sandbox` those of a user; `catalog_file` writes `manifest.duckdb`. `status`, `sample_trace` and
+`checkpoint_trace` are the package's own questions; `verify` with `verify_checks` compares every file with its
+record.
 """
