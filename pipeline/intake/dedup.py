@@ -5,7 +5,6 @@ out the new ones), so that memory holds 16 bytes a row and the captions of the r
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 
 from pipeline.corpus.fingerprint import PackedUids, pack_uids, sample_uid, unpack_uids
 from pipeline.corpus.storage import Storage
-from pipeline.intake.lists.columns import Rows, Unit, Wanted
+from pipeline.intake.cells import TEXT_KINDS, column_texts, distinct_texts, finite_json
+from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.lists.files import read_columns, require_columns
-from pipeline.intake.lists.lines import not_utf8
 from pipeline.intake.uids import KnownUids, UidGroups, group_rows
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
@@ -27,7 +26,6 @@ from schemas.names import shown
 from schemas.tables import URLS
 
 _KEY = "key"  # img2dataset's name for a sample
-_TEXT_KINDS = {str, type(None)}
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -137,7 +135,7 @@ class SourcePairs:
         start = 0
         for file in self.files:
             for rows in read_columns(self.storage, file, self._form(), wanted):
-                urls = rows.columns[url_column] = _texts(rows, url_column, file)
+                urls = rows.columns[url_column] = column_texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
                 batch = rows if len(kept) == len(urls) else rows.take(kept)
@@ -186,10 +184,10 @@ class SourcePairs:
         if not column:
             return [[]] * len(rows)
         cells = [batch.rows.columns[column][row] for row in rows]
-        if set(map(type, cells)) <= _TEXT_KINDS:
+        if set(map(type, cells)) <= TEXT_KINDS:
             return [[text] if text and not text.isspace() else [] for text in cells]
         return [
-            _distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
+            distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
             for row, cell in zip(rows, cells, strict=True)
         ]
 
@@ -236,56 +234,4 @@ class SourcePairs:
         if not self.source.extra_columns:
             return None
         values = {name: batch.rows.columns[name][row] for name in self.source.extra_columns}
-        return json.dumps(_finite(values), ensure_ascii=False, default=str)
-
-
-def _texts(rows: Rows, column: str, file: str) -> list[str | None]:
-    """Return a column's cells as texts, or None where they are missing."""
-    cells = rows.columns[column]
-    if set(map(type, cells)) <= _TEXT_KINDS:
-        return cells
-    return [
-        cell if type(cell) in _TEXT_KINDS else _text(cell, f"{file}: {rows.place(row)}: {column}")
-        for row, cell in enumerate(cells)
-    ]
-
-
-def _text(cell: Any, place: str, *, numbers: bool = False) -> str | None:
-    """Return a cell's text, None where it is missing (NaN too: pandas writes it); reject any other value."""
-    match cell:
-        case None | str():
-            return cell
-        case bytes():
-            try:
-                return cell.decode()
-            except UnicodeDecodeError as error:
-                raise not_utf8(place, error) from error
-        case float() if not math.isfinite(cell):
-            return None
-        case int() | float() if numbers and not isinstance(cell, bool):
-            return str(cell)
-        case _:
-            raise CapfiltError(f"{place} is {shown(cell)} ({type(cell).__name__}) where text is expected")
-
-
-def _distinct_texts(cell: Any, unit: Unit, place: str) -> list[str]:
-    """Return the distinct texts of a caption's cell in order: a text, a list of texts, or nothing.
-
-    JSON has no type for a column, so that a caption of digits alone may have become a number there; a Parquet
-    column of numbers is the wrong column.
-    """
-    cells = cell if isinstance(cell, list) else [cell]
-    texts = (_text(each, place, numbers=unit != "row") for each in cells)
-    return list(dict.fromkeys(text for text in texts if text and not text.isspace()))
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None, however deep they are."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case list():
-            return [_finite(part) for part in value]
-        case dict():
-            return {name: _finite(part) for name, part in value.items()}
-    return value
+        return json.dumps(finite_json(values), ensure_ascii=False, default=str)

@@ -17,7 +17,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.storage import FileInfo
 from pipeline.digests import digest_json
-from pipeline.intake.dedup import SourcePairs
+from pipeline.intake.dedup import Identified, SourcePairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, known_uids, next_number
@@ -151,8 +151,6 @@ def _make_batch(
     if _find_input(source, records).signature != lists_now.signature:
         writer.discard()
         raise CapfiltError(f"source.{source.name}.input: the files changed while they were read; run again")
-    with_url, known = len(identified.known_N), int(identified.known_N.sum())
-    rows_new = sum(file.rows for file in writer.shards.values())
     record = IntakeRecord(
         source=source.name,
         batch=len(earlier),
@@ -161,17 +159,26 @@ def _make_batch(
         attempt=commit_id,
         signature=lists_now.signature,
         shards=writer.shards,
-        rows_in=identified.rows_in,
-        rows_new=rows_new,
-        rows_duplicate=with_url - known - rows_new,
-        rows_known=known,
-        rows_without_url=identified.rows_in - with_url,
         finished_at=utc_now(),
         files=tuple(lists),
         adopted={shard: tar.path for shard, tar in imported.items()},
         adopted_bytes={shard: tar.bytes for shard, tar in imported.items()},
+        **_row_counts(identified, writer),
     )
     return record if writer.commit(records, record) else None
+
+
+def _row_counts(identified: Identified, writer: UrlShardWriter) -> dict[str, int]:
+    """Return what became of the rows; all but ``rows_in`` sum up to it."""
+    with_url, known = len(identified.known_N), int(identified.known_N.sum())
+    new = sum(file.rows for file in writer.shards.values())
+    return {
+        "rows_in": identified.rows_in,
+        "rows_new": new,
+        "rows_duplicate": with_url - known - new,
+        "rows_known": known,
+        "rows_without_url": identified.rows_in - with_url,
+    }
 
 
 def _write_shards(
