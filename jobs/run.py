@@ -28,7 +28,8 @@ from pipeline.stages.staleness import stale_reasons
 from pipeline.stages.survey import CorpusState, Survey, Totals, survey
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.records import STAGES, RunRecord, Stage, utc_now
+from schemas.json_record import utc_now
+from schemas.records import STAGES, RunRecord, Stage
 
 _CHANGES_NAMED = 5
 

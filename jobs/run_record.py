@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from pipeline.config import config_digest, dump_config
 from pipeline.corpus.commit import library_versions
-from schemas.records import RunRecord, utc_now
+from schemas.json_record import utc_now
+from schemas.records import RunRecord
 
 
 def begin_run(command: str, config: BaseModel) -> RunRecord:

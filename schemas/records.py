@@ -1,22 +1,12 @@
-"""The records: what a stage promises about a shard once it is committed, and the task that leads to it.
+"""The records: what a stage promises about a shard once it is committed, and the task that leads to it."""
 
-Frozen dataclasses that go to and from JSON without loss. The JSON is canonical (sorted keys, no spaces), so a
-record's digest is the digest of its bytes. A corpus may be somebody else's: ``from_json`` takes only what has the
-declared types, and names that stay in the corpus's own folders.
-"""
-
-import dataclasses
-import functools
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-
-from schemas.names import is_confined, is_one_part, is_outside_tar, printable
+from schemas.json_record import Count, FileName, Finite, Json, ShardName, Time
+from schemas.names import is_confined, is_outside_tar, printable
 
 Stage = Literal["urls", "crawl", "caption", "rank", "select"]
 
@@ -34,83 +24,6 @@ STAGE_FOLDERS: dict[Stage, str] = {
 
 # What a worker's output is a function of, apart from config, weights and input: raise it when code changes it.
 STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank": 2, "select": 1}
-
-
-# The manifest sums over the shards into int64: half a million shards of this many are held.
-_MOST = 2**44
-
-
-def utc_now() -> str:
-    """Return the time as records hold it: ISO 8601, UTC, microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def _file_name(name: str) -> str:
-    if not is_one_part(name):
-        raise ValueError(f"{name[:200]!r} is not usable in a file's name")
-    return name
-
-
-def _shard_name(name: str) -> str:
-    if not (name.isascii() and name.isdigit() and len(name) < 16):
-        raise ValueError(f"{name[:200]!r} is not a shard's number")
-    return name
-
-
-def _time(text: str) -> str:
-    try:
-        datetime.fromisoformat(text).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text[:200]!r} is not a time in ISO 8601") from None
-    return text
-
-
-Count = Annotated[int, Field(ge=0, lt=_MOST)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-# Checked where a record is read, not where one is made.
-FileName = Annotated[str, AfterValidator(_file_name)]
-ShardName = Annotated[str, AfterValidator(_shard_name)]
-Time = Annotated[str, AfterValidator(_time)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Json:
-    """Base of the records: canonical JSON and back."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-
-    def to_json(self) -> str:
-        """Return canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Read what ``to_json`` wrote. Raises ValueError, in one line, where the text is not that."""
-        try:
-            # A class is hashable, which mypy does not know of Self.
-            _types(cls).validate_json(text)  # type: ignore[arg-type]
-        except ValidationError as error:
-            raise ValueError(first_error(error)) from None
-        return cls.from_dict(json.loads(text))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values."""
-        return cls(**values)
-
-
-@functools.cache
-def _types(cls: type[Json]) -> TypeAdapter[Any]:
-    """Return the check of a record's types. It builds nothing that is kept: an int stays one in a field of floats."""
-    return TypeAdapter(cls)
-
-
-def first_error(error: ValidationError) -> str:
-    """Return the first validation error and its place, in one line that is safe to print."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    what = first["msg"].removeprefix("Value error, ")
-    return printable(f"{place}: {what}" if place else what)[:400]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig
+from schemas.json_record import utc_now
 from schemas.records import (
     STAGES,
     IntakeRecord,
@@ -30,7 +31,6 @@ from schemas.records import (
     ShardRecord,
     ShardTask,
     Stage,
-    utc_now,
 )
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, URLS
 

@@ -19,7 +19,8 @@ from pipeline.corpus.shard_files import read_tar
 from pipeline.intake.retries import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
-from schemas.records import IntakeRecord, ShardRecord, ShardTask, utc_now
+from schemas.json_record import utc_now
+from schemas.records import IntakeRecord, ShardRecord, ShardTask
 from schemas.statuses import REASONS, SAMPLE_STATUSES
 from schemas.tables import SAMPLES
 from tests.hostile import JPEG, HostileSite, encoded, picture

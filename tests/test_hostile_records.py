@@ -20,11 +20,11 @@ from pipeline.intake.img2dataset_folders import require_named_folders
 from schemas.catalog import record_row_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
+from schemas.json_record import Json
 from schemas.names import is_outside_tar
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
-    Json,
     ModelRecord,
     OutputFile,
     QuarantineRecord,

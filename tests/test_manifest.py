@@ -20,7 +20,8 @@ from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
 from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
-from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord, utc_now
+from schemas.json_record import utc_now
+from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
 from schemas.tables import TABLES
 from tests.corpora import NUM_CAPTIONS, RUN, Corpus, make_corpus
 

@@ -16,7 +16,8 @@ from pipeline.corpus.shard_files import read_tar, write_tar
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig, CrawlConfig
-from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask, utc_now
+from schemas.json_record import utc_now
+from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
 
 CONFIG = CapfiltConfig.model_validate({"corpus": {"path": "x"}, "source": [{"name": "s", "input": ["y"]}]})
 

@@ -11,7 +11,8 @@ from pipeline.corpus.shard_files import rows_to_table, write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig
-from schemas.records import OutputFile, ShardRecord, ShardTask, utc_now
+from schemas.json_record import utc_now
+from schemas.records import OutputFile, ShardRecord, ShardTask
 from schemas.tables import URLS
 
 

@@ -35,8 +35,9 @@ from pipeline.corpus.checkpoint_files import (
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
 from schemas.errors import CapfiltError, first_line
+from schemas.json_record import Count, FileName, Json, first_error, utc_now
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, Count, FileName, Json, ModelRecord, first_error, utc_now
+from schemas.records import CheckpointRecord, ModelRecord
 
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."

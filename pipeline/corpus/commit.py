@@ -19,7 +19,8 @@ import numpy as np
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
-from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask, utc_now
+from schemas.json_record import utc_now
+from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask
 
 _LIBRARIES = (
     "capfilt",

@@ -18,12 +18,12 @@ from typing import TypeVar
 from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CapfiltError, first_line
+from schemas.json_record import Json
 from schemas.names import is_outside_tar
 from schemas.records import (
     STAGES,
     CheckpointRecord,
     IntakeRecord,
-    Json,
     ModelRecord,
     QuarantineRecord,
     RunRecord,

@@ -23,7 +23,8 @@ from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, known_uids, next_number
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
-from schemas.records import IntakeRecord, utc_now
+from schemas.json_record import utc_now
+from schemas.records import IntakeRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from pipeline.digests import digest_json
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, next_number
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, did_you_mean
-from schemas.records import IntakeRecord, ShardRecord, utc_now
+from schemas.json_record import utc_now
+from schemas.records import IntakeRecord, ShardRecord
 from schemas.statuses import REASONS, SAMPLE_STATUSES
 from schemas.tables import URLS
 

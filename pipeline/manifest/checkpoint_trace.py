@@ -11,8 +11,9 @@ from pipeline.corpus.checkpoint_files import find_checkpoint
 from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
+from schemas.json_record import Count, first_error
 from schemas.names import is_one_part
-from schemas.records import STAGES, Count, ModelRecord, first_error
+from schemas.records import STAGES, ModelRecord
 
 Row = dict[str, Any]
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 from pipeline.corpus.records import parse_record
 from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
+from schemas.json_record import Json
 from schemas.records import (
     STAGES,
     CheckpointRecord,
     IntakeRecord,
-    Json,
     ModelRecord,
     QuarantineRecord,
     RunRecord,

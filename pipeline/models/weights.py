@@ -31,8 +31,9 @@ from pipeline.models.model_files import (
 )
 from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError, did_you_mean
+from schemas.json_record import utc_now
 from schemas.names import printable
-from schemas.records import ModelRecord, Stage, utc_now
+from schemas.records import ModelRecord, Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -18,7 +18,8 @@ from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstr
 from pipeline.stages.progress import Outcome, StageState
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
-from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage, utc_now
+from schemas.json_record import utc_now
+from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
 
 Worker = Callable[[ShardTask], ShardRecord]
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.errors import CapfiltError
+from schemas.json_record import first_error
 from schemas.names import is_confined, printable
 from schemas.pretrain import DataConfig
-from schemas.records import first_error
 from training.data.snapshot import Snapshot, Source
 
 _SNAPSHOT = TypeAdapter(Snapshot)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.records import Json
+from schemas.json_record import Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

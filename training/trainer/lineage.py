@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
+from schemas.json_record import utc_now
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord, utc_now
+from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord
 
 
 class LineageWriter:

@@ -14,8 +14,9 @@ from pipeline.corpus.storage_errors import storage_error_message
 from pipeline.models.finite import not_finite_tensors, require_finite_weights
 from pipeline.text import readable_duration
 from schemas.errors import CapfiltError, first_line
+from schemas.json_record import Json
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, Json, ModelRecord
+from schemas.records import CheckpointRecord, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
 from training.data.loader import Batch
 from training.distributed import World
