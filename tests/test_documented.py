@@ -1,19 +1,38 @@
 """What README, docs and recipes call ``capfilt ...`` exists, command and option; tests/test_demo.py runs the lines."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.documented import PAGES, block_lines, inline_commands, unknown_words
+from tests.documented import PAGES, ROOT, block_lines, inline_commands, unknown_words
+
+TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_option_exists(page: Path) -> None:
     lines = [*block_lines(page), *inline_commands(page)]
     assert {line: unknown for line in lines if (unknown := unknown_words(line))} == {}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", page.read_text())
+    assert page.name not in ("testing.md", "security.md") or named
+    for file, function in named:
+        assert (ROOT / file).is_file(), file
+        assert not function or f"def {function}(" in (ROOT / file).read_text(), (file, function)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_file_that_a_guide_names_is_there(name: str) -> None:
+    text = (ROOT / name).read_text()
+    named = re.findall(r"`((?:schemas|pipeline|training|jobs|tests|docs)/[\w./-]*)`", text)
+    assert named and [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
 
 
 def test_lines_are_found_and_wrong_ones_too() -> None:
