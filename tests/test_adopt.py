@@ -16,7 +16,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError
 from pipeline.stages.crawl import CrawlWorker
-from pipeline.stages.img2dataset_shard import adopt_row, adopt_shard, reason_of
+from pipeline.stages.img2dataset_shard import import_row, import_shard, reason_of
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile, ShardRecord
 from schemas.statuses import REASONS
@@ -113,14 +113,14 @@ def test_images_that_are_not_in_the_tar_are_named(folder: Path, tmp_path: Path) 
 _ADOPT = r"""
 import re, sys
 from pathlib import Path
-from pipeline.stages.img2dataset_shard import adopt_shard
+from pipeline.stages.img2dataset_shard import import_shard
 from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import OutputFile
 tar = sys.argv[1]
 rows = [{"key": f"{number:09d}"} for number in range(int(sys.argv[2]))]
 try:
-    samples, _ = adopt_shard(rows, OutputFile(path=tar, bytes=10240, sha256="", rows=0), Storage("/tmp"), 1)
+    samples, _ = import_shard(rows, OutputFile(path=tar, bytes=10240, sha256="", rows=0), Storage("/tmp"), 1)
     print(len(samples), samples[-1]["reason"])
 except CapfiltError as error:
     print(error)
@@ -167,7 +167,7 @@ def test_a_parquet_without_what_img2dataset_writes_is_named(tmp_path: Path, colu
     pq.write_table(table, tmp_path / "00000.parquet")
     adopted = OutputFile(path=str(tmp_path / "00000.tar"), bytes=10240, sha256="", rows=0)
     with pytest.raises(CorruptShardError, match=f"00000.parquet has no column {column}, which"):
-        adopt_shard([{"key": "000000000"}], adopted, Storage(str(tmp_path)), 1)
+        import_shard([{"key": "000000000"}], adopted, Storage(str(tmp_path)), 1)
 
 
 @pytest.mark.slow
@@ -240,5 +240,5 @@ def test_messages_of_failed_resizes(message: str, reason: str) -> None:
 
 def test_an_image_that_does_not_open_is_no_success() -> None:
     theirs = {"status": "success", "error_message": None}
-    sample = adopt_row({"uid": "u"}, theirs, ImageError("not_an_image", "starts with b'<'"), 10**6)
+    sample = import_row({"uid": "u"}, theirs, ImageError("not_an_image", "starts with b'<'"), 10**6)
     assert (sample["status"], sample["reason"]) == ("invalid", "not_an_image")

@@ -1,4 +1,4 @@
-"""A shard that img2dataset's own command line made, taken as a crawled one where it lies."""
+"""Import of a shard that img2dataset's own command line made: its tar stays where it is and counts as crawled."""
 
 import re
 import tarfile
@@ -20,10 +20,10 @@ from schemas.records import OutputFile
 from schemas.statuses import REASONS
 from schemas.tables import MAX_DETAIL_CHARS
 
-# Longer than any key, digest or beginning of a message that tells why a download failed.
+# Longer than any key, digest, or part of a message that says why a download failed.
 _CELL_CHARS = 4096
 
-# What img2dataset, urllib and OpenCV say, and what it means here; the first one found in a message counts.
+# Messages of img2dataset, urllib and OpenCV, and the reason that each means here; the first match counts.
 _MESSAGES = tuple(
     (re.compile(pattern, re.IGNORECASE), reason)
     for pattern, reason in (
@@ -59,30 +59,30 @@ _COLUMNS = ("key", "status", "error_message", "sha256", "original_width", "origi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredImage:
-    """What the tar holds of a sample."""
+    """Size of a sample's image in the tar."""
 
     width: int
     height: int
     bytes: int
 
 
-def adopt_shard(
-    rows: Sequence[Mapping[str, Any]], adopted: OutputFile, storage: Storage, max_pixels: int
+def import_shard(
+    rows: Sequence[Mapping[str, Any]], listed_tar: OutputFile, storage: Storage, max_pixels: int
 ) -> tuple[list[dict[str, Any]], OutputFile]:
     """Return the samples of an img2dataset shard, and its tar as a committed file.
 
     Args:
         rows: the shard's URLS; their keys are img2dataset's.
-        adopted: absolute path or URL of the tar, and its size then; the Parquet lies beside it.
+        listed_tar: absolute path or URL of the tar, and its size when it was listed; the Parquet lies beside it.
 
     Raises:
         CorruptShardError: the files are not what the rows were read from.
     """
-    tar_url = adopted.path
+    tar_url = listed_tar.path
     parquet_url = tar_url.removesuffix(".tar") + ".parquet"
     try:
         with storage.local_copy(parquet_url) as path:
-            theirs = _read_rows(path, parquet_url, {row["key"] for row in rows})
+            img2dataset_rows = _read_rows(path, parquet_url, {row["key"] for row in rows})
         with storage.local_copy(tar_url) as path:
             images = read_images(path)
             tar = OutputFile(
@@ -90,19 +90,21 @@ def adopt_shard(
             )
     except (FileNotFoundError, tarfile.ReadError, pa.ArrowException) as error:
         raise CorruptShardError(f"{tar_url}: {error}; restore the folder that img2dataset made") from error
-    if tar.bytes != adopted.bytes:
-        raise CorruptShardError(f"{tar_url} has {tar.bytes} bytes, and {adopted.bytes} when it was read")
+    if tar.bytes != listed_tar.bytes:
+        raise CorruptShardError(f"{tar_url} has {tar.bytes} bytes, and {listed_tar.bytes} when it was read")
     if strange := [row["key"] for row in rows if not (row["key"] and is_one_part(row["key"]))]:
         raise CorruptShardError(f"{parquet_url} has the key {strange[0]!r}, which cannot be a file's name")
-    if missing := [row["key"] for row in rows if row["key"] not in theirs]:
+    if missing := [row["key"] for row in rows if row["key"] not in img2dataset_rows]:
         raise CorruptShardError(
             f"{parquet_url} has no row with key {missing[0]!r}: it changed after it was read"
         )
-    return [adopt_row(row, theirs[row["key"]], images.get(row["key"]), max_pixels) for row in rows], tar
+    return [
+        import_row(row, img2dataset_rows[row["key"]], images.get(row["key"]), max_pixels) for row in rows
+    ], tar
 
 
 def _read_rows(path: Path, url: str, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return img2dataset's word of the samples with these keys, by key, its texts cut to what is used of them."""
+    """Return what img2dataset recorded of the samples with these keys, by key; long texts are cut."""
     rows: dict[str, dict[str, Any]] = {}
     with path.open("rb") as file:
         parquet = ParquetList(file, url)
@@ -112,8 +114,8 @@ def _read_rows(path: Path, url: str, keys: Collection[str]) -> dict[str, dict[st
         for piece in parquet.pieces(columns):
             # A column at a time: each may decode to as much as fits in memory once.
             cells = [[_cut(cell) for cell in cells_of(piece, name, url, first_row)] for name in columns]
-            found = (dict(zip(columns, values, strict=True)) for values in zip(*cells, strict=True))
-            rows |= {row["key"]: row for row in found if row["key"] in keys}
+            piece_rows = (dict(zip(columns, values, strict=True)) for values in zip(*cells, strict=True))
+            rows |= {row["key"]: row for row in piece_rows if row["key"] in keys}
             first_row += piece.num_rows
     return rows
 
@@ -122,16 +124,19 @@ def _cut(cell: Any) -> Any:
     return cell[:_CELL_CHARS] if isinstance(cell, str) else cell
 
 
-def adopt_row(
-    row: Mapping[str, Any], theirs: Mapping[str, Any], image: StoredImage | ImageError | None, max_pixels: int
+def import_row(
+    row: Mapping[str, Any],
+    img2dataset_row: Mapping[str, Any],
+    image: StoredImage | ImageError | None,
+    max_pixels: int,
 ) -> dict[str, Any]:
-    """Return the sample of one URL: img2dataset's word, checked against what its tar holds.
+    """Return the sample of one URL: what img2dataset recorded, checked against the image in its tar.
 
     Args:
-        theirs: the row of img2dataset's Parquet; columns that it was not told to write are missing.
+        img2dataset_row: the row of img2dataset's Parquet; columns that it was not told to write are missing.
         image: the header of the image in the tar, why it has none, or None where the tar has no such image.
     """
-    detail = str(theirs["error_message"] or "")
+    detail = str(img2dataset_row["error_message"] or "")
     code = _HTTP_STATUS.search(detail)
     sample = {
         **row,
@@ -139,13 +144,13 @@ def adopt_row(
         "reason": None,
         "detail": detail[:MAX_DETAIL_CHARS] or None,
         "http_status": int(code[1]) if code else None,
-        "sha256": theirs.get("sha256"),
-        "original_width": theirs.get("original_width"),
-        "original_height": theirs.get("original_height"),
+        "sha256": img2dataset_row.get("sha256"),
+        "original_width": img2dataset_row.get("original_width"),
+        "original_height": img2dataset_row.get("original_height"),
     }
     reason: str | None = None
-    if theirs["status"] != "success":
-        reason = reason_of(theirs["status"], detail)
+    if img2dataset_row["status"] != "success":
+        reason = reason_of(img2dataset_row["status"], detail)
     elif image is None:
         reason, sample["detail"] = "missing_member", "status success, and no such image in the tar"
     elif isinstance(image, ImageError):
@@ -160,7 +165,7 @@ def adopt_row(
 
 
 def reason_of(status: str, message: str) -> str:
-    """Return our reason for a failure that img2dataset reports as text."""
+    """Return the reason, of ``schemas.statuses``, for a failure that img2dataset reports as text."""
     for pattern, reason in _MESSAGES:
         if pattern.search(message):
             return reason
@@ -168,7 +173,7 @@ def reason_of(status: str, message: str) -> str:
 
 
 def read_images(path: Path) -> dict[str, StoredImage | ImageError]:
-    """Return what each image of a tar says of itself, by key. Raises tarfile.ReadError."""
+    """Return the size of each image of a tar from its header, or why it has none, by key. Raises tarfile.ReadError."""
     images: dict[str, StoredImage | ImageError] = {}
     with path.open("rb") as tar:
         for member in image_members(path):
