@@ -1,11 +1,11 @@
-"""BLIP's text decoder, laid out for many samples of one image: the arithmetic, without the loop around it.
+"""BLIP's text decoder (BERT with cross-attention) for many samples of one image; the loop is in ``generation``.
 
 The legend of the names: B images, P image positions, E their width, R rows (unfinished captions), Q query
 positions, H heads, d their width, D = H * d, L tokens so far, V vocabulary.
 
-The weights are those of transformers' ``BlipTextLMHeadModel``; what differs is what is done once. Keys and
-values of the image are projected once an image and layer, not once a sample; all samples of an image are the
-query axis of one attention over them.
+The weights are those of transformers' ``BlipTextLMHeadModel``. Unlike there, keys and values of the image are
+projected once an image and layer, not once a sample; all samples of an image are the query axis of one attention
+over them.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,13 @@ F = TypeVar("F", bound=Callable)
 
 
 class DecoderLayer(nn.Module):
-    """One layer between its attentions: maps from rows to rows, none of which looks at another row."""
+    """One layer without its attentions: functions of each row alone. Post-norm, as BERT: norm(x + f(x))."""
 
     def __init__(self, layer: BlipTextLayer) -> None:
         super().__init__()
         own, cross = layer.attention, layer.crossattention
         projections = (own.self.query, own.self.key, own.self.value)
+        # Query, key and value as one matrix product: the weights stacked along the outputs.
         self.qkv = for_few_rows(
             torch.cat([part.weight for part in projections]), torch.cat([part.bias for part in projections])
         )
@@ -42,11 +43,13 @@ class DecoderLayer(nn.Module):
 
     def after_self(self, context_RD: Tensor, hidden_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows after self-attention, and their queries of the image."""
+        # x1 = norm(W_o context + x)
         hidden_RD = self.self_norm(self.self_dense(context_RD) + hidden_RD)
         return hidden_RD, self.query(hidden_RD)
 
     def after_cross(self, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
         """Return the rows after cross-attention and feed-forward."""
+        # x2 = norm(W_o context + x1), x3 = norm(W_down gelu(W_up x2) + x2)
         hidden_RD = self.cross_norm(self.cross_dense(context_RD) + hidden_RD)
         return self.norm(self.down(self.activation(self.up(hidden_RD))) + hidden_RD)
 
@@ -60,8 +63,8 @@ class Decoder(nn.Module):
 
     def __init__(self, model: BlipTextLMHeadModel, compiled: bool = False) -> None:
         super().__init__()
-        # One compilation serves all layers: their weights are its inputs.
-        compile_ = partial(torch.compile, dynamic=False) if compiled else _as_it_is
+        # Compiled as functions of the layer, so that one compilation serves all layers.
+        compile_ = partial(torch.compile, dynamic=False) if compiled else _uncompiled
         self._after_self = compile_(DecoderLayer.after_self)
         self._after_cross = compile_(DecoderLayer.after_cross)
         config = model.config
@@ -75,7 +78,8 @@ class Decoder(nn.Module):
         head = model.cls.predictions
         self.transform, self.activation = _packed(head.transform.dense), head.transform.transform_act_fn
         self.norm = head.transform.LayerNorm
-        # bfloat16 resolves the 30,524 outputs to 1 in 256 only: logits are float32 whatever the weights are.
+        # bfloat16 has 8 bits of precision, too few to tell 30,524 logits apart: they are float32 in every precision.
+        # On a GPU the product takes bfloat16 inputs and sums in float32.
         self.lowered = head.decoder.weight.is_cuda and head.decoder.weight.dtype != torch.float32
         weight = head.decoder.weight if self.lowered else head.decoder.weight.float()
         self.out = for_few_rows(weight, head.decoder.bias.float())
@@ -87,6 +91,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the first hidden state of tokens, of any shape, at positions that broadcast with them."""
+        # norm(word + position), as BERT without token types.
         table = self.embeddings
         summed = table.word_embeddings(tokens) + table.position_embeddings(positions)
         return layer_norm(
@@ -137,19 +142,22 @@ class Decoder(nn.Module):
             return self.attend_grid(query_RD, *image_kv[layer])
 
         hidden_RD = self.hidden(hidden_LD.repeat(num_images, 1), attend_self, attend_image)
+        # The row of each image's last token predicts the next one.
         return self.logits(hidden_RD[length - 1 :: length]), torch.stack(kept)
 
     def attend_grid(self, query_RD: Tensor, k_BHPd: Tensor, v_BHPd: Tensor) -> Tensor:
         """Attend to the images with as many rows for each: (R, D), R = B * Q, image by image."""
+        # softmax(q K^T / sqrt(d)) V with the samples of an image as the query axis: (B, H, Q, d) x (B, H, P, d).
         q_BHQd = query_RD.view(k_BHPd.shape[0], -1, self.num_heads, k_BHPd.shape[-1]).transpose(1, 2)
         return _rows(scaled_dot_product_attention(q_BHQd, k_BHPd, v_BHPd))
 
 
 def _rows(context_BHQd: Tensor) -> Tensor:
+    """Join the heads: (B, H, Q, d) to (B * Q, H * d)."""
     return context_BHQd.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _as_it_is(function: F) -> F:
+def _uncompiled(function: F) -> F:
     return function
 
 

@@ -16,11 +16,11 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 
 class VisionTower(nn.Module):
-    """The tower of a BLIP model, its weights shared with it; for inference alone.
+    """The vision tower of a BLIP model, sharing its weights; for inference alone.
 
     Args:
-        compiled_batch: compile the blocks, once for all of them, for so many images: fewer are padded, so that
-            a shard's last batch compiles nothing. On a GPU it fuses what stands between the matrix products.
+        compiled_batch: compile the block, once for all of them, for this number of images: smaller batches are padded,
+            so that a shard's last batch compiles nothing. On a GPU it fuses the operations between matrix products.
     """
 
     def __init__(self, model: BlipVisionModel, compiled_batch: int | None = None) -> None:
@@ -45,6 +45,7 @@ class VisionTower(nn.Module):
 
 
 def _block(layer: BlipEncoderLayer, hidden_BPE: Tensor) -> Tensor:
+    # Pre-norm, as in ViT: x + W_o Attention(norm_1(x)), then x + MLP(norm_2(x)).
     attention = layer.self_attn
     q_BHPd, k_BHPd, v_BHPd = (
         attention.qkv(layer.layer_norm1(hidden_BPE))
@@ -76,6 +77,7 @@ class ImageKeysValues(nn.Module):
         per_layer = 2 * self._width
         rows = slice(None) if layer is None else slice(layer * per_layer, (layer + 1) * per_layer)
         projected = linear(image_BPE, self.weight[rows], self.bias[rows])
+        # (B, P, layers * 2 * H * d) to (layers, 2, B, H, P, d).
         split = projected.unflatten(-1, (-1, 2, self._num_heads, self._width // self._num_heads))
         heads = split.permute(2, 3, 0, 4, 1, 5)
         return heads if layer is None else heads[0]

@@ -1,4 +1,6 @@
-"""CLIP's transformer block on open_clip's weights, in the parts that a tower needs one by one.
+"""CLIP's transformer block on open_clip's weights, in parts: projection, attention, the rest.
+
+Pre-norm, as in GPT-2: x + Attention(norm_1(x)), then x + MLP(norm_2(x)), each branch times open_clip's layer scale.
 
 The legend of the names: B sequences, S sequences too, of which one row is read, T rows that are read, L tokens,
 N packed tokens, D width, H heads, K width of a head.
@@ -42,15 +44,19 @@ class Block(nn.Module):
         return self.query_key_value(self._norm_1(x)).unflatten(-1, (3, self._num_heads, -1))
 
     def finish(self, x: Tensor, context: Tensor) -> Tensor:
-        """Add what attention found and what the MLP makes of it; (..., D)."""
+        """Add the attention's output projection and the MLP to the residual stream; (..., D)."""
         x = x + self._scale_1(self._out(context))
         return x + self._scale_2(self._mlp(self._norm_2(x)))
 
 
 class LastBlock(Block):
-    """A block of which one row of each sequence is read: it alone asks, all tokens answer."""
+    """Last transformer block: only one row per sequence is used, so only that row computes a query.
+
+    Keys and values are computed for all rows.
+    """
 
     def _share_projection(self, attention: nn.MultiheadAttention) -> None:
+        # in_proj_weight stacks the weights of query, key and value, in this order: (3D, D).
         width = attention.embed_dim
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         self.query = _linear(weight[:width], bias[:width])
@@ -71,7 +77,7 @@ class LastBlock(Block):
         )
 
     def attend(self, query_SD: Tensor, keys_values_SL2HK: Tensor, seen_SL: Tensor | None = None) -> Tensor:
-        """Return what each sequence's query finds among the tokens that it may see; (S, D)."""
+        """Return softmax(q K^T / sqrt(K width)) V of each sequence's one query, over ``seen_SL`` tokens; (S, D)."""
         key_SHLK, value_SHLK = keys_values_SL2HK.permute(2, 0, 3, 1, 4)
         query_SH1K = query_SD.unflatten(-1, (self._num_heads, 1, -1))
         mask_S11L = None if seen_SL is None else seen_SL[:, None, None]

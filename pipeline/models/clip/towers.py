@@ -1,10 +1,10 @@
 """CLIP's two towers as open_clip computes them, without the work that no output depends on.
 
-The text tower is causal and read at the end token alone: what follows the end changes nothing, and of the
-last block nothing but the end's own row is read. So texts are cut at their end, texts of one length attend
-together, the linear layers run over all their tokens packed into one matrix, and the last block computes the
-ends only: captions of 14 tokens in a context of 77 cost a sixth. The image tower's last block computes the
-class token's row only. No embedding depends on what else is in its batch.
+The text tower is causal and its output is the row of the end token: tokens behind the end have no effect, and of the
+last block only the end's row is used. So texts are cut at their end, texts of one length attend together, the
+linear layers run over all their tokens packed into one matrix, and the last block computes the ends' rows only:
+captions of 14 tokens in a context of 77 take a sixth of the time. The image tower's last block computes the class
+token's row only. No embedding depends on the other items of its batch.
 
 A model of another kind (a bidirectional or Hugging Face text tower, an attentional pooler, a ResNet) goes
 through open_clip's own methods.
@@ -26,11 +26,11 @@ from pipeline.models.clip.blocks import Block, LastBlock, has_plain_blocks
 
 Encoder = Callable[[Tensor], Tensor]
 
-# Packed tokens at once: enough to fill the device, few enough for the MLP's values in between.
+# Packed tokens at once: enough to keep the device busy; the MLP's intermediate values of these fit in memory.
 _TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32_768}
-# Of a tower that takes every text at full length: about as many tokens.
+# Texts at once in a tower that takes every text at full length: about as many tokens.
 _TEXTS_AT_ONCE = 512
-# Compiled, lengths are rounded up to a multiple: to a GPU more kernels cost more than the padding.
+# In a compiled tower lengths are rounded up to a multiple: on a GPU one more group of texts costs more than padding.
 _COMPILED_LENGTH_STEP = 8
 
 
@@ -104,7 +104,7 @@ class TextTower(nn.Module):
         self._tokens_at_once = _TOKENS_AT_ONCE[self._positions_LD.device.type]
         self._length_step = _COMPILED_LENGTH_STEP if compiled else 1
         if compiled:
-            # What lies between two attentions: one graph serves all blocks and any number of tokens.
+            # The parts between two attentions, compiled once for all blocks and any number of tokens.
             for block in self._blocks:
                 block.project = torch.compile(block.project, dynamic=True)
                 block.finish = torch.compile(block.finish, dynamic=True)
@@ -123,13 +123,14 @@ class TextTower(nn.Module):
         return embeddings_TE[_moved(order_T.argsort(), embeddings_TE.device)]
 
     def _ends(self, tokens_TL: Tensor) -> Tensor:
-        """Return the position that open_clip reads of each text, wherever that is."""
+        """Return the position whose row open_clip takes as the text's embedding."""
         if self._end_id is None:
             return tokens_TL.argmax(-1)
         return (tokens_TL == self._end_id).int().argmax(-1)
 
     def _length(self, end: int) -> int:
         """Return how many tokens are computed for a text that ends at a position."""
+        # ceil((end + 1) / step) * step, at most the context's length.
         return min(-(-(end + 1) // self._length_step) * self._length_step, len(self._positions_LD))
 
     def _chunks(self, order_T: Tensor, ends_T: Tensor) -> Iterator[Tensor]:
@@ -144,11 +145,13 @@ class TextTower(nn.Module):
         yield order_T[start:]
 
     def _encode(self, tokens_TL: Tensor, ends_T: Tensor) -> Tensor:
-        """Encode texts that come from short to long."""
+        """Encode texts that are sorted from short to long."""
         device, dtype = self._positions_LD.device, self._last.query.weight.dtype
         groups = _groups([self._length(end) for end in ends_T.tolist()])
+        # All texts' tokens one after the other, N = sum of the lengths, with each token's position in its text.
         ids_N = torch.cat([tokens_TL[group.texts, : group.length].flatten() for group in groups])
         positions_N = torch.cat([torch.arange(group.length).repeat(group.size) for group in groups])
+        # The packed index of each text's first token; that of its end is firsts + ends.
         firsts_T = torch.cat(
             [torch.arange(group.size) * group.length + group.tokens.start for group in groups]
         )
@@ -157,6 +160,8 @@ class TextTower(nn.Module):
         x_ND = self._embedding(ids_N).to(dtype) + self._positions_LD.to(dtype)[positions_N]
         for block in self._blocks:
             x_ND = block.finish(x_ND, _attend_causally(block.project(x_ND), groups))
+        # Last block: queries of the end rows only, which attend to the tokens up to the end (not to the padding that
+        # a rounded length has).
         query_TD, keys_values_N2HK = self._last.project_read(x_ND, rows_T)
         context_TD = torch.cat(
             [
@@ -205,7 +210,7 @@ class ImageTower(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BLD = block(x_BLD)
-        # The class token is the first.
+        # ``last`` returns the first row, that of the class token.
         x_BD = self._visual.ln_post(last(x_BLD))
         return x_BD if self._visual.proj is None else x_BD @ self._visual.proj
 
@@ -237,7 +242,7 @@ def _by_sequence(packed: Tensor, group: _Group) -> Tensor:
 
 
 def _attend_causally(qkv_N3HK: Tensor, groups: Sequence[_Group]) -> Tensor:
-    """Let each token attend to those before it in its text; return (N, D)."""
+    """Let each token attend to itself and those before it in its text; return (N, D)."""
     contexts = []
     for group in groups:
         query_SHLK, key_SHLK, value_SHLK = _by_sequence(qkv_N3HK, group).permute(2, 0, 3, 1, 4)
@@ -255,7 +260,7 @@ def _whole_texts(model: nn.Module) -> Encoder:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move from the CPU without waiting for what a GPU still computes."""
+    """Copy from the CPU without waiting for work that a GPU still has."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
