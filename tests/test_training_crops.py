@@ -15,13 +15,13 @@ from torchvision.transforms.v2 import functional as F
 
 from jobs.bench.fixtures.pictures import jpeg
 from pipeline.images.decode import ImageError, decode_rgb
+from pipeline.images.preprocess import resize
 from training.data.transforms import (
     NoCaptionError,
     blip_caption,
     crop_box,
     decode,
     random_crop,
-    resize,
     sample_random,
     usable_captions,
 )
@@ -126,7 +126,7 @@ def test_a_crop_is_torchvisions_resized_crop(mirrored: bool) -> None:
 def test_a_resize_is_pillows_within_rounding() -> None:
     image = decode_rgb(jpeg(2, (320, 200)))
     expected_HWC = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC), int)
-    squashed_HWC = resize(decode(jpeg(2, (320, 200))), 64).permute(1, 2, 0).numpy().astype(int)
+    squashed_HWC = resize(decode(jpeg(2, (320, 200))), (64, 64)).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(squashed_HWC - expected_HWC).max() <= 1
 
 

@@ -1,6 +1,6 @@
-"""Image bytes, judged before they are decoded and decoded within bounds: the only home of decoders here.
+"""Decoding of images: the header is checked first, then the pixels are decoded within bounds.
 
-What the header alone says (format, pixels, frames, orientation) decides whether pixels are decoded at all.
+Format, number of pixels, frames and orientation, all from the header, decide whether pixels are decoded at all.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from pipeline.images import jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
 from schemas.config import MAX_PIXELS
 
-# Pillow's warnings of damaged EXIF and of many pixels say nothing that a status does not: every opening below
-# bounds the pixels itself, from the header. Its error, at 179M pixels, stays.
+# Pillow's warnings of damaged EXIF and of many pixels are redundant: every function below bounds the pixels itself,
+# from the header. Pillow's error at 179M pixels stays.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-# 56 bits of ones, each byte stuffed: what libjpeg may read ahead of the last block. No Huffman code is all ones, and
-# an attempt to decode them takes 17 bits.
+# 56 bits of ones, each byte stuffed: as many as libjpeg may read ahead of the last block. No Huffman code is all ones,
+# and an attempt to decode them takes 17 bits.
 _ONES = b"\xff\0" * 7
 # Some cameras write a byte or two more than their blocks need.
 _SPARE_BYTES = 4
@@ -79,7 +79,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageHeader:
-    """What an image says of itself before any pixel is decoded. Width and height are as displayed."""
+    """What an image's header says. Width and height are as displayed."""
 
     format: str
     mode: str
@@ -103,7 +103,7 @@ def check(
     min_size_px: int,
     max_aspect_ratio: float,
 ) -> None:
-    """Raise ImageError unless an image with this header is wanted."""
+    """Raise ImageError unless an image with this header is within the limits."""
     width, height = header.width, header.height
     size = f"{width} x {height}"
     if header.format not in formats:
@@ -119,7 +119,7 @@ def check(
 
 
 def is_plain_jpeg(data: bytes, header: ImageHeader) -> bool:
-    """Tell whether any decoder gives the right pixels: grey or colour, upright. Raises ImageError if cut."""
+    """Tell whether any JPEG decoder gives the right pixels: grey or RGB, upright, whole. Raises ImageError if cut."""
     if header.format != "JPEG":
         return False
     scans = _read_scans(data)
@@ -131,7 +131,7 @@ def decode_rgb(
 ) -> Image.Image:
     """Decode an image upright, as 8-bit RGB, transparency on white. Raises ImageError.
 
-    Its profile counts for nothing: so other libraries read the same file, and published results were computed.
+    The ICC profile is ignored, as other libraries do and as published results were computed.
     """
     image, header, _ = _decode(data, formats, max_pixels)
     return _upright(_on_white(_to_8_bit(image)), header)
@@ -152,7 +152,7 @@ def decode_srgb(data: bytes, *, formats: Collection[str], max_pixels: int) -> Im
 
 
 def encode_bmp(image: Image.Image) -> bytes:
-    """Encode without loss and almost without work: how decoded pixels reach a library that wants a file."""
+    """Encode without loss and at almost no cost, for a library that takes files only."""
     buffer = io.BytesIO()
     image.save(buffer, "BMP")
     return buffer.getvalue()
@@ -166,7 +166,7 @@ def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
     except UnidentifiedImageError as error:
         if name := _refused_format(data):
             raise ImageError("format_refused", name) from error
-        # Known by its first bytes, and yet not to be opened: it stops, or goes wrong, within the header.
+        # A known format that Pillow cannot open is cut or damaged within its header.
         reason = "image_truncated" if _KNOWN.match(data) else "not_an_image"
         raise ImageError(reason, f"starts with {data[:24]!r}") from error
     except Image.DecompressionBombError as error:
@@ -190,7 +190,7 @@ def _refused_format(data: bytes) -> str | None:
 def _header(image: Image.Image) -> ImageHeader:
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
-    # A phone's MPO is a JPEG with a second one behind it, not an animation.
+    # An MPO, from phones, is a JPEG followed by another one, not an animation.
     is_mpo = image.format == "MPO"
     try:
         animated = not is_mpo and bool(getattr(image, "is_animated", False))
@@ -209,8 +209,7 @@ def _header(image: Image.Image) -> ImageHeader:
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 where there is none or none that can be read.
 
-    Pillow's own ``getexif`` takes XMP's where EXIF has none. Browsers do not: editors leave it behind when they turn
-    the pixels.
+    Pillow's own ``getexif`` falls back to XMP's. Browsers do not: image editors that rotate the pixels leave it stale.
     """
     exif = Image.Exif()
     try:
@@ -246,7 +245,7 @@ def _load(image: ImageFile.ImageFile, format_name: str, data: bytes) -> Image.Im
             return _load_webp(image, data)
         case "PNG":
             image.load()
-            # What is missing stays zero in Pillow.
+            # Pillow leaves missing rows zero: a zero last row may be real or missing, which the data decides.
             last_row = image.crop((0, image.height - 1, image.width, image.height))
             if not last_row.getbbox(alpha_only=False):
                 png.check_complete(data)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 END_OF_IMAGE = b"\xff\xd9"
-# A JPEG of many empty scans costs minutes of decoding a megabyte; libjpeg-turbo's own tools stop at 500.
+# A megabyte of empty scans takes minutes to decode; libjpeg-turbo's own tools stop at 500 scans.
 MAX_SCANS = 500
 
 _SOI, _EOI, _SOS, _DRI, _TEM, _RST0, _RST7 = 0xD8, 0xD9, 0xDA, 0xDD, 0x01, 0xD0, 0xD7
-# Frame headers (B.2.2); C4, C8 and CC lie between them and are something else.
+# Frame headers are C0 to CF (B.2.2), but for C4 (DHT), C8 (JPG) and CC (DAC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ARITHMETIC = frozenset(range(0xC9, 0xD0))
@@ -37,6 +37,8 @@ class _Frame:
 
     def minimum_coded_units(self) -> int:
         """Return how many MCUs a scan of all components has (A.2)."""
+        # A block is 8 x 8 samples. An MCU of interleaved components covers 8 h_max x 8 v_max pixels, and the number of
+        # MCUs is ceil(width / across) * ceil(height / down).
         interleaved = len(self.sampling) > 1
         across = 8 * max(h for h, _ in self.sampling) if interleaved else 8
         down = 8 * max(v for _, v in self.sampling) if interleaved else 8
@@ -74,15 +76,17 @@ class JpegScans:
             raise JpegError(f"scans are missing behind the first {self.count}")
 
     def add(self, frame: _Frame, header: bytes) -> None:
-        """Note a scan by its header (B.2.3)."""
+        """Count a scan, and the coefficient bits it brings, by its header (B.2.3)."""
         self.count += 1
         self._bits_to_come = self._bits_to_come or [[None] * _COEFFICIENTS for _ in frame.identifiers]
+        # Ns, then Ns pairs of (component, tables), then Ss, Se and Ah << 4 | Al.
         identifiers = header[1 : 1 + 2 * header[0] : 2]
         first, last, approximation = header[1 + 2 * header[0] : 4 + 2 * header[0]]
         if frame.marker not in _PROGRESSIVE:
             first, last, approximation = 0, _COEFFICIENTS - 1, 0
             self.is_one_scan |= self.count == 1 and len(identifiers) == len(frame.identifiers)
         last = min(last, _COEFFICIENTS - 1)
+        # Coefficients Ss to Se are complete but for their Al low bits (successive approximation, G.1.2.1).
         for component in _components(frame.identifiers, identifiers):
             self._bits_to_come[component][first : last + 1] = [approximation & 15] * (last + 1 - first)
 
@@ -97,12 +101,13 @@ def read_scans(data: bytes) -> JpegScans:
     markers, restarts = _find_markers(data)
     for offset in markers.tolist():
         marker = data[offset + 1]
-        # Inside a segment lie markers of something else, such as a thumbnail.
+        # Markers inside a segment belong to something else, such as a thumbnail.
         if offset < position or marker in (_SOI, _TEM):
             continue
         if marker == _EOI:
             scans.has_end_marker = True
             break
+        # A segment's length counts its own two bytes, not the marker's.
         position = offset + 2 + int.from_bytes(data[offset + 2 : offset + 4])
         segment = data[offset + 4 : position]
         try:
@@ -154,22 +159,24 @@ def _read_frame(marker: int, segment: bytes) -> _Frame:
 
 
 def _components(frame: Sequence[int], scan: bytes) -> list[int]:
-    """Return which of the frame's components a scan has; some encoders call them all by one number."""
-    found: list[int] = []
+    """Return which of the frame's components a scan has; some encoders give all components one identifier."""
+    indices: list[int] = []
     for identifier in scan:
-        found += [i for i, known in enumerate(frame) if known == identifier and i not in found][:1]
-    return found
+        indices += [i for i, known in enumerate(frame) if known == identifier and i not in indices][:1]
+    return indices
 
 
 def _check_restarts(numbers: Sequence[int], interval: int, frame: _Frame, scans: JpegScans) -> None:
     """Raise JpegError unless a scan's restart markers count from 0 to 7 again and again, and none is missing (E.1.4).
 
-    libjpeg goes on silently where one is missing, and puts what follows into the wrong place or leaves it grey.
+    Where one is missing, libjpeg continues silently and puts the following blocks into the wrong place or leaves them
+    grey.
     """
     if numbers and not interval:
         raise JpegError("a restart marker, and no restart interval")
     if any(number != index % 8 for index, number in enumerate(numbers)):
         raise JpegError("restart markers out of order")
+    # One marker between two intervals: ceil(MCUs / interval) - 1.
     expected = -(-frame.minimum_coded_units() // interval) - 1 if interval else 0
     if scans.is_one_scan and scans.count == 1 and len(numbers) < expected:
         raise JpegError(f"{len(numbers)} restart markers of {expected}")

@@ -1,12 +1,11 @@
-"""Pixels as vision models take them: an image is decoded once, and resized for each model that looks at it.
+"""Pixels as vision models take them: an image is decoded once and resized for each model; ``normalise`` does the rest.
 
-What leaves here is uint8, a quarter of what float32 would be to keep and to move; ``normalise`` does the rest on
-the device. ``exact`` resizes with Pillow, bit for bit as BLIP's and open_clip's own preprocessing do. ``fast``
-resizes with PyTorch, whose weights have 15 bits where Pillow's have 22: bicubic, up to one value in a hundred is one
-level of 255 off, and one in a hundred thousand of noise (a million, of photographs) two levels. No value is further
-off: the first pass rounds one level off at most, and weights of magnitude 1.25 in all carry that through the second.
-Both decode with Pillow: OpenCV and torchvision give the same pixels for a sound JPEG, but not the same answer to
-which of the damaged ones are images.
+Until ``normalise``, which runs on the device, pixels are uint8: a quarter of the bytes of float32. ``exact`` resizes
+with Pillow, bit for bit as BLIP's and open_clip's own preprocessing. ``fast`` resizes with PyTorch, whose weights have
+15 bits where Pillow's have 22: bicubic, up to one value in a hundred differs by one level of 255, and one in a
+hundred thousand (of noise; one in a million of photographs) by two. No value differs by more: the first pass is at
+most one level off, and the second, whose weights' magnitudes sum to 1.25, at most one more. Both decode with Pillow:
+OpenCV and torchvision give the same pixels for an intact JPEG, but accept different damaged ones.
 
 The legend of the names: B images, C channels (3), H height, W width.
 """
@@ -33,8 +32,8 @@ from schemas.errors import CapfiltError
 _LARGE_PIXELS = 4_000_000
 _large_image = threading.Lock()
 
-# Pillow resizes one side and then the other, rounding in between: in the other order noise comes out up to 20
-# levels different. From 13 on it begins with the height where that shrinks by over twice the pixels of the width.
+# Pillow resizes one side and then the other, and rounds in between: in the other order noise differs by up to 20
+# levels. From version 13 on it begins with the height where that shrinks by over twice the pixels of the width.
 _HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
 # Pillow's numbers of the filters.
@@ -69,12 +68,12 @@ class Preprocess:
 
     @classmethod
     def of_blip(cls, processor: _Processor) -> "Preprocess":
-        """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError where no preprocess says that."""
+        """Return what a ``BlipImageProcessorPil`` does. Raises CapfiltError for steps that are not supported."""
         settings = processor.to_dict()
         size = settings["size"]
         interpolation = _INTERPOLATIONS.get(settings["resample"])
         steps = {name for name, value in settings.items() if name.startswith("do_") and value}
-        # The published files ask for padding to the largest of a batch: nothing, where all are of one size.
+        # The published files ask for padding to the largest of a batch, which has no effect where all have one size.
         harmless = {"do_convert_rgb"} if settings.get("pad_size") else {"do_convert_rgb", "do_pad"}
         if (
             steps - harmless != {"do_resize", "do_rescale", "do_normalize"}
@@ -100,7 +99,8 @@ class Preprocess:
         height, width = (size, size) if isinstance(size, int) else size
         resize, interpolation = preprocess_cfg["resize_mode"], preprocess_cfg["interpolation"]
         if interpolation == "random" or (resize == "shortest" and height != width):
-            # Both are open_clip's rules: chance is for training, and a mode that passes nothing on.
+            # As open_clip: "random" is for training only, and its transform for "shortest" to a rectangle ignores
+            # the configured interpolation.
             interpolation = "bicubic"
         return cls(
             size_px=(height, width),
@@ -115,21 +115,20 @@ class Preprocess:
 def decode_pixels(
     data: bytes, preprocesses: Sequence[Preprocess], path: PixelPath
 ) -> tuple[Tensor, ...] | None:
-    """Decode an image once, within the bounds of ``decode_rgb``, and resize it by each preprocess.
+    """Decode an image once, within the bounds of ``decode_rgb``, and resize it for each model.
 
-    Thread-safe, with the interpreter's lock released in decoding and resizing; the torch operation in it starts
-    no threads of its own.
+    Thread-safe; decoding and resizing release the interpreter's lock, and the torch operation starts no threads.
 
     Returns:
-        A uint8 tensor (C, H, W) for each preprocess, in memory as (H, W, C); None for what is no image or too long
-        and narrow for a preprocess.
+        A uint8 tensor (C, H, W) for each preprocess, in memory as (H, W, C); None where the bytes are not an image, or
+        one too long and narrow for a preprocess.
     """
     try:
         header = read_header(data)
         with _large_image if header.width * header.height > _LARGE_PIXELS else nullcontext():
             image = decode_rgb(data)
             sizes = [_resized_px(preprocess, image.height, image.width) for preprocess in preprocesses]
-            # Copied out of Pillow once for all preprocesses.
+            # One copy out of Pillow for all models.
             source = np.array(image) if path == "fast" else image
             resized = [
                 _resize(source, size_px, preprocess.interpolation)
@@ -144,7 +143,7 @@ def decode_pixels(
 
 
 def normalise(pixels_BCHW: Tensor, preprocess: Preprocess, dtype: torch.dtype) -> Tensor:
-    """Return what the model takes, computed in float32 on the pixels' device, rounded to ``dtype`` at the end.
+    """Return (pixels / 255 - mean) / std, computed in float32 on the pixels' device, rounded to ``dtype`` at the end.
 
     In float32 equal to what BLIP's and open_clip's preprocessing give, bit for bit.
     """
@@ -154,13 +153,13 @@ def normalise(pixels_BCHW: Tensor, preprocess: Preprocess, dtype: torch.dtype) -
         return torch.tensor(values, device=pixels_BCHW.device).view(-1, 1, 1)
 
     levels_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
-    # Divided by a tensor: for a number, CUDA multiplies with its inverse, which rounds differently.
+    # Divided by a tensor, not by a number: CUDA multiplies by the inverse of a number, which rounds differently.
     levels_BCHW.div_(by_channel([255.0])).sub_(by_channel(preprocess.mean)).div_(by_channel(preprocess.std))
     return levels_BCHW.to(dtype)
 
 
 def stack_pinned(pixels: Sequence[Tensor]) -> Tensor:
-    """Stack uint8 tensors (C, H, W) to (B, C, H, W), where there is a GPU in memory that it can fetch on its own."""
+    """Stack uint8 tensors (C, H, W) to (B, C, H, W); where there is a GPU, in pinned memory for asynchronous copies."""
     channels, height, width = pixels[0].shape
     shape_BHWC = (len(pixels), height, width, channels)
     stacked_BHWC = torch.empty(shape_BHWC, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
@@ -176,14 +175,15 @@ def _resized_px(preprocess: Preprocess, height: int, width: int) -> tuple[int, i
     if preprocess.resize == "squash":
         return preprocess.size_px
     if preprocess.resize == "shortest" and target_height == target_width:
-        # torchvision's rounding; that of the other cases is open_clip's.
+        # The shorter side becomes the target; the longer one is truncated, as in torchvision. The other cases round,
+        # as in open_clip.
         long = int(target_height * max(height, width) / min(height, width))
         resized = (target_height, long) if height <= width else (long, target_height)
     else:
         ratios = height / target_height, width / target_width
         ratio = min(ratios) if preprocess.resize == "shortest" else max(ratios)
         resized = round(height / ratio), round(width / ratio)
-    # Of a picture one pixel wide, covering a square makes more pixels than any memory has.
+    # An image one pixel wide, enlarged to cover a square, would exceed any memory.
     if not 0 < resized[0] * resized[1] <= MAX_PIXELS:
         raise ImageError("aspect_ratio", f"{width} x {height}")
     return resized
@@ -192,11 +192,12 @@ def _resized_px(preprocess: Preprocess, height: int, width: int) -> tuple[int, i
 def _resize(
     source: Image.Image | np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
 ) -> np.ndarray:
-    """Return pixels (H, W, C), resized by the library that holds them."""
+    """Return pixels (H, W, C): a Pillow image resized by Pillow, an array by PyTorch."""
     height, width = size_px
     if isinstance(source, Image.Image):
         return np.array(source.resize((width, height), Image.Resampling[interpolation.upper()]))
     source_height, source_width = source.shape[:2]
+    # PyTorch resizes the width first; where Pillow would begin with the height, so does this.
     height_less, width_less = source_height - height, source_width - width
     if _HEIGHT_MAY_BE_FIRST and height_less > 0 and height_less > 2 * width_less:
         source = _interpolate(source, (height, source_width), interpolation)
@@ -206,13 +207,18 @@ def _resize(
 def _interpolate(
     source_HWC: np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
 ) -> np.ndarray:
-    """Resize with PyTorch, the width first."""
     if source_HWC.shape[:2] == size_px:
         return source_HWC
     # With strides of "channels last" PyTorch neither reorders the pixels nor computes in float32.
-    pixels_BCHW = torch.from_numpy(source_HWC)[None].permute(0, 3, 1, 2)
-    resized_BCHW = interpolate(pixels_BCHW, size_px, mode=interpolation, antialias=True, align_corners=False)
-    return resized_BCHW[0].permute(1, 2, 0).numpy()
+    pixels_CHW = torch.from_numpy(source_HWC).permute(2, 0, 1)
+    return resize(pixels_CHW, size_px, interpolation).permute(1, 2, 0).numpy()
+
+
+def resize(
+    pixels_CHW: Tensor, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
+    """Return uint8 pixels resized with antialiasing by PyTorch, the width first; the aspect is not kept."""
+    return interpolate(pixels_CHW[None], size_px, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def _cut_or_pad(pixels_HWC: np.ndarray, size_px: tuple[int, int], fill: int) -> np.ndarray:

@@ -8,10 +8,11 @@ from torch import Tensor
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.images.decode import ImageError
+from pipeline.images.preprocess import resize
 from schemas.pretrain import PretrainConfig
 from training.data.shard_index import Sample, open_shard
 from training.data.snapshot import Snapshot, Source
-from training.data.transforms import NoCaptionError, decode, resize, usable_captions
+from training.data.transforms import NoCaptionError, decode, usable_captions
 
 
 class HeldOut(NamedTuple):
@@ -44,5 +45,5 @@ def held_out_samples(config: PretrainConfig, snapshot: Snapshot, limit: int | No
 def _held_out(sample: Sample, source: Source, config: PretrainConfig) -> HeldOut:
     data = config.data
     captions = usable_captions(sample.captions, source.first_captions(data), data.max_words)
-    pixels_CHW = resize(decode(sample.image), data.image_size_px)
+    pixels_CHW = resize(decode(sample.image), (data.image_size_px, data.image_size_px))
     return HeldOut(pixels_CHW.contiguous(), captions, sample.uid)

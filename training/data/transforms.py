@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.images.decode import ImageError, decode_rgb, is_plain_jpeg, read_header
+from pipeline.images.preprocess import resize
 from schemas.config import MAX_PIXELS
 
 # Logarithms of the narrowest and the widest aspect.
@@ -64,13 +65,6 @@ def decode(data: bytes) -> Tensor:
         raise ImageError("image_truncated", str(error)) from error
 
 
-def resize(pixels_CHW: Tensor, size_px: int) -> Tensor:
-    """Return the image as a square of ``size_px``, antialiased bicubic; the aspect is not kept."""
-    return torch.nn.functional.interpolate(
-        pixels_CHW[None], (size_px, size_px), mode="bicubic", antialias=True
-    )[0]
-
-
 def random_crop(
     pixels_CHW: Tensor, numbers: random.Random, *, size_px: int, min_scale: float, flip: bool
 ) -> Tensor:
@@ -79,7 +73,7 @@ def random_crop(
     height, width = pixels_CHW.shape[1:]
     box = crop_box(width, height, numbers, min_scale)
     part_CHW = pixels_CHW[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    crop_CHW = resize(part_CHW, size_px)
+    crop_CHW = resize(part_CHW, (size_px, size_px))
     return crop_CHW.flip(-1) if flip and mirrored else crop_CHW
 
 
