@@ -56,7 +56,7 @@ def clean_caption(raw: str, prompt: str = "") -> str:
     start = " ".join(prompt.split()).casefold()
     if start and text[: len(start)].casefold() == start:
         rest = text[len(start) :]
-        # "a picture of" is no prompt of "a picture often seen".
+        # The prompt "a picture of" does not begin "a picture often seen".
         if not rest or not rest[0].isalnum():
             text = rest.strip()
     return text

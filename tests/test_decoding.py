@@ -21,11 +21,10 @@ from transformers import (
 import pipeline.models.blip.decoder
 import pipeline.models.blip.generation
 from jobs.bench.fixtures.compute import counted_flops
-from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.decoder import Decoder, PackedLinear
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.blip.nucleus import _largest
 from pipeline.models.blip.vision import ImageKeysValues, VisionTower
-from pipeline.models.packed_linear import PackedLinear
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
 

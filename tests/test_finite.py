@@ -22,8 +22,8 @@ from pipeline.corpus.storage import Storage
 from pipeline.models.blip.captioner import Captioner
 from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.generation import NOT_FINITE, GridSampler, RowSampler
+from pipeline.models.checks import require_finite_weights
 from pipeline.models.clip.ranker import Ranker
-from pipeline.models.finite import require_finite_weights
 from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.rng import caption_seeds, uniforms
 from pipeline.stages.caption import CaptionWorker

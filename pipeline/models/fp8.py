@@ -31,25 +31,25 @@ def require_fp8(stage: Literal["caption", "rank"], device: torch.device) -> None
     Raises:
         CapfiltError: no GPU, one that does not multiply float8, or no torchao.
     """
-    mistake = f'{stage}.precision = "fp8" on {node()}'
+    setting = f'{stage}.precision = "fp8" on {node()}'
     if device.type != "cuda":
         raise CapfiltError(
-            f'{mistake}: this worker has no GPU; give it one (cluster.{stage}.gpus = 1), or set "auto"'
+            f'{setting}: this worker has no GPU; give it one (cluster.{stage}.gpus = 1), or set "auto"'
         )
-    if (found := torch.cuda.get_device_capability(device)) < _FIRST_CAPABILITY:
-        name, version = torch.cuda.get_device_name(device), ".".join(map(str, found))
+    if (capability := torch.cuda.get_device_capability(device)) < _FIRST_CAPABILITY:
+        name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         raise CapfiltError(
-            f"{mistake}: {name} (compute capability {version}) does not multiply float8, which takes 8.9 or "
+            f"{setting}: {name} (compute capability {version}) does not multiply float8, which takes 8.9 or "
             'more, such as an H100; set "bf16"'
         )
-    require_torchao(mistake, 'set "bf16"')
+    require_torchao(setting, 'set "bf16"')
 
 
 def require_torchao(what: str, instead: str = "") -> None:
     """Refuse ``what`` where torchao is not installed; ``instead`` is another way out than installing it."""
     if find_spec("torchao") is None:
-        ways = "pip install -c constraints.txt '.[fp8]'" + (f", or {instead}" if instead else "")
-        raise CapfiltError(f"{what}: torchao is not installed; {ways}")
+        remedy = "pip install -c constraints.txt '.[fp8]'" + (f", or {instead}" if instead else "")
+        raise CapfiltError(f"{what}: torchao is not installed; {remedy}")
 
 
 def quantise(blocks: nn.Module) -> None:

@@ -105,7 +105,7 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
         )
     try:
         header = json.loads(text)
-        entries = {name: _entry(one) for name, one in header.items() if name != "__metadata__"}
+        entries = {name: _entry(value) for name, value in header.items() if name != "__metadata__"}
         spans = sorted(tuple(header[name]["data_offsets"]) for name in entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         raise not_safetensors(path, "its header does not describe tensors") from None
@@ -173,7 +173,7 @@ def unwrapped_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return tensors without what DistributedDataParallel and torch.compile put before all their names."""
     unwrapped = dict(tensors)
     while wrapper := next(
-        (one for one in _WRAPPERS if unwrapped and all(n.startswith(one) for n in unwrapped)), ""
+        (prefix for prefix in _WRAPPERS if unwrapped and all(n.startswith(prefix) for n in unwrapped)), ""
     ):
         unwrapped = {name.removeprefix(wrapper): tensor for name, tensor in unwrapped.items()}
     return unwrapped

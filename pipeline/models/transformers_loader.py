@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.models.finite import require_finite_weights
+from pipeline.models.checks import refuse_larger, require_finite_weights
 from pipeline.models.folder_view import (
     check_numbers,
     folder_view,
@@ -29,7 +29,6 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
-from pipeline.models.model_size import refuse_larger
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

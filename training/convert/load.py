@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.finite import require_finite_weights
+from pipeline.models.checks import require_finite_weights
 from pipeline.models.model_files import read_object
 from schemas.config import Precision
 from schemas.errors import CapfiltError

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.models.finite import require_finite_weights
+from pipeline.models.checks import require_finite_weights
 from pipeline.models.model_files import (
     impostor,
     not_safetensors,

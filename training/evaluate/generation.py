@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from pipeline.models.finite import require_finite
+from pipeline.models.checks import require_finite
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.models.layers import KeyValue

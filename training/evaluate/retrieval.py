@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pipeline.models.finite import require_finite
+from pipeline.models.checks import require_finite
 from training.blip2.stage1 import Stage1
 from training.data.transforms import blip_caption
 from training.losses import similarity

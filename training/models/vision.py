@@ -18,8 +18,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.checks import require_finite_weights
 from pipeline.models.clip.loader import load_clip
-from pipeline.models.finite import require_finite_weights
 from pipeline.models.folder_view import clip_config
 from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.corpus.storage_errors import storage_error_message
-from pipeline.models.finite import not_finite_tensors, require_finite_weights
+from pipeline.models.checks import not_finite_tensors, require_finite_weights
 from pipeline.text import readable_duration
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json

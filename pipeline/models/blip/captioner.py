@@ -20,8 +20,8 @@ from pipeline.images.preprocess import Preprocess, decode_pixels, normalise, sta
 from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.generation import NO_TOKEN, NOT_FINITE, GridSampler, RowSampler
 from pipeline.models.blip.vision import VisionTower
+from pipeline.models.checks import not_finite
 from pipeline.models.device import compute_dtype, worker_device
-from pipeline.models.finite import not_finite
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
 from pipeline.models.weights import Weights

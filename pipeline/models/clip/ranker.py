@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.images.preprocess import Preprocess, normalise
+from pipeline.models.checks import not_finite, require_finite_weights
 from pipeline.models.clip.loader import load_clip, load_clip_tokenizer
 from pipeline.models.clip.tokenizer import ClipTokenizer
 from pipeline.models.clip.towers import Encoder, ImageTower, image_encoder, text_encoder
 from pipeline.models.device import compute_dtype, worker_device
-from pipeline.models.finite import not_finite, require_finite_weights
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.weights import Weights
 from schemas.config import InferencePrecision

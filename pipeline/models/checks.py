@@ -1,10 +1,11 @@
-"""NaN and infinity: refused in weights when they are read, and in what a model computes."""
+"""Checks of a model: its size against its files before memory is taken, and NaN and infinity in weights and results."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.models.model_files import TensorEntry, count_parameters
 from schemas.errors import CapfiltError, NotFiniteError
 from schemas.names import printable
 
@@ -19,14 +20,14 @@ def require_finite_weights(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def not_finite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity; integers and tensors on ``meta`` are passed over.
+    """Return the names of the tensors that hold NaN or infinity; integers and tensors on ``meta`` are skipped.
 
     Each tensor is read once, without a copy: under a second for BLIP-large on one core.
     """
     names = [name for name, tensor in tensors.items() if _can_check(tensor)]
     if not names:
         return []
-    # NaN is both the smallest and the largest of what it is among. Copied to the CPU all at once.
+    # aminmax of values with a NaN is NaN, and an infinity is an extreme. One copy to the CPU for all tensors.
     extremes_N2 = torch.stack([torch.stack(torch.aminmax(tensors[name].detach())).double() for name in names])
     finite_N = extremes_N2.isfinite().all(dim=1).tolist()
     return [name for name, is_finite in zip(names, finite_N, strict=True) if not is_finite]
@@ -49,6 +50,29 @@ def not_finite(what: str) -> NotFiniteError:
         f"{what} are not finite (NaN or infinite), though its weights are: a number overflows in it. Use a precision "
         'with a wider range ("fp32"), or another model'
     )
+
+
+def refuse_larger(
+    model: nn.Module, headers: Iterable[Mapping[str, TensorEntry]], config: str, num_spare: int
+) -> None:
+    """Refuse a config that asks for far more memory than the weights could fill.
+
+    Args:
+        model: built from the config on ``meta``, where nothing of that memory is taken.
+        headers: of the files of its weights.
+        config: where the model is described, for the message.
+        num_spare: values that a sound model may have beyond its files.
+
+    Raises:
+        CapfiltError: parameters and buffers are more than twice those of the files (tied tensors may be counted
+            twice) and ``num_spare``.
+    """
+    num_asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    num_stored = count_parameters(headers)
+    if num_asked > 2 * num_stored + num_spare:
+        raise CapfiltError(
+            f"{config} describes a model of {num_asked:,} parameters, but its weights have {num_stored:,}"
+        )
 
 
 def _can_check(tensor: Tensor) -> bool:
