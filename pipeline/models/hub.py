@@ -1,4 +1,4 @@
-"""A model repository of the Hugging Face hub, in the local cache: fetched, found offline, refused by name."""
+"""The folder of a model: a local one, or the snapshot of a Hugging Face repository in the local cache."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +23,28 @@ FirstMissingFile = Callable[[Path], str | None]
 
 # The hub's client waits for ever; a firewall that swallows packets must not look like a download.
 _TIMEOUT_S = 10.0
+
+
+def model_folder(
+    name: str, revision: str, patterns: Iterable[str], first_missing_file: FirstMissingFile, where: str
+) -> Path:
+    """Return the folder that ``name`` means, a local one or a hub id; a local one may lack files.
+
+    Raises:
+        CapfiltError: no such folder, hub id or revision, or the hub cannot be reached and the cache lacks a file.
+    """
+    folder = local_folder(name, where)
+    return hub_folder(name, revision, patterns, first_missing_file, where) if folder is None else folder
+
+
+def local_folder(name: str, where: str) -> Path | None:
+    """Return the local folder that ``name`` means, or None for a hub id. Raises CapfiltError where it is neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CapfiltError(f"{where} = {name!r}: there is no such folder, and it is not a hub id (ORG/NAME)")
+    return None
 
 
 def hub_folder(

@@ -38,6 +38,7 @@ _IMPOSTORS = (
     (b"GGUF", "a GGUF file: only safetensors are read"),
 )
 _WRAPPERS = ("module.", "_orig_mod.")
+WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorEntry(NamedTuple):
@@ -188,9 +189,9 @@ def weight_files(folder: Path, where: str = "") -> list[str]:
         CapfiltError: the index is not a JSON object of that kind, or names a file that is not a safetensors file
             inside the folder.
     """
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
+    index = folder / WEIGHTS_INDEX
     # A tensor's name and file are some 100 bytes.
     weight_map = read_object(index, where, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -199,3 +200,12 @@ def weight_files(folder: Path, where: str = "") -> list[str]:
     if pickles := sorted(name for name in names if not name.endswith(".safetensors")):
         raise CapfiltError(f"{index} names {pickles[0]}; only safetensors are read")
     return [index.name, *sorted(names)]
+
+
+def first_missing_weights_file(folder: Path) -> str | None:
+    """Return the first file that a transformers model's folder lacks to be loaded: its config, or a file of weights."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)):
+        return WEIGHTS_FILE
+    return next((name for name in weight_files(folder) if not (folder / name).is_file()), None)

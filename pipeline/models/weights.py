@@ -21,9 +21,10 @@ from pipeline.models.folder_view import (
     refuse_code,
     tokenizer_view,
 )
-from pipeline.models.hub import hub_folder
+from pipeline.models.hub import hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
     count_parameters,
+    first_missing_weights_file,
     read_object,
     refuse_wrapped_names,
     safetensors_header,
@@ -36,7 +37,6 @@ from schemas.names import printable
 from schemas.records import ModelRecord, Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_CAPTIONER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # open_clip's own order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -89,7 +89,7 @@ def model_record(
 def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
     """Refuse models of stages that have no weights, as far as that shows without the hub and without open_clip."""
     if "caption" in stages and any(source.kind == "web" for source in config.source):
-        _local_folder(config.caption.model)
+        local_folder(config.caption.model, "caption.model")
     if "rank" not in stages:
         return
     rankers = {"rank": config.rank.model}
@@ -131,14 +131,11 @@ def captioner_weights(config: CaptionConfig) -> Weights:
             hub cannot be reached and the cache does not have it.
     """
     where = "caption.model"
-    folder = _local_folder(config.model)
-    revision = ""
-    if folder is None:
-        patterns = (
-            "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
-        )  # fmt: skip
-        folder = hub_folder(config.model, config.revision, patterns, _first_missing_captioner_file, where)
-        revision = config.revision
+    patterns = (
+        "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
+    )  # fmt: skip
+    folder = model_folder(config.model, config.revision, patterns, _first_missing_captioner_file, where)
+    revision = "" if local_folder(config.model, where) else config.revision
     if missing := _first_missing_captioner_file(folder):
         raise CapfiltError(
             f"{missing} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
@@ -262,28 +259,13 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     return _weights("ranker", model, revision, checkpoint, checkpoint.parent, [checkpoint.name], extra)
 
 
-def _local_folder(name: str) -> Path | None:
-    """Return the folder that a name means, or None for a hub id; what looks like a path must be there."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.absolute()
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(
-            f"caption.model = {name!r}: there is no such folder, and it is not a hub id (ORG/NAME)"
-        )
-    return None
-
-
 def _first_missing_captioner_file(folder: Path) -> str | None:
     """Return the first file that a BLIP captioner's folder lacks."""
     for name in ("config.json", processor_file(folder)):
         if not (folder / name).is_file():
             return name
-    if not any((folder / name).is_file() for name in _CAPTIONER_WEIGHTS):
-        return _CAPTIONER_WEIGHTS[0]
-    for name in weight_files(folder):
-        if not (folder / name).is_file():
-            return name
+    if missing := first_missing_weights_file(folder):
+        return missing
     return None if any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")) else "vocab.txt"
 
 

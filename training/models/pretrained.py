@@ -1,17 +1,21 @@
 """Folders of transformers' models: a local one, or the hub's in the local cache. Only safetensors are read."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.models import hub
 from pipeline.models.folder_view import TOKENIZER_FILES
-from pipeline.models.hub import hub_folder
-from pipeline.models.model_files import read_object, weight_files
+from pipeline.models.model_files import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    first_missing_weights_file,
+    read_object,
+    weight_files,
+)
 from schemas.errors import CapfiltError
 
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def model_folder(name: str, revision: str, where: str) -> Path:
@@ -22,13 +26,17 @@ def model_folder(name: str, revision: str, where: str) -> Path:
             cache does not have it.
     """
     return _folder(
-        name, revision, where, ("config.json", _WEIGHTS, _INDEX, "model-*.safetensors"), _weights_gap
+        name,
+        revision,
+        where,
+        ("config.json", WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors"),
+        first_missing_weights_file,
     )
 
 
 def tokenizer_folder(name: str, revision: str, where: str) -> Path:
     """Return the folder of a tokenizer; raises as ``model_folder``."""
-    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), _tokenizer_gap)
+    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), _first_missing_tokenizer_file)
 
 
 def model_files(folder: Path) -> list[str]:
@@ -43,22 +51,18 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
     """Return a model's config.json; raises as ``model_folder``."""
-    return read_object(_folder(name, revision, where, ("config.json",), _config_gap) / "config.json", where)
+    return read_object(
+        _folder(name, revision, where, ("config.json",), _first_missing_config) / "config.json", where
+    )
 
 
 def _folder(
-    name: str, revision: str, where: str, patterns: tuple[str, ...], gap_of: Callable[[Path], str | None]
+    name: str, revision: str, where: str, patterns: tuple[str, ...], first_missing_file: hub.FirstMissingFile
 ) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        folder = path.absolute()
-    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(f"{where} = {name!r}: no such folder, and no hub id (ORG/NAME)")
-    else:
-        folder = hub_folder(name, revision, patterns, gap_of, where)
-    if gap := gap_of(folder):
-        hint = _how_to_convert(name, folder, where) if gap == _WEIGHTS else ""
-        raise CapfiltError(f"{gap} is missing in {folder} ({where} = {name!r}){hint}")
+    folder = hub.model_folder(name, revision, patterns, first_missing_file, where)
+    if missing := first_missing_file(folder):
+        hint = _how_to_convert(name, folder, where) if missing == WEIGHTS_FILE else ""
+        raise CapfiltError(f"{missing} is missing in {folder} ({where} = {name!r}){hint}")
     return folder
 
 
@@ -77,18 +81,10 @@ def _how_to_convert(name: str, folder: Path, where: str) -> str:
     )
 
 
-def _config_gap(folder: Path) -> str | None:
+def _first_missing_config(folder: Path) -> str | None:
     return None if (folder / "config.json").is_file() else "config.json"
 
 
-def _tokenizer_gap(folder: Path) -> str | None:
+def _first_missing_tokenizer_file(folder: Path) -> str | None:
     usable = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
     return None if any((folder / name).is_file() for name in usable) else usable[0]
-
-
-def _weights_gap(folder: Path) -> str | None:
-    if gap := _config_gap(folder):
-        return gap
-    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
-        return _WEIGHTS
-    return next((name for name in weight_files(folder) if not (folder / name).is_file()), None)
