@@ -43,7 +43,7 @@ def local_folder(name: str, where: str) -> Path | None:
     if path.is_dir():
         return path.absolute()
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(f"{where} = {name!r}: there is no such folder, and it is not a hub id (ORG/NAME)")
+        raise CapfiltError(f"{where} = {name!r}: no such folder, and not a hub id (ORG/NAME)")
     return None
 
 
