@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in order, on threads: images are decoded while the model computes."""
+"""Prefetching on threads, in order: images are decoded while the model computes."""
 
 import os
 from collections import deque
@@ -10,15 +10,15 @@ from typing import TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
-# Sixteen decode ten times what a GPU captions.
+# Sixteen threads decode ten times as many images as a GPU captions.
 _MOST_THREADS = 16
 
 
 def decode_threads(cpus: float, *, feeds_gpu: bool) -> int:
     """Return how many threads decode for a worker that reserved ``cpus``.
 
-    A worker on the CPU keeps to what it reserved: its cores are busy computing. One on a GPU leaves its cores idle,
-    so it takes as many as the process may use; threads that have nothing to decode cost nothing.
+    A worker on the CPU takes what it reserved, because its cores are busy computing. A worker on a GPU leaves its cores
+    idle, so it takes as many as the process may use; idle threads cost nothing.
     """
     reserved = max(1, int(cpus))
     if not feeds_gpu:
@@ -31,9 +31,8 @@ def prefetch_map(
 ) -> Generator[U, None, None]:
     """Yield ``work(item)`` for each item, in order, at most ``ahead`` begun before they are asked for.
 
-    Memory is that of ``threads`` works under way and ``ahead`` results: bounded where results are of one size, as
-    decoded pixels are, whatever the items hold. An exception of ``work`` is raised where its result would have
-    been.
+    Memory is bounded by ``threads`` calls under way and ``ahead`` results. An exception of ``work`` is raised where its
+    result would have been yielded.
     """
     items = iter(items)
     with ThreadPoolExecutor(max(1, threads)) as pool:

@@ -10,9 +10,9 @@ import re
 import unicodedata
 from collections.abc import Collection, Sequence
 
-# What CLIP, BLIP and a Q-Former read of a caption ends long before; the clean-up of a text without an end does not.
+# Far beyond the context of CLIP, BLIP and a Q-Former; bounds the time of the clean-up.
 _MAX_CHARACTERS = 20_000
-# A comment ends before the next one begins: else a text of nothing but beginnings would be searched again and again.
+# A comment ends before the next one begins: else a text of many "<!--" would take quadratic time.
 _COMMENT = re.compile(r"<!--(?:(?!<!--|-->).)*-->|<[!?][A-Za-z][^<>]*>", re.DOTALL)
 # "a < b" and "i <3 you" are prose.
 _BRACKETS = re.compile(r"<(/?)([A-Za-z][^<>]*)>")
@@ -45,7 +45,7 @@ def clean_caption(raw: str, prompt: str = "") -> str:
     is cut off.
 
     Args:
-        raw: what the captioner or the list said.
+        raw: text of the captioner or of the list.
         prompt: the captioner's prompt, which it repeats at the start of each caption.
     """
     text = html.unescape(html.unescape(raw[:_MAX_CHARACTERS]))
@@ -71,15 +71,15 @@ def _without_markup(text: str) -> str:
         if match[1] or _is_tag(inside, closed):
             return " "
         # A placeholder is written in capitals, where the captions around it have words.
-        said = inside.lower() if inside.isupper() else inside
+        word = inside.lower() if inside.isupper() else inside
         before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 1]
-        return f"{' ' if before.isalnum() else ''}{said}{' ' if after.isalnum() or after == '<' else ''}"
+        return f"{' ' if before.isalnum() else ''}{word}{' ' if after.isalnum() or after == '<' else ''}"
 
     return _BRACKETS.sub(words, text)
 
 
 def _is_tag(inside: str, closed: Collection[str]) -> bool:
-    """Tell a tag: an element of HTML's, one of another namespace (Word's ``o:p``), with attributes, or closed."""
+    """Tell a tag: an HTML element, one with a namespace (Word's ``o:p``) or attributes, or one that is closed."""
     name = _NAME.match(inside)
     if inside.endswith("/") or (name and "=" in inside):
         return True
@@ -110,7 +110,7 @@ def same_text_key(text: str) -> str:
 def mark_duplicates(texts: Sequence[str]) -> list[int | None]:
     """Return, for each cleaned text, the index of the first earlier one that is the same, or None.
 
-    Sameness is that of ``same_text_key``. Empty texts are nobody's duplicate.
+    Sameness is that of ``same_text_key``. An empty text is not a duplicate.
     """
     first: dict[str, int] = {}
     marks: list[int | None] = []

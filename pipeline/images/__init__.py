@@ -1,4 +1,4 @@
-"""Image bytes to pixels: judged before they are decoded, decoded within bounds, resized for each model.
+"""Image bytes to pixels: headers checked before decoding, decoding within bounds, resizing for each model.
 
-In: bytes. Out: uint8 arrays and normalised tensors. Knows nothing of shards or records.
+In: bytes. Out: uint8 arrays and normalised tensors, or an `ImageError` with its reason. Imports no shard and no record.
 """

@@ -1,6 +1,6 @@
-"""Colours as their ICC profile means them, converted to sRGB: the one space that stored images are in.
+"""Conversion of images with an ICC profile to sRGB, the colour space of all stored images.
 
-Browsers show them so; the bytes of a wide-gamut image taken as sRGB are paler than what its caption speaks of.
+Browsers do the same; without it, a wide-gamut image read as sRGB is paler than what its caption describes.
 """
 
 import io
@@ -9,12 +9,12 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-# Longer than any profile of a scanner or a press; a longer one is taken as none.
+# Longer than any profile of a scanner or a press; a longer one is ignored.
 MAX_PROFILE_BYTES = 4_000_000
-# A profile that moves no colour by more than this is sRGB itself, of which there are many versions.
+# A profile that changes no colour by more levels than this is a version of sRGB.
 _SAME_LEVELS = 2
 _SPACES = {"RGB": ("RGB",), "RGBA": ("RGB",), "L": ("GRAY",), "CMYK": ("CMYK",)}
-# Of an image's own space; links, abstract and named profiles convert something else.
+# Classes of profiles that describe an image's own space; link, abstract and named-colour profiles do not.
 _CLASSES = ("scnr", "mntr", "prtr", "spac")
 
 
@@ -34,7 +34,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return converted
 
 
-# A few profiles are in nearly all images that have one; a printer's takes some megabytes.
+# Nearly all images with a profile share a few profiles; a printer's takes some megabytes.
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return what converts to sRGB, or None where nothing is to be converted."""

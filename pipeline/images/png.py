@@ -1,7 +1,7 @@
-"""The chunks of a PNG file: those that its pixels need, without those that say something about it.
+"""The chunks of a PNG file: those that decoding needs, its ICC profile, and whether all pixels are there.
 
-Pillow refuses an image whose text or profile is long, or whose checksum of such a chunk is wrong; its pixels may be
-sound. Section numbers are those of the PNG specification, third edition.
+Pillow rejects an image with a long text or profile, or with a wrong checksum of such a chunk, although its pixels may
+be intact. Section numbers are those of the PNG specification, third edition.
 """
 
 import struct
@@ -19,9 +19,9 @@ _KEPT = frozenset((b"tRNS", b"acTL", b"fcTL", b"eXIf"))
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the PNG with what comes before its pixels reduced to what they need, and nothing behind them.
+    """Return the PNG with only those chunks before its pixels that decoding needs, and none behind them.
 
-    A file that stops within its pixels stays one; where only the end is missing, it is added.
+    A file that is cut within its pixels stays cut; where only the end chunk is missing, it is added.
     """
     parts, pixels_start, end = [SIGNATURE], None, len(SIGNATURE)
     for kind, start, end in _chunks(data):
@@ -54,9 +54,9 @@ def read_profile(data: bytes, max_bytes: int) -> bytes | None:
 
 
 def check_complete(data: bytes) -> None:
-    """Raise ValueError unless the compressed pixels are as many as the header says.
+    """Raise ValueError unless the stream decompresses to as many bytes of pixels as the header says.
 
-    Pillow leaves black what a complete stream of fewer rows lacks.
+    Pillow leaves the missing rows of a shorter stream black.
     """
     pixels = b"".join(data[start + 8 : end - 4] for kind, start, end in _chunks(data) if kind == b"IDAT")
     decompressor, count = zlib.decompressobj(), 0
@@ -69,6 +69,8 @@ def check_complete(data: bytes) -> None:
 
 def _pixel_bytes(data: bytes) -> int:
     """Return the size of all scan lines with their filter bytes (7.2, 8.1)."""
+    # Each pass holds ceil((width - x) / dx) by ceil((height - y) / dy) pixels; a line is a filter byte and its bits,
+    # rounded up to bytes.
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * _CHANNELS[colour]
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)

@@ -1,5 +1,5 @@
-"""Engines and the weights they load: `blip/` writes captions, `clip/` scores them.
+"""Engines and the weights they load: `blip/` writes captions, `clip/` scores them, the rest finds and checks models.
 
-In: a local folder or a hub repository, then pixels and texts. Out: tokens, captions, embeddings. Knows no
-stage, no record and no corpus; `training/` reads published weights through the same loaders.
+In: a local folder or a hub repository, then pixels and texts. Out: tokens, captions, embeddings, scores. Imports no
+stage, no record and no storage; `training/` reads published weights through the same loaders.
 """

@@ -30,7 +30,7 @@ from schemas.tables import CANDIDATES, CAPTIONS
 
 @dataclass(slots=True)
 class _Image:
-    """One image on its way: the sample's identity, its candidates' rows, the pixels for each CLIP."""
+    """The rows of an image's candidates, and its pixels for each CLIP; None where it does not decode."""
 
     candidates: list[dict[str, Any]]
     pixels: tuple[Tensor, ...] | None

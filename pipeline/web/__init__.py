@@ -1,4 +1,4 @@
-"""One URL fetched safely: which addresses may be asked, how often, for how long, and what a site forbids.
+"""One URL fetched safely: allowed addresses, limits per host and in time, and what a site reserves.
 
-In: a URL. Out: one outcome, the bytes or a reason. Knows nothing of shards or records.
+In: a URL. Out: one `Fetch`, with the body or a reason. Imports no shard and no record.
 """

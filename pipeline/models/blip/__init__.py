@@ -1,1 +1,5 @@
-"""BLIP's captioner: the vision tower, the text decoder, and ten sampled captions an image from one pass over it."""
+"""BLIP: `captioner` is the engine; `vision` and `decoder` are its two models, `generation` and `nucleus` the sampling.
+
+In: encoded or prepared images and their uids. Out: ten sampled captions an image. `vision` (image features, and the
+keys and values that text layers read of them) also serves models other than the captioner.
+"""
