@@ -25,7 +25,7 @@ test: $(STAMP) ## run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## run the tests that need neither Ray nor a training: the loop of work
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not training"
 
 check: $(STAMP) ## check style, types, import contracts and dead code
 	@$(BIN)/ruff check -q .

@@ -4,6 +4,8 @@ import pytest
 
 from jobs.bench.loader import measure_loader
 
+pytestmark = pytest.mark.training
+
 
 @pytest.mark.slow
 def test_both_loaders_load_the_same_shards() -> None:

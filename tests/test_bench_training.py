@@ -9,6 +9,8 @@ from jobs.bench.train_step import measure_precision, measure_steps, synthetic_st
 from training.blip2.build import empty_stage
 from training.distributed import World
 
+pytestmark = pytest.mark.training
+
 FACTS = {
     "samples_per_s",
     "step_s",

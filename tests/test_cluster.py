@@ -20,7 +20,7 @@ from tests.runs import committed_uids, config_file, curated_files, small_config,
 from tests.tiny_training import tiny_config
 from training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 TOKEN = "7" * 64
 

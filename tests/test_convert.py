@@ -20,6 +20,8 @@ from training.convert.key_map import from_hf, hf_name, our_name, to_hf
 from training.convert.load import load_trained
 from training.convert.read import read_external, read_lavis, stage_state
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

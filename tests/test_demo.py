@@ -16,7 +16,7 @@ from jobs.docs.manifest_page import ANSWERS, ask
 from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 README = ROOT / "README.md"
 
 

@@ -29,6 +29,8 @@ from training.evaluate.annotations import read_captioned_images
 from training.evaluate.images import ImageFolder
 from training.models.language import load_language
 
+pytestmark = pytest.mark.training
+
 SHARDS, IMAGES = 2, 150
 
 

@@ -11,6 +11,8 @@ from tests.listeners import addresses_by_process
 from training import distributed
 from training.distributed import World
 
+pytestmark = pytest.mark.training
+
 
 def collectives(world: World) -> dict[str, object]:
     distributed._BUCKET_ELEMENTS = 4

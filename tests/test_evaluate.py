@@ -29,6 +29,8 @@ from training.evaluate.images import ImageFolder
 from training.evaluate.retrieval import Stage1Matcher, contrastive_lists, retrieve
 from training.evaluate.validation import probe
 
+pytestmark = pytest.mark.training
+
 TEXTS = [
     "a red circle", "blue square on grass", "A dog, sitting!", "a cat under tree", "two car", "the green",
     "a large white triangle near the tree", "three dog running", "a photo of small car", "black circle in street",

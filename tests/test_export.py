@@ -29,6 +29,8 @@ from training.convert.read import read_external, stage_state
 from training.evaluate.generation import Decoding, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher
 
+pytestmark = pytest.mark.training
+
 TEXTS = ["a red dog", "two cat on street", "the large white triangle near tree"]
 # ln_vision's epsilon is 1e-5 here, as in LAVIS; Hugging Face has one epsilon, 1e-6, for the encoder and it.
 TOLERANCE = 5e-4

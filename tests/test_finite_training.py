@@ -22,6 +22,8 @@ from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import probe
 from training.trainer.loop import TrainingStopped
 
+pytestmark = pytest.mark.training
+
 
 def spoil(file: Path, name: str, value: float = math.nan) -> None:
     """Put one bad value into a tensor of a file of safetensors."""

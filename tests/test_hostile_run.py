@@ -12,7 +12,7 @@ from tests.hostile import HostileSite
 from tests.processes import cli, stage_workers, start_cli
 from tests.runs import small_config, with_values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 ONE_GB = 1_000_000_000
 

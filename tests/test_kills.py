@@ -10,7 +10,7 @@ from schemas.config import CapfiltConfig
 from tests.processes import cli, descendants, kill, stage_workers, start_cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 KILLS = 20
 # Enough shards for twenty kills: twenty of twelve URLs, each with something of every kind to lose.

@@ -18,7 +18,7 @@ from schemas.config import CapfiltConfig
 from tests.processes import ROOT, cli, descendants, kill, start_cli
 from tests.runs import committed_uids, config_file, do_run, small_config, with_values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 STAGES = ("crawl", "caption", "rank", "select")
 

@@ -19,6 +19,8 @@ from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, mak
 from training.trainer.loop import Loop, TrainingStopped
 from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
 
+pytestmark = pytest.mark.training
+
 
 def weights(loop: Loop) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in loop.stage.trainable_state().items()}

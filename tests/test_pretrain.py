@@ -30,6 +30,8 @@ from tests.tiny_training import tiny_config
 from training.checkpoint import Checkpoints, State, read_model
 from training.trainer.metrics import FILE
 
+pytestmark = pytest.mark.training
+
 Make = Callable[..., PretrainConfig]
 
 

@@ -11,7 +11,7 @@ from jobs.demo.world.site import serving
 from tests.processes import ROOT, cli, start_cli
 from tests.runs import config_file, small_config, with_values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 # Opens the catalog anew each time, as a person at a prompt would, until standard input ends.
 _PLAIN_DUCKDB = """

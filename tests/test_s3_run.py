@@ -8,7 +8,7 @@ from pipeline.corpus.storage import Storage
 from tests.processes import cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
 def test_s3_equals_local(base_url: str, s3_root: str, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from training.blip2.micro_batches import _parts
 from training.blip2.stage1 import Stage1
 from training.distributed import World
 
+pytestmark = pytest.mark.training
+
 CAPTIONS = [
     "a red circle",
     "the dog on grass",

@@ -22,6 +22,8 @@ from training.blip2.stage2 import Stage2
 from training.distributed import World
 from training.models.language import load_language, split_caption
 
+pytestmark = pytest.mark.training
+
 CAPTIONS = [
     "a red circle",
     "the dog on grass",
