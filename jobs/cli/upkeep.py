@@ -33,18 +33,18 @@ def verify(
     from jobs.output.values import readable_bytes
     from pipeline.manifest.verify import verify as verify_corpus
 
-    found = verify_corpus(manifest, quick=quick)
+    result = verify_corpus(manifest, quick=quick)
     if json_:
-        print_json(asdict(found))
+        print_json(asdict(result))
     else:
-        if found.differences:
-            print_table([asdict(one) for one in found.differences], wide=wide)
+        if result.differences:
+            print_table([asdict(discrepancy) for discrepancy in result.differences], wide=wide)
         depth = "sizes of" if quick else "read"
         print(
-            f"{depth} {found.files:,} files ({readable_bytes(found.bytes)}) of {found.shards:,} shards: "
-            f"{len(found.differences):,} differences"
+            f"{depth} {result.files:,} files ({readable_bytes(result.bytes)}) of {result.shards:,} shards: "
+            f"{len(result.differences):,} differences"
         )
-    raise typer.Exit(1 if found.differences else 0)
+    raise typer.Exit(1 if result.differences else 0)
 
 
 @upkeep.command(rich_help_panel=KEEP)
@@ -70,17 +70,17 @@ def gc(
     from pipeline.corpus.records import Records
 
     records = Records(storage)
-    garbage = find_orphans(records, older_than=_age(older_than), retired=retired)
+    orphans = find_orphans(records, older_than=_age(older_than), retired=retired)
     if not dry_run:
-        garbage = remove(records, garbage)
-    size = sum(file.bytes for file in garbage)
+        orphans = remove(records, orphans)
+    size = sum(file.bytes for file in orphans)
     if json_:
         return print_json(
-            {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in garbage]}
+            {"removed": not dry_run, "bytes": size, "files": [asdict(file) for file in orphans]}
         )
-    if garbage:
-        print_table([asdict(file) for file in garbage], wide=wide)
-    print(f"{'would remove' if dry_run else 'removed'} {len(garbage):,} files, {readable_bytes(size)}")
+    if orphans:
+        print_table([asdict(file) for file in orphans], wide=wide)
+    print(f"{'would remove' if dry_run else 'removed'} {len(orphans):,} files, {readable_bytes(size)}")
 
 
 def _age(text: str) -> timedelta:
