@@ -6,11 +6,8 @@ from jobs.docs.manifest_page import ANSWERS, QUERIES, ask, manifest_page
 from schemas.tables import TABLE_DOCS, TABLES, column_doc
 from tests.corpora import make_corpus
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "manifest.md"
 
-
-def test_the_page_is_what_the_code_declares() -> None:
-    assert PAGE.read_text() == manifest_page(), "run `make docs`"
+def test_the_page_describes_every_column() -> None:
     assert TABLE_DOCS.keys() == TABLES.keys()
     for schema in TABLES.values():
         for field in schema:

@@ -57,7 +57,7 @@ _DECODED = {"cpu": 2, "cuda": 256}
 _DECODED_ENDING = {"cpu": 4, "cuda": 256}
 _TOP_TWO = {"cpu": 4, "cuda": 1024}
 # transformers and open_clip run at the fastest of these.
-_THEIR_BATCHES = {"cpu": (4,), "cuda": (16, 32, 64, 128)}
+_REFERENCE_BATCHES = {"cpu": (4,), "cuda": (16, 32, 64, 128)}
 _PICTURE_PX, _PICTURES = (512, 512), 16
 
 
@@ -170,9 +170,9 @@ def _counted(model: BlipForConditionalGeneration, features_BPE: Tensor) -> dict[
         rows = int((tokens_BNT != NO_TOKEN).sum()) / images - (tokens_BNT.shape[1] - 1)
         counts[f"gflop_ours{suffix}"] = round(counted_flops(sample) / images / 1e9, 2)
         counts[f"gflop_bound{suffix}"] = round(1.05 * (_GFLOP_IMAGE + _GFLOP_ROW * rows), 2)
-    theirs = counted_flops(partial(_generate, model, features_BPE)) / images / 1e9
-    ratio = round(theirs / counts["gflop_ours"], 2)
-    return {"decode_flops_ratio": ratio, **counts, "gflop_transformers": round(theirs, 2)}
+    reference = counted_flops(partial(_generate, model, features_BPE)) / images / 1e9
+    ratio = round(reference / counts["gflop_ours"], 2)
+    return {"decode_flops_ratio": ratio, **counts, "gflop_transformers": round(reference, 2)}
 
 
 def _decode(
@@ -182,21 +182,21 @@ def _decode(
     images = len(features_BPE)
     end_after(model, features_BPE[:8], end_chance)
     sampler = _sampler(model, images, grid=model.device.type == "cuda")
-    ours = partial(sampler, features_BPE, _uniforms(model, images))
+    capfilt = partial(sampler, features_BPE, _uniforms(model, images))
 
-    def theirs() -> None:
+    def reference() -> None:
         # transformers repeats every image ten times before it decodes: as many at once as its memory holds.
         for part_BPE in features_BPE.split(64):
             _generate(model, part_BPE)
 
-    tokens_BNT = ours()
-    theirs()
-    timed = in_turn({"ours": ours, "theirs": theirs}, rounds, model.device)
+    tokens_BNT = capfilt()
+    reference()
+    timed = in_turn({"capfilt": capfilt, "reference": reference}, rounds, model.device)
     return {
         f"decode_ratio{suffix}": median_ratio(timed),
         f"decode{suffix}_mean_tokens": round(float((tokens_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
-        f"decode{suffix}_s_per_image": round(median(timed["ours"]) / images, 6),
-        f"decode{suffix}_s_per_image_transformers": round(median(timed["theirs"]) / images, 6),
+        f"decode{suffix}_s_per_image": round(median(timed["capfilt"]) / images, 6),
+        f"decode{suffix}_s_per_image_transformers": round(median(timed["reference"]) / images, 6),
     }
 
 
@@ -206,21 +206,21 @@ def _top_two(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
     images = _TOP_TWO[device.type]
     pictures = [jpeg(seed, _PICTURE_PX) for seed in range(min(images, _PICTURES))]
     files = [pictures[index % len(pictures)] for index in range(images)]
-    ours = partial(_our_top_two(folder, min(batch_size, images)), files)
-    ours()  # compiles and captures
+    capfilt = partial(_capfilt_top_two(folder, min(batch_size, images)), files)
+    capfilt()  # compiles and captures
     result: dict[str, Any] = {}
     if device.type == "cuda":
         # CUDA graphs included, without what earlier work left behind.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        ours()
+        capfilt()
         result["peak_bytes"] = torch.cuda.max_memory_reserved()
-    batch, theirs = _fastest_batch(folder, files)
-    timed = in_turn({"ours": ours, "theirs": partial(theirs, files)}, rounds, device)
+    batch, reference = _fastest_batch(folder, files)
+    timed = in_turn({"capfilt": capfilt, "reference": partial(reference, files)}, rounds, device)
     return result | {
         "end_to_end_ratio": median_ratio(timed),
-        "images_per_s": round(images / median(timed["ours"]), 3),
-        "transformers_images_per_s": round(images / median(timed["theirs"]), 3),
+        "images_per_s": round(images / median(timed["capfilt"]), 3),
+        "transformers_images_per_s": round(images / median(timed["reference"]), 3),
         "transformers_batch_size": batch,
     }
 
@@ -228,16 +228,16 @@ def _top_two(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
 def _fastest_batch(folder: Path, files: list[bytes]) -> tuple[int, TopTwo]:
     """Return the batch size at which the libraries' own way is fastest, and that way, warmed up."""
     device = worker_device()
-    sizes = _THEIR_BATCHES[device.type]
+    sizes = _REFERENCE_BATCHES[device.type]
     took_s = {}
     for size in sizes:
-        run = partial(_their_top_two(folder, size), files[: 2 * max(sizes)])
+        run = partial(_reference_top_two(folder, size), files[: 2 * max(sizes)])
         run()
         took_s[size] = seconds(run, device) if len(sizes) > 1 else 0.0
     best = min(took_s, key=lambda size: took_s[size])
-    theirs = _their_top_two(folder, best)
-    theirs(files)
-    return best, theirs
+    reference = _reference_top_two(folder, best)
+    reference(files)
+    return best, reference
 
 
 def _batches(prepare: Callable[[bytes], T], files: list[bytes], size: int) -> Iterator[list[T]]:
@@ -248,7 +248,7 @@ def _batches(prepare: Callable[[bytes], T], files: list[bytes], size: int) -> It
         yield batch
 
 
-def _our_top_two(folder: Path, batch_size: int) -> TopTwo:
+def _capfilt_top_two(folder: Path, batch_size: int) -> TopTwo:
     config = CaptionConfig(model=str(folder / "captioner"), batch_size=batch_size)
     captioner = Captioner(config, captioner_weights(config), 0)
     ranker = Ranker(ranker_weights(f"local-dir:{folder / 'ranker'}", ""), "auto", batch_size)
@@ -287,7 +287,7 @@ def _our_top_two(folder: Path, batch_size: int) -> TopTwo:
     return top_two
 
 
-def _their_top_two(folder: Path, batch_size: int) -> TopTwo:
+def _reference_top_two(folder: Path, batch_size: int) -> TopTwo:
     device = worker_device()
     dtype = compute_dtype("auto", device)
     blip = BlipForConditionalGeneration.from_pretrained(folder / "captioner", dtype=dtype).to(device).eval()

@@ -50,14 +50,14 @@ def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
     with (
         temporary_folder() as folder,
         serving(pictures) as host,
-        one_process() as ours,
-        one_process() as theirs,
+        one_process() as capfilt,
+        one_process() as reference,
     ):
         # The first round imports libraries and warms caches: not counted.
         config, tasks = _tasks(folder, host, images, _ROUNDS + 1)
         for task in tasks:
-            rounds["capfilt"].append(ours.submit(_crawl, config, task).result())
-            rounds["img2dataset"].append(theirs.submit(_download, config, task).result())
+            rounds["capfilt"].append(capfilt.submit(_crawl, config, task).result())
+            rounds["img2dataset"].append(reference.submit(_download, config, task).result())
     measured = {name: _summary(shards) for name, shards in rounds.items()}
     pairs = list(zip(rounds["capfilt"], rounds["img2dataset"], strict=True))[1:]
     assert all(shard.images == images for pair in pairs for shard in pair), "a crawler lost images"
@@ -67,8 +67,8 @@ def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
         "size": "x".join(map(str, size_px)),
         "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
         **measured,
-        "rate_ratio": round(median(theirs.seconds / ours.seconds for ours, theirs in pairs), 3),
-        "cpu_ratio": round(median(ours.cpu_s / theirs.cpu_s for ours, theirs in pairs), 3),
+        "rate_ratio": round(median(reference.seconds / capfilt.seconds for capfilt, reference in pairs), 3),
+        "cpu_ratio": round(median(capfilt.cpu_s / reference.cpu_s for capfilt, reference in pairs), 3),
     }
 
 

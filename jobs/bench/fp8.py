@@ -98,20 +98,20 @@ def measure_fp8(images: int = 500) -> dict[str, Any]:
 
 def measure_speed(captioner: Path, ranker: Path, batch: int, rounds: int) -> dict[str, Any]:
     """Time both vision towers in bfloat16 and float8, in turn; the ratio is the median over the rounds."""
-    found: dict[str, Any] = {"batch": batch, "rounds": rounds}
+    result: dict[str, Any] = {"batch": batch, "rounds": rounds}
     for name, load, folder in (("blip", _captioner, captioner), ("clip", _ranker, ranker)):
         models = {precision: load(folder, precision, batch) for precision in ("bf16", "fp8")}
         runs = {precision: partial(_see, model, batch) for precision, model in models.items()}
         for run in runs.values():
             run()  # compiles
         timed = in_turn(runs, rounds, worker_device())
-        found |= {
+        result |= {
             f"{name}_images_per_s_{precision}": batch / median(each) for precision, each in timed.items()
         }
-        found[f"{name}_ratio"] = median(
+        result[f"{name}_ratio"] = median(
             old / new for old, new in zip(timed["bf16"], timed["fp8"], strict=True)
         )
-    return found
+    return result
 
 
 def _full_size_speed() -> dict[str, Any]:

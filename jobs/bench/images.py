@@ -1,4 +1,4 @@
-"""From JPEG to the pixels of both models: the libraries' own preprocessing beside ours, in turn, on the same files.
+"""From JPEG to the pixels of both models: the libraries' own preprocessing beside this project's, in turn, on the same files.
 
 ``naive`` is what a plain loop does: for BLIP and for CLIP each, decode, resize with Pillow, normalise in float32.
 ``exact`` and ``fast`` are our two paths: decode once, resize for both, and hand out uint8.
@@ -41,8 +41,8 @@ def measure_images(images: int) -> dict[str, Any]:
         "images": images,
         "rounds": _ROUNDS,
         "threads": decode_threads(1, feeds_gpu=True),
-        "sizes": {found.pop("size"): found for found in sizes},
-        "max_level_difference": max(found["max_level_difference"] for found in sizes),
+        "sizes": {measured.pop("size"): measured for measured in sizes},
+        "max_level_difference": max(measured["max_level_difference"] for measured in sizes),
     }
 
 
@@ -56,10 +56,10 @@ def _decoders() -> tuple[dict[str, _Decoder], list[Preprocess]]:
         blip_CHW = processor(decode_rgb(data), return_tensors="pt").pixel_values[0]
         return blip_CHW, transform(decode_rgb(data))
 
-    def ours(path: PixelPath) -> _Decoder:
+    def capfilt(path: PixelPath) -> _Decoder:
         return lambda data: decode_pixels(data, recipes, path)
 
-    return {"naive": naive, "exact": ours("exact"), "fast": ours("fast")}, recipes
+    return {"naive": naive, "exact": capfilt("exact"), "fast": capfilt("fast")}, recipes
 
 
 def _measure_size(
@@ -68,18 +68,18 @@ def _measure_size(
     pictures = [jpeg(seed, size_px) for seed in range(images)]
     threads = decode_threads(1, feeds_gpu=True)
     one_thread: dict[str, list[float]] = {name: [] for name in decoders}
-    every: dict[str, list[float]] = {name: [] for name in decoders}
+    all_cores: dict[str, list[float]] = {name: [] for name in decoders}
     # The first round warms caches: not counted.
     for _ in range(_ROUNDS + 1):
         for name, decode in decoders.items():
             # By CPU time: what a core does when it has nothing else to do.
             one_thread[name].append(images / _decode_all(decode, pictures, 1).cpu_s)
-            every[name].append(images / _decode_all(decode, pictures, threads).seconds)
+            all_cores[name].append(images / _decode_all(decode, pictures, threads).seconds)
     return {
         "size": "x".join(map(str, size_px)),
         "bytes_per_picture": sum(map(len, pictures)) // images,
         **{
-            name: _summary(one_thread[name][1:], every[name][1:], one_thread["naive"][1:])
+            name: _summary(one_thread[name][1:], all_cores[name][1:], one_thread["naive"][1:])
             for name in decoders
         },
         **_differences(pictures, recipes),
@@ -94,11 +94,15 @@ def _decode_all(decode: _Decoder, pictures: Sequence[bytes], threads: int) -> St
     return watch
 
 
-def _summary(one: Sequence[float], every: Sequence[float], naive: Sequence[float]) -> dict[str, float]:
+def _summary(
+    one_thread: Sequence[float], all_cores: Sequence[float], naive: Sequence[float]
+) -> dict[str, float]:
     return {
-        "images_per_core_s": round(median(one), 1),
-        "images_per_s_all_cores": round(median(every), 1),
-        "ratio": round(median(ours / theirs for ours, theirs in zip(one, naive, strict=True)), 3),
+        "images_per_core_s": round(median(one_thread), 1),
+        "images_per_s_all_cores": round(median(all_cores), 1),
+        "ratio": round(
+            median(rate / reference for rate, reference in zip(one_thread, naive, strict=True)), 3
+        ),
     }
 
 

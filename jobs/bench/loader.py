@@ -35,21 +35,23 @@ def measure_loader(images: int) -> dict[str, Any]:
     batches = max(1, images // _BATCH_SIZE)
     rounds: dict[str, list[dict[str, Any]]] = {"capfilt": [], "webdataset": []}
     one_process = partial(ProcessPoolExecutor, 1, get_context("spawn"))
-    with temporary_folder() as folder, one_process() as ours, one_process() as theirs:
+    with temporary_folder() as folder, one_process() as capfilt, one_process() as reference:
         corpus = _curated(folder, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
         # The first round imports libraries and warms caches: not counted.
         for _ in range(_ROUNDS + 1):
-            rounds["capfilt"].append(ours.submit(_measure, _our_batches, corpus, batches).result())
-            rounds["webdataset"].append(theirs.submit(_measure, _plain_batches, corpus, batches).result())
+            rounds["capfilt"].append(capfilt.submit(_measure, _our_batches, corpus, batches).result())
+            rounds["webdataset"].append(reference.submit(_measure, _plain_batches, corpus, batches).result())
     pairs = list(zip(rounds["capfilt"], rounds["webdataset"], strict=True))[1:]
     return {
         "images": batches * _BATCH_SIZE,
         "rounds": _ROUNDS,
         "size": "x".join(map(str, _SIZE_PX)),
         "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
-        **{name: _summary(found) for name, found in rounds.items()},
-        "rate_ratio": round(median(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs), 2),
-        "cpu_ratio": round(median(theirs["cpu_s"] / ours["cpu_s"] for ours, theirs in pairs), 2),
+        **{name: _summary(measured) for name, measured in rounds.items()},
+        "rate_ratio": round(
+            median(reference["seconds"] / capfilt["seconds"] for capfilt, reference in pairs), 2
+        ),
+        "cpu_ratio": round(median(reference["cpu_s"] / capfilt["cpu_s"] for capfilt, reference in pairs), 2),
     }
 
 

@@ -66,8 +66,8 @@ def measure_rank(
         timed = {
             part: in_turn(
                 {
-                    "theirs": partial(sides["open_clip"][part], what),
-                    "ours": partial(sides["capfilt"][part], what),
+                    "reference": partial(sides["open_clip"][part], what),
+                    "capfilt": partial(sides["capfilt"][part], what),
                 },
                 rounds,
                 device,
@@ -81,7 +81,7 @@ def measure_rank(
             exact_BK = similarities(exact, tokens_TL, pixels_BCHW.float())
             for name, similar_BK in similar.items():
                 result[name]["rms_error"] = float((similar_BK - exact_BK).square().mean().sqrt())
-    for name, timed_as in (("open_clip", "theirs"), ("capfilt", "ours")):
+    for name, timed_as in (("open_clip", "reference"), ("capfilt", "capfilt")):
         parts = {part: by_side[timed_as] for part, by_side in timed.items()}
         total_s = median(map(sum, zip(*parts.values(), strict=True)))
         result[name] |= {f"{part}_s": round(median(values), 5) for part, values in parts.items()}
@@ -177,10 +177,10 @@ def similarities(side: Side, tokens_TL: Tensor, pixels_BCHW: Tensor) -> Tensor:
     return (image_BE[:, None] * text_BKE).sum(-1)
 
 
-def _agreement(theirs_BK: Tensor, ours_BK: Tensor) -> dict[str, Any]:
-    same_B = (theirs_BK.topk(2).indices == ours_BK.topk(2).indices).all(-1)
+def _agreement(reference_BK: Tensor, capfilt_BK: Tensor) -> dict[str, Any]:
+    same_B = (reference_BK.topk(2).indices == capfilt_BK.topk(2).indices).all(-1)
     return {
-        "max_similarity_difference": float((theirs_BK - ours_BK).abs().max()),
+        "max_similarity_difference": float((reference_BK - capfilt_BK).abs().max()),
         "same_top_two": float(same_B.float().mean()),
-        "similarity_spread": round(float(theirs_BK.std(-1).mean()), 4),
+        "similarity_spread": round(float(reference_BK.std(-1).mean()), 4),
     }

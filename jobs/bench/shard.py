@@ -81,9 +81,9 @@ def measure_shard(images: int, shards: int, rounds: int, size: Size) -> dict[str
         "shards": shards,
         "rounds": rounds,
         "batch_size": bench.config.caption.batch_size,
-        "mean_tokens": round(mean(tokens for one in timed for tokens in one["tokens"]), 2),
-        **{name: all(one[name] for one in timed) for name in ("same_captions", "same_scores")},
-        **{stage: _summary([one[stage] for one in timed], total) for stage in ("caption", "rank")},
+        "mean_tokens": round(mean(tokens for measured in timed for tokens in measured["tokens"]), 2),
+        **{name: all(measured[name] for measured in timed) for name in ("same_captions", "same_scores")},
+        **{stage: _summary([measured[stage] for measured in timed], total) for stage in ("caption", "rank")},
     }
 
 
@@ -101,13 +101,13 @@ class _Bench:
 
     def round(self, shards: Sequence[_Shard]) -> dict[str, Any]:
         """Caption and rank the shards both ways, and compare what comes out."""
-        said, caption = self._through("caption", self.caption, shards, [{} for _ in shards])
-        captions = [self._columns(record, "raw_text", "num_tokens") for record in said]
+        captioned, caption = self._through("caption", self.caption, shards, [{} for _ in shards])
+        captions = [self._columns(record, "raw_text", "num_tokens") for record in captioned]
         bare: list[list[list[str]]] = []
         caption["bare_s"] = seconds(
             lambda: bare.extend(self._caption_bare(shard) for shard in shards), self.device
         )
-        ranked, rank = self._through("rank", self.rank, shards, [{"caption": record} for record in said])
+        ranked, rank = self._through("rank", self.rank, shards, [{"caption": record} for record in captioned])
         scored = [self._columns(record, "text", "score") for record in ranked]
         # A text is scored once an image, and not at all if there is nothing of it.
         scores = [
@@ -115,7 +115,7 @@ class _Bench:
         ]
         bare_scores: list[list[list[float]]] = []
         rank["bare_s"] = seconds(
-            lambda: bare_scores.extend(self._rank_bare(*one) for one in zip(shards, scores, strict=True)),
+            lambda: bare_scores.extend(map(self._rank_bare, shards, scores)),
             self.device,
         )
         return {
@@ -152,22 +152,22 @@ class _Bench:
 
     def _caption_bare(self, shard: _Shard) -> list[list[str]]:
         captioner, size = self.caption.captioner, self.config.caption.batch_size
-        said = []
+        captions: list[list[str]] = []
         for start in range(0, len(shard.uids), size):
             batch = slice(start, start + size)
             sampled = captioner.generate(captioner.load(shard.blip[batch], shard.uids[batch]))
-            said += [[caption.text for caption in row] for row in captioner.decode_text(sampled)]
-        return said
+            captions += [[caption.text for caption in row] for row in captioner.decode_text(sampled)]
+        return captions
 
     def _rank_bare(self, shard: _Shard, rows: list[dict[str, float]]) -> list[list[float]]:
         [ranker], size = self.rank.rankers, self.config.rank.batch_size
         texts = [list(row) for row in rows]
-        found = []
+        similarities: list[list[float]] = []
         for start in range(0, len(texts), size):
             batch = slice(start, start + size)
             scores = ranker.score_pixels(stack_pinned(shard.clip[batch]), texts[batch])
-            found += [[score.similarity for score in row] for row in scores]
-        return found
+            similarities += [[score.similarity for score in row] for row in scores]
+        return similarities
 
     def _shards(self) -> list[_Shard]:
         """Make the raw shards, and decode the few pictures that they consist of."""
@@ -209,11 +209,13 @@ def _save_full(folder: Path, device: torch.device) -> tuple[Path, Path]:
 
 
 def _summary(rounds: Sequence[dict[str, Any]], images: int) -> dict[str, Any]:
-    whole_s = [one["whole_s"] for one in rounds]
-    bare_s = [one["bare_s"] for one in rounds]
+    whole_s = [measured["whole_s"] for measured in rounds]
+    bare_s = [measured["bare_s"] for measured in rounds]
     return {
         "images_per_s": round(images / median(whole_s), 3),
         "bare_images_per_s": round(images / median(bare_s), 3),
         "bare_share": round(median(bare / whole for bare, whole in zip(bare_s, whole_s, strict=True)), 4),
-        "seconds": {part: round(median(one["parts"][part] for one in rounds), 3) for part in _PARTS},
+        "seconds": {
+            part: round(median(measured["parts"][part] for measured in rounds), 3) for part in _PARTS
+        },
     }

@@ -31,14 +31,14 @@ def held_out_scenes(count: int, seed: int = SEED) -> HeldOutScenes:
     """Draw scenes without repetition; equal arguments give equal pictures and captions."""
     pictures = demo_images(count * 5 // 4, seed)
     rng = random.Random(seed)
-    found: dict[Scene, HeldOut] = {}
+    samples: dict[Scene, HeldOut] = {}
     for scene, pixels_HWC in zip(pictures.scenes, pictures.pixels_NHWC, strict=True):
-        if scene not in found:
+        if scene not in samples:
             caption = write_caption(scene, rng, rng.choice(_FULL))
             pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
-            found[scene] = HeldOut(pixels_CHW, [caption], f"{len(found):04}")
-    assert len(found) >= count, "draw more pictures: too many scenes came twice"
-    return HeldOutScenes(scenes=list(found)[:count], samples=list(found.values())[:count])
+            samples[scene] = HeldOut(pixels_CHW, [caption], f"{len(samples):04}")
+    assert len(samples) >= count, "draw more pictures: too many scenes came twice"
+    return HeldOutScenes(scenes=list(samples)[:count], samples=list(samples.values())[:count])
 
 
 def write_benchmark(held_out: HeldOutScenes, folder: Path) -> None:

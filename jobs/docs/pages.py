@@ -161,16 +161,16 @@ def main() -> None:
 
 def _sections(section: type[BaseModel], path: str = "") -> dict[type[BaseModel], list[str]]:
     """Return the sections below one, in order, each with the TOML headers it goes by."""
-    found: dict[type[BaseModel], list[str]] = {}
+    headers: dict[type[BaseModel], list[str]] = {}
     for name, info in section.model_fields.items():
         inner = section_class(info.annotation)
         if inner is None:
             continue
         header = f"{path}.{name}".removeprefix(".")
         is_list = get_origin(info.annotation) is tuple
-        found.setdefault(inner, []).append(f"[[{header}]]" if is_list else f"[{header}]")
-        found.update(_sections(inner, header))
-    return found
+        headers.setdefault(inner, []).append(f"[[{header}]]" if is_list else f"[{header}]")
+        headers.update(_sections(inner, header))
+    return headers
 
 
 def _key_table(section: type[BaseModel]) -> list[str]:

@@ -84,8 +84,8 @@ def demo_images(num_images: int, seed: int, workers: int = 1) -> DemoImages:
     """Make pictures that no site serves; sets of different seeds share none."""
     make = partial(_picture, seed=seed)
     if workers == 1:
-        made = list(map(make, range(num_images)))
+        pictures = list(map(make, range(num_images)))
     else:
         with ProcessPoolExecutor(workers) as pool:
-            made = list(pool.map(make, range(num_images), chunksize=64))
-    return DemoImages([scene for scene, _ in made], np.stack([pixels_HWC for _, pixels_HWC in made]))
+            pictures = list(pool.map(make, range(num_images), chunksize=64))
+    return DemoImages([scene for scene, _ in pictures], np.stack([pixels_HWC for _, pixels_HWC in pictures]))
