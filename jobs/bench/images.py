@@ -1,4 +1,4 @@
-"""From JPEG to the pixels of both models: the libraries' own preprocessing beside this project's, in turn, on the same files.
+"""From JPEG to the pixels of both models: the libraries' own preprocessing and this project's, on the same files.
 
 ``naive`` is what a plain loop does: for BLIP and for CLIP each, decode, resize with Pillow, normalise in float32.
 ``exact`` and ``fast`` are our two paths: decode once, resize for both, and hand out uint8.
