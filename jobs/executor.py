@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 from jobs.interrupts import Interrupts
 from jobs.output.progress import Progress
 from pipeline.manifest.manifest import Manifest
-from pipeline.stages.plan import Kind, ModelDigests
+from pipeline.stages.plan import Kind
 from pipeline.stages.progress import RunProgress
-from schemas.config import CapfiltConfig
+from pipeline.stages.runner import RunSettings
 from schemas.records import ShardRecord, Stage
 
 ExecutorOutcome = Literal["done", "interrupted", "gave up"]
@@ -33,11 +33,8 @@ _log = logging.getLogger(__name__)
 class StageJob:
     """What an executor is to do: some stages of some shards, each shard as its source's kind and its URLs."""
 
-    config: CapfiltConfig
+    settings: RunSettings
     stages: tuple[Stage, ...]
-    models: ModelDigests
-    run_id: str
-    recompute: bool
     shards: list[tuple[Kind, ShardRecord]]
 
 
@@ -45,10 +42,9 @@ class StageJob:
 class RunMonitor:
     """Displays progress and keeps the manifest fresh while an executor works."""
 
-    stages: tuple[Stage, ...]
+    job: StageJob
     display: Progress
     manifest: Manifest
-    compact_interval_s: float
     interrupts: Interrupts
     # Called at once, with the number of committed shards, when the run is interrupted.
     note_interruption: Callable[[int], None]
@@ -82,7 +78,8 @@ class RunMonitor:
         return progress.failed > max(_MAX_FAILED, _MAX_FAILED_SHARE * progress.finished)
 
     def _watch(self, stop: threading.Event, snapshot: Callable[[float], RunProgress | None]) -> None:
-        compacted, interval_s = time.monotonic(), self.compact_interval_s
+        compacted = time.monotonic()
+        interval_s = least_interval_s = self.job.settings.config.cluster.compact_interval_s
         is_last = False
         while not is_last:
             is_last = stop.wait(_POLL_S)
@@ -93,13 +90,13 @@ class RunMonitor:
                 self._compact()
                 compacted = time.monotonic()
                 # A large corpus takes a while to list: never spend more than a tenth of the time on it.
-                interval_s = max(self.compact_interval_s, 10 * (compacted - start))
+                interval_s = max(least_interval_s, 10 * (compacted - start))
 
     def _show(self, progress: RunProgress) -> None:
         """Display the progress, after the states that the stages have come to since the last time."""
         before, self.progress = self.progress.states, progress
         changed: dict[str, list[Stage]] = {}
-        for stage in self.stages:
+        for stage in self.job.stages:
             state = progress.states.get(stage, "")
             if state != before.get(stage, ""):
                 changed.setdefault(state, []).append(stage)

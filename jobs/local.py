@@ -23,15 +23,7 @@ class LocalExecutor:
         sweep_temporary_folders()
         counter = ProgressCounter()
         runners = [
-            ShardRunner(
-                stage,
-                job.config,
-                job.models,
-                run_id=job.run_id,
-                recompute=job.recompute,
-                note=counter.note,
-                report_state=counter.report_state,
-            )
+            ShardRunner(stage, job.settings, note=counter.note, report_state=counter.report_state)
             for stage in job.stages
         ]
         with _worker_environment(job), monitor.watching(lambda timeout_s: counter.snapshot()):
@@ -47,7 +39,7 @@ class LocalExecutor:
 def _worker_environment(job: StageJob) -> Iterator[None]:
     """Set the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one."""
     variables = dict(WORKER_ENVIRONMENT)
-    if not any(getattr(job.config.cluster, stage).gpus for stage in job.stages):
+    if not any(getattr(job.settings.config.cluster, stage).gpus for stage in job.stages):
         variables["CUDA_VISIBLE_DEVICES"] = ""
     else:
         _require_gpu(job)
@@ -68,5 +60,7 @@ def _require_gpu(job: StageJob) -> None:
 
     if torch.cuda.is_available():
         return
-    keys = [f"cluster.{stage}.gpus" for stage in job.stages if getattr(job.config.cluster, stage).gpus]
+    keys = [
+        f"cluster.{stage}.gpus" for stage in job.stages if getattr(job.settings.config.cluster, stage).gpus
+    ]
     raise CapfiltError(f"{' and '.join(keys)}: this machine has no GPU; set 0 to compute on the CPU")

@@ -24,6 +24,7 @@ from pipeline.intake.retries import queue_retries, retried_reasons
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from pipeline.stages.plan import ModelDigests
+from pipeline.stages.runner import RunSettings
 from pipeline.stages.staleness import stale_reasons
 from pipeline.stages.survey import CorpusState, Survey, Totals, survey
 from schemas.config import CapfiltConfig
@@ -214,11 +215,13 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
 
     kinds = {source.name: source.kind for source in config.source}
     job = StageJob(
-        config=config,
+        settings=RunSettings(
+            config=config,
+            models=digests_of(work.weights),
+            run_id=work.started.run_id,
+            recompute=options.recompute,
+        ),
         stages=options.stages,
-        models=digests_of(work.weights),
-        run_id=work.started.run_id,
-        recompute=options.recompute,
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
     )
     # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
@@ -226,10 +229,9 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
         open_progress(console, work.before, options.stages, options.limit, options.quiet)
     ) as display:
         monitor = RunMonitor(
-            stages=options.stages,
+            job=job,
             display=display,
             manifest=work.manifest,
-            compact_interval_s=config.cluster.compact_interval_s,
             interrupts=interrupts,
             note_interruption=note_interruption,
         )

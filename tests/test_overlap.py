@@ -17,8 +17,9 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.models.weights import captioner_weights
 from pipeline.stages.caption import CaptionWorker
+from pipeline.stages.plan import ModelDigests
 from pipeline.stages.progress import Outcome
-from pipeline.stages.runner import RWLock, ShardRunner
+from pipeline.stages.runner import RunSettings, RWLock, ShardRunner
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask, Stage
 from tests.raw_shards import encoded, picture
@@ -139,12 +140,10 @@ def watched() -> type[Watched]:
 def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
     """Have one runner caption both shards, each in a thread of its own, at once; return the outcomes."""
     outcomes: list[Outcome] = []
+    models: ModelDigests = {"caption": (captioner_weights(corpus.config.caption).digest,)}
     runner = ShardRunner(
         "caption",
-        corpus.config,
-        {"caption": (captioner_weights(corpus.config.caption).digest,)},
-        run_id=RUN,
-        recompute=False,
+        RunSettings(config=corpus.config, models=models, run_id=RUN),
         note=outcomes.append,
         report_state=lambda stage, state: None,
         load=lambda stage, config, records: Watched(config, records),

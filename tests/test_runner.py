@@ -8,7 +8,7 @@ import pytest
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
 from pipeline.stages.progress import Outcome, ProgressCounter
-from pipeline.stages.runner import ShardRunner, load_worker
+from pipeline.stages.runner import RunSettings, ShardRunner, load_worker
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, ShardTask, Stage
@@ -44,10 +44,7 @@ def select(corpus: Corpus, *failures: Exception) -> tuple[Outcome, int]:
 
     runner = ShardRunner(
         "select",
-        corpus.config,
-        {},
-        run_id=RUN,
-        recompute=False,
+        RunSettings(config=corpus.config, models={}, run_id=RUN),
         note=outcomes.append,
         report_state=lambda stage, state: None,
         load=load,
@@ -99,10 +96,7 @@ def test_a_storage_that_does_not_answer_is_waited_for(corpus: Corpus, outages: i
     outcomes: list[Outcome] = []
     runner = ShardRunner(
         "select",
-        corpus.config,
-        {},
-        run_id=RUN,
-        recompute=False,
+        RunSettings(config=corpus.config, models={}, run_id=RUN),
         note=outcomes.append,
         report_state=lambda stage, state: None,
         storage_waits_s=(0, 0),

@@ -20,6 +20,8 @@ from schemas.names import printable
 from schemas.records import STAGES, Stage
 
 _LEAST_HOURS = 0.0001
+_COLUMNS = ("stage", "source", "shards", "done", "pending", "stale", "images_left", "worker_hours", "gpu_hours",
+            "bytes", "basis")  # fmt: skip
 
 
 def plan_corpus(
@@ -66,22 +68,9 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "stage",
-        "source",
-        "total",
-        "done",
-        "pending",
-        "stale",
-        "images_left",
-        "worker_hours",
-        "gpu_hours",
-    )
-    shown = {name: row[name] for name in names}
-    shown |= {name: _shown_hours(row[name]) for name in ("worker_hours", "gpu_hours")}
-    shown["shards"] = shown.pop("total")
-    order = ("stage", "source", "shards", *names[3:])
-    return {name: shown[name] for name in order} | {"bytes": row["bytes_left"], "basis": row["basis"]}
+    hours = {name: _shown_hours(row[name]) for name in ("worker_hours", "gpu_hours")}
+    shown = row | hours | {"shards": row["total"], "bytes": row["bytes_left"]}
+    return {name: shown[name] for name in _COLUMNS}
 
 
 def _shown_hours(hours: float) -> float:

@@ -8,10 +8,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.executor import StageJob
 from pipeline.corpus.scratch import sweep_temporary_folders
-from pipeline.stages.plan import Kind, ModelDigests
+from pipeline.stages.plan import Kind
 from pipeline.stages.progress import Outcome, ProgressCounter
-from pipeline.stages.runner import ShardRunner
-from schemas.config import CapfiltConfig, StageResources
+from pipeline.stages.runner import RunSettings, ShardRunner
+from schemas.config import StageResources
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, Stage
 
@@ -33,22 +33,13 @@ class StageActor:
     def __init__(
         self,
         stage: Stage,
-        config: CapfiltConfig,
-        models: ModelDigests,
-        run_id: str,
-        recompute: bool,
+        settings: RunSettings,
         counter: ray.actor.ActorHandle,
     ) -> None:
         sweep_temporary_folders()
         self._counter = counter
         self._runner = ShardRunner(
-            stage,
-            config,
-            models,
-            run_id=run_id,
-            recompute=recompute,
-            note=counter.note.remote,
-            report_state=counter.report_state.remote,
+            stage, settings, note=counter.note.remote, report_state=counter.report_state.remote
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -84,7 +75,7 @@ def build_dataset(job: StageJob, counter: ray.actor.ActorHandle) -> Dataset:
     context.print_on_execution_start = False
     # An actor killed while it starts is replaced, as one killed at work is; by default it would fail the job.
     context.max_consecutive_actor_init_deaths = 10
-    context.execution_no_progress_timeout_s = job.config.cluster.stall_timeout_s
+    context.execution_no_progress_timeout_s = job.settings.config.cluster.stall_timeout_s
     # Shards in flight over concurrent shards: Ray's 1.75 is out of reach for two concurrent and two in flight. Down
     # under a half, where one actor's two shards leave a second one that just came up.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
@@ -92,12 +83,12 @@ def build_dataset(job: StageJob, counter: ray.actor.ActorHandle) -> Dataset:
     rows = [_row(kind, urls) for kind, urls in job.shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage in job.stages:
-        resources: StageResources = getattr(job.config.cluster, stage)
+        resources: StageResources = getattr(job.settings.config.cluster, stage)
         concurrent = CONCURRENT_SHARDS[stage]
         dataset = dataset.map_batches(
             _actor_class(stage),
             batch_size=1,
-            fn_constructor_args=(stage, job.config, job.models, job.run_id, job.recompute, counter),
+            fn_constructor_args=(stage, job.settings, counter),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
             compute=ActorPoolStrategy(

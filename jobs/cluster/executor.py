@@ -28,7 +28,7 @@ class RayExecutor:
         Every execution skips what is committed.
         """
         monitor.display.say("starting Ray, or joining it: some seconds")
-        with ray_session(job.config, job.stages, monitor.interrupts):
+        with ray_session(job.settings.config, job.stages, monitor.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             counter = ProgressActor.options(scheduling_strategy=here).remote()

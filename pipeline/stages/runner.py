@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition, Lock
 from typing import Any
 
@@ -88,6 +89,20 @@ class RWLock:
                 self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What all runners of a run share.
+
+    ``models`` are the digests of the weights that the fingerprints name: a worker that loads others is refused.
+    ``recompute``: replace stale shards.
+    """
+
+    config: CapfiltConfig
+    models: ModelDigests
+    run_id: str
+    recompute: bool = False
+
+
 class ShardRunner:
     """Runs one stage on the shards that it is given, from one thread or several.
 
@@ -96,8 +111,6 @@ class ShardRunner:
     retry runs alone: after a crash, shards that ran beside the failing one lose at most one attempt.
 
     Args:
-        models: digests of the weights that the fingerprints name; a worker that loads others is refused.
-        recompute: replace stale shards.
         note: receives the outcome of each shard.
         report_state: receives what the worker is doing.
         load: makes the worker; it is called again after a failed attempt, for fresh weights and device memory.
@@ -107,22 +120,16 @@ class ShardRunner:
     def __init__(
         self,
         stage: Stage,
-        config: CapfiltConfig,
-        models: ModelDigests,
+        settings: RunSettings,
         *,
-        run_id: str,
-        recompute: bool,
         note: Callable[[Outcome], object],
         report_state: Callable[[Stage, StageState], object],
         load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
         storage_waits_s: Sequence[float] = _STORAGE_WAITS_S,
     ) -> None:
         self.stage = stage
-        self.config = config
-        self.models = models
-        self.run_id = run_id
-        self.recompute = recompute
-        self.records = Records(Storage(config.corpus.path))
+        self.settings = settings
+        self.records = Records(Storage(settings.config.corpus.path))
         self._note = note
         self._report_state = report_state
         self._load = load
@@ -162,10 +169,11 @@ class ShardRunner:
             if name != "urls" and (record := self.records.read(name, source, shard)) is not None:
                 upstream[name] = record
         committed = self.records.read(self.stage, source, shard)
+        run = self.settings
         step = next_step(
-            self.config, self.models, self.stage, (source, shard), kind, upstream, committed, self.run_id
+            run.config, run.models, self.stage, (source, shard), kind, upstream, committed, run.run_id
         )
-        if step.task is None or (step.state == "stale" and not self.recompute):
+        if step.task is None or (step.state == "stale" and not run.recompute):
             return self._outcome(urls, "skipped" if step.state == "done" else step.state)
         return self._run_task(step.task)
 
@@ -218,10 +226,10 @@ class ShardRunner:
         """Return the worker, its weights loaded and checked to be those that the fingerprints name."""
         with self._loading:
             if self._worker is None:
-                expected = self.models.get(self.stage, ())
+                expected = self.settings.models.get(self.stage, ())
                 if expected:
                     self._report_state(self.stage, "loading weights")
-                worker = self._load(self.stage, self.config, self.records)
+                worker = self._load(self.stage, self.settings.config, self.records)
                 if getattr(worker, "models", ()) != expected:
                     raise CapfiltError(
                         f"{socket.gethostname()} has other weights for {self.stage} than the driver: pin "
