@@ -106,6 +106,9 @@ _CLI_INTRODUCTION = """\
   run is recorded as interrupted, and the same command goes on. A second signal does not wait for workers and manifest;
   a third ends the process.
 - Every command is safe to repeat, to kill and to start twice at once: what is committed is skipped.
+- `--local` runs the stages in one process, a shard at a time, instead of on Ray: for a small corpus or a debugger. The
+  corpus is the same; of `[cluster]`, `max_attempts`, `compact_interval_s` and whether a stage has GPUs count. From
+  Python: `jobs.run.run_local(load_config("corpus.toml"), limit=1)`.
 - A crawled URL is done, however it ended ([statuses and reasons](crawl.md#statuses)); `--retry WHICH` tries it again
   ([retries](intake.md#retries)).
 - Messages go to standard error where `--json` is given, so that standard output is one JSON value.
