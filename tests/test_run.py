@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,10 +72,22 @@ def test_every_url_has_one_row_and_every_image_eleven_scores(done: CapfiltConfig
     assert samples == 40 and candidates > 200
 
 
-def test_second_run_does_nothing(done: CapfiltConfig) -> None:
+def test_second_run_does_nothing_and_reads_each_record_once(
+    done: CapfiltConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Records(Storage(done.corpus.path)).shards()
+    reads: Counter[str] = Counter()
+    read = Storage.read
+
+    def counted(storage: Storage, path: str, max_bytes: int | None = None) -> bytes:
+        reads[path] += 1
+        return read(storage, path, max_bytes)
+
+    monkeypatch.setattr(Storage, "read", counted)
     result = do_run(done)
     assert (result.exit_code, result.record.shards_done) == (0, 0)
+    records = [f"records/{'/'.join(shard)}.json" for shard in before]
+    assert {path: reads[path] for path in records} == dict.fromkeys(records, 1)
     assert Records(Storage(done.corpus.path)).shards() == before
 
 
