@@ -5,7 +5,6 @@ Which executor does the work (Ray or this process) is chosen in ``_executor``.
 
 import contextlib
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,14 +24,12 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from pipeline.stages.plan import ModelDigests
 from pipeline.stages.runner import RunSettings
-from pipeline.stages.staleness import stale_reasons
+from pipeline.stages.staleness import stale_message
 from pipeline.stages.survey import CorpusState, Survey, Totals, survey
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now
 from schemas.records import STAGES, RunRecord, Stage
-
-_CHANGES_NAMED = 5
 
 _FIRST_SIGNAL = (
     "committed shards stay, those under way are started again by the same command; a second signal does not wait for "
@@ -163,9 +160,7 @@ def _prepare(
     state = CorpusState(records)
     before = survey(config, models, state, options.stages)
     if before.stale and not options.recompute:
-        raise CapfiltError(
-            _stale_message(before, stale_reasons(config, models, records, before.stale, state))
-        )
+        raise CapfiltError(stale_message(config, models, records, before.stale, state))
     _require_input(before, options)
     require_named_folders(config.source, state.urls, records.storage)
     if "crawl" in options.stages and _read_lists(config, records, started, options, console):
@@ -296,19 +291,6 @@ def _require_input(before: Survey, options: RunOptions) -> None:
         raise CapfiltError(
             f"no shard is ready for {' and '.join(options.stages)}: run the stages before it first (capfilt run)"
         )
-
-
-def _stale_message(before: Survey, reasons: Mapping[str, int]) -> str:
-    """Say how many shards are stale, what has changed since they were made, and what can be done."""
-    named = ", ".join("/".join(shard) for shard in before.stale[:3])
-    more = ", ..." if len(before.stale) > 3 else ""
-    changes = list(reasons)
-    rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
-    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made again"
-    return (
-        f"{len(before.stale)} committed shards are stale ({named}{more}): {because}{rest}. Restore that, make a "
-        "corpus at another corpus.path, or run again with --recompute to replace them"
-    )
 
 
 def _print_counts(before: Survey, options: RunOptions, console: Console) -> None:

@@ -1,12 +1,11 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from jobs.executor import StageJob
 from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.stages.plan import Kind
 from pipeline.stages.progress import Outcome, ProgressCounter
@@ -14,6 +13,9 @@ from pipeline.stages.runner import RunSettings, ShardRunner
 from schemas.config import StageResources
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, Stage
+
+if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
+    from jobs.executor import StageJob
 
 # Shards that one actor works on at once: of two, one computes on the device while the other is read, decoded or
 # written.
@@ -67,7 +69,7 @@ def _actor_class(stage: Stage) -> type[StageActor]:
     return type(f"{stage.title()}Actor", (StageActor,), {})
 
 
-def build_dataset(job: StageJob, counter: ray.actor.ActorHandle) -> Dataset:
+def build_dataset(job: "StageJob", counter: ray.actor.ActorHandle) -> Dataset:
     """Chain the stages' actor pools over the shards, one block a shard, so that shards flow as they are ready."""
     context = DataContext.get_current()
     context.enable_progress_bars = False

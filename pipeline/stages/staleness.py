@@ -14,10 +14,30 @@ from pipeline.stages.survey import CorpusState
 from schemas.config import CapfiltConfig
 from schemas.records import RunRecord, ShardRecord, Stage
 
+_CHANGES_NAMED = 5
 _LOADED_BY: dict[Stage, tuple[str, ...]] = {
     "caption": ("caption.model",),
     "rank": ("rank.model", "rank.rerank.model"),
 }
+
+
+def stale_message(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    records: Records,
+    stale: Sequence[ShardId],
+    state: CorpusState,
+) -> str:
+    """Return how many shards are stale, what has changed since they were made, and what can be done."""
+    changes = list(stale_reasons(config, models, records, stale, state))
+    named = ", ".join("/".join(shard) for shard in stale[:3])
+    more = ", ..." if len(stale) > 3 else ""
+    rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
+    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made again"
+    return (
+        f"{len(stale)} committed shards are stale ({named}{more}): {because}{rest}. Restore that, make a corpus at "
+        "another corpus.path, or run again with --recompute to replace them"
+    )
 
 
 def stale_reasons(
