@@ -1,7 +1,5 @@
 """What the commands that take a corpus share: their arguments and options, and how they open it."""
 
-from __future__ import annotations
-
 import sys
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +20,7 @@ WideOption = Annotated[bool, typer.Option("--wide", help="Show every column and 
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
 
 
-def open_manifest(corpus: str) -> Manifest:
+def open_manifest(corpus: str) -> "Manifest":
     """Open a corpus that exists: a mistyped name must not read as an empty one."""
     from pipeline.corpus.storage import Storage
 

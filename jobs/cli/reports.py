@@ -5,21 +5,17 @@ Libraries are imported inside, so that ``capfilt --help`` stays quick; the corpu
 mistyped name is told at once.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from jobs.cli.groups import LOOK
 from jobs.cli.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
 from schemas.errors import CapfiltError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 reads = typer.Typer()
 

@@ -1,18 +1,14 @@
 """The command ``trace``: how one sample, or a checkpoint, came about."""
 
-from __future__ import annotations
-
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from jobs.cli.groups import LOOK
 from jobs.cli.options import JsonOption, WideOption, import_arrow_alone, open_manifest
 from schemas.names import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 traces = typer.Typer()
 

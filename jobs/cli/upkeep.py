@@ -1,19 +1,15 @@
 """The commands that keep a corpus in order: verify gc manifest doctor."""
 
-from __future__ import annotations
-
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from datetime import timedelta
+from typing import Annotated, Literal
 
 import typer
 
 from jobs.cli.groups import KEEP
 from jobs.cli.options import CorpusArgument, JsonOption, WideOption, open_manifest
 from schemas.errors import CapfiltError
-
-if TYPE_CHECKING:
-    from datetime import timedelta
 
 upkeep = typer.Typer()
 
@@ -84,8 +80,6 @@ def gc(
 
 
 def _age(text: str) -> timedelta:
-    from datetime import timedelta
-
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if not match:
