@@ -1,4 +1,4 @@
-"""Everything that knows Ray, the terminal, or money: the command line, the runs, the demo."""
+"""What a person starts: the command line, runs and their two executors, trainings, benchmarks, the demo."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The process's surroundings: variables that Ray and the workers' libraries read, and what this program is called.
+"""Environment variables that Ray and the workers' libraries read, and the name under which this program is started.
 
 ``ray`` reads its variables when it is imported.
 """
@@ -13,7 +13,7 @@ WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM":
 
 
 def send_token_if_there_is_one() -> None:
-    """Turn on Ray's token authentication where a token lies; without the mode Ray's client sends none.
+    """Turn on Ray's token authentication where there is a token; without the mode Ray's client sends none.
 
     Must come before ``ray`` is imported.
     """

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C (SIGINT), or a scheduler, a spot machine, ``ray job stop`` (SIGTERM)."""
+"""Requests to stop: Ctrl-C (SIGINT), or a scheduler, a spot machine, ``ray job stop`` (SIGTERM)."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Keeping a Ray of this machine alone off the network."""
+"""Keeps a Ray that runs on one machine off the network."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting a local one that fits the machine."""
+"""Joins a Ray cluster, or starts one on this machine that fits it."""
 
 import contextlib
 import logging
@@ -97,10 +97,10 @@ def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: 
             )
     for stage, pool in pools.items():
         if not any(node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes):
-            complaint = (
+            message = (
                 f"cluster.{stage}: a worker wants {pool.cpus:g} CPUs and {pool.gpus:g} GPUs, and no node of "
                 f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
             )
             if not growing:
-                raise CapfiltError(complaint)
-            _log.warning("%s", complaint)
+                raise CapfiltError(message)
+            _log.warning("%s", message)
