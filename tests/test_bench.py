@@ -59,6 +59,7 @@ def require_positive(values: dict[str, Any], *names: str) -> None:
 def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
     found = bench("crawl", "--images", "6", "--size", "96x64")
     assert (found["images"], found["size"]) == (6, "96x64")
+    assert found["bytes_per_picture"] == sum(len(jpeg(seed, (96, 64))) for seed in range(16)) // 16
     require_positive(found, "rounds", "bytes_per_picture", "rate_ratio", "cpu_ratio")
     for crawler in ("capfilt", "img2dataset"):
         require_positive(found[crawler], "images_per_s", "cpu_ms_per_image", "peak_bytes")
@@ -77,6 +78,9 @@ def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
     assert [grown[name] for name in counts] == [1010, 9, 1, 1000]
     for reading in (first, grown):
         require_positive(reading, "rows_per_s", "seconds", "cpu_s", "shards")
+        # Seconds are printed to the hundredth, from which the rate need not follow exactly.
+        seconds, rate = reading["seconds"], reading["rows_per_s"]
+        assert rate * (seconds - 0.005) <= reading["rows_in"] + 1 <= (rate + 1) * (seconds + 0.005) + 1
         assert reading["peak_bytes"] >= reading["idle_bytes"] > 0
 
 
@@ -98,6 +102,7 @@ def test_manifest_asks_a_whole_corpus_both_ways() -> None:
 def test_select_keeps_every_image() -> None:
     found = bench("select", "--images", "12")
     assert found["images"] == 12
+    assert found["bytes_per_picture"] == sum(len(jpeg(seed, (512, 384))) for seed in range(16)) // 16
     require_positive(found["select"], "images_per_s", "cpu_ms_per_image", "peak_bytes")
     assert found["select"]["share"].keys() == {"read", "select", "write"}
     assert 0 < sum(found["select"]["share"].values()) <= 1
@@ -108,6 +113,7 @@ def test_images_are_decoded_in_every_way() -> None:
     assert found["images"] == 1 and found["max_level_difference"] <= 2
     assert list(found["sizes"]) == ["512x384", "512x512", "1024x768"]
     for at_size in found["sizes"].values():
+        assert at_size["naive"]["ratio"] == 1
         for way in ("naive", "exact", "fast"):
             require_positive(at_size[way], "images_per_core_s", "images_per_s_all_cores", "ratio")
 

@@ -1,14 +1,11 @@
 """The demo: the whole pipeline on a small world whose every caption can be checked.
 
-`world` defines scenes (10 colours x 10 shapes x 3 sizes x 8 backgrounds), their
-pictures (`drawing`, `pictures`), and the grammar that decides what is true;
-`alt_texts` writes what the web says of them, about half of it wrong, vague or
-spam; `site` serves it all on loopback and fails as a real web does, as often as
-`outcomes` says; `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million
-parameters each, stored in half precision, 5.7 MB in all) in the layouts of the
-published models, which `models` describes. `pretraining` goes on from the
-curated shards to stage 1 and stage 2, `heldout` has scenes that nothing was
-trained on, and `examination` asks what was learnt.
+`world/` defines scenes (10 colours x 10 shapes x 3 sizes x 8 backgrounds), their pictures, the grammar that decides
+what is true, what the web says of them (about half of it wrong, vague or spam), and the site that serves it all on
+loopback and fails as a real web does. `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million parameters
+each, stored in half precision, 5.7 MB in all) in the layouts of the published models; `weights_training/` made and
+judges them. `run` builds the corpus, `train` goes on to stage 1 and stage 2, `held_out` has scenes that nothing was
+trained on, and `evaluate_training` measures what was learnt on them.
 
 The weights come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:
