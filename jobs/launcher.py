@@ -55,7 +55,7 @@ class Outcome:
 _SEVERITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a progress line where it does not disturb ``--json``."""
     print(text, file=sys.stderr, flush=True)
 
@@ -69,7 +69,7 @@ def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -
     for restart in range(config.cluster.max_restarts):
         if outcome.kind != "lost":
             break
-        say(
+        log(
             f"{outcome.text}; restart {restart + 1} of {config.cluster.max_restarts}, from the last checkpoint"
         )
         outcome = _attempt(config, run, size, interrupts)
@@ -110,11 +110,11 @@ def train_as(
     config: PretrainConfig,
     run: RunRecord,
     stop_asked: Callable[[], bool] = lambda: False,
-    tell: Callable[[str], None] = say,
+    log: Callable[[str], None] = log,
 ) -> Outcome:
     """Train as one rank of a world; return how it ended, whatever happens."""
     try:
-        return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, say=tell))
+        return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, log=log))
     except KeyboardInterrupt:
         return Outcome(kind="interrupted")
     except CapfiltError as error:

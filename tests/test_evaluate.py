@@ -27,7 +27,7 @@ from training.evaluate.captioning import caption_scores
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
 from training.evaluate.images import ImageFolder
 from training.evaluate.retrieval import Stage1Matcher, contrastive_lists, retrieve
-from training.evaluate.validation import probe
+from training.evaluate.validation import validate
 
 pytestmark = pytest.mark.training
 
@@ -212,7 +212,7 @@ def held_out(captions: list[list[str]]) -> list[HeldOut]:
 
 def test_probe_of_stage1(stage1: Stage1) -> None:
     captions = [[blip_caption(TEXTS[n]), blip_caption(TEXTS[n + IMAGES])] for n in range(IMAGES)]
-    found = probe(stage1, held_out(captions), stage1.config)
+    found = validate(stage1, held_out(captions), stage1.config)
     similarity_NM, _ = all_scores(stage1)
     by_image = [IMAGE_OF_TEXT[similarity_NM[n].argmax()] == n for n in range(IMAGES)]
     by_text = [int(similarity_NM[:, m].argmax()) == IMAGE_OF_TEXT[m] for m in range(len(TEXTS))]
@@ -232,14 +232,14 @@ def test_probe_of_stage1(stage1: Stage1) -> None:
 
 
 def test_a_caption_that_images_share_is_right_for_each(stage1: Stage1) -> None:
-    found = probe(stage1, held_out([["a red dog"]] * 4), stage1.config)
+    found = validate(stage1, held_out([["a red dog"]] * 4), stage1.config)
     assert (found["text_r1"], found["image_r1"]) == (100.0, 100.0)
 
 
 def test_probe_looks_at_no_more_images_than_it_is_told(stage1: Stage1) -> None:
     captions = [[blip_caption(text)] for text in TEXTS]
     few = stage1.config.model_copy(update={"probe": stage1.config.probe.model_copy(update={"images": 3})})
-    assert probe(stage1, held_out(captions), few) == probe(stage1, held_out(captions)[:3], few)
+    assert validate(stage1, held_out(captions), few) == validate(stage1, held_out(captions)[:3], few)
 
 
 def test_probe_compiles_nothing(folder: Path) -> None:
@@ -252,12 +252,12 @@ def test_probe_compiles_nothing(folder: Path) -> None:
     stage = trained_stage(folder)
     for block in (*stage.visual_encoder.blocks, *stage.Qformer.bert.encoder.layer):
         block.compile(backend=count, dynamic=False)
-    probe(stage, held_out([["a red dog"], ["two cat"]]), stage.config)
+    validate(stage, held_out([["a red dog"], ["two cat"]]), stage.config)
     assert not compiled
 
 
 def test_probe_of_stage2(stage2: Stage2) -> None:
-    found = probe(stage2, held_out([["a red dog"], ["two cat", "cat"]]), stage2.config)
+    found = validate(stage2, held_out([["a red dog"], ["two cat", "cat"]]), stage2.config)
     assert set(found) == {"cider"}
 
 

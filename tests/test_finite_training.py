@@ -19,7 +19,7 @@ from training.convert.export import export_model
 from training.convert.load import load_trained
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher, retrieve
-from training.evaluate.validation import probe
+from training.evaluate.validation import validate
 from training.trainer.loop import TrainingStopped
 
 pytestmark = pytest.mark.training
@@ -164,7 +164,7 @@ def test_retrieval_and_probe_refuse_what_is_not_finite(folder: Path, parameter: 
     with pytest.raises(NotFiniteError, match=f"^the model's {what} are not finite"):
         retrieve(Stage1Matcher(stage), lambda: iter(pictures(7).split(3)), TEXTS, IMAGE_OF_TEXT, 4)
     with pytest.raises(NotFiniteError, match=what):
-        probe(stage, held_out([[text] for text in TEXTS[:7]]), stage.config)
+        validate(stage, held_out([[text] for text in TEXTS[:7]]), stage.config)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_tars_behind_one_another_are_told(tmp_path: Path, caplog: pytest.LogCapt
     first, second = write(tmp_path / "f", sample("a")), write(tmp_path / "g", sample("b"))
     first.write_bytes(first.read_bytes() + second.read_bytes())
     assert captions(tmp_path / "f") == words("a")
-    assert "go on behind their end mark" in caplog.text
+    assert "continue after their end mark" in caplog.text
 
 
 def spoiled(path: Path, spoil: str) -> None:

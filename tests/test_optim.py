@@ -114,7 +114,7 @@ def test_clipping_scales_to_the_norm_and_tells_the_norm_before() -> None:
 
 
 def test_half_precision_parameters_are_no_masters() -> None:
-    with pytest.raises(AssertionError, match="w is no fp32 master"):
+    with pytest.raises(AssertionError, match="w is not an fp32 master"):
         make_optimizer(
             [("w", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))], fill_preset(config(), None).optim
         )

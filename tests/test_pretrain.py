@@ -226,7 +226,7 @@ def test_a_corpus_that_may_only_be_read_is_trained_on_without_rows(
     (corpus / "records" / "runs").write_text("no folder")
     config = make(run={"name": "reader"}, corpus=corpus)
     assert pretrain(config).outcome == "done"
-    assert f"{corpus} takes no rows" in capsys.readouterr().err
+    assert f"{corpus} takes no records" in capsys.readouterr().err
     assert not (corpus / "records" / "checkpoints").exists()
 
 
@@ -578,7 +578,7 @@ def test_without_restarts_a_dead_rank_ends_the_run_in_words(make: Make, tmp_path
     assert kill(ranks[1])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "another rank is gone" in errors or "rank 1 was killed (SIGKILL)" in errors
+    assert "another rank has died" in errors or "rank 1 was killed (SIGKILL)" in errors
     assert "Traceback" not in errors
     assert last_state(config).progress.step >= 5
     assert not Path(f"/proc/{ranks[0]}").exists()
@@ -594,7 +594,7 @@ def test_ray_train_does_the_same_and_survives_a_killed_worker(
     assert kill(_commands(process.pid, "ray::RayTrainWorker")[-1])
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "goes on after step" in errors
+    assert "resuming after step" in errors
     summary = json.loads(output)
     assert (summary["outcome"], summary["step"]) == ("done", 30)
     assert summary["resumed_from"] >= 5
@@ -641,7 +641,7 @@ def _broken_shard(corpus: Path) -> None:
         ({"data": {"corpus": [{"path": "/nowhere/corpus"}]}}, "/nowhere/corpus"),
         ({"run": {"init_from": "/nowhere/run"}}, "/nowhere/run: no checkpoint there"),
         ({"run": {"init_from": "other"}}, "lacks|shape|missing|no checkpoint of this stage 1 model"),
-        ({"run": {"stage": 2}}, "run.init_from: not set; stage 2 goes on from a stage 1"),
+        ({"run": {"stage": 2}}, "run.init_from: not set; stage 2 begins from a stage 1"),
         (
             {"probe": {"every_steps": 4}},
             "probe.every_steps: there are no images for the probe; set data.held_out",

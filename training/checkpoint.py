@@ -1,12 +1,12 @@
-"""Checkpoints of a run: written under a name of their own, committed by a small record last, read back checked.
+"""Checkpoints of a run: written under a unique name, committed by a small record last, checked when they are read.
 
 <run folder>/step-00001000.<attempt>/           safetensors (model, optimiser), their index, training.json
 <run folder>/step-00001000.<attempt>.json       the record: it commits the folder, and has each file's sha256
 
-Nothing is ever overwritten: a step that is trained again, after a damaged checkpoint was passed over, gets
-another attempt. ``torch.distributed.checkpoint`` writes the files, as safetensors, so that reading one runs no
-code. What is trained is the same on every rank (DDP), so rank 0 writes alone: a rank that dies cannot tear a
-checkpoint, and any number of ranks may resume from it.
+Nothing is overwritten: a step that is trained again, because its checkpoint was damaged, gets another attempt.
+``torch.distributed.checkpoint`` writes safetensors, so that reading a checkpoint runs no code. What is trained is the
+same on every rank (DDP), so rank 0 writes alone: a rank that dies leaves no partial checkpoint, and any number of ranks
+may resume from it.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ from schemas.records import CheckpointRecord, ModelRecord
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
-# One process saves, and torch warns that it does.
+# torch warns that only one process saves, which is intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress(Json):
-    """Where a run stands: with the seed in its config, all that order, crops and dropout are a function of."""
+    """The progress of a run: with the seed in its config, all that sampling, crops and dropout depend on."""
 
     step: Count
     samples: Count
@@ -65,7 +65,7 @@ class Progress(Json):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     progress: Progress
     model: dict[str, Tensor]
@@ -75,8 +75,8 @@ class State:
 class Checkpoints(SavedCheckpoints):
     """The checkpoints in one run's folder, on local disk or S3.
 
-    Saving is for one process at a time: ``save`` returns as soon as the state is copied, a thread does the rest,
-    and ``wait`` (or the next ``save``) raises what went wrong there.
+    One process saves at a time: ``save`` may return as soon as the state is copied, while a thread writes it;
+    ``wait`` (or the next ``save``) then raises the thread's error.
     """
 
     def __init__(self, folder: str) -> None:
@@ -89,7 +89,7 @@ class Checkpoints(SavedCheckpoints):
         with self.checked_files(record) as folder:
             try:
                 return _read_state(folder, record)
-            # What safetensors and torch say to a header that is not one; the files are those of the record.
+            # What safetensors and torch raise for files that match their record but are not safetensors.
             except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
                 raise DamagedCheckpointError(
                     f"{self.storage.url(record.path)} is not a checkpoint that can be read: {first_line(error)}"
@@ -111,7 +111,7 @@ class Checkpoints(SavedCheckpoints):
         Args:
             record: without path, digests and time, which come with the files.
             asynchronous: return once the state is copied; else when it is committed.
-            committed: called with the record that was made, before older ones go.
+            committed: called with the completed record, before older checkpoints are removed.
 
         Raises:
             OSError: the storage did not take it (full disk): what was written of it is removed, and the
@@ -126,28 +126,28 @@ class Checkpoints(SavedCheckpoints):
             try:
                 folder = self._make_folder(name, scratch)
                 _write_state(tensors, state.progress, folder)
-                made = self._commit(name, folder, record)
+                committed_record = self._commit(name, folder, record)
             except (Exception, CheckpointException) as error:
                 scratch.close()
                 self._remove(name)
                 raise _os_error(error) from error
             scratch.close()
-            committed(made)
+            committed(committed_record)
             self._remove_all_but(keep_last)
-            return made
+            return committed_record
 
         self._pending = self._writer.submit(finish)
         if not asynchronous:
             self.wait()
 
     def wait(self, *, block: bool = True) -> None:
-        """Raise what went wrong with the last ``save``, once it is done (not waiting for it: if it is done)."""
+        """Raise the error of the last ``save``, once it is done; with ``block`` false, only if it is done already."""
         if self._pending is not None and (block or self._pending.done()):
             pending, self._pending = self._pending, None
             pending.result()
 
     def remove_unfinished(self) -> None:
-        """Remove what killed writers left: files under a checkpoint's name that no record commits."""
+        """Remove the files of killed writers: those under a checkpoint's name without a record."""
         names = {record.path for record in self.committed()}
         for info in self.storage.list(""):
             folder, _, rest = info.path.partition("/")
@@ -155,7 +155,7 @@ class Checkpoints(SavedCheckpoints):
                 self._remove(folder)
 
     def _make_folder(self, name: str, scratch: contextlib.ExitStack) -> Path:
-        """Return where the files are made: in place on local disk, since no record names them yet."""
+        """Return the folder to write to: on local disk the final one, since no record names it yet."""
         if not self.storage.is_local:
             return scratch.enter_context(temporary_folder())
         folder = Path(self.storage.url(name))
@@ -167,14 +167,14 @@ class Checkpoints(SavedCheckpoints):
         if not self.storage.is_local:
             for file in files:
                 self.storage.put(folder / file, f"{name}/{file}")
-        made = replace(record, path=name, sha256=files, created_at=utc_now())
-        created = self.storage.create(f"{name}.json", made.to_json().encode())
+        committed_record = replace(record, path=name, sha256=files, created_at=utc_now())
+        created = self.storage.create(f"{name}.json", committed_record.to_json().encode())
         assert created, f"{name} was there already"
-        return made
+        return committed_record
 
     def _remove_all_but(self, keep_last: int) -> None:
         for record in self.committed()[:-keep_last]:
-            # The record goes first: a reader must never find one whose files are gone.
+            # The record is deleted first: a reader must never find one whose files are gone.
             self.storage.delete(f"{record.path}.json")
             self._remove(record.path)
 
@@ -207,7 +207,7 @@ def recorded_config(values: Any, where: str) -> PretrainConfig:
 
 
 def _copied_tensors(state: State) -> dict[str, Tensor]:
-    """Return every tensor of a state, copied to the CPU: training goes on while these are written."""
+    """Return every tensor of a state, copied to the CPU: training continues while these are written."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in state.optimizer.items()}
     return {
@@ -218,7 +218,7 @@ def _copied_tensors(state: State) -> dict[str, Tensor]:
 
 def _write_state(tensors: Mapping[str, Tensor], progress: Progress, folder: Path) -> None:
     (folder / _PROGRESS).write_text(progress.to_json())
-    # The model in a file of its own: who wants it alone (stage 2, exports, evaluation) reads a third of the bytes.
+    # The model is in a file of its own: stage 2, exports and evaluation then read a third of the bytes.
     files = {name: 1 if name.startswith(_MODEL) else 2 for name in tensors}
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
@@ -236,7 +236,7 @@ def _read_state(folder: Path, record: CheckpointRecord) -> State:
         with safe_open(folder / name, framework="pt") as file:
             for tensor in file.keys():  # noqa: SIM118 (not a mapping)
                 kind = model if tensor.startswith(_MODEL) else optimizer
-                # A copy: the tensor itself is the file mapped into memory, which may be gone before it is.
+                # A copy: the tensor itself is memory mapped from the file, which may be deleted before it.
                 kind[tensor.partition(".")[2]] = file.get_tensor(tensor).clone()
     try:
         progress = Progress.from_json((folder / _PROGRESS).read_bytes())
@@ -246,7 +246,7 @@ def _read_state(folder: Path, record: CheckpointRecord) -> State:
 
 
 def _os_error(error: BaseException) -> BaseException:
-    """Return what the storage said (a full disk), which torch wraps; else the error itself."""
+    """Return the storage's error (a full disk), which torch wraps; else the error itself."""
     causes = (
         [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     )

@@ -1,6 +1,6 @@
-"""The ranks of a run: one process each, one GPU each where there are GPUs.
+"""Collective operations of a run's ranks: one process each, one GPU each where there are GPUs.
 
-The methods are collective: every rank calls them, in the same order. None of them carries a gradient.
+Every rank calls the methods of ``World``, in the same order. None of them carries a gradient.
 """
 
 import os
@@ -20,18 +20,18 @@ T = TypeVar("T")
 # Elements of one all-reduce: large enough for full bandwidth, small enough to be no second copy of the model.
 _BUCKET_ELEMENTS = 32 * 2**20
 
-# How long ranks wait for one that reads others' shards for the first time or fetches weights. One that died is
-# noticed at once: its connection closes.
-_PATIENCE = timedelta(days=1)
+# How long ranks wait for one that indexes shards for the first time or downloads weights. A rank that died is noticed
+# at once, since its connection closes.
+_PREPARATION_TIMEOUT = timedelta(days=1)
 
 _LOOPBACK = "127.0.0.1"
 
 
 def _loopback_store(timeout: timedelta) -> dist.TCPStore:
-    """Return the store by which ranks of one machine meet; torch's own listens on all interfaces."""
+    """Return the rendezvous store of one machine's ranks, on loopback only; torch's own listens on all interfaces."""
     port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     try:
-        # The store owns the descriptor from then on.
+        # The store takes ownership of the descriptor.
         descriptor = socket.create_server((_LOOPBACK, port)).detach() if is_first else None
     except OSError as error:
         raise dist.DistNetworkError(f"{_LOOPBACK}:{port}: {error}") from error
@@ -47,7 +47,7 @@ def _loopback_store(timeout: timedelta) -> dist.TCPStore:
 
 
 class World:
-    """All ranks, seen from one of them; alone, it needs no process group.
+    """All ranks, seen from one of them. A single rank needs no process group.
 
     Args:
         device: this rank's.
@@ -90,42 +90,42 @@ class World:
             dist.barrier()
 
     def all_or_raise(self, do: Callable[[], T]) -> T:
-        """Return what ``do`` returns on this rank, once all ranks are through.
+        """Return what ``do`` returns on this rank, once it has returned on all ranks.
 
-        Raises CapfiltError on every rank where it does on one: nobody goes on alone to a collective that the
-        others never reach.
+        Raises CapfiltError on every rank if it is raised on one: so no rank waits in a later collective that another
+        never reaches.
         """
-        refusal: CapfiltError | None = None
+        own_error: CapfiltError | None = None
         try:
             result = do()
         except CapfiltError as error:
             if self.size == 1:
                 raise
-            refusal = error
-        told = self._exchanged(refusal and str(refusal))
-        if refusal is not None:
-            raise refusal
-        if refusals := [text for text in told if text is not None]:
-            raise CapfiltError(refusals[0])
+            own_error = error
+        messages = self._exchanged(own_error and str(own_error))
+        if own_error is not None:
+            raise own_error
+        if errors := [message for message in messages if message is not None]:
+            raise CapfiltError(errors[0])
         return result
 
     def broadcast_object(self, find: Callable[[], T]) -> T:
-        """Return what ``find`` returns on rank 0, which alone calls it: what must be the same on all ranks.
+        """Return on every rank what ``find`` returns on rank 0, which alone calls it.
 
-        Raises CapfiltError on every rank where it does on rank 0.
+        Raises CapfiltError on every rank if rank 0 does.
         """
-        found = self.all_or_raise(find if self.rank == 0 else lambda: None)
-        return self._exchanged(cast(T, found))[0]
+        value = self.all_or_raise(find if self.rank == 0 else lambda: None)
+        return self._exchanged(cast(T, value))[0]
 
-    def _exchanged(self, mine: T) -> list[T]:
+    def _exchanged(self, value: T) -> list[T]:
         """Return an object of each rank, in order."""
         if self.size == 1:
-            return [mine]
-        found: list[T] = [mine] * self.size
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        dist.all_gather_object(found, mine, group=patient)
-        dist.destroy_process_group(patient)
-        return found
+            return [value]
+        values: list[T] = [value] * self.size
+        group = dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
+        dist.all_gather_object(values, value, group=group)
+        dist.destroy_process_group(group)
+        return values
 
     def all_gather(self, local: Tensor) -> Tensor:
         """Return the ranks' tensors, of one shape, joined along the first dimension in order of rank."""
@@ -151,7 +151,7 @@ class World:
         return total
 
     def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors, of one dtype, by their sums over the ranks: a few large messages, whatever their number."""
+        """Replace tensors, of one dtype, by their sums over the ranks: a few large messages for many tensors."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):

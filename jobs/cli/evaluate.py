@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jobs.cli.evaluation_progress import EvaluationProgress
     from schemas.pretrain import PretrainConfig
     from training.evaluate.annotations import CaptionedImage
-    from training.evaluate.images import Tell
+    from training.evaluate.images import ReportProgress
     from training.evaluate.published import Result
 
 # The recalls before ITM reranked, in a result's metrics.
@@ -85,7 +85,7 @@ def retrieval(
             dataset=dataset,
             rerank=rerank,
             batch_size=batch_size,
-            tell=tell,
+            report=tell,
         )
     _show(result, model, json_)
 
@@ -128,7 +128,7 @@ def caption(
             batch_size=batch_size,
             java=java,
             predictions=predictions,
-            tell=tell,
+            report=tell,
         )
     _show(result, model, json_)
 
@@ -180,7 +180,7 @@ def vqa(
             batch_size=batch_size,
             lemmatize=lemmatize,
             predictions=predictions,
-            tell=tell,
+            report=tell,
         )
     _show(result, model, json_)
 
@@ -257,7 +257,7 @@ def _progress(as_json: bool) -> "EvaluationProgress":
     return EvaluationProgress(quiet=as_json and not sys.stderr.isatty())
 
 
-def _load(model: str, recipe: Any, tell: "Tell") -> Any:
+def _load(model: str, recipe: Any, tell: "ReportProgress") -> Any:
     tell(f"loading {model}", 0, 0)
     import torch
 

@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import TIMEOUT_S, Outcome, say, train_as, worst_outcome
+from jobs.launcher import TIMEOUT_S, Outcome, log, train_as, worst_outcome
 from pipeline.corpus.scratch import temporary_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -24,17 +24,17 @@ from schemas.records import RunRecord
 from training.distributed import World
 
 # How often the ranks' lines are fetched.
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
-class _Board:
-    """What the ranks have to say, and how they ended: an actor, since Ray Train hands back numbers alone."""
+class _ProgressActor:
+    """Collects the ranks' log lines and how they ended, since Ray Train returns numbers only."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._outcomes: list[Outcome] = []
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._lines.append(line)
 
     def end(self, outcome: Outcome) -> None:
@@ -51,28 +51,28 @@ class _Board:
 
 
 def _is_final(outcome: Outcome) -> bool:
-    """Tell whether another try would end no better."""
+    """Return whether another try would end the same."""
     return outcome.kind not in ("ended", "lost")
 
 
 def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupts: Interrupts) -> Outcome:
-    """Train on the cluster at an address, on ``cluster.gpus`` GPUs, or all there are, or ``cpu_ranks`` CPUs.
+    """Train on the cluster at an address, on ``cluster.gpus`` GPUs, all GPUs, or ``cpu_ranks`` CPUs.
 
     Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
     """
     dashboard = False if address == "local" else None
     with joined_ray(address, interrupts, include_dashboard=dashboard):
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-        # Waiting for nothing but calls, it takes no CPU from the ranks.
-        board = ray.remote(num_cpus=0)(_Board).remote()
-        # Ray itself tells on standard output of workers that died: that is kept for --json.
-        with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(board):
+        # It only waits for calls, so that no CPU is reserved for it.
+        actor = ray.remote(num_cpus=0)(_ProgressActor).remote()
+        # Ray prints workers that died on standard output, which is for --json.
+        with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(actor):
             trainer = TorchTrainer(
                 _rank,
                 train_loop_config={
                     "config": config.model_dump(mode="json"),
                     "run": run.to_json(),
-                    "board": board,
+                    "actor": actor,
                 },
                 torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=_backend(config)),
                 scaling_config=_scaling(config),
@@ -86,12 +86,14 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
             try:
                 _fit(trainer)
             except TrainingFailedError as error:
-                say(str(error).splitlines()[0])
-        found = ray.get(board.outcomes.remote())
-        # A rank that lost another was started again: what counts is what stopped that, or the end of the last try.
-        final = [outcome for outcome in found if _is_final(outcome)]
-        ended = [outcome for outcome in found if outcome.kind == "ended"]
-        return worst_outcome(final or ended or found or [Outcome(kind="lost", text="every rank was killed")])
+                log(str(error).splitlines()[0])
+        outcomes = ray.get(actor.outcomes.remote())
+        # Ranks that lost another were started again: what counts is what stopped that, or the end of the last try.
+        final = [outcome for outcome in outcomes if _is_final(outcome)]
+        ended = [outcome for outcome in outcomes if outcome.kind == "ended"]
+        return worst_outcome(
+            final or ended or outcomes or [Outcome(kind="lost", text="every rank was killed")]
+        )
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -110,32 +112,32 @@ def _fit(trainer: TorchTrainer) -> None:
 
 
 def _rank(settings: dict[str, Any]) -> None:
-    """Be one rank. One that fails raises, so that Ray Train ends the others, which may wait for it, and tries again.
+    """Run as one rank. If it fails, it raises, so that Ray Train ends the others, which may wait for it, and retries.
 
-    Where another try mends nothing (a refusal, a full memory), the ranks of that try leave at once.
+    Where another try cannot succeed (a refusal, full memory), its ranks return at once.
     """
-    config, board = PretrainConfig.model_validate(settings["config"]), settings["board"]
-    if ray.get(board.is_over.remote()):
+    config, actor = PretrainConfig.model_validate(settings["config"]), settings["actor"]
+    if ray.get(actor.is_over.remote()):
         return
     world = World(get_device())
-    outcome = train_as(world, config, RunRecord.from_json(settings["run"]), tell=board.tell.remote)
-    ray.get(board.end.remote(outcome))
+    outcome = train_as(world, config, RunRecord.from_json(settings["run"]), log=actor.log.remote)
+    ray.get(actor.end.remote(outcome))
     if outcome.kind != "ended":
         raise RuntimeError(outcome.text)
 
 
 @contextmanager
-def _printed(board: Any) -> Iterator[None]:
-    """Print the board's lines here while the block runs."""
+def _printed(actor: Any) -> Iterator[None]:
+    """Print the ranks' log lines while the block runs."""
     ended = threading.Event()
 
     def follow() -> None:
         printed = 0
         while True:
-            is_last = ended.wait(_LOOK_S)
-            lines = ray.get(board.lines.remote(printed))
+            is_last = ended.wait(_POLL_S)
+            lines = ray.get(actor.lines.remote(printed))
             for line in lines:
-                say(line)
+                log(line)
             printed += len(lines)
             if is_last:
                 return
@@ -150,12 +152,12 @@ def _printed(board: Any) -> Iterator[None]:
 
 
 def _num_gpus(config: PretrainConfig) -> int:
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if config.cluster.gpus > there:
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.cluster.gpus > num_gpus:
         raise CapfiltError(
-            f"cluster.gpus = {config.cluster.gpus}, and the cluster has {there}; lower it, or set 0"
+            f"cluster.gpus = {config.cluster.gpus}, and the cluster has {num_gpus}; lower it, or set 0"
         )
-    return config.cluster.gpus or there
+    return config.cluster.gpus or num_gpus
 
 
 def _scaling(config: PretrainConfig) -> ScalingConfig:

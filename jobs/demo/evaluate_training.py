@@ -14,7 +14,7 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.evaluate.generation import Decoding, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher, retrieve
-from training.evaluate.validation import probe
+from training.evaluate.validation import validate
 from training.losses import IGNORED
 from training.models.language import Target
 
@@ -65,7 +65,7 @@ def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores
         image_r1=recalls["itc_image_r1"] / 100,
         text_r1_reranked=recalls["text_r1"] / 100,
         image_r1_reranked=recalls["image_r1"] / 100,
-        itm_accuracy=probe(stage, held_out.samples, stage.config)["itm_accuracy"],
+        itm_accuracy=validate(stage, held_out.samples, stage.config)["itm_accuracy"],
     )
 
 

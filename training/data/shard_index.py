@@ -1,7 +1,6 @@
-"""One shard opened for training: a tar checked against its record, its samples readable by number, in any order.
+"""One shard opened for training: a tar checked against its record, whose samples can be read by number in any order.
 
-Only uids and places in the tar are held in memory, about 100 bytes a sample; images and captions are read when
-asked for.
+Only uids and offsets are held in memory, about 100 bytes a sample; images and captions are read on demand.
 
 N: samples of a shard; M: members of a sample (image, json, txt).
 """
@@ -35,7 +34,7 @@ _CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRef:
-    """A shard to train on. ``parquet`` is None for others' shards; ``held_out`` are uids that are not trained on."""
+    """A shard to train on. ``parquet`` is None outside a corpus; ``held_out`` are uids that are not trained on."""
 
     corpus: str
     source: str
@@ -60,11 +59,11 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TarIndex:
-    """Where the image and the texts of each sample lie in a tar.
+    """Where the image and the texts of each sample are in a tar.
 
     ``places_NM2``: offset and size of the image, the json and the txt of each sample; -1 where there is none.
-    ``left_out``: samples that cannot be used, by what is wrong with them.
-    ``follows``: what stands behind the last member; anything but ``end`` says that samples may be lost.
+    ``left_out``: number of samples that cannot be used, by reason.
+    ``follows``: what comes after the last member; anything but ``end`` means that samples may be lost.
     """
 
     keys: list[str]
@@ -80,36 +79,35 @@ def index_tar(path: Path, *, adjacent: bool = False) -> TarIndex:
     """Find every sample that has an image and captions, in the order of the tar. Raises tarfile.ReadError.
 
     A key ends at the first dot of a member's name, as WebDataset has it; where that leaves no extension that is
-    known (``img_2.0.jpg``), at the last. The members of a sample should be beside one another; those that are not are
-    put together all the same. Hidden files, as macOS adds them (``._x.jpg``), are passed over.
+    known (``img_2.0.jpg``), at the last. The members of a sample should be adjacent; those that are not are
+    joined all the same. Hidden files, as macOS adds them (``._x.jpg``), are ignored.
 
     Args:
-        adjacent: take only samples whose members are beside one another, as capfilt writes them; the indexes of
-            0.1.0 were made so.
+        adjacent: take only samples whose members are adjacent, as capfilt writes them; 0.1.0 indexed tars so.
     """
     files = PlainFiles(path)
     members = [info for info in files if adjacent or not _is_hidden(info.name)]
     samples: dict[str, Places] = {}
     partial: list[tuple[str, Places]] = []
     left_out = Counter[str]()
-    for key, found in _groups(members):
+    for key, places in _groups(members):
         if key in samples:
             left_out["a key seen before"] += 1
-        elif _missing(found):
-            partial.append((key, found))
+        elif _missing(places):
+            partial.append((key, places))
         else:
-            samples[key] = found
+            samples[key] = places
     if not adjacent:
-        gathered, again = _gathered(members, partial, samples.keys())
-        left_out.update(again)
-        samples |= {key: found for key, found in gathered if not _missing(found)}
-        partial = [(key, found) for key, found in gathered if _missing(found)]
-    left_out.update(_missing(found) for _, found in partial)
+        gathered, repeated = _gathered(members, partial, samples.keys())
+        left_out.update(repeated)
+        samples |= {key: places for key, places in gathered if not _missing(places)}
+        partial = [(key, places) for key, places in gathered if _missing(places)]
+    left_out.update(_missing(places) for _, places in partial)
     in_order = sorted(samples, key=lambda key: min(place for place in samples[key] if place))
-    places = [[place or (_ABSENT, 0) for place in samples[key]] for key in in_order]
+    rows = [[place or (_ABSENT, 0) for place in samples[key]] for key in in_order]
     return TarIndex(
         keys=[_printable_key(key) for key in in_order],
-        places_NM2=np.array(places, dtype=np.int64).reshape(-1, 3, 2),
+        places_NM2=np.array(rows, dtype=np.int64).reshape(-1, 3, 2),
         left_out=dict(+left_out),
         follows=files.what_follows(),
     )
@@ -120,55 +118,55 @@ def _is_hidden(name: str) -> bool:
     return parts[-1].startswith(".") or "__MACOSX" in parts
 
 
-def _missing(found: Places) -> str:
-    """Return what a sample lacks; empty: nothing."""
-    if found[_IMAGE] is None:
+def _missing(places: Places) -> str:
+    """Return what a sample lacks; empty if nothing."""
+    if places[_IMAGE] is None:
         return "no image"
-    return "no captions" if found[_JSON] is None and found[_TXT] is None else ""
+    return "no captions" if places[_JSON] is None and places[_TXT] is None else ""
 
 
 def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[tuple[str, Places]]:
-    """Yield each key with the places of its members, as long as they are beside one another."""
+    """Yield each key with the places of its members, for each run of adjacent members."""
     key = ""
-    found: Places = [None, None, None]
+    places: Places = [None, None, None]
     for info in members:
         own, extension = key_and_extension(info.name)
         if own != key:
             if key:
-                yield key, found
-            key, found = own, [None, None, None]
+                yield key, places
+            key, places = own, [None, None, None]
         kind = _MEMBERS.get(extension)
         if kind is not None:
-            found[kind] = (info.offset_data, info.size)
+            places[kind] = (info.offset_data, info.size)
     if key:
-        yield key, found
+        yield key, places
 
 
 def _gathered(
     members: Iterable[tarfile.TarInfo], partial: Iterable[tuple[str, Places]], whole: Container[str]
 ) -> tuple[list[tuple[str, Places]], Counter[str]]:
-    """Put together members that are apart in the tar, or whose key ends at the last dot of their names.
+    """Join members that are not adjacent in the tar, or whose key ends at the last dot of their names.
 
     Returns them by key, and what is left out because its key, up to the first dot, is that of a sample of ``whole``.
     """
     dotted = [member for info in members if (member := _dotted(info)) is not None]
     first_keys = {key: first_key for first_key, key, _ in dotted}
     explained = set(first_keys.values())
-    partial = [(key, found) for key, found in partial if any(found) or key not in explained]
+    partial = [(key, places) for key, places in partial if any(places) or key not in explained]
     gathered: dict[str, Places] = {}
-    again = Counter[str]()
-    for key, found in [*partial, *((key, found) for _, key, found in dotted)]:
+    repeated = Counter[str]()
+    for key, places in [*partial, *((key, places) for _, key, places in dotted)]:
         into = gathered.setdefault(key, [None, None, None])
-        if key in whole or any(old and new for old, new in zip(into, found, strict=True)):
-            again["a key seen before"] += 1
+        if key in whole or any(old and new for old, new in zip(into, places, strict=True)):
+            repeated["a key seen before"] += 1
         else:
-            gathered[key] = [old or new for old, new in zip(into, found, strict=True)]
-    # 00000.mask.png beside a whole sample 00000 belongs to it; with a text it may have been meant as a sample.
+            gathered[key] = [old or new for old, new in zip(into, places, strict=True)]
+    # 00000.mask.png beside a whole sample 00000 is part of it; with a text it may have been meant as a sample.
     belonging = {key for key in gathered if first_keys.get(key) in whole}
-    again[_BELONGS] += sum(not _missing(gathered[key]) for key in belonging)
+    repeated[_BELONGS] += sum(not _missing(gathered[key]) for key in belonging)
     return [
-        (key, found) for key, found in gathered.items() if key not in whole and key not in belonging
-    ], again
+        (key, places) for key, places in gathered.items() if key not in whole and key not in belonging
+    ], repeated
 
 
 def _dotted(info: tarfile.TarInfo) -> tuple[str, str, Places] | None:
@@ -178,9 +176,9 @@ def _dotted(info: tarfile.TarInfo) -> tuple[str, str, Places] | None:
     kind = None if extension in _MEMBERS else _MEMBERS.get(last.lower())
     if kind is None:
         return None
-    found: Places = [None, None, None]
-    found[kind] = (info.offset_data, info.size)
-    return key, stem, found
+    places: Places = [None, None, None]
+    places[kind] = (info.offset_data, info.size)
+    return key, stem, places
 
 
 def _printable_key(key: str) -> str:
@@ -212,25 +210,25 @@ class OpenShard:
         return self._read(int(self._trained[number]))
 
     def held_out(self) -> Iterator[Sample]:
-        """Yield the samples that are set aside."""
+        """Yield the samples that are held out."""
         return map(self._read, self._held_out.tolist())
 
     def _read(self, place: int) -> Sample:
         return Sample(self._uids_N[place].decode(), self._member(place, _IMAGE) or b"", self._captions(place))
 
     def _captions(self, place: int) -> list[str]:
-        """Return the json where it is a list of texts, else the txt, else what an object in the json says."""
-        told = None
+        """Return the json if it is a list of texts, else the txt, else the captions of an object in the json."""
+        content = None
         with contextlib.suppress(ValueError, RecursionError):
-            told = json.loads(self._member(place, _JSON) or b"null")
-        if isinstance(told, list):
-            return _texts(told)
+            content = json.loads(self._member(place, _JSON) or b"null")
+        if isinstance(content, list):
+            return _texts(content)
         text = self._member(place, _TXT)
         if text is not None:
             return [text.decode(errors="replace")]
-        if isinstance(told, dict):
-            told = next((told[name] for name in _CAPTION_KEYS if told.get(name)), None)
-        return _texts(told if isinstance(told, list) else [told])
+        if isinstance(content, dict):
+            content = next((content[name] for name in _CAPTION_KEYS if content.get(name)), None)
+        return _texts(content if isinstance(content, list) else [content])
 
     def _member(self, place: int, kind: int) -> bytes | None:
         offset, size = self._places_NM2[place, kind].tolist()
@@ -243,7 +241,7 @@ def _texts(values: list[Any]) -> list[str]:
 
 @contextlib.contextmanager
 def open_shard(records: Records, ref: ShardRef) -> Iterator[OpenShard]:
-    """Open a shard whose bytes are checked first; from S3 it is copied to a temporary file, while it is open.
+    """Open a shard after its bytes are checked; from S3 it is copied to a temporary file while it is open.
 
     Raises:
         CorruptShardError: it is not what its record says.
@@ -262,9 +260,9 @@ def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> Op
         if ref.parquet is None and len(index.keys) != ref.tar.rows:
             index = index_tar(
                 path, adjacent=True
-            )  # a run of 0.1.0 goes on with the samples that it began with
+            )  # a run of 0.1.0 continues with the samples that it began with
     except tarfile.ReadError as error:
-        raise CorruptShardError(f"{ref.tar.path} is no readable tar ({error})") from error
+        raise CorruptShardError(f"{ref.tar.path} is not a readable tar ({error})") from error
     if len(index.keys) != ref.tar.rows:
         raise CorruptShardError(
             f"{ref.tar.path} holds {len(index.keys):,} samples with image and captions where its record says "
@@ -274,7 +272,7 @@ def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> Op
 
 
 def _uids(records: Records, ref: ShardRef, keys: Iterable[str]) -> list[str]:
-    """Return the identities of samples by their keys: a corpus has them in its Parquet, others' shards have none."""
+    """Return the identities of samples by their keys: a corpus has them in its Parquet, other folders have none."""
     if ref.parquet is None:
         return [sample_uid(ref.source, f"{ref.shard}/{key}") for key in keys]
     table = committed_table(records, ref.parquet, ("key", "uid"))

@@ -1,7 +1,7 @@
-"""Folders of WebDataset shards that others made: looked through once, then known by their bytes.
+"""Folders of WebDataset shards from other programs: each tar is indexed once, then identified by its bytes.
 
-What a record says of a curated shard (bytes, sha256, samples) is found by reading each tar whole, and kept in
-the user's cache: one small file a tar, good for as long as the tar's size and version are the same.
+What the record of a curated shard contains (bytes, sha256, samples) is found by reading each tar, and stored in the
+user's cache: one small file for each tar, valid while the tar's size and version are the same.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from training.data.shard_index import index_tar
 _log = logging.getLogger(__name__)
 
 _READERS = 8
-# Of an entry; raise it when other members of a tar count as samples, or more is kept of it.
+# Of an entry; to be raised when the rule for samples or the content of an entry changes.
 _VERSION = 2
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _FOLLOWS = {
-    "nothing": "have no end mark and may have been cut: the samples of the rest are missing",
-    "more": "go on behind their end mark, as tars put behind one another do: only the first is read",
+    "nothing": "have no end mark and may have been cut: samples may be missing",
+    "more": "continue after their end mark, as concatenated tars do: only the first one is read",
 }
 _NAMED = 3
 
 
 class _Entry(TypedDict):
-    """What is remembered of a tar."""
+    """What the cache holds of a tar."""
 
     sha256: str
     samples: int
@@ -54,10 +54,11 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
     files = storage.list("")
     tars = [info for info in files if info.path.endswith(".tar") and info.bytes and not _is_hidden(info.path)]
     if compressed := [info.path for info in files if info.path.endswith(_COMPRESSED)]:
-        told = f"{storage.root}: {len(compressed):,} compressed tars cannot be read, such as {printable(compressed[0])}"
+        example = printable(compressed[0])
+        message = f"{storage.root}: {len(compressed):,} compressed tars cannot be read, such as {example}"
         if not tars:
-            raise CapfiltError(f"{told}: decompress them (gunzip, unzstd) to plain .tar")
-        _log.warning("%s and are left out", told)
+            raise CapfiltError(f"{message}: decompress them (gunzip, unzstd) to plain .tar")
+        _log.warning("%s and are left out", message)
     with ThreadPoolExecutor(_READERS) as readers:
         entries = list(readers.map(lambda info: _entry(storage, info), tars))
     left_out = sum((Counter(entry["left_out"]) for entry in entries), Counter())
@@ -82,7 +83,7 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
 
 
 def _entry(storage: Storage, info: FileInfo) -> _Entry:
-    """Return what is known of a tar, reading it only if it is not known yet."""
+    """Return the entry of a tar, from the cache or by reading the tar."""
     signature = [_VERSION, storage.url(info.path), info.bytes, info.version]
     path = _cache_folder() / f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -92,13 +93,13 @@ def _entry(storage: Storage, info: FileInfo) -> _Entry:
             index = index_tar(local)
         except tarfile.ReadError as error:
             raise CapfiltError(
-                f"{storage.url(info.path)} is not a readable tar ({_why(local, error)}); mend it or take it out of the "
-                "folder"
+                f"{storage.url(info.path)} is not a readable tar ({_why(local, error)}); repair it or take it out "
+                "of the folder"
             ) from error
         if index.follows == "damage":
             raise CapfiltError(
-                f"{storage.url(info.path)} is damaged behind its sample number {len(index.keys):,}: what stands there "
-                "is not the header of a member; mend it or take it out of the folder"
+                f"{storage.url(info.path)} is damaged after its sample number {len(index.keys):,}: what follows "
+                "is not the header of a member; repair it or take it out of the folder"
             )
         entry = _Entry(
             sha256=sha256_file(local), samples=len(index.keys), left_out=index.left_out, follows=index.follows
@@ -119,7 +120,7 @@ def _is_hidden(path: str) -> bool:
 
 
 def _keep(path: Path, data: bytes) -> None:
-    """Write in one step; where the cache cannot be written, the tar is read again next time."""
+    """Write atomically; if the cache cannot be written, the tar is read again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")

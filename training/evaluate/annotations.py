@@ -3,7 +3,7 @@
 Captions (retrieval and captioning): Karpathy's ``dataset_coco.json`` and ``dataset_flickr30k.json``; LAVIS's lists
 (``coco_karpathy_test.json``, ``flickr30k_test.json``); COCO's own layout (``captions_val2014.json``, NoCaps'
 ``nocaps_val_4500_captions.json`` with its domains). Questions: VQAv2's and OK-VQA's pair of files, LAVIS's lists
-(``vqa_val_eval.json``), GQA's ``testdev_balanced_questions.json``. The layout is told by the file's content.
+(``vqa_val_eval.json``), GQA's ``testdev_balanced_questions.json``. The layout is found by the file's content.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def _checked_image(image: CaptionedImage, path: str) -> CaptionedImage:
     for what, text in (*texts, ("the domain", image.domain)):
         if not _is_text(text):
             raise CapfiltError(
-                f"{path}: {what} of {_shown(image.file)} is {_shown(text)}, which is not a text; mend the entry "
+                f"{path}: {what} of {_shown(image.file)} is {_shown(text)}, which is not a text; correct the entry "
                 "or take it out"
             )
     return replace(image, file=_confined(image.file, path))
@@ -174,7 +174,7 @@ def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
 def _checked_question(question: Question, path: str) -> Question:
     if not _is_text(question.text):
         raise CapfiltError(
-            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}, which is not a text; mend the "
+            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}, which is not a text; correct the "
             "entry or take it out"
         )
     return replace(question, file=_confined(question.file, path))
@@ -282,7 +282,7 @@ def _answers(given: Any, question: Any) -> tuple[str, ...]:
     """Return one answer or several as texts; none where they are hidden: no key, null, nothing but empty texts."""
     if given is None:
         return ()
-    answers = tuple(_answer(one, question) for one in (given if isinstance(given, list) else [given]))
+    answers = tuple(_answer(value, question) for value in (given if isinstance(given, list) else [given]))
     return answers if any(answer.strip() for answer in answers) else ()
 
 
@@ -298,7 +298,7 @@ def _answer(given: Any, question: Any) -> str:
 
 
 def _coco_file_name(subset: str) -> Callable[[int], str]:
-    """Return how an image of COCO is called; test-dev's images lie among those of the whole test set."""
+    """Return the file name of a COCO image; test-dev's images are in the folder of the whole test set."""
     folder = "test2015" if subset.startswith("test") else subset
     if not folder:
         raise KeyError("data_subtype")

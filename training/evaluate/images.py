@@ -1,11 +1,10 @@
-"""Images of a benchmark as an evaluation sees them: the whole picture squeezed into the square, no crop.
+"""Images of a benchmark for an evaluation: the whole image resized to a square, without a crop.
 
-That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessor``: Pillow's bicubic resize. The training
-data's resize differs from it by a level here and there.
+That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessor``: Pillow's bicubic resize. The resize of
+training differs from it by one level in a few pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -15,16 +14,17 @@ from torch import Tensor
 
 from pipeline.corpus.storage import Storage
 from pipeline.images.decode import Image, ImageError, decode_rgb
+from pipeline.prefetch import prefetch_map
 from schemas.errors import CapfiltError
 from schemas.names import confined_name
 
 _READERS = 8
 
-# Is told what is being done, and of how many images of all it is done.
-Tell = Callable[[str, int, int], None]
+# Called with what is being done, the number of images that are done, and that of all images.
+ReportProgress = Callable[[str, int, int], None]
 
 
-def tell_nobody(what: str, done: int, total: int) -> None:
+def ignore_progress(what: str, done: int, total: int) -> None:
     """Do nothing."""
 
 
@@ -34,13 +34,13 @@ class ImageFolder:
     Args:
         root: what the annotations' file names are relative to.
         size_px: side of the square.
-        tell: is told of each batch that was used.
+        report: called before the first and after each batch.
     """
 
-    def __init__(self, root: str, size_px: int, tell: Tell = tell_nobody) -> None:
+    def __init__(self, root: str, size_px: int, report: ReportProgress = ignore_progress) -> None:
         self.storage = Storage(root)
         self.size_px = size_px
-        self.tell = tell
+        self.report = report
 
     def batches(self, files: Sequence[str], batch_size: int, what: str = "evaluating") -> Iterator[Tensor]:
         """Yield uint8 pixels_BCHW of the files in order, read ahead by a batch.
@@ -48,17 +48,13 @@ class ImageFolder:
         Raises CapfiltError at the first file that is missing or does not decode: a score without it would be that
         of another benchmark.
         """
-        with ThreadPoolExecutor(_READERS) as readers:
-            waiting = iter(files)
-            done = 0
-            self.tell(what, done, len(files))
-            pending = [readers.submit(self.pixels, file) for file in islice(waiting, 2 * batch_size)]
-            while pending:
-                now, pending = pending[:batch_size], pending[batch_size:]
-                pending += [readers.submit(self.pixels, file) for file in islice(waiting, len(now))]
-                yield torch.stack([one.result() for one in now])
-                done += len(now)
-                self.tell(what, done, len(files))
+        done = 0
+        self.report(what, done, len(files))
+        pixels = prefetch_map(self.pixels, files, ahead=2 * batch_size, threads=_READERS)
+        while batch := list(islice(pixels, batch_size)):
+            yield torch.stack(batch)
+            done += len(batch)
+            self.report(what, done, len(files))
 
     def require_all(self, files: Sequence[str]) -> None:
         """Raise CapfiltError where names lead out of the folder, or files of a local one are missing.

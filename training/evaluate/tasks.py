@@ -18,10 +18,10 @@ from training.data.snapshot import Snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import generate_captions, score_captions
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
-from training.evaluate.images import ImageFolder, Tell, tell_nobody
+from training.evaluate.images import ImageFolder, ReportProgress, ignore_progress
 from training.evaluate.published import Result, published
 from training.evaluate.retrieval import Stage1Matcher, retrieve
-from training.evaluate.validation import probe
+from training.evaluate.validation import validate
 from training.evaluate.vqa import DECODING, PROMPTS, generate_answers, lemmatizer, score_answers
 
 Stage = Stage1 | Stage2
@@ -35,21 +35,21 @@ def evaluate_retrieval(
     dataset: str,
     rerank: int,
     batch_size: int,
-    tell: Tell = tell_nobody,
+    report: ReportProgress = ignore_progress,
 ) -> Result:
-    """Retrieve every caption by its image and every image by its captions; ``images`` is their folder."""
+    """Retrieve every caption by its image and every image by its captions; ``images`` is the images' folder."""
     if not isinstance(stage, Stage1):
         raise CapfiltError(
-            "retrieval is stage 1's: a stage 2 model has neither the text side nor the matching head"
+            "retrieval needs a model of stage 1: one of stage 2 has neither the text side nor the matching head"
         )
     began = time.perf_counter()
-    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, report)
     files = [image.file for image in captioned]
     pairs = [(caption, index) for index, image in enumerate(captioned) for caption in image.captions]
     texts, image_of_text = zip(*pairs, strict=True)
     matcher = Stage1Matcher(stage)
     passes = iter(("comparing by ITC", "matching by ITM"))
-    tell("reading the texts", 0, 0)
+    report("reading the texts", 0, 0)
     metrics = retrieve(
         matcher, lambda: image_folder.batches(files, batch_size, next(passes)), texts, image_of_text, rerank
     )
@@ -73,12 +73,12 @@ def evaluate_captions(
     batch_size: int,
     java: bool = False,
     predictions: str = "",
-    tell: Tell = tell_nobody,
+    report: ReportProgress = ignore_progress,
 ) -> Result:
     """Caption every image: by the language model, or by the Q-Former in stage 1."""
     began = time.perf_counter()
     model = Stage1Generator(stage) if isinstance(stage, Stage1) else Stage2Generator(stage)
-    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, report)
     captions = generate_captions(
         model, captioned, image_folder, prompt=prompt, decoding=decoding, batch_size=batch_size
     )
@@ -104,7 +104,7 @@ def evaluate_answers(
     decoding: Decoding = DECODING,
     lemmatize: bool = False,
     predictions: str = "",
-    tell: Tell = tell_nobody,
+    report: ReportProgress = ignore_progress,
 ) -> Result:
     """Answer every question; an empty ``prompt`` is the paper's for the language model."""
     if not isinstance(stage, Stage2):
@@ -114,8 +114,8 @@ def evaluate_answers(
     prompt = prompt or PROMPTS[stage.language.name]
     if "{}" not in prompt:
         raise CapfiltError(f"--prompt {prompt!r} has no {{}} for the question")
-    image_folder = ImageFolder(images, stage.config.data.image_size_px, tell)
-    given = generate_answers(
+    image_folder = ImageFolder(images, stage.config.data.image_size_px, report)
+    answers = generate_answers(
         Stage2Generator(stage),
         asked.questions,
         image_folder,
@@ -123,25 +123,26 @@ def evaluate_answers(
         decoding=decoding,
         batch_size=batch_size,
     )
-    given = [finish(answer) for answer in given]
+    answers = [finish(answer) for answer in answers]
     if predictions:
         rows = [
-            {"question_id": one.id, "answer": text} for one, text in zip(asked.questions, given, strict=True)
+            {"question_id": question.id, "answer": answer}
+            for question, answer in zip(asked.questions, answers, strict=True)
         ]
         _write_rows(predictions, rows)
-    metrics = score_answers(asked, given)
+    metrics = score_answers(asked, answers)
     known = sum(bool(question.answers) for question in asked.questions)
     scored = {"accuracy": "exact match" if asked.kind == "gqa" else "VQA", "scored": known} if known else {}
     protocol = {"prompt": prompt, **asdict(decoding), "lemmatize": lemmatize, **scored, **_common(stage)}
-    return _result("vqa", dataset, len(given), metrics, protocol, began)
+    return _result("vqa", dataset, len(answers), metrics, protocol, began)
 
 
-def evaluate_probe(stage: Stage, model: str, tell: Tell = tell_nobody) -> Result:
-    """Do once what a run does every ``probe.every_steps``.
+def evaluate_probe(stage: Stage, model: str, report: ReportProgress = ignore_progress) -> Result:
+    """Compute once what a run computes every ``probe.every_steps``.
 
     Args:
         stage: the model.
-        model: where it comes from; a run's own held-out images are taken, else those that its config holds out.
+        model: where it comes from. The images are those that this run holds out, else those that its config would.
     """
     config = stage.config
     snapshot = _snapshot_of_run(model, config)
@@ -152,18 +153,16 @@ def evaluate_probe(stage: Stage, model: str, tell: Tell = tell_nobody) -> Result
             )
         snapshot = take_snapshot(config.data)
     if not snapshot.num_held_out:
-        raise CapfiltError(
-            f"{model} held no images out (data.held_out): there is nothing that it has not seen"
-        )
+        raise CapfiltError(f"{model} held no images out (data.held_out): it has been trained on all of them")
     began = time.perf_counter()
     held_out = held_out_samples(config, snapshot, config.probe.images)
-    tell(f"looking at {len(held_out):,} held-out images", 0, 0)
-    metrics = probe(stage, held_out, config)
+    report(f"looking at {len(held_out):,} held-out images", 0, 0)
+    metrics = validate(stage, held_out, config)
     return _result("probe", "held out", len(held_out), metrics, _common(stage), began)
 
 
 def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
-    """Return the shards that a run ate, with what it left out; None where the model is no run's."""
+    """Return the shards that a run was trained on, with its held-out images; None where the model is not of a run."""
     name = model.rstrip("/").removesuffix(".json")
     folder, _, last = name.rpartition("/")
     run = Storage(folder if last.startswith("step-") else name)

@@ -1,6 +1,6 @@
-"""A cheap look at held-out images while a run goes on: is it learning, and not only by heart.
+"""Validation on a few held-out images while a run trains: cheap figures to compare its steps by.
 
-The legend of the names: N images, M distinct captions, Q queries, C channels.
+The legend of the names: N images, M distinct captions, B images at once, C channels.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from training.evaluate.generation import CaptionModel, Decoding, Stage1Generator
 from training.evaluate.retrieval import Stage1Matcher, recall
 from training.losses import similarity
 
-# Greedy and short: for comparing steps of a run, not runs with papers.
+# Greedy and short: enough to compare the steps of a run, not a run with a paper.
 _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=20)
 _IMAGES_AT_ONCE = 64
 
 
-def probe(stage: Stage1 | Stage2, held_out: Sequence[HeldOut], config: PretrainConfig) -> dict[str, float]:
-    """Return what the model makes of held-out images; it is left in evaluation mode.
+def validate(stage: Stage1 | Stage2, held_out: Sequence[HeldOut], config: PretrainConfig) -> dict[str, float]:
+    """Return metrics of held-out images; the model is left in evaluation mode.
 
     Stage 1: ``text_r1`` and ``image_r1``, ITC's recall at 1 in per cent among these images and their captions
-    (a caption that several images have is right for each); ``itm_accuracy``, the share of right verdicts on each
-    image with its best caption and with another image's (chance 0.5). Both stages: ``cider`` of their captions.
+    (a caption that several images have is correct for each); ``itm_accuracy``, the share of correct classifications of
+    each image with its best caption and with another image's (chance 0.5). Both stages: ``cider`` of their captions.
     """
-    # Each length of a caption would be compiled anew: longer than all of the probe takes without.
+    # Compiled code would be compiled again for each length of a caption, which takes longer than it saves.
     with torch.compiler.set_stance("force_eager"):
-        return _look(stage, held_out[: config.probe.images])
+        return _metrics(stage, held_out[: config.probe.images])
 
 
-def _look(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float]:
+def _metrics(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float]:
     batches = [
         torch.stack([sample.pixels_CHW for sample in samples[start : start + _IMAGES_AT_ONCE]])
         for start in range(0, len(samples), _IMAGES_AT_ONCE)
@@ -44,8 +44,8 @@ def _look(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float
         return _cider(Stage2Generator(stage), batches, captions)
     matcher = Stage1Matcher(stage)
     texts = list(dict.fromkeys(caption for of_image in captions for caption in of_image))
-    found = _recalls(matcher, batches, texts, captions) | _accuracy(matcher, batches, texts, captions)
-    return found | _cider(Stage1Generator(stage), batches, captions)
+    retrieval = _recalls(matcher, batches, texts, captions) | _accuracy(matcher, batches, texts, captions)
+    return retrieval | _cider(Stage1Generator(stage), batches, captions)
 
 
 def _recalls(
@@ -55,32 +55,32 @@ def _recalls(
     similarity_NM = torch.cat(
         [similarity(matcher.embed_images(pixels_BCHW), texts_MC) for pixels_BCHW in batches]
     ).cpu()
-    right_NM = torch.tensor([[text in of_image for text in texts] for of_image in captions])
-    by_image = right_NM.gather(1, similarity_NM.argmax(dim=1, keepdim=True))
-    by_text = right_NM.gather(0, similarity_NM.argmax(dim=0, keepdim=True))
+    correct_NM = torch.tensor([[text in of_image for text in texts] for of_image in captions])
+    by_image = correct_NM.gather(1, similarity_NM.argmax(dim=1, keepdim=True))
+    by_text = correct_NM.gather(0, similarity_NM.argmax(dim=0, keepdim=True))
     return {"text_r1": recall(by_image, 1), "image_r1": recall(by_text.T, 1)}
 
 
 def _accuracy(
     matcher: Stage1Matcher, batches: Sequence[Tensor], texts: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    # The last text is the one of images whose captions all others share.
+    # The last text, an empty one, is the negative of an image whose captions all other images have.
     row_of = {text: row for row, text in enumerate([*texts, ""])}
     pairs = [
         torch.tensor([row_of[of_image[0]], row_of[_other_caption(captions, image)]])
         for image, of_image in enumerate(captions)
     ]
     tokenized = matcher.tokenize([*texts, ""])
-    verdicts: list[Tensor] = []
+    predictions: list[Tensor] = []
     for pixels_BCHW in batches:
-        asked = pairs[len(verdicts) : len(verdicts) + len(pixels_BCHW)]
-        verdicts += [logits.argmax(dim=1) for logits in matcher.match(pixels_BCHW, tokenized, asked)]
-    right = torch.stack(verdicts) == torch.tensor([1, 0], device=matcher.device)
-    return {"itm_accuracy": right.double().mean().item()}
+        asked = pairs[len(predictions) : len(predictions) + len(pixels_BCHW)]
+        predictions += [logits.argmax(dim=1) for logits in matcher.match(pixels_BCHW, tokenized, asked)]
+    correct = torch.stack(predictions) == torch.tensor([1, 0], device=matcher.device)
+    return {"itm_accuracy": correct.double().mean().item()}
 
 
 def _other_caption(captions: Sequence[Sequence[str]], image: int) -> str:
-    """Return the best caption of the next image that has one which this image has not; empty: there is none."""
+    """Return the best caption of the next image whose best caption is not one of this image's; empty: there is none."""
     following = (captions[(image + step) % len(captions)][0] for step in range(1, len(captions)))
     return next((caption for caption in following if caption not in captions[image]), "")
 
@@ -88,5 +88,5 @@ def _other_caption(captions: Sequence[Sequence[str]], image: int) -> str:
 def _cider(
     model: CaptionModel, batches: Sequence[Tensor], captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    written = [text for pixels_BCHW in batches for text in model.caption(pixels_BCHW, "", _DECODING)]
-    return {"cider": caption_scores(written, captions)["cider"]}
+    generated = [text for pixels_BCHW in batches for text in model.caption(pixels_BCHW, "", _DECODING)]
+    return {"cider": caption_scores(generated, captions)["cider"]}

@@ -48,7 +48,7 @@ _TWO_APOSTROPHES = """
 
 
 class Answerer(Protocol):
-    """What question answering asks of a model."""
+    """A model that answers questions about images."""
 
     def answer(self, pixels_BCHW: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """Return what follows each prompt, given its image (uint8)."""
@@ -79,20 +79,24 @@ def generate_answers(
 
 def score_answers(questions: QuestionSet, answers: Sequence[str]) -> dict[str, float]:
     """Return ``accuracy`` in per cent over the questions whose answers are known; nothing where all are hidden."""
-    known = [(one, answer) for one, answer in zip(questions.questions, answers, strict=True) if one.answers]
+    known = [
+        (question.answers, answer)
+        for question, answer in zip(questions.questions, answers, strict=True)
+        if question.answers
+    ]
     if not known:
         return {}
     if questions.kind == "gqa":
-        scores = [gqa_accuracy(answer, one.answers[0]) for one, answer in known]
+        scores = [gqa_accuracy(answer, expected[0]) for expected, answer in known]
     else:
-        scores = [vqa_accuracy(answer, one.answers) for one, answer in known]
+        scores = [vqa_accuracy(answer, people) for people, answer in known]
     return {"accuracy": 100 * sum(scores) / len(scores)}
 
 
 def lemmatizer() -> Callable[[str], str]:
     """Return what LAVIS does to answers for OK-VQA: nouns and verbs become their lemma, by spaCy's small model.
 
-    OK-VQA's annotations are stemmed; without it "surfing" is no "surf".
+    OK-VQA's annotations are stemmed; without it "surfing" is not "surf".
 
     Raises:
         CapfiltError: spaCy, which capfilt does not install, or its English model is not there.
@@ -142,8 +146,9 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     cleaned = clean_answer(answer)
     people = list(human_answers)
     if len(set(people)) > 1:
-        people = [_strip_punctuation(one) for one in people]
-    agreeing = [one == cleaned for one in people]
+        people = [_strip_punctuation(given) for given in people]
+    agreeing = [given == cleaned for given in people]
+    # VQA's rule: the mean over leaving each person out of min(1, matches among the others / 3).
     others = [sum(agreeing) - agrees for agrees in agreeing]
     return sum(min(1.0, count / 3) for count in others) / len(people)
 

@@ -1,4 +1,4 @@
-"""What a run would train, on what, and what it costs: found without weights, from the shapes alone."""
+"""The estimate of a run: parameters, data, steps, cost and memory, computed from shapes without weights."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from training.blip2.stage2 import Stage2
 from training.data.snapshot import Snapshot, take_snapshot
 from training.trainer.optim import fill_preset
 
-# The rate that an estimate assumes: half of what an H200 reaches in a plain bf16 product of matrices.
+# The rate that an estimate assumes: half of what an H200 reaches in a large bf16 matrix product.
 ASSUMED_MATMUL_FLOPS = 790e12
 ASSUMED_UTILISATION = 0.5
 
-# fp32 master, gradient and AdamW's two moments; and the bf16 copy that a product takes.
+# fp32 master, gradient and AdamW's two moments; and the bf16 copy for matrix products.
 _TRAINED_BYTES = 4 + 4 + 8 + 2
 _FROZEN_BYTES = 2
 # Of one token in one layer of width W: 34 W bytes in bf16 where attention keeps no scores (arXiv 2205.05198, eq. 2).
@@ -54,10 +54,10 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _snapshot(config: PretrainConfig) -> Snapshot | None:
-    """Return the snapshot if every corpus is there: a plan may come before the data."""
+    """Return the snapshot if every corpus exists: a plan may be made before the data."""
     storages = [Storage(corpus.path) for corpus in config.data.corpus]
-    there = all(storage.fs.exists(storage.base) for storage in storages)
-    return take_snapshot(config.data) if there else None
+    exists = all(storage.fs.exists(storage.base) for storage in storages)
+    return take_snapshot(config.data) if exists else None
 
 
 def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> dict[str, Any]:
@@ -76,33 +76,33 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> di
 
 
 def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
-    """Estimate the memory of one rank from counted elements; what a kernel takes for itself comes on top."""
+    """Estimate the memory of one rank from counted elements, without the kernels' own buffers."""
     ranks = config.cluster.gpus or 1
     if isinstance(stage, Stage2) and config.performance.shard_language:
         language = sum(
             parameter.numel() for block in stage.language.blocks for parameter in block.parameters()
         )
         frozen -= language - language // ranks
-    share = config.optim.batch_size // ranks
-    micro = min(config.performance.micro_batch_size or share, share)
-    found = {
+    rank_batch = config.optim.batch_size // ranks
+    micro_batch = min(config.performance.micro_batch_size or rank_batch, rank_batch)
+    memory = {
         "weights_and_optimizer": trained * _TRAINED_BYTES + frozen * _FROZEN_BYTES,
-        "batch": share * _image_bytes(config, stage),
-        "micro_batch": micro * _activation_bytes(config, stage),
+        "batch": rank_batch * _image_bytes(config, stage),
+        "micro_batch": micro_batch * _activation_bytes(config, stage),
     }
-    found["total"] = sum(found.values())
-    return {name: round(value / 1e9, 1) for name, value in found.items()}
+    memory["total"] = sum(memory.values())
+    return {name: round(value / 1e9, 1) for name, value in memory.items()}
 
 
 def _image_bytes(config: PretrainConfig, stage: Stage) -> int:
-    """Return what is kept of each image of a rank's share: its pixels and, in stage 1, its bf16 features."""
+    """Return the bytes kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features."""
     vision = stage.visual_encoder
     features = vision.num_tokens * vision.width * 2 if config.run.stage == 1 else 0
     return features + 3 * config.data.image_size_px**2
 
 
 def _activation_bytes(config: PretrainConfig, stage: Stage) -> int:
-    """Return what is kept of one image of a micro-batch from the forward to the backward pass."""
+    """Return the bytes kept of one image of a micro-batch from the forward to the backward pass."""
     shape = config.qformer
     queries, texts = shape.num_queries, shape.max_text_tokens
     layer = shape.width * shape.layers * _ACTIVATION_BYTES

@@ -1,4 +1,4 @@
-"""The training loop: one step after the other, each finite, reported, checkpointed; the same on every rank."""
+"""The training loop, the same on every rank: steps whose losses are checked, reported and checkpointed."""
 
 import contextlib
 import math
@@ -31,8 +31,8 @@ from training.trainer.optim import (
     set_lr,
 )
 
-_CALM_DOWN = (
-    "The same command would meet it again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
+_ADVICE = (
+    "The same command would fail again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
     "run.init_from that checkpoint"
 )
 
@@ -40,35 +40,35 @@ _CALM_DOWN = (
 class TrainingStage(Protocol):
     """What the loop trains: ``Stage1``, ``Stage2``. An ``nn.Module``.
 
-    Its random choices are a function of the run's seed, ``batch.position`` and the rank: there is no generator
-    whose state a checkpoint would have to keep.
+    Its random numbers depend on the run's seed, ``batch.position`` and the rank alone: a checkpoint need not contain
+    the state of a generator.
     """
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Go to training mode; what is frozen stays in evaluation mode."""
+        """Set training mode; what is frozen stays in evaluation mode."""
 
     def training_step(self, batch: Batch, micro_batch_size: int) -> dict[str, Tensor]:
         """Add this rank's part of the global batch's gradient to ``.grad``; return the losses, detached."""
 
     def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained, in an order that every rank shares."""
+        """Yield what is trained, in the same order on every rank."""
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds."""
+        """Return the tensors for a checkpoint."""
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take in what ``trainable_state`` gave. Raises CapfiltError where it does not fit."""
+        """Set what ``trainable_state`` returned. Raises CapfiltError where it does not fit."""
 
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, forward and backward."""
 
 
 class TrainingStopped(Exception):
-    """Report that training cannot go on, and from where it can: for people to read. Takes one string."""
+    """Report that training cannot continue, and from which checkpoint it can; takes one string, for people."""
 
 
 class LostRankError(TrainingStopped):
-    """Report that another rank is gone: the run may be restarted as it is."""
+    """Report that another rank has died: the run may be restarted unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +88,10 @@ class Summary(Json):
 
 @dataclass(kw_only=True)
 class Loop:
-    """What the training of one rank needs; ``run`` does it.
+    """The training of one rank: ``run`` does it.
 
-    ``config`` is filled by its preset. Rank 0 alone has ``sinks`` and ``record_checkpoint`` (called when a checkpoint
-    is committed), and ``probe`` unless it needs all ranks. ``stop_asked`` is looked at in each step, on every rank.
+    ``config`` is filled by its preset. Only rank 0 has ``sinks`` and ``record_checkpoint`` (called when a checkpoint
+    is committed), and ``probe`` unless it needs all ranks. ``stop_asked`` is called in each step, on every rank.
     """
 
     config: PretrainConfig
@@ -105,7 +105,7 @@ class Loop:
     record_checkpoint: Callable[[CheckpointRecord], None] = lambda record: None
     probe: Callable[[], Mapping[str, float]] | None = None
     stop_asked: Callable[[], bool] = lambda: False
-    say: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.parameters = list(self.stage.trainable_named_parameters())
@@ -120,7 +120,7 @@ class Loop:
         return self.step * self.config.optim.batch_size
 
     def resume(self, state: State, record: CheckpointRecord) -> None:
-        """Go back to a checkpoint: after this, ``run`` does exactly what it would have done uninterrupted.
+        """Restore a checkpoint: after this, ``run`` computes exactly what it would have computed uninterrupted.
 
         Raises CapfiltError where it holds NaN or infinity.
         """
@@ -134,33 +134,33 @@ class Loop:
         if self.samples != state.progress.samples:
             raise CapfiltError(
                 f"{self.checkpoints.storage.url(record.path)} says {state.progress.samples:,} samples after "
-                f"{self.step:,} steps, and a batch has {self.config.optim.batch_size:,}; it is not of this run"
+                f"{self.step:,} steps, and a batch has {self.config.optim.batch_size:,}: it is not of this run"
             )
 
     def run(self, batches: Iterator[Batch]) -> Summary:
-        """Train from where the loop stands to the last step, or until somebody asks to stop.
+        """Train from the current step to the last one, or until a stop is asked for.
 
         Args:
             batches: the data from sample ``self.samples`` on.
 
         Raises:
             TrainingStopped: a loss or gradient is not finite, the storage takes no checkpoint, or the device's
-                memory is full. The last committed checkpoint stands.
-            LostRankError: another rank is gone.
+                memory is full. The last committed checkpoint remains.
+            LostRankError: another rank has died.
         """
         started = self.step
         try:
             outcome, values = self._steps(batches)
             with self._writing():
                 self.checkpoints.wait()
-            # No rank leaves before the checkpoint is there: a launcher may end all when the first one ends.
+            # No rank leaves before the checkpoint is committed: a launcher may end all ranks when the first one ends.
             self.world.barrier()
         except RuntimeError as error:
-            if told := self._in_words(error):
-                raise told from error
+            if stopped := self._as_stop(error):
+                raise stopped from error
             raise
         finally:
-            self._settle()
+            self._commit_pending()
         return Summary(
             run_id=self.run_id,
             outcome=outcome,
@@ -176,21 +176,21 @@ class Loop:
     def _steps(
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
-        speed = Throughput(self.world.device, self.stage.flops_per_sample(), self.world.size)
+        throughput = Throughput(self.world.device, self.stage.flops_per_sample(), self.world.size)
         every = self.config.metrics.every_steps
         self.stage.train()
         values: dict[str, float | None] = {}
         while self.step < self.schedule.steps:
             waited_s, losses, asked = self._one_step(batches)
-            speed.add(self.config.optim.batch_size, waited_s)
-            ends = asked or self.step == self.schedule.steps
-            if self.step % every == 0 or ends:
-                values = {"samples": self.samples, **losses, **speed.report()}
+            throughput.add(self.config.optim.batch_size, waited_s)
+            is_last = asked or self.step == self.schedule.steps
+            if self.step % every == 0 or is_last:
+                values = {"samples": self.samples, **losses, **throughput.report()}
                 self._write(values)
-                self.say(progress_line(self.step, self.schedule.steps, values))
+                self.log(progress_line(self.step, self.schedule.steps, values))
             if self.config.probe.every_steps and self.step % self.config.probe.every_steps == 0:
                 self._probe()
-            if ends or self.step % self.config.checkpoint.every_steps == 0:
+            if is_last or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(losses)
             if asked:
                 return "interrupted", values
@@ -208,9 +208,11 @@ class Loop:
         set_lr(self.optimizer, lr)
         losses = self.stage.training_step(batch, self.config.performance.micro_batch_size or len(batch.uids))
         gradients = gradients_of(self.parameters)
+        # Each rank holds its part of the global batch's gradient: their sum is the gradient of the mean loss.
         self.world.all_reduce_sum_(gradients)
         norm = clip_gradients(gradients, self.config.optim.clip_norm)
         values, asked = self._agree({**losses, "gradient_norm": norm})
+        # Checked on the mean over the ranks, so that all of them stop, and before the update.
         self._require_finite(values)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,51 +220,51 @@ class Loop:
         return waited_s, {**values, "lr": lr}, asked
 
     def _agree(self, values: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
-        """Return the means over the ranks, and whether any rank was asked to stop: one message, one wait.
+        """Return the means over the ranks, and whether any rank was asked to stop, by one all-reduce.
 
-        Raises TrainingStopped on every rank where rank 0 could not write a checkpoint meanwhile.
+        Raises TrainingStopped on every rank if rank 0 could not write a checkpoint meanwhile.
         """
-        trouble = self._checkpoint_trouble()
-        flags = [float(self.stop_asked()), float(trouble is not None)]
+        write_error = self._checkpoint_error()
+        flags = [float(self.stop_asked()), float(write_error is not None)]
         numbers = torch.stack([value.detach().double() for value in values.values()])
         numbers = torch.cat([numbers.cpu(), torch.tensor(flags, dtype=torch.float64)])
         numbers = self.world.sum(numbers.to(self.world.device)).tolist()
-        if trouble is not None:
-            raise trouble
+        if write_error is not None:
+            raise write_error
         if numbers[-1]:
             raise TrainingStopped("rank 0 could not write a checkpoint")
         means = (number / self.world.size for number in numbers[:-2])
         return dict(zip(values, means, strict=True)), bool(numbers[-2])
 
     def _require_finite(self, values: Mapping[str, float]) -> None:
-        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not wrong:
+        not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not not_finite:
             return
-        named = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        named = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
         if self.step == 0:
             raise TrainingStopped(
-                f"step 1: {named}, before any weight was changed: a number overflows in the frozen models or in what "
-                'run.init_from gave. Set performance.precision = "fp32" (stage 2: language.precision too), or use '
-                "other weights"
+                f"step 1: {named}, before any weight was changed: a number overflows in the frozen models or in the "
+                'weights of run.init_from. Set performance.precision = "fp32" (stage 2: language.precision too), or '
+                "use other weights"
             )
         raise TrainingStopped(
-            f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} {_CALM_DOWN}"
+            f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} {_ADVICE}"
         )
 
     def _require_finite_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Raise TrainingStopped, on every rank, where the last update overflowed: that is not a checkpoint."""
+        """Raise TrainingStopped, on every rank, if the last update overflowed."""
         if broken := not_finite_tensors(state):
             raise TrainingStopped(
                 f"step {self.step}: after it {broken[0]} is nan or infinite, and {len(broken) - 1} other tensors; no "
-                f"checkpoint was made of them. {self._last_good()} {_CALM_DOWN}"
+                f"checkpoint was written. {self._last_good()} {_ADVICE}"
             )
 
     def _probe(self) -> None:
         if self.probe is None:
             return
-        found = {f"probe_{name}": value for name, value in self.probe().items()}
+        metrics = {f"probe_{name}": value for name, value in self.probe().items()}
         self.stage.train()
-        self._write(found)
+        self._write(metrics)
 
     def _write(self, values: Mapping[str, float | None]) -> None:
         with self._writing():
@@ -272,7 +274,7 @@ class Loop:
     # -- checkpoints -----------------------------------------------------------------------------------------
 
     def _save(self, losses: Mapping[str, float]) -> None:
-        """Have rank 0 write a checkpoint; its trouble shows here, or at a later step."""
+        """Have rank 0 write a checkpoint; its error is raised here or, written in the background, at a later step."""
         model = self.stage.trainable_state()
         self._require_finite_weights(model)
         if self.world.rank != 0 or (self._last is not None and self._last.step == self.step):
@@ -315,19 +317,19 @@ class Loop:
     def _committed(self, record: CheckpointRecord) -> None:
         self._last = record
         self.record_checkpoint(record)
-        self.say(f"checkpoint {record.path}")
+        self.log(f"checkpoint {record.path}")
 
-    def _checkpoint_trouble(self) -> TrainingStopped | None:
+    def _checkpoint_error(self) -> TrainingStopped | None:
         try:
             with self._writing():
                 self.checkpoints.wait(block=False)
-        except TrainingStopped as trouble:
-            return trouble
+        except TrainingStopped as error:
+            return error
         return None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Say in words that the storage did not take what was written: most often, the disk is full."""
+        """Turn an error of the storage, most often a full disk, into TrainingStopped."""
         try:
             yield
         except Exception as error:
@@ -336,46 +338,48 @@ class Loop:
                 raise
             raise TrainingStopped(
                 f"step {self.step}: cannot write to {self.checkpoints.storage.root} ({what}). {self._last_good()} Then "
-                "run the same command: it goes on from there"
+                "run the same command: it continues from there"
             ) from error
 
-    def _settle(self) -> None:
-        """However training ends, let the last checkpoint be committed."""
+    def _commit_pending(self) -> None:
+        """Wait until the last checkpoint is committed, however training ended."""
         try:
             self.checkpoints.wait()
         except OSError as error:
-            self.say(f"the last checkpoint was not written: {error}")
+            self.log(f"the last checkpoint was not written: {error}")
 
     def _last_good(self) -> str:
-        """Say where the last checkpoint is, once the one under way is committed."""
+        """Return where the last checkpoint is, once a pending one is committed."""
         if self.world.rank != 0:
             return ""
-        self._settle()
+        self._commit_pending()
         if self._last is None:
             return "There is no checkpoint yet."
         return f"The last checkpoint is {self.checkpoints.storage.url(self._last.path)}."
 
-    def _in_words(self, error: RuntimeError) -> TrainingStopped | None:
-        """Return what stopped the training as people can use it; None for a fault of ours."""
-        said = first_line(error)
+    def _as_stop(self, error: RuntimeError) -> TrainingStopped | None:
+        """Return an error with its cause and remedy; None for a defect of the program."""
+        message = first_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             return TrainingStopped(
-                f"step {self.step + 1}: the device's memory is full ({said}). Set "
+                f"step {self.step + 1}: the device's memory is full ({message}). Set "
                 "performance.micro_batch_size, or a smaller one: it changes memory and speed, not what is learnt. "
                 f"{self._last_good()}"
             )
         if isinstance(error, torch.AcceleratorError):
-            return LostRankError(f"rank {self.world.rank}, step {self.step + 1}: its device failed ({said})")
+            return LostRankError(
+                f"rank {self.world.rank}, step {self.step + 1}: its device failed ({message})"
+            )
         if is_lost_rank(error):
             return LostRankError(
-                f"rank {self.world.rank}, step {self.step + 1}: another rank is gone ({said}). "
+                f"rank {self.world.rank}, step {self.step + 1}: another rank has died ({message}). "
                 f"{self._last_good()}"
             )
         return None
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Tell whether a collective failed because another rank is gone; gloo's errors have no class of their own."""
+    """Return whether a collective failed because another rank has died; gloo's errors have no class of their own."""
     return isinstance(error, distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 

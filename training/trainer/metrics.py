@@ -1,4 +1,4 @@
-"""What a run tells while it trains: JSON lines always, TensorBoard and wandb as further sinks."""
+"""Metrics of a run: JSON lines always, TensorBoard and wandb if configured, and the rates that are reported."""
 
 import fcntl
 import importlib.util
@@ -19,7 +19,7 @@ from schemas.pretrain import MetricsConfig
 
 FILE = "metrics.jsonl"
 
-# Dense bf16 rates of the data sheets, in FLOP/s, by a part of the device's name; the first that fits.
+# Dense bf16 rates of the data sheets, in FLOP/s, by a part of the device's name; the first match counts.
 _PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -37,19 +37,19 @@ class Sink(Protocol):
     """Where metrics go."""
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Take in the values of a step; None: not known here."""
+        """Write the values of a step; None: not known here."""
 
     def close(self) -> None:
-        """Bring out what is held back."""
+        """Write what is buffered."""
 
 
 class JsonLines:
     """``metrics.jsonl`` in the run's folder: one object a line, each step once, in order.
 
-    A run that is resumed first drops the lines after its checkpoint: those steps are done again. On remote
-    storage, where nothing can be appended, the file is put whole at each ``flush``.
+    A resumed run first drops the lines after its checkpoint, since those steps are repeated. On remote storage, where
+    nothing can be appended, the whole file is uploaded at each ``flush``.
 
-    Raises CapfiltError where another process writes to the same run.
+    Raises CapfiltError if another process writes to the same run.
     """
 
     def __init__(self, storage: Storage, after_step: int) -> None:
@@ -73,7 +73,7 @@ class JsonLines:
         self._file.flush()
 
     def _lock(self) -> None:
-        """Hold the file for this process; the kernel lets go of it however the process ends."""
+        """Lock the file for this process; the kernel unlocks it however the process ends."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -89,12 +89,12 @@ class JsonLines:
         self._file.flush()
 
     def flush(self) -> None:
-        """Bring the file to remote storage."""
+        """Upload the file to remote storage."""
         if not self._storage.is_local:
             self._storage.put(self._path, FILE)
 
     def close(self) -> None:
-        """Flush, and let others write."""
+        """Flush and unlock."""
         self.flush()
         self._file.close()
         if self._scratch is not None:
@@ -116,7 +116,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write what is buffered."""
         self._writer.close()
 
 
@@ -190,18 +190,19 @@ class Throughput:
         self._waited_s += waited_s
 
     def report(self) -> dict[str, float | None]:
-        """Return the rates since the last report, and begin anew."""
+        """Return the rates since the last report, and reset."""
         seconds = time.perf_counter() - self._start
         rate = self._samples / seconds
+        # Model FLOP utilisation (arXiv 2204.02311, appendix B): the achieved share of the devices' peak rate.
         mfu = rate * self._flops_per_sample / self._peak_flops
-        found = {
+        rates = {
             "samples_per_s": rate,
             "mfu": mfu if math.isfinite(mfu) else None,
             "data_wait_share": min(1.0, self._waited_s / seconds),
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
         }
         self._reset()
-        return found
+        return rates
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -213,7 +214,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use: of the GPU, or of this process."""
+    """Return the peak memory of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -224,7 +225,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for one that was cut by a kill."""
+    """Return the step of a line; infinity for a line that a kill has cut off."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

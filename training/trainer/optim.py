@@ -13,7 +13,7 @@ from schemas.pretrain import OptimConfig, PretrainConfig
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
-# What AdamW keeps of each parameter.
+# AdamW's state of each parameter.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 # The lavis preset counts epochs: lavis/projects/blip2/train/pretrain_stage{1,2}.yaml.
@@ -43,7 +43,7 @@ _PRESETS: dict[tuple[Literal["paper", "lavis"], Literal[1, 2]], dict[str, Any]] 
 
 
 def fill_preset(config: PretrainConfig, num_images: int | None) -> PretrainConfig:
-    """Return the config with every None of ``[optim]`` filled by its preset; what the file says stands.
+    """Return the config with every None of ``[optim]`` filled by its preset; values of the file stay.
 
     Args:
         num_images: of the snapshot, None where it is not known; the lavis preset needs it for its ten epochs.
@@ -78,32 +78,33 @@ class Schedule:
         """Return the schedule of a filled ``[optim]`` (``fill_preset``)."""
         names = ("steps", "warmup_steps", "warmup_lr", "peak_lr", "min_lr")
         values = {name: getattr(optim, name) for name in names}
-        assert None not in values.values(), f"a preset has not filled {values}"
+        assert None not in values.values(), f"a preset did not fill {values}"
         return cls(**values)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of the step with this number, from 0."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup_steps
+        # min + (peak - min) (1 + cos(pi x)) / 2, with x from 0 after the warm-up to 1 at the last step.
         done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether weight decay pulls on a parameter.
+    """Return whether weight decay applies to a parameter.
 
     LAVIS's rule (blip2.py, get_optimizer_params): all but vectors and biases, so that the queries, the
-    embeddings and the temperature (no vector: a scalar) do decay.
+    embeddings and the temperature (a scalar, not a vector) do decay.
     """
     return parameter.ndim != 1 and not name.endswith(".bias")
 
 
 def make_optimizer(parameters: NamedParameters, optim: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, in two groups; the learning rate comes with each step."""
-    assert optim.betas is not None, "a preset has not filled optim.betas"
+    """Return AdamW over the trainable parameters, in two groups; the learning rate is set at each step."""
+    assert optim.betas is not None, "a preset did not fill optim.betas"
     for name, parameter in parameters:
         assert parameter.dtype in (torch.float32, torch.float64), (
-            f"{name} is no fp32 master: {parameter.dtype}"
+            f"{name} is not an fp32 master: {parameter.dtype}"
         )
     groups = [
         {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": optim.weight_decay},
@@ -126,7 +127,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradients_of(parameters: NamedParameters) -> list[Tensor]:
-    """Return every gradient in order; one that no loss reached is made zero, since ranks sum them in step."""
+    """Return every gradient in order; a parameter without one gets zeros, since the ranks sum them in this order."""
     for _, parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -134,17 +135,18 @@ def gradients_of(parameters: NamedParameters) -> list[Tensor]:
 
 
 def clip_gradients(gradients: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Return the norm of all gradients together, before scaling them down to ``max_norm`` (0: as they are)."""
+    """Return the norm of all gradients together, and scale them down to ``max_norm`` (0: do not)."""
     gradients = list(gradients)
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:
+        # As torch.nn.utils.clip_grad_norm_: g * min(1, max_norm / (norm + 1e-6)), without waiting for the device.
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
     return norm
 
 
 def optimizer_state(optimizer: torch.optim.AdamW, parameters: NamedParameters) -> dict[str, Tensor]:
-    """Return AdamW's moments as ``<parameter>.<moment>``: by name, whatever the order or the grouping."""
+    """Return AdamW's moments as ``<parameter>.<moment>``: by name, independent of order and groups."""
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
         for name, parameter in parameters
@@ -156,13 +158,13 @@ def optimizer_state(optimizer: torch.optim.AdamW, parameters: NamedParameters) -
 def load_optimizer_state(
     optimizer: torch.optim.AdamW, parameters: NamedParameters, state: dict[str, Tensor]
 ) -> None:
-    """Take in what ``optimizer_state`` gave. Raises CapfiltError where a moment is missing or misshapen."""
+    """Set what ``optimizer_state`` returned. Raises CapfiltError where a moment is missing or of another shape."""
     for name, parameter in parameters:
         moments = {}
         for moment in _MOMENTS:
             if f"{name}.{moment}" not in state:
                 raise CapfiltError(
-                    f"the checkpoint's optimiser has no {moment} of {name}: it is another model's"
+                    f"the checkpoint's optimiser has no {moment} of {name}: it is of another model"
                 )
             value = state[f"{name}.{moment}"]
             if value.shape != (() if moment == "step" else parameter.shape):

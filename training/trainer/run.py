@@ -21,7 +21,7 @@ from training.data.held_out import held_out_samples
 from training.data.loader import Batch, TrainingData
 from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import World
-from training.evaluate.validation import probe
+from training.evaluate.validation import validate
 from training.trainer.base_models import (
     InitialWeights,
     base_models,
@@ -34,7 +34,7 @@ from training.trainer.loop import Loop, Summary
 from training.trainer.metrics import JsonLines, further_sinks, require_libraries
 from training.trainer.optim import fill_preset
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 # Keys that say where models and results are; models are compared by digest (``require_same_models``).
 _LOCATIONS = (
@@ -48,14 +48,14 @@ _LOCATIONS = (
 
 
 def pretrain(
-    config: PretrainConfig, world: World, run: RunRecord, *, stop_asked: Callable[[], bool], say: Say
+    config: PretrainConfig, world: World, run: RunRecord, *, stop_asked: Callable[[], bool], log: Log
 ) -> Summary:
     """Train on this rank, from the newest good checkpoint of ``run.name`` if there is one.
 
-    Nothing is written before all ranks have found data, weights and checkpoint in order.
+    Nothing is written before all ranks have checked data, weights and checkpoint.
 
     Args:
-        run: of the command; rank 0 notes it with the filled config.
+        run: the command's record; rank 0 writes it with the filled config.
 
     Raises:
         CapfiltError: the input is at fault.
@@ -63,16 +63,16 @@ def pretrain(
     """
     if config.run.stage == 2 and not config.run.init_from:
         raise CapfiltError(
-            "run.init_from: not set; stage 2 goes on from a stage 1: name its run, or a LAVIS .pth"
+            "run.init_from: not set; stage 2 begins from a stage 1: name its run, or a LAVIS .pth"
         )
     if config.probe.every_steps and not config.data.held_out:
         raise CapfiltError("probe.every_steps: there are no images for the probe; set data.held_out")
     require_libraries(config.metrics)
     if world.rank != 0:
-        say = _nothing
+        log = _ignore
     Storage(run_folder(config)).require_place("run.output")
-    say(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
-    loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stop_asked, say))
+    log(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
+    loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stop_asked, log))
     if loop.step == loop.schedule.steps:
         return loop.run(iter(()))
     with ExitStack() as stack:
@@ -81,17 +81,17 @@ def pretrain(
 
 
 def _prepare(
-    config: PretrainConfig, world: World, run: RunRecord, stop_asked: Callable[[], bool], say: Say
+    config: PretrainConfig, world: World, run: RunRecord, stop_asked: Callable[[], bool], log: Log
 ) -> tuple[Loop, Snapshot, Iterator[Batch]]:
     """Return the loop ready to run, the snapshot it trains on, and its batches; write nothing."""
     checkpoints = Checkpoints(run_folder(config))
-    newest = world.broadcast_object(lambda: checkpoints.newest_good(say))
+    newest = world.broadcast_object(lambda: checkpoints.newest_good(log))
     state = checkpoints.read(newest) if newest else None
-    # One reading for all ranks: shards may be added while they start.
+    # Read by rank 0 alone: shards may be added while the ranks start.
     snapshot = world.broadcast_object(lambda: _snapshot(config, checkpoints.storage, state))
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
-        refuse_changes(recorded_config(state.progress.config, checkpoints.storage.root), config)
+        require_same_config(recorded_config(state.progress.config, checkpoints.storage.root), config)
     initial = None
     if state is None:
         initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else None)
@@ -108,22 +108,22 @@ def _prepare(
         snapshot=snapshot.digest,
         models=models,
         stop_asked=stop_asked,
-        say=say,
+        log=log,
     )
     if newest is not None and state is not None:
         loop.resume(state, newest)
-        say(f"goes on after step {loop.step:,} of {config.optim.steps:,}")
+        log(f"resuming after step {loop.step:,} of {config.optim.steps:,}")
     else:
         begin_training(stage, initial, world)
     if loop.step == loop.schedule.steps:
         return loop, snapshot, iter(())
-    # One rank's business, unless the language model answers to all of them together.
-    spread = isinstance(stage, Stage2) and stage.language.is_sharded
-    if config.probe.every_steps and (world.rank == 0 or spread):
+    # On one rank, unless the language model is sharded: then its forward pass needs all of them.
+    is_sharded = isinstance(stage, Stage2) and stage.language.is_sharded
+    if config.probe.every_steps and (world.rank == 0 or is_sharded):
         held_out = held_out_samples(config, snapshot, config.probe.images)
-        loop.probe = lambda: probe(stage, held_out, config)
+        loop.probe = lambda: validate(stage, held_out, config)
     batches = iter(data)
-    # The first batch comes before anything is written: a shard that differs from its record shows here.
+    # The first batch is read before anything is written, so that a shard that differs from its record is found first.
     return loop, snapshot, itertools.chain([next(batches)], batches)
 
 
@@ -149,8 +149,8 @@ def run_folder(config: PretrainConfig) -> str:
     return f"{root}/stage{config.run.stage}/{config.run.name}"
 
 
-def refuse_changes(before: PretrainConfig, after: PretrainConfig) -> None:
-    """Raise CapfiltError, naming the keys, where a resumed run would learn something else than it began with.
+def require_same_config(before: PretrainConfig, after: PretrainConfig) -> None:
+    """Raise CapfiltError, naming the keys, if a resumed run would be trained differently than it began.
 
     Keys declared with ``tuning()`` may differ, and so may locations: the digests of the snapshot and of the models say
     whether data and models are the same.
@@ -188,24 +188,24 @@ def _learning_keys(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> Snapshot:
-    """Return the shards to train on: those that the run began with, whatever the corpora have become since."""
+    """Return the shards to train on: of a resumed run those that it began with."""
     if state is None:
         return take_snapshot(config.data)
     digest = state.progress.snapshot
     name = snapshot_file.file_name(digest)
     try:
-        kept = snapshot_file.decode(folder.read(name), config.data, folder.url(name))
+        snapshot = snapshot_file.decode(folder.read(name), config.data, folder.url(name))
     except FileNotFoundError:
         raise CapfiltError(
-            f"{folder.url(name)} is missing: without it the run cannot go on with its data"
+            f"{folder.url(name)} is missing: without it the run cannot be resumed on its data"
         ) from None
-    if kept.digest != digest:
+    if snapshot.digest != digest:
         raise CapfiltError(f"{folder.url(name)} is the snapshot of another run; restore it")
-    return kept
+    return snapshot
 
 
 def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
-    """Open what rank 0 alone writes: metrics, the run's own files, the manifests' rows."""
+    """Open what rank 0 alone writes: metrics, the run's files, the records in the corpora."""
     config, storage = loop.config, loop.checkpoints.storage
     resolved = config.model_dump(mode="json")
     lines = JsonLines(storage, after_step=loop.step)
@@ -218,19 +218,21 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
     lineage = LineageWriter(config.data)
-    lineage.begin(replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.say)
+    lineage.write_start(
+        replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.log
+    )
 
     def record_checkpoint(record: CheckpointRecord) -> None:
         lines.flush()
-        lineage.checkpoint(record, storage.url(record.path))
+        lineage.write_checkpoint(record, storage.url(record.path))
 
     loop.record_checkpoint = record_checkpoint
 
 
 def _run_key(storage: Storage) -> str:
-    """Return an id that a run keeps when it is resumed."""
+    """Return an id that stays the same when the run is resumed."""
     return digest_json(storage.root)[:16]
 
 
-def _nothing(text: str) -> None:
+def _ignore(text: str) -> None:
     pass
