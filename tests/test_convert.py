@@ -16,7 +16,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.build import meta_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.convert.key_map import from_hf, hf_name, our_name, to_hf
+from training.convert.key_map import from_hf, hf_name, lavis_name, to_hf
 from training.convert.load import load_trained
 from training.convert.read import read_external, read_lavis, stage_state
 
@@ -118,7 +118,7 @@ def test_a_lavis_file_of_stage1_loads_whole(stage1: Stage1, tmp_path: Path) -> N
     # The same for evaluation, where the recipe must come along.
     evaluated = load_trained(str(path), stage1.config)
     assert torch.equal(evaluated.temp, stage1.temp)
-    with pytest.raises(CapfiltError, match="does not say what model it is; name its recipe with -c"):
+    with pytest.raises(CapfiltError, match="has no config; name its recipe with -c"):
         load_trained(str(path))
 
 
@@ -214,7 +214,7 @@ def test_every_full_size_name_goes_there_and_back(stage: int, family: str | None
     assert unmapped == (expected if stage == 1 else set())
     for name in names:
         if there := hf_name(name):
-            assert our_name(there, family) == name
+            assert lavis_name(there, family) == name
 
 
 def test_attention_biases_are_joined_and_parted() -> None:

@@ -1,1 +1,5 @@
-"""What happens to a model: BLIP-2 pretraining on curated shards."""
+"""BLIP-2 pretraining on curated shards, and what is done with the trained models.
+
+Packages import downwards only: losses, distributed, checkpoint; data | models; blip2; convert; evaluate; trainer. No
+package runs a pipeline stage: corpora are read, and only records of runs and checkpoints are added to them.
+"""

@@ -1,1 +1,4 @@
-"""Weights in and out: LAVIS's and Hugging Face's BLIP-2 layouts, and trained models read back for use."""
+"""Weights from and for other programs: LAVIS's and Hugging Face's BLIP-2 formats, and capfilt's exports.
+
+In: a path to weights. Out: tensors under LAVIS's names, a model ready for evaluation, or a folder that others load.
+"""

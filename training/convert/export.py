@@ -1,8 +1,8 @@
-"""A trained model as others load it: Hugging Face's ``Blip2*`` where its image encoder is EVA's, else our own folder.
+"""Exports a trained model: as Hugging Face's ``Blip2*`` if its image encoder is EVA's, else in capfilt's own format.
 
-Hugging Face's image encoder is EVA's ViT, which has no norm before its blocks; a CLIP ViT has, and no home there.
+Hugging Face's image encoder is EVA's ViT, without the norm before the blocks that a CLIP ViT has.
 
-Our own format: ``model.safetensors`` holds what was trained, under LAVIS's names; ``capfilt.json`` names the format
+The own format: ``model.safetensors`` holds what was trained, under LAVIS's names; ``capfilt.json`` names the format
 and its version, the stage and the resolved config, which names the frozen models. A Hugging Face export has that
 file too, and ``capfilt_extra.safetensors`` with what its classes lack: the temperature and the head of captions.
 """
@@ -73,7 +73,7 @@ def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) ->
     config = blip2_config(stage.config, stage.visual_encoder)
     model = _filled(Blip2ForImageTextRetrieval, config, tensors)
     model.save_pretrained(folder)
-    # Without a number of query tokens it writes no image tokens into a text, and the model expects none.
+    # Without a number of query tokens the processor adds no image tokens to a text, and the model expects none.
     _processor(stage.visual_encoder, stage.tokenizer.tokenizer, None).save_pretrained(folder)
 
 
@@ -88,7 +88,7 @@ def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -
             f"{image_token + 1} or more (resize_token_embeddings) and name that model"
         )
     shape = copy.deepcopy(language.model.config)
-    # generate() ends texts by the language model's own config, not by a generation_config beside it.
+    # generate() takes the end of text from the language model's own config, not from a generation_config beside it.
     shape.eos_token_id = language.end_of_text_id
     config = blip2_config(
         stage.config, stage.visual_encoder, text_config=shape, image_token_index=image_token
@@ -136,7 +136,7 @@ def blip2_config(config: PretrainConfig, vision: FrozenVision, **more: Any) -> B
 
 
 def _filled(kind: type, config: Blip2Config, tensors: dict[str, Tensor]) -> Any:
-    """Return a model of Hugging Face's that holds the tensors, and no other."""
+    """Return a Hugging Face model with exactly these tensors."""
     with torch.device("meta"):
         model = kind(config)
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -147,6 +147,7 @@ def _filled(kind: type, config: Blip2Config, tensors: dict[str, Tensor]) -> Any:
 def _processor(
     vision: FrozenVision, tokenizer: PreTrainedTokenizerBase, num_query_tokens: int | None
 ) -> Blip2Processor:
+    # FrozenVision computes p * scale + shift with scale = 1 / (255 std) and shift = -mean / std.
     std_C = 1 / (255 * vision.scale_C.double().cpu())
     mean_C = -vision.shift_C.double().cpu() * std_C
     images = BlipImageProcessor(
@@ -154,7 +155,7 @@ def _processor(
         image_mean=[round(value, 8) for value in mean_C.tolist()],
         image_std=[round(value, 8) for value in std_C.tolist()],
     )
-    # It adds a word to the tokenizer it is given.
+    # A copy: the processor adds a token to it.
     return Blip2Processor(images, copy.deepcopy(tokenizer), num_query_tokens=num_query_tokens)
 
 

@@ -1,7 +1,7 @@
-"""What BLIP-2's tensors are called here, which is as in LAVIS, and in Hugging Face's ``Blip2*``: both ways.
+"""Maps the names of BLIP-2's tensors between LAVIS, whose names capfilt uses, and Hugging Face's ``Blip2*``.
 
-A difference beyond names: the bias of the image encoder's attention. EVA has one of the queries and one of the
-values, Hugging Face the two and zeros for the keys between them, in one tensor.
+One tensor differs beyond its name, the bias of the image encoder's attention: EVA has one for queries and one for
+values; Hugging Face has one tensor of both, with zeros for the keys between them.
 """
 
 import re
@@ -16,7 +16,7 @@ from schemas.names import printable
 
 Family = Literal["opt", "t5"]
 
-# {n}: a number; {cross}: "cross" or nothing; {rest}: anything. The first pair that fits a name counts.
+# (LAVIS, Hugging Face). {n}: a number; {cross}: "cross" or nothing; {rest}: anything. The first match counts.
 _PAIRS = (
     ("query_tokens", "query_tokens"),
     ("ln_vision.{rest}", "vision_model.post_layernorm.{rest}"),
@@ -45,8 +45,8 @@ _PAIRS = (
 )
 _FIELDS = {"n": r"\d+", "cross": "(?:cross)?", "rest": ".+"}
 _QKV_BIAS = "vision_model.encoder.layers.{}.self_attn.qkv.bias"
-_OUR_BIAS = re.compile(r"visual_encoder\.blocks\.(\d+)\.attn\.([qv])_bias")
-_THEIR_BIAS = re.compile(re.escape(_QKV_BIAS).replace(r"\{\}", r"(\d+)"))
+_LAVIS_BIAS = re.compile(r"visual_encoder\.blocks\.(\d+)\.attn\.([qv])_bias")
+_HF_BIAS = re.compile(re.escape(_QKV_BIAS).replace(r"\{\}", r"(\d+)"))
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -56,12 +56,12 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-_TO_HF = [(_pattern(ours), theirs) for ours, theirs in _PAIRS]
-_FROM_HF = [(_pattern(theirs), ours) for ours, theirs in _PAIRS]
+_TO_HF = [(_pattern(lavis), hf) for lavis, hf in _PAIRS]
+_FROM_HF = [(_pattern(hf), lavis) for lavis, hf in _PAIRS]
 
 
 def hf_name(name: str) -> str | None:
-    """Return what Hugging Face calls a tensor of ours; None where it has no home there."""
+    """Return Hugging Face's name of a tensor; None if its classes do not have it."""
     if name.startswith(("opt_proj.", "t5_proj.")):
         return f"language_projection.{name.partition('.')[2]}"
     if name.startswith("language_model."):
@@ -69,8 +69,8 @@ def hf_name(name: str) -> str | None:
     return _rename(name, _TO_HF)
 
 
-def our_name(name: str, family: Family | None) -> str | None:
-    """Return what we call a tensor of Hugging Face's; ``family`` is that of its language model."""
+def lavis_name(name: str, family: Family | None) -> str | None:
+    """Return LAVIS's name of a tensor of Hugging Face's; ``family`` is that of its language model."""
     if name.startswith("language_projection."):
         return f"{family}_proj.{name.partition('.')[2]}"
     if name.startswith("language_model."):
@@ -79,23 +79,23 @@ def our_name(name: str, family: Family | None) -> str | None:
 
 
 def to_hf(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors under Hugging Face's names, and those that have no home there under ours."""
+    """Return the tensors that Hugging Face's classes have, under its names, and the others under LAVIS's."""
     mapped: dict[str, Tensor] = {}
     unmapped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if bias := _OUR_BIAS.fullmatch(name):
+        if bias := _LAVIS_BIAS.fullmatch(name):
             block = bias[1]
             q_D, v_D = (tensors[f"visual_encoder.blocks.{block}.attn.{part}_bias"] for part in "qv")
             mapped[_QKV_BIAS.format(block)] = torch.cat([q_D, torch.zeros_like(q_D), v_D])
-        elif there := hf_name(name):
-            mapped[there] = tensor
+        elif hf := hf_name(name):
+            mapped[hf] = tensor
         else:
             unmapped[name] = tensor
     return mapped, unmapped
 
 
 def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) -> dict[str, Tensor]:
-    """Return the tensors under our names.
+    """Return the tensors under LAVIS's names.
 
     Args:
         tensors: under Hugging Face's names.
@@ -103,21 +103,21 @@ def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) ->
         where: the folder, for messages.
 
     Raises:
-        CapfiltError: a tensor that BLIP-2 has not, or a bias of the keys, which EVA has no place for.
+        CapfiltError: a tensor that BLIP-2 does not have, or a bias of the keys, which EVA does not have.
     """
-    ours: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if bias := _THEIR_BIAS.fullmatch(name):
+        if bias := _HF_BIAS.fullmatch(name):
             q_D, k_D, v_D = tensor.chunk(3)
             if k_D.any():
                 raise CapfiltError(f"{where}: {name} has a bias of the keys; EVA's image encoder has none")
-            ours[f"visual_encoder.blocks.{bias[1]}.attn.q_bias"] = q_D.clone()
-            ours[f"visual_encoder.blocks.{bias[1]}.attn.v_bias"] = v_D.clone()
-        elif here := our_name(name, family):
-            ours[here] = tensor
+            renamed[f"visual_encoder.blocks.{bias[1]}.attn.q_bias"] = q_D.clone()
+            renamed[f"visual_encoder.blocks.{bias[1]}.attn.v_bias"] = v_D.clone()
+        elif lavis := lavis_name(name, family):
+            renamed[lavis] = tensor
         else:
             raise CapfiltError(f"{where}: {printable(name)[:100]} is not a tensor of BLIP-2")
-    return ours
+    return renamed
 
 
 def _rename(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:

@@ -1,4 +1,4 @@
-"""A trained model for evaluation or export, from whatever holds it."""
+"""Loads a trained model for evaluation or export, from a checkpoint, an export or weights from elsewhere."""
 
 import logging
 from collections.abc import Mapping
@@ -41,8 +41,8 @@ def load_trained(
 
     Args:
         path: a run's folder or one of its checkpoints, an export, a LAVIS ``.pth`` or a ``Blip2*`` folder.
-        config: what the model is and where its frozen models lie; needed for files of others' make, which do not
-            say; else it replaces the config that comes with the weights.
+        config: of the model, with the locations of its frozen models; needed for files that come without one; else it
+            replaces the config that comes with the weights.
         device: to compute on.
         precision: of the image encoder's weights and of all matrix products but the language model's.
 
@@ -50,31 +50,31 @@ def load_trained(
         CapfiltError: it does not load, or the config is of another architecture.
     """
     own_config: Mapping[str, Any] | None
-    imported = read_external(path)
-    if imported is not None:
-        given, own_config = imported.trained, _exported_config(Path(path).expanduser())
+    external = read_external(path)
+    if external is not None:
+        given, own_config = external.trained, _exported_config(Path(path).expanduser())
     else:
         state = read_model(path)[1]
         given, own_config = state.model, state.progress.config
-    own = (
-        "" if config is not None else f" (as the config that came with {path} says; -c RECIPE says otherwise)"
+    config_hint = (
+        "" if config is not None else f" (from the config that came with {path}; -c RECIPE replaces it)"
     )
     config = config or _parsed(own_config, path)
-    # Uncompiled: an evaluation meets many shapes, and compiling each would take longer than computing it.
+    # Not compiled: an evaluation has many shapes, and compiling each takes longer than it saves.
     changes = {"compile": False, "precision": precision}
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
     try:
-        if imported is None or imported.kind == "capfilt":
+        if external is None or external.kind == "capfilt":
             _refuse_other_shapes(given, config, path)
         stage = build_stage(config, World(device), device)
     except CapfiltError as error:
-        raise CapfiltError(f"{error}{own}") from error
+        raise CapfiltError(f"{error}{config_hint}") from error
     fresh = stage.trainable_state()
-    if imported is not None and imported.kind == "huggingface":
+    if external is not None and external.kind == "huggingface":
         given = _filled_up(given, fresh, path)
     stage.load_trainable_state(stage_state(given, fresh, stage=config.run.stage, where=path))
-    if imported is not None and imported.vision:
-        _load_vision(stage.visual_encoder, imported)
+    if external is not None and external.vision:
+        _load_vision(stage.visual_encoder, external)
     return stage.eval()
 
 
@@ -90,12 +90,12 @@ def _refuse_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, pa
 
 
 def _filled_up(given: dict[str, Tensor], fresh: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Add what Hugging Face's classes have no home for, untrained, where no side file brought it; say so."""
+    """Add the tensors that Hugging Face's classes do not have, untrained, if no side file has them; log that."""
     unmapped = {name: tensor for name, tensor in fresh.items() if name not in given and hf_name(name) is None}
     if unmapped:
         _log.warning(
             "%s has no captioning head and no temperature, as all models of Blip2ForImageTextRetrieval: retrieval does "
-            "not need them, its captions mean nothing",
+            "not need them; captions of this model are meaningless",
             path,
         )
     return given | unmapped
@@ -108,18 +108,16 @@ def _exported_config(folder: Path) -> dict[str, Any] | None:
 
 def _parsed(values: Any, path: str) -> PretrainConfig:
     if values is None:
-        raise CapfiltError(
-            f"{path} does not say what model it is; name its recipe with -c, as blip2-stage1-vitg.toml"
-        )
+        raise CapfiltError(f"{path} has no config; name its recipe with -c, as blip2-stage1-vitg.toml")
     return recorded_config(values, path)
 
 
-def _load_vision(vision: FrozenVision, imported: ExternalCheckpoint) -> None:
-    """Take the image encoder from the file too: a fine-tuned model's differs from open_clip's."""
-    require_finite_weights(imported.vision, f"{imported.path}: its image encoder")
+def _load_vision(vision: FrozenVision, external: ExternalCheckpoint) -> None:
+    """Load the image encoder from the file too: a fine-tuned model's differs from open_clip's."""
+    require_finite_weights(external.vision, f"{external.path}: its image encoder")
     try:
-        vision.tower.load_state_dict(imported.vision, strict=True)
+        vision.tower.load_state_dict(external.vision, strict=True)
     except RuntimeError as error:
-        # torch lists every tensor; the first says enough.
+        # torch lists every tensor; the first one is enough.
         first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
-        raise CapfiltError(f"{imported.path}: its image encoder is not that of [vision]: {first}") from error
+        raise CapfiltError(f"{external.path}: its image encoder is not that of [vision]: {first}") from error

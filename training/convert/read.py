@@ -1,7 +1,7 @@
-"""Weights brought in: LAVIS's checkpoints, Hugging Face's ``Blip2*`` folders, and our own exports.
+"""Reads weights from outside a run: LAVIS's checkpoints, Hugging Face's ``Blip2*`` folders and capfilt's exports.
 
-Our names are LAVIS's, so a LAVIS file only loses what is not trained. What a stage is given must be exactly what
-it trains: a tensor too few, too many or of another shape is named, never passed over.
+Tensors have LAVIS's names here. A stage must be given exactly what it trains: a missing, unexpected or misshapen tensor
+is an error that names it.
 """
 
 import pickle
@@ -28,30 +28,30 @@ from schemas.errors import CapfiltError, first_line
 from schemas.names import printable
 from training.convert.key_map import Family, from_hf
 
-# Beside a Hugging Face export: what its classes have no home for.
+# Beside a Hugging Face export: the tensors that its classes do not have.
 EXTRA_FILE = "capfilt_extra.safetensors"
-# Our own format.
+# capfilt's own format.
 OWN_FORMAT, OWN_VERSION = "capfilt-blip2", 1
 OWN_CONFIG_FILE, OWN_WEIGHTS_FILE = "capfilt.json", "model.safetensors"
 
-# In files, but not trained: buffers, second names of tied tensors, and the frozen models.
+# In files but not trained: buffers, second names of tied tensors, and the frozen models.
 _NOT_TRAINED = re.compile(
     r"Qformer\.bert\.embeddings\.position_ids|Qformer\.cls\.predictions\.decoder\.(weight|bias)"
     r"|visual_encoder\..+|(opt|t5|language)_model\..+"
 )
-# What stage 2 leaves behind of stage 1: the text's side of the Q-Former and the heads.
+# What stage 2 drops of stage 1: the text side of the Q-Former and the heads.
 _STAGE1_ONLY = re.compile(
     r"Qformer\.cls\..+|Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight"
     r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+|(vision|text)_proj\..+|itm_head\..+|temp"
 )
-# How torch names what a pickle asks for.
+# torch's message for a global that a pickle refers to.
 _GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _PROJECTION = re.compile(r"(opt|t5)_proj\..+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalCheckpoint:
-    """Weights under our names, and what they were."""
+    """Weights under LAVIS's names, and the format that they were read from."""
 
     kind: Literal["lavis", "huggingface", "capfilt"]
     path: str
@@ -61,7 +61,7 @@ class ExternalCheckpoint:
     @property
     def trained(self) -> dict[str, Tensor]:
         """The tensors that a stage trains: without frozen models, buffers and second names."""
-        return {name: one for name, one in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
+        return {name: tensor for name, tensor in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
 
     @property
     def files(self) -> list[Path]:
@@ -70,22 +70,26 @@ class ExternalCheckpoint:
         if path.is_file():
             return [path]
         configs = ("config.json", OWN_CONFIG_FILE)
-        return sorted(one for one in path.iterdir() if one.suffix == ".safetensors" or one.name in configs)
+        return sorted(
+            file for file in path.iterdir() if file.suffix == ".safetensors" or file.name in configs
+        )
 
     @property
     def vision(self) -> dict[str, Tensor]:
         """The image encoder's tensors, by their names in it; empty for most of LAVIS's files."""
         prefix = "visual_encoder."
         return {
-            name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
         }
 
 
 def read_external(path: str) -> ExternalCheckpoint | None:
-    """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of ours; None for anything else.
+    """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of capfilt; None for anything else.
 
     Raises:
-        CapfiltError: it is one of these, but does not read.
+        CapfiltError: it is one of these, but cannot be read.
     """
     local = Path(path).expanduser()
     if local.suffix in (".pth", ".pt"):
@@ -98,7 +102,7 @@ def read_external(path: str) -> ExternalCheckpoint | None:
 
 
 def read_lavis(path: Path) -> ExternalCheckpoint:
-    """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, running no code of the file."""
+    """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, without running code of the file."""
     if not path.is_file():
         raise CapfiltError(f"{path}: no such file")
     content = _unpickled(path)
@@ -119,14 +123,14 @@ def read_lavis(path: Path) -> ExternalCheckpoint:
 
 
 def _is_filled(tensor: Tensor) -> bool:
-    """Say whether a tensor is dense and has a place of its own for each value: an expanded one takes all memory."""
+    """Return whether a tensor is dense and stores each of its values: copying an expanded one could fill the memory."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Raise CapfiltError where a zip unpacks to more than the file: torch.save neither packs nor shares entries."""
+    """Raise CapfiltError where a zip's entries are larger than the file: torch.save does not compress or share them."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -136,7 +140,7 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _unpickled(path: Path) -> Any:
-    """Return what torch.load reads of a file without running code; its own advice, to run it, is not passed on."""
+    """Return what torch.load reads without running code. Its advice to run the code is not shown."""
     try:
         _refuse_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -152,7 +156,7 @@ def _unpickled(path: Path) -> Any:
         raise CapfiltError(
             f"{path} holds more than tensors and plain values{asked}, and is not read"
         ) from error
-    except Exception as error:  # what torch raises for a damaged file is not declared
+    except Exception as error:  # torch does not document what it raises for a damaged file
         reason = "it is empty" if not path.stat().st_size else printable(first_line(error))[:200]
         raise CapfiltError(f"{path} is not a file of torch.save: {reason}") from error
 
@@ -160,12 +164,12 @@ def _unpickled(path: Path) -> Any:
 def read_blip2(folder: Path) -> ExternalCheckpoint:
     """Read ``Blip2ForImageTextRetrieval`` or ``Blip2ForConditionalGeneration`` as ``save_pretrained`` wrote it.
 
-    What an export of ours put beside it comes along, so that ours -> Hugging Face -> ours loses no bit.
+    The side file of capfilt's exports is read too, so that capfilt -> Hugging Face -> capfilt is exact.
     """
     config = read_object(folder / "config.json")
     if config.get("model_type") != "blip-2":
         raise CapfiltError(
-            f"{folder} is a {_shown(config.get('model_type'))} model; a 'blip-2' one can be brought in"
+            f"{folder} is a {_shown(config.get('model_type'))} model; only 'blip-2' models can be read"
         )
     tensors: dict[str, Tensor] = {}
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
@@ -173,15 +177,15 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
         raise CapfiltError(f"{folder} has no .safetensors; only safetensors are read")
     for path in files:
         tensors |= _read_safetensors(path)
-    ours = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
+    renamed = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
     extra = folder / EXTRA_FILE
     if extra.is_file():
-        ours |= _read_safetensors(extra)
-    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=ours, config=config)
+        renamed |= _read_safetensors(extra)
+    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=renamed, config=config)
 
 
 def read_own(folder: Path) -> ExternalCheckpoint:
-    """Read an export in our own format."""
+    """Read an export in capfilt's own format."""
     config = read_object(folder / OWN_CONFIG_FILE)
     if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
         raise CapfiltError(
@@ -196,12 +200,12 @@ def read_own(folder: Path) -> ExternalCheckpoint:
 def stage_state(
     given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
 ) -> dict[str, Tensor]:
-    """Return what a stage begins with, out of trained weights of the same stage or, for stage 2, of stage 1.
+    """Return the state that a stage begins with, from weights of the same stage or, for stage 2, of stage 1.
 
     Args:
-        given: the trained weights, under our names.
-        fresh: the stage's own trainable state: its names and shapes, and the language projection's first
-            values where ``given``, from stage 1, has none.
+        given: the trained weights, under LAVIS's names.
+        fresh: the stage's initial trainable state: its names and shapes, and the language projection's values if
+            ``given``, from stage 1, has none.
         stage: which one begins.
         where: the file, for messages.
 
@@ -210,14 +214,14 @@ def stage_state(
     """
     state = require_same_shapes(given, fresh, stage=stage, where=where)
     require_finite_weights(state, where)
-    # Half-precision files hold rounded values; training goes on in the stage's own precision.
+    # Files may be in half precision; training continues in the stage's own precision.
     return {name: state[name].to(fresh[name].dtype) for name in fresh}
 
 
 def require_same_shapes(
     given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
 ) -> dict[str, Tensor]:
-    """Return the tensors that a stage begins with, as ``stage_state``; only names and shapes are looked at.
+    """Return the tensors that a stage begins with, as ``stage_state``, from names and shapes alone.
 
     Raises:
         CapfiltError: a tensor is missing, unexpected or of another shape.
@@ -233,7 +237,7 @@ def require_same_shapes(
 
 
 def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Say how two sets of tensors differ, the first of each kind by name."""
+    """Return how two sets of tensors differ, with the first name of each kind."""
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
     reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
@@ -257,13 +261,13 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
     model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
     if model_type not in ("opt", "t5"):
         raise CapfiltError(
-            f"{folder}: its language model is {_shown(model_type)}; opt and t5 can be brought in"
+            f"{folder}: its language model is {_shown(model_type)}; only opt and t5 can be read"
         )
     return model_type
 
 
 def _shown(value: Any) -> str:
-    """Return a value that others wrote, for a message."""
+    """Return a value of the file, for a message."""
     return printable(repr(value))[:40]
 
 

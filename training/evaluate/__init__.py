@@ -1,1 +1,4 @@
-"""Zero-shot evaluation: retrieval, captioning, question answering, and the probe of a run."""
+"""Zero-shot evaluation: retrieval, captioning, question answering, and the validation of a run.
+
+In: a trained model, a benchmark's annotations and images. Out: metrics with every setting that they depend on.
+"""

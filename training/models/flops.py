@@ -1,8 +1,8 @@
 """The floating-point operations of a training step, counted on the modules themselves.
 
-A product of matrices M x K and K x N counts 2 MKN, and nothing else counts. A forward pass counts once where nothing is
-trained, twice where a gradient only passes through (a frozen language model) and three times where weights are trained.
-What is computed again to save memory does not count.
+A product of matrices M x K and K x N counts 2 MKN; nothing else counts. A forward pass counts once where nothing is
+trained, twice where a gradient passes through frozen weights (the backward pass multiplies once more), and three times
+where weights are trained (twice more). What is computed again to save memory does not count.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ FORWARD, THROUGH, TRAINED = 1, 2, 3
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Return the FLOP of a call, which is made on tensors without contents: nothing is computed."""
+    """Return the FLOP of a call, made on tensors without data, so that nothing is computed."""
     counter = FlopCounterMode(display=False)
     with (
         torch.compiler.set_stance("force_eager"),

@@ -1,8 +1,10 @@
-"""Layers that keep float32 weights and compute in the dtype of their input.
+"""The Q-Former's layers, with float32 weights, computing in the dtype of their input.
 
-No autocast: where bfloat16 begins and ends is in the code. A matrix product runs in the dtype of its input, a
-normalisation in that of its weights. Everything is double where the weights are double, which is how the tests
-check it to 1e-9.
+There is no autocast: a matrix product runs in the dtype of its input, a normalisation in that of its weights. With
+float64 weights everything is float64, in which the tests compare with the reference to 1e-9.
+
+The legend of the names: B rows, S tokens, Q queries of them, K tokens attended to, D the width, E that of the source, H
+heads, d = D / H.
 """
 
 import torch
@@ -44,20 +46,20 @@ class LayerNorm(nn.LayerNorm):
     @classmethod
     def like(cls, norm: nn.LayerNorm) -> "LayerNorm":
         """Return one that shares the weights of another."""
-        twin = cls(
+        copy = cls(
             norm.normalized_shape, eps=norm.eps, elementwise_affine=norm.elementwise_affine, device="meta"
         )
-        twin.weight, twin.bias = norm.weight, norm.bias
-        return twin
+        copy.weight, copy.bias = norm.weight, norm.bias
+        return copy
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise in the dtype of the weights."""
-        whole = input.to(self.weight.dtype)
-        return F.layer_norm(whole, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
+        precise = input.to(self.weight.dtype)
+        return F.layer_norm(precise, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
 
 
 class Projections(nn.Module):
-    """Queries, keys and values; of one sequence, or of a sequence and an image."""
+    """The projections to queries, keys and values, of one sequence or of a sequence and an image."""
 
     def __init__(self, width: int, source_width: int, heads: int) -> None:
         super().__init__()
@@ -81,12 +83,13 @@ class Projections(nn.Module):
     def _fused(self, layers: tuple[Linear, ...], source_BKE: Tensor) -> tuple[Tensor, ...]:
         weight = torch.cat([layer.weight for layer in layers]).to(source_BKE.dtype)
         bias = torch.cat([layer.bias for layer in layers]).to(source_BKE.dtype)
+        # One matrix product with the layers' weights below one another: (B, K, 3 D) for three layers.
         packed = F.linear(source_BKE, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
         return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Residual(nn.Module):
-    """The end of each half of a block: linear, dropout, sum, norm."""
+    """The output of attention or of a feed-forward network: norm(dropout(linear(x)) + residual)."""
 
     def __init__(self, from_width: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -95,24 +98,24 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
-        """Join a half's result to what went in."""
+        """Project, and add to the residual."""
         return self.LayerNorm(self.dropout(self.dense(hidden_BSD)) + residual_BSD)
 
 
 class FeedForwardInput(nn.Module):
-    """The first layer of a feed-forward network."""
+    """The first layer of a feed-forward network, with its activation."""
 
     def __init__(self, width: int, ffn_width: int) -> None:
         super().__init__()
         self.dense = Linear(width, ffn_width)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """Widen, with BERT's exact GELU."""
+        """Project to the inner width, with BERT's exact GELU."""
         return F.gelu(self.dense(hidden_BSD))
 
 
 class Attention(nn.Module):
-    """BERT's attention with its residual, over the sequence itself or over an image."""
+    """BERT's attention with its residual, to the sequence itself or to an image."""
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
@@ -126,18 +129,21 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Attend to the prefix, if any, and to the sequence; return its keys and values too."""
         query, key, value = self.self.all_three(hidden_BSD)
-        seen = key, value
+        key_value = key, value
         if prefix is not None:
-            seen = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
-        return self._attend(query, seen, mask, hidden_BSD), (key, value)
+            key_value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        return self._attend(query, key_value, mask, hidden_BSD), (key, value)
 
     def to_image(self, hidden_BQD: Tensor, image: KeyValue) -> Tensor:
         """Attend to an image; B may be a multiple of the number of images."""
-        images = image[0].shape[0]
-        query = self.self.queries(hidden_BQD.reshape(images, -1, hidden_BQD.shape[-1]))
+        # The queries of all rows of an image as one sequence, so that its keys and values need not be repeated.
+        num_images = image[0].shape[0]
+        query = self.self.queries(hidden_BQD.reshape(num_images, -1, hidden_BQD.shape[-1]))
         return self._attend(query, image, None, hidden_BQD)
 
-    def _attend(self, query: Tensor, seen: KeyValue, mask: Tensor | None, residual_BSD: Tensor) -> Tensor:
+    def _attend(
+        self, query: Tensor, key_value: KeyValue, mask: Tensor | None, residual_BSD: Tensor
+    ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, dropout_p=dropout)
+        attended = F.scaled_dot_product_attention(query, *key_value, attn_mask=mask, dropout_p=dropout)
         return self.output(attended.transpose(1, 2).reshape(residual_BSD.shape), residual_BSD)

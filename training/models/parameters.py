@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model: its trainable parameters, by name."""
+"""The trainable parameters of a model by name, as checkpoints contain them."""
 
 from collections.abc import Iterator, Mapping
 

@@ -71,7 +71,7 @@ def _how_to_convert(name: str, folder: Path, where: str) -> str:
     classes = read_object(folder / "config.json", where).get("architectures")
     kind = classes[0] if isinstance(classes, list) and classes else "AutoModel"
     if not (isinstance(kind, str) and _CLASS_NAME.fullmatch(kind)):
-        # What others wrote is not put into a command that the user is told to run.
+        # A value of the file must not get into a command that the user is asked to run.
         kind = "AutoModel"
     new = f"{name.rstrip('/').rpartition('/')[2]}-safetensors"
     return (

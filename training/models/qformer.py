@@ -1,19 +1,18 @@
-"""The Q-Former: BERT whose second half of each block is doubled, for queries that read an image and for text.
+"""The Q-Former: BERT with two feed-forward networks per block, one for query tokens and one for text.
 
-Queries and text share the self-attention; each has a feed-forward network of its own; in every second block the
-queries also attend to the image (BLIP-2, section 3.1; lavis/models/blip2_models/Qformer.py). The names of the
-parameters are LAVIS's.
+Self-attention is shared; in every second block the queries also attend to the image (BLIP-2, section 3.1;
+lavis/models/blip2_models/Qformer.py). The names of the parameters are LAVIS's.
 
-What a pass sees of what is said by its arguments, not by a square mask:
+What attends to what follows from the method that is called, without a square mask:
 
 * queries alone: each other and the image;
 * text alone: itself, under a padding mask;
-* text after queries (ITG): the queries' keys and values of every block, which the queries' own pass returns, and
-  the text before it. Queries never see the text, so their pass is the one of ITC;
-* pairs (ITM): queries and text see each other.
+* text after queries (ITG): the queries' keys and values of every block, which ``queries`` returns, and the text before
+  it. Queries do not attend to the text, so their pass is that of ITC;
+* pairs (ITM): queries and text attend to each other.
 
-The keys and values of an image are projected once and given to every pass. Several rows may share an image: the
-rows of one image follow each other, and their queries are one longer list to its keys.
+The keys and values of an image are projected once and given to every pass. Several rows may share an image: they follow
+each other, and their queries attend to its keys as one longer sequence.
 
 The legend of the names: B rows, Q queries, L text tokens, S = Q + L, K tokens attended to, P tokens of an image,
 E its width, D the Q-Former's width, H heads, d = D / H, V words.
@@ -39,14 +38,14 @@ from training.models.layers import (
 
 
 class Block(nn.Module):
-    """One block. Without ``text``, it has no feed-forward network for text: stage 2 needs none."""
+    """One block. Without ``text``, it has no feed-forward network for text, which stage 2 does not need."""
 
-    def __init__(self, config: QFormerConfig, image_width: int, sees_image: bool, text: bool) -> None:
+    def __init__(self, config: QFormerConfig, image_width: int, attends_to_image: bool, text: bool) -> None:
         super().__init__()
         self.attention = Attention(config, config.width)
-        if sees_image:
+        if attends_to_image:
             self.crossattention = Attention(config, image_width)
-        self.sees_image = sees_image
+        self.attends_to_image = attends_to_image
         if text:
             self.intermediate = FeedForwardInput(config.width, config.ffn_width)
             self.output = Residual(config.ffn_width, config.width, config.dropout)
@@ -62,18 +61,18 @@ class Block(nn.Module):
         prefix: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Apply the block to ``num_queries`` queries and the text after them; return its keys and values too."""
-        hidden_BSD, seen = self.attention(hidden_BSD, mask, prefix)
+        hidden_BSD, key_value = self.attention(hidden_BSD, mask, prefix)
         if not num_queries:
-            return self.output(self.intermediate(hidden_BSD), hidden_BSD), seen
+            return self.output(self.intermediate(hidden_BSD), hidden_BSD), key_value
         queries_BQD = hidden_BSD[:, :num_queries]
-        if self.sees_image:
-            queries_BQD = self.crossattention.to_image(queries_BQD, image)  # type: ignore[arg-type]  # such a block is given images
+        if self.attends_to_image:
+            queries_BQD = self.crossattention.to_image(queries_BQD, image)  # type: ignore[arg-type]  # given, then
         queries_BQD = self.output_query(self.intermediate_query(queries_BQD), queries_BQD)
         if hidden_BSD.shape[1] == num_queries:
-            return queries_BQD, seen
+            return queries_BQD, key_value
         text_BLD = hidden_BSD[:, num_queries:]
         text_BLD = self.output(self.intermediate(text_BLD), text_BLD)
-        return torch.cat((queries_BQD, text_BLD), dim=1), seen
+        return torch.cat((queries_BQD, text_BLD), dim=1), key_value
 
 
 class Encoder(nn.Module):
@@ -88,7 +87,7 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Words and positions of text; queries have neither. All end in one norm and dropout."""
+    """Token and position embeddings of text, which queries do not have; norm and dropout of both."""
 
     def __init__(self, config: QFormerConfig, text: bool) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def of_text(self, ids_BL: Tensor) -> Tensor:
-        """Return words plus positions, before the norm. Positions begin at 0, also after queries."""
+        """Return token plus position embeddings, before the norm. Positions begin at 0, also after queries."""
         positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         return self.word_embeddings(ids_BL) + self.position_embeddings(positions_L)
 
@@ -118,6 +117,8 @@ class Bert(nn.Module):
 
 
 class _Transform(nn.Module):
+    """The layer before BERT's output matrix."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = Linear(width, width)
@@ -128,7 +129,7 @@ class _Transform(nn.Module):
 
 
 class _Predictions(nn.Module):
-    """BERT's masked-language head without its matrix, which is that of the word embeddings."""
+    """BERT's masked-language head without its matrix, which is tied to the token embeddings."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -137,6 +138,8 @@ class _Predictions(nn.Module):
 
 
 class _Head(nn.Module):
+    """A level of BERT's names: ``cls.predictions``."""
+
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.predictions = _Predictions(config)
@@ -148,7 +151,7 @@ class QFormer(nn.Module):
     Args:
         config: its shape.
         image_width: E.
-        text: whether it reads and writes text (stage 1) or queries alone (stage 2).
+        text: whether it has the text side (stage 1) or queries alone (stage 2).
         dtype: of the matrix products; None: that of the weights.
     """
 
@@ -168,52 +171,53 @@ class QFormer(nn.Module):
         return self._dtype or self.bert.embeddings.LayerNorm.weight.dtype
 
     def project_image(self, image_BPE: Tensor) -> list[KeyValue | None]:
-        """Return the keys and values of images for every block; None for the blocks that see none."""
+        """Return the keys and values of images for every block; None for the blocks without cross-attention."""
         return [
-            block.crossattention.self.keys_and_values(image_BPE) if block.sees_image else None
+            block.crossattention.self.keys_and_values(image_BPE) if block.attends_to_image else None
             for block in self.bert.encoder.layer
         ]
 
     def queries(
         self, query_tokens_1QD: Tensor, image: list[KeyValue | None]
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Read images by queries alone.
+        """Compute the queries on images.
 
         Returns:
             The queries' outputs (B, Q, D), and their keys and values in every block, for ``captions``.
         """
-        images = next(one for one in image if one is not None)[0].shape[0]
-        hidden_BQD = self.bert.embeddings(query_tokens_1QD.expand(images, -1, -1), self.dtype)
-        seen = []
+        num_images = next(key_value for key_value in image if key_value is not None)[0].shape[0]
+        hidden_BQD = self.bert.embeddings(query_tokens_1QD.expand(num_images, -1, -1), self.dtype)
+        key_values = []
         for block, image_of_block in zip(self.bert.encoder.layer, image, strict=True):
             hidden_BQD, key_value = block(hidden_BQD, hidden_BQD.shape[1], image=image_of_block)
-            seen.append(key_value)
-        return hidden_BQD, seen
+            key_values.append(key_value)
+        return hidden_BQD, key_values
 
     def text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Read text alone: (B, L, D)."""
+        """Compute text alone: (B, L, D)."""
         hidden_BLD = self.bert.embeddings(self.bert.embeddings.of_text(ids_BL), self.dtype)
         for block in self.bert.encoder.layer:
             hidden_BLD, _ = block(hidden_BLD, 0, mask_BL[:, None, None, :])
         return hidden_BLD
 
     def captions(self, ids_BL: Tensor, queries: list[KeyValue]) -> Tensor:
-        """Read text after queries, each token seeing the queries and the tokens up to itself: (B, L, D).
+        """Compute text after queries; each token attends to the queries and to the tokens up to itself: (B, L, D).
 
-        Padding comes last, where no word sees it; what stands at the padding itself means nothing.
+        Padding comes last, where no token attends to it; the outputs at the padding are meaningless.
         """
         length, num_queries = ids_BL.shape[1], queries[0][0].shape[2]
-        seen_LK = torch.ones(length, num_queries + length, dtype=torch.bool, device=ids_BL.device)
-        seen_LK = seen_LK.tril(diagonal=num_queries)
+        # Row i, for token i: all Q queries, and tokens 0 to i.
+        mask_LK = torch.ones(length, num_queries + length, dtype=torch.bool, device=ids_BL.device)
+        mask_LK = mask_LK.tril(diagonal=num_queries)
         hidden_BLD = self.bert.embeddings(self.bert.embeddings.of_text(ids_BL), self.dtype)
         for block, prefix in zip(self.bert.encoder.layer, queries, strict=True):
-            hidden_BLD, _ = block(hidden_BLD, 0, seen_LK, prefix=prefix)
+            hidden_BLD, _ = block(hidden_BLD, 0, mask_LK, prefix=prefix)
         return hidden_BLD
 
     def pairs(
         self, query_tokens_1QD: Tensor, ids_BL: Tensor, mask_BL: Tensor, image: list[KeyValue | None]
     ) -> Tensor:
-        """Read images and texts together and return the queries' outputs (B, Q, D).
+        """Compute images and texts together and return the queries' outputs (B, Q, D).
 
         Where there are more texts than images, the texts of one image follow each other.
         """
@@ -228,25 +232,25 @@ class QFormer(nn.Module):
         return hidden_BSD[:, :num_queries]
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Return the scores of the next word, (T, V), in the dtype of the weights."""
+        """Return the logits of the next token, (T, V), in the dtype of the weights."""
         head = self.cls.predictions
-        words_VD = self.bert.embeddings.word_embeddings.weight
-        logits_TV = F.linear(head.transform(hidden_TD), words_VD.to(hidden_TD.dtype))
+        embeddings_VD = self.bert.embeddings.word_embeddings.weight
+        logits_TV = F.linear(head.transform(hidden_TD), embeddings_VD.to(hidden_TD.dtype))
         return logits_TV.to(head.bias.dtype) + head.bias
 
     def compile_blocks(self) -> None:
-        """Compile each block for the shapes it meets; blocks of one kind share the code."""
+        """Compile each block for the shapes it is called with; blocks of one class share the code."""
         for block in self.bert.encoder.layer:
             block.compile(dynamic=False)
 
 
 def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Parameter:
-    """Return the query tokens (1, Q, D) as training begins."""
+    """Return the initial query tokens (1, Q, D)."""
     return nn.Parameter(torch.empty(1, num_queries, width).normal_(std=std))
 
 
 def _initialise(module: nn.Module, std: float) -> None:
-    """Start as BERT does."""
+    """Initialise as BERT: normal weights, zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding):
         module.weight.data.normal_(std=std)
     if isinstance(module, nn.Linear):
@@ -254,10 +258,10 @@ def _initialise(module: nn.Module, std: float) -> None:
 
 
 def copy_bert(qformer: QFormer, bert: Mapping[str, Tensor]) -> None:
-    """Begin from BERT: its names are ours; the queries' feed-forward networks begin as the text's.
+    """Copy BERT's weights, whose names are the same; the queries' feed-forward networks get those of the text.
 
-    The last word, [DEC], which BERT has not, and the cross-attention stay as they are; BERT's token types are left out,
-    as in LAVIS.
+    The last token, [DEC], which BERT does not have, and the cross-attention keep their values; BERT's token types are
+    left out, as in LAVIS.
 
     Args:
         qformer: with text.
@@ -272,8 +276,8 @@ def copy_bert(qformer: QFormer, bert: Mapping[str, Tensor]) -> None:
             continue
         tensor = bert[name.replace("_query", "")]
         rows = slice(0, tensor.shape[0])
-        short_by_one_word = name.endswith(("word_embeddings.weight", "predictions.bias"))
-        target = parameter.data[rows] if short_by_one_word else parameter.data
+        lacks_dec = name.endswith(("word_embeddings.weight", "predictions.bias"))
+        target = parameter.data[rows] if lacks_dec else parameter.data
         if target.shape != tensor.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} in BERT and {tuple(parameter.shape)} here")
         target.copy_(tensor)

@@ -1,7 +1,7 @@
-"""The frozen image encoder: an open_clip tower, seen before its last block.
+"""The frozen image encoder: an open_clip tower without its last block.
 
 BLIP-2 (section 3.3) takes the features of the second-to-last block of CLIP ViT-L/14 and EVA-CLIP ViT-g/14, all
-tokens and without the final norm. What comes after them is left out, so it costs neither memory nor time.
+tokens and without the final norm. What comes after them is removed from the tower.
 
 The legend of the names: B images, C channels, H and W pixels, P tokens of an image (class token first), E width.
 """
@@ -28,11 +28,11 @@ from training.models.layers import LayerNorm
 
 
 class FrozenVision(nn.Module):
-    """An image encoder that is never trained: without gradients, and in evaluation mode whatever it is told.
+    """An image encoder that is never trained: without gradients and always in evaluation mode.
 
     Args:
-        tower: open_clip's ``visual`` of a CLIP; it is taken apart.
-        drop_blocks: blocks left off at the end.
+        tower: open_clip's ``visual`` of a CLIP; it is modified.
+        drop_blocks: blocks removed at the end.
         dtype: of the matrix products; norms stay in the dtype of the tower.
         mean, std: of the pixels, per channel, as the tower was trained.
     """
@@ -49,6 +49,7 @@ class FrozenVision(nn.Module):
         self.tower, self.blocks, self.width = _without_end(tower, drop_blocks)
         self.dtype = dtype
         self.image_size_px = tower.image_size[0] if isinstance(tower.image_size, tuple) else tower.image_size
+        # (p / 255 - mean) / std = p * scale + shift for uint8 pixels p: one multiplication and one addition.
         scale = torch.tensor(std, dtype=torch.float32).mul(255).reciprocal()
         shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
         self.register_buffer("scale_C", scale, persistent=False)
@@ -84,13 +85,13 @@ class FrozenVision(nn.Module):
         return features_BPE
 
     def compile_blocks(self) -> None:
-        """Compile each block for one shape; blocks of one kind share the code."""
+        """Compile each block for one shape; blocks of one class share the code."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
 
 class PackedAttention(nn.Module):
-    """``nn.MultiheadAttention`` over one sequence, on SDPA and without the copies it makes of Q, K and V."""
+    """``nn.MultiheadAttention`` over one sequence, with SDPA and without its copies of Q, K and V."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ def _architecture(config: VisionConfig) -> Mapping[str, Any]:
         return clip_config(folder, "vision.model")["model_cfg"]
     architecture = open_clip.get_model_config(config.model)
     if architecture is None:
-        # Says so, with the nearest names.
+        # Raises an error with the nearest names.
         ranker_weights(config.model, config.pretrained, "vision")
     return architecture
 
@@ -178,7 +179,7 @@ def _without_end(tower: nn.Module, drop_blocks: int) -> tuple[nn.Module, nn.Modu
 
 
 def _lower_precision(tower: nn.Module, dtype: torch.dtype) -> None:
-    """Give all but the norms another dtype; as LAVIS, which keeps the norms in float32."""
+    """Convert all but the norms to another dtype; LAVIS keeps the norms in float32 too."""
     for name, module in list(tower.named_modules()):
         if isinstance(module, nn.LayerNorm):
             tower.set_submodule(name, LayerNorm.like(module))
