@@ -73,9 +73,9 @@ $ capfilt export demo-corpus/checkpoints/stage1/demo-stage1 exported # transform
   `performance.micro_batch_size` and the number of GPUs change memory and speed, not which texts an image is compared
   with.
 - **Checkpoints** are written as safetensors to `run.output`, or to the first corpus. A checkpoint counts from the
-  moment its record exists; a damaged one is skipped, and the one before it is used. On a resume only *free* keys may
-  differ, and the model files must be those the run began with: each model is a row of the table `models`, identified by
-  its digest.
+  moment its record exists; a damaged one is skipped, and the one before it is used. On a resume only *free* keys
+  and locations may differ: corpora, models and checkpoints may have been moved, but shards and model files must be
+  those the run began with. Each model is a row of the table `models`, identified by its digest.
 - **Every loss**, ITM's accuracy, temperature, learning rate, gradient norm, samples per second, share of the GPU's
   peak and waiting time is a line of `metrics.jsonl` beside the checkpoints.
 - Weights must be safetensors. If the hub has a model as `.bin` alone, convert it once: load it with transformers, if
