@@ -3,7 +3,7 @@
 Nothing here has a state and nothing is as long as the corpus, so that a run resumes at any sample at once:
 
 - An *epoch* of a source is one pass over its images: a sequence of groups of ``shuffle_shards`` shards. Which shards
-  are in a group, and the samples within each shard, are permuted anew in every epoch. No image comes a second time
+  are in a group, and the samples within each shard, get a new permutation in every epoch. No image comes a second time
   before every image of its source came once.
 - The stream mixes sources, and a group mixes shards, by apportionment: of the first n samples, each gets its share of
   n to within about one sample. Weights that are the sources' numbers of images therefore give each image exactly once

@@ -114,7 +114,7 @@ def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
     if config.snapshot and config.snapshot != digest:
         raise CapfiltError(
             f"data.corpus: {config.path} is not at the pinned snapshot: its curated shards have the digest {digest}, "
-            f"[[data.corpus]] says {config.snapshot}; shards were added or made anew since. Take "
+            f"[[data.corpus]] says {config.snapshot}; shards were added or rebuilt since. Take "
             f'snapshot = "{digest}" to train on what is there now'
         )
     return [

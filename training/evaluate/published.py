@@ -1,4 +1,4 @@
-"""What an evaluation found, and what was published for the like of it."""
+"""The result of an evaluation, and the paper's figures for the same task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
