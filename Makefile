@@ -24,7 +24,7 @@ demo: $(STAMP) ## build a small corpus, end to end, and say how true its caption
 test: $(STAMP) ## run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: $(STAMP) ## run the tests that need neither Ray nor a training: the loop of work
+test-fast: $(STAMP) ## run the tests that need neither Ray nor training
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not training"
 
 check: $(STAMP) ## check style, types, import contracts and dead code
