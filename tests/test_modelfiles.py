@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_PX, save_captioner, save_ranker, tokenizer
 from transformers import AutoTokenizer, BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from pipeline.models import folder_view
+from pipeline.models import clip_config
 from pipeline.models.blip.captioner import Captioner
 from pipeline.models.clip.ranker import Ranker
 from pipeline.models.model_files import read_object, safetensors_header, weight_files
@@ -531,8 +531,8 @@ def test_a_clip_is_compared_with_its_weights_whatever_its_config(
 
 def test_the_keys_of_open_clips_own_configs_are_known() -> None:
     """An update of open_clip that brings a key shows here."""
-    known = folder_view._CLIP_SECTIONS
-    others = set(folder_view._ANOTHER_REPOSITORY)
+    known = clip_config._CLIP_SECTIONS
+    others = set(clip_config._ANOTHER_REPOSITORY)
     for name, kind in (
         ("vision_cfg", CLIPVisionCfg),
         ("text_cfg", CLIPTextCfg),
@@ -541,9 +541,9 @@ def test_the_keys_of_open_clips_own_configs_are_known() -> None:
         assert {field.name for field in fields(kind)} - others == known[name]
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        assert config.keys() <= folder_view._CLIP_KEYS
+        assert config.keys() <= clip_config._CLIP_KEYS
         options = config["text_cfg"].get("tokenizer_kwargs", {})
-        assert options.keys() <= folder_view._OPTIONS["tokenizer_kwargs"].keys()
+        assert options.keys() <= clip_config._OPTIONS["tokenizer_kwargs"].keys()
 
 
 # -- as they are saved and copied ------------------------------------------------------------------------------------

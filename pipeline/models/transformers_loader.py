@@ -15,13 +15,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.checks import refuse_larger, require_finite_weights
-from pipeline.models.folder_view import (
-    check_numbers,
-    folder_view,
-    processor_config,
-    refuse_code,
-    tokenizer_view,
-)
+from pipeline.models.folder_view import check_numbers, folder_view, processor_config, refuse_code
 from pipeline.models.model_files import (
     TensorEntry,
     read_object,
@@ -29,6 +23,7 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
+from pipeline.models.tokenizer_files import tokenizer_view
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

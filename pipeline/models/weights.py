@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.digests import digest_json, sha256_file
-from pipeline.models.folder_view import (
-    TOKENIZER_FILES,
-    clip_config,
-    processor_config,
-    processor_file,
-    refuse_code,
-    tokenizer_view,
-)
+from pipeline.models.clip_config import clip_config
+from pipeline.models.folder_view import processor_config, processor_file, refuse_code
 from pipeline.models.hub import hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
     count_parameters,
@@ -30,6 +24,7 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
+from pipeline.models.tokenizer_files import TOKENIZER_FILES, tokenizer_view
 from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.json_record import utc_now

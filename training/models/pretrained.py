@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models import hub
-from pipeline.models.folder_view import TOKENIZER_FILES
 from pipeline.models.model_files import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
@@ -13,6 +12,7 @@ from pipeline.models.model_files import (
     read_object,
     weight_files,
 )
+from pipeline.models.tokenizer_files import TOKENIZER_FILES
 from schemas.errors import CapfiltError
 
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")

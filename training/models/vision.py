@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.models.checks import require_finite_weights
 from pipeline.models.clip.loader import load_clip
-from pipeline.models.folder_view import clip_config
+from pipeline.models.clip_config import clip_config
 from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
 from schemas.pretrain import VisionConfig

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from pipeline.models.checks import refuse_larger
-from pipeline.models.folder_view import clip_config, folder_view, tokenizer_view
+from pipeline.models.clip_config import clip_config
+from pipeline.models.folder_view import folder_view
 from pipeline.models.model_files import safetensors_header
+from pipeline.models.tokenizer_files import tokenizer_view
 from pipeline.models.weights import Weights, clip_checkpoint
 
 # A file may have fewer positions than the model asks for: open_clip interpolates.
