@@ -267,7 +267,7 @@ def _read_scans(data: bytes) -> jpeg.JpegScans:
 
 
 class _JpegFeed:
-    """Pillow's decoder of one JPEG, fed in pieces. Where data run out, it waits for more."""
+    """Pillow's decoder of one JPEG, fed in pieces: at the end of a piece it waits for more."""
 
     def __init__(self, image: ImageFile.ImageFile) -> None:
         ((name, extents, _, arguments),) = image.tile
@@ -293,14 +293,15 @@ class _JpegFeed:
 def _load_jpeg(image: ImageFile.ImageFile, data: bytes, scans: jpeg.JpegScans) -> None:
     """Decode a JPEG. Raises OSError unless every block of it is there.
 
-    At a marker, libjpeg fills up with grey what is missing and only counts a warning, which Pillow does not show.
-    Where data run out without a marker it waits. So the decoder gets the data without the marker that ends them,
-    and a little to read ahead: it gets through if nothing is missing, or less than two blocks.
+    At a marker, libjpeg fills missing blocks with grey and only counts a warning, which Pillow does not show. Where
+    data end without a marker it waits for more. So the decoder gets the data without the end marker, and a few bytes
+    to read ahead: it finishes if nothing is missing, or less than two blocks.
     """
     feed = _JpegFeed(image)
     try:
         if scans.is_arithmetic:
-            # This decoder cannot wait, and its data may end early by design (T.81, D.1.8): the marker must do.
+            # The arithmetic decoder cannot wait, and its data may end early by design (T.81, D.1.8): it is fed whole,
+            # if there is an end marker.
             feed.feed(data if scans.has_end_marker else b"")
         elif scans.is_one_scan:
             _feed_one_scan(feed, data[: scans.data_end])
@@ -318,7 +319,7 @@ def _feed_one_scan(feed: _JpegFeed, data: bytes) -> None:
     if not feed.finished:
         feed.feed(data[-_SPARE_BYTES:] + _ONES)
     elif len(set(data[-8:])) > 1:
-        # Not padding: blocks were decoded from the wrong places.
+        # The rest is not padding: blocks were decoded from wrong positions.
         raise OSError("the JPEG's data go on behind its last block")
 
 

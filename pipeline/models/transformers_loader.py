@@ -1,4 +1,4 @@
-"""transformers' models and tokenizers out of folders that others made: weights and vocabularies, nothing else."""
+"""Loads models and tokenizers of transformers from untrusted folders: weights and vocabularies only, never code."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipeline.models.tokenizer_files import tokenizer_view
 from schemas.errors import CapfiltError
 from schemas.names import printable
 
-# Declared by the base class of all configs, or by none, and part of the shape all the same.
+# Keys of the architecture that no config class declares as its own.
 _SHARED_KEYS = {
     "add_cross_attention", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "eos_token_id",
     "is_decoder", "is_encoder_decoder", "pad_token_id", "sep_token_id", "tie_word_embeddings",
@@ -38,7 +38,7 @@ _SPARE_VALUES = 1_000_000
 def load_model(
     model_class: type[PreTrainedModel], folder: Path, where: str, name: str = "", **arguments: Any
 ) -> PreTrainedModel:
-    """Load a model of transformers on the CPU; refuse files that leave a part of it untrained.
+    """Load a model of transformers on the CPU; reject files that leave a part of it untrained.
 
     Args:
         model_class: decides what of ``config.json`` counts.
@@ -58,7 +58,7 @@ def load_model(
     path = folder / "config.json"
     values = read_object(path, where)
     kind = model_class.config_class
-    # Of the config file, transformers reads here what ends a text.
+    # transformers reads the end-of-text token from the config file.
     files = dict.fromkeys(names) | {"config.json": _checked(kind, values, path)}
     with folder_view(folder, files, what) as view, _Quiet():
         config = kind(**files["config.json"])
@@ -69,14 +69,14 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            # Of tensors that it renames; named below, with both shapes.
+            # Mismatched tensors are reported below, with both shapes.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **arguments,
         )
     model.config.name_or_path = str(folder)
     _refuse_gaps(model_class, info, what)
-    # In half precision a number of the file may have become infinite.
+    # In half precision a finite number of the file may become infinite.
     lowered = "" if model.dtype == torch.float32 else f", read as {model.dtype}"
     require_finite_weights(model.state_dict(), f"{what}{lowered}")
     return model
@@ -85,7 +85,7 @@ def load_model(
 def model_config(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     """Return a model's config, made of the keys that its class declares.
 
-    What else stands in a ``config.json`` names code, kernels, adapters, files or quantisation, or is of no use here.
+    All other keys of a ``config.json`` name code, kernels, adapters, files or quantisation, or are not needed.
 
     Raises:
         CapfiltError: it asks for code, is of quantised weights, or has values that no model has.
@@ -102,7 +102,7 @@ def _checked(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path
 
 
 def _declared(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    # What a class sets beside its fields is saved and read again too: T5's scale_decoder_outputs.
+    # Attributes that a class sets beside its fields are saved and read too, such as T5's scale_decoder_outputs.
     known = (vars(kind()).keys() - vars(PretrainedConfig()).keys()) | _SHARED_KEYS | kind.attribute_map.keys()
     kept = {key: value for key, value in values.items() if key in known and key not in kind.sub_configs}
     check_numbers(kept, kind.model_type, path)
@@ -125,7 +125,7 @@ def load_tokenizer(
     """Load a tokenizer from its vocabulary; raises CapfiltError as ``tokenizer_view`` does, or if it does not load."""
     with folder_view(folder, tokenizer_view(folder, where), f"{where}: {folder}") as view, _Quiet():
         tokenizer = kind.from_pretrained(view, local_files_only=True, trust_remote_code=False)
-        # A class with its own rules builds itself anew at the first text.
+        # Some classes finish their construction at the first text: do that inside the view.
         tokenizer("a")
     tokenizer.name_or_path = str(folder)
     return tokenizer
@@ -144,9 +144,9 @@ def _refuse_other_shapes(
     headers: Mapping[str, Mapping[str, TensorEntry]],
     what: str,
 ) -> None:
-    """Refuse weights that do not fit the config, and a config that asks for far more memory than they could fill.
+    """Reject weights that do not fit the config, and a config that asks for far more memory than they could fill.
 
-    Nothing of that memory is taken: the model is built without contents.
+    The model is built on ``meta``, which allocates none of that memory.
     """
     with torch.device("meta"):
         model = model_class(config)
@@ -181,7 +181,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 class _Quiet:
-    """Keep transformers' reports and bars, which have names out of the files in them, from the terminal."""
+    """Hide transformers' reports and progress bars, which show names from untrusted files."""
 
     def __enter__(self) -> None:
         self._verbosity = transformers_logging.get_verbosity()

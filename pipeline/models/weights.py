@@ -1,8 +1,8 @@
-"""Where a model's files lie and what they are: a local folder or the hub, checked by name, digested.
+"""Finds the files of a captioner or ranker, in a local folder or on the hub, checks them and computes their digest.
 
-Only safetensors are read, and no code that comes with a model is ever run. The digest covers the files that
-decide the output (weights, architecture, tokenizer, preprocessing) and nothing else: the same files at
-another place, or under another name, are the same model.
+Only safetensors are read, and no code that comes with a model is ever run. The digest covers the files that decide the
+output (weights, architecture, tokenizer, preprocessing) and nothing else: the same files at another place, or under
+another name, are the same model.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ from schemas.records import ModelRecord, Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
-# open_clip's own order of preference; its third choice is a pickle.
+# In open_clip's order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 
 
@@ -82,7 +82,7 @@ def model_record(
 
 
 def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
-    """Refuse models of stages that have no weights, as far as that shows without the hub and without open_clip."""
+    """Reject models of stages that cannot be loaded, as far as is known without the hub and without open_clip."""
     if "caption" in stages and any(source.kind == "web" for source in config.source):
         local_folder(config.caption.model, "caption.model")
     if "rank" not in stages:
@@ -99,7 +99,7 @@ def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> Non
 
 
 def _architectures() -> list[str]:
-    """Return the architectures that open_clip brings; importing it would take seconds, and torch along."""
+    """Return the architectures of open_clip, from its files: importing it takes seconds and imports torch."""
     spec = find_spec("open_clip")
     configs = Path(spec.origin).parent / "model_configs" if spec and spec.origin else Path()
     return sorted(path.stem for path in configs.glob("*.json"))
@@ -213,7 +213,7 @@ def clip_checkpoint(folder: Path) -> str:
 
 def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     """Find the weights of an architecture that open_clip knows by name."""
-    # Imported here because it takes torch along, which no other command of the driver needs.
+    # Imported here because it imports torch, which the commands of the driver do not need otherwise.
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
     _require_architecture(model, where, list_models())
@@ -244,7 +244,7 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
             raise CapfiltError(
                 f"{where}.pretrained = {pretrained!r}: only safetensors are read; convert the file first"
             )
-    # What open_clip itself brings decides the output as much as the file does.
+    # The architecture and the pretrained tag come with open_clip, and decide the output as much as the file does.
     recipe = {
         "model_cfg": architecture,
         "pretrained_cfg": {k: v for k, v in tag.items() if k not in ("url", "hf_hub")},
@@ -289,10 +289,10 @@ def _weights(
     names: list[str],
     extra: Mapping[str, str] | None = None,
 ) -> Weights:
-    # Before all bytes are read for the digest.
+    # Checked before all bytes are read for the digest.
     for file in names:
         if file.endswith(".safetensors"):
-            # "module." is what open_clip takes away itself.
+            # open_clip removes "module." itself.
             wrappers = ("module.", "_orig_mod.") if kind == "captioner" else ("_orig_mod.",)
             refuse_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
     files = file_digests(folder, names) | dict(extra or {})
@@ -309,7 +309,7 @@ def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     """Return a file's sha256, computed once per process while size and time of the file stay.
 
-    The blobs of the hub's cache are named by their sha256, but nobody checks that after the download.
+    The blobs of the hub's cache are named by their sha256, which is not checked after the download.
     """
     status = path.stat()
     return _sha256_of_version(path.resolve(), status.st_size, status.st_mtime_ns)

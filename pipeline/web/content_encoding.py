@@ -1,7 +1,7 @@
-"""Content-Encoding: bodies that come compressed although none was asked for, decompressed bit by bit.
+"""Content-Encoding: bodies that are compressed although that was not asked for, decompressed in small steps.
 
-Every step yields 64 KiB at most, so that a small body which unfolds to gigabytes is refused by whoever counts
-what comes out. Servers also label images that they did not compress: what begins like an image stays as it is.
+Each step yields 64 KiB at most, so that ``bounded`` can reject a small body that decompresses to gigabytes. Some
+servers label images that they did not compress: a body that begins like an image is passed on unchanged.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def decompressed(chunks: Iterator[bytes], headers: Sequence[str], max_bytes: int
 
     Args:
         headers: the values of the headers of that name, each one coding or several with commas between.
-        max_bytes: of what a coding unfolds to, intermediate ones included.
+        max_bytes: of the output of each coding, intermediate ones included.
 
     Raises:
         FetchError: body_too_large, body_truncated, or bad_response: a coding that is unknown, or broken.
@@ -42,7 +42,7 @@ def decompressed(chunks: Iterator[bytes], headers: Sequence[str], max_bytes: int
 
 
 def bounded(chunks: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:
-    """Pass chunks on as long as they are not too many bytes. Raises FetchError."""
+    """Yield the chunks; raise FetchError once they are more than ``max_bytes``."""
     received = 0
     for chunk in chunks:
         received += len(chunk)
@@ -62,7 +62,8 @@ def _undone(chunks: Iterator[bytes], coding: str) -> Iterator[bytes]:
         case "gzip":
             return _inflated(chunks, coding, _GZIP) if head.startswith(_GZIP_MAGIC) else chunks
         case "deflate":
-            # By the standard zlib's format; some servers leave its two bytes of header out.
+            # By RFC 9110, deflate is zlib's format (RFC 1950); some servers omit its header of two bytes, whose value
+            # is a multiple of 31 with method 8 in the low bits.
             has_header = head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0
             return _inflated(chunks, coding, _ZLIB if has_header else _RAW_DEFLATE)
     raise FetchError("bad_response", f"Content-Encoding {coding[:40]}, which was not asked for", again=False)
@@ -75,7 +76,7 @@ def _inflated(chunks: Iterator[bytes], coding: str, window_bits: int) -> Iterato
             data += chunk
             while len(data) >= (len(_GZIP_MAGIC) if engine.eof else 1):
                 if engine.eof:
-                    # What follows a stream is another one, or nothing of interest.
+                    # Another gzip stream may follow; anything else behind a stream is ignored.
                     if window_bits != _GZIP or not data.startswith(_GZIP_MAGIC):
                         data = b""
                         break

@@ -1,4 +1,4 @@
-"""What a site reserves: X-Robots-Tag and TDM-Reservation headers, and robots.txt (RFC 9309)."""
+"""What a site forbids crawlers: X-Robots-Tag and TDM-Reservation headers, and robots.txt (RFC 9309)."""
 
 import io
 import re
@@ -15,12 +15,12 @@ from schemas.statuses import REASONS
 
 # Directives that take a value, which may itself hold commas and colons (a date); never the name of a robot.
 _VALUED = re.compile(r"max-[a-z-]+|unavailable_after")
-# A robot's name. A date's ``25-Jun-2010 15`` before its first colon is none, and so is a time of day.
+# A robot's name. ``25-Jun-2010 15``, the part of a date before its first colon, does not match, nor does an hour.
 _ROBOT = re.compile(r"\*|[a-z][a-z0-9_.*/-]*")
 # ``none`` is short for both.
 _SHORT = {"none": ("noindex", "nofollow")}
 
-# Letters of a path times wildcards of the rules: a check takes a tenth of a second at most.
+# Letters of a path times wildcards of the rules; bounds a check to a tenth of a second.
 _MAX_STEPS = 50_000_000
 _CACHED_SITES = 1_000
 _CACHED_BYTES = 50_000_000
@@ -63,7 +63,7 @@ def reserved_by_tdm(values: Iterable[str]) -> bool:
 
 
 class RobotRules:
-    """The rules of one robots.txt that concern us.
+    """The rules of one robots.txt for one robot.
 
     Args:
         rules: whether a pattern allows, by pattern.
@@ -76,13 +76,13 @@ class RobotRules:
 
     @classmethod
     def parse(cls, text: str, token: str) -> "RobotRules":
-        """Read a robots.txt: our own groups if it has any, else those of ``*``.
+        """Read a robots.txt: the groups of ``token`` if it has any, else those of ``*``.
 
         Only rules of these two are kept, each pattern once: the memory is in proportion to the text, however
         many robots a group names. ``text`` is what bounds their number.
         """
         groups: dict[str, dict[str, bool]] = {}
-        # Those of our two names that the group being read is for.
+        # The names, of ``token`` and ``*``, that the current group is for.
         agents: set[str] = set()
         in_rules = False
         for line in io.StringIO(text.removeprefix("\ufeff"), newline=None):
@@ -188,7 +188,7 @@ class RobotsTxt:
             with self._reading:
                 return RobotRules.parse(text.decode("utf-8", "replace"), self._token)
         except FetchError as error:
-            # Not transient: a client error, or a way to it that a guard of ours refuses. There are no rules.
+            # Not transient: a client error, or a redirect that is not allowed. By RFC 9309, there are no rules then.
             return error if REASONS[error.reason].transient else RobotRules()
 
     def _site(self, name: str) -> _Site:
@@ -198,7 +198,7 @@ class RobotsTxt:
             return site
 
     def _bound_cache(self, newest: _Site) -> None:
-        """Forget the sites that were asked for longest ago where the cache grew too large."""
+        """Remove the least recently used sites where the cache is too large."""
         rules = newest.answer
         with self._lock:
             newest.memory_bytes = rules.memory_bytes if isinstance(rules, RobotRules) else 0

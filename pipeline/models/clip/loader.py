@@ -1,4 +1,4 @@
-"""CLIP out of open_clip: an architecture of its own with a weights file, or a folder that somebody published."""
+"""Loads a CLIP of open_clip: an architecture that it knows with a weights file, or a published folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.models.model_files import safetensors_header
 from pipeline.models.tokenizer_files import tokenizer_view
 from pipeline.models.weights import Weights, clip_checkpoint
 
-# A file may have fewer positions than the model asks for: open_clip interpolates.
+# Values that a model may have beyond its file: open_clip interpolates positions that the file lacks.
 _SPARE_VALUES = 100_000_000
 
 
@@ -33,8 +33,8 @@ def load_clip(weights: Weights, where: str, precision: str = "fp32") -> nn.Modul
     path = Path(weights.path)
     if path.is_dir():
         return _load_folder(path, where, precision)
-    # Named by its file, a model keeps the architecture's defaults; what the pretrained tag knows (OpenAI's weights
-    # need QuickGELU, others their own mean and resize) is ours to pass on. open_clip 3.3 only warns.
+    # Given a file, open_clip uses the architecture's defaults. What the pretrained tag says (OpenAI's weights need
+    # QuickGELU, others their own mean and resize) must be passed on here; open_clip 3.3 only warns.
     tag = open_clip.get_pretrained_cfg(weights.name, weights.revision)
     preprocess = {name: tag[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in tag}
     with folder_view(path, {}, f"{where}: {path}"):
@@ -49,7 +49,7 @@ def load_clip(weights: Weights, where: str, precision: str = "fp32") -> nn.Modul
 
 
 def load_clip_tokenizer(weights: Weights, where: str) -> Any:
-    """Load the tokenizer that open_clip gives a model; a folder's own is made of its vocabulary alone."""
+    """Load the tokenizer that open_clip gives a model; of a folder's tokenizer, the vocabulary alone is read."""
     path = Path(weights.path)
     if not path.is_dir():
         with folder_view(path, {}, f"{where}: {path}"):
@@ -73,7 +73,7 @@ def _load_folder(folder: Path, where: str, precision: str) -> nn.Module:
 
 
 def _refuse_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse a config that asks for far more memory than its weights could fill, before any is taken."""
+    """Reject a config that asks for far more memory than its weights could fill, before any is allocated."""
     shape = {key: value for key, value in config.items() if key != "custom_text"}
     kind = open_clip.CLIP
     if config.get("custom_text"):
