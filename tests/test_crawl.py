@@ -200,10 +200,10 @@ def test_a_row_that_img2dataset_loses_fails_the_shard(
 def test_a_bug_of_ours_in_the_fetch_fails_the_shard(
     small_site_worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("pipeline.web.client.Web._check_opt_out", fails)
+    monkeypatch.setattr("pipeline.web.client.request", fails)
     with pytest.raises(RuntimeError, match="lost 1 of 1 rows"):
         small_site_worker(["/plain.jpg"])
 

@@ -23,7 +23,7 @@ import pipeline.models.blip.generation
 from jobs.bench.fixtures.compute import counted_flops
 from pipeline.models.blip.decoder import Decoder, PackedLinear
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
-from pipeline.models.blip.nucleus import _largest
+from pipeline.models.blip.nucleus import largest_by_blocks
 from pipeline.models.blip.vision import ImageKeysValues, VisionTower
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
@@ -288,15 +288,14 @@ def test_one_compilation_serves_all_layers(
     assert torch.equal(sampled, generated(model, image_BPE, [START_ID], uniforms_BNT, config))
 
 
-def test_the_largest_are_found_among_the_blocks_with_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
+def test_the_largest_are_found_among_the_blocks_with_the_largest() -> None:
     generator = torch.Generator().manual_seed(0)
     for vocabulary in (30_524, 30_522, 128 * 101):
         logits_RV = torch.randn(6, vocabulary, generator=generator)
         logits_RV[0, :200] += 9  # all in two blocks
         logits_RV[1, -60:] += 9  # in what is left over after the last whole block
         logits_RV[2, 5] = -torch.inf
-        values_RK, ids_RK = _largest(logits_RV, 50)
+        values_RK, ids_RK = largest_by_blocks(logits_RV, 50)
         expected = logits_RV.topk(50)
         assert torch.equal(values_RK, expected.values)
         assert torch.equal(ids_RK, expected.indices)

@@ -82,10 +82,15 @@ def is_finite(nucleus: Nucleus) -> Tensor:
 
 def _largest(logits_RV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
     """Return the largest logits of each row in descending order, and where they are."""
+    if not logits_RV.is_cuda or logits_RV.shape[1] // _BLOCK <= 2 * num_kept:
+        return logits_RV.topk(num_kept)
+    return largest_by_blocks(logits_RV, num_kept)
+
+
+def largest_by_blocks(logits_RV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Return what ``topk`` does, for rows of at least ``num_kept`` blocks; equal values may be ordered otherwise."""
     rows, vocabulary = logits_RV.shape
     whole = vocabulary // _BLOCK
-    if not logits_RV.is_cuda or whole <= 2 * num_kept:
-        return logits_RV.topk(num_kept)
     # G blocks of E values; the values behind the last whole block are always candidates.
     blocks_RGE = logits_RV[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK))
     chosen_RK = blocks_RGE.amax(-1).topk(num_kept, sorted=False).indices
