@@ -9,6 +9,7 @@ from tiny_models import END_ID, START_ID, save_captioner
 from torch import Tensor
 from transformers import (
     BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -220,6 +221,25 @@ def test_an_image_is_projected_once_a_layer(model: BlipForConditionalGeneration,
     GridSampler(decoder, [START_ID], config, 3)(image_BPE, numbers(3, 10, 19))
     assert projected == [(3, image_BPE.shape[1], 2 * width)] * layers
     hook.remove()
+
+
+def test_the_image_text_matching_model_reads_the_same_tower_and_keys(
+    model: BlipForConditionalGeneration,
+) -> None:
+    """What a filter with BLIP's matching head needs: no part of it belongs to the captioner."""
+    torch.manual_seed(0)
+    matching = BlipForImageTextRetrieval(model.config).eval()
+    with torch.inference_mode():
+        image_BPE = VisionTower(matching.vision_model)(pixels(2))
+        reference_BPE = matching.vision_model(pixels(2)).last_hidden_state
+        assert torch.allclose(image_BPE, reference_BPE, atol=1e-5)
+        layers = matching.text_encoder.encoder.layer
+        keys_values = ImageKeysValues(layers)(image_BPE)
+        for layer, both in zip(layers, keys_values, strict=True):
+            cross = layer.crossattention.self
+            for projection, heads_BHPd in zip((cross.key, cross.value), both, strict=True):
+                joined_BPE = heads_BHPd.transpose(1, 2).flatten(2)
+                assert torch.allclose(joined_BPE, projection(image_BPE), atol=1e-5)
 
 
 def test_the_operations_are_those_of_the_rows(
