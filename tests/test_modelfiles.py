@@ -560,10 +560,10 @@ def test_a_folder_as_transformers_5_saves_it(models: Path) -> None:
         json.dumps({"image_processor": settings | {"resample": 2}, "processor_class": "BlipProcessor"})
     )
     assert captioner_weights(CaptionConfig(model=str(folder))).digest == digest
-    assert caption(models).recipe == before.recipe
+    assert caption(models).preprocess == before.preprocess
     old.unlink()
     new.write_text(json.dumps({"image_processor": settings, "processor_class": "BlipProcessor"}))
-    assert caption(models).recipe == before.recipe
+    assert caption(models).preprocess == before.preprocess
     assert "processor_config.json" in captioner_weights(CaptionConfig(model=str(folder))).files
     new.write_text('{"processor_class": "BlipProcessor"}')
     with pytest.raises(CapfiltError, match=r"processor_config.json: image_processor is missing"):
@@ -641,7 +641,7 @@ def test_models_and_tokenizers_are_what_the_libraries_alone_would_load(models: P
     pixels = torch.rand(2, 3, IMAGE_PX, IMAGE_PX)
     expected = theirs.vision_model(pixels).last_hidden_state
     assert torch.allclose(ours.vision(pixels), expected, atol=1e-5)
-    assert ours.recipe == type(ours.recipe).of_blip(BlipImageProcessorPil.from_pretrained(folder))
+    assert ours.preprocess == type(ours.preprocess).of_blip(BlipImageProcessorPil.from_pretrained(folder))
     for model in ("captioner", "language"):
         theirs = AutoTokenizer.from_pretrained(models / model)
         ours = load_tokenizer(models / model, model)
