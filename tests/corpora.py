@@ -15,7 +15,7 @@ from pipeline.corpus.commit import LENGTH_EDGES, SCORE_EDGES, ShardCommit, histo
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
@@ -126,7 +126,7 @@ class Corpus:
         with temporary_folder() as folder:
             for shard, shard_rows in rows.items():
                 local = folder / f"{shard}.parquet"
-                count = write_parquet(local, rows_to_table(shard_rows, URLS), URLS)
+                count = write_parquet(local, shard_rows, URLS)
                 path = f"urls/{source}/{shard}.list{batch}.parquet"
                 self.storage.put(local, path)
                 shards[shard] = OutputFile(
@@ -192,7 +192,7 @@ class Corpus:
         with ShardCommit(self.records, task) as commit:
             tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
             stored = write_tar(tar, ((key, {"jpg": image}) for key, image in sorted(images.items())))
-            written = write_parquet(parquet, rows_to_table(rows, SAMPLES), SAMPLES)
+            written = write_parquet(parquet, rows, SAMPLES)
             stats = commit.stats
             stats.rows_in, stats.rows_out, stats.images = len(rows), stored, stored
             for row in rows:
@@ -209,7 +209,7 @@ class Corpus:
         ]
         with ShardCommit(self.records, self.task("caption", source, shard, ("crawl",))) as commit:
             parquet = commit.folder / "x.parquet"
-            written = write_parquet(parquet, rows_to_table(rows, CAPTIONS), CAPTIONS)
+            written = write_parquet(parquet, rows, CAPTIONS)
             stats = commit.stats
             stats.rows_in = stats.images = written // NUM_CAPTIONS
             stats.rows_out, stats.models = written, (CAPTIONER,)
@@ -230,7 +230,7 @@ class Corpus:
         with ShardCommit(self.records, self.task("rank", source, shard, ("crawl", "caption"))) as commit:
             parquet = commit.folder / "x.parquet"
             rows.sort(key=lambda row: row["key"])
-            written = write_parquet(parquet, rows_to_table(rows, CANDIDATES), CANDIDATES)
+            written = write_parquet(parquet, rows, CANDIDATES)
             stats = commit.stats
             stats.rows_in = stats.rows_out = written
             stats.images, stats.models = written // (NUM_CAPTIONS + 1), (RANKER,)

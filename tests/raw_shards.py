@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask, Stage
@@ -81,6 +81,6 @@ def commit_crawl(
     with ShardCommit(records, task_of(config, "crawl")) as commit:
         tar, parquet = commit.folder / "raw.tar", commit.folder / "raw.parquet"
         stored = write_tar(tar, images.items())
-        written = write_parquet(parquet, rows_to_table(rows, SAMPLES), SAMPLES)
+        written = write_parquet(parquet, rows, SAMPLES)
         commit.stats.rows_in, commit.stats.rows_out = written, stored
         return commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})

@@ -19,7 +19,7 @@ from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
 from schemas.records import ShardTask, Stage
 from schemas.tables import CURATED, SAMPLES
@@ -87,7 +87,7 @@ def commit(
     with ShardCommit(records, task) as commit:
         tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
         stored = write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures))
-        written = write_parquet(parquet, rows_to_table(identities, schema), schema)
+        written = write_parquet(parquet, identities, schema)
         commit.stats.rows_in = commit.stats.rows_out = stored
         commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})
 

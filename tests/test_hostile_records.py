@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
 from pipeline.corpus.records import Records, parse_record
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import open_crawled
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
@@ -182,7 +183,7 @@ def test_the_manifests_parts_name_the_shards_own_files(corpus: Corpus, path: str
     for row in rows:
         row["paths"] = [(name, path if row["stage"] == "crawl" else own) for name, own in row["paths"]]
     for part in Path(corpus.root, "manifest/shards").glob("*.parquet"):
-        pq.write_table(rows_to_table(rows, record_row_schema("shards")), part)
+        pq.write_table(pa.Table.from_pylist(rows, schema=record_row_schema("shards")), part)
     for command in (("sql", "SELECT count(*) FROM samples"), ("status",), ("trace", "http://x/")):
         assert "manifest rebuild" in refused(corpus, *command)
     assert CliRunner().invoke(app, ["manifest", "rebuild", corpus.root]).exit_code == 0
@@ -207,7 +208,7 @@ def test_keys_are_names_of_files(corpus: Corpus, key: str | None) -> None:
     rows = pq.read_table(Path(corpus.root, file.path)).to_pylist()
     changed = [row | {"key": key if row["status"] == "ok" else row["key"]} for row in rows]
     path = Path(corpus.root, file.path)
-    write_parquet(path, rows_to_table(changed, SAMPLES), SAMPLES)
+    write_parquet(path, changed, SAMPLES)
     planted = replace(file, bytes=path.stat().st_size, sha256=sha256_file(path))
     record = replace(record, outputs={**record.outputs, "parquet": planted})
     with (

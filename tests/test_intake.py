@@ -19,7 +19,7 @@ from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import pack_uids, sample_uid, unpack_uids
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists, unread_rows
@@ -430,7 +430,9 @@ def test_any_lists_give_every_url_once_with_all_its_captions(
     earlier: list[dict[str, Any]] = []
     for number, (rows, size) in enumerate(zip(lists, sizes, strict=False)):
         schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-        table = rows_to_table([{"url": url, "caption": caption} for url, caption in rows], schema)
+        table = pa.Table.from_pylist(
+            [{"url": url, "caption": caption} for url, caption in rows], schema=schema
+        )
         pq.write_table(table, folder / f"lists/{number}.parquet", row_group_size=4)
         config = configured(folder, samples_per_shard=size)
         take_in(config)
@@ -523,7 +525,7 @@ def crawl(config: CapfiltConfig, shard: str, reasons: dict[str, str]) -> None:
             row["reason"] = reasons.get(row["url"])
             row["status"] = "failed" if row["reason"] else "ok"
             commit.stats.count(row["status"], row["reason"])
-        write_parquet(commit.folder / "x", rows_to_table(rows, SAMPLES), SAMPLES)
+        write_parquet(commit.folder / "x", rows, SAMPLES)
         (commit.folder / "no-images").touch()
         commit.publish({"parquet": (commit.folder / "x", len(rows)), "tar": (commit.folder / "no-images", 0)})
 

@@ -18,7 +18,7 @@ from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample
 from pipeline.candidates import Candidate
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.stages.selection import SelectWorker, select
@@ -181,7 +181,7 @@ def commit_scores(config: CapfiltConfig, candidates: dict[str, list[Candidate]])
     ]
     with ShardCommit(Records(Storage(config.corpus.path)), task_of(config, "rank")) as commit:
         path = commit.folder / "scores.parquet"
-        written = write_parquet(path, rows_to_table(rows, CANDIDATES), CANDIDATES)
+        written = write_parquet(path, rows, CANDIDATES)
         return commit.publish({"parquet": (path, written)})
 
 

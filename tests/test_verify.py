@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.shard_files import read_tar, rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify import verify
@@ -44,7 +44,7 @@ def replace_file(corpus: Corpus, stage: Stage, name: str, local, rows: int) -> N
 
 def edit_rows(corpus: Corpus, stage: Stage, edit: Callable[[list[dict]], list[dict]], tmp_path) -> None:
     rows = edit(corpus.read(stage, "cc", "00000"))
-    count = write_parquet(tmp_path / "x.parquet", rows_to_table(rows, SCHEMAS[stage]), SCHEMAS[stage])
+    count = write_parquet(tmp_path / "x.parquet", rows, SCHEMAS[stage])
     replace_file(corpus, stage, "parquet", tmp_path / "x.parquet", count)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from schemas.config import CapfiltConfig
@@ -49,7 +49,7 @@ def crawl_task(records: Records, rows: Sequence[Mapping[str, Any]], adopted: str
     path = f"urls/web/{shard}.test.parquet"
     with temporary_folder() as folder:
         local = folder / "urls.parquet"
-        write_parquet(local, rows_to_table(rows, URLS), URLS)
+        write_parquet(local, rows, URLS)
         records.storage.put(local, path)
         file = OutputFile(path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=len(rows))
     outputs = {"parquet": file}

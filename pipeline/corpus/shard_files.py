@@ -6,10 +6,10 @@ error, so the caller compares counts with the record; ``webdataset`` itself does
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -137,8 +137,9 @@ def image_members(path: Path) -> Iterator[ImageMember]:
             yield ImageMember(key, extension.lower(), info.offset_data, info.size)
 
 
-def write_parquet(path: Path, table: pa.Table, schema: pa.Schema) -> int:
-    """Write rows under a declared schema (columns in its order), zstd; return the rows."""
+def write_parquet(path: Path, rows: pa.Table | Sequence[dict[str, Any]], schema: pa.Schema) -> int:
+    """Write rows under a schema (columns in its order, NULL where a dict lacks one), zstd; return their number."""
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
     table = table.select(schema.names).cast(schema)
     pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP)
     return table.num_rows
@@ -152,10 +153,3 @@ def schema_mismatch(actual: pa.Schema, expected: pa.Schema) -> str | None:
         if actual.field(column.name).type != column.type:
             return f"the column {column.name} holds {actual.field(column.name).type}, not {column.type}"
     return None
-
-
-def rows_to_table(rows: Iterable[Mapping[str, object]], schema: pa.Schema) -> pa.Table:
-    """Build a table from dicts; a column missing from a row is NULL."""
-    rows = list(rows)
-    columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema}
-    return pa.table(columns, schema=schema)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, open_crawled
 from pipeline.models.blip.captioner import Captioner, ImageBatch, TokenBatch
 from pipeline.models.device import device_name
@@ -63,7 +63,7 @@ class CaptionWorker:
             self._count(rows, shard.samples.num_rows, stats)
             path = commit.folder / "captions.parquet"
             with stats.timed("write"):
-                written = write_parquet(path, rows_to_table(rows, CAPTIONS), CAPTIONS)
+                written = write_parquet(path, rows, CAPTIONS)
             return commit.publish({"parquet": (path, written)})
 
     def _batches(self, shard: CrawledShard, stats: ShardStats) -> Iterator[Batch]:

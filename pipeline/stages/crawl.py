@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.stages.img2dataset_download import ShardImages, download, make_resizer
 from pipeline.stages.img2dataset_shard import import_shard
@@ -101,7 +101,7 @@ def _write_rows(commit: ShardCommit, samples: list[dict[str, Any]]) -> tuple[Pat
     count_samples(commit.stats, samples)
     path = commit.folder / "samples.parquet"
     with commit.stats.timed("write"):
-        return path, write_parquet(path, rows_to_table(samples, SAMPLES), SAMPLES)
+        return path, write_parquet(path, samples, SAMPLES)
 
 
 def count_samples(stats: ShardStats, samples: Sequence[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.candidates import Candidate, choose
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet
+from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.clip.ranker import Ranker
@@ -79,7 +79,7 @@ class RankWorker:
             _count(rows, shard.samples.num_rows, task.kind, stats)
             path = commit.folder / "scores.parquet"
             with stats.timed("write"):
-                written = write_parquet(path, rows_to_table(rows, CANDIDATES), CANDIDATES)
+                written = write_parquet(path, rows, CANDIDATES)
             return commit.publish({"parquet": (path, written)})
 
     def _candidates(self, shard: CrawledShard, task: ShardTask) -> dict[str, list[dict[str, Any]]]:

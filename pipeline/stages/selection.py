@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pipeline.candidates import Candidate, choose
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import rows_to_table, write_parquet, write_tar
+from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
@@ -87,7 +87,7 @@ class SelectWorker:
                 kept = write_tar(tar, _curated_samples(shard, selections))
                 parquet = commit.folder / "curated.parquet"
                 rows = [_curated_row(sample, selections) for sample in shard.samples.to_pylist()]
-                written = write_parquet(parquet, rows_to_table(rows, CURATED), CURATED)
+                written = write_parquet(parquet, rows, CURATED)
             _count(selections, stats)
             assert stats.rows_out == kept and stats.rows_in == written, "a sample was lost on the way"
             return commit.publish({"tar": (tar, kept), "parquet": (parquet, written)})
