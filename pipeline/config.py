@@ -87,7 +87,7 @@ def parse_config(
     errors += _secrets(values, places)
     config = None
     try:
-        # Strict JSON is TOML's typing: an array makes a tuple, 1 is a float, but "1" and true are no numbers.
+        # Strict JSON is TOML's typing: an array makes a tuple, 1 is a float, but "1" and true are not numbers.
         config = kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         errors += config_errors(error, values, places)
@@ -195,7 +195,7 @@ def _through_lists(path: KeyPath, values: Any) -> KeyPath:
 
 
 def _override_value(text: str, path: KeyPath, kind: type[BaseModel]) -> Any:
-    """Return the value as TOML; as text where it is none, or where the key takes only text (revision=12)."""
+    """Return the value as TOML; as text where it is not TOML, or where the key takes only text (revision=12)."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -25,7 +25,7 @@ _STATUSES = tuple(status for status in SAMPLE_STATUSES if status != "ok")
 
 
 def retried_reasons(words: str) -> frozenset[str]:
-    """Return the reasons that comma-separated words name. Raises CapfiltError for a word that is none of them."""
+    """Return the reasons that comma-separated words name. Raises CapfiltError for any other word."""
     return frozenset().union(*(_named(word.strip().lower()) for word in words.split(",")))
 
 

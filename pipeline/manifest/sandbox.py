@@ -21,10 +21,10 @@ from schemas.tables import TABLES
 
 _BATCH_ROWS = 2048
 
-# What a damaged file can end in; the last is that of an error's text.
+# Errors that a damaged file can cause; the last comes from the text of DuckDB's own error.
 FILE_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, UnicodeDecodeError)
 
-# What DuckDB says of itself tells about the machine (memory, cores, platform, folders). Of its own tables these stay.
+# DuckDB's own tables and functions tell about the machine (memory, cores, platform, folders), except for these.
 _DATABASE_FACTS = ("duckdb_", "pragma_", "pg_settings", "current_setting")
 _ANSWERED = {
     "duckdb_columns",
@@ -35,10 +35,10 @@ _ANSWERED = {
     "duckdb_types",
     "duckdb_views",
 }
-# Run an SQL text, or a table's name, that nobody has looked at.
+# They run an SQL text, or read a table, whose name is a value: it cannot be checked beforehand.
 _INDIRECT = {"query", "query_table"}
 
-# The directories would tell the host's paths to who asks for the settings.
+# Without the first four, the settings would show paths of the host.
 _SANDBOX = (
     "SET secret_directory = ''",
     "SET extension_directory = ''",

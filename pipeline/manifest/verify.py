@@ -247,7 +247,7 @@ def _manifest_discrepancies(
         rows = query.rows("SELECT stage, source, shard, attempt FROM shards WHERE state = 'committed'")
     listed = {tuple(row.values()) for row in rows}
     recorded = {(*shard, record.attempt) for shard, record in committed.items()}
-    fix = "capfilt manifest rebuild mends it"
+    fix = "run capfilt manifest rebuild"
     whats = [f"lists {'/'.join(shard)}, which has no record; {fix}" for shard in sorted(listed - recorded)]
     whats += [
         f"does not list {'/'.join(shard)}, which is committed; {fix}" for shard in sorted(recorded - listed)

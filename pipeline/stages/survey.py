@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pipeline.corpus.records import Records, ShardId
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
 from schemas.config import CapfiltConfig
-from schemas.records import STAGES, QuarantineRecord, ShardRecord, Stage
+from schemas.records import STAGES, QuarantineRecord, ShardRecord, Stage, shard_record_path
 
 # GPU stages at full size on one H200 in bf16 until a corpus has measured its own: images per second and worker.
 # Estimates, from the operations counted in docs/benchmarks.md; crawl and select are per CPU worker.
@@ -55,7 +55,9 @@ class CorpusState:
         versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
         read = self._records.read_shards(changed)
-        kept = {shard: record for shard, record in self.committed.items() if _path(shard) in versions}
+        kept = {
+            shard: record for shard, record in self.committed.items() if shard_record_path(*shard) in versions
+        }
         self.committed = kept | read
         # Last, so that a refresh that is interrupted above is repeated whole.
         self._versions = versions
@@ -68,10 +70,6 @@ class CorpusState:
     def committed_by(self, run_id: str) -> list[ShardRecord]:
         """Return the records that a run has committed."""
         return [record for record in self.committed.values() if record.run_id == run_id]
-
-
-def _path(shard: ShardId) -> str:
-    return f"records/{'/'.join(shard)}.json"
 
 
 @dataclass(slots=True, kw_only=True)
