@@ -14,7 +14,7 @@ The legend of the names: N images of the step over all ranks; B of a micro-batch
 of them with a label, P tokens of an image, E its width, D the Q-Former's, C the contrastive one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ from training.losses import (
 )
 from training.models.flops import FORWARD, TRAINED, count_flops
 from training.models.layers import KeyValue, LayerNorm, Linear
-from training.models.parameters import load_state, trainable
+from training.models.parameters import PartlyTrained
 from training.models.qformer import QFormer, initial_queries
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
@@ -60,7 +60,7 @@ class Encoded:
     text_BC: Tensor
 
 
-class Stage1(nn.Module):
+class Stage1(PartlyTrained):
     """The Q-Former with its heads on a frozen image encoder.
 
     Args:
@@ -285,19 +285,7 @@ class Stage1(nn.Module):
         torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
         return torch.stack((itc.detach(), itm, itg.detach(), accuracy))
 
-    # -- what is trained -----------------------------------------------------------------------------------------
-
-    def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trainable parameters, named as in LAVIS."""
-        return trainable(self)
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters' values, as views: they change with the parameters."""
-        return {name: parameter.detach() for name, parameter in trainable(self)}
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set all trainable parameters. Raises CapfiltError where the names or shapes are not these."""
-        load_state(self, state)
+    # -- cost ---------------------------------------------------------------------------------------------------
 
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, without the second computation of a micro-batch."""

@@ -7,11 +7,11 @@ The legend of the names: B images of a micro-batch, P tokens of an image, E its 
 width, W the language model's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
@@ -19,7 +19,7 @@ from training.distributed import World
 from training.models.flops import FORWARD, THROUGH, TRAINED, count_flops
 from training.models.language import Decoder, EncoderDecoder, Target, empty_language
 from training.models.layers import LayerNorm, Linear
-from training.models.parameters import load_state, trainable
+from training.models.parameters import PartlyTrained
 from training.models.qformer import QFormer, initial_queries
 from training.models.vision import FrozenVision
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from training.data.loader import Batch
 
 
-class Stage2(nn.Module):
+class Stage2(PartlyTrained):
     """The Q-Former between a frozen image encoder and a frozen language model.
 
     Args:
@@ -109,19 +109,7 @@ class Stage2(nn.Module):
             total += loss.detach() / num_tokens
         return {"loss": self.world.sum(total)}
 
-    # -- what is trained -----------------------------------------------------------------------------------------
-
-    def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trainable parameters, named as in LAVIS."""
-        return trainable(self)
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters' values, as views: they change with the parameters."""
-        return {name: parameter.detach() for name, parameter in trainable(self)}
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set all trainable parameters. Raises CapfiltError where the names or shapes are not these."""
-        load_state(self, state)
+    # -- cost ---------------------------------------------------------------------------------------------------
 
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, its caption of usual length."""
