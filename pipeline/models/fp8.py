@@ -1,13 +1,12 @@
 """Matrix products in float8 (e4m3), for the blocks of a vision tower. The home of torchao.
 
-Each weight is rounded once, with one scale for each output. Each row of its input is rounded when it comes, with
-one scale too. The products are summed in float32 (on Hopper in its fast mode, which keeps a little less of it)
-and come out as bfloat16. All else stays as it is: norms, attention, biases, embeddings, the projection after the
-blocks.
+Weights are rounded once, with one scale for each output; inputs at each call, with one scale for each row. Products
+are summed in float32 (on Hopper in its fast mode, of a little lower precision) and returned as bfloat16. All other
+parts keep their precision: norms, attention, biases, embeddings, the projection after the blocks.
 
-This is what torchao's ``quantize_`` makes of ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())``,
-but for three things: it works on a CPU too (slowly, in the same roundings), attention's output projection is
-not passed over (torchao's filter leaves torch's own class for it out), and inductor's settings stay.
+It differs from torchao's ``quantize_`` with ``Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())`` in
+three points: it works on a CPU too (slowly, with the same rounding), it includes attention's output projection
+(torchao's filter skips torch's class for it), and it leaves inductor's settings alone.
 """
 
 from importlib.util import find_spec
@@ -21,12 +20,12 @@ from schemas.errors import CapfiltError
 
 # The first GPUs that multiply float8: Ada (8.9), then Hopper (9.0).
 _FIRST_CAPABILITY = (8, 9)
-# The kernels take matrices with sides that are multiples of it; a layer of another shape stays as it is.
+# The kernels take matrices whose sides are multiples of it; other layers keep their precision.
 _SIDE_STEP = 16
 
 
 def require_fp8(stage: Literal["caption", "rank"], device: torch.device) -> None:
-    """Refuse ``precision = "fp8"`` where nothing can compute it.
+    """Reject ``precision = "fp8"`` where it cannot be computed.
 
     Raises:
         CapfiltError: no GPU, one that does not multiply float8, or no torchao.

@@ -1,7 +1,7 @@
-"""Files of models that others made, read as data: bounded in size, checked in shape, nothing in them run.
+"""Reads the files of untrusted models as data: bounded in size, checked in shape, never run.
 
-What is read here may be damaged, half copied or hostile. Whatever is wrong with a file is one CapfiltError that
-names it; what stands in the file reaches a message only as printable text.
+A file may be damaged, half copied or hostile. Whatever is wrong with it raises one CapfiltError that names the file;
+its contents appear in a message as printable text only.
 """
 
 import json
@@ -26,8 +26,8 @@ _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8} | {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16,
     "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-# What stands in the place of large files, by how it begins.
-_IMPOSTORS = (
+# What is found in the place of a model's file, by its first bytes.
+_WRONG_FILES = (
     (
         b"version https://git-lfs",
         "the pointer of a git clone without its large files: run `git lfs pull` there",
@@ -42,7 +42,7 @@ WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json
 
 
 class TensorEntry(NamedTuple):
-    """What the header of a safetensors file says of one tensor."""
+    """Dtype and shape of one tensor, from the header of a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -64,7 +64,9 @@ def read_object(path: Path, where: str = "", max_bytes: int = MAX_CONFIG_BYTES) 
     except RecursionError:
         raise CapfiltError(f"{what} is not a model's JSON: it is nested too deep") from None
     except ValueError as error:
-        raise CapfiltError(f"{what} is not JSON: {impostor(text) or printable(str(error))[:200]}") from error
+        raise CapfiltError(
+            f"{what} is not JSON: {wrong_file(text) or printable(str(error))[:200]}"
+        ) from error
     if not isinstance(value, dict):
         raise CapfiltError(f"{what} is not a JSON object")
     return value
@@ -102,7 +104,7 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
         raise CapfiltError(f"{path} cannot be read: {error.strerror or error}") from error
     if not plausible:
         raise not_safetensors(
-            path, impostor(start) or ("it is empty" if not size else "its header is missing")
+            path, wrong_file(start) or ("it is empty" if not size else "its header is missing")
         )
     try:
         header = json.loads(text)
@@ -142,9 +144,9 @@ def not_safetensors(path: Path, reason: str) -> CapfiltError:
     return CapfiltError(f"{path} is not a safetensors file: {reason}")
 
 
-def impostor(start: bytes) -> str | None:
+def wrong_file(start: bytes) -> str | None:
     """Return what a file is that has the place of another, by its first bytes; None where nothing is known."""
-    for magic, what in _IMPOSTORS:
+    for magic, what in _WRONG_FILES:
         if start.startswith(magic):
             return f"it is {what}"
     if start.lstrip()[:1] == b"<":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.folder_view import refuse_code
-from pipeline.models.model_files import MAX_TOKENIZER_BYTES, impostor, read_object
+from pipeline.models.model_files import MAX_TOKENIZER_BYTES, read_object, wrong_file
 from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import printable
@@ -73,7 +73,7 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
         elif path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CapfiltError(f"{path} ({where}) is larger than a vocabulary may be")
         else:
-            _refuse_impostor(path, where)
+            _refuse_wrong_file(path, where)
     if (folder / "config.json").is_file():
         files["config.json"] = _tokenizer_hints(
             read_object(folder / "config.json", where), folder / "config.json"
@@ -110,9 +110,9 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(part.get(inner))
 
 
-def _refuse_impostor(path: Path, where: str) -> None:
+def _refuse_wrong_file(path: Path, where: str) -> None:
     with open_regular(path) as file:
-        what = impostor(file.read(64))
+        what = wrong_file(file.read(64))
     # A vocabulary may begin with any byte and word: only what is certain.
     if what and ("git clone" in what or path.suffix == ".model"):
         raise CapfiltError(f"{path} ({where}) is not a vocabulary: {what}")

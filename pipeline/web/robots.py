@@ -34,14 +34,14 @@ def product_token(user_agent: str) -> str:
 
 
 def reserved_by_robots_tag(values: Iterable[str], token: str, directives: Collection[str]) -> str | None:
-    """Return the directive of X-Robots-Tag headers that reserves the content for us, or None.
+    """Return the directive of X-Robots-Tag headers that forbids this robot to use the content, or None.
 
     Args:
         values: one for each header; a header may hold several directives, values with commas and colons
             (``unavailable_after: Sat, 25-Jun-2010 15:00:00 PST``) and names of robots, each of which holds
             for what follows it (``googlebot: nofollow, otherbot: noai``).
-        token: our product token, in lower case.
-        directives: what counts as a reservation, in lower case.
+        token: the robot's product token, in lower case.
+        directives: those that forbid the use, in lower case.
     """
     for value in values:
         robot = "*"

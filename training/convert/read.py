@@ -18,11 +18,11 @@ from torch import Tensor
 
 from pipeline.models.checks import require_finite_weights
 from pipeline.models.model_files import (
-    impostor,
     not_safetensors,
     read_object,
     safetensors_header,
     unwrapped_names,
+    wrong_file,
 )
 from schemas.errors import CapfiltError, first_line
 from schemas.names import printable
@@ -149,7 +149,7 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             start = file.read(64)
-        if not start.startswith((b"\x80", b"PK")) and (what := impostor(start)):
+        if not start.startswith((b"\x80", b"PK")) and (what := wrong_file(start)):
             raise CapfiltError(f"{path} is not a file of torch.save: {what}") from error
         named = _GLOBAL.search(str(error))
         asked = f" (it asks for {printable(named[1])[:80]})" if named else ""

@@ -1,8 +1,8 @@
-"""CLIP's tokens of captions: open_clip's own, each text tokenized once, each word encoded once.
+"""CLIP's tokenizer: the tokens of open_clip's, with a bounded cache of words.
 
-open_clip's tokenizer repairs every text's encoding (half its time) and keeps every word it ever saw. Eleven
-captions an image at hundreds of images a second would leave the GPU waiting for it, and a crawl's words fill
-the memory.
+open_clip's tokenizer repairs the encoding of every text, which is half of its time, and caches every word for ever. For
+eleven captions an image and hundreds of images a second the GPU would wait for it, and the words of a crawl would
+fill the memory.
 
 The legend of the names: T texts, L tokens of the context.
 """
@@ -17,7 +17,7 @@ import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 from torch import Tensor
 
-# A natural vocabulary, names and misspellings included, is mostly there: some 15 MB.
+# Words in the cache, some 15 MB: most of a natural vocabulary, names and misspellings included.
 _WORDS_KEPT = 1 << 16
 
 
@@ -27,7 +27,7 @@ class ClipTokenizer:
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer) -> None:
         self._tokenizer = tokenizer
         self._context_length = tokenizer.context_length
-        # Another way of cutting (CLIPA's), another class: theirs.
+        # Other classes, and CLIPA's other ways to shorten a text, go through open_clip's own code.
         self._is_plain = type(tokenizer) is SimpleTokenizer and tokenizer.reduction_fn is None
         self._lowers = tokenizer.clean_fn is get_clean_fn("lower")
         self._new_word = Lock()
@@ -44,7 +44,7 @@ class ClipTokenizer:
     def _encode(self, text: str) -> list[int]:
         """Return a text's tokens, start and end included."""
         if self._lowers and text.isascii() and text.isprintable() and "&" not in text:
-            # Nothing there for ftfy or html to repair.
+            # Printable ASCII without entities: ftfy and html.unescape would change nothing.
             text = " ".join(text.split()).lower()
         else:
             text = self._tokenizer.clean_fn(text)
@@ -54,11 +54,11 @@ class ClipTokenizer:
     def _encode_word(self, word: str) -> tuple[int, ...]:
         tokenizer = self._tokenizer
         symbols = "".join(tokenizer.byte_encoder[byte] for byte in word.encode())
-        with self._new_word:  # its cache does not expect to lose a word to another thread
+        with self._new_word:  # the tokenizer's own cache is not safe for removal by another thread
             is_new = symbols not in tokenizer.cache
             pieces = tokenizer.bpe(symbols)
             if is_new:
-                tokenizer.cache.pop(symbols, None)  # else it would stay for good
+                tokenizer.cache.pop(symbols, None)  # that cache is unbounded
         return tuple(tokenizer.encoder[piece] for piece in pieces.split(" "))
 
     def _pad(self, encoded: list[list[int]]) -> tuple[Tensor, list[bool]]:
