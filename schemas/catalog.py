@@ -146,7 +146,10 @@ def registered_relations() -> dict[str, str]:
 
 
 def record_views(relations: Mapping[str, str]) -> list[str]:
-    """Return the statements that make the tables whose rows come from records."""
+    """Return the statements that make the tables whose rows come from records.
+
+    ``base.<table>_events`` are the rows of all records, as existing catalogs call them; the tables keep the last state.
+    """
     bases = [_view(f"base.{table}_events", relations[f"{table}_events"]) for table in RECORD_TABLES]
     return [
         "CREATE SCHEMA IF NOT EXISTS base",
