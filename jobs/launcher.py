@@ -40,6 +40,9 @@ _UNKNOWN_EXIT = 255
 
 # After one rank has failed: time for the others to notice it and to commit their last checkpoint.
 _GRACE_S = 60.0
+# After one rank was stopped before its first step, or by a second signal: the others have nothing to commit, and may
+# wait for it in a collective, where no signal reaches them.
+_STOP_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +185,8 @@ def _outcomes(processes: list[BaseProcess], receivers: list[Connection]) -> list
             rank = waiting[sentinel]
             outcomes[rank] = _outcome_of(rank, processes[rank], receivers[rank])
             if outcomes[rank].kind != "ended":
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
+                grace_s = _STOP_GRACE_S if outcomes[rank].kind == "interrupted" else _GRACE_S
+                deadline = min(deadline, time.monotonic() + grace_s)
         if time.monotonic() > deadline:
             for rank in waiting.values():
                 processes[rank].kill()

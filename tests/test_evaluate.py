@@ -305,7 +305,7 @@ def save_checkpoint(stage1: Stage1, folder: Path, **vision: str) -> None:
 def test_a_checkpoint_whose_models_moved_says_how_to_name_them(stage1: Stage1, tmp_path: Path) -> None:
     save_checkpoint(stage1, tmp_path / "run", model="local-dir:/moved/away", pretrained="")
     with pytest.raises(
-        CapfiltError, match=r"vision\.model = .* no folder /moved/away \(as the config .* -c RECIPE"
+        CapfiltError, match=r"vision\.model = .* no folder /moved/away \(from the config .* -c RECIPE"
     ):
         load_trained(str(tmp_path / "run"))
     assert load_trained(str(tmp_path / "run"), stage1.config)

@@ -209,7 +209,7 @@ def test_a_last_update_that_overflows_leaves_the_checkpoint_before_it(tmp_path: 
 
     loop.optimizer.step = overflowing
     with pytest.raises(
-        TrainingStopped, match=r"step 6: after it temp is nan or infinite, .*no checkpoint was made"
+        TrainingStopped, match=r"step 6: after it temp is nan or infinite, .*no checkpoint was written"
     ):
         loop.run(batches())
     assert [record.step for record in loop.checkpoints.committed()] == [5]
