@@ -19,7 +19,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import read_lists
-from pipeline.intake.retries import queue_retries, retried_reasons
+from pipeline.intake.retries import queue_retries
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from pipeline.stages.plan import ModelDigests
@@ -30,6 +30,7 @@ from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now
 from schemas.records import STAGES, RunRecord, Stage
+from schemas.statuses import retried_reasons
 
 _FIRST_SIGNAL = (
     "committed shards stay, those under way are started again by the same command; a second signal does not wait for "

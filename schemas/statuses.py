@@ -8,6 +8,8 @@ tried again by name once their cause is removed (``--retry forbidden_address``).
 from dataclasses import dataclass
 from typing import Literal
 
+from schemas.errors import CapfiltError, did_you_mean
+
 SampleStatus = Literal["ok", "failed", "refused", "opted_out", "invalid"]
 
 SAMPLE_STATUSES: dict[str, str] = {
@@ -88,3 +90,27 @@ DROP_REASONS: dict[str, str] = {
     "not_scored": "the stored image does not decode, so that nothing could be captioned or scored",
     "below_min_score": "no candidate reaches select.min_score",
 }
+
+TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)
+# What a later shard tries already is decided there.
+_RETRYABLE = {name: reason for name, reason in REASONS.items() if name != "retried"}
+_STATUSES = tuple(status for status in SAMPLE_STATUSES if status != "ok")
+
+
+def retried_reasons(words: str) -> frozenset[str]:
+    """Return the reasons that comma-separated words name. Raises CapfiltError for any other word."""
+    return frozenset().union(*(_named(word.strip().lower()) for word in words.split(",")))
+
+
+def _named(word: str) -> frozenset[str]:
+    if word == "transient":
+        return TRANSIENT
+    if word in _STATUSES:
+        return frozenset(name for name, reason in _RETRYABLE.items() if reason.status == word)
+    if word in _RETRYABLE:
+        return frozenset((word,))
+    near = did_you_mean(word, ("transient", *_STATUSES, *_RETRYABLE)) or "."
+    raise CapfiltError(
+        f"--retry {word!r} is not a reason or a status{near} Statuses: transient, "
+        f"{', '.join(_STATUSES)}. Reasons: {', '.join(_RETRYABLE)}"
+    )

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.intake.retries import TRANSIENT, count_retries, queue_retries, retried_reasons
+from pipeline.intake.retries import count_retries, queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.web.dns import Resolver
 from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardTask
-from schemas.statuses import REASONS
+from schemas.statuses import REASONS, TRANSIENT, retried_reasons
 from tests.hostile import HostileSite
 from tests.processes import cli
 from tests.test_crawl import listed_task, samples_of

@@ -166,7 +166,7 @@ def _stage_command(name: str, stage: "Stage | None", text: str) -> None:
 
 def _retry_words(given: list[str] | None) -> str | None:
     """Return all that --retry names, checked."""
-    from pipeline.intake.retries import retried_reasons
+    from schemas.statuses import retried_reasons
 
     if not given:
         return None

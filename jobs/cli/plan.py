@@ -10,7 +10,7 @@ from jobs.run import digests_of, left_config_line, model_weights
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import unread_rows
-from pipeline.intake.retries import count_retries, retried_reasons
+from pipeline.intake.retries import count_retries
 from pipeline.models.weights import require_model_names
 from pipeline.stages.staleness import stale_reasons
 from pipeline.stages.survey import CPU_IMAGES_PER_S, CorpusState
@@ -18,6 +18,7 @@ from pipeline.stages.survey import survey as survey_corpus
 from schemas.config import CapfiltConfig
 from schemas.names import printable
 from schemas.records import STAGES, Stage
+from schemas.statuses import retried_reasons
 
 _LEAST_HOURS = 0.0001
 _COLUMNS = ("stage", "source", "shards", "done", "pending", "stale", "images_left", "worker_hours", "gpu_hours",

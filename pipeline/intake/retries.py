@@ -1,4 +1,4 @@
-"""URLs to try again: the reasons that ``--retry`` names, and further url shards of the URLs whose last try ended so."""
+"""URLs to try again: further url shards of the URLs whose last try ended with one of some reasons."""
 
 import uuid
 from collections.abc import Collection, Sequence
@@ -12,35 +12,10 @@ from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import digest_json
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, next_number
 from schemas.config import CapfiltConfig
-from schemas.errors import CapfiltError, did_you_mean
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, ShardRecord
-from schemas.statuses import REASONS, SAMPLE_STATUSES
+from schemas.statuses import TRANSIENT
 from schemas.tables import URLS
-
-TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)
-# What a later shard tries already is decided there.
-_REASONS = {name: reason for name, reason in REASONS.items() if name != "retried"}
-_STATUSES = tuple(status for status in SAMPLE_STATUSES if status != "ok")
-
-
-def retried_reasons(words: str) -> frozenset[str]:
-    """Return the reasons that comma-separated words name. Raises CapfiltError for any other word."""
-    return frozenset().union(*(_named(word.strip().lower()) for word in words.split(",")))
-
-
-def _named(word: str) -> frozenset[str]:
-    if word == "transient":
-        return TRANSIENT
-    if word in _STATUSES:
-        return frozenset(name for name, reason in _REASONS.items() if reason.status == word)
-    if word in _REASONS:
-        return frozenset((word,))
-    near = did_you_mean(word, ("transient", *_STATUSES, *_REASONS)) or "."
-    raise CapfiltError(
-        f"--retry {word!r} is not a reason or a status{near} Statuses: transient, "
-        f"{', '.join(_STATUSES)}. Reasons: {', '.join(_REASONS)}"
-    )
 
 
 def queue_retries(
