@@ -1,4 +1,4 @@
-"""Is this machine fit for the job? Each check says what it found and, where it is not well, what mends it."""
+"""Checks whether this machine can do the job: each check says what it found and, if need be, how to fix it."""
 
 import contextlib
 import importlib.metadata
@@ -35,7 +35,7 @@ _LIBRARIES = (
     "pyarrow",
     "duckdb",
 )
-# What workers import, and what mends it.
+# What workers import, and how to fix an import that fails.
 _IMPORTED = (
     ("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together"),
     ("img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"),
@@ -45,7 +45,7 @@ _IMPORTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One finding; ``mend`` says what to do where it is not ok."""
+    """One finding, and how to fix it if it is not ok. The fields are the keys of ``doctor --json``."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -68,14 +68,14 @@ def examine(
     root = config.corpus.path if config else corpus
     if root:
         yield check_storage(root)
-    for modules, mend in _IMPORTED:
+    for modules, fix in _IMPORTED:
         begin(f"importing {modules}, which can take a minute")
-        yield _imports(modules, mend)
+        yield _imports(modules, fix)
     begin("asking PyTorch for GPUs")
     asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
-    found = _gpus()
-    yield _gpu(found, asked)
-    if found:
+    gpus = _gpus()
+    yield _gpu(gpus, asked)
+    if gpus:
         yield check_compiler(asked)
     if config:
         begin("reading the weights that the config names")
@@ -84,8 +84,8 @@ def examine(
 
 def _python() -> Check:
     fit = (3, 11) <= sys.version_info[:2] < (3, 13)
-    mend = "" if fit else "use Python 3.11 or 3.12 (img2dataset imports imghdr, gone in 3.13)"
-    return Check(name="python", state="ok" if fit else "fail", found=platform.python_version(), mend=mend)
+    fix = "" if fit else "use Python 3.11 or 3.12 (img2dataset imports imghdr, gone in 3.13)"
+    return Check(name="python", state="ok" if fit else "fail", found=platform.python_version(), mend=fix)
 
 
 def _versions() -> Iterator[Check]:
@@ -102,8 +102,8 @@ def _versions() -> Iterator[Check]:
         if version.partition("+")[0] == pinned.partition("+")[0]:
             yield Check(name=library, state="ok", found=version)
         else:
-            mend = f"only {pinned} is tested: pip install -c constraints.txt {library}"
-            yield Check(name=library, state="warn", found=version, mend=mend)
+            fix = f"only {pinned} is tested: pip install -c constraints.txt {library}"
+            yield Check(name=library, state="warn", found=version, mend=fix)
 
 
 def _pins() -> dict[str, str]:
@@ -111,8 +111,8 @@ def _pins() -> dict[str, str]:
     path = Path(__file__).resolve().parent.parent / "constraints.txt"
     if not path.exists():
         return {}
-    found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", path.read_text(), re.M)
-    return {_canonical(name): version for name, version in found}
+    pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", path.read_text(), re.M)
+    return {_canonical(name): version for name, version in pins}
 
 
 def _canonical(name: str) -> str:
@@ -132,7 +132,7 @@ def _dataclasses() -> Check:
     )
 
 
-def _imports(modules: str, mend: str) -> Check:
+def _imports(modules: str, fix: str) -> Check:
     """Import in a process of its own: a broken torch build takes the interpreter with it."""
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
     done = subprocess.run(
@@ -145,7 +145,7 @@ def _imports(modules: str, mend: str) -> Check:
     if done.returncode == 0:
         return Check(name="import", state="ok", found=modules)
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Check(name="import", state="fail", found=f"{modules}: {last}", mend=mend)
+    return Check(name="import", state="fail", found=f"{modules}: {last}", mend=fix)
 
 
 def _gpus() -> str:
@@ -155,9 +155,9 @@ def _gpus() -> str:
     return done.stdout.strip().strip("[]").replace("'", "")
 
 
-def _gpu(found: str, asked: bool) -> Check:
-    if found:
-        return Check(name="gpu", state="ok", found=found)
+def _gpu(gpus: str, asked: bool) -> Check:
+    if gpus:
+        return Check(name="gpu", state="ok", found=gpus)
     return Check(
         name="gpu",
         state="warn" if asked else "ok",
@@ -177,9 +177,9 @@ def check_compiler(asked: bool) -> Check:
     # Triton's own order.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     state: Literal["fail", "warn"] = "fail" if asked else "warn"
-    mend = "workers on a GPU use torch.compile; on every node: apt-get install gcc libc6-dev, or set CC"
+    fix = "workers on a GPU use torch.compile; on every node: apt-get install gcc libc6-dev, or set CC"
     if compiler is None:
-        return Check(name="compiler", state=state, found="neither gcc nor clang", mend=mend)
+        return Check(name="compiler", state=state, found="neither gcc nor clang", mend=fix)
     headers = sysconfig.get_paths("posix_prefix")["include"]
     try:
         done = subprocess.run(
@@ -190,58 +190,58 @@ def check_compiler(asked: bool) -> Check:
             check=False,
         )
     except OSError as error:
-        return Check(name="compiler", state=state, found=f"{compiler}: {error.strerror}", mend=mend)
+        return Check(name="compiler", state=state, found=f"{compiler}: {error.strerror}", mend=fix)
     if done.returncode == 0:
         return Check(name="compiler", state="ok", found=f"{compiler}, {headers}/Python.h")
     first = next(
         (line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}"
     )
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    mend = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
-    return Check(name="compiler", state=state, found=f"{compiler}: {first}", mend=mend)
+    fix = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
+    return Check(name="compiler", state=state, found=f"{compiler}: {first}", mend=fix)
 
 
 def _scratch() -> Check:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    mend = "shards are made here before they are uploaded: set TMPDIR to a disk with more room"
+    fix = "shards are made here before they are uploaded: set TMPDIR to a disk with more room"
     well = free >= _MIN_FREE_BYTES
     return Check(
         name="scratch",
         state="ok" if well else "warn",
         found=f"{free / 1e9:.0f} GB free in {folder}",
-        mend="" if well else mend,
+        mend="" if well else fix,
     )
 
 
 def check_storage(root: str) -> Check:
-    """Return what is found of the corpus's storage, whatever its library raises."""
-    mend = "corpus.path must be a folder or a bucket that may be written"
-    return _guarded("storage", lambda: _storage(root), mend)
+    """Return the check of the corpus's storage, whatever its library raises."""
+    fix = "corpus.path must be a folder or a bucket that may be written"
+    return _guarded("storage", lambda: _storage(root), fix)
 
 
 def _storage(root: str) -> Check:
-    """See that create-if-absent lets exactly one writer win: the commit of every shard stands on it."""
+    """Check that create-if-absent lets exactly one writer win: the commit of every shard depends on it."""
     from pipeline.corpus.storage import Storage
 
     storage = Storage(root)
     storage.require_place("corpus.path")
     path = f".doctor-{uuid.uuid4().hex}"
     folder = Path(storage.base)
-    made = [place for place in (folder, *folder.parents) if storage.is_local and not place.exists()]
+    created = [place for place in (folder, *folder.parents) if storage.is_local and not place.exists()]
     try:
         first, second = storage.create(path, b"first"), storage.create(path, b"second")
         kept = storage.read(path)
     finally:
         storage.delete(path)
         with contextlib.suppress(OSError):  # not empty: a run has begun meanwhile
-            for place in made:
+            for place in created:
                 place.rmdir()
     if (first, second, kept) == (True, False, b"first"):
         return Check(name="storage", state="ok", found=f"{storage.root}: writable, create-if-absent works")
-    mend = "this store does not honour If-None-Match: two workers could commit one shard; use another"
+    fix = "this store does not honour If-None-Match: two workers could commit one shard; use another"
     return Check(
-        name="storage", state="fail", found=f"{storage.root}: a second create was accepted", mend=mend
+        name="storage", state="fail", found=f"{storage.root}: a second create was accepted", mend=fix
     )
 
 
@@ -266,10 +266,10 @@ def _found_weights(name: str, load: Callable[[], "Weights"]) -> Check:
     )
 
 
-def _guarded(name: str, check: Callable[[], Check], mend: str) -> Check:
+def _guarded(name: str, check: Callable[[], Check], fix: str) -> Check:
     try:
         return check()
     except CapfiltError as error:
-        return Check(name=name, state="fail", found=str(error), mend=mend)
-    except Exception as error:  # whatever a storage's library raises is the finding, not a fault of ours
-        return Check(name=name, state="fail", found=f"{type(error).__name__}: {error}", mend=mend)
+        return Check(name=name, state="fail", found=str(error), mend=fix)
+    except Exception as error:  # whatever a storage's library raises is the finding, not a fault of capfilt
+        return Check(name=name, state="fail", found=f"{type(error).__name__}: {error}", mend=fix)

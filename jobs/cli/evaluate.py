@@ -77,15 +77,15 @@ def retrieval(
     captioned = _captioned(annotations, split, images)
     from training.evaluate.tasks import evaluate_retrieval
 
-    with _progress(json_) as tell:
+    with _progress(json_) as report_progress:
         result = evaluate_retrieval(
-            _load(model, recipe, tell),
+            _load(model, recipe, report_progress),
             captioned,
             images,
             dataset=dataset,
             rerank=rerank,
             batch_size=batch_size,
-            report=tell,
+            report=report_progress,
         )
     _show(result, model, json_)
 
@@ -115,9 +115,9 @@ def caption(
     from training.evaluate.generation import Decoding
     from training.evaluate.tasks import evaluate_captions
 
-    with _progress(json_) as tell:
+    with _progress(json_) as report_progress:
         result = evaluate_captions(
-            _load(model, recipe, tell),
+            _load(model, recipe, report_progress),
             captioned,
             images,
             dataset=dataset,
@@ -128,7 +128,7 @@ def caption(
             batch_size=batch_size,
             java=java,
             predictions=predictions,
-            report=tell,
+            report=report_progress,
         )
     _show(result, model, json_)
 
@@ -163,16 +163,16 @@ def vqa(
     recipe = _recipe(config, set_)
     asked = read_questions(questions, answers)
     require_enough_answers(asked, answers or questions)
-    if not predictions and not any(one.answers for one in asked.questions):
+    if not predictions and not any(question.answers for question in asked.questions):
         raise CapfiltError(
             f"{questions} comes without answers: name them with --answers, or a file for --predictions"
         )
     _require_pictures(images, [question.file for question in asked.questions])
     from training.evaluate.tasks import evaluate_answers
 
-    with _progress(json_) as tell:
+    with _progress(json_) as report_progress:
         result = evaluate_answers(
-            _load(model, recipe, tell),
+            _load(model, recipe, report_progress),
             asked,
             images,
             dataset=dataset,
@@ -180,7 +180,7 @@ def vqa(
             batch_size=batch_size,
             lemmatize=lemmatize,
             predictions=predictions,
-            report=tell,
+            report=report_progress,
         )
     _show(result, model, json_)
 
@@ -191,8 +191,8 @@ def probe_(model: Model, config: Config = "", set_: Set = None, json_: Json = Fa
     recipe = _recipe(config, set_)
     from training.evaluate.tasks import evaluate_probe
 
-    with _progress(json_) as tell:
-        result = evaluate_probe(_load(model, recipe, tell), model, tell)
+    with _progress(json_) as report_progress:
+        result = evaluate_probe(_load(model, recipe, report_progress), model, report_progress)
     _show(result, model, json_)
 
 
@@ -257,8 +257,8 @@ def _progress(as_json: bool) -> "EvaluationProgress":
     return EvaluationProgress(quiet=as_json and not sys.stderr.isatty())
 
 
-def _load(model: str, recipe: Any, tell: "ReportProgress") -> Any:
-    tell(f"loading {model}", 0, 0)
+def _load(model: str, recipe: Any, report_progress: "ReportProgress") -> Any:
+    report_progress(f"loading {model}", 0, 0)
     import torch
 
     from training.convert.load import load_trained
@@ -315,13 +315,13 @@ def _rows(result: "Result") -> list[dict[str, str]]:
     }
     if by_itc:
         first = f"ITM over the first {result.protocol['rerank']}"
-        found: dict[str, Mapping[str, float]] = {"ITC": by_itc, first: metrics}
+        numbers_by_model: dict[str, Mapping[str, float]] = {"ITC": by_itc, first: metrics}
     else:
-        found = {"this model": metrics}
-    found |= {f"published: {name}": numbers for name, numbers in result.published.items()}
+        numbers_by_model = {"this model": metrics}
+    numbers_by_model |= {f"published: {name}": numbers for name, numbers in result.published.items()}
     return [
         {"": name, **{key: _readable(key, numbers.get(key)) for key in metrics}}
-        for name, numbers in found.items()
+        for name, numbers in numbers_by_model.items()
     ]
 
 

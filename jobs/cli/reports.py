@@ -17,7 +17,7 @@ from jobs.cli.groups import LOOK
 from jobs.cli.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
 from schemas.errors import CapfiltError
 
-reads = typer.Typer()
+reports = typer.Typer()
 
 # What a narrow screen does without first. A run's id begins with the time that it started.
 _SPARE_STAGES = ("last_commit", "quarantined")
@@ -28,42 +28,42 @@ _SPARE_SHARDS = (
 )  # fmt: skip
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def status(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Say how far each stage is, and what the last run did. Also how much of the web answered."""
     manifest = open_manifest(corpus)
     from jobs.output.render import print_facts, print_json, print_table
     from pipeline.manifest import status
 
-    found = status.status(manifest)
+    report = status.status(manifest)
     if json_:
-        return print_json(found)
-    print_facts({"corpus": found["corpus"]})
-    print_table(found["stages"], title="\nstages", spare=_SPARE_STAGES, wide=wide)
-    print_table(found["sources"], title="\nimages", wide=wide)
-    if found["last_run"]:
+        return print_json(report)
+    print_facts({"corpus": report["corpus"]})
+    print_table(report["stages"], title="\nstages", spare=_SPARE_STAGES, wide=wide)
+    print_table(report["sources"], title="\nimages", wide=wide)
+    if report["last_run"]:
         print("\nlast run")
-        print_facts(found["last_run"])
-    if found["attempts"]:
-        print_table(found["attempts"], title="\nbegun and not committed: under way, or killed", wide=wide)
+        print_facts(report["last_run"])
+    if report["attempts"]:
+        print_table(report["attempts"], title="\nbegun and not committed: under way, or killed", wide=wide)
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def stats(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Sum up success, scores, lengths and rates. From the records alone: no sample is read."""
     manifest = open_manifest(corpus)
     from jobs.output.render import print_json, print_table
     from pipeline.manifest import status
 
-    found = status.stats(manifest)
+    statistics = status.stats(manifest)
     if json_:
-        return print_json(found)
-    for name, rows in found.items():
+        return print_json(statistics)
+    for name, rows in statistics.items():
         print_table(rows, title=name, wide=wide)
         print()
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def runs(
     corpus: CorpusArgument,
     limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
@@ -79,7 +79,7 @@ def runs(
     print_json(rows) if json_ else print_table(rows, spare=_SPARE_RUNS, wide=wide)
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def failures(
     corpus: CorpusArgument,
     hosts: Annotated[bool, typer.Option("--hosts", help="Count by host too.")] = False,
@@ -97,7 +97,7 @@ def failures(
     print_json(rows) if json_ else print_table(rows, spare=_SPARE_FAILURES, wide=wide)
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def shards(
     corpus: CorpusArgument,
     stage: Annotated[
@@ -120,7 +120,7 @@ def shards(
     print_json(rows) if json_ else print_table(rows, spare=_SPARE_SHARDS, wide=wide)
 
 
-@reads.command(rich_help_panel=LOOK)
+@reports.command(rich_help_panel=LOOK)
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
@@ -157,16 +157,16 @@ def sql(
     capfilt sql demo-corpus --file question.sql --json
     """
     query = _statement(query, file)
-    found = open_manifest(corpus)
+    manifest = open_manifest(corpus)
     from jobs.output.render import print_csv, print_table
 
     if not (csv or json_):
-        answer = found.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
+        answer = manifest.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
         print_table(answer.dicts(), answer.columns, wide=wide)
         if answer.truncated:
             typer.echo(f"the first {len(answer.rows)} rows; --limit, --json or --csv for more", err=True)
         return
-    with found.stream(query, timeout_s=timeout, memory=memory) as stream:
+    with manifest.stream(query, timeout_s=timeout, memory=memory) as stream:
         rows = itertools.islice(stream.rows, limit)
         _print_rows(stream.columns, rows) if json_ else print_csv(stream.columns, rows)
         if limit is not None and next(stream.rows, None) is not None:

@@ -39,7 +39,7 @@ def trace(
             show_default=False,
         ),
     ],
-    who: Annotated[
+    uid_or_url: Annotated[
         str | None, typer.Argument(metavar="UID-or-URL", help="As the tables have it.", show_default=False)
     ] = None,
     wide: WideOption = False,
@@ -52,45 +52,45 @@ def trace(
     """
     from jobs.output.render import print_json
 
-    if who is None:
+    if uid_or_url is None:
         import_arrow_alone()
         from pipeline.manifest.checkpoint_trace import trace_checkpoint
 
-        found = trace_checkpoint(where)
-        return print_json(found) if json_ else _print_lineage(found, wide)
+        lineage = trace_checkpoint(where)
+        return print_json(lineage) if json_ else _print_lineage(lineage, wide)
     manifest = open_manifest(where)
     from pipeline.manifest.sample_trace import trace as trace_sample
 
-    ways = trace_sample(manifest, who)
+    traces_of_sample = trace_sample(manifest, uid_or_url)
     if json_:
-        return print_json(ways)
-    for number, way in enumerate(ways):
+        return print_json(traces_of_sample)
+    for number, way in enumerate(traces_of_sample):
         print("\n" * number, end="")
         _print_way(way, wide)
 
 
-def _print_lineage(found: dict[str, Any], wide: bool) -> None:
+def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
     from jobs.output.render import print_facts, print_table
 
     names = ("path", "stage", "run_id", "step", "samples", "snapshot", "created_at", "metrics")
-    print_facts({name: found["checkpoint"][name] for name in names})
-    _print_models(found["loaded"], "models it loaded or began from", wide)
-    print_table(found["sources"], title="\nsources", wide=wide)
-    print_table(found["shards"][:_SHARDS_SHOWN], title="\nshards", spare=_SPARE_SHARDS, wide=wide)
-    if len(found["shards"]) > _SHARDS_SHOWN:
-        print(f"... and {len(found['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
-    for source in found["sources"]:
+    print_facts({name: lineage["checkpoint"][name] for name in names})
+    _print_models(lineage["loaded"], "models it loaded or began from", wide)
+    print_table(lineage["sources"], title="\nsources", wide=wide)
+    print_table(lineage["shards"][:_SHARDS_SHOWN], title="\nshards", spare=_SPARE_SHARDS, wide=wide)
+    if len(lineage["shards"]) > _SHARDS_SHOWN:
+        print(f"... and {len(lineage['shards']) - _SHARDS_SHOWN:,} more; --json shows all")
+    for source in lineage["sources"]:
         if source["urls"] is None:
             print(
                 f"\nnot known: what made the shards of {printable(source['source'])}; "
                 f"{printable(source['corpus'])} is not a corpus, or has them no more"
             )
-    if not found["stages"]:
+    if not lineage["stages"]:
         return
-    print_table(found["runs"], title="\nruns that made them", spare=_SPARE_RUNS, wide=wide)
-    _print_models(found["models"], "models that made them", wide)
+    print_table(lineage["runs"], title="\nruns that made them", spare=_SPARE_RUNS, wide=wide)
+    _print_models(lineage["models"], "models that made them", wide)
     for corpus in dict.fromkeys(
-        source["corpus"] for source in found["sources"] if source["urls"] is not None
+        source["corpus"] for source in lineage["sources"] if source["urls"] is not None
     ):
         ask = "SELECT source, shard, uid, url, caption FROM curated"
         print(f'\nevery URL: capfilt sql {shlex.quote(printable(corpus))} "{ask}"')

@@ -101,8 +101,8 @@ def manifest(
     """Bring the manifest up to date with the records. Its Parquet files and manifest.duckdb."""
     from jobs.output.render import print_facts, print_json
 
-    found = open_manifest(corpus)
-    rows = found.rebuild() if action == "rebuild" else {"rows": found.compact()}
+    manifest = open_manifest(corpus)
+    rows = manifest.rebuild() if action == "rebuild" else {"rows": manifest.compact()}
     print_json(rows) if json_ else print_facts(rows)
 
 
@@ -117,7 +117,7 @@ def doctor(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check machine, libraries, storage and weights. Says what mends what; exit code 2 if a check fails."""
+    """Check machine, libraries, storage and weights. Says how to fix what is wrong; exit code 2 if a check fails."""
     from dataclasses import asdict
 
     from jobs.doctor import examine
@@ -136,8 +136,8 @@ def doctor(
     for check in examine(corpus, loaded, begin):
         checks.append(check)
         if not json_:
-            mend = f"\n      {check.mend}" if check.mend else ""
-            print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{mend}"), flush=True)
+            fix = f"\n      {check.mend}" if check.mend else ""
+            print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{fix}"), flush=True)
     if json_:
         print_json([asdict(check) for check in checks])
     raise typer.Exit(2 if any(check.state == "fail" for check in checks) else 0)
