@@ -142,15 +142,18 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Inte
     port = _free_port()
     processes: list[BaseProcess] = []
     receivers: list[Connection] = []
-    for rank in range(size):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (config.model_dump(mode="json"), run.to_json(), rank, size, port, sender)
-        process = context.Process(target=_rank_process, args=arguments, name=f"rank {rank}", daemon=True)
-        process.start()
-        sender.close()
-        processes.append(process)
-        receivers.append(receiver)
+    # From the first start on: ranks that were left without the others would wait for them in their first collective.
     with interrupts.passed_on(lambda: _ask_to_stop(processes)):
+        for rank in range(size):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (config.model_dump(mode="json"), run.to_json(), rank, size, port, sender)
+            process = context.Process(target=_rank_process, args=arguments, name=f"rank {rank}", daemon=True)
+            process.start()
+            sender.close()
+            processes.append(process)
+            receivers.append(receiver)
+        if interrupts.count:  # the signal came before all of them were there to hear it
+            _ask_to_stop(processes)
         outcome = worst_outcome(_outcomes(processes, receivers))
     return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
 

@@ -164,7 +164,7 @@ def test_a_training_is_a_job_too(
     file.write_text(training.model_dump_json())
     done = cli("submit", "-c", str(file), "--address", cluster.address, "--", "pretrain", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    [committed] = Checkpoints(f"{training.trainer.run.output}/stage1/tiny").committed()
+    [committed] = Checkpoints(f"{training.run.output}/stage1/tiny").committed()
     assert committed.step == 4
 
 

@@ -6,9 +6,11 @@ of URLs: the opener that answers its ``urlopen`` fetches the row's URL, and the 
 body. So every outcome keeps its row, and big bodies wait on disk instead of in the Downloader's queue.
 """
 
+import atexit
 import contextlib
 import importlib
 import io
+import multiprocessing.util
 import os
 import random
 import sys
@@ -177,7 +179,8 @@ def _call_in_thread(call: Callable[[], object]) -> None:
     """Call something in another thread and wait for it; KeyboardInterrupt is raised here and abandons the call.
 
     img2dataset's thread pool waits forever for its own source of rows where KeyboardInterrupt is raised in its loop.
-    Abandoned, it ends soon: without our opener every further row fails at once.
+    Abandoned, it ends soon: without our opener every further row fails at once. Where the interpreter ends sooner,
+    multiprocessing must not close the pool, which would wait in the same way; its threads are daemons.
     """
     done: Future[object] = Future()
 
@@ -188,7 +191,11 @@ def _call_in_thread(call: Callable[[], object]) -> None:
             done.set_exception(error)
 
     threading.Thread(target=complete, daemon=True).start()
-    done.result()
+    try:
+        done.result()
+    except KeyboardInterrupt:
+        atexit.unregister(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+        raise
 
 
 def make_resizer(config: CrawlConfig) -> Any:
