@@ -1,8 +1,9 @@
 """Records as rows of the manifest's tables. A column holds the record's field of that name, in the column's type."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -93,20 +94,31 @@ def _fields(record: Json) -> Row:
 
 def _row(table: str, values: Row) -> Row:
     """Return those values that are columns of a table, as Arrow takes them."""
+    converters = _converters(table)
     return {
-        column.name: _cell(column.type, values[column.name])
-        for column in RECORD_TABLES[table]
-        if column.name in values
+        name: None if values[name] is None else convert(values[name])
+        for name, convert in converters.items()
+        if name in values
     }
 
 
-def _cell(dtype: pa.DataType, value: Any) -> Any:
-    if value is None:
-        return None
+@functools.cache
+def _converters(table: str) -> dict[str, Callable[[Any], Any]]:
+    """Return how a value becomes a cell, by column; once a table, since asking Arrow's types for each cell is slow."""
+    return {column.name: _converter(column.type) for column in RECORD_TABLES[table]}
+
+
+def _converter(dtype: pa.DataType) -> Callable[[Any], Any]:
     if pa.types.is_map(dtype):
-        return sorted(value.items())
+        return lambda mapping: sorted(mapping.items())
     if pa.types.is_timestamp(dtype):
-        return datetime.fromisoformat(value)
-    if pa.types.is_string(dtype) and not isinstance(value, str):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
-    return value
+        return datetime.fromisoformat
+    if pa.types.is_string(dtype):
+        return _text
+    return lambda value: value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=dataclasses.asdict)
