@@ -7,6 +7,7 @@ out the new ones), so that memory holds 16 bytes a row and the captions of the r
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from schemas.errors import CapfiltError
 from schemas.names import shown
 from schemas.tables import URLS
 
+_READERS = 16
 _KEY = "key"  # img2dataset's name for a sample
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -81,8 +83,13 @@ class SourcePairs:
     def check(self) -> None:
         """Look at the beginning of every list: what is not a list of URLs shows before any work."""
         wanted = self._wanted(*self._payload_columns(), *self._identity_columns())
-        # In order, so that it is always the first faulty list that is named.
-        self.storage.map(lambda file: require_columns(self.storage, file, self._form(), wanted), self.files)
+        # Not Storage.map, which chooses its threads by the corpus's storage: lists may lie on another one.
+        with ThreadPoolExecutor(_READERS) as readers:
+            # In order, so that it is always the first faulty list that is named.
+            for _ in readers.map(
+                lambda file: require_columns(self.storage, file, self._form(), wanted), self.files
+            ):
+                pass
         first = next(self._batches(*self._identity_columns()), None)
         if first is None:
             raise self._no_urls(0)
