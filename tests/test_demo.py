@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from jobs.docs.manifest_page import ANSWERS, ask
+from jobs.docs import answers, ask
 from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 
@@ -105,7 +105,7 @@ _TIMED = {"seconds", "worker_seconds", "images_per_second"}
 
 def test_docs_show_the_answers_that_come(demo: tuple[Path, dict]) -> None:
     folder, _ = demo
-    comes, printed = ask(str(folder / "demo-corpus")), json.loads(ANSWERS.read_text())
+    comes, printed = ask(str(folder / "demo-corpus")), answers()
     assert comes.keys() == printed.keys()
     differing = {
         question: (printed[question], comes[question])
@@ -115,7 +115,7 @@ def test_docs_show_the_answers_that_come(demo: tuple[Path, dict]) -> None:
             for one, other in zip(_untimed(printed[question]), _untimed(comes[question]), strict=True)
         )
     }
-    assert differing == {}, "python -m jobs.docs.manifest_page demo-corpus, and `make docs`"
+    assert differing == {}, "python -m jobs.docs demo-corpus"
 
 
 def _untimed(table: str) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.docs.pages import FOLDER, PAGES
+from jobs.docs import FOLDER, PAGES, page
 from pipeline.config import load_config
 from pipeline.config_messages import section_class
 from schemas.config import CapfiltConfig, Section
@@ -53,7 +53,7 @@ def test_demo_names_its_own_weights() -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_generated_page_is_up_to_date(name: str) -> None:
-    assert (FOLDER / name).read_text() == PAGES[name](), "run `make docs`"
+    assert (FOLDER / name).read_text() == page(name), "run `make docs`"
 
 
 def test_every_key_is_described() -> None:

@@ -1,1 +1,0 @@
-"""The generated pages of docs/: what code declares is described from the code."""
