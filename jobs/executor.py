@@ -17,7 +17,8 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.stages.plan import Kind
 from pipeline.stages.progress import RunProgress
 from pipeline.stages.runner import RunSettings
-from schemas.records import ShardRecord, Stage
+from schemas.records import ShardRecord
+from schemas.stages import Stage
 
 ExecutorOutcome = Literal["done", "interrupted", "gave up"]
 

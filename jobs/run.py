@@ -29,7 +29,8 @@ from pipeline.stages.survey import CorpusState, Survey, Totals, survey
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now
-from schemas.records import STAGES, RunRecord, Stage
+from schemas.records import RunRecord
+from schemas.stages import STAGES, Stage
 from schemas.statuses import retried_reasons
 
 _FIRST_SIGNAL = (

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from schemas.records import STAGES, Stage
-from schemas.statuses import SAMPLE_STATUSES
+from schemas.stages import STAGE_FOLDERS, STAGE_INFO, STAGES, Stage
 from schemas.tables import (
     CANDIDATES,
     CAPTIONS,
@@ -24,6 +23,7 @@ from schemas.tables import (
     RUNS,
     SAMPLES,
     SHARDS,
+    STAGE_SCHEMAS,
     TABLE_DOCS,
     TABLES,
     column_doc,
@@ -37,22 +37,9 @@ RECORD_TABLES: dict[str, pa.Schema] = {
     "checkpoints": CHECKPOINTS,
 }
 
-# Tables whose rows lie in the shards' own Parquet files: folder -> schema.
-DATA_TABLES: dict[str, pa.Schema] = {
-    "raw": SAMPLES,
-    "captions": CAPTIONS,
-    "scores": CANDIDATES,
-    "curated": CURATED,
-}
-DATA_STAGES: dict[str, Stage] = {"raw": "crawl", "captions": "caption", "scores": "rank", "curated": "select"}
-
-# What a stage's rows end as: of the counts of its records, those that sum up to rows_in. All others are notes.
-ROW_STATUSES: dict[str, tuple[str, ...]] = {
-    "crawl": tuple(SAMPLE_STATUSES),
-    "caption": ("ok", "failed"),
-    "rank": ("scored", "unscored"),
-    "select": ("kept", "dropped"),
-}
+# Tables whose rows lie in the shards' own Parquet files: folder -> schema, and the stage that writes them.
+DATA_TABLES: dict[str, pa.Schema] = {STAGE_FOLDERS[stage]: STAGE_SCHEMAS[stage] for stage in STAGES}
+DATA_STAGES: dict[str, Stage] = {STAGE_FOLDERS[stage]: stage for stage in STAGES}
 
 # Of rows with a column ``stage``: the order of the work, for ORDER BY.
 STAGE_ORDER = f"list_position({['urls', *STAGES]}, stage)"
@@ -237,8 +224,8 @@ _TABLES: dict[str, str] = {
 }
 
 _IS_STATUS = " OR ".join(
-    f"(stage = {quote(stage)} AND status IN ({', '.join(map(quote, names))}))"
-    for stage, names in ROW_STATUSES.items()
+    f"(stage = {quote(stage)} AND status IN ({', '.join(map(quote, STAGE_INFO[stage].row_statuses))}))"
+    for stage in STAGES
 )
 
 # Beyond the tables: name -> (what it answers, SQL). Those marked "records only" read no sample.

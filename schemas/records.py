@@ -7,23 +7,7 @@ from typing import Any, Literal, Self
 
 from schemas.json_record import Count, FileName, Finite, Json, ShardName, Time
 from schemas.names import is_confined, is_outside_tar, printable
-
-Stage = Literal["urls", "crawl", "caption", "rank", "select"]
-
-# Order of the work; ``urls`` is made by the intake, the others by workers.
-STAGES: tuple[Stage, ...] = ("crawl", "caption", "rank", "select")
-
-# The folder under the corpus in which a stage's files lie.
-STAGE_FOLDERS: dict[Stage, str] = {
-    "urls": "urls",
-    "crawl": "raw",
-    "caption": "captions",
-    "rank": "scores",
-    "select": "curated",
-}
-
-# What a worker's output is a function of, apart from config, weights and input: raise it when code changes it.
-STAGE_VERSIONS: dict[Stage, int] = {"urls": 1, "crawl": 1, "caption": 2, "rank": 2, "select": 1}
+from schemas.stages import STAGE_FOLDERS, STAGE_INFO, Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +103,8 @@ class ShardRecord(Json):
         A tar that was imported without copying may be outside the corpus; whoever reads the record sees that the lists
         say so (``pipeline.corpus.records``).
         """
-        expected = _OUTPUTS[self.stage]
-        if self.stage != "urls" and self.outputs.keys() != expected:
+        expected = STAGE_INFO[self.stage].outputs
+        if self.stage != "urls" and self.outputs.keys() != set(expected):
             raise ValueError(f"outputs: {sorted(self.outputs)}, not {sorted(expected)}"[:200])
         for name, file in self.outputs.items():
             if not (
@@ -135,15 +119,6 @@ class ShardRecord(Json):
     def input_digests(self) -> dict[str, str]:
         """Return the sha256 of each output by name: what the next stage's fingerprint takes in."""
         return {name: file.sha256 for name, file in sorted(self.outputs.items())}
-
-
-_OUTPUTS: dict[Stage, set[str]] = {
-    "urls": {"parquet"},
-    "crawl": {"parquet", "tar"},
-    "caption": {"parquet"},
-    "rank": {"parquet"},
-    "select": {"parquet", "tar"},
-}
 
 
 def shard_record_path(stage: str, source: str, shard: str) -> str:

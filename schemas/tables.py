@@ -5,6 +5,8 @@ The descriptions are the source of docs/manifest.md and of ``capfilt sql CORPUS 
 
 import pyarrow as pa
 
+from schemas.stages import Stage
+
 DOC = b"doc"
 
 # Of samples.detail.
@@ -194,6 +196,15 @@ CHECKPOINTS = pa.schema(
         _column("created_at", pa.timestamp("us", tz="UTC"), "when it was complete"),
     ]
 )
+
+# The Parquet of each stage.
+STAGE_SCHEMAS: dict[Stage, pa.Schema] = {
+    "urls": URLS,
+    "crawl": SAMPLES,
+    "caption": CAPTIONS,
+    "rank": CANDIDATES,
+    "select": CURATED,
+}
 
 # The tables that ``manifest.duckdb`` offers, in the order the docs show them.
 TABLES: dict[str, pa.Schema] = {

@@ -23,15 +23,14 @@ from pipeline.stages.selection import SelectWorker
 from schemas.config import CapfiltConfig
 from schemas.json_record import utc_now
 from schemas.records import (
-    STAGES,
     IntakeRecord,
     ModelRecord,
     OutputFile,
     RunRecord,
     ShardRecord,
     ShardTask,
-    Stage,
 )
+from schemas.stages import STAGES, Stage
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, URLS
 
 RUN = "20260101T000000-test"

@@ -12,7 +12,8 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
-from schemas.records import ShardRecord, ShardTask, Stage
+from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 from schemas.tables import SAMPLES
 
 SOURCE = "tiny"

@@ -21,7 +21,8 @@ from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
-from schemas.records import ShardTask, Stage
+from schemas.records import ShardTask
+from schemas.stages import Stage
 from schemas.tables import CURATED, SAMPLES
 from training.data.loader import TrainingData
 from training.data.snapshot import take_snapshot

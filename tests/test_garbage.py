@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.corpus.garbage_collection import OrphanFile, find_orphans, remove
 from pipeline.manifest.verify import verify
-from schemas.records import STAGE_FOLDERS
+from schemas.stages import STAGE_FOLDERS
 from tests.corpora import RUN, Corpus, make_corpus
 
 _FOLDERS = set(STAGE_FOLDERS.values())

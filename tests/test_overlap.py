@@ -21,7 +21,8 @@ from pipeline.stages.plan import ModelDigests
 from pipeline.stages.progress import Outcome
 from pipeline.stages.runner import RunSettings, RWLock, ShardRunner
 from schemas.config import CapfiltConfig
-from schemas.records import ShardRecord, ShardTask, Stage
+from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 from tests.raw_shards import encoded, picture
 from tests.runs import curated_files, do_run, small_config, with_values
 from tests.tiny_models import save_captioner

@@ -11,7 +11,8 @@ from pipeline.stages.progress import Outcome, ProgressCounter
 from pipeline.stages.runner import RunSettings, ShardRunner, load_worker
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.records import ShardRecord, ShardTask, Stage
+from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 from tests.corpora import Corpus
 
 RUN = "20260102T000000-test"

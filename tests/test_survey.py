@@ -5,7 +5,7 @@ from collections import Counter
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.stages.survey import CorpusState
-from schemas.records import STAGES
+from schemas.stages import STAGES
 from tests.corpora import make_corpus
 
 CRAWL_00000 = "records/crawl/cc/00000.json"

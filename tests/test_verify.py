@@ -13,7 +13,7 @@ from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify import verify
-from schemas.records import Stage
+from schemas.stages import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
 from tests.corpora import Corpus, make_corpus
 

@@ -33,7 +33,8 @@ from pipeline.models.device import device_name, worker_device
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
 from schemas.config import CapfiltConfig
-from schemas.records import ShardRecord, Stage
+from schemas.records import ShardRecord
+from schemas.stages import Stage
 
 Size = Literal["full", "demo"]
 

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,7 @@ from jobs.cli.upkeep import upkeep
 from jobs.interrupts import Interrupts
 from jobs.output.render import complain, printable_lines
 from schemas.errors import CapfiltError
-
-if TYPE_CHECKING:
-    from schemas.records import Stage
+from schemas.stages import STAGE_INFO, STAGES, Stage
 
 _INTERRUPTED = 130
 
@@ -103,7 +101,7 @@ def _run(
     dry_run: bool,
     as_json: bool,
     *,
-    stage: "Stage | None",
+    stage: Stage | None,
     **options: Any,
 ) -> None:
     # Before the imports of a run, which take seconds: an error in the config is reported at once.
@@ -114,7 +112,6 @@ def _run(
     from jobs.cli.plan import plan_corpus, print_plan
     from jobs.cli.summary import print_result, result_json
     from jobs.run import RunOptions, run
-    from schemas.records import STAGES
 
     stages = STAGES if stage is None else (stage,)
     chosen = RunOptions(stages=stages, quiet=as_json, only_named=bool(sources), **options)
@@ -131,7 +128,7 @@ def _run(
     raise typer.Exit(result.exit_code)
 
 
-def _stage_command(name: str, stage: "Stage | None", text: str) -> None:
+def _stage_command(name: str, stage: Stage | None, text: str) -> None:
     """Add the command that runs one stage, or all of them."""
 
     def command(
@@ -179,10 +176,8 @@ def _retry_words(given: list[str] | None) -> str | None:
 _stage_command(
     "run", None, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
 )
-_stage_command("crawl", "crawl", "Fetch the images of the lists into raw shards.")
-_stage_command("caption", "caption", "Write the synthetic captions of every crawled image.")
-_stage_command("rank", "rank", "Score every candidate caption with CLIP.")
-_stage_command("select", "select", "Keep the best captions and write the curated shards. Needs no GPU.")
+for each in STAGES:
+    _stage_command(each, each, STAGE_INFO[each].help)
 
 
 @app.command(rich_help_panel=BUILD)

@@ -13,11 +13,11 @@ from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
 from pipeline.models.weights import require_model_names
 from pipeline.stages.staleness import stale_reasons
-from pipeline.stages.survey import CPU_IMAGES_PER_S, CorpusState
+from pipeline.stages.survey import CorpusState
 from pipeline.stages.survey import survey as survey_corpus
 from schemas.config import CapfiltConfig
 from schemas.names import printable
-from schemas.records import STAGES, Stage
+from schemas.stages import STAGE_INFO, STAGES, Stage
 from schemas.statuses import retried_reasons
 
 _LEAST_HOURS = 0.0001
@@ -49,7 +49,11 @@ def plan_corpus(
     survey = survey_corpus(config, models, state, stages, rows)
     return {
         "stages": [asdict(count) for count in survey.counts],
-        "without_gpu": [stage for stage in ("caption", "rank") if not getattr(config.cluster, stage).gpus],
+        "without_gpu": [
+            stage
+            for stage in STAGES
+            if STAGE_INFO[stage].cpu_images_per_s and not getattr(config.cluster, stage).gpus
+        ],
         "unread_rows": rows,
         "retries": {} if retry is None else count_retries(config, records, retried_reasons(retry)),
         "expected_share": round(survey.expected_share, 4),
@@ -97,8 +101,8 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     for stage in plan["without_gpu"]:
         if stage in estimated:
             yield (
-                f"{stage}: estimated for a CPU, {CPU_IMAGES_PER_S[stage]:g} images/s a core with the published models "
-                f"(capfilt bench {stage}; docs/benchmarks.md); smaller models are faster"
+                f"{stage}: estimated for a CPU, {STAGE_INFO[stage].cpu_images_per_s:g} images/s a core with the "
+                f"published models (capfilt bench {stage}; docs/benchmarks.md); smaller models are faster"
             )
     yield (
         f"in all: {cell(plan['worker_hours'])} worker-hours, of which {cell(plan['gpu_hours'])} GPU-hours; "

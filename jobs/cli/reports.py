@@ -16,6 +16,7 @@ import typer
 from jobs.cli.groups import LOOK
 from jobs.cli.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
 from schemas.errors import CapfiltError
+from schemas.stages import Stage
 
 reports = typer.Typer()
 
@@ -100,9 +101,7 @@ def failures(
 @reports.command(rich_help_panel=LOOK)
 def shards(
     corpus: CorpusArgument,
-    stage: Annotated[
-        Literal["urls", "crawl", "caption", "rank", "select"] | None, typer.Option(help="Only this stage.")
-    ] = None,
+    stage: Annotated[Stage | None, typer.Option(help="Only this stage.")] = None,
     source: SourceOption = None,
     state: Annotated[
         Literal["committed", "retired", "quarantined"] | None, typer.Option(help="Only this state.")

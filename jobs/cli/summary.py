@@ -12,7 +12,7 @@ from jobs.run import RunResult
 from pipeline.stages.survey import Totals
 from pipeline.text import readable_duration
 from schemas.names import printable
-from schemas.records import STAGES
+from schemas.stages import STAGES
 from schemas.statuses import DROP_REASONS, REASONS
 
 # What to do about the commonest reason, where no URL gave an image or no image was kept.

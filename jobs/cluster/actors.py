@@ -12,14 +12,15 @@ from pipeline.stages.progress import Outcome, ProgressCounter
 from pipeline.stages.runner import RunSettings, ShardRunner
 from schemas.config import StageResources
 from schemas.errors import CapfiltError
-from schemas.records import ShardRecord, Stage
+from schemas.records import ShardRecord
+from schemas.stages import Stage
 
 if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
     from jobs.executor import StageJob
 
-# Shards that one actor works on at once: of two, one computes on the device while the other is read, decoded or
-# written.
-CONCURRENT_SHARDS: dict[Stage, int] = {"crawl": 1, "caption": 2, "rank": 2, "select": 1}
+# Shards that one actor works on at once, where not one: of two, one computes on the device while the other is read,
+# decoded or written.
+CONCURRENT_SHARDS: dict[Stage, int] = {"caption": 2, "rank": 2}
 
 # State is lost when the actor restarts, and the display starts from zero; records remain authoritative.
 ProgressActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressCounter)
@@ -86,7 +87,7 @@ def build_dataset(job: "StageJob", counter: ray.actor.ActorHandle) -> Dataset:
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage in job.stages:
         resources: StageResources = getattr(job.settings.config.cluster, stage)
-        concurrent = CONCURRENT_SHARDS[stage]
+        concurrent = CONCURRENT_SHARDS.get(stage, 1)
         dataset = dataset.map_batches(
             _actor_class(stage),
             batch_size=1,

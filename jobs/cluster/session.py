@@ -15,7 +15,7 @@ from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.records import Stage
+from schemas.stages import Stage
 
 _log = logging.getLogger(__name__)
 

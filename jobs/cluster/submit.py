@@ -26,8 +26,9 @@ from pipeline.digests import digest_json
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
+from schemas.stages import STAGES
 
-_COMMANDS = ("run", "crawl", "caption", "rank", "select", "pretrain")
+_COMMANDS = ("run", *STAGES, "pretrain")
 _PACKAGES = ("pipeline", "training", "jobs", "schemas")
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CONFIG_NAME = "config.json"

@@ -12,7 +12,7 @@ from rich.table import Table
 from pipeline.stages.progress import StageProgress
 from pipeline.stages.survey import Survey
 from pipeline.text import readable_duration
-from schemas.records import Stage
+from schemas.stages import Stage
 
 _LINE_INTERVAL_S = 10.0
 

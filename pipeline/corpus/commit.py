@@ -20,7 +20,8 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
 from schemas.json_record import utc_now
-from schemas.records import STAGE_FOLDERS, Histogram, OutputFile, ShardRecord, ShardTask
+from schemas.records import Histogram, OutputFile, ShardRecord, ShardTask
+from schemas.stages import STAGE_FOLDERS
 
 _LIBRARIES = (
     "capfilt",

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from pipeline.digests import digest_json
 from schemas.config import CapfiltConfig
-from schemas.records import STAGE_VERSIONS, Stage
+from schemas.stages import STAGE_INFO, Stage
 
 # uids packed as two 64-bit words each: 16 bytes, where a Python string takes 81.
 PackedUids = NDArray[np.uint64]
@@ -75,7 +75,7 @@ def stage_fingerprint(
     return digest_json(
         {
             "stage": stage,
-            "version": STAGE_VERSIONS[stage],
+            "version": STAGE_INFO[stage].version,
             "kind": kind if stage in ("rank", "select") else "",
             "seed": config.corpus.seed if stage == "caption" else 0,
             "config": section,

@@ -14,7 +14,8 @@ from typing import Literal
 from pipeline.corpus.records import Records, ShardId, parse_record, read_record
 from pipeline.corpus.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
-from schemas.records import STAGE_FOLDERS, ShardRecord, shard_record_path
+from schemas.records import ShardRecord, shard_record_path
+from schemas.stages import STAGE_FOLDERS
 
 _log = logging.getLogger(__name__)
 

@@ -21,16 +21,15 @@ from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json
 from schemas.names import is_outside_tar
 from schemas.records import (
-    STAGES,
     CheckpointRecord,
     IntakeRecord,
     ModelRecord,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
-    Stage,
     shard_record_path,
 )
+from schemas.stages import STAGES, Stage
 
 ShardId = tuple[Stage, str, str]
 R = TypeVar("R", bound=Json)

@@ -13,7 +13,8 @@ from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from schemas.json_record import Count, first_error
 from schemas.names import is_one_part
-from schemas.records import STAGES, ModelRecord
+from schemas.records import ModelRecord
+from schemas.stages import STAGES
 
 Row = dict[str, Any]
 

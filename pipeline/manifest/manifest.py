@@ -32,7 +32,8 @@ from schemas.catalog import (
     registered_relations,
 )
 from schemas.errors import CapfiltError, CorruptShardError
-from schemas.records import Stage, is_own_file
+from schemas.records import is_own_file
+from schemas.stages import Stage
 
 _PARQUET = ds.ParquetFileFormat()
 # The kinds of committed files: the stage that writes them, and their columns.

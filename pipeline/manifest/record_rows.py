@@ -14,7 +14,6 @@ from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
 from schemas.json_record import Json
 from schemas.records import (
-    STAGES,
     CheckpointRecord,
     IntakeRecord,
     ModelRecord,
@@ -22,6 +21,7 @@ from schemas.records import (
     RunRecord,
     ShardRecord,
 )
+from schemas.stages import STAGES
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.manifest.manifest import Manifest, Query
 from schemas.catalog import STAGE_ORDER
-from schemas.records import STAGES
+from schemas.stages import STAGES
 from schemas.statuses import REASONS
 
 Row = dict[str, Any]

@@ -30,7 +30,8 @@ from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
 from schemas.catalog import DATA_TABLES
 from schemas.errors import CorruptShardError, first_line
-from schemas.records import STAGE_FOLDERS, STAGES, OutputFile, ShardRecord, Stage
+from schemas.records import OutputFile, ShardRecord
+from schemas.stages import STAGE_FOLDERS, STAGES, Stage
 from schemas.tables import URLS
 
 _SCHEMAS = {"urls": URLS, **DATA_TABLES}
@@ -170,7 +171,7 @@ class _ShardCheck:
         if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name]):
             self.report(file.path, mismatch)
             return None
-        return pq.read_table(path, columns=COLUMNS[name], memory_map=False)
+        return pq.read_table(path, columns=COLUMNS.get(name), memory_map=False)
 
     def _samples(self, name: str, file: OutputFile, path: Path) -> pa.Table:
         """Return the key of each sample, and of a curated tar its texts. Pixels are covered by the sha256."""

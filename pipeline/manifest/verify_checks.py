@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import duckdb
 import pyarrow as pa
 
-from schemas.catalog import ROW_STATUSES
-from schemas.records import Stage
+from schemas.stages import STAGE_INFO, Stage
 from schemas.statuses import REASONS
 
-# The columns that the checks need.
+# The columns that the checks need, where not all of a table.
 COLUMNS: dict[str, list[str]] = {
     "urls": ["uid", "key", "retry_of"],
     "raw": ["uid", "key", "status", "reason", "retry_of"],
@@ -136,9 +135,8 @@ _CHECKS = (
     ),
 )
 
-# By stage: the tables that its counts need, and the query of (status, rows).
+# By stage: the tables that its counts need, and the query of (status, rows), where not of the column ``status``.
 _COUNTS: dict[Stage, tuple[str, str]] = {
-    "crawl": ("raw", "SELECT status, count(*) FROM raw GROUP BY ALL"),
     "caption": (
         "captions raw",
         """SELECT 'ok', count(DISTINCT uid) FROM captions UNION ALL
@@ -180,12 +178,14 @@ class ShardTables:
 
     def miscount(self, stage: Stage, counts: Mapping[str, int]) -> str | None:
         """Return how the counts of a stage's record differ from its files, or None where they do not."""
-        tables, sql = _COUNTS[stage]
+        folder = STAGE_INFO[stage].folder
+        tables, sql = _COUNTS.get(stage, (folder, f"SELECT status, count(*) FROM {folder} GROUP BY ALL"))
         if not self._has(tables):
             return None
         rows: dict[Any, int] = dict(self._connection.execute(sql).fetchall())
-        held = {name: rows[name] for name in (*ROW_STATUSES[stage], *rows) if rows.get(name)}
-        recorded = {name: counts[name] for name in ROW_STATUSES[stage] if counts.get(name)}
+        statuses = STAGE_INFO[stage].row_statuses
+        held = {name: rows[name] for name in (*statuses, *rows) if rows.get(name)}
+        recorded = {name: counts[name] for name in statuses if counts.get(name)}
         return None if held == recorded else f"the record counts {recorded}, its files hold {held}"
 
     def _has(self, tables: str) -> bool:

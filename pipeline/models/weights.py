@@ -29,7 +29,8 @@ from schemas.config import CapfiltConfig, CaptionConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.json_record import utc_now
 from schemas.names import printable
-from schemas.records import ModelRecord, Stage
+from schemas.records import ModelRecord
+from schemas.stages import Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pipeline.corpus.fingerprint import stage_fingerprint
 from schemas.config import CapfiltConfig
-from schemas.records import STAGES, ShardRecord, ShardTask, Stage
+from schemas.records import ShardRecord, ShardTask
+from schemas.stages import STAGE_INFO, STAGES, Stage
 
 Kind = Literal["web", "human"]
 ModelDigests = Mapping[Stage, tuple[str, ...]]
@@ -22,16 +23,7 @@ def stages_of(kind: Kind) -> tuple[Stage, ...]:
 
 def upstream_of(stage: Stage, kind: Kind) -> tuple[Stage, ...]:
     """Return the stages whose output a stage reads."""
-    match stage:
-        case "crawl":
-            return ("urls",)
-        case "caption":
-            return ("crawl",)
-        case "rank":
-            return ("crawl", "caption") if kind == "web" else ("crawl",)
-        case "select":
-            return ("crawl", "rank")
-    raise AssertionError(stage)
+    return tuple(name for name in STAGE_INFO[stage].reads if name in ("urls", *stages_of(kind)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ For display alone: whether a shard is done is decided by its record.
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
-from schemas.records import ShardRecord, ShardTask, Stage
+from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 
 # In this order.
 StageState = Literal["waiting for a shard", "loading weights", "at work"]

@@ -20,7 +20,8 @@ from pipeline.stages.progress import Outcome, StageState
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 from schemas.json_record import utc_now
-from schemas.records import QuarantineRecord, ShardRecord, ShardTask, Stage
+from schemas.records import QuarantineRecord, ShardRecord, ShardTask
+from schemas.stages import Stage
 
 Worker = Callable[[ShardTask], ShardRecord]
 

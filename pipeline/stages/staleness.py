@@ -12,7 +12,8 @@ from pipeline.corpus.records import Records, ShardId
 from pipeline.stages.plan import Kind, ModelDigests, upstream_of
 from pipeline.stages.survey import CorpusState
 from schemas.config import CapfiltConfig
-from schemas.records import RunRecord, ShardRecord, Stage
+from schemas.records import RunRecord, ShardRecord
+from schemas.stages import Stage
 
 _CHANGES_NAMED = 5
 _LOADED_BY: dict[Stage, tuple[str, ...]] = {

@@ -10,24 +10,10 @@ from typing import Literal, Self
 from pipeline.corpus.records import Records, ShardId
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
 from schemas.config import CapfiltConfig
-from schemas.records import STAGES, QuarantineRecord, ShardRecord, Stage, shard_record_path
+from schemas.records import QuarantineRecord, ShardRecord, shard_record_path
+from schemas.stages import STAGE_INFO, STAGES, Stage
 
-# GPU stages at full size on one H200 in bf16 until a corpus has measured its own: images per second and worker.
-# Estimates, from the operations counted in docs/benchmarks.md; crawl and select are per CPU worker.
-_ESTIMATED_IMAGES_PER_S: dict[Stage, float] = {
-    "crawl": 80.0,
-    "caption": 500.0,
-    "rank": 1300.0,
-    "select": 2000.0,
-}
-_ESTIMATED_BYTES_PER_IMAGE: dict[Stage, float] = {
-    "crawl": 45e3,
-    "caption": 600.0,
-    "rank": 700.0,
-    "select": 45e3,
-}
-# One core, float32, models of the published sizes: ``capfilt bench caption`` and ``capfilt bench rank``.
-CPU_IMAGES_PER_S: dict[Stage, float] = {"caption": 0.33, "rank": 0.90}
+# How many captions an image has in the estimates of schemas.stages.
 _ESTIMATED_CAPTIONS = 10
 _ESTIMATED_SUCCESS = 0.7
 
@@ -234,7 +220,7 @@ def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[Sha
             size = sum(file.bytes for record in records for file in record.outputs.values()) / images
             count.basis = "measured"
         else:
-            rate, size = _estimated_rate(config, count.stage), _ESTIMATED_BYTES_PER_IMAGE[count.stage]
+            rate, size = _estimated_rate(config, count.stage), STAGE_INFO[count.stage].bytes_per_image
             if count.stage in ("caption", "rank"):
                 more = config.caption.num_captions / _ESTIMATED_CAPTIONS
                 rate, size = rate / more, size * more
@@ -245,10 +231,10 @@ def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[Sha
 
 def _estimated_rate(config: CapfiltConfig, stage: Stage) -> float:
     """Return the images per second of one worker: a GPU's, or that of the cores of one without a GPU."""
-    resources = getattr(config.cluster, stage)
-    if stage in CPU_IMAGES_PER_S and not resources.gpus:
-        return CPU_IMAGES_PER_S[stage] * (resources.cpus or 1.0)
-    return _ESTIMATED_IMAGES_PER_S[stage]
+    resources, info = getattr(config.cluster, stage), STAGE_INFO[stage]
+    if info.cpu_images_per_s and not resources.gpus:
+        return info.cpu_images_per_s * (resources.cpus or 1.0)
+    return info.images_per_s
 
 
 @dataclass(slots=True, kw_only=True)
