@@ -15,17 +15,16 @@ from jobs.executor import Executor, ExecutorOutcome, RunMonitor, StageJob
 from jobs.interrupts import Interrupts
 from jobs.output.progress import open_progress
 from jobs.run_record import begin_run
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
-from pipeline.stages.plan import ModelDigests
+from pipeline.stages.plan import ModelDigests, stale_message
 from pipeline.stages.runner import RunSettings
-from pipeline.stages.staleness import stale_message
-from pipeline.stages.survey import CorpusState, Survey, Totals, survey
+from pipeline.stages.survey import Survey, Totals, survey
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now

@@ -6,7 +6,9 @@ are cut where tomllib accepts them as a text of its own.
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 # A key's path from the root; the elements of arrays, those of [[tables]] included, go by number.
@@ -21,23 +23,48 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 
     So too for the elements of an array that has whole elements on each of its lines; else they are on its key's line.
     """
-    lines = text.replace("\r\n", "\n").split("\n")
-    keys = _KeyLines()
-    first = 1
-    for number in range(1, len(lines) + 1):
-        if number < len(lines) and not _START.match(lines[number]):
-            continue
-        statement = lines[first - 1 : number]
-        try:
-            values = tomllib.loads("\n".join(statement))
-        except tomllib.TOMLDecodeError:  # the statement goes on
-            continue
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    lengths = Counter[KeyPath]()  # of each array of tables
+    for first, statement, values in _statements(text.replace("\r\n", "\n").split("\n")):
         if statement[0].lstrip().startswith("["):
-            keys.add_header(values, first)
-        else:
-            keys.add_values(values, keys.table, first, _element_lines(statement, first))
-        first = number + 1
-    return keys.lines
+            # Of a header alone tomllib makes nested tables of one key each. An array of tables stands for its latest.
+            table = ()
+            while values:
+                ((name, values),) = values.items()
+                table = (*table, name)
+                lines.setdefault(table, first)
+                if isinstance(values, list):
+                    lengths[table] += 1
+                    (values,) = values
+                if table in lengths:
+                    table = (*table, lengths[table] - 1)
+                    lines.setdefault(table, first)
+            continue
+        element_lines = _element_lines(statement, first)
+        for path in _paths(values):
+            element = next((part for part in path if isinstance(part, int)), len(element_lines))
+            line = element_lines[element] if element < len(element_lines) else first
+            lines.setdefault((*table, *path), line)
+    return lines
+
+
+def _statements(lines: list[str]) -> Iterator[tuple[int, list[str], Any]]:
+    """Yield the number of each statement's first line, its lines, and its values."""
+    first = 0
+    for end in range(1, len(lines) + 1):
+        if end == len(lines) or _START.match(lines[end]):
+            with suppress(tomllib.TOMLDecodeError):  # raised where the statement goes on
+                yield first + 1, lines[first:end], tomllib.loads("\n".join(lines[first:end]))
+                first = end
+
+
+def _paths(values: Any, above: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield the path of every key and element of a value, each before those below it."""
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*above, name)
+        if isinstance(value, (dict, list)):
+            yield from _paths(value, (*above, name))
 
 
 def _element_lines(statement: list[str], first: int) -> list[int]:
@@ -54,45 +81,3 @@ def _element_lines(statement: list[str], first: int) -> list[int]:
             break
         elements += [first + number] * len(values)
     return elements
-
-
-class _KeyLines:
-    """The lines of the keys so far, and the table that the latest header opened."""
-
-    def __init__(self) -> None:
-        self.lines: dict[KeyPath, int] = {}
-        self.table: KeyPath = ()
-        self._lengths: dict[KeyPath, int] = {}  # of each array of tables
-
-    def add_header(self, values: dict[str, Any], line: int) -> None:
-        """Add [a.b] or [[a.b]], as tomllib reads the header alone; an array of tables stands for its latest element."""
-        path: KeyPath = ()
-        while values:
-            ((name, inner),) = values.items()
-            path = (*path, name)
-            self.lines.setdefault(path, line)
-            if isinstance(inner, list):
-                self._lengths[path] = self._lengths.get(path, 0) + 1
-                inner = inner[0]
-            if path in self._lengths:
-                path = (*path, self._lengths[path] - 1)
-                self.lines.setdefault(path, line)
-            values = inner
-        self.table = path
-
-    def add_values(
-        self,
-        values: dict[str, Any] | list[Any],
-        path: KeyPath,
-        line: int,
-        element_lines: Sequence[int] = (),
-    ) -> None:
-        """Add every key and element of a statement's value; ``element_lines`` are those of its one array."""
-        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            is_placed = isinstance(name, int) and name < len(element_lines)
-            place = element_lines[int(name)] if is_placed else line
-            self.lines.setdefault((*path, name), place)
-            if isinstance(value, (dict, list)):
-                # Only through dotted keys: the array is the statement's whole value.
-                inner = element_lines if isinstance(values, dict) else ()
-                self.add_values(value, (*path, name), place, inner)

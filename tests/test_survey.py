@@ -2,9 +2,8 @@
 
 from collections import Counter
 
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
-from pipeline.stages.survey import CorpusState
 from schemas.stages import STAGES
 from tests.corpora import make_corpus
 

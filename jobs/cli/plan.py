@@ -7,13 +7,12 @@ from typing import Any
 from jobs.output.render import print_table
 from jobs.output.values import cell, readable_bytes
 from jobs.run import digests_of, left_config_line, model_weights
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
 from pipeline.models.weights import require_model_names
-from pipeline.stages.staleness import stale_reasons
-from pipeline.stages.survey import CorpusState
+from pipeline.stages.plan import stale_reasons
 from pipeline.stages.survey import survey as survey_corpus
 from schemas.config import CapfiltConfig
 from schemas.names import printable

@@ -9,7 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
@@ -163,6 +163,7 @@ class ShardCommit:
         task, stats = self.task, self.stats
         # Without the time that another shard of the same worker had the device: else both would count it.
         stats.seconds["total"] = time.perf_counter() - self._start - stats.seconds.get("wait", 0.0)
+        stats.seconds = {part: round(seconds, 4) for part, seconds in stats.seconds.items()}
         return ShardRecord(
             stage=task.stage,
             source=task.source,
@@ -172,18 +173,11 @@ class ShardCommit:
             fingerprint=task.fingerprint,
             inputs=task.input_digests(),
             outputs=outputs,
-            rows_in=stats.rows_in,
-            rows_out=stats.rows_out,
-            images=stats.images,
-            counts=stats.counts,
-            histograms=stats.histograms,
-            seconds={part: round(seconds, 4) for part, seconds in stats.seconds.items()},
-            models=stats.models,
-            device=stats.device,
             started_at=self._started_at,
             finished_at=utc_now(),
             host=socket.gethostname(),
             versions=library_versions(),
+            **{part.name: getattr(stats, part.name) for part in fields(stats)},
         )
 
     def _retire_replaced(self) -> None:

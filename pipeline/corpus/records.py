@@ -212,6 +212,44 @@ class Records:
         return [record for record in records if record is not None]
 
 
+class CorpusState:
+    """What is committed in a corpus: its url shards, the records of its stages, its quarantine.
+
+    Read once when it is made. ``refresh`` lists the records again, and reads only those that are new or changed.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        # By path of a record's file.
+        self._versions: dict[str, str] = {}
+        self.urls: dict[tuple[str, str], ShardRecord] = records.url_shards()
+        self.committed: dict[ShardId, ShardRecord] = {}
+        self.quarantined: dict[ShardId, QuarantineRecord] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the records of the stages and the quarantine up to date."""
+        files = self._records.list_shards()
+        versions = {info.path: info.version for info in files}
+        changed = [info for info in files if self._versions.get(info.path) != info.version]
+        read = self._records.read_shards(changed)
+        kept = {
+            shard: record for shard, record in self.committed.items() if shard_record_path(*shard) in versions
+        }
+        self.committed = kept | read
+        # Last, so that a refresh that is interrupted above is repeated whole.
+        self._versions = versions
+        self.quarantined = self._records.quarantined()
+
+    def refresh_urls(self) -> None:
+        """Bring the url shards up to date, after an intake."""
+        self.urls = self._records.url_shards()
+
+    def committed_by(self, run_id: str) -> list[ShardRecord]:
+        """Return the records that a run has committed."""
+        return [record for record in self.committed.values() if record.run_id == run_id]
+
+
 def read_bounded(storage: Storage, info: FileInfo) -> bytes:
     """Return a listed record's text. Raises CapfiltError where it is larger than any record."""
     if info.bytes > _MAX_BYTES:

@@ -87,7 +87,7 @@ class SourcePairs:
         with ThreadPoolExecutor(_READERS) as readers:
             # In order, so that it is always the first faulty list that is named.
             for _ in readers.map(
-                lambda file: require_columns(self.storage, file, self._form(), wanted), self.files
+                lambda file: require_columns(self.storage, file, self.source.format, wanted), self.files
             ):
                 pass
         first = next(self._batches(*self._identity_columns()), None)
@@ -123,9 +123,6 @@ class SourcePairs:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _form(self) -> str:
-        return "parquet" if self.keeps_keys else self.source.format
-
     def _identity_columns(self) -> tuple[str, ...]:
         return (self.source.uid_column,) if self.source.uid_column else ()
 
@@ -141,7 +138,7 @@ class SourcePairs:
         url_column, wanted = self.source.url_column, self._wanted(*columns)
         start = 0
         for file in self.files:
-            for rows in read_columns(self.storage, file, self._form(), wanted):
+            for rows in read_columns(self.storage, file, self.source.format, wanted):
                 urls = rows.columns[url_column] = column_texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]

@@ -7,7 +7,6 @@ Earlier batches are never changed: what a list has gained becomes further shards
 
 import itertools
 import operator
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,10 +19,9 @@ from pipeline.digests import digest_json
 from pipeline.intake.dedup import Identified, SourcePairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
-from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, known_uids, next_number
+from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, known_uids
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
-from schemas.json_record import utc_now
 from schemas.records import IntakeRecord
 
 
@@ -86,8 +84,7 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
         if not (lists := _find_input(source, records).unread(earlier)):
             continue
         SourcePairs(source, records.storage, lists).check()
-        form = "parquet" if source.format == "img2dataset" else source.format
-        held = sum(count_rows(records.storage, path, form, source.url_column) for path in lists)
+        held = sum(count_rows(records.storage, path, source.format, source.url_column) for path in lists)
         taken = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
         rows[source.name] = max(held - taken, 0)
     return rows
@@ -116,57 +113,35 @@ def _find_input(source: SourceConfig, records: Records) -> _Input:
 
 def _take_in(lists_now: _Input, config: CapfiltConfig, records: Records, run_id: str) -> IntakeOutcome:
     """Make a source's next batch, again from the start when another driver made one meanwhile."""
-    name = lists_now.source.name
+    source = lists_now.source
     while True:
-        earlier = records.intakes(name)
+        earlier = records.intakes(source.name)
         lists = lists_now.unread(earlier)
         if not lists:
-            return IntakeOutcome(source=name, record=None)
-        batch = _make_batch(lists_now, lists, earlier, config.corpus.samples_per_shard, records, run_id)
-        if batch is not None:
-            return IntakeOutcome(source=name, record=batch)
-
-
-def _make_batch(
-    lists_now: _Input,
-    lists: list[str],
-    earlier: list[IntakeRecord],
-    samples_per_shard: int,
-    records: Records,
-    run_id: str,
-) -> IntakeRecord | None:
-    """Read the lists, write the shards, commit; None: another driver's batch has the number."""
-    source, commit_id = lists_now.source, uuid.uuid4().hex[:12]
-    pairs = SourcePairs(source, records.storage, lists)
-    identified = pairs.identify(known_uids(earlier, records.storage))
-    with temporary_folder() as folder:
-        writer = UrlShardWriter(
-            records.storage,
-            source.name,
-            commit_id,
-            folder,
-            first=next_number(earlier),
-            rows_per_shard=None if lists_now.importable else samples_per_shard,
+            return IntakeOutcome(source=source.name, record=None)
+        pairs = SourcePairs(source, records.storage, lists)
+        identified = pairs.identify(known_uids(earlier, records.storage))
+        # An img2dataset shard becomes one url shard, however few of its rows are new.
+        size = None if lists_now.importable else config.corpus.samples_per_shard
+        with temporary_folder() as folder:
+            writer = UrlShardWriter(records, source.name, earlier, folder, size)
+            imported = _write_shards(writer, pairs.new_pairs(identified), lists_now.importable)
+        if _find_input(source, records).signature != lists_now.signature:
+            writer.discard()
+            raise CapfiltError(
+                f"source.{source.name}.input: the files changed while they were read; run again"
+            )
+        batch = writer.commit(
+            kind="img2dataset" if lists_now.importable else "lists",
+            run_id=run_id,
+            signature=lists_now.signature,
+            files=tuple(lists),
+            adopted={shard: tar.path for shard, tar in imported.items()},
+            adopted_bytes={shard: tar.bytes for shard, tar in imported.items()},
+            **_row_counts(identified, writer),
         )
-        imported = _write_shards(writer, pairs.new_pairs(identified), lists_now.importable)
-    if _find_input(source, records).signature != lists_now.signature:
-        writer.discard()
-        raise CapfiltError(f"source.{source.name}.input: the files changed while they were read; run again")
-    record = IntakeRecord(
-        source=source.name,
-        batch=len(earlier),
-        kind="img2dataset" if lists_now.importable else "lists",
-        run_id=run_id,
-        attempt=commit_id,
-        signature=lists_now.signature,
-        shards=writer.shards,
-        finished_at=utc_now(),
-        files=tuple(lists),
-        adopted={shard: tar.path for shard, tar in imported.items()},
-        adopted_bytes={shard: tar.bytes for shard, tar in imported.items()},
-        **_row_counts(identified, writer),
-    )
-    return record if writer.commit(records, record) else None
+        if batch is not None:
+            return IntakeOutcome(source=source.name, record=batch)
 
 
 def _row_counts(identified: Identified, writer: UrlShardWriter) -> dict[str, int]:
@@ -187,10 +162,7 @@ def _write_shards(
     new_pairs: Iterator[tuple[str, pa.Table]],
     importable: Mapping[str, Img2datasetShard],
 ) -> dict[str, FileInfo]:
-    """Write the new pairs as url shards; return, by shard, the tars that are imported.
-
-    An img2dataset shard becomes one url shard, however few of its rows are new.
-    """
+    """Write the new pairs as url shards; return, by shard, the tars that are imported."""
     imported: dict[str, FileInfo] = {}
     for file, tables in itertools.groupby(new_pairs, key=operator.itemgetter(0)):
         for _, table in tables:

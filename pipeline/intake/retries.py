@@ -1,6 +1,5 @@
 """URLs to try again: further url shards of the URLs whose last try ended with one of some reasons."""
 
-import uuid
 from collections.abc import Collection, Sequence
 
 import pyarrow as pa
@@ -10,9 +9,8 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import digest_json
-from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, next_number
+from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
 from schemas.config import CapfiltConfig
-from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, ShardRecord
 from schemas.statuses import TRANSIENT
 from schemas.tables import URLS
@@ -62,34 +60,21 @@ def _queue_source(
         rows = _failed_rows(crawled, earlier, records, reasons)
         if not rows.num_rows:
             return IntakeOutcome(source=name, record=None)
-        commit_id = uuid.uuid4().hex[:12]
         with temporary_folder() as folder:
-            writer = UrlShardWriter(
-                records.storage,
-                name,
-                commit_id,
-                folder,
-                first=next_number(earlier),
-                rows_per_shard=config.corpus.samples_per_shard,
-            )
+            writer = UrlShardWriter(records, name, earlier, folder, config.corpus.samples_per_shard)
             writer.add(rows)
             writer.cut()
-        record = IntakeRecord(
-            source=name,
-            batch=len(earlier),
+        batch = writer.commit(
             kind="retry",
             run_id=run_id,
-            attempt=commit_id,
             signature=digest_json([rows["uid"].to_pylist(), rows["retry_of"].to_pylist()]),
-            shards=writer.shards,
             rows_in=rows.num_rows,
             rows_new=rows.num_rows,
             rows_duplicate=0,
             rows_known=0,
-            finished_at=utc_now(),
         )
-        if writer.commit(records, record):
-            return IntakeOutcome(source=name, record=record)
+        if batch is not None:
+            return IntakeOutcome(source=name, record=batch)
 
 
 def _failed_rows(

@@ -1,8 +1,10 @@
 """A batch of the intake: numbered Parquet files of URLs (url shards), which one intake record then commits."""
 
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.intake.uids import KnownUids
+from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile
 from schemas.tables import URLS
 
@@ -40,26 +43,28 @@ class IntakeOutcome:
 
 
 class UrlShardWriter:
-    """Cut rows into shards of a size and put them on storage, numbered from ``first`` on.
+    """Cut the rows of a source's next batch into shards of a size, put them on storage, and commit the batch.
 
     Args:
+        earlier: the source's batches so far: shards are numbered on from theirs.
+        folder: local, for files that are not finished.
         rows_per_shard: None: only ``cut`` ends a shard.
     """
 
     def __init__(
         self,
-        storage: Storage,
+        records: Records,
         source: str,
-        attempt: str,
+        earlier: Sequence[IntakeRecord],
         folder: Path,
-        first: int,
         rows_per_shard: int | None,
     ) -> None:
-        self.storage = storage
+        self.records = records
         self.source = source
-        self.attempt = attempt
+        self.batch = len(earlier)
+        self.attempt = uuid.uuid4().hex[:12]
         self.folder = folder
-        self.next = first
+        self.next = max((int(shard) for batch in earlier for shard in batch.shards), default=-1) + 1
         self.rows_per_shard = rows_per_shard
         self.shards: dict[str, OutputFile] = {}
         self._waiting: list[pa.Table] = []
@@ -87,17 +92,28 @@ class UrlShardWriter:
         self._waiting, self._rows = [], 0
         return name
 
-    def commit(self, records: Records, record: IntakeRecord) -> bool:
-        """Create the batch's record; False, and the shards are deleted, if another driver's batch has its number."""
-        if records.commit_intake(record):
-            return True
+    def commit(self, **fields: Any) -> IntakeRecord | None:
+        """Create the batch's record; None, and the shards are deleted, if another driver's batch has its number.
+
+        ``fields``: those of the record that say where its rows come from and what became of them.
+        """
+        record = IntakeRecord(
+            source=self.source,
+            batch=self.batch,
+            attempt=self.attempt,
+            shards=self.shards,
+            finished_at=utc_now(),
+            **fields,
+        )
+        if self.records.commit_intake(record):
+            return record
         self.discard()
-        return False
+        return None
 
     def discard(self) -> None:
         """Delete the shards that were put on storage."""
         for file in self.shards.values():
-            self.storage.delete(file.path)
+            self.records.storage.delete(file.path)
 
     def _write(self, rows: pa.Table) -> str:
         name = f"{self.next:05d}"
@@ -114,14 +130,9 @@ class UrlShardWriter:
         self.shards[name] = OutputFile(
             path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows.num_rows
         )
-        self.storage.put(local, path)
+        self.records.storage.put(local, path)
         local.unlink()
         return name
-
-
-def next_number(batches: Iterable[IntakeRecord]) -> int:
-    """Return the number after a source's last shard."""
-    return max((int(shard) for batch in batches for shard in batch.shards), default=-1) + 1
 
 
 def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:

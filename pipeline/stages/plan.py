@@ -1,19 +1,31 @@
-"""Whether one stage of one shard is done, missing or stale: decided from records and fingerprints alone.
+"""Whether one stage of one shard is done, missing or stale, and why: from records and fingerprints alone.
 
 Both the survey before a run and the runner in the middle of one ask ``next_step``, so that they cannot disagree.
+``stale_message`` names what differs between now and the run that made the shards, in the words of the config.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib.metadata import version
+from typing import Any, Literal
 
-from pipeline.corpus.fingerprint import stage_fingerprint
+from pydantic import ValidationError
+
+from pipeline.corpus.fingerprint import deciding_fields, stage_fingerprint
+from pipeline.corpus.records import CorpusState, Records, ShardId
 from schemas.config import CapfiltConfig
-from schemas.records import ShardRecord, ShardTask
+from schemas.records import RunRecord, ShardRecord, ShardTask
 from schemas.stages import STAGE_INFO, STAGES, Stage
 
 Kind = Literal["web", "human"]
 ModelDigests = Mapping[Stage, tuple[str, ...]]
+
+_CHANGES_NAMED = 5
+_LOADED_BY: dict[Stage, tuple[str, ...]] = {
+    "caption": ("caption.model",),
+    "rank": ("rank.model", "rank.rerank.model"),
+}
 
 
 def stages_of(kind: Kind) -> tuple[Stage, ...]:
@@ -72,3 +84,125 @@ def next_step(
         max_attempts=config.cluster.max_attempts,
     )
     return Step(state="pending" if committed is None else "stale", task=task)
+
+
+def stale_message(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    records: Records,
+    stale: Sequence[ShardId],
+    state: CorpusState,
+) -> str:
+    """Return how many shards are stale, what has changed since they were made, and what can be done."""
+    changes = list(stale_reasons(config, models, records, stale, state))
+    named = ", ".join("/".join(shard) for shard in stale[:3])
+    more = ", ..." if len(stale) > 3 else ""
+    rest = f"; and {len(changes) - _CHANGES_NAMED} changes more" if len(changes) > _CHANGES_NAMED else ""
+    because = "; ".join(changes[:_CHANGES_NAMED]) or "an earlier stage's files are to be made again"
+    return (
+        f"{len(stale)} committed shards are stale ({named}{more}): {because}{rest}. Restore that, make a corpus at "
+        "another corpus.path, or run again with --recompute to replace them"
+    )
+
+
+def stale_reasons(
+    config: CapfiltConfig,
+    models: ModelDigests,
+    records: Records,
+    stale: Sequence[ShardId],
+    state: CorpusState,
+) -> dict[str, int]:
+    """Return what has changed, such as ``select.top_k 2 -> 3``, with the number of shards; commonest first.
+
+    A shard that is stale for nothing but an earlier stage's staleness gives no reason of its own.
+    """
+    if not stale:
+        return {}
+    stale_ids = set(stale)
+    runs = {run.run_id: run for run in records.runs()}
+    names = {model.digest: model.name for model in records.models()}
+    kinds = {source.name: source.kind for source in config.source}
+    counted: Counter[str] = Counter()
+    for stage, source, shard in stale:
+        record = state.committed[stage, source, shard]
+        kind = kinds[source]
+        upstream = {
+            name: state.urls[source, shard] if name == "urls" else state.committed.get((name, source, shard))
+            for name in upstream_of(stage, kind)
+        }
+        reasons = [
+            *_changed_keys(config, runs.get(record.run_id), stage, kind, source),
+            *_changed_weights(record, models.get(stage, ()), stage, names),
+            *_changed_inputs(record, upstream),
+        ]
+        is_root = not any((name, source, shard) in stale_ids for name in upstream)
+        if not reasons and is_root:
+            made_by = record.versions.get("capfilt", "unknown")
+            reasons = [f"{stage}: made by capfilt {made_by}, and this is {version('capfilt')}"]
+        counted.update(reasons)
+    return dict(counted.most_common())
+
+
+def _changed_keys(
+    config: CapfiltConfig, run: RunRecord | None, stage: Stage, kind: Kind, source: str
+) -> Iterator[str]:
+    """Yield the keys of the stage that differ from the config of the run that made the shard."""
+    before = _config_of(run)
+    if before is None:
+        return
+    old_kind = next((other.kind for other in before.source if other.name == source), kind)
+    if old_kind != kind:
+        yield f"source.{source}.kind {old_kind!r} -> {kind!r}"
+    old, new = (_flat(deciding_fields(tree, stage, kind), stage) for tree in (before, config))
+    if stage == "caption":
+        old["corpus.seed"], new["corpus.seed"] = before.corpus.seed, config.corpus.seed
+    for key in new | old:
+        if old.get(key) != new.get(key):
+            yield f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+
+
+def _config_of(run: RunRecord | None) -> CapfiltConfig | None:
+    """Return a run's config; None where it is missing or of a version that had other keys."""
+    try:
+        return CapfiltConfig.model_validate(run.config) if run else None
+    except ValidationError:
+        return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        flat |= _flat(value, key) if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _changed_weights(
+    record: ShardRecord, now: tuple[str, ...], stage: Stage, names: Mapping[str, str]
+) -> Iterator[str]:
+    if tuple(record.models) == tuple(now):
+        return
+    keys = _LOADED_BY.get(stage, ())
+    for number, key in enumerate(keys):
+        old, new = (digests[number] if number < len(digests) else None for digests in (record.models, now))
+        if old != new:
+            yield f"{key}: weights {_named(old, names)} -> {_named(new, names)}"
+
+
+def _named(digest: str | None, names: Mapping[str, str]) -> str:
+    if digest is None:
+        return "none"
+    name = names.get(digest)
+    return f"{name} ({digest[:12]})" if name else digest[:12]
+
+
+def _changed_inputs(record: ShardRecord, upstream: Mapping[Stage, ShardRecord | None]) -> Iterator[str]:
+    """Yield the earlier stages whose files are not those that the shard was made of."""
+    for stage, current in upstream.items():
+        if current is None:
+            continue
+        used = {
+            name.partition(".")[2]: sha for name, sha in record.inputs.items() if name.startswith(f"{stage}.")
+        }
+        if used != current.input_digests():
+            yield f"{record.stage}: the files of {stage} were made again since"

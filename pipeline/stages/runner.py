@@ -59,7 +59,6 @@ class RWLock:
         self._changed = Condition()
         self._readers = 0
         self._waiting_writers = 0
-        self._has_writer = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -77,16 +76,14 @@ class RWLock:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the lock alone, once all other holders have released it."""
+        # The condition's own lock is held for the whole block, so that neither a reader nor another writer begins.
         with self._changed:
             self._waiting_writers += 1
-            self._changed.wait_for(lambda: not self._readers and not self._has_writer)
-            self._has_writer = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._has_writer = False
-                self._waiting_writers -= 1
+            self._changed.wait_for(lambda: not self._readers)
+            self._waiting_writers -= 1
+            try:
+                yield
+            finally:
                 self._changed.notify_all()
 
 

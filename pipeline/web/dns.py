@@ -55,14 +55,12 @@ class Lookup:
         """Ask the system's resolver."""
         try:
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            outcome: Any = [(family, address) for family, _, _, _, address in infos]
         except Exception as error:
-            outcome = error
-        self._seconds = time.monotonic() - self._started
-        if isinstance(outcome, Exception):
-            self._answer.set_exception(outcome)
+            self._seconds = time.monotonic() - self._started
+            self._answer.set_exception(error)
         else:
-            self._answer.set_result(outcome)
+            self._seconds = time.monotonic() - self._started
+            self._answer.set_result([(family, address) for family, _, _, _, address in infos])
 
     def result(self, timeout_s: float) -> list[SocketAddress]:
         """Return the addresses.
@@ -96,73 +94,49 @@ class Lookup:
         return not self.worth_another and time.monotonic() < self._started + self._seconds + kept_s
 
 
-class Lookups:
-    """The look-ups of one worker, under way and remembered.
+class Resolver:
+    """Turns a URL's host into addresses that may be connected to; shared by the threads of one worker.
 
     Args:
-        at_once: how many may be under way, those that every fetch has given up included.
+        allow_hosts: ``host:port`` entries whose addresses are not checked.
+        at_once: how many look-ups may be under way, those that every fetch has given up included.
     """
 
-    def __init__(self, at_once: int) -> None:
+    def __init__(self, allow_hosts: Collection[str] = (), at_once: int = 320) -> None:
+        self._allowed = {_allowed_site(entry) for entry in allow_hosts}
         self._at_once = at_once
         self._room = threading.Semaphore(at_once)
         self._lock = threading.Lock()
         self._lookups: dict[tuple[str, int], Lookup] = {}
 
-    def of(self, host: str, port: int) -> Lookup:
-        """Return the look-up of a name, begun now unless there is one.
-
-        Raises TimeoutError where too many are under way.
-        """
-        if (known := self._known(host, port)) is not None:
+    def lookup(self, url: WebUrl) -> Lookup:
+        """Return the look-up of the host, begun now unless there is one. Raises FetchError: too many are under way."""
+        name = (url.host, url.port)
+        if (known := self._lookups.get(name)) is not None and known.fresh:
             return known
         if not self._room.acquire(timeout=_ROOM_TIMEOUT_S):
-            raise TimeoutError(f"not looked up: {self._at_once} names of other hosts do not answer")
+            detail = f"not looked up: {self._at_once} names of other hosts do not answer"
+            raise FetchError("dns", detail, again=False)
         with self._lock:
             # Another thread may have begun it meanwhile.
-            if (known := self._lookups.get((host, port))) is not None and known.fresh:
+            if (known := self._lookups.get(name)) is not None and known.fresh:
                 self._room.release()
                 return known
             if len(self._lookups) >= _CACHED_NAMES:
                 self._lookups = {name: lookup for name, lookup in self._lookups.items() if lookup.under_way}
-            lookup = self._lookups[host, port] = Lookup()
-        thread = threading.Thread(target=self._run, args=(lookup, host, port), name="dns", daemon=True)
+            lookup = self._lookups[name] = Lookup()
+        thread = threading.Thread(target=self._run, args=(lookup, *name), name="dns", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the system has no thread left: wait for the answer here
-            self._run(lookup, host, port)
+            self._run(lookup, *name)
         return lookup
-
-    def _known(self, host: str, port: int) -> Lookup | None:
-        with self._lock:
-            known = self._lookups.get((host, port))
-            return known if known is not None and known.fresh else None
 
     def _run(self, lookup: Lookup, host: str, port: int) -> None:
         try:
             lookup.run(host, port)
         finally:
             self._room.release()
-
-
-class Resolver:
-    """Turns a URL's host into addresses that may be connected to.
-
-    Args:
-        allow_hosts: ``host:port`` entries whose addresses are not checked.
-        lookups_at_once: see ``Lookups``.
-    """
-
-    def __init__(self, allow_hosts: Collection[str] = (), lookups_at_once: int = 320) -> None:
-        self._allowed = {_allowed_site(entry) for entry in allow_hosts}
-        self._lookups = Lookups(lookups_at_once)
-
-    def lookup(self, url: WebUrl) -> Lookup:
-        """Return the look-up of the host, begun now unless there is one. Raises FetchError."""
-        try:
-            return self._lookups.of(url.host, url.port)
-        except TimeoutError as error:
-            raise FetchError("dns", str(error), again=False) from error
 
     def addresses(self, url: WebUrl, timeout_s: float, lookup: Lookup | None = None) -> list[SocketAddress]:
         """Return the host's addresses, each checked: one bad one refuses the host. Raises FetchError."""

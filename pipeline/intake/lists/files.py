@@ -6,10 +6,9 @@ Parquet, CSV, TSV, JSON and plain lists of URLs, packed by gzip, bzip2 or zstd o
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import fsspec
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.corpus.scratch import temporary_folder
@@ -21,6 +20,7 @@ from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
 from pipeline.regular_files import NotRegularFileError, require_regular
 from schemas.errors import CapfiltError
 
+Part = TypeVar("Part")
 Format = Literal["parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt"]
 
 BATCH_ROWS = 65_536
@@ -82,7 +82,7 @@ def expand(pattern: str, key: str) -> list[str]:
 
 def caption_files(lists: Sequence[FileInfo], form: str, storage: Storage) -> list[FileInfo]:
     """Return the files with the captions of plain lists of URLs. A glob may match them too; they are not lists."""
-    plain = [file.path for file in lists if (_format_of(file.path) if form == "auto" else form) == "txt"]
+    plain = [file.path for file in lists if _format_of(file.path, form) == "txt"]
     return [storage.info(captions) for path in plain if (captions := captions_beside(path, storage))]
 
 
@@ -90,11 +90,11 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
     """Yield the wanted columns of one list, in batches, in order.
 
     Args:
-        form: a Format, or ``auto`` to go by the file's name.
+        form: of the source: a Format, ``auto`` to go by the file's name, or ``img2dataset``, which writes Parquet.
 
     Raises CapfiltError that names file and row where the list cannot be read, or the columns it has instead.
     """
-    form = _format_of(path) if form == "auto" else form
+    form = _format_of(path, form)
     with _opened(storage, path) as file:
         if form == "parquet":
             yield from _read_parquet(file, path, wanted)
@@ -105,7 +105,7 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
 
 def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
     """Look at the beginning of a list: raise CapfiltError if it cannot be read or lacks a column."""
-    form = _format_of(path) if form == "auto" else form
+    form = _format_of(path, form)
     with _opened(storage, path) as file:
         if form == "parquet":
             with _parquet(file, path) as parquet:
@@ -116,7 +116,7 @@ def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> N
 
 def count_rows(storage: Storage, path: str, form: str, url_column: str) -> int:
     """Return the rows of one list: from a Parquet file's footer, else by reading a column."""
-    form = _format_of(path) if form == "auto" else form
+    form = _format_of(path, form)
     if form == "parquet":
         with _opened(storage, path) as file, _parquet(file, path) as parquet:
             return parquet.num_rows
@@ -124,7 +124,9 @@ def count_rows(storage: Storage, path: str, form: str, url_column: str) -> int:
     return sum(len(batch.numbers) for batch in read_columns(storage, path, form, wanted))
 
 
-def _format_of(path: str) -> Format:
+def _format_of(path: str, form: str) -> str:
+    if form != "auto":
+        return "parquet" if form == "img2dataset" else form
     name = path.lower()
     for suffix in _PACKED:
         name = name.removesuffix(suffix)
@@ -149,23 +151,24 @@ def _opened(storage: Storage, path: str) -> Iterator[BinaryIO]:
 
 def _batches(rows: Iterable[Cells], wanted: Wanted, unit: Unit) -> Iterator[Rows]:
     """Transpose rows into batches of bounded length and size."""
-    numbers: list[int] = []
-    batch: list[Sequence[Any]] = []
-    size = 0
-    for number, row_bytes, cells in rows:
-        numbers.append(number)
-        batch.append(cells)
-        size += row_bytes
-        if len(batch) == BATCH_ROWS or size >= _BATCH_BYTES:
-            yield _transposed(batch, wanted, numbers, unit)
-            numbers, batch, size = [], [], 0
-    if batch:
-        yield _transposed(batch, wanted, numbers, unit)
+    for batch in _grouped((row, 1, row[1]) for row in rows):
+        numbers, _, cells = zip(*batch, strict=True)
+        columns = map(list, zip(*cells, strict=True))
+        yield Rows(columns=dict(zip(wanted.columns, columns, strict=True)), numbers=numbers, unit=unit)
 
 
-def _transposed(batch: Sequence[Sequence[Any]], wanted: Wanted, numbers: Sequence[int], unit: Unit) -> Rows:
-    by_column = dict(zip(wanted.columns, map(list, zip(*batch, strict=True)), strict=True))
-    return Rows(columns=by_column, numbers=numbers, unit=unit)
+def _grouped(parts: Iterable[tuple[Part, int, int]]) -> Iterator[list[Part]]:
+    """Yield consecutive parts, each given with its number of rows and bytes, in groups that are batches."""
+    group: list[Part] = []
+    rows = size = 0
+    for part, part_rows, part_bytes in parts:
+        group.append(part)
+        rows, size = rows + part_rows, size + part_bytes
+        if rows >= BATCH_ROWS or size >= _BATCH_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
 
 
 @contextmanager
@@ -188,7 +191,8 @@ def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
     with _parquet(file, path) as parquet:
         require(wanted, parquet.names, path)
         start = 1
-        for pieces in _gathered(parquet.pieces(wanted.columns)):
+        pieces_read = parquet.pieces(wanted.columns)
+        for pieces in _grouped((piece, piece.num_rows, piece.nbytes) for piece in pieces_read):
             batch: Columns = {name: [] for name in wanted.columns}
             first = start
             for piece in pieces:
@@ -196,17 +200,3 @@ def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
                     cells.extend(cells_of(piece, name, path, start))
                 start += piece.num_rows
             yield Rows(columns=batch, numbers=range(first, start), unit="row")
-
-
-def _gathered(pieces: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    """Yield pieces in groups that are batches."""
-    group: list[pa.RecordBatch] = []
-    rows = size = 0
-    for piece in pieces:
-        group.append(piece)
-        rows, size = rows + piece.num_rows, size + piece.nbytes
-        if rows >= BATCH_ROWS or size >= _BATCH_BYTES:
-            yield group
-            group, rows, size = [], 0, 0
-    if group:
-        yield group
