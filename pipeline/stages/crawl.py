@@ -17,8 +17,8 @@ from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histog
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
-from pipeline.stages.img2dataset_download import ShardImages, download, make_resizer
 from pipeline.stages.img2dataset_shard import import_shard
+from pipeline.stages.shard_images import ShardImages, make_resizer
 from pipeline.text import count_words
 from pipeline.web.client import Web
 from schemas.config import CapfiltConfig
@@ -78,14 +78,14 @@ class CrawlWorker:
         rows = [row for row in rows if row["uid"] not in retried]
         images = ShardImages([row["url"] for row in rows], folder, self._web, self._resizer, self._config)
         with stats.timed("fetch"):
-            download(images, self._config)
+            images.download()
         # The two overlap: the decoder's seconds are taken out of those of the fetch.
         stats.seconds["decode"] = images.decode_s
         stats.seconds["fetch"] -= images.decode_s
-        with stats.timed("write"), images.stored() as stored_image:
-            samples = [{**row, **images.columns(number)} for number, row in enumerate(rows)]
+        with stats.timed("write"):
+            samples = [{**row, **images.columns[number]} for number, row in enumerate(rows)]
             tar = folder / "samples.tar"
-            stored = write_tar(tar, tar_samples(samples, stored_image))
+            stored = write_tar(tar, tar_samples(samples, images.jpeg))
         parquet = _write_rows(commit, sorted(samples + passed_on, key=operator.itemgetter("key")))
         assert stored == stats.rows_out, f"{stored} images in the tar, {stats.rows_out} rows ok"
         return commit.publish({"tar": (tar, stored), "parquet": parquet})
