@@ -1,7 +1,12 @@
-"""Checks whether this machine can do the job: each check says what it found and, if need be, how to fix it."""
+"""Checks whether this machine can do the job: each check says what it found and, if need be, how to fix it.
+
+What has to be imported, which takes seconds, is imported in processes of their own at the same time: a broken build
+of torch takes its interpreter with it.
+"""
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -12,11 +17,14 @@ import sysconfig
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.config import dump_config
+from pipeline.corpus.storage_errors import storage_error_message
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 
@@ -36,11 +44,16 @@ _LIBRARIES = (
     "duckdb",
 )
 # What workers import, and how to fix an import that fails.
+_MODELS = ("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together")
 _IMPORTED = (
-    ("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together"),
-    ("img2dataset.downloader", "img2dataset needs Python <= 3.12 and the pins of constraints.txt"),
+    # Not img2dataset itself, which would import torch: workers hide that from it.
+    (
+        "pipeline.stages.img2dataset_download",
+        "img2dataset needs Python <= 3.12 and the pins of constraints.txt",
+    ),
     ("ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
 )
+_WORST_FIRST = ("fail", "warn", "ok")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,33 +66,16 @@ class Check:
     mend: str = ""
 
 
-def examine(
-    corpus: str | None, config: CapfiltConfig | None, begin: Callable[[str], None] = lambda text: None
-) -> Iterator[Check]:
-    """Yield the checks one by one, quick ones first: machine, storage, weights, and what has to be imported.
-
-    Args:
-        begin: told what is about to be checked, where that takes seconds.
-    """
-    yield _python()
-    yield from _versions()
-    yield _dataclasses()
-    yield _scratch()
-    root = config.corpus.path if config else corpus
-    if root:
-        yield check_storage(root)
-    for modules, fix in _IMPORTED:
-        begin(f"importing {modules}, which can take a minute")
-        yield _imports(modules, fix)
-    begin("asking PyTorch for GPUs")
-    asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
-    gpus = _gpus()
-    yield _gpu(gpus, asked)
-    if gpus:
-        yield check_compiler(asked)
-    if config:
-        begin("reading the weights that the config names")
-        yield from _weights(config)
+def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
+    """Return what every check found, worst first: machine, storage, what has to be imported, GPUs and weights."""
+    with ThreadPoolExecutor(1 + len(_IMPORTED)) as pool:
+        models = pool.submit(_model_checks, config)
+        imports = [pool.submit(_imports, modules, fix) for modules, fix in _IMPORTED]
+        checks = [_python(), *_versions(), _dataclasses(), _scratch()]
+        if root := config.corpus.path if config else corpus:
+            checks.append(check_storage(root))
+        checks += [*models.result(), *(each.result() for each in imports)]
+    return sorted(checks, key=lambda check: _WORST_FIRST.index(check.state))
 
 
 def _python() -> Check:
@@ -133,26 +129,43 @@ def _dataclasses() -> Check:
 
 
 def _imports(modules: str, fix: str) -> Check:
-    """Import in a process of its own: a broken torch build takes the interpreter with it."""
+    return _import_check(modules, fix, _python_process(f"import {modules}"))
+
+
+def _python_process(code: str, text: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {modules}"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
+    return subprocess.run(
+        [sys.executable, "-c", code], input=text, capture_output=True, text=True, env=environment, check=False
     )
+
+
+def _import_check(modules: str, fix: str, done: subprocess.CompletedProcess[str]) -> Check:
     if done.returncode == 0:
         return Check(name="import", state="ok", found=modules)
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return Check(name="import", state="fail", found=f"{modules}: {last}", mend=fix)
 
 
-def _gpus() -> str:
-    """Return the names of the GPUs that PyTorch sees."""
-    code = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip().strip("[]").replace("'", "")
+def _model_checks(config: CapfiltConfig | None) -> list[Check]:
+    """Import the libraries of the models, and let the process that has them look for GPUs and at the weights."""
+    modules, fix = _MODELS
+    code = f"import {modules}\nfrom jobs.doctor import print_model_checks\nprint_model_checks()"
+    done = _python_process(code, json.dumps(config and dump_config(config)))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return [_import_check(modules, fix, done), *(Check(**json.loads(line)) for line in lines)]
+
+
+def print_model_checks() -> None:
+    """Print, one JSON object a line, the checks that need the models' libraries; standard input holds the config."""
+    values = json.load(sys.stdin)
+    config = CapfiltConfig.model_validate_json(json.dumps(values)) if values else None
+    import torch
+
+    gpus = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    asked = bool(config and (config.cluster.caption.gpus or config.cluster.rank.gpus))
+    checks = [_gpu(gpus, asked), *([check_compiler(asked)] if gpus else [])]
+    for check in [*checks, *(_weights(config) if config else [])]:
+        print(json.dumps(asdict(check)))
 
 
 def _gpu(gpus: str, asked: bool) -> Check:
@@ -245,18 +258,21 @@ def _storage(root: str) -> Check:
     )
 
 
-def _weights(config: CapfiltConfig) -> Iterator[Check]:
+def _weights(config: CapfiltConfig) -> list[Check]:
+    """Read the weights at the same time: each waits for the hub's answer, and for its disk."""
     from pipeline.models.weights import captioner_weights, ranker_weights
 
     rank = config.rank
-    asked: list[tuple[str, Callable[[], Weights]]] = [
-        ("captioner", lambda: captioner_weights(config.caption)),
-        ("ranker", lambda: ranker_weights(rank.model, rank.pretrained)),
-    ]
+    asked: dict[str, Callable[[], Weights]] = {
+        "captioner": lambda: captioner_weights(config.caption),
+        "ranker": lambda: ranker_weights(rank.model, rank.pretrained),
+    }
     if rerank := rank.rerank:
-        asked.append(("reranker", lambda: ranker_weights(rerank.model, rerank.pretrained, "rank.rerank")))
-    for name, load in asked:
-        yield _guarded(name, partial(_found_weights, name, load), "")
+        asked["reranker"] = lambda: ranker_weights(rerank.model, rerank.pretrained, "rank.rerank")
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(
+            pool.map(lambda name: _guarded(name, partial(_found_weights, name, asked[name]), ""), asked)
+        )
 
 
 def _found_weights(name: str, load: Callable[[], "Weights"]) -> Check:
@@ -272,4 +288,5 @@ def _guarded(name: str, check: Callable[[], Check], fix: str) -> Check:
     except CapfiltError as error:
         return Check(name=name, state="fail", found=str(error), mend=fix)
     except Exception as error:  # whatever a storage's library raises is the finding, not a fault of capfilt
-        return Check(name=name, state="fail", found=f"{type(error).__name__}: {error}", mend=fix)
+        found = storage_error_message(error) or f"{type(error).__name__}: {error}"
+        return Check(name=name, state="fail", found=found, mend=fix)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from schemas.catalog import VIEWS
 from schemas.errors import CapfiltError
 from schemas.tables import SAMPLES, TABLES, column_doc
 from tests.corpora import RUN, Corpus, make_corpus
-from tests.processes import start_cli
+from tests.processes import ROOT, start_cli
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +327,20 @@ def test_doctor_examines_machine_and_storage(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stdout
     assert not (tmp_path / "corpus").exists()
     assert "importing torch" in result.stderr
+
+
+@pytest.mark.slow
+def test_doctor_says_first_what_stops_the_next_command(tmp_path: Path) -> None:
+    config = tmp_path / "a corpus.toml"
+    config.write_text(
+        '[corpus]\npath = "corpus"\n[[source]]\nname = "s"\ninput = ["u.csv"]\n[caption]\nmodel = "./nowhere"\n'
+        f'[rank]\nmodel = "local-dir:{ROOT}/jobs/demo/weights/ranker"\npretrained = ""\n'
+    )
+    result = capfilt("doctor", "-c", str(config))
+    first, second, *rest = result.stdout.splitlines()
+    assert re.fullmatch(rf"1 check would stop \S*capfilt run -c '{config}'", first) and result.exit_code == 2
+    assert re.match(r"fail  captioner .*no such folder", second)
+    assert any(line.startswith("ok    ranker") for line in rest) and "fail" not in "".join(rest)
 
 
 def test_doctor_names_what_fails(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The report at the end of a run: a few lines for people, one JSON object for programs."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.environment import program_name
 from jobs.run import RunResult
 from pipeline.stages.survey import Totals
 from pipeline.text import readable_duration
@@ -17,12 +19,12 @@ from schemas.statuses import DROP_REASONS, REASONS
 
 # What to do about the commonest reason, where no URL gave an image or no image was kept.
 _ASK_AGAIN = (
-    "check the workers' network and proxy, then ask again: capfilt crawl -c {config} --retry transient"
+    "check the workers' network and proxy, then ask again: {program} crawl -c {config} --retry transient"
 )
 _ADVICE = {
     **dict.fromkeys(("dns", "connect", "timeout", "host_down", "http_5xx", "bad_response"), _ASK_AGAIN),
     "tls": "check the workers' clock and certificates",
-    "rate_limited": "lower crawl.rate_per_host, then capfilt crawl -c {config} --retry transient",
+    "rate_limited": "lower crawl.rate_per_host, then {program} crawl -c {config} --retry transient",
     "http_4xx": "the list may be old, or the site may want another crawl.user_agent",
     "bad_url": "see that source.NAME.url_column names the column of the URLs",
     "bad_scheme": "see that source.NAME.url_column names the column of the URLs",
@@ -33,7 +35,7 @@ _ADVICE = {
     "aspect_ratio": "crawl.max_aspect_ratio is the limit",
     "too_many_pixels": "crawl.max_pixels is the limit",
     "body_too_large": "crawl.max_body_bytes is the limit",
-    "below_min_score": "lower select.min_score, then capfilt select -c {config} --recompute",
+    "below_min_score": "lower select.min_score, then {program} select -c {config} --recompute",
 }
 _REASONS_NAMED = 4
 
@@ -124,27 +126,30 @@ def _warning(result: RunResult, config_file: str) -> str:
         return what
     [(reason, rows)] = counted.most_common(1)
     meaning = REASONS[reason].meaning if reason in REASONS else DROP_REASONS.get(reason, "")
-    advice = _ADVICE.get(reason, "capfilt failures {corpus} shows examples")
-    advice = advice.format(config=config_file, corpus=result.corpus)
+    advice = _ADVICE.get(reason, "{program} failures {corpus} shows examples")
+    advice = advice.format(
+        program=program_name(), config=shlex.quote(config_file), corpus=shlex.quote(result.corpus)
+    )
     return f"{what}; {rows:,} for the reason {reason} ({meaning}): {advice}"
 
 
 def _next(result: RunResult, config_file: str) -> str:
     """Return what to do after this run, with the command."""
+    program, corpus = program_name(), shlex.quote(result.corpus)
     match result.record.outcome:
         case "interrupted":
             return "the same command goes on where this one stopped"
         case "partial":
-            errors = f"capfilt shards {result.corpus} --state quarantined"
+            errors = f"{program} shards {corpus} --state quarantined"
             return f"the same command tries them again; {errors} shows the errors"
     if result.yields_nothing:
-        return f"next: capfilt failures {result.corpus}"
+        return f"next: {program} failures {corpus}"
     later = [
         stage for stage in STAGES if (count := result.survey.of(stage)).total and count.done == count.total
     ]
     if "select" not in later:
-        return f"next: capfilt run -c {config_file}, which does what is missing"
-    return f"next: capfilt stats {result.corpus}"
+        return f"next: {program} run -c {shlex.quote(config_file)}, which does what is missing"
+    return f"next: {program} stats {corpus}"
 
 
 def _seconds(result: RunResult) -> float:

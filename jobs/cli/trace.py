@@ -8,6 +8,7 @@ import typer
 
 from jobs.cli.groups import LOOK
 from jobs.cli.options import JsonOption, WideOption, import_arrow_alone, open_manifest
+from jobs.environment import program_name
 from schemas.names import printable
 
 traces = typer.Typer()
@@ -93,7 +94,7 @@ def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
         source["corpus"] for source in lineage["sources"] if source["urls"] is not None
     ):
         ask = "SELECT source, shard, uid, url, caption FROM curated"
-        print(f'\nevery URL: capfilt sql {shlex.quote(printable(corpus))} "{ask}"')
+        print(f'\nevery URL: {program_name()} sql {shlex.quote(printable(corpus))} "{ask}"')
 
 
 def _print_way(way: dict[str, Any], wide: bool) -> None:

@@ -1,6 +1,7 @@
 """The commands that keep a corpus in order: verify gc manifest doctor."""
 
 import re
+import shlex
 import sys
 from datetime import timedelta
 from typing import Annotated, Literal
@@ -117,10 +118,11 @@ def doctor(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check machine, libraries, storage and weights. Says how to fix what is wrong; exit code 2 if a check fails."""
+    """Check machine, libraries, storage and weights. What stops the next command comes first; exit 2 if it fails."""
     from dataclasses import asdict
 
     from jobs.doctor import examine
+    from jobs.environment import program_name
     from jobs.output.render import print_json, printable_lines
 
     loaded = None
@@ -128,16 +130,16 @@ def doctor(
         from pipeline.config import load_config
 
         loaded = load_config(config)
-    checks = []
-
-    def begin(text: str) -> None:
-        print(f"...   {text}", file=sys.stderr, flush=True)
-
-    for check in examine(corpus, loaded, begin):
-        checks.append(check)
-        if not json_:
-            fix = f"\n      {check.mend}" if check.mend else ""
-            print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{fix}"), flush=True)
+    print("importing torch, open_clip, transformers, img2dataset and Ray", file=sys.stderr, flush=True)
+    checks = examine(corpus, loaded)
+    failed = sum(check.state == "fail" for check in checks)
     if json_:
         print_json([asdict(check) for check in checks])
-    raise typer.Exit(2 if any(check.state == "fail" for check in checks) else 0)
+        raise typer.Exit(2 if failed else 0)
+    command = f"{program_name()} {f'run -c {shlex.quote(config)}' if config else 'demo'}"
+    stops = "nothing stops" if not failed else f"{failed} check{'s' if failed > 1 else ''} would stop"
+    print(printable_lines(f"{stops} {command}"))
+    for check in checks:
+        fix = f"\n      {check.mend}" if check.mend else ""
+        print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{fix}"))
+    raise typer.Exit(2 if failed else 0)
