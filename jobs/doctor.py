@@ -43,15 +43,18 @@ _LIBRARIES = (
     "pyarrow",
     "duckdb",
 )
-# What workers import, and how to fix an import that fails.
-_MODELS = ("torch, torchvision, open_clip, transformers", "the pins of constraints.txt work together")
-_IMPORTED = (
-    # Not img2dataset itself, which would import torch: workers hide that from it.
+# What workers import, how, and what to do where that fails.
+_MODELS = "torch, torchvision, open_clip, transformers"
+_MODELS_FIX = "the pins of constraints.txt work together"
+_IMPORTS = (
+    # As a crawl imports it: without torch, which img2dataset would load where it is there.
     (
-        "pipeline.stages.img2dataset_download",
+        "img2dataset",
+        "from pipeline.stages.shard_images import make_resizer; from schemas.config import CrawlConfig; "
+        "make_resizer(CrawlConfig())",
         "img2dataset needs Python <= 3.12 and the pins of constraints.txt",
     ),
-    ("ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
+    ("ray", "import ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
 )
 _WORST_FIRST = ("fail", "warn", "ok")
 
@@ -68,9 +71,12 @@ class Check:
 
 def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
     """Return what every check found, worst first: machine, storage, what has to be imported, GPUs and weights."""
-    with ThreadPoolExecutor(1 + len(_IMPORTED)) as pool:
+    with ThreadPoolExecutor(1 + len(_IMPORTS)) as pool:
         models = pool.submit(_model_checks, config)
-        imports = [pool.submit(_imports, modules, fix) for modules, fix in _IMPORTED]
+        imports = [
+            pool.submit(lambda name, code, fix: _import_check(name, fix, _python_process(code)), *each)
+            for each in _IMPORTS
+        ]
         checks = [_python(), *_versions(), _dataclasses(), _scratch()]
         if root := config.corpus.path if config else corpus:
             checks.append(check_storage(root))
@@ -128,10 +134,6 @@ def _dataclasses() -> Check:
     )
 
 
-def _imports(modules: str, fix: str) -> Check:
-    return _import_check(modules, fix, _python_process(f"import {modules}"))
-
-
 def _python_process(code: str, text: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
     return subprocess.run(
@@ -148,11 +150,10 @@ def _import_check(modules: str, fix: str, done: subprocess.CompletedProcess[str]
 
 def _model_checks(config: CapfiltConfig | None) -> list[Check]:
     """Import the libraries of the models, and let the process that has them look for GPUs and at the weights."""
-    modules, fix = _MODELS
-    code = f"import {modules}\nfrom jobs.doctor import print_model_checks\nprint_model_checks()"
+    code = f"import {_MODELS}\nfrom jobs.doctor import print_model_checks\nprint_model_checks()"
     done = _python_process(code, json.dumps(config and dump_config(config)))
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return [_import_check(modules, fix, done), *(Check(**json.loads(line)) for line in lines)]
+    return [_import_check(_MODELS, _MODELS_FIX, done), *(Check(**json.loads(line)) for line in lines)]
 
 
 def print_model_checks() -> None:
