@@ -7,6 +7,8 @@ import tarfile
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -91,19 +93,14 @@ def _groups(
     members: Iterable[tarfile.TarInfo], extensions: Mapping[str, int]
 ) -> Iterator[tuple[str, Places]]:
     """Yield each key with the places of its members, for each run of adjacent members."""
-    key = ""
-    places: Places = [None, None, None]
-    for info in members:
-        own, extension = key_and_extension(info.name)
-        if own != key:
-            if key:
-                yield key, places
-            key, places = own, [None, None, None]
-        kind = extensions.get(extension)
-        if kind is not None:
-            places[kind] = (info.offset_data, info.size)
-    if key:
-        yield key, places
+    named = ((*key_and_extension(info.name), info) for info in members)
+    for key, run in groupby(named, key=itemgetter(0)):
+        places: Places = [None, None, None]
+        for _, extension, info in run:
+            if extension in extensions:
+                places[extensions[extension]] = (info.offset_data, info.size)
+        if key:
+            yield key, places
 
 
 def _gathered(

@@ -1,6 +1,8 @@
 """Held-out images: the samples that a run does not train on, read for its validation."""
 
 import contextlib
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,9 +11,9 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.images.decode import ImageError
 from pipeline.images.preprocess import resize
-from schemas.pretrain import PretrainConfig
-from training.data.shard_index import Sample, open_shard
-from training.data.snapshot import Snapshot, Source
+from schemas.pretrain import DataConfig, PretrainConfig
+from training.data.shard_index import open_shard
+from training.data.snapshot import Snapshot
 from training.data.transforms import NoCaptionError, decode, usable_captions
 
 
@@ -28,22 +30,18 @@ def held_out_samples(config: PretrainConfig, snapshot: Snapshot, limit: int | No
 
     Reads the few shards that hold them, each checked against its record.
     """
-    samples: list[HeldOut] = []
+    return list(islice(_held_out(config.data, snapshot), limit))
+
+
+def _held_out(data: DataConfig, snapshot: Snapshot) -> Iterator[HeldOut]:
+    size_px = (data.image_size_px, data.image_size_px)
     for source in snapshot.sources:
-        for shard in source.shards:
-            if not shard.held_out or len(samples) == limit:
-                continue
+        for shard in filter(lambda shard: shard.held_out, source.shards):
             with open_shard(Records(Storage(shard.corpus)), shard) as opened:
                 for sample in opened.held_out():
-                    if len(samples) == limit:
-                        break
                     with contextlib.suppress(ImageError, NoCaptionError):
-                        samples.append(_held_out(sample, source, config))
-    return samples
-
-
-def _held_out(sample: Sample, source: Source, config: PretrainConfig) -> HeldOut:
-    data = config.data
-    captions = usable_captions(sample.captions, source.first_captions(data), data.max_words)
-    pixels_CHW = resize(decode(sample.image), (data.image_size_px, data.image_size_px))
-    return HeldOut(pixels_CHW.contiguous(), captions, sample.uid)
+                        captions = usable_captions(
+                            sample.captions, source.first_captions(data), data.max_words
+                        )
+                        pixels_CHW = resize(decode(sample.image), size_px).contiguous()
+                        yield HeldOut(pixels_CHW, captions, sample.uid)

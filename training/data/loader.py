@@ -13,15 +13,17 @@ B: images of one rank's batch; C, H, W: channels, rows, columns.
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.images.decode import ImageError
+from pipeline.prefetch import prefetch_map
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.data.sampler import SampleIndex, Sampler
@@ -54,6 +56,14 @@ class Batch:
     captions: list[str]
     uids: list[str]
     position: int
+
+
+class _Chunk(NamedTuple):
+    """Some rows of a batch that one thread fills; ``indices`` are those of the whole batch."""
+
+    batch: Batch
+    indices: Sequence[SampleIndex]
+    rows: range
 
 
 class TrainingData:
@@ -106,23 +116,20 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end. Raises CorruptShardError for a shard that is not what its record says."""
-        workers = self._config.workers
-        batches_ahead = max(2, -(-_CHUNKS_AHEAD_PER_THREAD * workers * _CHUNK // self._rank_batch_size))
-        with ExitStack() as stack:
-            cache = stack.enter_context(ShardCache(self.snapshot))
-            pool = ThreadPoolExecutor(workers)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            pending: deque[_PendingBatch] = deque()
-            for step, indices in self._planned(cache):
-                pending.append(self._start(pool, cache, step, indices))
-                if len(pending) > batches_ahead:
-                    oldest = pending.popleft()
-                    batch = oldest.wait()
-                    cache.release(oldest.indices)
-                    yield batch
+        threads = self._config.workers
+        chunks_per_batch = -(-self._rank_batch_size // _CHUNK)
+        chunks_ahead = max(2 * chunks_per_batch, _CHUNKS_AHEAD_PER_THREAD * threads)
+        with ShardCache(self.snapshot) as cache:
+            filled = prefetch_map(partial(self._fill, cache), self._chunks(cache), chunks_ahead, threads)
+            # Closed before the cache, whose shards its threads read.
+            with closing(filled):
+                for chunk in filled:
+                    if chunk.rows.stop == len(chunk.indices):
+                        cache.release(chunk.indices)
+                        yield chunk.batch
 
-    def _planned(self, cache: ShardCache) -> Iterator[tuple[int, list[SampleIndex]]]:
-        """Yield each step and this rank's samples of it, while ``read_ahead`` later shards are being opened."""
+    def _chunks(self, cache: ShardCache) -> Iterator[_Chunk]:
+        """Yield the parts of each batch, while ``read_ahead`` later shards are being opened."""
         planned: deque[tuple[int, list[SampleIndex]]] = deque()
         # For each shard that is opened ahead: the first step that reads it.
         first_uses: deque[int] = deque()
@@ -139,12 +146,9 @@ class TrainingData:
                     first_uses.popleft()
                 if len(first_uses) < self._config.read_ahead and len(planned) < _PLANNED_STEPS:
                     break
-                yield planned.popleft()
+                yield from self._chunks_of_step(*planned.popleft())
 
-    def _start(
-        self, pool: ThreadPoolExecutor, cache: ShardCache, step: int, indices: Sequence[SampleIndex]
-    ) -> "_PendingBatch":
-        """Begin to fill a batch."""
+    def _chunks_of_step(self, step: int, indices: Sequence[SampleIndex]) -> Iterator[_Chunk]:
         size_px = self._config.image_size_px
         batch = Batch(
             pixels_BCHW=torch.empty((len(indices), 3, size_px, size_px), dtype=torch.uint8),
@@ -152,16 +156,14 @@ class TrainingData:
             uids=[""] * len(indices),
             position=(step + 1) * self._batch_size,
         )
-        chunks = [
-            pool.submit(self._fill, batch, cache, indices, range(start, min(start + _CHUNK, len(indices))))
-            for start in range(0, len(indices), _CHUNK)
-        ]
-        return _PendingBatch(batch=batch, indices=indices, chunks=chunks)
+        for start in range(0, len(indices), _CHUNK):
+            yield _Chunk(batch, indices, range(start, min(start + _CHUNK, len(indices))))
 
-    def _fill(self, batch: Batch, cache: ShardCache, indices: Sequence[SampleIndex], rows: range) -> None:
+    def _fill(self, cache: ShardCache, chunk: _Chunk) -> _Chunk:
         """Fill some rows of a batch."""
-        for row in rows:
-            index = indices[row]
+        batch = chunk.batch
+        for row in chunk.rows:
+            index = chunk.indices[row]
             sample, pixels_CHW, captions = self._usable(cache.get(index.shard), index)
             numbers = sample_random(self._seed, sample.uid, index.epoch)
             batch.uids[row] = sample.uid
@@ -173,6 +175,7 @@ class TrainingData:
                 min_scale=self._config.min_scale,
                 flip=self._config.flip,
             )
+        return chunk
 
     def _usable(self, shard: OpenShard, index: SampleIndex) -> tuple[Sample, Tensor, list[str]]:
         """Return a sample with its pixels and captions, or the next one of the shard that can be used."""
@@ -191,17 +194,3 @@ class TrainingData:
             f"{shard.ref.tar.path} of {shard.ref.corpus}: no sample has both an image that decodes and a caption of "
             "words; take the shard out, or leave its source out with data.corpus.sources"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _PendingBatch:
-    """A batch whose rows are being filled."""
-
-    batch: Batch
-    indices: Sequence[SampleIndex]
-    chunks: list[Future[None]]
-
-    def wait(self) -> Batch:
-        for chunk in self.chunks:
-            chunk.result()
-        return self.batch

@@ -17,10 +17,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
-
-import numpy as np
 
 from pipeline.rng import permutation
 from training.data.snapshot import Snapshot, Source
@@ -79,7 +78,8 @@ class _SourceStream:
         self._epoch = -1
         self._groups: list[list[tuple[int, str, int]]] = []
         self._starts: list[int] = []
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        # Those of the latest two groups of shards are kept.
+        self._permutation = lru_cache(2 * shuffle_shards)(permutation)
 
     def indices(self, first: int, last: int) -> list[SampleIndex]:
         indices: list[SampleIndex] = []
@@ -115,19 +115,10 @@ class _SourceStream:
         group_number = epoch * self._groups_per_epoch + group
         indices = []
         for shard, first, last in zip(self._groups[group], firsts, lasts, strict=True):
-            samples = self._permutation(epoch, *shard)[first:last].tolist()
-            indices += [SampleIndex(shard[0], sample, epoch, group_number) for sample in samples]
+            number, name, num_samples = shard
+            samples = self._permutation(f"{self._key}/{epoch}/{name}", num_samples)[first:last].tolist()
+            indices += [SampleIndex(number, sample, epoch, group_number) for sample in samples]
         return indices
-
-    def _permutation(self, epoch: int, number: int, name: str, samples: int) -> np.ndarray:
-        """Return a shard's samples in the epoch's order; those of the latest two groups are kept in memory."""
-        samples_N = self._permutations.get((epoch, number))
-        if samples_N is None:
-            while len(self._permutations) >= 2 * self._shuffle_shards:
-                del self._permutations[next(iter(self._permutations))]
-            samples_N = permutation(f"{self._key}/{epoch}/{name}", samples)
-            self._permutations[epoch, number] = samples_N
-        return samples_N
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:

@@ -159,9 +159,8 @@ def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> Op
     try:
         index = index_tar(path, adjacent=ref.parquet is not None)
         if ref.parquet is None and len(index.keys) != ref.tar.rows:
-            index = index_tar(
-                path, adjacent=True
-            )  # a run of 0.1.0 continues with the samples that it began with
+            # A run of 0.1.0 continues with the samples that it began with.
+            index = index_tar(path, adjacent=True)
     except tarfile.ReadError as error:
         raise CorruptShardError(f"{ref.tar.path} is not a readable tar ({error})") from error
     if len(index.keys) != ref.tar.rows:

@@ -65,15 +65,6 @@ class Snapshot:
         return tuple(shard for source in self.sources for shard in source.shards)
 
     @cached_property
-    def weights(self) -> dict[str, float]:
-        """The mixing weight of each source; of one that two corpora have, the sum."""
-        names = [source.name for source in self.sources]
-        return {
-            name: sum(source.weight for source in self.sources if source.name == name)
-            for name in dict.fromkeys(names)
-        }
-
-    @cached_property
     def num_images(self) -> int:
         """The images that are trained on."""
         return sum(source.num_images for source in self.sources)
@@ -147,37 +138,26 @@ def _curated(path: str) -> dict[str, Source]:
     records = Records(storage)
     shards: dict[str, list[ShardRef]] = {}
     for (_, source, name), record in sorted(records.shards(("select",)).items()):
-        if record.outputs["tar"].rows:
-            ref = ShardRef(
-                corpus=path,
-                source=source,
-                shard=name,
-                tar=record.outputs["tar"],
-                parquet=record.outputs["parquet"],
-            )
+        tar, parquet = record.outputs["tar"], record.outputs["parquet"]
+        if tar.rows:
+            ref = ShardRef(corpus=path, source=source, shard=name, tar=tar, parquet=parquet)
             shards.setdefault(source, []).append(ref)
-    if not shards:
-        if storage.is_corpus():
-            raise CapfiltError(
-                f"data.corpus: {path} has no curated shards; `capfilt plan` shows what is missing, `capfilt run` "
-                "makes it"
-            )
-        return {}
-    settings = _settings(records)
+    if not shards and storage.is_corpus():
+        raise CapfiltError(
+            f"data.corpus: {path} has no curated shards; `capfilt plan` shows what is missing, `capfilt run` makes it"
+        )
+    # Kind and weight of each source, as the config of the latest run that names it has them.
+    runs = records.runs() if shards else ()
+    settings = {
+        source["name"]: (source["kind"], source["weight"])
+        for run in runs
+        for source in run.config.get("source", ())
+    }
     return {name: _source(name, refs, *settings.get(name, ())) for name, refs in shards.items()}
 
 
 def _source(name: str, shards: Iterable[ShardRef], kind: Kind = "web", weight: float | None = None) -> Source:
     return Source(slice=0, name=name, kind=kind, shards=tuple(shards), given_weight=weight)
-
-
-def _settings(records: Records) -> dict[str, tuple[Kind, float | None]]:
-    """Return kind and weight of each source, as the config of the latest run that names it has them."""
-    return {
-        source["name"]: (source["kind"], source["weight"])
-        for run in records.runs()
-        for source in run.config.get("source", ())
-    }
 
 
 def _webdataset(path: str) -> dict[str, Source]:
@@ -202,16 +182,12 @@ def _without_held_out(snapshot: Snapshot, held_out: int) -> Snapshot:
             f"data.held_out: {held_out:,} of {snapshot.num_images:,} images are more than half; hold out fewer"
         )
     chosen = _choose_held_out(snapshot.shards, held_out)
-    return replace(
-        snapshot,
-        sources=tuple(
-            replace(
-                source,
-                shards=tuple(replace(shard, held_out=chosen.get(shard, ())) for shard in source.shards),
-            )
-            for source in snapshot.sources
-        ),
-    )
+
+    def without(source: Source) -> Source:
+        shards = (replace(shard, held_out=chosen.get(shard, ())) for shard in source.shards)
+        return replace(source, shards=tuple(shards))
+
+    return replace(snapshot, sources=tuple(map(without, snapshot.sources)))
 
 
 def _choose_held_out(shards: Iterable[ShardRef], images: int) -> dict[ShardRef, tuple[str, ...]]:

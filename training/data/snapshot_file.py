@@ -31,11 +31,10 @@ def decode(data: bytes, config: DataConfig, where: str) -> Snapshot:
     """
     try:
         snapshot = _SNAPSHOT.validate_json(data, strict=True)
-        sources = tuple(_placed(source, config) for source in snapshot.sources)
+        return replace(snapshot, sources=tuple(_placed(source, config) for source in snapshot.sources))
     except ValueError as error:
         why = first_error(error) if isinstance(error, ValidationError) else printable(str(error))
         raise CapfiltError(f"{where} is not a snapshot of this run ({why}); restore it") from error
-    return Snapshot(sources, snapshot.digest)
 
 
 def _placed(source: Source, config: DataConfig) -> Source:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import tarfile
-import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +51,8 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
     Raises CapfiltError where there is no tar, or one cannot be read.
     """
     files = storage.list("")
-    tars = [info for info in files if info.path.endswith(".tar") and info.bytes and not _is_hidden(info.path)]
+    visible = (info for info in files if not Path(info.path).name.startswith("."))
+    tars = [info for info in visible if info.path.endswith(".tar") and info.bytes]
     if compressed := [info.path for info in files if info.path.endswith(_COMPRESSED)]:
         example = printable(compressed[0])
         message = f"{storage.root}: {len(compressed):,} compressed tars cannot be read, such as {example}"
@@ -66,13 +66,11 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(left_out.items()))
         _log.warning("%s: samples left out: %s", storage.root, reasons)
     for follows, what in _FOLLOWS.items():
-        if names := [
-            info.path for info, entry in zip(tars, entries, strict=True) if entry["follows"] == follows
-        ]:
+        names = [info.path for info, entry in zip(tars, entries, strict=True) if entry["follows"] == follows]
+        if names:
             more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-            _log.warning(
-                "%s: tars that %s: %s%s", storage.root, what, ", ".join(map(printable, names[:_NAMED])), more
-            )
+            named = ", ".join(map(printable, names[:_NAMED]))
+            _log.warning("%s: tars that %s: %s%s", storage.root, what, named, more)
     return {
         info.path.removesuffix(".tar"): OutputFile(
             path=info.path, bytes=info.bytes, sha256=entry["sha256"], rows=entry["samples"]
@@ -85,9 +83,10 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
 def _entry(storage: Storage, info: FileInfo) -> _Entry:
     """Return the entry of a tar, from the cache or by reading the tar."""
     signature = [_VERSION, storage.url(info.path), info.bytes, info.version]
-    path = _cache_folder() / f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capfilt" / "shards"
+    name = f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_bytes())
+        return json.loads((cache / name).read_bytes())
     with storage.local_copy(info.path) as local:
         try:
             index = index_tar(local)
@@ -104,7 +103,9 @@ def _entry(storage: Storage, info: FileInfo) -> _Entry:
         entry = _Entry(
             sha256=sha256_file(local), samples=len(index.keys), left_out=index.left_out, follows=index.follows
         )
-    _keep(path, json.dumps(entry).encode())
+    # If the cache cannot be written, the tar is read again next time.
+    with contextlib.suppress(OSError):
+        Storage(str(cache)).write(name, json.dumps(entry).encode())
     return entry
 
 
@@ -113,21 +114,3 @@ def _why(local: Path, error: Exception) -> str:
         begin = file.read(8)
     kinds = [kind for magic, kind in _MAGIC.items() if begin.startswith(magic)]
     return f"it is compressed by {kinds[0]}: decompress it to a plain tar" if kinds else printable(str(error))
-
-
-def _is_hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".")
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """Write atomically; if the cache cannot be written, the tar is read again next time."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-
-
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "capfilt" / "shards"
