@@ -1,8 +1,9 @@
 """The commands ``evaluate`` and ``export``. Libraries are imported inside, so that --help stays quick."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from training.evaluate.annotations import CaptionedImage
     from training.evaluate.images import ReportProgress
     from training.evaluate.published import Result
+    from training.evaluate.tasks import Evaluation
 
 # The recalls before ITM reranked, in a result's metrics.
 _BY_ITC = "itc_"
@@ -75,18 +77,8 @@ def retrieval(
     """Find texts by image and images by text: ITC, and ITM over the first of each list. Stage 1."""
     recipe = _recipe(config, set_)
     captioned = _captioned(annotations, split, images)
-    from training.evaluate.tasks import evaluate_retrieval
-
-    with _progress(json_) as report_progress:
-        result = evaluate_retrieval(
-            _load(model, recipe, report_progress),
-            captioned,
-            images,
-            dataset=dataset,
-            rerank=rerank,
-            batch_size=batch_size,
-            report=report_progress,
-        )
+    with _evaluation(model, recipe, json_, images, dataset, batch_size) as evaluation:
+        result = evaluation.retrieval(captioned, rerank)
     _show(result, model, json_)
 
 
@@ -113,22 +105,13 @@ def caption(
     recipe = _recipe(config, set_)
     captioned = _captioned(annotations, split, images)
     from training.evaluate.generation import Decoding
-    from training.evaluate.tasks import evaluate_captions
 
-    with _progress(json_) as report_progress:
-        result = evaluate_captions(
-            _load(model, recipe, report_progress),
-            captioned,
-            images,
-            dataset=dataset,
-            prompt=prompt,
-            decoding=Decoding(
-                beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
-            ),
-            batch_size=batch_size,
-            java=java,
-            predictions=predictions,
-            report=report_progress,
+    decoding = Decoding(
+        beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
+    )
+    with _evaluation(model, recipe, json_, images, dataset, batch_size) as evaluation:
+        result = evaluation.captions(
+            captioned, prompt=prompt, decoding=decoding, java=java, predictions=predictions
         )
     _show(result, model, json_)
 
@@ -168,20 +151,8 @@ def vqa(
             f"{questions} comes without answers: name them with --answers, or a file for --predictions"
         )
     _require_pictures(images, [question.file for question in asked.questions])
-    from training.evaluate.tasks import evaluate_answers
-
-    with _progress(json_) as report_progress:
-        result = evaluate_answers(
-            _load(model, recipe, report_progress),
-            asked,
-            images,
-            dataset=dataset,
-            prompt=prompt,
-            batch_size=batch_size,
-            lemmatize=lemmatize,
-            predictions=predictions,
-            report=report_progress,
-        )
+    with _evaluation(model, recipe, json_, images, dataset, batch_size) as evaluation:
+        result = evaluation.answers(asked, prompt=prompt, lemmatize=lemmatize, predictions=predictions)
     _show(result, model, json_)
 
 
@@ -255,6 +226,18 @@ def _progress(as_json: bool) -> "EvaluationProgress":
     from jobs.cli.evaluation_progress import EvaluationProgress
 
     return EvaluationProgress(quiet=as_json and not sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def _evaluation(
+    model: str, recipe: Any, as_json: bool, images: str, dataset: str, batch_size: int
+) -> "Iterator[Evaluation]":
+    """Load a model and yield its evaluation, under a line of progress."""
+    with _progress(as_json) as report_progress:
+        stage = _load(model, recipe, report_progress)
+        from training.evaluate.tasks import Evaluation
+
+        yield Evaluation(stage, images, dataset=dataset, batch_size=batch_size, report=report_progress)
 
 
 def _load(model: str, recipe: Any, report_progress: "ReportProgress") -> Any:

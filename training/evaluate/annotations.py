@@ -11,10 +11,9 @@ import json
 import math
 import posixpath
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
@@ -55,6 +54,9 @@ class Question:
     answers: tuple[str, ...] = ()
 
 
+Entry = TypeVar("Entry", CaptionedImage, Question)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionSet:
     """Questions, and how an answer to them counts: ``gqa`` by exact match with the one that is right, ``vqa`` by VQA's
@@ -84,7 +86,7 @@ def read_captioned_images(path: str, split: str = "test") -> list[CaptionedImage
             images = _coco_images(content)
         else:
             images = [_karpathy_image(i, e) for i, e in enumerate(content["images"]) if e["split"] == split]
-        images = _merged(_checked_image(image, path) for image in images)
+        images = _merged(_checked(image, path) for image in images)
     if not images:
         raise CapfiltError(f"{path} has no images{_splits(content, split)}")
     if bare := [image.file for image in images if not image.captions]:
@@ -113,7 +115,7 @@ def read_questions(path: str, answers: str = "") -> QuestionSet:
             questions = [_gqa_question(key, entry) for key, entry in content.items()]
         if answers and (isinstance(content, list) or "questions" not in content):
             raise CapfiltError(f"--answers belongs to VQA's {{questions}}; the answers to {path} stand in it")
-        questions = _distinct([_checked_question(question, path) for question in questions], path)
+        questions = _distinct((_checked(question, path) for question in questions), path)
     if not questions:
         raise CapfiltError(f"{path} holds no questions")
     if answers:
@@ -135,16 +137,25 @@ def require_enough_answers(asked: QuestionSet, path: str) -> None:
         )
 
 
-def _checked_image(image: CaptionedImage, path: str) -> CaptionedImage:
-    """Return an image whose file lies in the folder of images. Raises CapfiltError for a caption that is not a text."""
-    texts = (("a caption", caption) for caption in image.captions)
-    for what, text in (*texts, ("the domain", image.domain)):
+def _checked(entry: Entry, path: str) -> Entry:
+    """Return an entry whose file lies in the folder of images. Raises CapfiltError for a value that is not a text."""
+    for what, text in _texts(entry):
         if not _is_text(text):
             raise CapfiltError(
-                f"{path}: {what} of {_shown(image.file)} is {_shown(text)}, which is not a text; correct the entry "
-                "or take it out"
+                f"{path}: {what} is {_shown(text)}, which is not a text; correct the entry or take it out"
             )
-    return replace(image, file=_confined(image.file, path))
+    file = posixpath.normpath(entry.file) if isinstance(entry.file, str) and entry.file else entry.file
+    return replace(entry, file=confined_name(file, path))
+
+
+def _texts(entry: CaptionedImage | Question) -> Iterator[tuple[str, Any]]:
+    """Yield what should be a text, each with what it is, for a message."""
+    if isinstance(entry, Question):
+        yield f"the question {_shown(entry.id)}", entry.text
+        return
+    for caption in entry.captions:
+        yield f"a caption of {_shown(entry.file)}", caption
+    yield f"the domain of {_shown(entry.file)}", entry.domain
 
 
 def _is_text(value: Any) -> bool:
@@ -171,15 +182,6 @@ def _merged(images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
     return list(by_file.values())
 
 
-def _checked_question(question: Question, path: str) -> Question:
-    if not _is_text(question.text):
-        raise CapfiltError(
-            f"{path}: the question {_shown(question.id)} is {_shown(question.text)}, which is not a text; correct the "
-            "entry or take it out"
-        )
-    return replace(question, file=_confined(question.file, path))
-
-
 def _distinct(questions: Iterable[Question], path: str) -> list[Question]:
     """Return each question once. Raises CapfiltError where one id stands for two."""
     by_id: dict[str | int, Question] = {}
@@ -187,10 +189,6 @@ def _distinct(questions: Iterable[Question], path: str) -> list[Question]:
         if by_id.setdefault(question.id, question) != question:
             raise CapfiltError(f"{path}: two different questions have the question_id {_shown(question.id)}")
     return list(by_id.values())
-
-
-def _confined(file: Any, path: str) -> str:
-    return confined_name(posixpath.normpath(file) if isinstance(file, str) and file else file, path)
 
 
 def _shown(value: Any) -> str:
@@ -248,10 +246,14 @@ def _splits(content: Any, split: str) -> str:
 
 
 def _vqa_questions(content: Mapping[str, Any]) -> list[Question]:
-    file = _coco_file_name(content.get("data_subtype", ""))
+    subset = content["data_subtype"]
+    # The images of test-dev are in the folder of the whole test set.
+    folder = "test2015" if subset.startswith("test") else subset
     return [
         Question(
-            id=_id(entry["question_id"], _QUESTION_ID), file=file(entry["image_id"]), text=entry["question"]
+            id=_id(entry["question_id"], _QUESTION_ID),
+            file=f"{folder}/COCO_{folder}_{entry['image_id']:012d}.jpg",
+            text=entry["question"],
         )
         for entry in content["questions"]
     ]
@@ -268,11 +270,10 @@ def _lavis_question(entry: Mapping[str, Any]) -> Question:
 
 def _gqa_question(key: str, entry: Mapping[str, Any]) -> Question:
     image = str(_id(entry["imageId"], f"the imageId of the question {_shown(key)}"))
+    has_extension = image.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
     return Question(
         id=_id(key, _QUESTION_ID),
-        file=image
-        if PurePosixPath(image).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
-        else f"{image}.jpg",
+        file=image if has_extension else f"{image}.jpg",
         text=entry["question"],
         answers=_answers(entry.get("answer"), key),
     )
@@ -287,22 +288,13 @@ def _answers(given: Any, question: Any) -> tuple[str, ...]:
 
 
 def _answer(given: Any, question: Any) -> str:
-    if isinstance(given, Mapping):
-        # As VQA's annotations write it.
-        given = given["answer"]
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
-        given = json.dumps(given)
-    if not _is_text(given):
-        raise ValueError(f"an answer to the question {_shown(question)} is {_shown(given)}")
-    return given
-
-
-def _coco_file_name(subset: str) -> Callable[[int], str]:
-    """Return the file name of a COCO image; test-dev's images are in the folder of the whole test set."""
-    folder = "test2015" if subset.startswith("test") else subset
-    if not folder:
-        raise KeyError("data_subtype")
-    return lambda number: f"{folder}/COCO_{folder}_{number:012d}.jpg"
+    # An object is VQA's annotation of a person's answer.
+    answer = given["answer"] if isinstance(given, Mapping) else given
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = json.dumps(answer)
+    if not _is_text(answer):
+        raise ValueError(f"an answer to the question {_shown(question)} is {_shown(answer)}")
+    return answer
 
 
 def _with_answers(questions: Iterable[Question], path: str, questions_path: str) -> list[Question]:

@@ -1,29 +1,11 @@
-"""Image captioning: a caption for every image of a benchmark, and its CIDEr-D and BLEU-4 by COCO's own scorers."""
+"""Scores of captions: CIDEr-D and BLEU-4 by COCO's own scorers."""
 
 import shutil
 from collections.abc import Sequence
 
 from schemas.errors import CapfiltError
 from training.evaluate.annotations import CaptionedImage
-from training.evaluate.generation import CaptionModel, Decoding
-from training.evaluate.images import ImageFolder
 from training.evaluate.ptb_tokenizer import caption_words
-
-
-def generate_captions(
-    model: CaptionModel,
-    images: Sequence[CaptionedImage],
-    image_folder: ImageFolder,
-    *,
-    prompt: str,
-    decoding: Decoding,
-    batch_size: int,
-) -> list[str]:
-    """Return a caption for each image, without the prompt."""
-    captions: list[str] = []
-    for pixels_BCHW in image_folder.batches([image.file for image in images], batch_size):
-        captions += model.caption(pixels_BCHW, prompt, decoding)
-    return captions
 
 
 def score_captions(

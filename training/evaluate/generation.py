@@ -8,7 +8,7 @@ every block, V words, W the language model's width, S = Q + L.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from pipeline.models.checks import require_finite
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.models.layers import KeyValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +50,6 @@ class Decoding:
         )
 
 
-class CaptionModel(Protocol):
-    """A model that captions images."""
-
-    def caption(self, pixels_BCHW: Tensor, prompt: str, decoding: Decoding) -> list[str]:
-        """Return what follows the prompt, for each image (uint8)."""
-
-
 class Stage1Generator:
     """Captions by a stage 1 model, in evaluation mode."""
 
@@ -77,7 +69,8 @@ class Stage1Generator:
         ids_BL = _generate(
             self._decoder,
             inputs=begin_L.expand(len(pixels_BCHW), -1),
-            queries=_pack(queries),
+            # The keys and values of all blocks as one (B, K, H, Q, d), which generate repeats for each beam.
+            queries=torch.stack([part for key_value in queries for part in key_value], dim=1),
             generation_config=decoding.config(
                 bos_token_id=stage.begin_id,
                 eos_token_id=tokenizer.sep_token_id,
@@ -127,6 +120,9 @@ class Stage2Generator:
             ),
         )
         return [text.strip() for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
+
+
+CaptionModel = Stage1Generator | Stage2Generator
 
 
 class _LargestLogits(LogitsProcessor):
@@ -184,16 +180,6 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, queries: Tensor, **_: Any) -> CausalLMOutput:
         """Return the logits of the next token, (N, 1, V)."""
-        qformer = self._qformer[0]
-        hidden_NLD = qformer.captions(input_ids, _unpack(queries))
+        qformer, parts = self._qformer[0], queries.unbind(dim=1)
+        hidden_NLD = qformer.captions(input_ids, list(zip(parts[::2], parts[1::2], strict=True)))
         return CausalLMOutput(logits=qformer.logits(hidden_NLD[:, -1])[:, None])
-
-
-def _pack(queries: list[KeyValue]) -> Tensor:
-    """Join the keys and values of all blocks into one (B, K, H, Q, d)."""
-    return torch.stack([part for key_value in queries for part in key_value], dim=1)
-
-
-def _unpack(queries_BKHQd: Tensor) -> list[KeyValue]:
-    parts = queries_BKHQd.unbind(dim=1)
-    return list(zip(parts[::2], parts[1::2], strict=True))

@@ -25,50 +25,30 @@ class Result(Json):
     seconds: float = 0.0
 
 
-# BLIP-2's paper: table 5 (retrieval: Flickr30k zero-shot, COCO fine-tuned at 364 pixels), table 3 (captioning after
-# fine-tuning on COCO at 364 pixels), table 2 (zero-shot question answering at 224 pixels). In per cent.
-_RETRIEVAL = {
-    "flickr30k": {
-        "ViT-L": {"text_r1": 96.9, "image_r1": 88.6},
-        "ViT-g": {"text_r1": 97.6, "image_r1": 89.7},
-    },
-    "coco": {
-        "ViT-L, fine-tuned": {"text_r1": 83.5, "image_r1": 66.3},
-        "ViT-g, fine-tuned": {"text_r1": 85.4, "image_r1": 68.3},
-    },
-}
-_CAPTION = {
-    "nocaps": {
-        "ViT-g OPT-2.7B, fine-tuned": {"cider": 119.7},
-        "ViT-g OPT-6.7B, fine-tuned": {"cider": 121.0},
-        "ViT-g FlanT5-XL, fine-tuned": {"cider": 121.6},
-    },
-    "coco": {
-        "ViT-g OPT-2.7B, fine-tuned": {"bleu4": 43.7, "cider": 145.8},
-        "ViT-g OPT-6.7B, fine-tuned": {"bleu4": 43.5, "cider": 145.2},
-        "ViT-g FlanT5-XL, fine-tuned": {"bleu4": 42.4, "cider": 144.5},
-    },
-}
-_VQA_MODELS = (
+# BLIP-2's paper, in per cent: table 5 (retrieval: Flickr30k zero-shot, COCO fine-tuned at 364 pixels), table 3
+# (captioning after fine-tuning on COCO at 364 pixels), table 2 (zero-shot question answering at 224 pixels).
+_ZERO_SHOT, _FINE_TUNED = ("ViT-L", "ViT-g"), ("ViT-L, fine-tuned", "ViT-g, fine-tuned")
+_CAPTION = ("ViT-g OPT-2.7B, fine-tuned", "ViT-g OPT-6.7B, fine-tuned", "ViT-g FlanT5-XL, fine-tuned")
+_VQA = (
     "ViT-L OPT-2.7B", "ViT-g OPT-2.7B", "ViT-g OPT-6.7B", "ViT-L FlanT5-XL", "ViT-g FlanT5-XL", "ViT-g FlanT5-XXL"
 )  # fmt: skip
-_VQA_ACCURACY = {
-    "vqav2-val": (50.1, 53.5, 54.3, 62.6, 63.1, 65.2),
-    "vqav2-test-dev": (49.7, 52.3, 52.6, 62.3, 63.0, 65.0),
-    "okvqa": (30.2, 31.7, 36.4, 39.4, 40.7, 45.9),
-    "gqa": (33.9, 34.6, 36.4, 44.4, 44.2, 44.7),
-}
-_VQA = {
-    dataset: {model: {"accuracy": value} for model, value in zip(_VQA_MODELS, values, strict=True)}
-    for dataset, values in _VQA_ACCURACY.items()
-}
-_PUBLISHED: dict[str, dict[str, dict[str, dict[str, float]]]] = {
-    "retrieval": _RETRIEVAL,
-    "caption": _CAPTION,
-    "vqa": _VQA,
+# By task and dataset: the models, and each metric's values in their order.
+_PUBLISHED: dict[tuple[str, str], tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {
+    ("retrieval", "flickr30k"): (_ZERO_SHOT, {"text_r1": (96.9, 97.6), "image_r1": (88.6, 89.7)}),
+    ("retrieval", "coco"): (_FINE_TUNED, {"text_r1": (83.5, 85.4), "image_r1": (66.3, 68.3)}),
+    ("caption", "nocaps"): (_CAPTION, {"cider": (119.7, 121.0, 121.6)}),
+    ("caption", "coco"): (_CAPTION, {"bleu4": (43.7, 43.5, 42.4), "cider": (145.8, 145.2, 144.5)}),
+    ("vqa", "vqav2-val"): (_VQA, {"accuracy": (50.1, 53.5, 54.3, 62.6, 63.1, 65.2)}),
+    ("vqa", "vqav2-test-dev"): (_VQA, {"accuracy": (49.7, 52.3, 52.6, 62.3, 63.0, 65.0)}),
+    ("vqa", "okvqa"): (_VQA, {"accuracy": (30.2, 31.7, 36.4, 39.4, 40.7, 45.9)}),
+    ("vqa", "gqa"): (_VQA, {"accuracy": (33.9, 34.6, 36.4, 44.4, 44.2, 44.7)}),
 }
 
 
 def published(task: str, dataset: str) -> dict[str, dict[str, float]]:
     """Return BLIP-2's published numbers by model; none where the paper has none for the dataset."""
-    return _PUBLISHED.get(task, {}).get(dataset, {})
+    models, metrics = _PUBLISHED.get((task, dataset), ((), {}))
+    return {
+        model: {metric: values[index] for metric, values in metrics.items()}
+        for index, model in enumerate(models)
+    }

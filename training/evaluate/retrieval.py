@@ -15,6 +15,7 @@ Q queries, L tokens, C channels of an embedding.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from pipeline.models.checks import require_finite
 from training.blip2.stage1 import Stage1
 from training.data.transforms import blip_caption
 from training.losses import similarity
-from training.models.layers import KeyValue
+from training.models.layers import KeyValue, select_images
 from training.models.tokenizer import Texts
 
 # LAVIS's retrieval reads three tokens more than its training.
@@ -111,8 +112,10 @@ class Stage1Matcher:
         The logits are means over the queries.
         """
         images = self.stage.encode_pixels(pixels_BCHW.to(self.device))
+        image_B1 = torch.arange(len(rows), device=self.device)[:, None]
         return [
-            self._match_image(_image_at(images, index), texts, rows_R) for index, rows_R in enumerate(rows)
+            self._match_image(select_images(images, image_1), texts, rows_R)
+            for image_1, rows_R in zip(image_B1, rows, strict=True)
         ]
 
     def _match_image(self, image: list[KeyValue | None], texts: TokenizedTexts, rows_R: Tensor) -> Tensor:
@@ -132,20 +135,15 @@ class Stage1Matcher:
         return torch.empty_like(joined).index_copy_(0, torch.cat(positions).to(joined.device), joined)
 
 
-def _image_at(images: list[KeyValue | None], index: int) -> list[KeyValue | None]:
-    """Return the keys and values of one image of a batch, for every block."""
-    return [
-        key_value and (key_value[0][index : index + 1], key_value[1][index : index + 1])
-        for key_value in images
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lists:
+class Lists(NamedTuple):
     """The best candidates of each query, best first: similarities and positions, (queries, R)."""
 
     similarities: Tensor
     positions: Tensor
+
+    def first(self, candidates: int) -> "Lists":
+        """Return the first candidates of each query."""
+        return Lists(*(part[:, :candidates] for part in self))
 
 
 def retrieve(
@@ -181,7 +179,7 @@ def retrieve(
     by_itc = recalls(to_texts, to_images)
     if not rerank:
         return by_itc
-    reranked = _rerank(model, images, tokenized, _first(to_texts, rerank), _first(to_images, rerank))
+    reranked = _rerank(model, images, tokenized, to_texts.first(rerank), to_images.first(rerank))
     return recalls(*reranked) | {f"itc_{name}": value for name, value in by_itc.items()}
 
 
@@ -198,37 +196,30 @@ def contrastive_lists(
     """
     texts_MC = model.embed_texts(texts)
     num_texts, device = len(texts_MC), texts_MC.device
-    of_images: list[tuple[Tensor, Tensor]] = []
+    to_texts: list[Lists] = []
     # The best images of each text so far.
-    similarity_MR = texts_MC.new_empty(num_texts, 0)
-    image_MR = torch.empty(num_texts, 0, dtype=torch.long, device=device)
+    to_images = Lists(
+        texts_MC.new_empty(num_texts, 0), torch.empty(num_texts, 0, dtype=torch.long, device=device)
+    )
     start = 0
     for pixels_BCHW in images():
         embeddings_BQC = model.embed_images(pixels_BCHW)
         images_at_once = max(1, block_elements // (num_texts * embeddings_BQC.shape[1]))
         for block_BQC in embeddings_BQC.split(images_at_once):
             similarity_BM = similarity(block_BQC, texts_MC)
-            of_images.append(tuple(part.cpu() for part in _best(similarity_BM, candidates)))
-            image_B = torch.arange(start, start + len(block_BQC), device=device)
-            image_MR = torch.cat([image_MR, image_B.expand(num_texts, -1)], dim=1)
-            similarity_MR, places = _best(torch.cat([similarity_MR, similarity_BM.T], dim=1), candidates)
-            image_MR = image_MR.gather(1, places)
+            to_texts.append(Lists(*(part.cpu() for part in _best(similarity_BM, candidates))))
+            image_MB = torch.arange(start, start + len(block_BQC), device=device).expand(num_texts, -1)
+            values, columns = _best(torch.cat([to_images.similarities, similarity_BM.T], dim=1), candidates)
+            positions = torch.cat([to_images.positions, image_MB], dim=1).gather(1, columns)
+            to_images = Lists(values, positions)
             start += len(block_BQC)
-    similarities, positions = (torch.cat(parts) for parts in zip(*of_images, strict=True))
-    return (
-        Lists(similarities=similarities, positions=positions),
-        Lists(similarities=similarity_MR.cpu(), positions=image_MR.cpu()),
-    )
+    return Lists(*map(torch.cat, zip(*to_texts, strict=True))), Lists(*(part.cpu() for part in to_images))
 
 
-def _best(similarity: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+def _best(similarity: Tensor, candidates: int) -> Lists:
     """Return the best of each row, best first, the earlier one of equals."""
     values, columns = similarity.sort(dim=1, descending=True, stable=True)
-    return values[:, :candidates], columns[:, :candidates]
-
-
-def _first(lists: Lists, candidates: int) -> Lists:
-    return Lists(similarities=lists.similarities[:, :candidates], positions=lists.positions[:, :candidates])
+    return Lists(values, columns).first(candidates)
 
 
 def _rerank(
@@ -248,9 +239,7 @@ def _rerank(
         # score = ITM logit + cosine similarity
         score = logit_P[torch.searchsorted(pair_P, pair)] + lists.similarities
         order = score.sort(dim=1, descending=True, stable=True).indices
-        return Lists(
-            similarities=lists.similarities.gather(1, order), positions=lists.positions.gather(1, order)
-        )
+        return Lists(*(part.gather(1, order) for part in lists))
 
     return sort(to_texts, pair_NR), sort(to_images, pair_MR)
 

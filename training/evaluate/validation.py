@@ -35,10 +35,7 @@ def validate(stage: Stage1 | Stage2, held_out: Sequence[HeldOut], config: Pretra
 
 
 def _metrics(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, float]:
-    batches = [
-        torch.stack([sample.pixels_CHW for sample in samples[start : start + _IMAGES_AT_ONCE]])
-        for start in range(0, len(samples), _IMAGES_AT_ONCE)
-    ]
+    batches = torch.stack([sample.pixels_CHW for sample in samples]).split(_IMAGES_AT_ONCE)
     captions = [sample.captions for sample in samples]
     if not isinstance(stage, Stage1):
         return _cider(Stage2Generator(stage), batches, captions)

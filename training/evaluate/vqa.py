@@ -7,15 +7,12 @@ character alone, and ``re.UNICODE`` given as a count makes 32 the most that it r
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from schemas.errors import CapfiltError
 from training.data.transforms import LAVIS_MARKS
-from training.evaluate.annotations import Question, QuestionSet
+from training.evaluate.annotations import QuestionSet
 from training.evaluate.generation import Decoding
-from training.evaluate.images import ImageFolder
 
 PROMPTS: dict[str, str] = {
     "opt": "Question: {} Answer:",
@@ -47,34 +44,9 @@ _TWO_APOSTROPHES = """
 """
 
 
-class Answerer(Protocol):
-    """A model that answers questions about images."""
-
-    def answer(self, pixels_BCHW: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """Return what follows each prompt, given its image (uint8)."""
-
-
 def clean_question(question: str) -> str:
     """Return a question as LAVIS's ``blip_question`` does: lower case, some marks gone ("?" stays), 50 words."""
     return " ".join(question.lower().translate(_WITHOUT_MARKS).split()[:_MAX_WORDS])
-
-
-def generate_answers(
-    model: Answerer,
-    questions: Sequence[Question],
-    image_folder: ImageFolder,
-    *,
-    prompt: str,
-    batch_size: int,
-    decoding: Decoding = DECODING,
-) -> list[str]:
-    """Return an answer to each question; ``prompt`` holds the question at ``{}``."""
-    answers: list[str] = []
-    for pixels_BCHW in image_folder.batches([question.file for question in questions], batch_size):
-        asked = questions[len(answers) : len(answers) + len(pixels_BCHW)]
-        prompts = [prompt.replace("{}", clean_question(question.text)) for question in asked]
-        answers += model.answer(pixels_BCHW, prompts, decoding)
-    return answers
 
 
 def score_answers(questions: QuestionSet, answers: Sequence[str]) -> dict[str, float]:
