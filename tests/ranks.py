@@ -17,7 +17,10 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with ProcessPoolExecutor(size, get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    # Imported once for all ranks of a session: torch and transformers take seconds.
+    context.set_forkserver_preload(["training.blip2.build", "tests.tiny_training"])
+    with ProcessPoolExecutor(size, context) as pool:
         futures = [pool.submit(_run, rank, size, port, function, arguments) for rank in range(size)]
         return [future.result(timeout=240) for future in futures]
 

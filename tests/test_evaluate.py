@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from jobs.cli.evaluate import evaluate
 from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError
-from schemas.records import CheckpointRecord
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, Progress, State
@@ -141,7 +140,7 @@ def greedy_caption(stage: Stage1, pixels_CHW: Tensor, prompt: list[int], tokens:
     for _ in range(tokens):
         hidden_BLD = stage.Qformer.captions(torch.tensor([ids + written]), queries)
         written.append(int(stage.Qformer.logits(hidden_BLD[0, -1:]).argmax()))
-        if written[-1] == stage.tokenizer.end_id:
+        if written[-1] == stage.tokenizer.tokenizer.sep_token_id:
             break
     return stage.tokenizer.tokenizer.decode(written, skip_special_tokens=True).strip()
 
@@ -295,11 +294,9 @@ def save_checkpoint(stage1: Stage1, folder: Path, **vision: str) -> None:
     config["vision"] |= vision
     progress = Progress(step=2, samples=16, snapshot="f" * 64, config=config, world_size=1)
     state = State(progress=progress, model=stage1.trainable_state(), optimizer={})
-    record = CheckpointRecord(
-        path="", stage="stage1", run_id="r", step=2, samples=16, snapshot="f" * 64, sha256={}, metrics={},
-        created_at="",
-    )  # fmt: skip
-    Checkpoints(str(folder)).save(state, record, asynchronous=False, keep_last=1, committed=lambda _: None)
+    Checkpoints(str(folder)).save(
+        state, run_id="r", metrics={}, asynchronous=False, keep_last=1, committed=lambda _: None
+    )
 
 
 def test_a_checkpoint_whose_models_moved_says_how_to_name_them(stage1: Stage1, tmp_path: Path) -> None:

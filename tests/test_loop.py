@@ -307,7 +307,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_kill_minus_nine_costs_only_time(tmp_path: Path) -> None:
-    steps = 1_500
+    steps = 900
     whole = make_loop(config(tmp_path / "whole", optim={"steps": steps}, checkpoint={"every_steps": 20}))
     whole.sinks = [JsonLines(whole.checkpoints.storage, after_step=0)]
     whole.run(batches())

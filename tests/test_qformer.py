@@ -30,7 +30,7 @@ SHAPE = QFormerConfig(
 @pytest.fixture(scope="module")
 def qformer() -> QFormer:
     torch.manual_seed(0)
-    model = QFormer(SHAPE, IMAGE_WIDTH).double().eval()
+    model = QFormer(SHAPE, IMAGE_WIDTH, dtype=torch.float64).double().eval()
     # At the initial 0.02 hardly anything depends on anything.
     with torch.no_grad():
         for parameter in model.parameters():

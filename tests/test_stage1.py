@@ -16,7 +16,7 @@ from trained import begun_stage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip2.build import meta_stage
-from training.blip2.micro_batches import _parts
+from training.blip2.micro_batches import padded_parts
 from training.blip2.stage1 import Stage1
 from training.distributed import World
 
@@ -49,7 +49,7 @@ def exact_stage(config: PretrainConfig, world: World) -> Stage1:
             if name != "temp" and parameter.numel() > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     stage.visual_encoder.dtype = torch.float64
-    stage.Qformer._dtype = None
+    stage.Qformer.dtype = torch.float64
     return stage.double()
 
 
@@ -110,8 +110,8 @@ def whole(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list
     """One rank, all at once: losses, gradients, and the negatives it drew."""
     stage = exact_stage(exact_config(folder), World())
     drawn: list[Any] = []
-    global_batch = stage._global_batch
-    stage._global_batch = lambda *arguments: drawn.append(global_batch(*arguments)) or drawn[0]
+    global_batch = stage.global_batch
+    stage.global_batch = lambda *arguments: drawn.append(global_batch(*arguments)) or drawn[0]
     losses = stage.training_step(batch(), N)
     negatives = [drawn[0].text_of_image_N.tolist(), drawn[0].image_of_text_N.tolist()]
     return losses, gradients(stage), negatives
@@ -168,9 +168,9 @@ def test_texts_of_the_same_image_and_equal_texts_are_no_negatives(folder: Path) 
         one.position = position
         with torch.no_grad():
             texts = stage.tokenizer(one.captions)
-            [micro_batch] = stage._micro_batches(one.pixels_BCHW, texts, position, N)
-            encoded = stage._encode(micro_batch)
-            found = stage._global_batch([(encoded.image_BQC, encoded.text_BC)], texts, one.uids, position)
+            [micro_batch] = stage.micro_batches(one.pixels_BCHW, texts, position, N)
+            encoded = stage.encode(micro_batch)
+            found = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, one.uids, position)
         for drawn in (found.text_of_image_N.tolist(), found.image_of_text_N.tolist()):
             for own, other in enumerate(drawn):
                 assert one.captions[own] != one.captions[other]
@@ -182,11 +182,11 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
     stage = exact_stage(config, World())
     stage.train()
     texts = stage.tokenizer(CAPTIONS)
-    micro_batches = list(stage._micro_batches(batch().pixels_BCHW, texts, 8, 4))
+    micro_batches = list(stage.micro_batches(batch().pixels_BCHW, texts, 8, 4))
     with torch.no_grad():
-        first = [stage._encode(micro_batch) for micro_batch in micro_batches]
+        first = [stage.encode(micro_batch) for micro_batch in micro_batches]
     torch.rand(3)
-    again = [stage._encode(micro_batch) for micro_batch in micro_batches]
+    again = [stage.encode(micro_batch) for micro_batch in micro_batches]
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.image_BQC, other.image_BQC) and torch.equal(one.text_BC, other.text_BC)
     results = []
@@ -206,13 +206,14 @@ def test_compiled_dropout_is_repeated(folder: Path) -> None:
         .float()
         .train()
     )
-    stage.visual_encoder.dtype = torch.float32
-    (micro_batch,) = stage._micro_batches(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
+    stage.visual_encoder.dtype = stage.Qformer.dtype = torch.float32
+    (micro_batch,) = stage.micro_batches(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
     with torch.no_grad():
-        eager = stage._encode(micro_batch)
-        stage.Qformer.compile_blocks()
-        first = stage._encode(micro_batch)
-    again = stage._encode(micro_batch)
+        eager = stage.encode(micro_batch)
+        for block in stage.Qformer.bert.encoder.layer:
+            block.compile(dynamic=False)
+        first = stage.encode(micro_batch)
+    again = stage.encode(micro_batch)
     assert torch.equal(first.image_BQC, again.image_BQC) and torch.equal(first.text_BC, again.text_BC)
     # It was compiled: inductor's masks are not those of eager dropout.
     assert not torch.allclose(first.image_BQC, eager.image_BQC, atol=0.01)
@@ -249,7 +250,7 @@ def test_state_is_strict(folder: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in stage.trainable_state().items())
     short = {name: value for name, value in state.items() if name != "temp"}
     for wrong, name in (
-        (short, "lacks temp"),
+        (short, "1 missing, temp first"),
         (state | {"opt_proj.weight": torch.zeros(2, 2)}, "opt_proj.weight"),
         (state | {"itm_head.bias": torch.zeros(3)}, "itm_head.bias"),
     ):
@@ -260,7 +261,7 @@ def test_state_is_strict(folder: Path) -> None:
 
 def test_parts_cover_all_in_few_sizes() -> None:
     for count in range(70):
-        parts = list(_parts(count, 16))
+        parts = list(padded_parts(count, 16))
         assert {part.stop - part.start for part in parts} <= {16, 4}
         covered = [index for part in parts for index in range(part.start, part.stop)]
         assert covered[:count] == list(range(count)) and len(covered) - count < 4

@@ -57,7 +57,7 @@ def exact_stage(config: PretrainConfig, world: World, double: bool = True) -> St
             parameter.add_(torch.randn_like(parameter) * 0.1)
     if double:
         stage.visual_encoder.dtype = torch.float64
-        stage.Qformer._dtype = None
+        stage.Qformer.dtype = torch.float64
         stage.double()
     return stage
 

@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,7 +82,7 @@ class Checkpoints(SavedCheckpoints):
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[CheckpointRecord] | None = None
+        self._pending: Future[None] | None = None
 
     def read(self, record: CheckpointRecord) -> State:
         """Return a checkpoint's state, on the CPU. Raises DamagedCheckpointError."""
@@ -100,41 +100,54 @@ class Checkpoints(SavedCheckpoints):
     def save(
         self,
         state: State,
-        record: CheckpointRecord,
         *,
+        run_id: str,
+        metrics: Mapping[str, float],
         asynchronous: bool,
         keep_last: int,
         committed: Callable[[CheckpointRecord], None],
     ) -> None:
-        """Write a state and commit it; then remove the oldest checkpoints but ``keep_last``.
+        """Write a state and commit it by its record; then remove the oldest checkpoints but ``keep_last``.
 
         Args:
-            record: without path, digests and time, which come with the files.
+            run_id, metrics: for the record.
             asynchronous: return once the state is copied; else when it is committed.
-            committed: called with the completed record, before older checkpoints are removed.
+            committed: called with the record, before older checkpoints are removed.
 
         Raises:
             OSError: the storage did not take it (full disk): what was written of it is removed, and the
                 checkpoints before it stand.
         """
         self.wait()
-        name = f"step-{record.step:08d}.{uuid.uuid4().hex[:12]}"
+        progress = state.progress
+        name = f"step-{progress.step:08d}.{uuid.uuid4().hex[:12]}"
         scratch = contextlib.ExitStack()
         tensors = _copied_tensors(state)
 
-        def finish() -> CheckpointRecord:
+        def finish() -> None:
             try:
                 folder = self._make_folder(name, scratch)
-                _write_state(tensors, state.progress, folder)
-                committed_record = self._commit(name, folder, record)
+                _write_state(tensors, progress, folder)
+                record = CheckpointRecord(
+                    path=name,
+                    stage=f"stage{progress.config['run']['stage']}",
+                    run_id=run_id,
+                    step=progress.step,
+                    samples=progress.samples,
+                    snapshot=progress.snapshot,
+                    sha256={path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+                    metrics=metrics,
+                    created_at=utc_now(),
+                    models=tuple(model.digest for model in progress.models),
+                )
+                self._commit(folder, record)
             except (Exception, CheckpointException) as error:
                 scratch.close()
                 self._remove(name)
                 raise _os_error(error) from error
             scratch.close()
-            committed(committed_record)
+            committed(record)
             self._remove_all_but(keep_last)
-            return committed_record
 
         self._pending = self._writer.submit(finish)
         if not asynchronous:
@@ -162,15 +175,12 @@ class Checkpoints(SavedCheckpoints):
         folder.mkdir(parents=True)
         return folder
 
-    def _commit(self, name: str, folder: Path, record: CheckpointRecord) -> CheckpointRecord:
-        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    def _commit(self, folder: Path, record: CheckpointRecord) -> None:
         if not self.storage.is_local:
-            for file in files:
-                self.storage.put(folder / file, f"{name}/{file}")
-        committed_record = replace(record, path=name, sha256=files, created_at=utc_now())
-        created = self.storage.create(f"{name}.json", committed_record.to_json().encode())
-        assert created, f"{name} was there already"
-        return committed_record
+            for file in record.sha256:
+                self.storage.put(folder / file, f"{record.path}/{file}")
+        created = self.storage.create(f"{record.path}.json", record.to_json().encode())
+        assert created, f"{record.path} was there already"
 
     def _remove_all_but(self, keep_last: int) -> None:
         for record in self.committed()[:-keep_last]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jobs.bench.fixtures.compute import matmul_rate, one_thread, seconds
 from jobs.bench.fixtures.machine import peak_bytes
+from pipeline.models.device import compute_dtype
 from pipeline.rng import seed_for
 from schemas.config import Precision
 from schemas.pretrain import PretrainConfig
@@ -21,7 +22,6 @@ from training.blip2.stage1 import Stage1
 from training.distributed import World
 from training.losses import IGNORED
 from training.models.language import Target
-from training.models.layers import compute_dtype
 from training.models.tokenizer import Texts
 
 Arch = Literal["vitg", "vitl"]

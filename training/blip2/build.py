@@ -3,6 +3,7 @@
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from pipeline.models.device import compute_dtype
 from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -10,7 +11,6 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.distributed import World
 from training.models.language import Decoder, EncoderDecoder, empty_language, load_language
-from training.models.layers import compute_dtype
 from training.models.pretrained import tokenizer_folder
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
@@ -70,13 +70,14 @@ def meta_stage(config: PretrainConfig) -> Stage:
 
 
 def compile_stage(stage: Stage) -> None:
-    """Compile a stage's blocks.
+    """Compile a stage's blocks, each for the shapes it is called with; blocks of one class share the code.
 
     Those of the Q-Former are called for queries, text, captions and pairs, with and without gradient, and half of them
     attend to images: more versions of one function than torch keeps by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    stage.compile_blocks()
+    for block in stage.blocks:
+        block.compile(dynamic=False)
 
 
 def shard_language(language: Decoder | EncoderDecoder) -> None:

@@ -84,7 +84,7 @@ def itm_pairs(micro_batch: MicroBatch, global_batch: GlobalBatch) -> Iterator[It
     # For each text of the step: the row of its negative image in this micro-batch, outside 0 .. B - 1 if it has none.
     rows = global_batch.image_of_text_N - micro_batch.first
     texts = ((rows >= 0) & (rows < micro_batch.size)).nonzero()[0]
-    for part in _parts(len(texts), micro_batch.size):
+    for part in padded_parts(len(texts), micro_batch.size):
         # np.resize repeats the part's texts up to its length.
         padded_texts = np.resize(texts[part], part.stop - part.start)
         weights = np.arange(part.start, part.stop) < len(texts)
@@ -96,7 +96,7 @@ def itm_pairs(micro_batch: MicroBatch, global_batch: GlobalBatch) -> Iterator[It
         )
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
+def padded_parts(count: int, size: int) -> Iterator[slice]:
     """Yield slices of ``size``, then of a quarter of it, that cover ``count``; the last may reach beyond."""
     start, quarter = 0, max(1, size // 4)
     while start < count:

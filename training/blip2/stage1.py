@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
 from training.blip2.micro_batches import GlobalBatch, MicroBatch, itm_pairs
+from training.blip2.stage import QFormerStage
 from training.distributed import World
 from training.losses import (
     IGNORED,
@@ -35,10 +36,7 @@ from training.losses import (
     matching_loss,
     next_tokens,
 )
-from training.models.flops import FORWARD, TRAINED, count_flops
-from training.models.layers import KeyValue, LayerNorm, Linear
-from training.models.parameters import PartlyTrained
-from training.models.qformer import QFormer, initial_queries
+from training.models.layers import KeyValue, Linear, select_images
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
 
@@ -60,7 +58,7 @@ class Encoded:
     text_BC: Tensor
 
 
-class Stage1(PartlyTrained):
+class Stage1(QFormerStage):
     """The Q-Former with its heads on a frozen image encoder.
 
     Args:
@@ -68,7 +66,7 @@ class Stage1(PartlyTrained):
         vision: the encoder.
         tokenizer: of captions; None where no caption is ever given: on ``meta``, in benchmarks.
         world: the ranks.
-        dtype: of the Q-Former's matrix products; None: that of its weights.
+        dtype: of the Q-Former's matrix products.
     """
 
     def __init__(
@@ -77,18 +75,12 @@ class Stage1(PartlyTrained):
         vision: FrozenVision,
         tokenizer: CaptionTokenizer | None,
         world: World,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__()
+        super().__init__(config, vision, world, text=True, dtype=dtype)
         shape = config.qformer
-        self.config = config
-        self.world = world
         self.tokenizer = tokenizer
         self.begin_id = tokenizer.begin_id if tokenizer else shape.vocab_size - 1
-        self.visual_encoder = vision
-        self.ln_vision = LayerNorm(vision.width)
-        self.Qformer = QFormer(shape, vision.width, dtype=dtype)
-        self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
         self.vision_proj = Linear(shape.width, shape.projection_width)
         self.text_proj = Linear(shape.width, shape.projection_width)
         self.itm_head = Linear(shape.width, 2)
@@ -98,7 +90,7 @@ class Stage1(PartlyTrained):
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> list[KeyValue | None]:
         """Return the keys and values of images for the Q-Former."""
-        return self._project(self.visual_encoder(pixels_BCHW))
+        return self.project(self.visual_encoder(pixels_BCHW))
 
     def embed_images(self, image: list[KeyValue | None]) -> tuple[Tensor, list[KeyValue]]:
         """Return normalised embeddings (B, Q, C) of images, and the queries' keys and values for captions."""
@@ -117,22 +109,13 @@ class Stage1(PartlyTrained):
         hidden_RQD = self.Qformer.pairs(self.query_tokens, texts.ids_BL, texts.mask_BL, image)
         return self.itm_head(hidden_RQD.to(self.temp.dtype))
 
-    def _project(self, features_BPE: Tensor) -> list[KeyValue | None]:
-        return self.Qformer.project_image(self.ln_vision(features_BPE.to(self.Qformer.dtype)))
-
     def _embed(self, head: Linear, hidden: Tensor) -> Tensor:
         return F.normalize(head(hidden.to(self.temp.dtype)), dim=-1)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
-        """Add to ``.grad`` what this rank has of the gradient of the step's mean loss; set torch's generators.
-
-        The sum over the ranks is the gradient.
-
-        Returns:
-            The losses of the whole step, the same on every rank.
-        """
+        """Compute ITC, ITM and ITG over the step and their gradient; see the base class."""
         assert self.tokenizer is not None, "a stage that is trained has a tokenizer"
         texts = self.tokenizer(batch.captions)
         return self.step(batch.pixels_BCHW, texts, batch.uids, batch.position, micro_batch_size)
@@ -146,9 +129,9 @@ class Stage1(PartlyTrained):
             uids: of the images: no caption of an image is its negative.
             position: a number that no other step of the run has.
         """
-        micro_batches = list(self._micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
+        micro_batches = list(self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
         if len(micro_batches) == 1:
-            encoded = self._encode(micro_batches[0])
+            encoded = self.encode(micro_batches[0])
             kept: list[Encoded | None] = [encoded]
             embeddings = [(encoded.image_BQC.detach(), encoded.text_BC.detach())]
         else:
@@ -156,11 +139,11 @@ class Stage1(PartlyTrained):
             kept = [None] * len(micro_batches)
             with torch.no_grad():
                 embeddings = [
-                    (encoded.image_BQC, encoded.text_BC) for encoded in map(self._encode, micro_batches)
+                    (encoded.image_BQC, encoded.text_BC) for encoded in map(self.encode, micro_batches)
                 ]
-        global_batch = self._global_batch(embeddings, texts, uids, position)
+        global_batch = self.global_batch(embeddings, texts, uids, position)
         parts = [
-            self._backward(micro_batch, encoded or self._encode(micro_batch), global_batch)
+            self._backward(micro_batch, encoded or self.encode(micro_batch), global_batch)
             for micro_batch, encoded in zip(micro_batches, kept, strict=True)
         ]
         itc, itm, itg, itm_accuracy = self.world.sum(torch.stack(parts).sum(dim=0))
@@ -175,10 +158,11 @@ class Stage1(PartlyTrained):
             "temperature": self.temp.detach().clone(),
         }
 
-    def _micro_batches(
+    def micro_batches(
         self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int
     ) -> Iterator[MicroBatch]:
-        device, local = self.temp.device, len(pixels_BCHW)
+        """Yield the micro-batches of this rank, each with its images encoded."""
+        device, local = self.device, len(pixels_BCHW)
         labels_BL = next_tokens(texts.ids_BL, texts.mask_BL)
         for index, start in enumerate(range(0, local, size)):
             rows = slice(start, min(start + size, local))
@@ -194,9 +178,10 @@ class Stage1(PartlyTrained):
                 seed=seed_for("dropout", self.config.run.seed, position, self.world.rank, index),
             )
 
-    def _encode(self, micro_batch: MicroBatch) -> Encoded:
+    def encode(self, micro_batch: MicroBatch) -> Encoded:
+        """Compute ITC's embeddings of a micro-batch, with the same dropout each time."""
         torch.manual_seed(micro_batch.seed)
-        projected = self._project(micro_batch.features_BPE)
+        projected = self.project(micro_batch.features_BPE)
         # Detached: the losses' gradients add up at these leaves and pass through the projection once, in _backward.
         image = [
             key_value and tuple(part.detach().requires_grad_(part.requires_grad) for part in key_value)
@@ -212,10 +197,11 @@ class Stage1(PartlyTrained):
         )
 
     @torch.no_grad()
-    def _global_batch(
+    def global_batch(
         self, embeddings: list[tuple[Tensor, Tensor]], texts: Texts, uids: Sequence[str], position: int
     ) -> GlobalBatch:
-        device, gather = self.temp.device, self.world.all_gather
+        """Gather the embeddings and tokens of all ranks, and draw ITM's negatives from them."""
+        device, gather = self.device, self.world.all_gather
         image_NQC, text_NC = (gather(torch.cat(parts)) for parts in zip(*embeddings, strict=True))
         all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
         # Two images may have equal captions, and two samples the same image: neither's text is a negative of the other.
@@ -253,7 +239,7 @@ class Stage1(PartlyTrained):
             global_batch.image_NQC,
             global_batch.text_NC,
             self.temp,
-            torch.arange(micro_batch.first, micro_batch.first + micro_batch.size, device=self.temp.device),
+            torch.arange(micro_batch.first, micro_batch.first + micro_batch.size, device=self.device),
             objective.label_smoothing,
         ).div(global_batch.size)
         # ITG: the mean over the tokens of the step. The text begins with [DEC] in place of [CLS] (section 3.2).
@@ -268,12 +254,7 @@ class Stage1(PartlyTrained):
         # ITM: the mean over 3 N pairs: each image with its own text, each image and each text with a negative.
         itm = accuracy = torch.zeros_like(itc)
         for pairs in itm_pairs(micro_batch, global_batch):
-            image = encoded.image
-            if pairs.rows_R is not None:
-                image = [
-                    key_value and tuple(part.index_select(0, pairs.rows_R) for part in key_value)
-                    for key_value in image
-                ]
+            image = encoded.image if pairs.rows_R is None else select_images(encoded.image, pairs.rows_R)
             loss, num_correct = matching_loss(self.match(image, pairs.texts), pairs.labels_R, pairs.weights_R)
             loss = loss / (3 * global_batch.size)
             (objective.itm * loss).backward()
@@ -285,32 +266,15 @@ class Stage1(PartlyTrained):
         torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
         return torch.stack((itc.detach(), itm, itg.detach(), accuracy))
 
-    # -- cost ---------------------------------------------------------------------------------------------------
-
-    def flops_per_sample(self) -> float:
-        """Return the FLOP of one sample's step, without the second computation of a micro-batch."""
-        return FORWARD * count_flops(self._flops_of_vision) + TRAINED * count_flops(self._flops_of_qformer)
-
-    def _flops_of_vision(self) -> None:
-        size = self.config.data.image_size_px
-        self.visual_encoder(torch.empty(1, 3, size, size, dtype=torch.uint8, device=self.temp.device))
-
-    def _flops_of_qformer(self) -> None:
-        """Compute what one sample needs: its text for ITC and ITG, three pairs for ITM, one projection of the image."""
-        vision, device, length = self.visual_encoder, self.temp.device, self.config.qformer.max_text_tokens
+    def compute_sample(self, features_1PE: Tensor) -> None:
+        """Compute one sample: its text for ITC and ITG, three pairs for ITM, one projection of the image."""
+        shape = 3, self.config.qformer.max_text_tokens
         texts = Texts(
-            ids_BL=torch.zeros(3, length, dtype=torch.long, device=device),
-            mask_BL=torch.ones(3, length, dtype=torch.bool, device=device),
+            ids_BL=torch.zeros(shape, dtype=torch.long, device=self.device),
+            mask_BL=torch.ones(shape, dtype=torch.bool, device=self.device),
         )
-        image = self._project(
-            torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device)
-        )
+        image = self.project(features_1PE)
         _, queries = self.embed_images(image)
         self.embed_texts(texts[:1])
         self.Qformer.logits(self.Qformer.captions(texts.ids_BL[:1], queries)[0, 1:])
         self.match(image, texts)
-
-    def compile_blocks(self) -> None:
-        """Compile the blocks of the image encoder and of the Q-Former."""
-        self.visual_encoder.compile_blocks()
-        self.Qformer.compile_blocks()

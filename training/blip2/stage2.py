@@ -11,23 +11,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
+from training.blip2.stage import QFormerStage
 from training.distributed import World
-from training.models.flops import FORWARD, THROUGH, TRAINED, count_flops
+from training.models.flops import THROUGH, count_flops
 from training.models.language import Decoder, EncoderDecoder, Target, empty_language
-from training.models.layers import LayerNorm, Linear
-from training.models.parameters import PartlyTrained
-from training.models.qformer import QFormer, initial_queries
+from training.models.layers import Linear
 from training.models.vision import FrozenVision
 
 if TYPE_CHECKING:
     from training.data.loader import Batch
 
 
-class Stage2(PartlyTrained):
+class Stage2(QFormerStage):
     """The Q-Former between a frozen image encoder and a frozen language model.
 
     Args:
@@ -35,7 +34,7 @@ class Stage2(PartlyTrained):
         vision: the image encoder.
         language: the language model.
         world: the ranks.
-        dtype: of the Q-Former's matrix products; None: that of its weights.
+        dtype: of the Q-Former's matrix products.
     """
 
     def __init__(
@@ -44,19 +43,12 @@ class Stage2(PartlyTrained):
         vision: FrozenVision,
         language: Decoder | EncoderDecoder,
         world: World,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        shape = config.qformer
-        self.config = config
-        self.world = world
-        self.visual_encoder = vision
-        self.ln_vision = LayerNorm(vision.width)
-        self.Qformer = QFormer(shape, vision.width, text=False, dtype=dtype)
-        self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
-        self.projection_name = f"{language.name}_proj"
+        super().__init__(config, vision, world, text=False, dtype=dtype)
         # "opt_proj" or "t5_proj", as in LAVIS.
-        self.add_module(self.projection_name, Linear(shape.width, language.width))
+        self.projection_name = f"{language.name}_proj"
+        self.add_module(self.projection_name, Linear(config.qformer.width, language.width))
         self.language = language
 
     def soft_prompt(self, pixels_BCHW: Tensor) -> Tensor:
@@ -64,18 +56,11 @@ class Stage2(PartlyTrained):
         return self._prompt(self.visual_encoder(pixels_BCHW)).to(self.language.dtype)
 
     def _prompt(self, features_BPE: Tensor) -> Tensor:
-        image = self.Qformer.project_image(self.ln_vision(features_BPE.to(self.Qformer.dtype)))
-        hidden_BQD, _ = self.Qformer.queries(self.query_tokens, image)
+        hidden_BQD, _ = self.Qformer.queries(self.query_tokens, self.project(features_BPE))
         return self.get_submodule(self.projection_name)(hidden_BQD)
 
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
-        """Add to ``.grad`` what this rank has of the gradient of the step's mean loss; set torch's generators.
-
-        The mean is over the tokens of the whole step. The sum over the ranks is the gradient.
-
-        Returns:
-            The loss of the whole step, the same on every rank.
-        """
+        """Compute the language model's loss, the mean over the step's tokens, and its gradient; see the base class."""
         size = micro_batch_size or len(batch.uids)
         seed = seed_for(self.config.run.seed, batch.position)
         micro_batches = [slice(start, start + size) for start in range(0, len(batch.uids), size)]
@@ -91,7 +76,7 @@ class Stage2(PartlyTrained):
         Args:
             position: a number that no other step of the run has.
         """
-        device, dtype = self.query_tokens.device, self.query_tokens.dtype
+        device, dtype = self.device, self.query_tokens.dtype
         num_tokens = self.world.sum(
             torch.tensor(float(sum(target.num_tokens for target in targets)), device=device, dtype=dtype)
         )
@@ -109,33 +94,21 @@ class Stage2(PartlyTrained):
             total += loss.detach() / num_tokens
         return {"loss": self.world.sum(total)}
 
-    # -- cost ---------------------------------------------------------------------------------------------------
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks that are compiled, the language model's too."""
+        return [*super().blocks, *self.language.blocks]
+
+    def compute_sample(self, features_1PE: Tensor) -> None:
+        """Compute the soft prompt of one image."""
+        self._prompt(features_1PE)
 
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, its caption of usual length."""
-        return (
-            FORWARD * count_flops(self._flops_of_vision)
-            + TRAINED * count_flops(self._flops_of_qformer)
-            + THROUGH * count_flops(self._flops_of_language)
-        )
+        return super().flops_per_sample() + THROUGH * count_flops(self._pass_through_language)
 
-    def _flops_of_vision(self) -> None:
-        size, device = self.config.data.image_size_px, self.query_tokens.device
-        self.visual_encoder(torch.empty(1, 3, size, size, dtype=torch.uint8, device=device))
-
-    def _flops_of_qformer(self) -> None:
-        vision, device = self.visual_encoder, self.query_tokens.device
-        self._prompt(torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device))
-
-    def _flops_of_language(self) -> None:
+    def _pass_through_language(self) -> None:
         # On a copy on "meta": a forward pass of a model that is sharded over the ranks needs all of them.
         copy = empty_language(self.language.config, "meta")
         shape = (1, self.config.qformer.num_queries, copy.width)
         copy.typical_forward(torch.empty(shape, dtype=copy.dtype, device="meta"))
-
-    def compile_blocks(self) -> None:
-        """Compile the blocks of the image encoder, the Q-Former and the language model."""
-        self.visual_encoder.compile_blocks()
-        self.Qformer.compile_blocks()
-        for block in self.language.blocks:
-            block.compile(dynamic=False)

@@ -47,7 +47,8 @@ def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
     if folder.is_dir() and any(folder.iterdir()):
         raise CapfiltError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    vision, unmapped_vision = to_hf(_vision_state(stage.visual_encoder))
+    tower = stage.visual_encoder.tower.state_dict()
+    vision, unmapped_vision = to_hf({f"visual_encoder.{name}": tensor for name, tensor in tower.items()})
     if unmapped_vision:
         save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
         kind = "capfilt"
@@ -157,10 +158,6 @@ def _processor(
     )
     # A copy: the processor adds a token to it.
     return Blip2Processor(images, copy.deepcopy(tokenizer), num_query_tokens=num_query_tokens)
-
-
-def _vision_state(vision: FrozenVision) -> dict[str, Tensor]:
-    return {f"visual_encoder.{name}": tensor for name, tensor in vision.tower.state_dict().items()}
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from schemas.names import printable
 
 Family = Literal["opt", "t5"]
 
-# (LAVIS, Hugging Face). {n}: a number; {cross}: "cross" or nothing; {rest}: anything. The first match counts.
+# (LAVIS, Hugging Face). {n}: a number; {cross}: "cross" or nothing; {family}: of the language model; {rest}: anything.
+# The first match counts.
 _PAIRS = (
     ("query_tokens", "query_tokens"),
     ("ln_vision.{rest}", "vision_model.post_layernorm.{rest}"),
@@ -31,6 +32,8 @@ _PAIRS = (
     ("vision_proj.{rest}", "vision_projection.{rest}"),
     ("text_proj.{rest}", "text_projection.{rest}"),
     ("itm_head.{rest}", "itm_head.{rest}"),
+    ("{family}_proj.{rest}", "language_projection.{rest}"),
+    ("language_model.{rest}", "language_model.{rest}"),
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     ("visual_encoder.patch_embed.proj.{rest}", "vision_model.embeddings.patch_embedding.{rest}"),
@@ -43,7 +46,7 @@ _PAIRS = (
     ),
     ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
 )
-_FIELDS = {"n": r"\d+", "cross": "(?:cross)?", "rest": ".+"}
+_FIELDS = {"n": r"\d+", "cross": "(?:cross)?", "family": "opt|t5", "rest": ".+"}
 _QKV_BIAS = "vision_model.encoder.layers.{}.self_attn.qkv.bias"
 _LAVIS_BIAS = re.compile(r"visual_encoder\.blocks\.(\d+)\.attn\.([qv])_bias")
 _HF_BIAS = re.compile(re.escape(_QKV_BIAS).replace(r"\{\}", r"(\d+)"))
@@ -62,20 +65,12 @@ _FROM_HF = [(_pattern(hf), lavis) for lavis, hf in _PAIRS]
 
 def hf_name(name: str) -> str | None:
     """Return Hugging Face's name of a tensor; None if its classes do not have it."""
-    if name.startswith(("opt_proj.", "t5_proj.")):
-        return f"language_projection.{name.partition('.')[2]}"
-    if name.startswith("language_model."):
-        return name
     return _rename(name, _TO_HF)
 
 
 def lavis_name(name: str, family: Family | None) -> str | None:
     """Return LAVIS's name of a tensor of Hugging Face's; ``family`` is that of its language model."""
-    if name.startswith("language_projection."):
-        return f"{family}_proj.{name.partition('.')[2]}"
-    if name.startswith("language_model."):
-        return name
-    return _rename(name, _FROM_HF)
+    return _rename(name, _FROM_HF, family)
 
 
 def to_hf(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -120,8 +115,8 @@ def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) ->
     return renamed
 
 
-def _rename(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
+def _rename(name: str, table: list[tuple[re.Pattern[str], str]], family: Family | None = None) -> str | None:
     for pattern, template in table:
         if match := pattern.fullmatch(name):
-            return template.format(**match.groupdict())
+            return template.format(**{"family": family, **match.groupdict()})
     return None

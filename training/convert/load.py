@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.models.checks import require_finite_weights
-from pipeline.models.model_files import read_object
 from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -18,13 +15,7 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.checkpoint import read_model, recorded_config
 from training.convert.key_map import hf_name
-from training.convert.read import (
-    OWN_CONFIG_FILE,
-    ExternalCheckpoint,
-    read_external,
-    require_same_shapes,
-    stage_state,
-)
+from training.convert.read import ExternalCheckpoint, read_external, require_same_shapes, stage_state
 from training.distributed import World
 from training.models.vision import FrozenVision
 
@@ -49,17 +40,18 @@ def load_trained(
     Raises:
         CapfiltError: it does not load, or the config is of another architecture.
     """
-    own_config: Mapping[str, Any] | None
     external = read_external(path)
     if external is not None:
-        given, own_config = external.trained, _exported_config(Path(path).expanduser())
+        given, values = external.trained, external.config
     else:
         state = read_model(path)[1]
-        given, own_config = state.model, state.progress.config
-    config_hint = (
-        "" if config is not None else f" (from the config that came with {path}; -c RECIPE replaces it)"
-    )
-    config = config or _parsed(own_config, path)
+        given, values = state.model, state.progress.config
+    config_hint = ""
+    if config is None:
+        if values is None:
+            raise CapfiltError(f"{path} has no config; name its recipe with -c, as blip2-stage1-vitg.toml")
+        config = recorded_config(values, path)
+        config_hint = f" (from the config that came with {path}; -c RECIPE replaces it)"
     # Not compiled: an evaluation has many shapes, and compiling each takes longer than it saves.
     changes = {"compile": False, "precision": precision}
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
@@ -99,17 +91,6 @@ def _filled_up(given: dict[str, Tensor], fresh: dict[str, Tensor], path: str) ->
             path,
         )
     return given | unmapped
-
-
-def _exported_config(folder: Path) -> dict[str, Any] | None:
-    path = folder / OWN_CONFIG_FILE
-    return read_object(path).get("config") if path.is_file() else None
-
-
-def _parsed(values: Any, path: str) -> PretrainConfig:
-    if values is None:
-        raise CapfiltError(f"{path} has no config; name its recipe with -c, as blip2-stage1-vitg.toml")
-    return recorded_config(values, path)
 
 
 def _load_vision(vision: FrozenVision, external: ExternalCheckpoint) -> None:

@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from pipeline.models.model_files import (
     wrong_file,
 )
 from schemas.errors import CapfiltError, first_line
-from schemas.names import printable
+from schemas.names import printable, shown
 from training.convert.key_map import Family, from_hf
+from training.models.parameters import tensor_differences
 
 # Beside a Hugging Face export: the tensors that its classes do not have.
 EXTRA_FILE = "capfilt_extra.safetensors"
@@ -51,12 +52,15 @@ _PROJECTION = re.compile(r"(opt|t5)_proj\..+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalCheckpoint:
-    """Weights under LAVIS's names, and the format that they were read from."""
+    """Weights under LAVIS's names, and the format that they were read from.
+
+    ``config``: the run's, which capfilt's exports have; it is not checked yet.
+    """
 
     kind: Literal["lavis", "huggingface", "capfilt"]
     path: str
     tensors: dict[str, Tensor]
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -78,11 +82,7 @@ class ExternalCheckpoint:
     def vision(self) -> dict[str, Tensor]:
         """The image encoder's tensors, by their names in it; empty for most of LAVIS's files."""
         prefix = "visual_encoder."
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def read_external(path: str) -> ExternalCheckpoint | None:
@@ -169,7 +169,7 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
     config = read_object(folder / "config.json")
     if config.get("model_type") != "blip-2":
         raise CapfiltError(
-            f"{folder} is a {_shown(config.get('model_type'))} model; only 'blip-2' models can be read"
+            f"{folder} is a {shown(config.get('model_type'))} model; only 'blip-2' models can be read"
         )
     tensors: dict[str, Tensor] = {}
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
@@ -178,10 +178,11 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
     for path in files:
         tensors |= _read_safetensors(path)
     renamed = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
-    extra = folder / EXTRA_FILE
-    if extra.is_file():
-        renamed |= _read_safetensors(extra)
-    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=renamed, config=config)
+    if (folder / EXTRA_FILE).is_file():
+        renamed |= _read_safetensors(folder / EXTRA_FILE)
+    own_config = folder / OWN_CONFIG_FILE
+    run_config = read_object(own_config).get("config") if own_config.is_file() else None
+    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=renamed, config=run_config)
 
 
 def read_own(folder: Path) -> ExternalCheckpoint:
@@ -189,12 +190,12 @@ def read_own(folder: Path) -> ExternalCheckpoint:
     config = read_object(folder / OWN_CONFIG_FILE)
     if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
         raise CapfiltError(
-            f"{folder / OWN_CONFIG_FILE} is of format {_shown(config.get('format'))}, version "
-            f"{_shown(config.get('version'))}; "
+            f"{folder / OWN_CONFIG_FILE} is of format {shown(config.get('format'))}, version "
+            f"{shown(config.get('version'))}; "
             f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
         )
     tensors = unwrapped_names(_read_safetensors(folder / OWN_WEIGHTS_FILE))
-    return ExternalCheckpoint(kind="capfilt", path=str(folder), tensors=tensors, config=config)
+    return ExternalCheckpoint(kind="capfilt", path=str(folder), tensors=tensors, config=config.get("config"))
 
 
 def stage_state(
@@ -231,26 +232,9 @@ def require_same_shapes(
         state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
         if not any(_PROJECTION.fullmatch(name) for name in state):
             state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
-    if problems := _problems(state, fresh):
+    if problems := tensor_differences(state, fresh):
         raise CapfiltError(f"{where} is not a checkpoint of this stage {stage} model: {problems}")
     return state
-
-
-def _problems(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Return how two sets of tensors differ, with the first name of each kind."""
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    parts = [
-        f"{len(names)} {kind}, {printable(names[0])} first"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if reshaped:
-        name = reshaped[0]
-        shapes = f"{tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        parts.append(f"{len(reshaped)} of another shape, {name} first ({shapes})")
-    return "; ".join(parts)
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
@@ -261,14 +245,9 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
     model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
     if model_type not in ("opt", "t5"):
         raise CapfiltError(
-            f"{folder}: its language model is {_shown(model_type)}; only opt and t5 can be read"
+            f"{folder}: its language model is {shown(model_type)}; only opt and t5 can be read"
         )
     return model_type
-
-
-def _shown(value: Any) -> str:
-    """Return a value of the file, for a message."""
-    return printable(repr(value))[:40]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ width, V its vocabulary.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -124,6 +122,7 @@ class Decoder(FrozenLanguage):
     """OPT: the soft prompt, then the caption, each token of which is predicted, the leading ``</s>`` included."""
 
     name = "opt"
+    model_class = OPTForCausalLM
     # Generation continues where a prompt ends, so that padding must come before it.
     padding_side = "left"
 
@@ -179,6 +178,7 @@ class EncoderDecoder(FrozenLanguage):
     """FlanT5: the encoder takes the soft prompt and the first words of a caption, the decoder predicts the others."""
 
     name = "t5"
+    model_class = T5ForConditionalGeneration
     padding_side = "right"
 
     @property
@@ -250,35 +250,35 @@ def split_caption(caption: str, uid: str, seed: int) -> tuple[str, str]:
     return " ".join(words[:split]), " ".join(words[split:])
 
 
+_FAMILIES = {"opt": Decoder, "t5": EncoderDecoder}
+
+
 def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
     """Load the language model that ``[language]`` names, on the CPU.
 
     Raises:
         CapfiltError: no such model, a file is missing, or it is of another family.
     """
-    where = "language.model"
-    _check_family(config, config_file(config.model, config.revision, where))
+    where, family = "language.model", _FAMILIES[config.family]
+    _require_family(config, config_file(config.model, config.revision, where).get("model_type"))
     folder = model_folder(config.model, config.revision, where)
-    model_class = OPTForCausalLM if config.family == "opt" else T5ForConditionalGeneration
-    model = load_model(model_class, folder, where, dtype=DTYPES[config.precision])
+    model = load_model(family.model_class, folder, where, dtype=DTYPES[config.precision])
     if config.family == "t5":
         _use_exact_gelu(model)
-    folder = tokenizer_folder(config.model, config.revision, where)
-    return _frozen(config, model, load_tokenizer(folder, where))
+    tokenizer = load_tokenizer(tokenizer_folder(config.model, config.revision, where), where)
+    return family(config, model, tokenizer)
 
 
 def empty_language(config: LanguageConfig, device: torch.device | str) -> Decoder | EncoderDecoder:
     """Build the language model that ``[language]`` names without its weights: on ``meta``, or at random on a device."""
-    with torch.device(device):
-        shape = language_shape(config)
-        model_class = OPTForCausalLM if config.family == "opt" else T5ForConditionalGeneration
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[config.precision])
-        try:
-            model = model_class(shape)
-        finally:
-            torch.set_default_dtype(default)
-    return _frozen(config, model, None)
+    family, default = _FAMILIES[config.family], torch.get_default_dtype()
+    shape = language_shape(config)
+    torch.set_default_dtype(DTYPES[config.precision])
+    try:
+        with torch.device(device):
+            return family(config, family.model_class(shape), None)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def language_shape(config: LanguageConfig) -> PretrainedConfig:
@@ -290,37 +290,26 @@ def language_shape(config: LanguageConfig) -> PretrainedConfig:
     values = _PUBLISHED.get(config.model)
     if values is None:
         values = config_file(config.model, config.revision, "language.model")
-        _check_family(config, values)
-    elif (config.family == "opt") != ("ffn_dim" in values):
-        raise _other_family(config, "t5" if config.family == "opt" else "opt")
-    kind = OPTConfig if config.family == "opt" else T5Config
+        _require_family(config, values.get("model_type"))
+    else:
+        _require_family(config, "opt" if "ffn_dim" in values else "t5")
+    kind = _FAMILIES[config.family].model_class.config_class
     return model_config(kind, values, Path(config.model) / "config.json")
 
 
-def _frozen(
-    config: LanguageConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
-) -> Decoder | EncoderDecoder:
-    family = Decoder if config.family == "opt" else EncoderDecoder
-    return family(config, model, tokenizer)
-
-
-def _check_family(config: LanguageConfig, values: Mapping[str, Any]) -> None:
-    if values.get("model_type") != config.family:
-        raise _other_family(config, printable(str(values.get("model_type", "unknown")))[:40])
-
-
-def _other_family(config: LanguageConfig, family: str) -> CapfiltError:
-    return CapfiltError(
-        f"language.model = {config.model!r} is of the family {family!r}; language.family = {config.family!r}"
-    )
+def _require_family(config: LanguageConfig, family: object) -> None:
+    if family != config.family:
+        raise CapfiltError(
+            f"language.model = {config.model!r} is of the family {printable(str(family or 'unknown'))[:40]!r}; "
+            f"language.family = {config.family!r}"
+        )
 
 
 def _use_exact_gelu(model: T5ForConditionalGeneration) -> None:
     """Replace the tanh approximation by GELU, as LAVIS does and BLIP-2 was trained."""
     model.config.dense_act_fn = "gelu"
     for block in (*model.encoder.block, *model.decoder.block):
-        feed_forward = block.layer[-1].DenseReluDense
-        feed_forward.act = nn.GELU()
+        block.layer[-1].DenseReluDense.act = nn.GELU()
 
 
 def _target_positions(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,12 @@ The legend of the names: B rows, S tokens, Q queries of them, K tokens attended 
 heads, d = D / H.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schemas.config import Precision
 from schemas.pretrain import QFormerConfig
 
 # The epsilon of BERT's norms.
@@ -21,15 +22,12 @@ NORM_EPS = 1e-12
 KeyValue = tuple[Tensor, Tensor]
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
-    match precision:
-        case "bf16":
-            return torch.bfloat16
-        case "fp32":
-            return torch.float32
-        case _:
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
+def select_images(image: list[KeyValue | None], rows_R: Tensor) -> list[KeyValue | None]:
+    """Return the keys and values of some images of a batch, for every block that has them."""
+    return [
+        key_value and (key_value[0].index_select(0, rows_R), key_value[1].index_select(0, rows_R))
+        for key_value in image
+    ]
 
 
 class Linear(nn.Linear):
@@ -72,15 +70,8 @@ class Projections(nn.Module):
         """Project queries: (B, H, S, d)."""
         return self.query(hidden_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_and_values(self, source_BKE: Tensor) -> KeyValue:
-        """Project keys and values in one product."""
-        return self._fused((self.key, self.value), source_BKE)
-
-    def all_three(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project queries, keys and values of one sequence in one product."""
-        return self._fused((self.query, self.key, self.value), hidden_BSD)
-
-    def _fused(self, layers: tuple[Linear, ...], source_BKE: Tensor) -> tuple[Tensor, ...]:
+    def fused(self, layers: Sequence[Linear], source_BKE: Tensor) -> tuple[Tensor, ...]:
+        """Project by some of the three layers in one product: each (B, H, K, d)."""
         weight = torch.cat([layer.weight for layer in layers]).to(source_BKE.dtype)
         bias = torch.cat([layer.bias for layer in layers]).to(source_BKE.dtype)
         # One matrix product with the layers' weights below one another: (B, K, 3 D) for three layers.
@@ -128,11 +119,16 @@ class Attention(nn.Module):
         self, hidden_BSD: Tensor, mask: Tensor | None, prefix: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
         """Attend to the prefix, if any, and to the sequence; return its keys and values too."""
-        query, key, value = self.self.all_three(hidden_BSD)
+        layers = self.self.query, self.self.key, self.self.value
+        query, key, value = self.self.fused(layers, hidden_BSD)
         key_value = key, value
         if prefix is not None:
             key_value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
         return self._attend(query, key_value, mask, hidden_BSD), (key, value)
+
+    def project_image(self, image_BPE: Tensor) -> KeyValue:
+        """Return the keys and values of an image for ``to_image``."""
+        return self.self.fused((self.self.key, self.self.value), image_BPE)
 
     def to_image(self, hidden_BQD: Tensor, image: KeyValue) -> Tensor:
         """Attend to an image; B may be a multiple of the number of images."""
@@ -145,5 +141,6 @@ class Attention(nn.Module):
         self, query: Tensor, key_value: KeyValue, mask: Tensor | None, residual_BSD: Tensor
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        # dropout(softmax(Q K^T / sqrt(d) + mask)) V
         attended = F.scaled_dot_product_attention(query, *key_value, attn_mask=mask, dropout_p=dropout)
         return self.output(attended.transpose(1, 2).reshape(residual_BSD.shape), residual_BSD)

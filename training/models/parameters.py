@@ -1,18 +1,39 @@
-"""A model of frozen and trained parts; its trained parameters, by name, are what a checkpoint contains."""
+"""What a training loop trains: a model of frozen and trained parts, whose trained parameters a checkpoint contains."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from schemas.errors import CapfiltError
+from schemas.names import printable
 
 
-class PartlyTrained(nn.Module):
-    """The base of a model whose trained parameters are those that require a gradient."""
+class PartlyTrained(nn.Module, ABC):
+    """A model whose trained parameters are those that require a gradient; what is frozen stays in evaluation mode.
+
+    Its random numbers depend on the run's seed, ``batch.position`` and the rank alone: a checkpoint need not contain
+    the state of a generator.
+    """
+
+    @abstractmethod
+    def training_step(self, batch: Any, micro_batch_size: int) -> dict[str, Tensor]:
+        """Add to ``.grad`` what this rank has of the gradient of the step's mean loss; set torch's generators.
+
+        ``batch`` is a ``training.data.loader.Batch``. The sum over the ranks is the gradient.
+
+        Returns:
+            The losses of the whole step, detached, the same on every rank.
+        """
+
+    @abstractmethod
+    def flops_per_sample(self) -> float:
+        """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
 
     def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trainable parameters, in the order of the modules."""
+        """Yield the trainable parameters, in the order of the modules: the same on every rank."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -27,20 +48,26 @@ class PartlyTrained(nn.Module):
             CapfiltError: a tensor is missing, unexpected or of another shape; nothing is set.
         """
         parameters = dict(self.trainable_named_parameters())
-        for name, parameter in parameters.items():
-            if name not in state:
-                raise CapfiltError(
-                    f"the checkpoint lacks {name}: it is of another stage or another [qformer]"
-                )
-            if state[name].shape != parameter.shape:
-                raise CapfiltError(
-                    f"the checkpoint's {name} is {tuple(state[name].shape)} and the model's {tuple(parameter.shape)}: "
-                    "it is of another [vision], [qformer] or [language]"
-                )
-        for name in state:
-            if name not in parameters:
-                raise CapfiltError(
-                    f"the checkpoint has {name}, which the model lacks: it is of another stage or another [qformer]"
-                )
+        if differences := tensor_differences(state, parameters):
+            raise CapfiltError(
+                f"the checkpoint is of another stage, [vision], [qformer] or [language]: {differences}"
+            )
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+
+
+def tensor_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Return how the names and shapes of two sets of tensors differ, with the first name of each kind, or nothing."""
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    reshaped = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    parts = [
+        f"{len(names)} {kind}, {printable(names[0])} first"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        parts.append(f"{len(reshaped)} of another shape, {name} first ({shapes})")
+    return "; ".join(parts)

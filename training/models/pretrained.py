@@ -51,9 +51,8 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
     """Return a model's config.json; raises as ``model_folder``."""
-    return read_object(
-        _folder(name, revision, where, ("config.json",), _first_missing_config) / "config.json", where
-    )
+    folder = _folder(name, revision, where, ("config.json",), _first_missing_config)
+    return read_object(folder / "config.json", where)
 
 
 def _folder(

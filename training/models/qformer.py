@@ -64,6 +64,8 @@ class Block(nn.Module):
         hidden_BSD, key_value = self.attention(hidden_BSD, mask, prefix)
         if not num_queries:
             return self.output(self.intermediate(hidden_BSD), hidden_BSD), key_value
+        # Section 3.1: after the self-attention that both share, queries attend to the image and have their own
+        # feed-forward network; text has BERT's.
         queries_BQD = hidden_BSD[:, :num_queries]
         if self.attends_to_image:
             queries_BQD = self.crossattention.to_image(queries_BQD, image)  # type: ignore[arg-type]  # given, then
@@ -73,17 +75,6 @@ class Block(nn.Module):
         text_BLD = hidden_BSD[:, num_queries:]
         text_BLD = self.output(self.intermediate(text_BLD), text_BLD)
         return torch.cat((queries_BQD, text_BLD), dim=1), key_value
-
-
-class Encoder(nn.Module):
-    """The blocks."""
-
-    def __init__(self, config: QFormerConfig, image_width: int, text: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(
-            Block(config, image_width, index % config.cross_attention_every == 0, text)
-            for index in range(config.layers)
-        )
 
 
 class Embeddings(nn.Module):
@@ -107,15 +98,6 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(embedded_BSD).to(dtype))
 
 
-class Bert(nn.Module):
-    """Embeddings and blocks."""
-
-    def __init__(self, config: QFormerConfig, image_width: int, text: bool) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(config, text)
-        self.encoder = Encoder(config, image_width, text)
-
-
 class _Transform(nn.Module):
     """The layer before BERT's output matrix."""
 
@@ -128,23 +110,6 @@ class _Transform(nn.Module):
         return self.LayerNorm(F.gelu(self.dense(hidden_TD)))
 
 
-class _Predictions(nn.Module):
-    """BERT's masked-language head without its matrix, which is tied to the token embeddings."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.transform = _Transform(config.width)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-
-class _Head(nn.Module):
-    """A level of BERT's names: ``cls.predictions``."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.predictions = _Predictions(config)
-
-
 class QFormer(nn.Module):
     """The Q-Former on images of a width.
 
@@ -152,28 +117,37 @@ class QFormer(nn.Module):
         config: its shape.
         image_width: E.
         text: whether it has the text side (stage 1) or queries alone (stage 2).
-        dtype: of the matrix products; None: that of the weights.
+        dtype: of the matrix products.
     """
 
     def __init__(
-        self, config: QFormerConfig, image_width: int, *, text: bool = True, dtype: torch.dtype | None = None
+        self,
+        config: QFormerConfig,
+        image_width: int,
+        *,
+        text: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.bert = Bert(config, image_width, text)
+        blocks = nn.ModuleList(
+            Block(config, image_width, index % config.cross_attention_every == 0, text)
+            for index in range(config.layers)
+        )
+        # The levels of BERT's names: "bert.encoder.layer.0", "cls.predictions".
+        encoder = nn.ModuleDict({"layer": blocks})
+        self.bert = nn.ModuleDict({"embeddings": Embeddings(config, text), "encoder": encoder})
         if text:
-            self.cls = _Head(config)
-        self._dtype = dtype
+            # Its output matrix is tied to the token embeddings.
+            predictions = nn.ModuleDict({"transform": _Transform(config.width)})
+            predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
+            self.cls = nn.ModuleDict({"predictions": predictions})
+        self.dtype = dtype
         self.apply(partial(_initialise, std=config.initializer_range))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the matrix products."""
-        return self._dtype or self.bert.embeddings.LayerNorm.weight.dtype
 
     def project_image(self, image_BPE: Tensor) -> list[KeyValue | None]:
         """Return the keys and values of images for every block; None for the blocks without cross-attention."""
         return [
-            block.crossattention.self.keys_and_values(image_BPE) if block.attends_to_image else None
+            block.crossattention.project_image(image_BPE) if block.attends_to_image else None
             for block in self.bert.encoder.layer
         ]
 
@@ -196,6 +170,7 @@ class QFormer(nn.Module):
     def text(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Compute text alone: (B, L, D)."""
         hidden_BLD = self.bert.embeddings(self.bert.embeddings.of_text(ids_BL), self.dtype)
+        # The mask (B, 1, 1, L) hides padding as a key from every head and every token.
         for block in self.bert.encoder.layer:
             hidden_BLD, _ = block(hidden_BLD, 0, mask_BL[:, None, None, :])
         return hidden_BLD
@@ -225,6 +200,7 @@ class QFormer(nn.Module):
         embedded_BSD = torch.cat(
             (query_tokens_1QD.expand(rows, -1, -1), self.bert.embeddings.of_text(ids_BL)), dim=1
         )
+        # ITM (section 3.2): queries and text see each other; only padding is hidden.
         mask_BS = torch.cat((mask_BL.new_ones(rows, num_queries), mask_BL), dim=1)
         hidden_BSD = self.bert.embeddings(embedded_BSD, self.dtype)
         for block, image_of_block in zip(self.bert.encoder.layer, image, strict=True):
@@ -233,15 +209,11 @@ class QFormer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return the logits of the next token, (T, V), in the dtype of the weights."""
+        # logits = transform(hidden) E^T + bias, E the token embeddings: BERT's head, whose matrix is tied to them.
         head = self.cls.predictions
         embeddings_VD = self.bert.embeddings.word_embeddings.weight
         logits_TV = F.linear(head.transform(hidden_TD), embeddings_VD.to(hidden_TD.dtype))
         return logits_TV.to(head.bias.dtype) + head.bias
-
-    def compile_blocks(self) -> None:
-        """Compile each block for the shapes it is called with; blocks of one class share the code."""
-        for block in self.bert.encoder.layer:
-            block.compile(dynamic=False)
 
 
 def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Parameter:

@@ -61,11 +61,6 @@ class CaptionTokenizer:
         """Return the id of [DEC]."""
         return self.tokenizer.bos_token_id
 
-    @property
-    def end_id(self) -> int:
-        """Return the id of [SEP]."""
-        return self.tokenizer.sep_token_id
-
     def __call__(self, captions: Sequence[str], max_length: int | None = None) -> Texts:
         """Tokenise, cut and pad to ``max_length``, that of the config if it is not given."""
         encoded = self.tokenizer(

@@ -6,7 +6,6 @@ tokens and without the final norm. What comes after them is removed from the tow
 The legend of the names: B images, C channels, H and W pixels, P tokens of an image (class token first), E width.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +67,24 @@ class FrozenVision(nn.Module):
         patch = (
             self.tower.conv1 if isinstance(self.tower, VisionTransformer) else self.tower.patch_embed.proj
         ).weight
+        # (side / patch)^2 patches and the class token.
         return (self.image_size_px // patch.shape[-1]) ** 2 + 1
 
     @torch.no_grad()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the features (B, P, E) of uint8 pixels."""
+        # (p / 255 - mean) / std, in the precision of the buffers, then rounded to that of the matrix products.
         pixels_BCHW = (
             pixels_BCHW.to(self.scale_C.dtype) * self.scale_C[:, None, None] + self.shift_C[:, None, None]
         )
         pixels_BCHW = pixels_BCHW.to(self.dtype)
         if not isinstance(self.tower, VisionTransformer):
             return self.tower.forward_features(pixels_BCHW)
+        # Section 3.3: patch and position embeddings, then all blocks that are left; no final norm, no projection.
         features_BPE = self.tower._embeds(pixels_BCHW)
         for block in self.blocks:
             features_BPE = block(features_BPE)
         return features_BPE
-
-    def compile_blocks(self) -> None:
-        """Compile each block for one shape; blocks of one class share the code."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
 
 
 class PackedAttention(nn.Module):
@@ -101,8 +98,10 @@ class PackedAttention(nn.Module):
 
     def forward(self, hidden_BPE: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:
         """Attend; takes and returns what ``nn.MultiheadAttention`` does."""
+        # Q, K and V by one product with their weights below one another, each (B, H, P, d).
         packed = F.linear(hidden_BPE, self.in_proj_weight, self.in_proj_bias)
         query, key, value = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # softmax(Q K^T / sqrt(d)) V, and the heads side by side again: (B, P, E).
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
@@ -130,28 +129,19 @@ def load_vision(config: VisionConfig, image_size_px: int, dtype: torch.dtype) ->
 
 def empty_vision(config: VisionConfig, device: torch.device | str, dtype: torch.dtype) -> FrozenVision:
     """Build the encoder that ``[vision]`` names without its weights: on ``meta``, or at random on a device."""
-    architecture = _architecture(config)
-    with torch.device(device):
-        tower = _build_vision_tower(
-            architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(config, architecture)
-        )
-        return FrozenVision(tower, config.drop_blocks, dtype)
-
-
-def _architecture(config: VisionConfig) -> Mapping[str, Any]:
     if config.model.startswith(("local-dir:", "hf-hub:")):
         folder = Path(ranker_weights(config.model, config.pretrained, "vision").path)
-        return clip_config(folder, "vision.model")["model_cfg"]
-    architecture = open_clip.get_model_config(config.model)
-    if architecture is None:
-        # Raises an error with the nearest names.
-        ranker_weights(config.model, config.pretrained, "vision")
-    return architecture
-
-
-def _quick_gelu(config: VisionConfig, architecture: Mapping[str, Any]) -> bool:
+        shape = clip_config(folder, "vision.model")["model_cfg"]
+    else:
+        shape = open_clip.get_model_config(config.model)
+        if shape is None:
+            # Raises an error with the nearest names.
+            ranker_weights(config.model, config.pretrained, "vision")
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) or {}
-    return bool(architecture.get("quick_gelu") or tag.get("quick_gelu"))
+    quick_gelu = bool(shape.get("quick_gelu") or tag.get("quick_gelu"))
+    with torch.device(device):
+        tower = _build_vision_tower(shape["embed_dim"], shape["vision_cfg"], quick_gelu)
+        return FrozenVision(tower, config.drop_blocks, dtype)
 
 
 def _without_end(tower: nn.Module, drop_blocks: int) -> tuple[nn.Module, nn.ModuleList, int]:
@@ -183,13 +173,9 @@ def _lower_precision(tower: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(tower.named_modules()):
         if isinstance(module, nn.LayerNorm):
             tower.set_submodule(name, LayerNorm.like(module))
-    norms = {
-        id(p) for module in tower.modules() if isinstance(module, LayerNorm) for p in module.parameters()
-    }
-    for module in tower.modules():
+            continue
         for parameter in module.parameters(recurse=False):
-            if id(parameter) not in norms:
-                parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for buffer_name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                module.register_buffer(name, buffer.to(dtype), persistent=False)
+                module.register_buffer(buffer_name, buffer.to(dtype), persistent=False)

@@ -100,8 +100,8 @@ def base_models(config: PretrainConfig, initial: InitialWeights | None) -> list[
     return _frozen_models(config) + ([initial.record] if initial else [])
 
 
-def require_same_models(config: PretrainConfig, recorded: Sequence[ModelRecord]) -> None:
-    """Raise CapfiltError where a run that is resumed began with other models than its config names now.
+def require_same_models(config: PretrainConfig, recorded: Sequence[ModelRecord]) -> list[ModelRecord]:
+    """Return the models that a run began with. Raises CapfiltError where its config names others now.
 
     The Q-Former's initial weights are read only if their path has changed: at the same path they may be gone.
 
@@ -110,24 +110,32 @@ def require_same_models(config: PretrainConfig, recorded: Sequence[ModelRecord])
         recorded: the models of the checkpoint that the run is resumed from.
     """
     by_kind = {model.kind: model for model in recorded}
-    for model in _frozen_models(config):
+    current = _frozen_models(config)
+    began = by_kind.get("qformer")
+    name = config.run.init_from or config.qformer.weights
+    if name != (began.name if began else ""):
+        initial = read_initial_weights(config)
+        if initial is None or began is None:
+            raise CapfiltError(
+                f"run.name {config.run.name!r} began from {_name(began)}, not from "
+                f"{_name(initial.record if initial else None)}; restore run.init_from and qformer.weights, or set "
+                "run.name to begin another run"
+            )
+        current.append(initial.record)
+    for model in current:
         if model.kind not in by_kind:
             raise CapfiltError(
                 f"the checkpoint of run.name {config.run.name!r} does not name its {model.kind} model"
             )
-        _require_same(model, by_kind[model.kind], config)
-    began = by_kind.get("qformer")
-    name = config.run.init_from or config.qformer.weights
-    if name == (began.name if began else ""):
-        return
-    initial = read_initial_weights(config)
-    if initial is None or began is None:
-        raise CapfiltError(
-            f"run.name {config.run.name!r} began from {_name(began)}, not from "
-            f"{_name(initial.record if initial else None)}; restore run.init_from and qformer.weights, or set run.name "
-            "to begin another run"
-        )
-    _require_same(initial.record, began, config)
+        before = by_kind[model.kind]
+        if model.digest != before.digest:
+            files = model.files.keys() | before.files.keys()
+            changed = sorted(file for file in files if model.files.get(file) != before.files.get(file))
+            raise CapfiltError(
+                f"the {model.kind} files of {model.name!r} are not those that run.name {config.run.name!r} began with "
+                f"({', '.join(changed)}); restore them, or set run.name to begin another run"
+            )
+    return list(recorded)
 
 
 def _frozen_models(config: PretrainConfig) -> list[ModelRecord]:
@@ -143,19 +151,6 @@ def _frozen_models(config: PretrainConfig) -> list[ModelRecord]:
     files = file_digests(tokenizer, tokenizer_files(tokenizer)) | file_digests(folder, model_files(folder))
     revision = "" if Path(name).expanduser().is_dir() else revision
     return [*models, model_record("language", name, revision, folder, files)]
-
-
-def _require_same(current: ModelRecord, recorded: ModelRecord, config: PretrainConfig) -> None:
-    if current.digest != recorded.digest:
-        raise CapfiltError(
-            f"the {current.kind} files of {current.name!r} are not those that run.name {config.run.name!r} began with "
-            f"({_changed_files(recorded, current)}); restore them, or set run.name to begin another run"
-        )
-
-
-def _changed_files(recorded: ModelRecord, current: ModelRecord) -> str:
-    names = sorted(recorded.files.keys() | current.files.keys())
-    return ", ".join(name for name in names if recorded.files.get(name) != current.files.get(name))
 
 
 def _name(model: ModelRecord | None) -> str:

@@ -6,7 +6,6 @@ from pipeline.corpus.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.blip2.build import Stage, meta_stage
 from training.blip2.stage1 import Stage1
-from training.blip2.stage2 import Stage2
 from training.data.snapshot import Snapshot, take_snapshot
 from training.trainer.optim import fill_preset
 
@@ -26,7 +25,10 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 
     Raises CapfiltError where a corpus that exists has nothing to train on, or the config names unknown shapes.
     """
-    snapshot = _snapshot(config)
+    # A plan may be made before the data.
+    storages = [Storage(corpus.path) for corpus in config.data.corpus]
+    exists = all(storage.fs.exists(storage.base) for storage in storages)
+    snapshot = take_snapshot(config.data) if exists else None
     config = fill_preset(config, snapshot.num_images if snapshot else None)
     stage = meta_stage(config)
     trained = sum(parameter.numel() for _, parameter in stage.trainable_named_parameters())
@@ -53,13 +55,6 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def _snapshot(config: PretrainConfig) -> Snapshot | None:
-    """Return the snapshot if every corpus exists: a plan may be made before the data."""
-    storages = [Storage(corpus.path) for corpus in config.data.corpus]
-    exists = all(storage.fs.exists(storage.base) for storage in storages)
-    return take_snapshot(config.data) if exists else None
-
-
 def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> dict[str, Any]:
     if snapshot is None:
         return {"found": False, "paths": [corpus.path for corpus in config.data.corpus]}
@@ -77,37 +72,29 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> di
 
 def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
     """Estimate the memory of one rank from counted elements, without the kernels' own buffers."""
+    shape, vision = config.qformer, stage.visual_encoder
+    queries, texts = shape.num_queries, shape.max_text_tokens
     ranks = config.cluster.gpus or 1
-    if isinstance(stage, Stage2) and config.performance.shard_language:
-        language = sum(
-            parameter.numel() for block in stage.language.blocks for parameter in block.parameters()
-        )
-        frozen -= language - language // ranks
     rank_batch = config.optim.batch_size // ranks
-    micro_batch = min(config.performance.micro_batch_size or rank_batch, rank_batch)
+    # Kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features.
+    image_bytes = 3 * config.data.image_size_px**2
+    # Kept of each image of a micro-batch from the forward to the backward pass, by the Q-Former's layers.
+    token_bytes = shape.width * shape.layers * _ACTIVATION_BYTES
+    if isinstance(stage, Stage1):
+        image_bytes += vision.num_tokens * vision.width * 2
+        # ITC's queries and text, three pairs for ITM, and ITG's text.
+        activation_bytes = (queries + texts + 3 * (queries + texts) + texts) * token_bytes
+    else:
+        language = stage.language
+        if config.performance.shard_language:
+            in_blocks = sum(p.numel() for block in language.blocks for p in block.parameters())
+            frozen -= in_blocks - in_blocks // ranks
+        activation_bytes = queries * token_bytes
+        activation_bytes += (queries + texts) * language.width * len(language.blocks) * _ACTIVATION_BYTES
     memory = {
         "weights_and_optimizer": trained * _TRAINED_BYTES + frozen * _FROZEN_BYTES,
-        "batch": rank_batch * _image_bytes(config, stage),
-        "micro_batch": micro_batch * _activation_bytes(config, stage),
+        "batch": rank_batch * image_bytes,
+        "micro_batch": min(config.performance.micro_batch_size or rank_batch, rank_batch) * activation_bytes,
     }
     memory["total"] = sum(memory.values())
     return {name: round(value / 1e9, 1) for name, value in memory.items()}
-
-
-def _image_bytes(config: PretrainConfig, stage: Stage) -> int:
-    """Return the bytes kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features."""
-    vision = stage.visual_encoder
-    features = vision.num_tokens * vision.width * 2 if config.run.stage == 1 else 0
-    return features + 3 * config.data.image_size_px**2
-
-
-def _activation_bytes(config: PretrainConfig, stage: Stage) -> int:
-    """Return the bytes kept of one image of a micro-batch from the forward to the backward pass."""
-    shape = config.qformer
-    queries, texts = shape.num_queries, shape.max_text_tokens
-    layer = shape.width * shape.layers * _ACTIVATION_BYTES
-    if isinstance(stage, Stage1):
-        # ITC's queries and text, three pairs for ITM, and ITG's text.
-        return (queries + texts + 3 * (queries + texts) + texts) * layer
-    language = stage.language
-    return queries * layer + (queries + texts) * language.width * len(language.blocks) * _ACTIVATION_BYTES

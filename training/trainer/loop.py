@@ -5,10 +5,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from pipeline.corpus.storage_errors import storage_error_message
 from pipeline.models.checks import not_finite_tensors, require_finite_weights
@@ -20,6 +20,7 @@ from schemas.records import CheckpointRecord, ModelRecord
 from training.checkpoint import Checkpoints, Progress, State
 from training.data.loader import Batch
 from training.distributed import World
+from training.models.parameters import PartlyTrained
 from training.trainer.metrics import Sink, Throughput
 from training.trainer.optim import (
     Schedule,
@@ -35,32 +36,6 @@ _ADVICE = (
     "The same command would fail again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
     "run.init_from that checkpoint"
 )
-
-
-class TrainingStage(Protocol):
-    """What the loop trains: ``Stage1``, ``Stage2``. An ``nn.Module``.
-
-    Its random numbers depend on the run's seed, ``batch.position`` and the rank alone: a checkpoint need not contain
-    the state of a generator.
-    """
-
-    def train(self, mode: bool = True) -> nn.Module:
-        """Set training mode; what is frozen stays in evaluation mode."""
-
-    def training_step(self, batch: Batch, micro_batch_size: int) -> dict[str, Tensor]:
-        """Add this rank's part of the global batch's gradient to ``.grad``; return the losses, detached."""
-
-    def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained, in the same order on every rank."""
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Return the tensors for a checkpoint."""
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set what ``trainable_state`` returned. Raises CapfiltError where it does not fit."""
-
-    def flops_per_sample(self) -> float:
-        """Return the FLOP of one sample's step, forward and backward."""
 
 
 class TrainingStopped(Exception):
@@ -96,7 +71,7 @@ class Loop:
 
     config: PretrainConfig
     world: World
-    stage: TrainingStage
+    stage: PartlyTrained
     checkpoints: Checkpoints
     run_id: str
     snapshot: str
@@ -176,21 +151,22 @@ class Loop:
     def _steps(
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
+        config = self.config
         throughput = Throughput(self.world.device, self.stage.flops_per_sample(), self.world.size)
-        every = self.config.metrics.every_steps
         self.stage.train()
         values: dict[str, float | None] = {}
         while self.step < self.schedule.steps:
             waited_s, losses, asked = self._one_step(batches)
-            throughput.add(self.config.optim.batch_size, waited_s)
+            throughput.add(config.optim.batch_size, waited_s)
             is_last = asked or self.step == self.schedule.steps
-            if self.step % every == 0 or is_last:
+            if self.step % config.metrics.every_steps == 0 or is_last:
                 values = {"samples": self.samples, **losses, **throughput.report()}
                 self._write(values)
                 self.log(progress_line(self.step, self.schedule.steps, values))
-            if self.config.probe.every_steps and self.step % self.config.probe.every_steps == 0:
-                self._probe()
-            if is_last or self.step % self.config.checkpoint.every_steps == 0:
+            if self.probe and config.probe.every_steps and self.step % config.probe.every_steps == 0:
+                self._write({f"probe_{name}": value for name, value in self.probe().items()})
+                self.stage.train()
+            if is_last or self.step % config.checkpoint.every_steps == 0:
                 self._save(losses)
             if asked:
                 return "interrupted", values
@@ -210,6 +186,7 @@ class Loop:
         gradients = gradients_of(self.parameters)
         # Each rank holds its part of the global batch's gradient: their sum is the gradient of the mean loss.
         self.world.all_reduce_sum_(gradients)
+        # The norm before clipping, over all parameters: sqrt(sum of g^2).
         norm = clip_gradients(gradients, self.config.optim.clip_norm)
         values, asked = self._agree({**losses, "gradient_norm": norm})
         # Checked on the mean over the ranks, so that all of them stop, and before the update.
@@ -224,8 +201,14 @@ class Loop:
 
         Raises TrainingStopped on every rank if rank 0 could not write a checkpoint meanwhile.
         """
-        write_error = self._checkpoint_error()
+        write_error: TrainingStopped | None = None
+        try:
+            with self._writing():
+                self.checkpoints.wait(block=False)
+        except TrainingStopped as error:
+            write_error = error
         flags = [float(self.stop_asked()), float(write_error is not None)]
+        # The mean over the ranks, in float64: their sum / the number of ranks.
         numbers = torch.stack([value.detach().double() for value in values.values()])
         numbers = torch.cat([numbers.cpu(), torch.tensor(flags, dtype=torch.float64)])
         numbers = self.world.sum(numbers.to(self.world.device)).tolist()
@@ -237,10 +220,9 @@ class Loop:
         return dict(zip(values, means, strict=True)), bool(numbers[-2])
 
     def _require_finite(self, values: Mapping[str, float]) -> None:
-        not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not not_finite:
+        named = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        if not named:
             return
-        named = ", ".join(f"{name} is {value}" for name, value in not_finite.items())
         if self.step == 0:
             raise TrainingStopped(
                 f"step 1: {named}, before any weight was changed: a number overflows in the frozen models or in the "
@@ -250,21 +232,6 @@ class Loop:
         raise TrainingStopped(
             f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} {_ADVICE}"
         )
-
-    def _require_finite_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Raise TrainingStopped, on every rank, if the last update overflowed."""
-        if broken := not_finite_tensors(state):
-            raise TrainingStopped(
-                f"step {self.step}: after it {broken[0]} is nan or infinite, and {len(broken) - 1} other tensors; no "
-                f"checkpoint was written. {self._last_good()} {_ADVICE}"
-            )
-
-    def _probe(self) -> None:
-        if self.probe is None:
-            return
-        metrics = {f"probe_{name}": value for name, value in self.probe().items()}
-        self.stage.train()
-        self._write(metrics)
 
     def _write(self, values: Mapping[str, float | None]) -> None:
         with self._writing():
@@ -276,7 +243,12 @@ class Loop:
     def _save(self, losses: Mapping[str, float]) -> None:
         """Have rank 0 write a checkpoint; its error is raised here or, written in the background, at a later step."""
         model = self.stage.trainable_state()
-        self._require_finite_weights(model)
+        # On every rank, whose values are the same: whether the last update overflowed.
+        if broken := not_finite_tensors(model):
+            raise TrainingStopped(
+                f"step {self.step}: after it {broken[0]} is nan or infinite, and {len(broken) - 1} other tensors; no "
+                f"checkpoint was written. {self._last_good()} {_ADVICE}"
+            )
         if self.world.rank != 0 or (self._last is not None and self._last.step == self.step):
             return
         progress = Progress(
@@ -287,28 +259,15 @@ class Loop:
             world_size=self.world.size,
             models=tuple(self.models),
         )
-        record = CheckpointRecord(
-            path="",
-            stage=f"stage{self.config.run.stage}",
-            run_id=self.run_id,
-            step=self.step,
-            samples=self.samples,
-            snapshot=self.snapshot,
-            sha256={},
-            metrics=dict(losses),
-            created_at="",
-            models=tuple(model.digest for model in self.models),
-        )
         state = State(
-            progress=progress,
-            model=model,
-            optimizer=optimizer_state(self.optimizer, self.parameters),
+            progress=progress, model=model, optimizer=optimizer_state(self.optimizer, self.parameters)
         )
         options = self.config.checkpoint
         with self._writing():
             self.checkpoints.save(
                 state,
-                record,
+                run_id=self.run_id,
+                metrics=dict(losses),
                 asynchronous=options.asynchronous,
                 keep_last=options.keep_last,
                 committed=self._committed,
@@ -318,14 +277,6 @@ class Loop:
         self._last = record
         self.record_checkpoint(record)
         self.log(f"checkpoint {record.path}")
-
-    def _checkpoint_error(self) -> TrainingStopped | None:
-        try:
-            with self._writing():
-                self.checkpoints.wait(block=False)
-        except TrainingStopped as error:
-            return error
-        return None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -387,6 +338,7 @@ def progress_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
     """Return one line for people."""
     shown = [f"{name} {values[name]:.4g}" for name in ("loss", "itc", "itm", "itg", "lr") if name in values]
     rate = values.get("samples_per_s") or 0.0
+    # Seconds left = steps left * samples a step / samples a second.
     left_s = (steps - step) * values["samples"] / step / rate if rate else 0.0
     left = f", {readable_duration(left_s)} left" if left_s else ""
     return f"step {step:,} of {steps:,} ({step / steps:.0%}): {', '.join(shown)}; {rate:,.1f} samples/s{left}"

@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,37 +55,36 @@ class JsonLines:
 
     def __init__(self, storage: Storage, after_step: int) -> None:
         self._storage = storage
+        self._stack = ExitStack()
         if storage.is_local:
-            self._scratch = None
             path = Path(storage.url(FILE))
             path.parent.mkdir(parents=True, exist_ok=True)
         else:
-            self._scratch = temporary_folder()
-            path = self._scratch.__enter__() / FILE
+            path = self._stack.enter_context(temporary_folder()) / FILE
             if storage.exists(FILE):
                 path.write_bytes(storage.read(FILE))
         self._path = path
-        self._file = path.open("a+")
-        self._lock()
+        self._file = self._stack.enter_context(path.open("a+"))
+        try:
+            # The kernel unlocks it however the process ends.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stack.close()
+            raise CapfiltError(
+                f"{path.parent}: another process trains this run; wait for it, or set run.name to another"
+            ) from error
         self._file.seek(0)
         kept = [line for line in self._file if _step_of(line) <= after_step]
         self._file.truncate(0)
         self._file.writelines(kept)
         self._file.flush()
 
-    def _lock(self) -> None:
-        """Lock the file for this process; the kernel unlocks it however the process ends."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise CapfiltError(
-                f"{self._path.parent}: another process trains this run; wait for it, or set run.name to another"
-            ) from error
-
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line."""
-        known = {name: value if _is_finite(value) else None for name, value in values.items()}
+        known = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in values.items()
+        }
         self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
 
@@ -96,9 +96,7 @@ class JsonLines:
     def close(self) -> None:
         """Flush and unlock."""
         self.flush()
-        self._file.close()
-        if self._scratch is not None:
-            self._scratch.__exit__(None, None, None)
+        self._stack.close()
 
 
 class TensorBoard:
@@ -147,12 +145,8 @@ class Wandb:
 
 def require_libraries(config: MetricsConfig) -> None:
     """Raise CapfiltError where the library of a sink is missing, before anything is loaded or written."""
-    wanted = {
-        "tensorboard": ("tensorboardX", config.tensorboard),
-        "wandb_project": ("wandb", config.wandb_project),
-    }
-    for key, (library, is_wanted) in wanted.items():
-        if is_wanted and importlib.util.find_spec(library) is None:
+    for key, library in (("tensorboard", "tensorboardX"), ("wandb_project", "wandb")):
+        if getattr(config, key) and importlib.util.find_spec(library) is None:
             raise CapfiltError(
                 f"metrics.{key}: {library} is not installed: pip install {library}, or leave it out"
             )
@@ -176,7 +170,7 @@ class Throughput:
     def __init__(self, device: torch.device, flops_per_sample: float, num_devices: int) -> None:
         self._device = device
         self._flops_per_sample = flops_per_sample
-        self._peak_flops = (peak_flops(device) or math.nan) * num_devices
+        self._peak_flops = _peak_flops(device) * num_devices
         self._reset()
 
     def _reset(self) -> None:
@@ -199,29 +193,23 @@ class Throughput:
             "samples_per_s": rate,
             "mfu": mfu if math.isfinite(mfu) else None,
             "data_wait_share": min(1.0, self._waited_s / seconds),
-            "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+            "peak_memory_gb": _peak_memory_bytes(self._device) / 1e9,
         }
         self._reset()
         return rates
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the bf16 rate of a GPU's data sheet, None for a CPU or a device that is not listed."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+def _peak_flops(device: torch.device) -> float:
+    """Return the bf16 rate of a GPU's data sheet; NaN for a CPU or a device that is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), math.nan)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def _peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _step_of(line: str) -> float:

@@ -23,22 +23,10 @@ _LAVIS_EPOCHS = 10
 # cosine) the value is LAVIS's, or zero. "lavis": the released yaml files; their cosine moves once an epoch and
 # their warm-up ends with the first one, while ours goes by steps in both presets.
 _PRESETS: dict[tuple[Literal["paper", "lavis"], Literal[1, 2]], dict[str, Any]] = {
-    ("paper", 1): {
-        "steps": 250_000,
-        "min_lr": 0.0,
-        "warmup_steps": 2_000,
-        "warmup_lr": 1e-6,
-        "betas": (0.9, 0.98),
-    },
-    ("paper", 2): {
-        "steps": 80_000,
-        "min_lr": 5e-5,
-        "warmup_steps": 2_000,
-        "warmup_lr": 1e-6,
-        "betas": (0.9, 0.98),
-    },
-    ("lavis", 1): {"min_lr": 1e-5, "warmup_steps": 5_000, "warmup_lr": 1e-6, "betas": (0.9, 0.999)},
-    ("lavis", 2): {"min_lr": 1e-5, "warmup_steps": 2_000, "warmup_lr": 1e-6, "betas": (0.9, 0.999)},
+    ("paper", 1): {"steps": 250_000, "min_lr": 0.0, "warmup_steps": 2_000, "betas": (0.9, 0.98)},
+    ("paper", 2): {"steps": 80_000, "min_lr": 5e-5, "warmup_steps": 2_000, "betas": (0.9, 0.98)},
+    ("lavis", 1): {"min_lr": 1e-5, "warmup_steps": 5_000, "betas": (0.9, 0.999)},
+    ("lavis", 2): {"min_lr": 1e-5, "warmup_steps": 2_000, "betas": (0.9, 0.999)},
 }
 
 
@@ -48,7 +36,7 @@ def fill_preset(config: PretrainConfig, num_images: int | None) -> PretrainConfi
     Args:
         num_images: of the snapshot, None where it is not known; the lavis preset needs it for its ten epochs.
     """
-    preset = dict(_PRESETS[config.optim.preset, config.run.stage])
+    preset = {"warmup_lr": 1e-6, **_PRESETS[config.optim.preset, config.run.stage]}
     if "steps" not in preset and config.optim.steps is None:
         if num_images is None:
             raise CapfiltError(

@@ -12,7 +12,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunRecord
+from schemas.records import CheckpointRecord, RunRecord
 from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, State, recorded_config
@@ -23,7 +23,6 @@ from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import World
 from training.evaluate.validation import validate
 from training.trainer.base_models import (
-    InitialWeights,
     base_models,
     begin_training,
     read_initial_weights,
@@ -92,10 +91,10 @@ def _prepare(
     config = fill_preset(config, snapshot.num_images)
     if state is not None:
         require_same_config(recorded_config(state.progress.config, checkpoints.storage.root), config)
-    initial = None
-    if state is None:
+        models = world.broadcast_object(lambda: require_same_models(config, state.progress.models))
+    else:
         initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else None)
-    models = world.broadcast_object(lambda: _models(config, state, initial))
+        models = world.broadcast_object(lambda: base_models(config, initial))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
     stage = build_stage(config, world, world.device)
@@ -125,14 +124,6 @@ def _prepare(
     batches = iter(data)
     # The first batch is read before anything is written, so that a shard that differs from its record is found first.
     return loop, snapshot, itertools.chain([next(batches)], batches)
-
-
-def _models(config: PretrainConfig, state: State | None, initial: InitialWeights | None) -> list[ModelRecord]:
-    """Return the models that the run began with."""
-    if state is None:
-        return base_models(config, initial)
-    require_same_models(config, state.progress.models)
-    return list(state.progress.models)
 
 
 def run_folder(config: PretrainConfig) -> str:
@@ -214,7 +205,9 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     storage.write("config.json", json.dumps(resolved, indent=1).encode())
     storage.write(snapshot_file.file_name(snapshot.digest), snapshot_file.encode(snapshot))
     local = storage.base if storage.is_local else f"runs/{config.run.name}"
-    loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, _run_key(storage), resolved, local)]
+    # The same when the run is resumed.
+    run_key = digest_json(storage.root)[:16]
+    loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, run_key, resolved, local)]
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
     lineage = LineageWriter(config.data)
@@ -227,11 +220,6 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
         lineage.write_checkpoint(record, storage.url(record.path))
 
     loop.record_checkpoint = record_checkpoint
-
-
-def _run_key(storage: Storage) -> str:
-    """Return an id that stays the same when the run is resumed."""
-    return digest_json(storage.root)[:16]
 
 
 def _ignore(text: str) -> None:
