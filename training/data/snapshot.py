@@ -5,18 +5,22 @@ which images are held out from training.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import pyarrow.compute as pc
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
+from schemas.json_record import first_error
+from schemas.names import is_confined, printable
 from schemas.pretrain import CorpusSlice, DataConfig
 from training.data.shard_index import ShardRef, open_shard
 from training.data.webdataset_folder import webdataset_shards
@@ -64,6 +68,10 @@ class Snapshot:
         """All shards, source by source: numbered by ``SampleIndex.shard``."""
         return tuple(shard for source in self.sources for shard in source.shards)
 
+    def to_json(self) -> bytes:
+        """Return what a run saves beside its checkpoints, so that the list is kept when the corpora grow."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
     @cached_property
     def num_images(self) -> int:
         """The images that are trained on."""
@@ -73,6 +81,38 @@ class Snapshot:
     def num_held_out(self) -> int:
         """The images that are held out."""
         return sum(len(shard.held_out) for shard in self.shards)
+
+
+def snapshot_file(digest: str) -> str:
+    """Return the name of a snapshot's file in the run's folder."""
+    return f"snapshot-{digest[:16]}.json"
+
+
+def parse_snapshot(data: bytes, config: DataConfig, where: str) -> Snapshot:
+    """Return the snapshot of a file; its corpora are where the config says, as they may have been moved.
+
+    Raises CapfiltError, naming the file (``where``), if it is not a snapshot of these corpora.
+    """
+    try:
+        snapshot = TypeAdapter(Snapshot).validate_json(data, strict=True)
+        return replace(snapshot, sources=tuple(_placed(source, config) for source in snapshot.sources))
+    except ValueError as error:
+        why = first_error(error) if isinstance(error, ValidationError) else printable(str(error))
+        raise CapfiltError(f"{where} is not a snapshot of this run ({why}); restore it") from error
+
+
+def _placed(source: Source, config: DataConfig) -> Source:
+    """Return a source with its corpus where the config says. Raises ValueError for a file outside that corpus."""
+    if not 0 <= source.slice < len(config.corpus):
+        raise ValueError(
+            f"{source.name!r} is of [[data.corpus]] number {source.slice + 1}, which does not exist"
+        )
+    for shard in source.shards:
+        for file in filter(None, (shard.tar, shard.parquet)):
+            if not is_confined(file.path):
+                raise ValueError(f"{file.path[:200]!r} leads out of its corpus")
+    corpus = config.corpus[source.slice].path
+    return replace(source, shards=tuple(replace(shard, corpus=corpus) for shard in source.shards))
 
 
 def take_snapshot(config: DataConfig) -> Snapshot:

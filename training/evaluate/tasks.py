@@ -13,9 +13,8 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.build import Stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.data import snapshot_file
 from training.data.held_out import held_out_samples
-from training.data.snapshot import Snapshot, take_snapshot
+from training.data.snapshot import Snapshot, parse_snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import score_captions
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
@@ -147,7 +146,7 @@ def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
     folder, _, last = name.rpartition("/")
     run = Storage(folder if last.startswith("step-") else name)
     files = [info.path for info in run.list("") if info.path.startswith("snapshot-")]
-    return snapshot_file.decode(run.read(files[0]), config.data, run.url(files[0])) if files else None
+    return parse_snapshot(run.read(files[0]), config.data, run.url(files[0])) if files else None
 
 
 def _settings(stage: Stage) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from schemas.records import CheckpointRecord, RunRecord
 from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, State, recorded_config
-from training.data import snapshot_file
 from training.data.held_out import held_out_samples
 from training.data.loader import Batch, TrainingData
-from training.data.snapshot import Snapshot, take_snapshot
+from training.data.snapshot import Snapshot, parse_snapshot, snapshot_file, take_snapshot
 from training.distributed import World
 from training.evaluate.validation import validate
 from training.trainer.base_models import (
@@ -183,9 +182,9 @@ def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> S
     if state is None:
         return take_snapshot(config.data)
     digest = state.progress.snapshot
-    name = snapshot_file.file_name(digest)
+    name = snapshot_file(digest)
     try:
-        snapshot = snapshot_file.decode(folder.read(name), config.data, folder.url(name))
+        snapshot = parse_snapshot(folder.read(name), config.data, folder.url(name))
     except FileNotFoundError:
         raise CapfiltError(
             f"{folder.url(name)} is missing: without it the run cannot be resumed on its data"
@@ -203,7 +202,7 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     stack.callback(lines.close)
     loop.checkpoints.remove_unfinished()
     storage.write("config.json", json.dumps(resolved, indent=1).encode())
-    storage.write(snapshot_file.file_name(snapshot.digest), snapshot_file.encode(snapshot))
+    storage.write(snapshot_file(snapshot.digest), snapshot.to_json())
     local = storage.base if storage.is_local else f"runs/{config.run.name}"
     # The same when the run is resumed.
     run_key = digest_json(storage.root)[:16]
