@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.cli.evaluation_progress import EvaluationProgress
 from jobs.cli.groups import CommandGroup
+from jobs.cli.options import JsonObjectOption, SetOption
+from jobs.output.render import print_facts, print_json, print_table
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
-    from jobs.cli.evaluation_progress import EvaluationProgress
     from schemas.pretrain import PretrainConfig
     from training.evaluate.annotations import CaptionedImage
-    from training.evaluate.images import ReportProgress
     from training.evaluate.published import Result
     from training.evaluate.tasks import Evaluation
 
@@ -34,12 +35,6 @@ Config = Annotated[
     str,
     typer.Option("-c", "--config", help="Recipe of the model, where its files do not say.", metavar="FILE"),
 ]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Override one key of that recipe; may be repeated.", metavar="SECTION.KEY=VALUE"
-    ),
-]
 Annotations = Annotated[
     str, typer.Option("--annotations", help="Captions: of Karpathy, LAVIS, COCO or NoCaps.", metavar="FILE")
 ]
@@ -56,7 +51,6 @@ Beams = Annotated[int, typer.Option("--beams", min=1, metavar="N")]
 Predictions = Annotated[
     str, typer.Option("--predictions", help="Write what the model said, as servers take it.", metavar="FILE")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @evaluate.command()
@@ -65,14 +59,14 @@ def retrieval(
     annotations: Annotations,
     images: Images,
     config: Config = "",
-    set_: Set = None,
+    set_: SetOption = None,
     split: Split = "test",
     dataset: Dataset = "",
     rerank: Annotated[
         int, typer.Option("--rerank", min=0, help="Candidates that ITM sees; 0: ITC alone.", metavar="K")
     ] = 128,
     batch_size: BatchSize = 32,
-    json_: Json = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Find texts by image and images by text: ITC, and ITM over the first of each list. Stage 1."""
     recipe = _recipe(config, set_)
@@ -88,7 +82,7 @@ def caption(
     annotations: Annotations,
     images: Images,
     config: Config = "",
-    set_: Set = None,
+    set_: SetOption = None,
     split: Split = "test",
     dataset: Dataset = "",
     prompt: Annotated[str, typer.Option("--prompt", help='Begins every caption, as "a photo of".')] = "",
@@ -99,7 +93,7 @@ def caption(
     java: Annotated[bool, typer.Option("--java", help="Count words by Stanford's tokenizer itself.")] = False,
     predictions: Predictions = "",
     batch_size: BatchSize = 32,
-    json_: Json = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Caption images and score the captions by CIDEr and BLEU-4: the language model's, in stage 1 the Q-Former's."""
     recipe = _recipe(config, set_)
@@ -127,7 +121,7 @@ def vqa(
         str, typer.Option("--answers", help="VQA's annotations; none for a hidden test set.", metavar="FILE")
     ] = "",
     config: Config = "",
-    set_: Set = None,
+    set_: SetOption = None,
     dataset: Dataset = "",
     prompt: Annotated[
         str, typer.Option("--prompt", help="The question stands at {}; empty: the paper's for the model.")
@@ -138,7 +132,7 @@ def vqa(
     ] = False,
     predictions: Predictions = "",
     batch_size: BatchSize = 32,
-    json_: Json = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Answer questions about images, zero-shot, and score the answers officially. Stage 2."""
     from training.evaluate.annotations import read_questions, require_enough_answers
@@ -157,13 +151,15 @@ def vqa(
 
 
 @evaluate.command("probe")
-def probe_(model: Model, config: Config = "", set_: Set = None, json_: Json = False) -> None:
+def probe_(
+    model: Model, config: Config = "", set_: SetOption = None, json_: JsonObjectOption = False
+) -> None:
     """Look at the images that the run held out: recall at 1, ITM accuracy, CIDEr."""
     recipe = _recipe(config, set_)
     from training.evaluate.tasks import evaluate_probe
 
-    with _progress(json_) as report_progress:
-        result = evaluate_probe(_load(model, recipe, report_progress), model, report_progress)
+    with _loaded(model, recipe, json_) as (stage, report):
+        result = evaluate_probe(stage, model, report)
     _show(result, model, json_)
 
 
@@ -171,8 +167,8 @@ def export(
     model: Model,
     folder: Annotated[str, typer.Argument(help="New folder to write.", metavar="DIR")],
     config: Config = "",
-    set_: Set = None,
-    json_: Json = False,
+    set_: SetOption = None,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Write a model in a format that others can load.
 
@@ -181,7 +177,6 @@ def export(
     from pathlib import Path
 
     recipe = _recipe(config, set_)
-    from jobs.output.render import print_json
     from training.convert.export import export_model
     from training.convert.load import load_trained
 
@@ -191,9 +186,8 @@ def export(
     if json_:
         print_json({"folder": folder, "format": kind, "load": how})
     else:
-        print(
-            f"written in the {'Hugging Face' if kind == 'huggingface' else 'capfilt'} format: {folder}\n{how}"
-        )
+        name = "Hugging Face" if kind == "huggingface" else "capfilt"
+        print(f"written in the {name} format: {folder}\n{how}")
 
 
 def _how_to_load(kind: str, folder: str, config: "PretrainConfig") -> str:
@@ -221,11 +215,16 @@ def _recipe(config: str, overrides: list[str] | None) -> Any:
     return load_config(config, overrides or (), PretrainConfig)
 
 
-def _progress(as_json: bool) -> "EvaluationProgress":
-    """Return the progress; quiet where a program reads the answer and nobody watches."""
-    from jobs.cli.evaluation_progress import EvaluationProgress
+@contextlib.contextmanager
+def _loaded(model: str, recipe: Any, as_json: bool) -> Iterator[tuple[Any, EvaluationProgress]]:
+    """Load a model and yield it with its progress; quiet where a program reads the answer and nobody watches."""
+    with EvaluationProgress(quiet=as_json and not sys.stderr.isatty()) as report:
+        report(f"loading {model}")
+        import torch
 
-    return EvaluationProgress(quiet=as_json and not sys.stderr.isatty())
+        from training.convert.load import load_trained
+
+        yield load_trained(model, recipe, "cuda" if torch.cuda.is_available() else "cpu"), report
 
 
 @contextlib.contextmanager
@@ -233,20 +232,10 @@ def _evaluation(
     model: str, recipe: Any, as_json: bool, images: str, dataset: str, batch_size: int
 ) -> "Iterator[Evaluation]":
     """Load a model and yield its evaluation, under a line of progress."""
-    with _progress(as_json) as report_progress:
-        stage = _load(model, recipe, report_progress)
+    with _loaded(model, recipe, as_json) as (stage, report):
         from training.evaluate.tasks import Evaluation
 
-        yield Evaluation(stage, images, dataset=dataset, batch_size=batch_size, report=report_progress)
-
-
-def _load(model: str, recipe: Any, report_progress: "ReportProgress") -> Any:
-    report_progress(f"loading {model}", 0, 0)
-    import torch
-
-    from training.convert.load import load_trained
-
-    return load_trained(model, recipe, "cuda" if torch.cuda.is_available() else "cpu")
+        yield Evaluation(stage, images, dataset=dataset, batch_size=batch_size, report=report)
 
 
 def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImage]":
@@ -267,21 +256,12 @@ def _require_pictures(images: str, files: Sequence[str]) -> None:
 
 
 def _show(result: "Result", model: str, as_json: bool) -> None:
-    from jobs.output.render import print_facts, print_table
-
     result = dataclasses.replace(result, checkpoint=model)
     if as_json:
         print(result.to_json())
         return
-    print_facts(
-        {
-            "model": model,
-            "task": result.task,
-            "dataset": result.dataset,
-            "images": result.samples,
-            **result.protocol,
-        }
-    )
+    names = {"model": "checkpoint", "task": "task", "dataset": "dataset", "images": "samples"}
+    print_facts({**{name: getattr(result, field) for name, field in names.items()}, **result.protocol})
     # None where the answers of a test set are hidden.
     if result.metrics:
         print()

@@ -1,6 +1,7 @@
 """The command ``capfilt``: one small function a command, heavy imports inside them."""
 
 import gc
+import inspect
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import typer
 from jobs.bench.commands import bench
 from jobs.cli.evaluate import evaluate, export
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
-from jobs.cli.options import import_arrow_alone
+from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
 from jobs.cli.reports import reports
 from jobs.cli.trace import traces
 from jobs.cli.train import training
@@ -35,10 +36,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
-]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
 Source = Annotated[
@@ -57,7 +54,6 @@ Retry = Annotated[
         metavar="WHICH",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def _version(wanted: bool) -> None:
@@ -94,72 +90,57 @@ def _load(config: str, overrides: list[str] | None, sources: list[str] | None = 
     )
 
 
-def _run(
-    config: str,
-    overrides: list[str] | None,
-    sources: list[str] | None,
-    dry_run: bool,
-    as_json: bool,
-    *,
-    stage: Stage | None,
-    **options: Any,
-) -> None:
-    # Before the imports of a run, which take seconds: an error in the config is reported at once.
-    loaded = _load(config, overrides, sources)
-    import_arrow_alone()
-    from rich.console import Console
-
-    from jobs.cli.plan import plan_corpus, print_plan
-    from jobs.cli.summary import print_result, result_json
-    from jobs.run import RunOptions, run
-
-    stages = STAGES if stage is None else (stage,)
-    chosen = RunOptions(stages=stages, quiet=as_json, only_named=bool(sources), **options)
-    if dry_run:
-        planned = plan_corpus(loaded, chosen.stages, chosen.retry, only_named=chosen.only_named)
-        print(json.dumps(planned)) if as_json else print_plan(planned)
-        return
-    console = Console(stderr=as_json, soft_wrap=True)
-    result = run(loaded, chosen, console)
-    if as_json:
-        print(json.dumps(result_json(result, config)))
-    else:
-        print_result(result, console, config)
-    raise typer.Exit(result.exit_code)
-
-
-def _stage_command(name: str, stage: Stage | None, text: str) -> None:
-    """Add the command that runs one stage, or all of them."""
+def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
+    """Add the command that runs some stages; ``--retry`` is for those that crawl."""
 
     def command(
         config: Config,
-        set_: Set = None,
-        source: Source = None,
-        recompute: Recompute = False,
-        limit: Limit = None,
-        local: Local = False,
-        dry_run: DryRun = False,
-        json_: Json = False,
-    ) -> None:
-        chosen: dict[str, Any] = {"stage": stage, "recompute": recompute, "limit": limit, "local": local}
-        _run(config, set_, source, dry_run, json_, command=name, **chosen)
-
-    def crawling_command(
-        config: Config,
-        set_: Set = None,
+        set_: SetOption = None,
         source: Source = None,
         retry: Retry = None,
         recompute: Recompute = False,
         limit: Limit = None,
         local: Local = False,
         dry_run: DryRun = False,
-        json_: Json = False,
+        json_: JsonObjectOption = False,
     ) -> None:
-        chosen: dict[str, Any] = {"stage": stage, "recompute": recompute, "limit": limit, "local": local}
-        _run(config, set_, source, dry_run, json_, command=name, retry=_retry_words(retry), **chosen)
+        retried = _retry_words(retry)
+        # Before the imports of a run, which take seconds: an error in the config is reported at once.
+        loaded = _load(config, set_, source)
+        import_arrow_alone()
+        from rich.console import Console
 
-    shown = crawling_command if stage in (None, "crawl") else command
-    app.command(name, help=text, rich_help_panel=BUILD)(shown)
+        from jobs.cli.plan import plan_corpus, print_plan
+        from jobs.cli.summary import print_result, result_json
+        from jobs.run import RunOptions, run
+
+        if dry_run:
+            planned = plan_corpus(loaded, stages, retried, only_named=bool(source))
+            print(json.dumps(planned)) if json_ else print_plan(planned)
+            return
+        options = RunOptions(
+            command=name,
+            stages=stages,
+            recompute=recompute,
+            retry=retried,
+            limit=limit,
+            quiet=json_,
+            local=local,
+            only_named=bool(source),
+        )
+        console = Console(stderr=json_, soft_wrap=True)
+        result = run(loaded, options, console)
+        if json_:
+            print(json.dumps(result_json(result, config)))
+        else:
+            print_result(result, console, config)
+        raise typer.Exit(result.exit_code)
+
+    if "crawl" not in stages:
+        signature = inspect.signature(command)
+        parameters = [option for option in signature.parameters.values() if option.name != "retry"]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer's list
+    app.command(name, help=text, rich_help_panel=BUILD)(command)
 
 
 def _retry_words(given: list[str] | None) -> str | None:
@@ -173,15 +154,16 @@ def _retry_words(given: list[str] | None) -> str | None:
     return words
 
 
-_stage_command(
-    "run", None, "Do all that is missing: crawl, caption, rank and select. All in one streaming run."
-)
-for each in STAGES:
-    _stage_command(each, each, STAGE_INFO[each].help)
+_ALL = f"{', '.join(STAGES[:-1])} and {STAGES[-1]}"
+_stage_command("run", STAGES, f"Do all that is missing: {_ALL}. All in one streaming run.")
+for _stage in STAGES:
+    _stage_command(_stage, (_stage,), STAGE_INFO[_stage].help)
 
 
 @app.command(rich_help_panel=BUILD)
-def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = False) -> None:
+def plan(
+    config: Config, set_: SetOption = None, source: Source = None, json_: JsonObjectOption = False
+) -> None:
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
     import_arrow_alone()
@@ -195,10 +177,10 @@ def plan(config: Config, set_: Set = None, source: Source = None, json_: Json = 
 def submit(
     arguments: Annotated[
         list[str],
-        typer.Argument(help="After --: run, crawl, caption, rank, select or pretrain, with options."),
+        typer.Argument(help=f"After --: run, {', '.join(STAGES)} or pretrain, with options."),
     ],
     config: Config,
-    set_: Set = None,
+    set_: SetOption = None,
     address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.", metavar="URL")] = "",
     follow: Annotated[
         bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
@@ -214,7 +196,7 @@ def submit(
 def demo(
     out: Annotated[str, typer.Option(help="Folder of the demo corpus.", metavar="DIR")] = "demo-corpus",
     corpus_only: Annotated[bool, typer.Option("--corpus-only", help="Leave out the training.")] = False,
-    json_: Json = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Build a small corpus on this machine, train on it, and judge both.
 

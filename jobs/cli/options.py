@@ -1,4 +1,4 @@
-"""What the commands that take a corpus share: their arguments and options, and how they open it."""
+"""What commands share: arguments and options, and how a corpus is opened that is looked into."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -16,6 +16,12 @@ CorpusArgument = Annotated[
     str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+JsonObjectOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
+]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, help="At most N lines.", metavar="N")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Show every column and every digest whole.")]
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
 

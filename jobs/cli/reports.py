@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.cli.groups import LOOK
-from jobs.cli.options import CorpusArgument, JsonOption, SourceOption, WideOption, open_manifest
+from jobs.cli.options import (
+    CorpusArgument,
+    JsonOption,
+    LimitOption,
+    SourceOption,
+    WideOption,
+    open_manifest,
+)
+from jobs.output.render import print_csv, print_facts, print_json, print_table
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
 
@@ -32,10 +40,7 @@ _SPARE_SHARDS = (
 @reports.command(rich_help_panel=LOOK)
 def status(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Say how far each stage is, and what the last run did. Also how much of the web answered."""
-    manifest = open_manifest(corpus)
-    from jobs.output.render import print_facts, print_json, print_table
-    from pipeline.manifest import status
-
+    manifest, status = _open(corpus)
     report = status.status(manifest)
     if json_:
         return print_json(report)
@@ -52,10 +57,7 @@ def status(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption =
 @reports.command(rich_help_panel=LOOK)
 def stats(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = False) -> None:
     """Sum up success, scores, lengths and rates. From the records alone: no sample is read."""
-    manifest = open_manifest(corpus)
-    from jobs.output.render import print_json, print_table
-    from pipeline.manifest import status
-
+    manifest, status = _open(corpus)
     statistics = status.stats(manifest)
     if json_:
         return print_json(statistics)
@@ -66,18 +68,11 @@ def stats(corpus: CorpusArgument, wide: WideOption = False, json_: JsonOption = 
 
 @reports.command(rich_help_panel=LOOK)
 def runs(
-    corpus: CorpusArgument,
-    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
-    wide: WideOption = False,
-    json_: JsonOption = False,
+    corpus: CorpusArgument, limit: LimitOption = 50, wide: WideOption = False, json_: JsonOption = False
 ) -> None:
     """List the runs, newest first. One without an outcome is under way, or was killed."""
-    manifest = open_manifest(corpus)
-    from jobs.output.render import print_json, print_table
-    from pipeline.manifest import status
-
-    rows = status.runs(manifest, limit=limit)
-    print_json(rows) if json_ else print_table(rows, spare=_SPARE_RUNS, wide=wide)
+    manifest, status = _open(corpus)
+    _print(status.runs(manifest, limit=limit), _SPARE_RUNS, wide, json_)
 
 
 @reports.command(rich_help_panel=LOOK)
@@ -85,17 +80,14 @@ def failures(
     corpus: CorpusArgument,
     hosts: Annotated[bool, typer.Option("--hosts", help="Count by host too.")] = False,
     source: SourceOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 50,
+    limit: LimitOption = 50,
     wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Count the URLs that gave no image, by reason. Each with an example."""
-    manifest = open_manifest(corpus)
-    from jobs.output.render import print_json, print_table
-    from pipeline.manifest import status
-
+    manifest, status = _open(corpus)
     rows = status.failures(manifest, hosts=hosts, source=source, limit=limit)
-    print_json(rows) if json_ else print_table(rows, spare=_SPARE_FAILURES, wide=wide)
+    _print(rows, _SPARE_FAILURES, wide, json_)
 
 
 @reports.command(rich_help_panel=LOOK)
@@ -106,17 +98,26 @@ def shards(
     state: Annotated[
         Literal["committed", "retired", "quarantined"] | None, typer.Option(help="Only this state.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most N lines.", metavar="N")] = 100,
+    limit: LimitOption = 100,
     wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
     """List the shards: rows, seconds, who made them, errors."""
+    manifest, status = _open(corpus)
+    rows = status.shards(manifest, stage=stage, source=source, state=state, limit=limit)
+    _print(rows, _SPARE_SHARDS, wide, json_)
+
+
+def _open(corpus: str) -> tuple[Any, Any]:
+    """Return the manifest of a corpus, and the module of the reports on it."""
     manifest = open_manifest(corpus)
-    from jobs.output.render import print_json, print_table
     from pipeline.manifest import status
 
-    rows = status.shards(manifest, stage=stage, source=source, state=state, limit=limit)
-    print_json(rows) if json_ else print_table(rows, spare=_SPARE_SHARDS, wide=wide)
+    return manifest, status
+
+
+def _print(rows: list[dict[str, Any]], spare: Sequence[str], wide: bool, json_: bool) -> None:
+    print_json(rows) if json_ else print_table(rows, spare=spare, wide=wide)
 
 
 @reports.command(rich_help_panel=LOOK)
@@ -157,8 +158,6 @@ def sql(
     """
     query = _statement(query, file)
     manifest = open_manifest(corpus)
-    from jobs.output.render import print_csv, print_table
-
     if not (csv or json_):
         answer = manifest.query(query, timeout_s=timeout, max_rows=limit or 1000, memory=memory)
         print_table(answer.dicts(), answer.columns, wide=wide)
@@ -194,8 +193,6 @@ def _statement(query: str | None, file: str | None) -> str:
 
 def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a JSON list, one row a line, as the rows come."""
-    from jobs.output.render import print_json
-
     before = "["
     for row in rows:
         print(before, end="")

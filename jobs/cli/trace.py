@@ -9,6 +9,7 @@ import typer
 from jobs.cli.groups import LOOK
 from jobs.cli.options import JsonOption, WideOption, import_arrow_alone, open_manifest
 from jobs.environment import program_name
+from jobs.output.render import print_facts, print_json, print_table
 from schemas.names import printable
 
 traces = typer.Typer()
@@ -51,8 +52,6 @@ def trace(
     A sample: from its fetch to the captions that were kept. A checkpoint: the shards it was trained on, and the
     runs and models that made these.
     """
-    from jobs.output.render import print_json
-
     if uid_or_url is None:
         import_arrow_alone()
         from pipeline.manifest.checkpoint_trace import trace_checkpoint
@@ -71,8 +70,6 @@ def trace(
 
 
 def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
-    from jobs.output.render import print_facts, print_table
-
     names = ("path", "stage", "run_id", "step", "samples", "snapshot", "created_at", "metrics")
     print_facts({name: lineage["checkpoint"][name] for name in names})
     _print_models(lineage["loaded"], "models it loaded or began from", wide)
@@ -98,8 +95,6 @@ def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
 
 
 def _print_way(way: dict[str, Any], wide: bool) -> None:
-    from jobs.output.render import print_facts, print_table
-
     names = ("uid", "source", "url", "captions", "shard", "key", "tar", "curated_tar")
     print_facts(
         {name: way[name] for name in names} | {"extra": None if way["extra"] == "{}" else way["extra"]}
@@ -126,6 +121,4 @@ def _print_way(way: dict[str, Any], wide: bool) -> None:
 
 
 def _print_models(models: Sequence[dict[str, Any]], title: str, wide: bool) -> None:
-    from jobs.output.render import print_table
-
     print_table(models, _MODELS, title=f"\n{title}", spare=_SPARE_MODELS, wide=wide)

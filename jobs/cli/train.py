@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.groups import TRAIN
+from jobs.cli.options import JsonObjectOption, SetOption
 from jobs.output.render import complain
 
 training = typer.Typer()
@@ -16,14 +17,11 @@ def pretrain(
     config: Annotated[
         str, typer.Option("-c", "--config", help="The training run's TOML file.", metavar="FILE")
     ],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override one key; may be repeated.", metavar="SECTION.KEY=VALUE"),
-    ] = None,
+    set_: SetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what it costs, without weights.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Train BLIP-2 on curated shards. From the last checkpoint if there is one; exit code 1 where it cannot go on."""
     from pipeline.config import load_config

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated, Literal
 
@@ -10,6 +11,9 @@ import typer
 
 from jobs.cli.groups import KEEP
 from jobs.cli.options import CorpusArgument, JsonOption, WideOption, open_manifest
+from jobs.environment import program_name
+from jobs.output.render import print_facts, print_json, print_table, printable_lines
+from jobs.output.values import readable_bytes
 from schemas.errors import CapfiltError
 
 upkeep = typer.Typer()
@@ -24,10 +28,6 @@ def verify(
 ) -> None:
     """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any."""
     manifest = open_manifest(corpus)
-    from dataclasses import asdict
-
-    from jobs.output.render import print_json, print_table
-    from jobs.output.values import readable_bytes
     from pipeline.manifest.verify import verify as verify_corpus
 
     result = verify_corpus(manifest, quick=quick)
@@ -59,10 +59,6 @@ def gc(
 ) -> None:
     """Remove the files of killed attempts, which no record refers to."""
     storage = open_manifest(corpus).storage
-    from dataclasses import asdict
-
-    from jobs.output.render import print_json, print_table
-    from jobs.output.values import readable_bytes
     from pipeline.corpus.garbage_collection import find_orphans, remove
     from pipeline.corpus.records import Records
 
@@ -100,8 +96,6 @@ def manifest(
     json_: JsonOption = False,
 ) -> None:
     """Bring the manifest up to date with the records. Its Parquet files and manifest.duckdb."""
-    from jobs.output.render import print_facts, print_json
-
     manifest = open_manifest(corpus)
     rows = manifest.rebuild() if action == "rebuild" else {"rows": manifest.compact()}
     print_json(rows) if json_ else print_facts(rows)
@@ -119,11 +113,7 @@ def doctor(
     json_: JsonOption = False,
 ) -> None:
     """Check machine, libraries, storage and weights. What stops the next command comes first; exit 2 if it fails."""
-    from dataclasses import asdict
-
     from jobs.doctor import examine
-    from jobs.environment import program_name
-    from jobs.output.render import print_json, printable_lines
 
     loaded = None
     if config:
