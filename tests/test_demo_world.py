@@ -261,6 +261,6 @@ def test_ranking_lifts_the_share_of_true_captions_on_held_out_pictures():
     from jobs.demo.weights_training.evaluate_weights import evaluate_weights
 
     evaluation = evaluate_weights(num_images=64, seed=11)
-    assert evaluation.web_true_share <= 0.65
-    assert evaluation.top_two_true_share >= 0.9
-    assert evaluation.top_two_true_share > evaluation.sampled_true_share
+    assert evaluation["web_true_share"] <= 0.65
+    assert evaluation["top_two_true_share"] >= 0.9
+    assert evaluation["top_two_true_share"] > evaluation["sampled_true_share"]

@@ -3,7 +3,7 @@
 The legend of the names: B images, Q queries, L tokens read, T to predict, W the language model's width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,31 +26,11 @@ _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=16)
 _IMAGES_AT_ONCE = 50
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetrievalScores:
-    """Stage 1: recall at 1, by ITC and with ITM over the first of each list, and ITM's accuracy; shares of 1."""
+def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> dict[str, float]:
+    """Find the one right caption of each picture among all, and the one right picture of each caption.
 
-    text_r1: float
-    image_r1: float
-    text_r1_reranked: float
-    image_r1_reranked: float
-    itm_accuracy: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LanguageScores:
-    """Stage 2: the language model's loss a word on true captions, with the picture and without.
-
-    ``true_share``: of the captions that it writes of the pictures, those that are entirely true.
+    Returns recall at 1 by ITC, with ITM over the first of each list (``_reranked``), and ITM's accuracy; shares of 1.
     """
-
-    caption_loss: float
-    text_only_loss: float
-    true_share: float
-
-
-def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores:
-    """Find the one right caption of each picture among all, and the one right picture of each caption."""
     pixels_BCHW = _pixels(held_out)
     captions = [sample.captions[0] for sample in held_out.samples]
     recalls = retrieve(
@@ -60,18 +40,21 @@ def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> RetrievalScores
         range(len(captions)),
         RERANK,
     )
-    return RetrievalScores(
-        text_r1=recalls["itc_text_r1"] / 100,
-        image_r1=recalls["itc_image_r1"] / 100,
-        text_r1_reranked=recalls["text_r1"] / 100,
-        image_r1_reranked=recalls["image_r1"] / 100,
-        itm_accuracy=validate(stage, held_out.samples, stage.config)["itm_accuracy"],
-    )
+    by_itc = {name: recalls[f"itc_{name}"] / 100 for name in ("text_r1", "image_r1")}
+    by_itm = {f"{name}_reranked": recalls[name] / 100 for name in ("text_r1", "image_r1")}
+    return {
+        **by_itc,
+        **by_itm,
+        "itm_accuracy": validate(stage, held_out.samples, stage.config)["itm_accuracy"],
+    }
 
 
 @torch.no_grad()
-def examine_language(stage: Stage2, held_out: HeldOutScenes) -> LanguageScores:
-    """Score the held-out captions by the language model with the soft prompt and without, and let it write its own."""
+def examine_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float]:
+    """Score the held-out captions by the language model with the soft prompt and without, and let it write its own.
+
+    Returns the losses a word, with the picture and without, and the share of its own captions that are entirely true.
+    """
     stage.eval()
     language = stage.language
     pixels_BCHW = _pixels(held_out)
@@ -91,11 +74,11 @@ def examine_language(stage: Stage2, held_out: HeldOutScenes) -> LanguageScores:
     verdicts = [
         is_true(f"{_PROMPT} {text}", scene) for text, scene in zip(written, held_out.scenes, strict=True)
     ]
-    return LanguageScores(
-        caption_loss=loss(torch.cat([soft_BQW, before_BQW], dim=1)),
-        text_only_loss=loss(before_BQW),
-        true_share=sum(verdicts) / len(verdicts),
-    )
+    return {
+        "caption_loss": loss(torch.cat([soft_BQW, before_BQW], dim=1)),
+        "text_only_loss": loss(before_BQW),
+        "true_share": sum(verdicts) / len(verdicts),
+    }
 
 
 def _without_first(target: Target) -> Target:

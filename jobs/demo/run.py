@@ -8,9 +8,9 @@ import json
 import socket
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
@@ -28,28 +28,11 @@ from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 
-if TYPE_CHECKING:
-    from jobs.demo.train import TrainingResult
-
 _HERE = Path(__file__).resolve().parent
 _RECIPE = _HERE.parent / "recipes" / "demo.toml"
 _WEIGHTS = _HERE / "weights"
 _USUAL_PORT = 8421
-
-
-@dataclass(slots=True, kw_only=True)
-class DemoResult:
-    """The corpus's figures; ``seconds`` is the wall clock of making it."""
-
-    urls: int
-    images: int
-    failures: int
-    failures_by_reason: dict[str, int]
-    web_true_share: float
-    curated_true_share: float
-    curated_images: int
-    dropped: int
-    seconds: float
+_EXAMPLES = 3
 
 
 def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
@@ -84,19 +67,18 @@ def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
     figures = appraise(config, time.perf_counter() - start)
     if not as_json:
         _print(figures, config, result, console)
-    trained = None
+    trained: dict[str, Any] = {}
     if result.exit_code == 0 and not corpus_only:
         # Here, so that a corpus alone needs no trainer.
         from jobs.demo.train import train_demo
 
         trained = train_demo(folder, lambda text: console.print(text, highlight=False))
     if as_json:
-        corpus = {name: getattr(figures, name) for name in figures.__slots__}
-        print(json.dumps(corpus | (trained.figures() if trained else {})))
+        print(json.dumps(_rounded(figures | trained)))
     else:
         if trained:
             _print_training(trained, console)
-        _print_next(config, out, trained is not None, console)
+        _print_next(config, out, bool(trained), console)
     return result.exit_code
 
 
@@ -129,83 +111,88 @@ def _port_of(urls: Path) -> int:
     return urlsplit(first).port or 0
 
 
-def appraise(config: CapfiltConfig, seconds: float) -> DemoResult:
-    """Count samples and judge every caption by the world's ground truth."""
+def appraise(config: CapfiltConfig, seconds: float) -> dict[str, Any]:
+    """Count samples and judge every caption by the world's ground truth.
+
+    Args:
+        seconds: the wall clock of making the corpus.
+    """
     records = Records(Storage(config.corpus.path))
-    committed = records.shards(("crawl", "select"))
-    status: Counter[str] = Counter()
-    web: list[bool] = []
-    kept: list[bool] = []
-    dropped = curated_images = 0
-    for (stage, _, _), record in committed.items():
-        table = committed_table(records, record.outputs["parquet"])
-        for row in table.to_pylist():
-            if stage == "crawl":
-                status[row["reason"] or "ok"] += 1
-                if row["status"] == "ok":
-                    web += [is_true(text, scene_of(row["url"])) for text in row["captions"][:1]]
-            elif row["status"] == "kept":
-                curated_images += 1
-                kept += [is_true(text, scene_of(row["url"])) for text in row["captions"]]
-            else:
-                dropped += 1
-    images = status.pop("ok", 0)
-    return DemoResult(
-        urls=images + sum(status.values()),
-        images=images,
-        failures=sum(status.values()),
-        failures_by_reason=dict(status.most_common()),
-        web_true_share=round(_share(web), 4),
-        curated_true_share=round(_share(kept), 4),
-        curated_images=curated_images,
-        dropped=dropped,
-        seconds=round(seconds, 1),
+    rows: dict[str, list[dict[str, Any]]] = {"crawl": [], "select": []}
+    for (stage, _, _), record in records.shards(("crawl", "select")).items():
+        rows[stage] += committed_table(records, record.outputs["parquet"]).to_pylist()
+    images = [row for row in rows["crawl"] if row["status"] == "ok"]
+    failures = Counter(row["reason"] for row in rows["crawl"] if row["status"] != "ok")
+    curated = [row for row in rows["select"] if row["status"] == "kept"]
+    return {
+        "urls": len(rows["crawl"]),
+        "images": len(images),
+        "failures": failures.total(),
+        "failures_by_reason": dict(failures.most_common()),
+        "web_true_share": _true_share((row["url"], row["captions"][:1]) for row in images),
+        "curated_true_share": _true_share((row["url"], row["captions"]) for row in curated),
+        "curated_images": len(curated),
+        "dropped": len(rows["select"]) - len(curated),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _true_share(captions: Iterable[tuple[str, list[str]]]) -> float:
+    """Return the share of entirely true texts among those of all URLs."""
+    verdicts = [is_true(text, scene_of(url)) for url, texts in captions for text in texts]
+    return round(sum(verdicts) / max(1, len(verdicts)), 4)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _print(figures: dict[str, Any], config: CapfiltConfig, result: RunResult, console: Console) -> None:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in figures["failures_by_reason"].items())
+    lines = (
+        f"\n{figures['urls']:,} URLs  ->  {figures['images']:,} images  ->  {figures['curated_images']:,} curated"
+        f"  ({figures['dropped']} dropped)  in {figures['seconds']:.0f} s",
+        f"{figures['failures']} URLs without an image: {reasons}",
+        f"captions that are entirely true:  web {figures['web_true_share']:.1%}"
+        f"  ->  curated {figures['curated_true_share']:.1%}\n",
     )
-
-
-def _share(flags: list[bool]) -> float:
-    return sum(flags) / len(flags) if flags else 0.0
-
-
-def _print(figures: DemoResult, config: CapfiltConfig, result: RunResult, console: Console) -> None:
-    console.print(
-        f"\n{figures.urls:,} URLs  ->  {figures.images:,} images  ->  {figures.curated_images:,} curated"
-        f"  ({figures.dropped} dropped)  in {figures.seconds:.0f} s",
-        highlight=False,
-    )
-    reasons = ", ".join(f"{reason} {count}" for reason, count in figures.failures_by_reason.items())
-    console.print(f"{figures.failures} URLs without an image: {reasons}", highlight=False)
-    console.print(
-        f"captions that are entirely true:  web {figures.web_true_share:.1%}"
-        f"  ->  curated {figures.curated_true_share:.1%}\n",
-        highlight=False,
-    )
-    for rows in examples(config, count=3):
+    console.print("\n".join(lines), highlight=False)
+    for rows in examples(config):
         _print_example(rows, console)
     for name, error in result.quarantined.items():
         console.print(f"quarantined: {name}: {escape(error)}")
 
 
-def _print_training(trained: "TrainingResult", console: Console) -> None:
+def _print_training(trained: dict[str, Any], console: Console) -> None:
+    chance = trained["stage1"]["chance"]
     lines = [
-        f"\nretrieval among {1 / trained.chance:.0f} new scenes, R@1 (chance {trained.chance:.1%}), after as many "
-        "steps on the same images",
+        f"\nretrieval among {1 / chance:.0f} new scenes, R@1 (chance {chance:.1%}), after as many steps on the same "
+        "images",
         f"  {'trained on':18}{'text':>8}{'image':>8}{'text, ITM':>12}{'image, ITM':>12}{'ITM accuracy':>14}",
     ]
-    for captions, scores in trained.stage1.items():
-        by_itc = f"{scores.text_r1:8.1%}{scores.image_r1:8.1%}"
-        by_itm = f"{scores.text_r1_reranked:12.1%}{scores.image_r1_reranked:12.1%}{scores.itm_accuracy:14.1%}"
-        lines.append(f"  {captions + ' captions':18}{by_itc}{by_itm}")
+    widths = {
+        "text_r1": 8,
+        "image_r1": 8,
+        "text_r1_reranked": 12,
+        "image_r1_reranked": 12,
+        "itm_accuracy": 14,
+    }
+    for captions in ("curated", "web"):
+        scores = trained["stage1"][captions]
+        cells = "".join(f"{scores[name]:{width}.1%}" for name, width in widths.items())
+        lines.append(f"  {captions + ' captions':18}{cells}")
     lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
-    for family, losses in trained.stage2.items():
-        alone, with_picture = losses.text_only_loss, losses.caption_loss
+    for family, losses in trained["stage2"].items():
+        alone, with_picture = losses["text_only_loss"], losses["caption_loss"]
         lines.append(f"  {family.upper():4}text alone {alone:.3f}  ->  with the picture {with_picture:.3f}")
-    lines.append(f"\ntrained and examined in {trained.training_seconds:.0f} s of CPU\n")
+    lines.append(f"\ntrained and examined in {trained['training_seconds']:.0f} s of CPU\n")
     console.print("\n".join(lines), highlight=False)
 
 
 def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console) -> None:
-    uid = next((rows[0]["uid"] for rows in examples(config, count=3)[-1:]), "")
+    uid = next((rows[0]["uid"] for rows in examples(config)[-1:]), "")
     query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
     commands = [f"stats {out}", f"trace {out} {uid}", f'sql {out} "{query}"']
     if trained:
@@ -222,7 +209,7 @@ def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console
         console.print(f"  {program} {command}", highlight=False)
 
 
-def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
+def examples(config: CapfiltConfig) -> list[list[dict[str, Any]]]:
     """Return the candidates of the first images whose web caption is not true, best score first, with ``kept``."""
     records = Records(Storage(config.corpus.path))
     for (_, source, shard), record in sorted(records.shards(("select",)).items()):
@@ -243,7 +230,7 @@ def examples(config: CapfiltConfig, count: int) -> list[list[dict[str, Any]]]:
             if any(row["origin"] == "web" and not row["true"] for row in rows)
             and any(row["kept"] for row in rows)
         ]
-        return chosen[:count]
+        return chosen[:_EXAMPLES]
     return []
 
 

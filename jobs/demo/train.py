@@ -8,13 +8,12 @@ import json
 import tarfile
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from jobs.demo.evaluate_training import LanguageScores, RetrievalScores, examine_language, examine_retrieval
+from jobs.demo.evaluate_training import examine_language, examine_retrieval
 from jobs.demo.held_out import held_out_scenes, write_benchmark
 from jobs.pretrain import pretrain
 from pipeline.config import load_config
@@ -28,6 +27,8 @@ from training.trainer.run import run_folder
 
 Captions = Literal["curated", "web"]
 Family = Literal["opt", "t5"]
+CAPTIONS: tuple[Captions, ...] = ("curated", "web")
+FAMILIES: tuple[Family, ...] = ("opt", "t5")
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NUM_HELD_OUT = 200
@@ -37,27 +38,10 @@ _HELD_OUT_IMAGES = 100
 _WEB_CAPTIONS = "web-captions"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingResult:
-    """What the demo's models have learnt. ``training_seconds`` are of the CPU: a busy machine does not stretch them."""
+def train_demo(corpus: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train on a demo corpus and examine what came of it: the figures by stage, as ``capfilt demo --json`` prints them.
 
-    training_seconds: float
-    chance: float
-    stage1: dict[Captions, RetrievalScores]
-    stage2: dict[Family, LanguageScores]
-
-    def figures(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
-        stage1 = {captions: _rounded(scores) for captions, scores in self.stage1.items()}
-        return {
-            "training_seconds": self.training_seconds,
-            "stage1": {**stage1, "chance": self.chance},
-            "stage2": {family: _rounded(scores) for family, scores in self.stage2.items()},
-        }
-
-
-def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
-    """Train on a demo corpus and examine what came of it.
+    ``training_seconds`` are of the CPU: a busy machine does not stretch them.
 
     Args:
         corpus: the corpus's folder, its curated shards made.
@@ -69,26 +53,25 @@ def train_demo(corpus: Path, say: Callable[[str], None]) -> TrainingResult:
     write_web_captions(corpus)
     held_out = held_out_scenes(NUM_HELD_OUT)
     write_benchmark(held_out, corpus / HELD_OUT)
-    stage1: dict[Captions, RetrievalScores] = {}
-    for captions in ("curated", "web"):
-        config = stage1_config(corpus, captions)
-        say(f"stage 1 on {captions} captions: {config.optim.steps} steps of {config.optim.batch_size} images")
+
+    def trained(config: PretrainConfig, what: str) -> Any:
+        say(f"{what}: {config.optim.steps} steps of {config.optim.batch_size} images")
         pretrain(config)
-        stage1[captions] = examine_retrieval(load_trained(run_folder(config)), held_out)
-    stage2: dict[Family, LanguageScores] = {}
-    for family in ("opt", "t5"):
-        config = stage2_config(corpus, family)
-        say(
-            f"stage 2 with a frozen {family.upper()}: {config.optim.steps} steps of {config.optim.batch_size} images"
-        )
-        pretrain(config)
-        stage2[family] = examine_language(load_trained(run_folder(config)), held_out)
-    return TrainingResult(
-        training_seconds=round(time.process_time() - began, 1),
-        chance=1 / NUM_HELD_OUT,
-        stage1=stage1,
-        stage2=stage2,
-    )
+        return load_trained(run_folder(config))
+
+    stage1: dict[str, Any] = {}
+    for captions in CAPTIONS:
+        stage = trained(stage1_config(corpus, captions), f"stage 1 on {captions} captions")
+        stage1[captions] = examine_retrieval(stage, held_out)
+    stage2 = {}
+    for family in FAMILIES:
+        stage = trained(stage2_config(corpus, family), f"stage 2 with a frozen {family.upper()}")
+        stage2[family] = examine_language(stage, held_out)
+    return {
+        "training_seconds": round(time.process_time() - began, 1),
+        "stage1": stage1 | {"chance": 1 / NUM_HELD_OUT},
+        "stage2": stage2,
+    }
 
 
 def stage1_config(corpus: Path, captions: Captions, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -125,9 +108,8 @@ def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[s
 def _held_out_images(corpus: Path) -> list[str]:
     """Return the override of what ``capfilt evaluate probe`` is asked; the first demos held no images out."""
     config = corpus / "checkpoints" / "stage1" / "demo-stage1" / "config.json"
-    if not config.exists():
-        return [f"data.held_out={_HELD_OUT_IMAGES}"]
-    return [f"data.held_out={json.loads(config.read_text())['data']['held_out']}"]
+    number = json.loads(config.read_text())["data"]["held_out"] if config.exists() else _HELD_OUT_IMAGES
+    return [f"data.held_out={number}"]
 
 
 def write_web_captions(corpus: Path) -> None:
@@ -156,7 +138,3 @@ def _copy_without(tar: Path, copy: Path, keys: Collection[str]) -> None:
             if member.name.partition(".")[0] not in keys:
                 new.addfile(member, old.extractfile(member))
     unfinished.replace(copy)
-
-
-def _rounded(scores: RetrievalScores | LanguageScores) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(scores).items()}

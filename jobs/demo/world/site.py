@@ -3,11 +3,8 @@
 Every page is a pure function of (seed, number), both of which stand in its
 path, so that the truth about any URL is known without the server, whatever
 port it had.
-
-    python -m jobs.demo.world.site --port 8000
 """
 
-import argparse
 import csv
 import io
 import random
@@ -16,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -283,23 +280,3 @@ def serving(port: int = 0, flaky: bool = True) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def main() -> None:
-    """Serve until interrupted; with --list, write the URL list first."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--steady", action="store_true", help="no page refuses its first request")
-    parser.add_argument("--list", type=Path, help="write the URL list here (.parquet or .csv)")
-    parser.add_argument("--num-urls", type=int, default=2400)
-    args = parser.parse_args()
-    with serving(args.port, flaky=not args.steady) as base_url:
-        if args.list:
-            write_url_list(args.list, base_url, args.num_urls)
-        print(base_url, flush=True)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()
