@@ -5,6 +5,7 @@ of torch takes its interpreter with it.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -84,10 +85,17 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
     return sorted(checks, key=lambda check: _WORST_FIRST.index(check.state))
 
 
+def _judged(
+    name: str, ok: bool, found: str, fix: str = "", otherwise: Literal["warn", "fail"] = "fail"
+) -> Check:
+    """Return a check; how to fix it is said only where it is not ok."""
+    return Check(name=name, state="ok" if ok else otherwise, found=found, mend="" if ok else fix)
+
+
 def _python() -> Check:
     fit = (3, 11) <= sys.version_info[:2] < (3, 13)
-    fix = "" if fit else "use Python 3.11 or 3.12 (img2dataset imports imghdr, gone in 3.13)"
-    return Check(name="python", state="ok" if fit else "fail", found=platform.python_version(), mend=fix)
+    fix = "use Python 3.11 or 3.12 (img2dataset imports imghdr, gone in 3.13)"
+    return _judged("python", fit, platform.python_version(), fix)
 
 
 def _versions() -> Iterator[Check]:
@@ -96,16 +104,12 @@ def _versions() -> Iterator[Check]:
         try:
             version = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            yield Check(
-                name=library, state="fail", found="not installed", mend="pip install -c constraints.txt ."
-            )
+            yield _judged(library, False, "not installed", "pip install -c constraints.txt .")
             continue
         pinned = pins.get(_canonical(library), version)
-        if version.partition("+")[0] == pinned.partition("+")[0]:
-            yield Check(name=library, state="ok", found=version)
-        else:
-            fix = f"only {pinned} is tested: pip install -c constraints.txt {library}"
-            yield Check(name=library, state="warn", found=version, mend=fix)
+        fix = f"only {pinned} is tested: pip install -c constraints.txt {library}"
+        is_pinned = version.partition("+")[0] == pinned.partition("+")[0]
+        yield _judged(library, is_pinned, version, fix, "warn")
 
 
 def _pins() -> dict[str, str]:
@@ -123,29 +127,25 @@ def _canonical(name: str) -> str:
 
 def _dataclasses() -> Check:
     """img2dataset installs a backport of ``dataclasses``, which breaks Python where it comes first."""
-    import dataclasses
+    file = dataclasses.__file__ or "frozen"
+    fix = "take site-packages off PYTHONPATH, or: pip uninstall dataclasses"
+    return _judged("dataclasses", "site-packages" not in file, file, fix)
 
-    shadowed = "site-packages" in (dataclasses.__file__ or "")
-    return Check(
-        name="dataclasses",
-        state="fail" if shadowed else "ok",
-        found=dataclasses.__file__ or "frozen",
-        mend="take site-packages off PYTHONPATH, or: pip uninstall dataclasses" if shadowed else "",
-    )
+
+def _run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
 
 
 def _python_process(code: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], input=text, capture_output=True, text=True, env=environment, check=False
-    )
+    return _run(sys.executable, "-c", code, text=text)
 
 
 def _import_check(modules: str, fix: str, done: subprocess.CompletedProcess[str]) -> Check:
     if done.returncode == 0:
-        return Check(name="import", state="ok", found=modules)
+        return _judged("import", True, modules)
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Check(name="import", state="fail", found=f"{modules}: {last}", mend=fix)
+    return _judged("import", False, f"{modules}: {last}", fix)
 
 
 def _model_checks(config: CapfiltConfig | None) -> list[Check]:
@@ -170,16 +170,8 @@ def print_model_checks() -> None:
 
 
 def _gpu(gpus: str, asked: bool) -> Check:
-    if gpus:
-        return Check(name="gpu", state="ok", found=gpus)
-    return Check(
-        name="gpu",
-        state="warn" if asked else "ok",
-        found="none on this machine",
-        mend="[cluster] asks for GPUs: run on a machine, or join a Ray cluster, that has them"
-        if asked
-        else "",
-    )
+    fix = "[cluster] asks for GPUs: run on a machine, or join a Ray cluster, that has them"
+    return _judged("gpu", bool(gpus) or not asked, gpus or "none on this machine", fix, "warn")
 
 
 def check_compiler(asked: bool) -> Check:
@@ -190,42 +182,29 @@ def check_compiler(asked: bool) -> Check:
     """
     # Triton's own order.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    state: Literal["fail", "warn"] = "fail" if asked else "warn"
+    otherwise: Literal["fail", "warn"] = "fail" if asked else "warn"
     fix = "workers on a GPU use torch.compile; on every node: apt-get install gcc libc6-dev, or set CC"
     if compiler is None:
-        return Check(name="compiler", state=state, found="neither gcc nor clang", mend=fix)
+        return _judged("compiler", False, "neither gcc nor clang", fix, otherwise)
     headers = sysconfig.get_paths("posix_prefix")["include"]
     try:
-        done = subprocess.run(
-            [compiler, "-fsyntax-only", f"-I{headers}", "-x", "c", "-"],
-            input="#include <Python.h>\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _run(compiler, "-fsyntax-only", f"-I{headers}", "-x", "c", "-", text="#include <Python.h>\n")
     except OSError as error:
-        return Check(name="compiler", state=state, found=f"{compiler}: {error.strerror}", mend=fix)
+        return _judged("compiler", False, f"{compiler}: {error.strerror}", fix, otherwise)
     if done.returncode == 0:
-        return Check(name="compiler", state="ok", found=f"{compiler}, {headers}/Python.h")
-    first = next(
-        (line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}"
-    )
+        return _judged("compiler", True, f"{compiler}, {headers}/Python.h")
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     fix = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
-    return Check(name="compiler", state=state, found=f"{compiler}: {first}", mend=fix)
+    found = f"{compiler}: {[*errors, f'exit code {done.returncode}'][0]}"
+    return _judged("compiler", False, found, fix, otherwise)
 
 
 def _scratch() -> Check:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     fix = "shards are made here before they are uploaded: set TMPDIR to a disk with more room"
-    well = free >= _MIN_FREE_BYTES
-    return Check(
-        name="scratch",
-        state="ok" if well else "warn",
-        found=f"{free / 1e9:.0f} GB free in {folder}",
-        mend="" if well else fix,
-    )
+    return _judged("scratch", free >= _MIN_FREE_BYTES, f"{free / 1e9:.0f} GB free in {folder}", fix, "warn")
 
 
 def check_storage(root: str) -> Check:
@@ -252,11 +231,9 @@ def _storage(root: str) -> Check:
             for place in created:
                 place.rmdir()
     if (first, second, kept) == (True, False, b"first"):
-        return Check(name="storage", state="ok", found=f"{storage.root}: writable, create-if-absent works")
+        return _judged("storage", True, f"{storage.root}: writable, create-if-absent works")
     fix = "this store does not honour If-None-Match: two workers could commit one shard; use another"
-    return Check(
-        name="storage", state="fail", found=f"{storage.root}: a second create was accepted", mend=fix
-    )
+    return _judged("storage", False, f"{storage.root}: a second create was accepted", fix)
 
 
 def _weights(config: CapfiltConfig) -> list[Check]:
@@ -278,16 +255,13 @@ def _weights(config: CapfiltConfig) -> list[Check]:
 
 def _found_weights(name: str, load: Callable[[], "Weights"]) -> Check:
     record = load().to_record()
-    return Check(
-        name=name, state="ok", found=f"{record.name}, {record.parameters:,} parameters, {record.digest[:12]}"
-    )
+    return _judged(name, True, f"{record.name}, {record.parameters:,} parameters, {record.digest[:12]}")
 
 
 def _guarded(name: str, check: Callable[[], Check], fix: str) -> Check:
     try:
         return check()
     except CapfiltError as error:
-        return Check(name=name, state="fail", found=str(error), mend=fix)
+        return _judged(name, False, str(error), fix)
     except Exception as error:  # whatever a storage's library raises is the finding, not a fault of capfilt
-        found = storage_error_message(error) or f"{type(error).__name__}: {error}"
-        return Check(name=name, state="fail", found=found, mend=fix)
+        return _judged(name, False, storage_error_message(error) or f"{type(error).__name__}: {error}", fix)

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -17,8 +16,8 @@ from schemas.stages import Stage
 _LINE_INTERVAL_S = 10.0
 
 
-class Progress(Protocol):
-    """A display of a run's progress."""
+class Progress:
+    """A display of a run's progress; this one shows nothing."""
 
     def say(self, text: str) -> None:
         """Print what the run waits for now."""
@@ -62,7 +61,7 @@ class _Rates:
         return stage, f"{done:,}/{total:,}", rate, success, failed, eta
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """A table that redraws itself."""
 
     def __init__(self, console: Console, rates: _Rates) -> None:
@@ -89,7 +88,7 @@ class LiveProgress:
         self._live.stop()
 
 
-class LineProgress:
+class LineProgress(Progress):
     """One line an interval, for logs."""
 
     def __init__(self, rates: _Rates) -> None:
@@ -130,24 +129,11 @@ class LineProgress:
         self._print()
 
 
-class NoProgress:
-    """Shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Do nothing."""
-
-    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def open_progress(
     console: Console, before: Survey, stages: tuple[Stage, ...], limit: int | None, quiet: bool
 ) -> Progress:
     """Return the progress that fits where the output goes."""
     if quiet:
-        return NoProgress()
+        return Progress()
     rates = _Rates(before, stages, limit)
     return LiveProgress(console, rates) if console.is_terminal else LineProgress(rates)
