@@ -3,11 +3,7 @@
 The records, retries and quarantine are those of a run on Ray, which is neither imported nor started.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator
-
-from jobs.environment import WORKER_ENVIRONMENT
+from jobs.environment import WORKER_ENVIRONMENT, variables
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
 from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.stages.progress import ProgressCounter
@@ -26,7 +22,7 @@ class LocalExecutor:
             ShardRunner(stage, job.settings, note=counter.note, report_state=counter.report_state)
             for stage in job.stages
         ]
-        with _worker_environment(job), monitor.watching(lambda timeout_s: counter.snapshot()):
+        with variables(_worker_environment(job)), monitor.watching(lambda timeout_s: counter.snapshot()):
             for kind, urls in job.shards:
                 for runner in runners:
                     runner.run_shard(kind, urls)
@@ -35,24 +31,12 @@ class LocalExecutor:
         return "done"
 
 
-@contextlib.contextmanager
-def _worker_environment(job: StageJob) -> Iterator[None]:
-    """Set the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one."""
-    variables = dict(WORKER_ENVIRONMENT)
-    if not any(getattr(job.settings.config.cluster, stage).gpus for stage in job.stages):
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    else:
+def _worker_environment(job: StageJob) -> dict[str, str]:
+    """Return the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one."""
+    if any(getattr(job.settings.config.cluster, stage).gpus for stage in job.stages):
         _require_gpu(job)
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        return WORKER_ENVIRONMENT
+    return WORKER_ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _require_gpu(job: StageJob) -> None:

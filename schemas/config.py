@@ -13,10 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
 # Of a model that is run as it is, not trained.
-InferencePrecision = Literal["auto", "fp32", "bf16", "fp8"]
+InferencePrecision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp8"],
+    Field(
+        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8"
+    ),
+]
 # Of one image: decoding 50M pixels takes up to 600 MB.
 MAX_PIXELS = 50_000_000
-PixelPath = Literal["exact", "fast"]
+PixelPath = Annotated[
+    Literal["exact", "fast"],
+    Field(description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off"),
+]
 
 
 def tuning(default: Any, **constraints: Any) -> Any:
@@ -156,14 +164,8 @@ class CaptionConfig(Section):
     repetition_penalty: float = Field(1.1, gt=0, description="on tokens already said; 1 switches it off")
     min_length: int = Field(5, ge=0, description="tokens, start and prompt included, before the end may come")
     max_length: int = Field(20, ge=2, description="tokens; start, prompt and end included")
-    pixels: PixelPath = Field(
-        "exact",
-        description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off",
-    )
-    precision: InferencePrecision = Field(
-        "auto",
-        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8",
-    )
+    pixels: PixelPath = "exact"
+    precision: InferencePrecision = "auto"
     batch_size: int = tuning(32, ge=1, description="images")
 
     @model_validator(mode="after")
@@ -190,14 +192,8 @@ class RankConfig(Section):
     pretrained: str = Field(
         "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
     )
-    pixels: PixelPath = Field(
-        "exact",
-        description="exact: Pillow's resize, as the model was trained; fast: at most a level or two off",
-    )
-    precision: InferencePrecision = Field(
-        "auto",
-        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8",
-    )
+    pixels: PixelPath = "exact"
+    precision: InferencePrecision = "auto"
     batch_size: int = tuning(64, ge=1, description="images")
     rerank: RerankConfig | None = Field(None, description="a second CLIP; without the section there is none")
 

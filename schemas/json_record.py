@@ -7,11 +7,12 @@ else: ``from_json`` takes only what has the declared types, and names that stay 
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 from schemas.names import is_one_part, printable
 
@@ -44,8 +45,15 @@ def _time(text: str) -> str:
     return text
 
 
+def _as_written(number: Any, check: Callable[[Any], float]) -> Any:
+    """Return a checked number as the JSON has it: an int stays one in a field of floats, and its text the same."""
+    check(number)
+    return number
+
+
 Count = Annotated[int, Field(ge=0, lt=_MOST)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, WrapValidator(_as_written)]
+Finite = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
 # Checked where a record is read, not where one is made.
 FileName = Annotated[str, AfterValidator(_file_name)]
 ShardName = Annotated[str, AfterValidator(_shard_name)]
@@ -67,20 +75,19 @@ class Json:
         """Read what ``to_json`` wrote. Raises ValueError, in one line, where the text is not that."""
         try:
             # A class is hashable, which mypy does not know of Self.
-            _types(cls).validate_json(text)  # type: ignore[arg-type]
+            record: Self = _types(cls).validate_json(text)  # type: ignore[arg-type]
         except ValidationError as error:
             raise ValueError(first_error(error)) from None
-        return cls.from_dict(json.loads(text))
+        record.require_valid()
+        return record
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values."""
-        return cls(**values)
+    def require_valid(self) -> None:
+        """Raise ValueError where the fields contradict one another."""
 
 
 @functools.cache
 def _types(cls: type[Json]) -> TypeAdapter[Any]:
-    """Return the check of a record's types. It builds nothing that is kept: an int stays one in a field of floats."""
+    """Return what checks a record's types and builds it, nested parts included."""
     return TypeAdapter(cls)
 
 

@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from schemas.json_record import Count, FileName, Finite, Json, ShardName, Time
+from schemas.json_record import Count, FileName, Finite, Json, Number, ShardName, Time
 from schemas.names import is_confined, is_outside_tar, printable
 from schemas.stages import STAGE_FOLDERS, STAGE_INFO, Stage
 
@@ -74,30 +74,16 @@ class ShardRecord(Json):
         """Where the record is once a recomputation has replaced it."""
         return f"records/retired/{self.stage}/{self.source}/{self.shard}.{self.attempt}.json"
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values, nested parts included."""
-        values = dict(values)
-        values["outputs"] = {name: OutputFile.from_dict(file) for name, file in values["outputs"].items()}
-        values["histograms"] = {
-            name: Histogram(edges=tuple(part["edges"]), counts=tuple(part["counts"]))
-            for name, part in values["histograms"].items()
-        }
-        values["models"] = tuple(values["models"])
-        record = cls(**values)
-        record.require_own_files()
-        record.require_histograms()
-        return record
-
-    def require_histograms(self) -> None:
-        """Raise ValueError unless each histogram's counts fit its edges."""
+    def require_valid(self) -> None:
+        """Raise ValueError unless the outputs are the stage's own files, and each histogram's counts fit its edges."""
+        self._require_own_files()
         for name, histogram in self.histograms.items():
             try:
                 histogram.require_bins()
             except ValueError as error:
                 raise ValueError(f"histograms.{printable(name)[:200]}: it has {error}") from None
 
-    def require_own_files(self) -> None:
+    def _require_own_files(self) -> None:
         """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
 
         A tar that was imported without copying may be outside the corpus; whoever reads the record sees that the lists
@@ -190,16 +176,6 @@ class IntakeRecord(Json):
     adopted: Mapping[ShardName, str] = field(default_factory=dict)
     adopted_bytes: Mapping[ShardName, Count] = field(default_factory=dict)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values, nested parts included."""
-        values = dict(values)
-        values["shards"] = {name: OutputFile.from_dict(file) for name, file in values["shards"].items()}
-        values["files"] = tuple(values["files"])
-        record = cls(**values)
-        record.require_own_files()
-        return record
-
     @property
     def path(self) -> str:
         """Where the record is, relative to the corpus."""
@@ -234,7 +210,7 @@ class IntakeRecord(Json):
             finished_at=self.finished_at,
         )
 
-    def require_own_files(self) -> None:
+    def require_valid(self) -> None:
         """Raise ValueError unless the url shards lie in the corpus, and each imported tar outside it."""
         for shard, file in self.shards.items():
             if not is_own_file(file.path, "urls", self.source, shard):
@@ -321,11 +297,6 @@ class CheckpointRecord(Json):
     samples: Count
     snapshot: str
     sha256: Mapping[str, str]
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Number]
     created_at: str
     models: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values."""
-        return cls(**values | {"models": tuple(values.get("models", ()))})

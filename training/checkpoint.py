@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -56,11 +56,6 @@ class Progress(Json):
     config: Mapping[str, Any]
     world_size: Count
     models: tuple[ModelRecord, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from a dict of JSON values, nested parts included."""
-        return cls(**values | {"models": tuple(ModelRecord.from_dict(model) for model in values["models"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

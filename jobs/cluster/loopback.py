@@ -1,10 +1,11 @@
 """Keeps a Ray that runs on one machine off the network."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 from ray._private import ray_constants
+
+from jobs.environment import variables
 
 # Ray's switch for Windows and macOS, where it is off by default; read at import in each of its processes.
 _VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
@@ -20,13 +21,9 @@ def loopback_only(local: bool = True) -> Iterator[None]:
     if not local:
         yield
         return
-    before = os.environ.get(_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        yield
+        with variables({_VARIABLE: "0"}):
+            yield
     finally:
-        variable, ray_constants.ENABLE_RAY_CLUSTER = before
-        if variable is None:
-            del os.environ[_VARIABLE]
-        else:
-            os.environ[_VARIABLE] = variable
+        ray_constants.ENABLE_RAY_CLUSTER = before

@@ -3,9 +3,8 @@
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stdout
+from concurrent.futures import Future, wait
+from contextlib import redirect_stdout
 from typing import Any
 
 import ray
@@ -66,7 +65,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         # It only waits for calls, so that no CPU is reserved for it.
         actor = ray.remote(num_cpus=0)(_ProgressActor).remote()
         # Ray prints workers that died on standard output, which is for --json.
-        with temporary_folder() as folder, redirect_stdout(sys.stderr), _printed(actor):
+        with temporary_folder() as folder, redirect_stdout(sys.stderr):
             trainer = TorchTrainer(
                 _rank,
                 train_loop_config={
@@ -84,7 +83,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
                 ),
             )
             try:
-                _fit(trainer)
+                _fit(trainer, actor)
             except TrainingFailedError as error:
                 log(str(error).splitlines()[0])
         outcomes = ray.get(actor.outcomes.remote())
@@ -96,8 +95,11 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         )
 
 
-def _fit(trainer: TorchTrainer) -> None:
-    """Train in a thread: in the main one Ray Train would take Ctrl-C for itself and end the process with 0."""
+def _fit(trainer: TorchTrainer, actor: Any) -> None:
+    """Train, and print the ranks' log lines as they come.
+
+    In a thread: in the main one Ray Train would take Ctrl-C for itself and end the process with 0.
+    """
     ended: Future[None] = Future()
 
     def fit() -> None:
@@ -108,6 +110,13 @@ def _fit(trainer: TorchTrainer) -> None:
             ended.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
+    printed, is_last = 0, False
+    while not is_last:
+        is_last = bool(wait([ended], _POLL_S).done)
+        lines = ray.get(actor.lines.remote(printed))
+        for line in lines:
+            log(line)
+        printed += len(lines)
     ended.result()
 
 
@@ -124,31 +133,6 @@ def _rank(settings: dict[str, Any]) -> None:
     ray.get(actor.end.remote(outcome))
     if outcome.kind != "ended":
         raise RuntimeError(outcome.text)
-
-
-@contextmanager
-def _printed(actor: Any) -> Iterator[None]:
-    """Print the ranks' log lines while the block runs."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        printed = 0
-        while True:
-            is_last = ended.wait(_POLL_S)
-            lines = ray.get(actor.lines.remote(printed))
-            for line in lines:
-                log(line)
-            printed += len(lines)
-            if is_last:
-                return
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()
 
 
 def _num_gpus(config: PretrainConfig) -> int:
