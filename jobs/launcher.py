@@ -81,12 +81,16 @@ def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -
 
 def num_ranks(config: PretrainConfig) -> int:
     """Return how many ranks this machine gives a run. Raises CapfiltError where it has fewer GPUs than wanted."""
-    num_gpus = torch.cuda.device_count()
-    if config.cluster.gpus > num_gpus:
+    return num_gpus(config, torch.cuda.device_count(), "this machine") or config.cluster.cpu_ranks
+
+
+def num_gpus(config: PretrainConfig, available: int, where: str) -> int:
+    """Return how many of the available GPUs a run takes. Raises CapfiltError where more are wanted."""
+    if config.cluster.gpus > available:
         raise CapfiltError(
-            f"cluster.gpus = {config.cluster.gpus}, and this machine has {num_gpus}; lower it, or set 0"
+            f"cluster.gpus = {config.cluster.gpus}, and {where} has {available}; lower it, or set 0"
         )
-    return config.cluster.gpus or num_gpus or config.cluster.cpu_ranks
+    return config.cluster.gpus or available
 
 
 def device_of(local_rank: int) -> torch.device:

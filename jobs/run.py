@@ -104,7 +104,7 @@ def digests_of(weights: dict[Stage, list[Weights]]) -> ModelDigests:
     return {stage: tuple(model.digest for model in models) for stage, models in weights.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Work:
     """A run that is about to start: its config and options, and the state of the corpus before it."""
 
@@ -167,16 +167,7 @@ def _prepare(
     if "crawl" in options.stages and _read_lists(config, records, started, options, console):
         state.refresh_urls()
         before = survey(config, models, state, options.stages)
-    return _Work(
-        config=config,
-        options=options,
-        records=records,
-        manifest=Manifest(records.storage),
-        started=started,
-        weights=weights,
-        state=state,
-        before=before,
-    )
+    return _Work(config, options, records, Manifest(records.storage), started, weights, state, before)
 
 
 def _run_stages(work: _Work, console: Console, interrupts: Interrupts) -> RunResult:

@@ -110,9 +110,7 @@ _COMMITTED_FILES = f"""
 
 def parquet_files(paths: Sequence[str], schema: pa.Schema) -> str:
     """Return the SELECT of some Parquet files, by name."""
-    return (
-        f"SELECT {_columns(schema)} FROM read_parquet([{', '.join(quote(_literal(path)) for path in paths)}])"
-    )
+    return f"SELECT {_quoted(schema.names)} FROM read_parquet([{', '.join(quote(_literal(path)) for path in paths)}])"
 
 
 def _literal(path: str) -> str:
@@ -160,10 +158,6 @@ def _view(name: str, sql: str) -> str:
     return f"CREATE OR REPLACE VIEW {name} AS {sql}"
 
 
-def _columns(schema: pa.Schema) -> str:
-    return _quoted(schema.names)
-
-
 def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
@@ -193,20 +187,20 @@ _TABLES: dict[str, str] = {
                 max(finished_at) FILTER (state = 'committed') OVER same_shard AS committed_at
             FROM latest WINDOW same_shard AS (PARTITION BY stage, source, shard)
         )
-        SELECT {_columns(SHARDS)} FROM (
+        SELECT {_quoted(SHARDS.names)} FROM (
             SELECT * REPLACE (CASE WHEN state = 'committed' AND finished_at < committed_at THEN 'retired'
                 ELSE state END AS state)
             FROM seen)
         WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
     "runs": f"""
-        SELECT {_columns(RUNS)} FROM base.runs_events
+        SELECT {_quoted(RUNS.names)} FROM base.runs_events
         QUALIFY row_number() OVER (
             PARTITION BY run_id ORDER BY outcome IS NOT NULL DESC, finished_at DESC) = 1""",
     "models": f"""
-        SELECT {_columns(MODELS)} FROM base.models_events
+        SELECT {_quoted(MODELS.names)} FROM base.models_events
         QUALIFY row_number() OVER (PARTITION BY digest ORDER BY registered_at) = 1""",
     "checkpoints": f"""
-        SELECT {_columns(CHECKPOINTS)} FROM base.checkpoints_events
+        SELECT {_quoted(CHECKPOINTS.names)} FROM base.checkpoints_events
         QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
     # One row a uid: the row of its latest retry stands for all its tries.
     "samples": f"""
@@ -215,12 +209,12 @@ _TABLES: dict[str, str] = {
         LEFT JOIN last_try ON raw.source = last_try.source AND raw.uid = last_try.uid
         WHERE last_try.shard IS NULL OR raw.shard = last_try.shard""",
     "candidates": f"""
-        SELECT {_columns(CANDIDATES)} FROM base.scores
+        SELECT {_quoted(CANDIDATES.names)} FROM base.scores
         UNION ALL
-        SELECT {_columns(CAPTIONS)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS
+        SELECT {_quoted(CAPTIONS.names)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS
         truncated FROM base.captions""",
-    "curated": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'kept'",
-    "dropped": f"SELECT {_columns(CURATED)} FROM base.curated WHERE status = 'dropped'",
+    "curated": f"SELECT {_quoted(CURATED.names)} FROM base.curated WHERE status = 'kept'",
+    "dropped": f"SELECT {_quoted(CURATED.names)} FROM base.curated WHERE status = 'dropped'",
 }
 
 _IS_STATUS = " OR ".join(

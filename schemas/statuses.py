@@ -21,67 +21,57 @@ SAMPLE_STATUSES: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Reason:
     """One way for a sample not to be stored."""
 
     status: SampleStatus
-    transient: bool
     meaning: str
-
-
-def _reason(status: SampleStatus, meaning: str, transient: bool = False) -> Reason:
-    return Reason(status=status, transient=transient, meaning=meaning)
+    transient: bool = False
 
 
 REASONS: dict[str, Reason] = {
     # failed: the other side
-    "dns": _reason("failed", "the host name did not resolve", transient=True),
-    "connect": _reason("failed", "no connection: refused, unreachable or reset", transient=True),
-    "tls": _reason("failed", "the TLS handshake or certificate check failed"),
-    "timeout": _reason("failed", "the URL's total time ran out, retries included", transient=True),
-    "bad_response": _reason("failed", "the answer, or its Content-Encoding, cannot be read", transient=True),
-    "body_truncated": _reason(
+    "dns": Reason("failed", "the host name did not resolve", transient=True),
+    "connect": Reason("failed", "no connection: refused, unreachable or reset", transient=True),
+    "tls": Reason("failed", "the TLS handshake or certificate check failed"),
+    "timeout": Reason("failed", "the URL's total time ran out, retries included", transient=True),
+    "bad_response": Reason("failed", "the answer, or its Content-Encoding, cannot be read", transient=True),
+    "body_truncated": Reason(
         "failed", "the body, or what was compressed in it, ended before its end", transient=True
     ),
-    "rate_limited": _reason("failed", "429 on every attempt", transient=True),
-    "http_4xx": _reason("failed", "a client error; http_status has the code"),
-    "http_5xx": _reason(
-        "failed", "a server error on every attempt; http_status has the code", transient=True
-    ),
-    "http_other": _reason("failed", "a status that brings no image, such as 204, 206, 304 or 999"),
-    "host_down": _reason(
+    "rate_limited": Reason("failed", "429 on every attempt", transient=True),
+    "http_4xx": Reason("failed", "a client error; http_status has the code"),
+    "http_5xx": Reason("failed", "a server error on every attempt; http_status has the code", transient=True),
+    "http_other": Reason("failed", "a status that brings no image, such as 204, 206, 304 or 999"),
+    "host_down": Reason(
         "failed", "not asked: the host had failed 20 times in a row (dns, connect, timeout)", transient=True
     ),
-    "retried": _reason("failed", "not asked: a later shard tries this URL again"),
+    "retried": Reason("failed", "not asked: a later shard tries this URL again"),
     # refused: our guards
-    "bad_url": _reason("refused", "not an absolute http(s) URL with a host"),
-    "bad_scheme": _reason("refused", "a scheme other than http and https, at first or after a redirect"),
-    "forbidden_address": _reason(
+    "bad_url": Reason("refused", "not an absolute http(s) URL with a host"),
+    "bad_scheme": Reason("refused", "a scheme other than http and https, at first or after a redirect"),
+    "forbidden_address": Reason(
         "refused",
         "the host is loopback, private, link-local, reserved or metadata, and not of crawl.allow_hosts",
     ),
-    "too_many_redirects": _reason("refused", "more redirects than crawl.max_redirects"),
-    "redirect_loop": _reason("refused", "a redirect back to a URL already visited"),
-    "header_too_large": _reason("refused", "response headers over crawl.max_header_bytes"),
-    "body_too_large": _reason("refused", "a body over crawl.max_body_bytes: declared, sent or decompressed"),
+    "too_many_redirects": Reason("refused", "more redirects than crawl.max_redirects"),
+    "redirect_loop": Reason("refused", "a redirect back to a URL already visited"),
+    "header_too_large": Reason("refused", "response headers over crawl.max_header_bytes"),
+    "body_too_large": Reason("refused", "a body over crawl.max_body_bytes: declared, sent or decompressed"),
     # opted out
-    "x_robots_tag": _reason("opted_out", "an X-Robots-Tag directive that crawl.opt_out_directives names"),
-    "tdm_reservation": _reason("opted_out", "the TDM-Reservation header is 1"),
-    "robots_txt": _reason("opted_out", "robots.txt disallows the path for our user agent"),
+    "x_robots_tag": Reason("opted_out", "an X-Robots-Tag directive that crawl.opt_out_directives names"),
+    "tdm_reservation": Reason("opted_out", "the TDM-Reservation header is 1"),
+    "robots_txt": Reason("opted_out", "robots.txt disallows the path for our user agent"),
     # invalid: the bytes
-    "empty_body": _reason("invalid", "zero bytes"),
-    "not_an_image": _reason("invalid", "HTML, text or unknown bytes"),
-    "format_refused": _reason(
-        "invalid", "an image format outside crawl.formats (SVG, TIFF, animations, ...)"
-    ),
-    "too_many_pixels": _reason("invalid", "more pixels than crawl.max_pixels, read from the header alone"),
-    "image_truncated": _reason("invalid", "the image data stops before its end or does not decode"),
-    "too_small": _reason("invalid", "the shorter side is under crawl.min_size_px"),
-    "aspect_ratio": _reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
-    "missing_member": _reason(
-        "invalid", "an adopted shard's Parquet says success, its tar has no such image"
-    ),
+    "empty_body": Reason("invalid", "zero bytes"),
+    "not_an_image": Reason("invalid", "HTML, text or unknown bytes"),
+    "format_refused": Reason("invalid", "an image format outside crawl.formats (SVG, TIFF, animations, ...)"),
+    "too_many_pixels": Reason("invalid", "more pixels than crawl.max_pixels, read from the header alone"),
+    "image_truncated": Reason("invalid", "the image data stops before its end or does not decode"),
+    "too_small": Reason("invalid", "the shorter side is under crawl.min_size_px"),
+    "aspect_ratio": Reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
+    "missing_member": Reason("invalid", "an adopted shard's Parquet says success, its tar has no such image"),
 }
 
 # How an image that was captioned and scored can fail to reach the curated shards.

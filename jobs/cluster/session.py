@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
-from jobs.cluster.loopback import loopback_only
-from jobs.environment import WORKER_ENVIRONMENT
+from jobs.environment import WORKER_ENVIRONMENT, variables
 from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -19,6 +19,8 @@ from schemas.stages import Stage
 
 _log = logging.getLogger(__name__)
 
+# Ray's switch for Windows and macOS, where it is off by default; read at import in each of its processes.
+_CLUSTERS_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 # Rows are shard names: the object store holds next to nothing.
 _OBJECT_STORE_BYTES = 128 << 20
 
@@ -57,7 +59,8 @@ def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterato
     """Join the Ray at an address, or start one (``"local"``), and leave it at the end. Raises CapfiltError."""
     try:
         try:
-            with interrupts.delayed(), _without_stderr(), loopback_only(local=address == "local"):
+            listening = _loopback_only() if address == "local" else contextlib.nullcontext()
+            with interrupts.delayed(), _without_stderr(), listening:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
@@ -65,6 +68,21 @@ def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterato
     finally:
         with interrupts.delayed():
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Have a Ray that starts in here listen on 127.0.0.1 alone.
+
+    By itself Ray takes the machine's own address for its node, whatever ``ray.init`` is told, and its control store,
+    node manager and workers listen on all interfaces.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with variables({_CLUSTERS_VARIABLE: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import TIMEOUT_S, Outcome, log, train_as, worst_outcome
+from jobs.launcher import TIMEOUT_S, Outcome, log, num_gpus, train_as, worst_outcome
 from pipeline.corpus.scratch import temporary_folder
-from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
 from training.distributed import World
@@ -136,12 +135,7 @@ def _rank(settings: dict[str, Any]) -> None:
 
 
 def _num_gpus(config: PretrainConfig) -> int:
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.cluster.gpus > num_gpus:
-        raise CapfiltError(
-            f"cluster.gpus = {config.cluster.gpus}, and the cluster has {num_gpus}; lower it, or set 0"
-        )
-    return config.cluster.gpus or num_gpus
+    return num_gpus(config, int(ray.cluster_resources().get("GPU", 0)), "the cluster")
 
 
 def _scaling(config: PretrainConfig) -> ScalingConfig:

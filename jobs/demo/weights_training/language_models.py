@@ -4,7 +4,6 @@ Both folders have the layout of the published models: config.json, model.safeten
 world's grammar is a token.
 """
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -17,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from jobs.demo.weights_training.models import WEIGHTS_DIR
+from jobs.demo.weights_training.models import WEIGHTS_DIR, save_half
 from jobs.demo.world.scenes import vocabulary
 
 OPT_DIR = WEIGHTS_DIR / "opt"
@@ -82,11 +81,7 @@ def build_t5() -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
 
 def save_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the folder that ``from_pretrained`` reads; tensors in half precision, loaded as float32."""
-    half = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=half)
-    config_path = folder / "config.json"
-    config = json.loads(config_path.read_text()) | {"dtype": "float32"}
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_half(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,7 +12,13 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    PreTrainedModel,
+)
 
 from jobs.demo.world.pictures import INPUT_PX
 from jobs.demo.world.scenes import vocabulary
@@ -97,10 +103,7 @@ def ranker_config(vocab_size: int) -> dict:
 
 def build_ranker(vocab_size: int) -> open_clip.CLIP:
     """Make an untrained CLIP of 1.5 million parameters."""
-    config = ranker_config(vocab_size)
-    return open_clip.CLIP(
-        embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=config["text_cfg"]
-    )
+    return open_clip.CLIP(**ranker_config(vocab_size))
 
 
 def _half(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -110,16 +113,17 @@ def _half(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def save_captioner(model: BlipForConditionalGeneration, tokenizer: BertTokenizer, folder: Path) -> None:
-    """Write the folder that `BlipForConditionalGeneration.from_pretrained` reads.
-
-    Tensors are stored in half precision; `config.json` says float32, which is
-    what `from_pretrained` loads them as.
-    """
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model with tensors in half precision; `config.json` says float32, which `from_pretrained` loads."""
     model.save_pretrained(folder, state_dict=_half(model))
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text()) | {"dtype": "float32"}
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_captioner(model: BlipForConditionalGeneration, tokenizer: BertTokenizer, folder: Path) -> None:
+    """Write the folder that `BlipForConditionalGeneration.from_pretrained` reads."""
+    save_half(model, folder)
     save_tokenizer(tokenizer, folder)
     BlipImageProcessor(size={"height": INPUT_PX, "width": INPUT_PX}).save_pretrained(folder)
 
