@@ -10,7 +10,7 @@ import torch
 
 from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
 from jobs.demo.train import stage1_config, stage2_config, write_web_captions
-from jobs.demo.weights_training.language_models import OPT_DIR, T5_DIR
+from jobs.demo.weights_training.models import OPT_DIR, T5_DIR
 from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
 from jobs.demo.world.alt_texts import alt_text
 from jobs.demo.world.pictures import Encoding, published

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from jobs.demo.weights_training.language_models import OPT_DIR, T5_DIR, build_opt, build_t5, save_language
+from jobs.demo.weights_training.models import OPT_DIR, T5_DIR, save, untrained
 from jobs.demo.world.scenes import Scene, write_caption
 from training.losses import IGNORED
 from training.models.language import split_caption
@@ -118,14 +118,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if args.model == "opt":
-        (model, tokenizer), loss_of, folder = build_opt(), opt_loss, OPT_DIR
-    else:
-        (model, tokenizer), loss_of, folder = build_t5(), t5_loss, T5_DIR
+    folder, loss_of = (OPT_DIR, opt_loss) if args.model == "opt" else (T5_DIR, t5_loss)
+    model, tokenizer = untrained(folder)
     train(model, tokenizer, loss_of, args.steps, args.batch_size)
     for count, loss in held_out_losses(model, tokenizer, loss_of).items():
         print(f"held-out documents of {count} captions: loss {loss:.3f}")
-    save_language(model, tokenizer, args.out or folder)
+    save(model, folder, args.out or folder)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import BertTokenizer
+from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
-from jobs.demo.weights_training.models import (
-    DEC_ID,
-    PAD_ID,
-    WEIGHTS_DIR,
-    WIDTH,
-    build_captioner,
-    build_ranker,
-    build_tokenizer,
-    save_captioner,
-    save_ranker,
-)
+from jobs.demo.weights_training.models import WEIGHTS_DIR, save, untrained
 from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
 from jobs.demo.world.pictures import DemoImages, demo_images
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT, Scene, is_true, parse, write_caption
@@ -69,7 +59,9 @@ def batches(pictures: DemoImages, batch_size: int) -> Iterator[tuple[list[Scene]
             yield [pictures.scenes[i] for i in rows], augment(to_input(pictures.pixels_NHWC[rows]))
 
 
-def tokenize(tokenizer: BertTokenizer, texts: list[str], padding: bool | str = "max_length") -> torch.Tensor:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], padding: bool | str = "max_length"
+) -> torch.Tensor:
     """Return ids_TL, by default padded to the length that open_clip's text tower demands."""
     return tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids
 
@@ -81,9 +73,9 @@ class AttributeHeads(nn.Module):
     loss alone, shape was still a guess after five minutes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(WORDS_BY_SLOT[slot])) for slot in ATTRIBUTES)
+        self.heads = nn.ModuleList(nn.Linear(width, len(WORDS_BY_SLOT[slot])) for slot in ATTRIBUTES)
 
     def forward(self, image_BD: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
         values_AB = attribute_indices(scenes).T
@@ -97,24 +89,30 @@ class AttributeHeads(nn.Module):
 class CaptionerObjective(nn.Module):
     """Language modelling of K true captions an image (BLIP's L_LM), the image encoded once."""
 
-    def __init__(self, vocab_size: int, num_captions: int = 2) -> None:
+    def __init__(self, model: BlipForConditionalGeneration, num_captions: int = 2) -> None:
         super().__init__()
-        self.model = build_captioner(vocab_size)
-        self.heads = AttributeHeads()
+        self.model = model
+        self.heads = AttributeHeads(model.config.vision_config.hidden_size)
         self.num_captions = num_captions
 
     def forward(
-        self, tokenizer: BertTokenizer, scenes: list[Scene], pixels_BCHW: torch.Tensor, rng: random.Random
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        scenes: list[Scene],
+        pixels_BCHW: torch.Tensor,
+        rng: random.Random,
     ) -> torch.Tensor:
         texts = [write_caption(scene, rng) for scene in scenes for _ in range(self.num_captions)]
         ids_TL = tokenize(tokenizer, texts, padding=True)
-        ids_TL[:, 0] = DEC_ID
+        # [DEC] begins a caption in BLIP, where BERT has [CLS].
+        ids_TL[:, 0] = tokenizer.convert_tokens_to_ids("[DEC]")
+        pad_id = tokenizer.pad_token_id
         image_BND = self.model.vision_model(pixels_BCHW).last_hidden_state
         language_loss = self.model.text_decoder(
             input_ids=ids_TL,
-            attention_mask=(ids_TL != PAD_ID).long(),
+            attention_mask=(ids_TL != pad_id).long(),
             encoder_hidden_states=image_BND.repeat_interleave(self.num_captions, 0),
-            labels=ids_TL.masked_fill(ids_TL == PAD_ID, -100),
+            labels=ids_TL.masked_fill(ids_TL == pad_id, -100),
             reduction="mean",
         ).loss
         return language_loss + self.heads(image_BND[:, 0], scenes)
@@ -184,13 +182,17 @@ class RankerObjective(nn.Module):
     holds of another image of the batch is no negative there.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, model: open_clip.CLIP) -> None:
         super().__init__()
-        self.model = build_ranker(vocab_size)
-        self.heads = AttributeHeads()
+        self.model = model
+        self.heads = AttributeHeads(model.visual.output_dim)
 
     def forward(
-        self, tokenizer: BertTokenizer, scenes: list[Scene], pixels_BCHW: torch.Tensor, rng: random.Random
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        scenes: list[Scene],
+        pixels_BCHW: torch.Tensor,
+        rng: random.Random,
     ) -> torch.Tensor:
         texts = [text for scene in scenes for text in ranker_texts(scene, rng)]
         truth_BT = truth_matrix(scenes, texts)
@@ -204,7 +206,7 @@ class RankerObjective(nn.Module):
 
 
 @torch.no_grad()
-def captioner_accuracy(model: nn.Module, tokenizer: BertTokenizer, pictures: DemoImages) -> float:
+def captioner_accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pictures: DemoImages) -> float:
     """Share of nucleus-sampled captions (BLIP's settings) that are entirely true."""
     ids_TL = model.generate(
         pixel_values=to_input(pictures.pixels_NHWC),
@@ -215,7 +217,7 @@ def captioner_accuracy(model: nn.Module, tokenizer: BertTokenizer, pictures: Dem
 
 
 @torch.no_grad()
-def ranker_accuracy(model: open_clip.CLIP, tokenizer: BertTokenizer, pictures: DemoImages) -> float:
+def ranker_accuracy(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerBase, pictures: DemoImages) -> float:
     """Share of images where a true caption beats three that are not."""
     rng = random.Random(EVAL_SEED)
     image_BD = F.normalize(model.encode_image(to_input(pictures.pixels_NHWC)), dim=-1)
@@ -229,9 +231,10 @@ def ranker_accuracy(model: open_clip.CLIP, tokenizer: BertTokenizer, pictures: D
 
 def train(
     objective: CaptionerObjective | RankerObjective,
+    tokenizer: PreTrainedTokenizerBase,
     accuracy_of: Callable[..., float],
-    save: Callable[..., None],
     pictures: DemoImages,
+    folder: Path,
     out: Path,
     minutes: float,
     batch_size: int = 64,
@@ -242,7 +245,6 @@ def train(
 
     What is judged and saved is the running average of the weights.
     """
-    tokenizer = build_tokenizer()
     held_out = demo_images(256, EVAL_SEED)
     average = copy.deepcopy(objective.model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_lr, weight_decay=0.02, betas=(0.9, 0.98))
@@ -271,12 +273,12 @@ def train(
         if time.monotonic() - reported > 180:
             accuracy = accuracy_of(average, tokenizer, held_out)
             print(f"{step} held-out accuracy {accuracy:.3f}", flush=True)
-            save(average, tokenizer, out)
+            save(average, folder, out)
             reported = time.monotonic()
             if accuracy >= until_accuracy:
                 return
     print(f"{step} steps, held-out accuracy {accuracy_of(average, tokenizer, held_out):.3f}")
-    save(average, tokenizer, out)
+    save(average, folder, out)
 
 
 def main() -> None:
@@ -292,13 +294,24 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pictures = demo_images(args.num_images, TRAIN_SEED, workers=2)
-    out = args.out or WEIGHTS_DIR / args.model
-    vocab_size = len(build_tokenizer())
-    common = {"out": out, "minutes": args.minutes, "until_accuracy": args.until_accuracy}
+    folder = WEIGHTS_DIR / args.model
+    model, tokenizer = untrained(folder)
+    objective: CaptionerObjective | RankerObjective
     if args.model == "captioner":
-        train(CaptionerObjective(vocab_size), captioner_accuracy, save_captioner, pictures, **common)
+        objective, accuracy_of = CaptionerObjective(model), captioner_accuracy
     else:
-        train(RankerObjective(vocab_size), ranker_accuracy, save_ranker, pictures, **common)
+        objective, accuracy_of = RankerObjective(model), ranker_accuracy
+    out = args.out or folder
+    train(
+        objective,
+        tokenizer,
+        accuracy_of,
+        pictures,
+        folder,
+        out,
+        args.minutes,
+        until_accuracy=args.until_accuracy,
+    )
 
 
 if __name__ == "__main__":
