@@ -74,10 +74,7 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
     """Return what every check found, worst first: machine, storage, what has to be imported, GPUs and weights."""
     with ThreadPoolExecutor(1 + len(_IMPORTS)) as pool:
         models = pool.submit(_model_checks, config)
-        imports = [
-            pool.submit(lambda name, code, fix: _import_check(name, fix, _python_process(code)), *each)
-            for each in _IMPORTS
-        ]
+        imports = [pool.submit(_imported, *each) for each in _IMPORTS]
         checks = [_python(), *_versions(), _dataclasses(), _scratch()]
         if root := config.corpus.path if config else corpus:
             checks.append(check_storage(root))
@@ -139,6 +136,10 @@ def _run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 def _python_process(code: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return _run(sys.executable, "-c", code, text=text)
+
+
+def _imported(modules: str, code: str, fix: str) -> Check:
+    return _import_check(modules, fix, _python_process(code))
 
 
 def _import_check(modules: str, fix: str, done: subprocess.CompletedProcess[str]) -> Check:
