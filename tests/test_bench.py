@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.bench.caption import measure_caption
-from jobs.bench.commands import caption_rows
 from jobs.bench.fixtures.models import BLIP_LARGE
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.cli.main import app
@@ -88,8 +87,8 @@ def test_manifest_asks_a_whole_corpus_both_ways() -> None:
     images = 32
     found = bench("manifest", "--images", str(images))
     assert (found["urls"], found["candidates"]) == (images + images // 3, 11 * images)
-    # One shard, five stages; a run and two models.
-    assert (found["shards"], found["records"]) == (1, 8)
+    # One shard, five stages.
+    assert (found["shards"], found["records"]) == (1, 5)
     require_positive(found["bytes_per_image"], "crawl", "caption", "rank", "select")
     require_positive(found, "first_compaction_s", "idle_compaction_s", "peak_bytes")
     queries = {row["query"]: row for row in found["queries"]}
@@ -110,12 +109,13 @@ def test_select_keeps_every_image() -> None:
 
 def test_images_are_decoded_in_every_way() -> None:
     found = bench("images", "--images", "1")
-    assert found["images"] == 1 and found["max_level_difference"] <= 2
-    assert list(found["sizes"]) == ["512x384", "512x512", "1024x768"]
-    for at_size in found["sizes"].values():
-        assert at_size["naive"]["ratio"] == 1
-        for way in ("naive", "exact", "fast"):
-            require_positive(at_size[way], "images_per_core_s", "images_per_s_all_cores", "ratio")
+    assert found["images"] == 1
+    assert [(row["size"], row["way"]) for row in found["sizes"]] == [
+        (size, way) for size in ("512x384", "512x512", "1024x768") for way in ("naive", "exact", "fast")
+    ]
+    for row in found["sizes"]:
+        require_positive(row, "images_per_core_s", "ratio")
+        assert row["way"] != "naive" or row["ratio"] == 1
 
 
 def test_rank_prints_both_sides() -> None:
@@ -127,14 +127,14 @@ def test_rank_prints_both_sides() -> None:
         require_positive(found[side], "images_per_s", "gflop_text", "matmul_share", "peak_bytes")
 
 
-def test_whole_shards_say_what_the_bare_engine_says() -> None:
+def test_whole_shards_have_a_rate_and_a_share_of_the_engines() -> None:
     # Seven images are nine: every fourth URL of the synthetic corpus failed.
     found = bench("shard", "--size", "demo", "--images", "7", "--shards", "3", "--rounds", "1")
     assert (found["images"], found["shards"], found["dtype"]) == (9, 3, "float32")
-    assert found["same_captions"] and found["same_scores"]
-    assert 3 <= found["mean_tokens"] <= 20
     for stage in ("caption", "rank"):
         require_positive(found[stage], "images_per_s", "bare_images_per_s", "bare_share")
+        rates = found[stage]["images_per_s"] / found[stage]["bare_images_per_s"]
+        assert found[stage]["bare_share"] == pytest.approx(rates, rel=0.02) and rates <= 1
         seconds = found[stage]["seconds"]
         assert seconds.keys() == {"read", "decode", "gpu", "write", "wait", "total"}
         require_positive(seconds, "read", "gpu", "write", "total")
@@ -157,15 +157,14 @@ def test_captioning_is_compared_with_transformers() -> None:
     assert found["decode_flops_ratio"] == pytest.approx(flops, rel=0.02)
     assert found["gflop_ours_early_stop"] < found["gflop_ours"]
     assert found["decode_early_stop_mean_tokens"] < found["decode_mean_tokens"] == 19
-    assert len(caption_rows(found)) == 3
 
 
 def test_without_json_a_table_is_printed() -> None:
     done = CliRunner().invoke(app, ["bench", "intake", "--rows", "100"])
     assert done.exit_code == 0, done.output
-    header, first, grown, *_ = done.stdout.splitlines()
-    assert header.split()[:3] == ["reading", "rows_in", "rows_new"]
-    assert first.split()[:3] == ["first", "100", "90"] and grown.split()[:3] == ["grown", "101", "1"]
+    header, rows_in, rows_new, *_ = map(str.split, done.stdout.splitlines())
+    assert header == ["measure", "first", "grown"]
+    assert rows_in == ["rows_in", "100", "101"] and rows_new == ["rows_new", "90", "1"]
 
 
 @pytest.mark.parametrize("size", ["640", "640x", "32x32", "0x480", "640x480x3"])

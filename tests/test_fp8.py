@@ -19,8 +19,7 @@ from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Floa
 import pipeline.models.blip.captioner
 import pipeline.models.blip.vision
 import pipeline.models.clip.ranker
-from jobs.bench.fp8 import _changes, _Outcome, measure_fp8, measure_speed
-from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
+from jobs.bench.fp8 import Results, changes, measure_fp8
 from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import Captioner
 from pipeline.models.clip.ranker import Ranker
@@ -273,7 +272,6 @@ def test_a_ranker_scores_nearly_the_same(allowed: None, ranker_folder: Path) -> 
 def test_the_benchmark_measures_what_float8_changes() -> None:
     found = measure_fp8(24)
     assert (found["device"], found["is_emulated"], found["captions"]) == ("cpu", True, 240)
-    assert found["speed"] is None and "GPU" in found["speed_missing"]
     for kind in ("sampled_true", "kept_true"):
         assert found[kind].keys() == {"fp32", "bf16", "fp8"}
     assert all(0.7 < share <= 1 for share in found["sampled_true"].values())
@@ -283,33 +281,25 @@ def test_the_benchmark_measures_what_float8_changes() -> None:
     bf16, fp8 = found["bf16_from_fp32"], found["fp8_from_fp32"]
     assert 1e-5 < bf16["score_mean"] < fp8["score_mean"] / 2 < 0.0025
     assert found["fp8_from_bf16"]["score_mean"] > 0.0005 and fp8["score_max"] < 0.06
-    for changes in (bf16, fp8, found["fp8_from_bf16"]):
-        assert changes["top_two"] <= 0.15 and changes["captions"] <= 0.15 and changes["own_top_two"] <= 0.4
+    for pair in (bf16, fp8, found["fp8_from_bf16"]):
+        assert pair["top_two"] <= 0.15 and pair["captions"] <= 0.15 and pair["own_top_two"] <= 0.4
     assert fp8["captions"] > 0
 
 
-def outcome(captions: list[str], *scores: float) -> _Outcome:
+def results(captions: list[str], *scores: float) -> Results:
     texts = ["one", "two", "three", "web"]
     row = [
         Candidate(origin="web" if text == "web" else "synthetic", candidate=index, text=text, score=score)
         for index, (text, score) in enumerate(zip(texts, scores, strict=True))
     ]
-    return _Outcome(captions=[captions], scored=[row], own=[row[::-1]])
+    return Results(captions=[captions], scored=[row], own=[row[::-1]])
 
 
 def test_changes_are_of_what_is_kept_and_not_of_its_order() -> None:
-    old = outcome(["one", "two", "three"], 0.5, 0.4, 0.3, 0.1)
-    swapped = _changes(outcome(["one", "two", "four"], 0.4, 0.5, 0.3, 0.1), old)
+    old = results(["one", "two", "three"], 0.5, 0.4, 0.3, 0.1)
+    swapped = changes(results(["one", "two", "four"], 0.4, 0.5, 0.3, 0.1), old)
     assert swapped["top_two"] == swapped["own_top_two"] == 0
     assert swapped["captions"] == pytest.approx(1 / 3)
     assert swapped["score_mean"] == pytest.approx(0.05) and swapped["score_max"] == pytest.approx(0.1)
-    other = _changes(outcome(["one", "two", "three"], 0.5, 0.4, 0.3, 0.6), old)
+    other = changes(results(["one", "two", "three"], 0.5, 0.4, 0.3, 0.6), old)
     assert other["top_two"] == other["own_top_two"] == 1 and other["captions"] == 0
-
-
-def test_the_benchmark_times_both_towers_in_turn() -> None:
-    found = measure_speed(CAPTIONER_DIR, RANKER_DIR, batch=2, rounds=1)
-    assert (found["batch"], found["rounds"]) == (2, 1)
-    for tower in ("blip", "clip"):
-        rates = found[f"{tower}_images_per_s_fp8"], found[f"{tower}_images_per_s_bf16"]
-        assert min(rates) > 0 and found[f"{tower}_ratio"] == pytest.approx(rates[0] / rates[1])

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import BlipImageProcessorPil
 
 from jobs.bench.fixtures.pictures import jpeg
-from jobs.bench.images import measure_images
 from pipeline.images import preprocess
 from pipeline.images.decode import ImageError, decode_rgb
 from pipeline.images.preprocess import Preprocess, decode_pixels, normalise, stack_pinned
@@ -287,14 +286,3 @@ def test_prefetch_map_holds_no_more_than_it_says() -> None:
         # Taking a result begins one more before it is handed out.
         assert len(begun) <= len(taken) + 6
     assert taken == list(range(40))
-
-
-def test_the_benchmark_measures_each_way_on_the_same_pictures() -> None:
-    found = measure_images(images=2)
-    assert found["sizes"].keys() == {"512x384", "512x512", "1024x768"}
-    for size in found["sizes"].values():
-        assert size["naive"]["ratio"] == 1
-        for way in ("naive", "exact", "fast"):
-            assert all(value > 0 for value in size[way].values())
-        assert size["max_level_difference"] in (1, 2) and 0 < size["share_one_level"] < 0.02
-    assert found["max_level_difference"] in (1, 2)

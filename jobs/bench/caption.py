@@ -10,12 +10,12 @@ L tokens of a text.
 """
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import count, islice, starmap
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import open_clip
 import torch
@@ -23,31 +23,28 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, median_ratio, one_thread, seconds
+from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, one_thread, peak_memory, seconds
+from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.machine import median_ratio
 from jobs.bench.fixtures.models import (
     BLIP_LARGE,
     END_CHANCE,
     blip_large,
     end_after,
+    image_features,
     save_captioner,
     save_ranker,
 )
-from jobs.bench.fixtures.pictures import jpeg
+from jobs.bench.fixtures.pictures import jpegs
 from jobs.bench.rank import open_clip_side, similarities
+from jobs.bench.shard import Stages
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.images.preprocess import decode_pixels, stack_pinned
-from pipeline.models.blip.captioner import Captioner
 from pipeline.models.blip.decoder import Decoder
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
-from pipeline.models.clip.ranker import Ranker
 from pipeline.models.device import compute_dtype, device_name, worker_device
-from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.prefetch import decode_threads, prefetch_map
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
-
-T = TypeVar("T")
-TopTwo = Callable[[list[bytes]], Any]
 
 # Counted operations of the design, in GFLOP at BLIP-large: keys and values of an image, and one row of one step.
 _GFLOP_IMAGE, _GFLOP_ROW = 21.8, 0.267
@@ -58,7 +55,7 @@ _DECODED_ENDING = {"cpu": 4, "cuda": 256}
 _TOP_TWO = {"cpu": 4, "cuda": 1024}
 # transformers and open_clip run at the fastest of these.
 _REFERENCE_BATCHES = {"cpu": (4,), "cuda": (16, 32, 64, 128)}
-_PICTURE_PX, _PICTURES = (512, 512), 16
+_PICTURE_PX = (512, 512)
 
 
 def measure_caption(
@@ -76,7 +73,7 @@ def measure_caption(
     dtype, kind = compute_dtype("auto", device), device.type
     with one_thread(device), temporary_folder() as folder:
         model = blip_large(device, sizes=captioner)
-        features_BPE = _features(model, _DECODED_ENDING[kind])
+        features_BPE = image_features(model, _DECODED_ENDING[kind])
         result = {"grid_same_tokens": _grid_same_tokens(model, features_BPE[:1])}
         result |= _counted(model, features_BPE[:2])
         model, features_BPE = model.to(dtype), features_BPE.to(dtype)
@@ -98,14 +95,6 @@ def measure_caption(
         "matmul_share": round(result["images_per_s"] * gflop * 1e9 / rate, 3),
         "gpu_hours_129m": round(129e6 / result["images_per_s"] / 3600, 1),
     }
-
-
-def _features(model: BlipForConditionalGeneration, images: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    pixels_BCHW = torch.randn(min(images, 8), 3, 384, 384, generator=generator)
-    with torch.inference_mode():
-        features_BPE = model.vision_model(pixels_BCHW.to(model.device)).last_hidden_state
-    return features_BPE.repeat(-(-images // len(features_BPE)), 1, 1)[:images]
 
 
 def _uniforms(model: BlipForConditionalGeneration, images: int) -> Tensor:
@@ -193,7 +182,7 @@ def _decode(
     reference()
     timed = in_turn({"capfilt": capfilt, "reference": reference}, rounds, model.device)
     return {
-        f"decode_ratio{suffix}": median_ratio(timed),
+        f"decode_ratio{suffix}": median_ratio(timed["reference"], timed["capfilt"], 2),
         f"decode{suffix}_mean_tokens": round(float((tokens_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
         f"decode{suffix}_s_per_image": round(median(timed["capfilt"]) / images, 6),
         f"decode{suffix}_s_per_image_transformers": round(median(timed["reference"]) / images, 6),
@@ -201,93 +190,36 @@ def _decode(
 
 
 def _top_two(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Time JPEG to the best two captions both ways, the libraries' own at the fastest of their batch sizes."""
+    """Time a raw shard's way to captions and scores, and the libraries' own at the fastest of their batch sizes."""
     device = worker_device()
-    images = _TOP_TWO[device.type]
-    pictures = [jpeg(seed, _PICTURE_PX) for seed in range(min(images, _PICTURES))]
-    files = [pictures[index % len(pictures)] for index in range(images)]
-    capfilt = partial(_capfilt_top_two(folder, min(batch_size, images)), files)
+    images, pictures = _TOP_TWO[device.type], jpegs(_PICTURE_PX)
+    corpus = SyntheticCorpus(folder, images, samples_per_shard=4 * images, pictures=pictures)
+    capfilt = Stages(corpus, folder / "captioner", folder / "ranker", min(batch_size, images)).run
     capfilt()  # compiles and captures
-    result: dict[str, Any] = {}
-    if device.type == "cuda":
-        # CUDA graphs included, without what earlier work left behind.
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        capfilt()
-        result["peak_bytes"] = torch.cuda.max_memory_reserved()
-    batch, reference = _fastest_batch(folder, files)
-    timed = in_turn({"capfilt": capfilt, "reference": partial(reference, files)}, rounds, device)
-    return result | {
-        "end_to_end_ratio": median_ratio(timed),
+    memory = {"peak_bytes": peak_memory(capfilt, device)} if device.type == "cuda" else {}
+    files = list(islice(cycle(pictures), images))
+    reference = _reference_top_two(folder)
+    sizes = _REFERENCE_BATCHES[device.type]
+    took_s = {}
+    for size in sizes:
+        run = partial(reference, files[: 2 * max(sizes)], size)
+        run()
+        took_s[size] = seconds(run, device)
+    batch = min(took_s, key=lambda size: took_s[size])
+    timed = in_turn(
+        {"capfilt": capfilt, "reference": partial(reference, files, batch)},
+        rounds,
+        device,
+    )
+    return memory | {
+        "end_to_end_ratio": median_ratio(timed["reference"], timed["capfilt"], 2),
         "images_per_s": round(images / median(timed["capfilt"]), 3),
         "transformers_images_per_s": round(images / median(timed["reference"]), 3),
         "transformers_batch_size": batch,
     }
 
 
-def _fastest_batch(folder: Path, files: list[bytes]) -> tuple[int, TopTwo]:
-    """Return the batch size at which the libraries' own way is fastest, and that way, warmed up."""
-    device = worker_device()
-    sizes = _REFERENCE_BATCHES[device.type]
-    took_s = {}
-    for size in sizes:
-        run = partial(_reference_top_two(folder, size), files[: 2 * max(sizes)])
-        run()
-        took_s[size] = seconds(run, device) if len(sizes) > 1 else 0.0
-    best = min(took_s, key=lambda size: took_s[size])
-    reference = _reference_top_two(folder, best)
-    reference(files)
-    return best, reference
-
-
-def _batches(prepare: Callable[[bytes], T], files: list[bytes], size: int) -> Iterator[list[T]]:
-    """Decode ahead of the device as the workers do, on a GPU on all cores, and yield batches."""
-    threads = decode_threads(1, feeds_gpu=worker_device().type == "cuda")
-    prepared = prefetch_map(prepare, files, ahead=2 * size, threads=threads)
-    while batch := list(islice(prepared, size)):
-        yield batch
-
-
-def _capfilt_top_two(folder: Path, batch_size: int) -> TopTwo:
-    config = CaptionConfig(model=str(folder / "captioner"), batch_size=batch_size)
-    captioner = Captioner(config, captioner_weights(config), 0)
-    ranker = Ranker(ranker_weights(f"local-dir:{folder / 'ranker'}", ""), "auto", batch_size)
-
-    def prepare(data: bytes) -> tuple[Tensor, ...]:
-        pixels = decode_pixels(data, [captioner.preprocess, ranker.preprocess], "exact")
-        assert pixels is not None
-        return pixels
-
-    def load(batch: list[tuple[Tensor, ...]], first: int) -> tuple[Any, Any]:
-        blip, clip = zip(*batch, strict=True)
-        return clip, captioner.load(blip, [str(first + index) for index in range(len(batch))])
-
-    def generate(batch: tuple[Any, Any]) -> tuple[Any, Any]:
-        clip, images = batch
-        return clip, captioner.generate(images)
-
-    def best_two(batch: tuple[Any, list[list[str]]]) -> list[list[str]]:
-        clip, texts = batch
-        scores = ranker.score_pixels(stack_pinned(clip), texts)
-        return [
-            [text for _, text in sorted(zip((score.similarity for score in row), captions, strict=True))[-2:]]
-            for row, captions in zip(scores, texts, strict=True)
-        ]
-
-    def top_two(files: list[bytes]) -> list[list[str]]:
-        # Loading, generating and scoring overlap, as the stages of a run do.
-        batches = zip(_batches(prepare, files, batch_size), count(step=batch_size), strict=False)
-        captioned = (
-            (clip, [[caption.text for caption in row] for row in captioner.decode_text(tokens)])
-            for clip, tokens in prefetch_map(generate, starmap(load, batches), ahead=2, threads=1)
-        )
-        ranked = prefetch_map(best_two, list(captioned), ahead=1, threads=1)
-        return [best for batch in ranked for best in batch]
-
-    return top_two
-
-
-def _reference_top_two(folder: Path, batch_size: int) -> TopTwo:
+def _reference_top_two(folder: Path) -> Callable[[list[bytes], int], Tensor]:
     device = worker_device()
     dtype = compute_dtype("auto", device)
     blip = BlipForConditionalGeneration.from_pretrained(folder / "captioner", dtype=dtype).to(device).eval()
@@ -306,15 +238,17 @@ def _reference_top_two(folder: Path, batch_size: int) -> TopTwo:
         return [torch.stack(part) for part in zip(*batch, strict=True)]
 
     @torch.inference_mode()
-    def top_two(files: list[bytes]) -> Tensor:
+    def top_two(files: list[bytes], batch_size: int) -> Tensor:
         best = []
-        # Collated ahead, as the workers of a data loader do.
-        for pixels in prefetch_map(collate, _batches(prepare, files, batch_size), ahead=2, threads=1):
+        # Decoded and collated ahead, on a GPU on all cores, as the workers of a data loader do.
+        threads = decode_threads(1, feeds_gpu=device.type == "cuda")
+        prepared = prefetch_map(prepare, files, ahead=2 * batch_size, threads=threads)
+        batches = iter(lambda: list(islice(prepared, batch_size)), [])
+        for pixels in prefetch_map(collate, batches, ahead=2, threads=1):
             blip_BCHW, clip_BCHW = (part.to(device, dtype) for part in pixels)
             features_BPE = blip.vision_model(blip_BCHW).last_hidden_state
             captions = vocabulary.batch_decode(_generate(blip, features_BPE), skip_special_tokens=True)
-            tokens_TL = side["tokenize"](captions)
-            best.append(similarities(side, tokens_TL, clip_BCHW).topk(2).indices.cpu())
+            best.append(similarities(side, side["tokenize"](captions), clip_BCHW).topk(2).indices.cpu())
         return torch.cat(best)
 
     return top_two

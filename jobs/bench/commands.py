@@ -7,7 +7,7 @@ models of the published sizes, which takes about five on a CPU, and some on a GP
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -39,8 +39,7 @@ def crawl(
     """Crawl a loopback server, in turn with img2dataset's own Downloader: rate, CPU, memory, ratio."""
     from jobs.bench.crawl import measure_crawl
 
-    result = _measured(measure_crawl, images, _size(size))
-    _show(result, _rows(result, "crawler", "capfilt", "img2dataset"), json_)
+    _report(json_, ("capfilt", "img2dataset"), measure_crawl, images, _size(size))
 
 
 @bench.command()
@@ -51,8 +50,7 @@ def intake(
     """Read a Parquet list into url shards, then read it again grown by 1%: rate and memory."""
     from jobs.bench.intake import measure_intake
 
-    result = _measured(measure_intake, rows)
-    _show(result, _rows(result, "reading", "first", "grown"), json_)
+    _report(json_, ("first", "grown"), measure_intake, rows)
 
 
 @bench.command()
@@ -63,8 +61,7 @@ def manifest(
     """Ask a synthetic corpus, as `capfilt sql` does and in plain DuckDB; compact its records."""
     from jobs.bench.manifest import measure_manifest
 
-    result = _measured(measure_manifest, images)
-    _show(result, result["queries"], json_)
+    _report(json_, ("queries",), measure_manifest, images)
 
 
 @bench.command()
@@ -75,8 +72,7 @@ def select(
     """Write curated shards from scored candidates: rate and memory."""
     from jobs.bench.selection import measure_select
 
-    result = _measured(measure_select, images)
-    _show(result, [_readable(result["select"])], json_)
+    _report(json_, ("select",), measure_select, images)
 
 
 @bench.command()
@@ -87,13 +83,7 @@ def images(
     """Decode JPEGs for both models: with the libraries' own code, and on our two pixel paths."""
     from jobs.bench.images import measure_images
 
-    result = _measured(measure_images, images)
-    rows = [
-        {"size": size, "way": way, **at_size[way]}
-        for size, at_size in result["sizes"].items()
-        for way in ("naive", "exact", "fast")
-    ]
-    _show(result, rows, json_)
+    _report(json_, ("sizes",), measure_images, images)
 
 
 @bench.command()
@@ -105,8 +95,7 @@ def caption(
     """Caption beside transformers' generate: operations, decoding alone, JPEG to the best two."""
     from jobs.bench.caption import measure_caption
 
-    result = _measured(measure_caption, batch_size, rounds)
-    _show(result, caption_rows(result), json_)
+    _report(json_, (), measure_caption, batch_size, rounds)
 
 
 @bench.command()
@@ -125,8 +114,8 @@ def rank(
     """Rank beside open_clip's own: agreement, operations, both towers and the tokenizer."""
     from jobs.bench.rank import measure_rank
 
-    result = _measured(measure_rank, images or _by_device(2, 256), captions, mean_tokens, rounds, model)
-    _show(result, _rows(result, "side", "open_clip", "capfilt"), json_)
+    images = images or _by_device(2, 256)
+    _report(json_, ("open_clip", "capfilt"), measure_rank, images, captions, mean_tokens, rounds, model)
 
 
 @bench.command()
@@ -135,20 +124,18 @@ def shard(
         int | None, typer.Option(min=1, help="A shard's. Default: 3, on a GPU 2001.", metavar="N")
     ] = None,
     shards: Annotated[int, typer.Option(min=1, metavar="N")] = 2,
-    rounds: Rounds = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are shown.", metavar="N")] = 3,
     size: Annotated[Literal["full", "demo"], typer.Option(help="Of the models.")] = "full",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp8"], typer.Option(help="Of both stages.")
+    ] = "auto",
     json_: Json = False,
 ) -> None:
-    """Send whole shards through both GPU stages, beside the bare engine on decoded images: share of its rate."""
+    """Send whole shards through both GPU stages: their rate, and its share of the bare engine's."""
     from jobs.bench.shard import measure_shard
 
-    result = _measured(measure_shard, images or _by_device(3, 2001), shards, rounds, size)
-    rows = []
-    for stage in ("caption", "rank"):
-        rates = {name: value for name, value in result[stage].items() if name != "seconds"}
-        parts = {f"{part}_s": value for part, value in result[stage]["seconds"].items()}
-        rows.append({"stage": stage, **rates, **parts})
-    _show(result, rows, json_)
+    images = images or _by_device(3, 2001)
+    _report(json_, ("caption", "rank"), measure_shard, images, shards, rounds, size, precision)
 
 
 @bench.command()
@@ -159,8 +146,7 @@ def fp8(
     """Compare float32, bfloat16 and float8 on the demo's trained models: scores, captions, what is kept."""
     from jobs.bench.fp8 import measure_fp8
 
-    result = _measured(measure_fp8, images)
-    _show(result, _rows(result, "change", "bf16_from_fp32", "fp8_from_fp32", "fp8_from_bf16"), json_)
+    _report(json_, ("bf16_from_fp32", "fp8_from_fp32", "fp8_from_bf16"), measure_fp8, images)
 
 
 @bench.command()
@@ -172,8 +158,10 @@ def stage1(
     json_: Json = False,
 ) -> None:
     """Train stage 1 at the published size with random weights: samples/s, share of the matmul rate, memory."""
+    from jobs.bench.train_step import measure_train_step
+
     batch = batch or _by_device(2, _STAGE1_BATCH[arch])
-    _show_steps(arch, None, batch, steps, micro_batch, as_json=json_)
+    _report(json_, (), measure_train_step, arch, None, batch, steps, micro_batch)
 
 
 @bench.command()
@@ -188,8 +176,10 @@ def stage2(
     json_: Json = False,
 ) -> None:
     """Train stage 2 at the published size with random weights: samples/s, share of the matmul rate, memory."""
+    from jobs.bench.train_step import measure_train_step
+
     batch = batch or _by_device(2, _STAGE2_BATCH["t5" if "t5" in language else "opt"])
-    _show_steps(arch, language, batch, steps, micro_batch, as_json=json_)
+    _report(json_, (), measure_train_step, arch, language, batch, steps, micro_batch)
 
 
 @bench.command()
@@ -200,8 +190,7 @@ def loader(
     """Load curated shards, in turn with a plain WebDataset loop: rate per core, memory, ratio."""
     from jobs.bench.loader import measure_loader
 
-    result = _measured(measure_loader, images)
-    _show(result, _rows(result, "loader", "capfilt", "webdataset"), json_)
+    _report(json_, ("capfilt", "webdataset"), measure_loader, images)
 
 
 @bench.command()
@@ -212,89 +201,52 @@ def precision(
     """Train a small stage 1 in float32 and in bfloat16: how far the losses are apart, beside another seed's."""
     from jobs.bench.train_step import measure_precision
 
-    result = _measured(measure_precision, steps)
-    rows = [
-        {
-            "run": name,
-            "last_loss": loss,
-            "distance": result["distance"].get(name),
-            "bias": result["bias"].get(name),
-        }
-        for name, loss in result["last_loss"].items()
-    ]
-    _show(result, rows, json_)
+    _report(json_, ("last_loss", "distance", "bias"), measure_precision, steps)
 
 
-def caption_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each of the three things that ``bench caption`` times."""
-    decoding = [
-        {
-            "part": part,
-            "ratio": result[f"decode_ratio{suffix}"],
-            "s_per_image": result[f"decode{suffix}_s_per_image"],
-            "transformers_s_per_image": result[f"decode{suffix}_s_per_image_transformers"],
-            "mean_tokens": result[f"decode{suffix}_mean_tokens"],
-            "gflop": result[f"gflop_ours{suffix}"],
-        }
-        for part, suffix in (("decode, to the last token", ""), ("decode, captions end", "_early_stop"))
-    ]
-    whole = {
-        "part": "JPEG to the best two",
-        "ratio": result["end_to_end_ratio"],
-        "s_per_image": 1 / result["images_per_s"],
-        "transformers_s_per_image": 1 / result["transformers_images_per_s"],
-    }
-    return [*decoding, whole]
-
-
-def _show_steps(*arguments: Any, as_json: bool) -> None:
-    from jobs.bench.train_step import measure_train_step
-
-    result = _measured(measure_train_step, *arguments)
-    table = ("samples_per_s", "step_s", "tflops", "mfu", "gflop_per_sample", "micro_batch", "peak_bytes")
-    row = {name: result[name] for name in table}
-    shown = result if as_json else {name: value for name, value in result.items() if name not in table}
-    _show(shown, [_readable(row)], as_json)
-
-
-def _measured(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Measure, and say on what machine; its load is read before the benchmark itself adds to it."""
+def _report(
+    as_json: bool, parts: Sequence[str], measure: Callable[..., dict[str, Any]], *arguments: Any
+) -> None:
+    """Measure, then print the named parts of the result as a table and its single values below; or all as JSON."""
     from jobs.bench.fixtures.machine import describe_machine
+    from jobs.output.render import print_facts, print_json, print_table
 
+    # Its load is read before the benchmark adds to it.
     machine = describe_machine()
-    return {**measure(*arguments), "machine": machine}
+    result = measure(*arguments)
+    if as_json:
+        return print_json(result | {"machine": machine})
+    if parts:
+        print_table(_table([result[name] for name in parts], parts))
+        print()
+    facts = _readable({name: value for name, value in result.items() if name not in parts})
+    print_facts({name: value for name, value in facts.items() if isinstance(value, (int, float, str))})
+    print_facts(machine)
 
 
-def _rows(result: dict[str, Any], column: str, *names: str) -> list[dict[str, Any]]:
-    """Return a row of the table for each named part of a result."""
-    return [{column: name, **_readable(result[name])} for name in names]
+def _table(values: list[Any], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of a list, or a column for each part and a row for each measure of it."""
+    if isinstance(values[0], list):
+        return values[0]
+    columns = dict(zip(parts, map(_readable, values), strict=True))
+    measures = dict.fromkeys(name for column in columns.values() for name in column)
+    return [
+        {"measure": name} | {part: column.get(name) for part, column in columns.items()} for name in measures
+    ]
 
 
 def _readable(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a measurement for a table: memory in MiB, shares in percent."""
-    row: dict[str, Any] = {}
+    """Return a measurement for print: memory in MiB, the shares and seconds of parts by themselves."""
+    readable: dict[str, Any] = {}
     for name, value in values.items():
         match value:
             case dict():
-                row |= {f"{part}_%": round(100 * share, 1) for part, share in value.items()}
+                readable |= {f"{name}_{part}": number for part, number in value.items()}
             case _ if name.endswith("_bytes"):
-                row[f"{name.removesuffix('_bytes')}_mib"] = round(value / 2**20)
+                readable[f"{name.removesuffix('_bytes')}_mib"] = round(value / 2**20)
             case _:
-                row[name] = value
-    return row
-
-
-def _show(result: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print the rows as a table and the result's other values below it, or all of it as JSON."""
-    from jobs.output.render import print_facts, print_json, print_table
-
-    if as_json:
-        return print_json(result)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    print_table([{name: row.get(name) for name in columns} for row in rows])
-    print()
-    print_facts({name: value for name, value in result.items() if isinstance(value, (int, float, str))})
-    print_facts(result["machine"])
+                readable[name] = value
+    return readable
 
 
 def _by_device(on_cpu: int, on_gpu: int) -> int:

@@ -6,19 +6,15 @@ guards each fetch, checks every row, and commits: uploads with sync, record last
 
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
-from jobs.bench.fixtures.pictures import jpeg
+from jobs.bench.fixtures.corpus import list_config, shard_task, write_url_list
+from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_way
+from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from jobs.bench.fixtures.server import serving
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
@@ -27,114 +23,53 @@ from pipeline.intake.read_lists import read_lists
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import ShardTask
 
-_PICTURES = 16
 _ROUNDS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shard:
-    """What one shard cost a crawler."""
-
-    images: int
-    seconds: float
-    cpu_s: float
-    peak_bytes: int
-    parts: dict[str, float] = field(default_factory=dict)
 
 
 def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
     """Crawl a shard of ``images`` URLs a round, with each crawler in turn."""
-    pictures = [jpeg(seed, size_px) for seed in range(_PICTURES)]
-    rounds: dict[str, list[_Shard]] = {"capfilt": [], "img2dataset": []}
-    one_process = partial(ProcessPoolExecutor, 1, get_context("spawn"))
-    with (
-        temporary_folder() as folder,
-        serving(pictures) as host,
-        one_process() as capfilt,
-        one_process() as reference,
-    ):
-        # The first round imports libraries and warms caches: not counted.
+    pictures = jpegs(size_px)
+    with temporary_folder() as folder, serving(pictures) as host:
         config, tasks = _tasks(folder, host, images, _ROUNDS + 1)
-        for task in tasks:
-            rounds["capfilt"].append(capfilt.submit(_crawl, config, task).result())
-            rounds["img2dataset"].append(reference.submit(_download, config, task).result())
-    measured = {name: _summary(shards) for name, shards in rounds.items()}
-    pairs = list(zip(rounds["capfilt"], rounds["img2dataset"], strict=True))[1:]
-    assert all(shard.images == images for pair in pairs for shard in pair), "a crawler lost images"
+        costs = costs_by_way(
+            {"capfilt": _crawl, "img2dataset": _download}, [(config, task) for task in tasks]
+        )
+    capfilt, reference = costs["capfilt"], costs["img2dataset"]
+    assert all(cost.images == images for cost in capfilt + reference), "a crawler lost images"
     return {
         "images": images,
         "rounds": _ROUNDS,
         "size": "x".join(map(str, size_px)),
-        "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
-        **measured,
-        "rate_ratio": round(median(reference.seconds / capfilt.seconds for capfilt, reference in pairs), 3),
-        "cpu_ratio": round(median(capfilt.cpu_s / reference.cpu_s for capfilt, reference in pairs), 3),
-    }
-
-
-def _summary(shards: list[_Shard]) -> dict[str, Any]:
-    """Return the medians of the counted rounds, and the peak of all."""
-    counted = shards[1:]
-    total = sum(shard.seconds for shard in counted)
-    return {
-        "images_per_s": round(median(shard.images / shard.seconds for shard in counted), 1),
-        "cpu_ms_per_image": round(median(1000 * shard.cpu_s / shard.images for shard in counted), 2),
-        "peak_bytes": max(shard.peak_bytes for shard in shards),
-        "share": {
-            part: round(sum(shard.parts[part] for shard in counted) / total, 3) for part in counted[0].parts
-        },
+        "bytes_per_picture": mean_bytes(pictures),
+        **{name: cost_summary(shards) for name, shards in costs.items()},
+        "rate_ratio": cost_ratio("seconds", reference, capfilt),
+        "cpu_ratio": cost_ratio("cpu_s", capfilt, reference),
     }
 
 
 def _tasks(folder: Path, host: str, images: int, shards: int) -> tuple[CapfiltConfig, list[ShardTask]]:
     """Take in a list of URLs; return the tasks of crawling its shards."""
-    numbers = range(images * shards)
-    table = {"url": [f"http://{host}/{number}.jpg" for number in numbers],
-             "caption": [f"the caption that a page gives picture {number}" for number in numbers]}  # fmt: skip
-    pq.write_table(pa.table(table), folder / "urls.parquet")
-    config = CapfiltConfig.model_validate(
-        {
-            "corpus": {"path": str(folder / "corpus"), "samples_per_shard": images},
-            "source": [{"name": "bench", "input": [str(folder / "urls.parquet")]}],
-            # One host stands for the whole web here: politeness to it would be all that is measured.
-            "crawl": {"allow_hosts": [host], "requests_per_host": 64, "rate_per_host": 1e6},
-        }
-    )
+    write_url_list(folder / "urls.parquet", images * shards, f"'http://{host}/' || n || '.jpg'")
+    # One host stands for the whole web here: politeness to it would be all that is measured.
+    crawl = {"allow_hosts": [host], "requests_per_host": 64, "rate_per_host": 1e6}
+    config = list_config(folder, folder / "urls.parquet", samples_per_shard=images, crawl=crawl)
     records = Records(Storage(config.corpus.path))
     read_lists(config, records, "bench")
-    return config, [
-        ShardTask(
-            corpus=config.corpus.path,
-            stage="crawl",
-            source=source,
-            kind="web",
-            shard=shard,
-            run_id="bench",
-            fingerprint="bench",
-            inputs={"urls": record},
-        )
-        for (source, shard), record in sorted(records.url_shards().items())
-    ]
+    urls = sorted(records.url_shards().items())
+    return config, [shard_task(config, "crawl", shard, urls=record) for (_, shard), record in urls]
 
 
-def _crawl(config: CapfiltConfig, task: ShardTask) -> _Shard:
+def _crawl(config: CapfiltConfig, task: ShardTask) -> Cost:
     """Crawl a shard as a run does; runs in a process of its own."""
     from pipeline.stages.crawl import CrawlWorker
 
     worker = CrawlWorker(config, Records(Storage(task.corpus)))
     with Stopwatch() as watch:
         record = worker(task)
-    parts = {part: record.seconds[part] for part in ("fetch", "decode", "write")}
-    return _Shard(
-        images=record.images,
-        seconds=watch.seconds,
-        cpu_s=watch.cpu_s,
-        peak_bytes=peak_bytes(),
-        parts=parts,
-    )
+    return watch.cost(record.images, **{part: record.seconds[part] for part in ("fetch", "decode", "write")})
 
 
-def _download(config: CapfiltConfig, task: ShardTask) -> _Shard:
+def _download(config: CapfiltConfig, task: ShardTask) -> Cost:
     """Download a shard with img2dataset's classes as its command line drives them; in a process of its own."""
     path = Storage(task.corpus).url(task.inputs["urls"].outputs["parquet"].path)
     table = pq.read_table(path, columns=["url", "captions"])
@@ -146,7 +81,7 @@ def _download(config: CapfiltConfig, task: ShardTask) -> _Shard:
         with Stopwatch() as watch:
             downloader.download_shard((0, str(folder / "rows.arrow")))
         stored = json.loads((folder / "00000_stats.json").read_text())["successes"]
-    return _Shard(images=stored, seconds=watch.seconds, cpu_s=watch.cpu_s, peak_bytes=peak_bytes())
+    return watch.cost(stored)
 
 
 def _downloader(config: CrawlConfig, folder: Path) -> Any:

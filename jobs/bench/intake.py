@@ -2,12 +2,9 @@
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from jobs.bench.fixtures.corpus import list_config, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
@@ -17,7 +14,11 @@ from schemas.config import CapfiltConfig
 
 # Every tenth row of the list repeats an earlier URL with a caption of its own.
 _DUPLICATE_EVERY = 10
-_CHUNK_ROWS = 100_000
+_NUMBER_SQL = f"if(n % {_DUPLICATE_EVERY} = {_DUPLICATE_EVERY - 1}, n - {_DUPLICATE_EVERY // 2}, n)"
+_URL_SQL = (
+    f"printf('https://images.host%d.example/photos/%06d/%09d_large.jpg', {_NUMBER_SQL} % 997, "
+    f"{_NUMBER_SQL} // 1000, {_NUMBER_SQL})"
+)
 
 
 def measure_intake(rows: int) -> dict[str, Any]:
@@ -27,38 +28,16 @@ def measure_intake(rows: int) -> dict[str, Any]:
         temporary_folder() as folder,
         ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as process,
     ):
-        config = CapfiltConfig.model_validate(
-            {
-                "corpus": {"path": str(folder / "corpus")},
-                "source": [{"name": "bench", "input": [str(folder / "list.parquet")]}],
-            }
-        )
-        _write_list(folder / "list.parquet", rows)
-        size = (folder / "list.parquet").stat().st_size
+        list_file = folder / "list.parquet"
+        config = list_config(folder, list_file)
+        write_url_list(list_file, rows, _URL_SQL)
+        size = list_file.stat().st_size
         first = process.submit(_read, config).result()
-        _write_list(folder / "list.parquet", grown)
+        write_url_list(list_file, grown, _URL_SQL)
         again = process.submit(_read, config).result()
     assert first["rows_new"] == rows - rows // _DUPLICATE_EVERY, first
     assert first["rows_new"] + again["rows_new"] == grown - grown // _DUPLICATE_EVERY, again
     return {"rows": rows, "list_bytes": size, "first": first, "grown": again}
-
-
-def _write_list(path: Path, rows: int) -> None:
-    schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for start in range(0, rows, _CHUNK_ROWS):
-            numbers = range(start, min(start + _CHUNK_ROWS, rows))
-            urls = [_url(number) for number in numbers]
-            captions = [
-                f"what a page says beside its picture number {number}, more or less" for number in numbers
-            ]
-            writer.write_table(pa.table([urls, captions], schema=schema))
-
-
-def _url(number: int) -> str:
-    if number % _DUPLICATE_EVERY == _DUPLICATE_EVERY - 1:
-        number -= _DUPLICATE_EVERY // 2
-    return f"https://images.host{number % 997}.example/photos/{number // 1000:06}/{number:09}_large.jpg"
 
 
 def _read(config: CapfiltConfig) -> dict[str, Any]:
@@ -69,10 +48,7 @@ def _read(config: CapfiltConfig) -> dict[str, Any]:
     record = outcome.record
     assert record is not None
     return {
-        "rows_in": record.rows_in,
-        "rows_new": record.rows_new,
-        "rows_duplicate": record.rows_duplicate,
-        "rows_known": record.rows_known,
+        **{name: getattr(record, name) for name in ("rows_in", "rows_new", "rows_duplicate", "rows_known")},
         "shards": len(record.shards),
         "seconds": round(watch.seconds, 2),
         "cpu_s": round(watch.cpu_s, 2),

@@ -7,23 +7,19 @@ pixels stay uint8 until they are on the device; the plain loop normalises on the
 import json
 import random
 from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from jobs.bench.fixtures.corpus import SyntheticCorpus
-from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
-from jobs.bench.fixtures.pictures import jpeg
+from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_way
+from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.stages.selection import SelectWorker
 
 _SIZE_PX = (512, 512)
 _QUALITY = 85
-_PICTURES = 16
 _ROUNDS = 3
 _SHARDS = 4
 _BATCH_SIZE = 64
@@ -31,38 +27,23 @@ _BATCH_SIZE = 64
 
 def measure_loader(images: int) -> dict[str, Any]:
     """Load about ``images`` images a round with each loader in turn: whole batches, whole shards."""
-    pictures = [jpeg(seed, _SIZE_PX, _QUALITY) for seed in range(_PICTURES)]
+    pictures = jpegs(_SIZE_PX, quality=_QUALITY)
     batches = max(1, images // _BATCH_SIZE)
-    rounds: dict[str, list[dict[str, Any]]] = {"capfilt": [], "webdataset": []}
-    one_process = partial(ProcessPoolExecutor, 1, get_context("spawn"))
-    with temporary_folder() as folder, one_process() as capfilt, one_process() as reference:
+    with temporary_folder() as folder:
         corpus = _curated(folder, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
-        # The first round imports libraries and warms caches: not counted.
-        for _ in range(_ROUNDS + 1):
-            rounds["capfilt"].append(capfilt.submit(_measure, _our_batches, corpus, batches).result())
-            rounds["webdataset"].append(reference.submit(_measure, _plain_batches, corpus, batches).result())
-    pairs = list(zip(rounds["capfilt"], rounds["webdataset"], strict=True))[1:]
+        costs = costs_by_way(
+            {"capfilt": partial(_load, _our_batches), "webdataset": partial(_load, _plain_batches)},
+            [(corpus, batches)] * (_ROUNDS + 1),
+        )
+    capfilt, reference = costs["capfilt"], costs["webdataset"]
     return {
         "images": batches * _BATCH_SIZE,
         "rounds": _ROUNDS,
         "size": "x".join(map(str, _SIZE_PX)),
-        "bytes_per_picture": sum(map(len, pictures)) // len(pictures),
-        **{name: _summary(measured) for name, measured in rounds.items()},
-        "rate_ratio": round(
-            median(reference["seconds"] / capfilt["seconds"] for capfilt, reference in pairs), 2
-        ),
-        "cpu_ratio": round(median(reference["cpu_s"] / capfilt["cpu_s"] for capfilt, reference in pairs), 2),
-    }
-
-
-def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians of the counted rounds, and the peak of all."""
-    counted = rounds[1:]
-    return {
-        "images_per_s": round(median(done["images"] / done["seconds"] for done in counted), 1),
-        "images_per_core_s": round(median(done["images"] / done["cpu_s"] for done in counted), 1),
-        "cpu_ms_per_image": round(median(1000 * done["cpu_s"] / done["images"] for done in counted), 3),
-        "peak_bytes": max(done["peak_bytes"] for done in rounds),
+        "bytes_per_picture": mean_bytes(pictures),
+        **{name: cost_summary(rounds) for name, rounds in costs.items()},
+        "rate_ratio": cost_ratio("seconds", reference, capfilt),
+        "cpu_ratio": cost_ratio("cpu_s", reference, capfilt),
     }
 
 
@@ -72,16 +53,13 @@ def _curated(folder: Path, images: int, pictures: list[bytes]) -> str:
     urls = -(-images // 3) * 4
     corpus = SyntheticCorpus(folder, urls * _SHARDS * 3 // 4, samples_per_shard=urls, pictures=pictures)
     for shard in corpus.shards:
-        crawl = corpus.crawl(shard)
-        rank = corpus.rank(shard, crawl, corpus.caption(shard, crawl))
-        SelectWorker(corpus.config, corpus.records)(corpus.task("select", shard, crawl=crawl, rank=rank))
+        task = corpus.task("select", shard, **corpus.crawl_to_rank(shard))
+        SelectWorker(corpus.config, corpus.records)(task)
     return corpus.config.corpus.path
 
 
-def _measure(
-    make_batches: Callable[[str], Generator[int, None, None]], corpus: str, batches: int
-) -> dict[str, Any]:
-    """Time some batches of an endless loader that is in full swing; runs in a process of its own."""
+def _load(make_batches: Callable[[str], Generator[int, None, None]], corpus: str, batches: int) -> Cost:
+    """Load some batches of an endless loader that has begun; runs in a process of its own."""
     import torch
 
     torch.set_num_threads(1)
@@ -90,7 +68,7 @@ def _measure(
     with Stopwatch() as watch:
         images = sum(islice(endless, batches))
     endless.close()
-    return {"images": images, "seconds": watch.seconds, "cpu_s": watch.cpu_s, "peak_bytes": peak_bytes()}
+    return watch.cost(images)
 
 
 def _our_batches(corpus: str) -> Generator[int, None, None]:

@@ -1,13 +1,12 @@
 """The manifest: the questions people ask, as ``capfilt sql`` answers them and in plain DuckDB, and compaction."""
 
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import duckdb
 
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
-from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes, time_in_turn
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.sample_trace import trace
@@ -35,12 +34,8 @@ def measure_manifest(images: int) -> dict[str, Any]:
     with temporary_folder() as folder, Stopwatch() as whole:
         corpus = SyntheticCorpus(folder, images)
         for shard in corpus.shards:
-            crawl = corpus.crawl(shard)
-            caption = corpus.caption(shard, crawl)
-            rank = corpus.rank(shard, crawl, caption)
-            corpus.select(shard, crawl, rank)
-        storage = corpus.records.storage
-        manifest = Manifest(storage)
+            corpus.select(shard, **corpus.crawl_to_rank(shard))
+        manifest = Manifest(corpus.records.storage)
         with Stopwatch() as first:
             compacted = manifest.compact()
         # As the run that made it: another process reads the parts first.
@@ -50,10 +45,11 @@ def measure_manifest(images: int) -> dict[str, Any]:
         queries = [
             _timed_query(name, sql.format(uid=uid, shard=shard), manifest) for name, sql in _QUERIES.items()
         ]
-        [(traced_s, traces)] = _timed(lambda: trace(manifest, uid))
-        queries.append({"query": "trace", "capfilt_s": traced_s, "duckdb_s": None, "rows": len(traces)})
+        rows = len(trace(manifest, uid))
+        traced = _medians(time_in_turn({"capfilt_s": lambda: trace(manifest, uid)}, _TIMES))
+        queries.append({"query": "trace", **traced, "duckdb_s": None, "rows": rows})
         counts = dict(manifest.query(_QUERIES["count by status"]).rows)
-        candidates = manifest.query("SELECT count(*) FROM candidates").rows[0][0]
+        [[candidates]] = manifest.query("SELECT count(*) FROM candidates").rows
         sizes = manifest.query(
             "SELECT stage, sum(bytes)::DOUBLE FROM shards GROUP BY stage ORDER BY stage"
         ).rows
@@ -80,18 +76,15 @@ def _timed_query(name: str, sql: str, manifest: Manifest) -> dict[str, Any]:
         with duckdb.connect(manifest.storage.url(CATALOG), read_only=True) as connection:
             return connection.execute(sql).fetchall()
 
-    (capfilt_s, answer), (duckdb_s, same) = _timed(lambda: manifest.query(sql).rows, plain)
-    assert answer == same, f"{name}: the two answers differ"
-    return {"query": name, "capfilt_s": capfilt_s, "duckdb_s": duckdb_s, "rows": len(answer)}
+    def capfilt() -> list[tuple[Any, ...]]:
+        return manifest.query(sql).rows
+
+    # Asked once before: files are in the page cache by then.
+    answer = capfilt()
+    assert answer == plain(), f"{name}: the two answers differ"
+    timed = time_in_turn({"capfilt_s": capfilt, "duckdb_s": plain}, _TIMES)
+    return {"query": name, **_medians(timed), "rows": len(answer)}
 
 
-def _timed(*questions: Callable[[], Any]) -> list[tuple[float, Any]]:
-    """Return, for each way of asking, the median seconds and the answer; files are in the page cache by then."""
-    answers = [ask() for ask in questions]
-    seconds: list[list[float]] = [[] for _ in questions]
-    for _ in range(_TIMES):
-        for ask, taken in zip(questions, seconds, strict=True):
-            with Stopwatch() as watch:
-                ask()
-            taken.append(watch.seconds)
-    return [(round(median(taken), 4), answer) for taken, answer in zip(seconds, answers, strict=True)]
+def _medians(timed: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(median(seconds), 4) for name, seconds in timed.items()}

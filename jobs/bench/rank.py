@@ -17,14 +17,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from jobs.bench.fixtures.compute import (
-    counted_flops,
-    in_turn,
-    matmul_rate,
-    median_ratio,
-    one_thread,
-    peak_memory,
-)
+from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, one_thread, peak_memory
+from jobs.bench.fixtures.machine import median_ratio
 from pipeline.models.clip.tokenizer import ClipTokenizer
 from pipeline.models.clip.towers import image_encoder, text_encoder
 from pipeline.models.device import compute_dtype, device_name, worker_device
@@ -34,11 +28,11 @@ Side = dict[str, Callable[[Any], Tensor]]
 
 # Every so many captions one fills the context, as some web captions do.
 _LONG_EVERY = 40
+# Start, end, and two words.
 _MIN_TOKENS = 4
-# The standard deviation of the others' lengths, as a share of their mean: BLIP's captions end when they are done.
-_SPREAD = 0.2
 
 
+@torch.inference_mode()
 def measure_rank(
     images: int, captions: int, mean_tokens: int, rounds: int, model_name: str = "ViT-L-14"
 ) -> dict[str, Any]:
@@ -49,9 +43,8 @@ def measure_rank(
     """
     device = worker_device()
     dtype = compute_dtype("auto", device)
-    with one_thread(device), torch.inference_mode():
-        model = _clip(model_name, device, dtype)
-        tokenizer = open_clip.get_tokenizer(model_name)
+    with one_thread(device):
+        model, tokenizer = _clip(model_name, device, dtype), open_clip.get_tokenizer(model_name)
         texts = random_captions(tokenizer, images * captions, mean_tokens)
         height, width = np.broadcast_to(model.visual.image_size, 2)
         generator = torch.Generator().manual_seed(0)
@@ -62,34 +55,18 @@ def measure_rank(
             "open_clip": open_clip_side(model, tokenizer),
             "capfilt": _capfilt_side(model, tokenizer, images),
         }
-        result = {name: _rank_facts(side, inputs, images) for name, side in sides.items()}
+        # This warms up, too.
+        counts = {name: _counts(side, inputs, images) for name, side in sides.items()}
         timed = {
             part: in_turn(
-                {
-                    "reference": partial(sides["open_clip"][part], what),
-                    "capfilt": partial(sides["capfilt"][part], what),
-                },
+                {name: partial(side[part], values) for name, side in sides.items()},
                 rounds,
                 device,
             )
-            for part, what in inputs.items()
+            for part, values in inputs.items()
         }
         rate = matmul_rate(device, dtype)
-        similar = {name: similarities(side, tokens_TL, pixels_BCHW) for name, side in sides.items()}
-        if dtype != torch.float32:
-            exact = open_clip_side(_clip(model_name, device, torch.float32), tokenizer)
-            exact_BK = similarities(exact, tokens_TL, pixels_BCHW.float())
-            for name, similar_BK in similar.items():
-                result[name]["rms_error"] = float((similar_BK - exact_BK).square().mean().sqrt())
-    for name, timed_as in (("open_clip", "reference"), ("capfilt", "capfilt")):
-        parts = {part: by_side[timed_as] for part, by_side in timed.items()}
-        total_s = median(map(sum, zip(*parts.values(), strict=True)))
-        result[name] |= {f"{part}_s": round(median(values), 5) for part, values in parts.items()}
-        flops = 1e9 * (result[name]["gflop_text"] + result[name]["gflop_image"]) * images
-        result[name] |= {
-            "images_per_s": round(images / total_s, 3),
-            "matmul_share": round(flops / total_s / rate, 3),
-        }
+        similar = [similarities(side, tokens_TL, pixels_BCHW) for side in sides.values()]
     return {
         "model": model_name,
         "device": device_name(device),
@@ -98,29 +75,38 @@ def measure_rank(
         "captions": captions,
         "mean_tokens": round(float((tokens_TL != 0).sum(-1).double().mean()), 2),
         "rounds": rounds,
-        **{f"{part}_ratio": median_ratio(timed[part]) for part in ("text", "image", "tokenize")},
-        **_agreement(similar["open_clip"], similar["capfilt"]),
+        **{
+            f"{part}_ratio": median_ratio(timed[part]["open_clip"], timed[part]["capfilt"], 2)
+            for part in ("text", "image", "tokenize")
+        },
+        **_agreement(*similar),
         "matmul_tflop_per_s": round(rate / 1e12, 3),
-        **result,
+        **{
+            name: counts[name]
+            | _rates({part: timed[part][name] for part in inputs}, counts[name], images, rate)
+            for name in sides
+        },
     }
 
 
 def random_captions(tokenizer: SimpleTokenizer, count: int, mean_tokens: int) -> list[str]:
     """Return distinct captions of words that are a token each; a few fill CLIP's context."""
     rng = np.random.default_rng(0)
-    longest = tokenizer.context_length
-    lengths = rng.normal(mean_tokens, _SPREAD * mean_tokens, count).round().astype(int)
     is_long = np.arange(count) % _LONG_EVERY == _LONG_EVERY // 2
-    lengths[is_long] = longest
-    # The others make up for it, one token at a time.
-    others = np.flatnonzero(~is_long)
-    lengths[others] = lengths[others].clip(_MIN_TOKENS, longest - 1)
-    while (excess := lengths.sum() - mean_tokens * count) != 0:
-        step = -int(np.sign(excess))
-        room = others[(lengths[others] + step >= _MIN_TOKENS) & (lengths[others] + step < longest)]
-        if not len(room):
-            break
-        lengths[rng.choice(room, min(abs(excess), len(room)), replace=False)] += step
+    num_short = count - int(is_long.sum())
+    # The others make up for the long ones, so that the mean is as asked for.
+    total = mean_tokens * count - tokenizer.context_length * int(is_long.sum())
+    mean = min(max(total // num_short, _MIN_TOKENS), tokenizer.context_length - 1)
+    short = np.full(num_short, mean)
+    short[: max(total - mean * num_short, 0)] += 1
+    # Each pair keeps its sum: one caption is as much longer than the mean as the other is shorter.
+    pairs = num_short // 2
+    spread = max(0, min(mean // 3, mean - _MIN_TOKENS, tokenizer.context_length - 2 - mean))
+    shift = rng.integers(-spread, spread + 1, pairs)
+    short[:pairs] += shift
+    short[num_short - pairs :] -= shift
+    lengths = np.full(count, tokenizer.context_length)
+    lengths[~is_long] = short
     words = [word.removesuffix("</w>") for word in tokenizer.encoder if word.endswith("</w>")]
     words = [word for word in words if len(word) > 2 and word.isascii() and word.isalpha()]
     return [" ".join(rng.choice(words, length - 2)) for length in lengths]
@@ -130,10 +116,9 @@ def _clip(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     # OpenAI's weights, the recipe's, were trained with this activation.
-    model = open_clip.create_model(
+    return open_clip.create_model(
         name, pretrained=None, precision=precision, device=device, force_quick_gelu=True
-    )
-    return model.eval()
+    ).eval()
 
 
 def open_clip_side(model: nn.Module, tokenizer: SimpleTokenizer) -> Side:
@@ -156,18 +141,30 @@ def _capfilt_side(model: nn.Module, tokenizer: SimpleTokenizer, images: int) -> 
     }
 
 
-def _rank_facts(side: Side, inputs: dict[str, Any], images: int) -> dict[str, Any]:
-    """Count operations and memory; this warms up, too."""
+def _counts(side: Side, inputs: dict[str, Any], images: int) -> dict[str, Any]:
+    """Count operations of an image with its texts, and the memory of all."""
+    gflop = {
+        f"gflop_{part}": round(counted_flops(partial(side[part], inputs[part])) / images / 1e9, 3)
+        for part in ("text", "image")
+    }
 
     def rank() -> None:
         for part, values in inputs.items():
             side[part](values)
 
-    gflop = {
-        f"gflop_{part}": round(counted_flops(partial(side[part], inputs[part])) / images / 1e9, 3)
-        for part in ("text", "image")
-    }
     return gflop | {"peak_bytes": peak_memory(rank, inputs["image"].device)}
+
+
+def _rates(
+    seconds_by_part: dict[str, list[float]], counts: dict[str, Any], images: int, matmul_rate: float
+) -> dict[str, Any]:
+    """Return the medians of the parts, and the rate of all parts of a round together."""
+    total_s = median(map(sum, zip(*seconds_by_part.values(), strict=True)))
+    flops = 1e9 * (counts["gflop_text"] + counts["gflop_image"]) * images
+    return {f"{part}_s": round(median(values), 5) for part, values in seconds_by_part.items()} | {
+        "images_per_s": round(images / total_s, 3),
+        "matmul_share": round(flops / total_s / matmul_rate, 3),
+    }
 
 
 def similarities(side: Side, tokens_TL: Tensor, pixels_BCHW: Tensor) -> Tensor:
