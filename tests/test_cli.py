@@ -20,7 +20,7 @@ from tests.processes import ROOT, cli, start_cli, what_comes
 from tests.runs import config_file, small_config, with_values
 
 COMMANDS = (
-    "demo run crawl caption rank select submit plan status stats failures sql trace verify gc shards manifest "
+    "demo init run crawl caption rank select submit plan status stats failures sql trace verify gc shards manifest "
     "doctor"
 )
 
@@ -98,7 +98,7 @@ def test_help_groups_the_commands_each_on_one_line() -> None:
         if heading != "Options"
     }
     assert groups == {
-        "Build a corpus": ["run", "crawl", "caption", "rank", "select", "plan", "submit", "demo"],
+        "Build a corpus": ["init", "run", "crawl", "caption", "rank", "select", "plan", "submit", "demo"],
         "Look into a corpus": ["status", "stats", "runs", "failures", "shards", "sql", "trace"],
         "Keep a corpus in order": ["verify", "gc", "manifest", "doctor"],
         "Train": ["pretrain", "export"],

@@ -14,6 +14,7 @@ import typer
 from jobs.bench.commands import bench
 from jobs.cli.evaluate import evaluate, export
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
+from jobs.cli.init import initial
 from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
 from jobs.cli.reports import reports
 from jobs.cli.trace import traces
@@ -154,6 +155,7 @@ def _retry_words(given: list[str] | None) -> str | None:
     return words
 
 
+app.registered_commands.extend(initial.registered_commands)
 _ALL = f"{', '.join(STAGES[:-1])} and {STAGES[-1]}"
 _stage_command("run", STAGES, f"Do all that is missing: {_ALL}. All in one streaming run.")
 for _stage in STAGES:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipeline.digests import digest_json, sha256_file
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import processor_config, processor_file, refuse_code
-from pipeline.models.hub import hub_folder, local_folder, model_folder
+from pipeline.models.hub import cached_folder, hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
     count_parameters,
     first_missing_weights_file,
@@ -33,9 +33,16 @@ from schemas.records import ModelRecord
 from schemas.stages import Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_CAPTIONER_FILES = (
+    "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
+)  # fmt: skip
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # In open_clip's order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+
+# Where open_clip has the weights of [rank]'s defaults from.
+DEFAULT_RANKER = ("ViT-L-14", "openai")
+DEFAULT_RANKER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +134,9 @@ def captioner_weights(config: CaptionConfig) -> Weights:
             hub cannot be reached and the cache does not have it.
     """
     where = "caption.model"
-    patterns = (
-        "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
-    )  # fmt: skip
-    folder = model_folder(config.model, config.revision, patterns, _first_missing_captioner_file, where)
+    folder = model_folder(
+        config.model, config.revision, _CAPTIONER_FILES, _first_missing_captioner_file, where
+    )
     revision = "" if local_folder(config.model, where) else config.revision
     if missing := _first_missing_captioner_file(folder):
         raise CapfiltError(
@@ -150,6 +156,29 @@ def captioner_weights(config: CaptionConfig) -> Weights:
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
     names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
     return _weights("captioner", config.model, revision, folder, folder, names)
+
+
+def uncached_models(config: CapfiltConfig) -> dict[str, str]:
+    """Return the hub repositories that a run would download first, by the config's key; asks nobody.
+
+    Of the architectures of open_clip only the default's repository is known here: finding others imports torch.
+    """
+    caption, rank, uncached = config.caption, config.rank, {}
+    if local_folder(caption.model, "caption.model") is None and not cached_folder(
+        caption.model, caption.revision, _CAPTIONER_FILES, _first_missing_captioner_file, "caption.model"
+    ):
+        uncached["caption.model"] = caption.model
+    scheme, _, name = rank.model.partition(":")
+    repository, _, revision = name.partition("@")
+    missing: Callable[[Path], str | None] = partial(_first_missing_clip_file, where="rank.model")
+    wanted: tuple[str, ...] = (*_CLIP_FILES, *_CLIP_WEIGHTS)
+    if (rank.model, rank.pretrained) == DEFAULT_RANKER:
+        repository, missing, wanted = DEFAULT_RANKER_REPOSITORY, _none_of(_CLIP_WEIGHTS), _CLIP_WEIGHTS
+    elif scheme != "hf-hub":
+        return uncached
+    if not cached_folder(repository, revision or "main", wanted, missing, "rank.model"):
+        uncached["rank.model"] = repository
+    return uncached
 
 
 def image_size_px(captioner: Mapping[str, Any]) -> Any:

@@ -82,7 +82,7 @@ def expand(pattern: str, key: str) -> list[str]:
 
 def caption_files(lists: Sequence[FileInfo], form: str, storage: Storage) -> list[FileInfo]:
     """Return the files with the captions of plain lists of URLs. A glob may match them too; they are not lists."""
-    plain = [file.path for file in lists if _format_of(file.path, form) == "txt"]
+    plain = [file.path for file in lists if format_of(file.path, form) == "txt"]
     return [storage.info(captions) for path in plain if (captions := captions_beside(path, storage))]
 
 
@@ -94,8 +94,8 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
 
     Raises CapfiltError that names file and row where the list cannot be read, or the columns it has instead.
     """
-    form = _format_of(path, form)
-    with _opened(storage, path) as file:
+    form = format_of(path, form)
+    with opened_list(storage, path) as file:
         if form == "parquet":
             yield from _read_parquet(file, path, wanted)
         else:
@@ -105,10 +105,10 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
 
 def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
     """Look at the beginning of a list: raise CapfiltError if it cannot be read or lacks a column."""
-    form = _format_of(path, form)
-    with _opened(storage, path) as file:
+    form = format_of(path, form)
+    with opened_list(storage, path) as file:
         if form == "parquet":
-            with _parquet(file, path) as parquet:
+            with open_parquet(file, path) as parquet:
                 require(wanted, parquet.names, path)
         else:
             next(text_rows(storage, file, path, form, wanted)[1], None)
@@ -116,15 +116,16 @@ def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> N
 
 def count_rows(storage: Storage, path: str, form: str, url_column: str) -> int:
     """Return the rows of one list: from a Parquet file's footer, else by reading a column."""
-    form = _format_of(path, form)
+    form = format_of(path, form)
     if form == "parquet":
-        with _opened(storage, path) as file, _parquet(file, path) as parquet:
+        with opened_list(storage, path) as file, open_parquet(file, path) as parquet:
             return parquet.num_rows
     wanted = Wanted(url=url_column, columns=(url_column,))
     return sum(len(batch.numbers) for batch in read_columns(storage, path, form, wanted))
 
 
-def _format_of(path: str, form: str) -> str:
+def format_of(path: str, form: str = "auto") -> str:
+    """Return a list's format; ``auto`` goes by its name. Raises CapfiltError where that does not tell it."""
     if form != "auto":
         return "parquet" if form == "img2dataset" else form
     name = path.lower()
@@ -140,7 +141,7 @@ def _format_of(path: str, form: str) -> str:
 
 
 @contextmanager
-def _opened(storage: Storage, path: str) -> Iterator[BinaryIO]:
+def opened_list(storage: Storage, path: str) -> Iterator[BinaryIO]:
     """Open a list; what a damaged or mislabelled file raises becomes one error that names it."""
     try:
         with storage.open(path) as file:
@@ -172,7 +173,7 @@ def _grouped(parts: Iterable[tuple[Part, int, int]]) -> Iterator[list[Part]]:
 
 
 @contextmanager
-def _parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
+def open_parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
     """Read a Parquet file's footer; a packed file is unpacked first, since Parquet is read from the back."""
     start = file.read(4)
     file.seek(0)
@@ -188,7 +189,7 @@ def _parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
 
 
 def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
-    with _parquet(file, path) as parquet:
+    with open_parquet(file, path) as parquet:
         require(wanted, parquet.names, path)
         start = 1
         pieces_read = parquet.pieces(wanted.columns)

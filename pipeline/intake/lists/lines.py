@@ -74,6 +74,14 @@ def _decompressor(file: BinaryIO) -> Any:
     return file
 
 
+def compression_of(file: BinaryIO) -> str:
+    """Return how a file is compressed: gzip, bzip2, zstd or, empty, not at all."""
+    start = file.read(4)
+    file.seek(0)
+    packed = {_GZIP: "gzip", _BZIP2: "bzip2", _ZSTD: "zstd"}
+    return next((name for magic, name in packed.items() if start.startswith(magic)), "")
+
+
 def content_of(file: BinaryIO) -> io.BufferedReader:
     """Return a file's content for reading from front to back, decompressed where it is gzip, bzip2 or zstd."""
     return io.BufferedReader(_Content(file), _READ_BYTES)

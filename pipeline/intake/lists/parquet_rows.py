@@ -34,7 +34,8 @@ class ParquetList:
         self.path = path
         self._file = file
         self._plain = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-        self.names = self._plain.schema_arrow.names
+        self.schema = self._plain.schema_arrow
+        self.names = self.schema.names
         self.num_rows = self._plain.metadata.num_rows
 
     def pieces(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

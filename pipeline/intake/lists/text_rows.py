@@ -65,9 +65,8 @@ def captions_beside(path: str, storage: Storage) -> str | None:
 def _separated_rows(lines: Lines, form: str, wanted: Wanted) -> Iterator[Cells]:
     """Yield the wanted cells; an empty one is missing, since text formats have no other way to say so."""
     separator = "," if form == "csv" else "\t"
-    rows = _tsv_rows(lines) if form == "tsv" else _quoted_rows(lines, separator)
-    header = next(rows, None)
-    if header is None:
+    header, rows = header_and_rows(lines, form)
+    if not header:
         return
     require_header(wanted, header, lines.path, form, separator)
     places = [header.index(name) for name in wanted.columns]
@@ -81,6 +80,12 @@ def _separated_rows(lines: Lines, form: str, wanted: Wanted) -> Iterator[Cells]:
         before = row
         yield lines.first_of_row, lines.row_bytes, [row[place] or None for place in places]
         lines.end_row()
+
+
+def header_and_rows(lines: Lines, form: str) -> tuple[list[str], Iterator[list[str]]]:
+    """Return the first row of a CSV or TSV, empty where there is none, and the rows below it."""
+    rows = _tsv_rows(lines) if form == "tsv" else _quoted_rows(lines, "," if form == "csv" else "\t")
+    return next(rows, []), rows
 
 
 def _quoted_rows(lines: Lines, separator: str) -> Iterator[list[str]]:

@@ -1,0 +1,221 @@
+"""The text of a corpus.toml: what was found and guessed as comments, the keys most people change with what they do."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.init.machine import Machine, stage_resources, why_resources
+from schemas.config import CaptionConfig, RankConfig
+from schemas.errors import CapfiltError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+_COMMENT_COLUMN, _WIDTH = 34, 100
+_SHARDS_WANTED = 8
+# A CPU captions about one image in three seconds: a shard should end within the hour.
+_LEAST_SHARD, _CPU_SHARD, _GPU_SHARD = 100, 1_000, 10_000
+# Of the demo's world: three words are a caption.
+_DEMO_MIN_LENGTH = 3
+PLACEHOLDER = "your-list.parquet"
+
+# Its name, its value, and a comment or none.
+Key = tuple[str, Any, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceText:
+    """One ``[[source]]``: its keys, each with a comment or none, and what it asks of ``[crawl]``.
+
+    Attributes:
+        keys: those of the section, in order.
+        hints: keys below them, commented out.
+        crawl: keys of [crawl] that this source needs.
+        crawl_hints: keys of [crawl], commented out.
+        is_fetched: its images come from the web.
+        samples: how many rows or images it has; None where that is not known.
+    """
+
+    keys: tuple[Key, ...]
+    hints: tuple[Key, ...] = ()
+    crawl: tuple[Key, ...] = ()
+    crawl_hints: tuple[Key, ...] = ()
+    is_fetched: bool = True
+    samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The captioner and the ranker that a config names."""
+
+    captioner: str = CaptionConfig().model
+    ranker: str = RankConfig().model
+    pretrained: str = RankConfig().pretrained
+    are_the_demos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What goes into a config, and the facts that its opening comment and the terminal tell."""
+
+    command: str
+    facts: Mapping[str, Sequence[str]]
+    corpus: str
+    source: SourceText
+    machine: Machine
+    models: Models = field(default_factory=Models)
+
+
+def config_text(findings: Findings) -> str:
+    """Return the whole file for one source."""
+    sections = [
+        _opening(findings),
+        _corpus(findings),
+        source_section(findings.source),
+        _crawl(findings.source),
+        *_models(findings.models),
+        _SELECT,
+        cluster_section(findings.machine),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def recipe_names() -> list[str]:
+    """Return the recipes of corpora; the demo's serves its own world."""
+    return sorted(
+        path.stem for path in RECIPES.glob("*.toml") if "-stage" not in path.stem and path.stem != "demo"
+    )
+
+
+def recipe_text(name: str, corpus: str, source: SourceText | None, machine: Machine) -> str:
+    """Return a recipe for a corpus on local disk; with a source, that in place of the recipe's own and of its workers.
+
+    Raises CapfiltError: no such recipe.
+    """
+    if name not in recipe_names():
+        raise CapfiltError(
+            f"--recipe {name}: there is none of this name; there are {', '.join(recipe_names())}"
+        )
+    opening, *sections = re.split(r"(?m)^(?=\[)", (RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    path = _key("path", corpus, "or s3://bucket/prefix, gs://...")
+    sections[0] = re.sub(r"(?m)^path = .*$", lambda _: path, sections[0])
+    if source is not None:
+        sections = [part for part in sections if not part.startswith(("[[source]]", "[cluster"))]
+        sections.insert(1, source_section(source) + "\n\n")
+        crawl = next(number for number, part in enumerate(sections) if part.startswith("[crawl]"))
+        needed = [_key(*entry) for entry in source.crawl]
+        sections[crawl] = "\n".join([sections[crawl].rstrip(), *needed]) + "\n\n"
+        sections.append(cluster_section(machine) + "\n")
+    return opening + "".join(sections)
+
+
+def _opening(findings: Findings) -> str:
+    lines = [f"# A corpus, written by `{findings.command}`. Every key: docs/config.md.", "#"]
+    for label, texts in findings.facts.items():
+        for number, text in enumerate(texts):
+            head = f"# {label if not number else '':<10}"
+            lines += textwrap.wrap(
+                text,
+                _WIDTH,
+                initial_indent=head,
+                subsequent_indent=f"#{'':<11}",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
+
+
+def _corpus(findings: Findings) -> str:
+    size = samples_per_shard(findings.source.samples, bool(findings.machine.gpus))
+    return "\n".join(
+        [
+            "[corpus]",
+            _key("path", findings.corpus, "or s3://bucket/prefix, gs://bucket/prefix"),
+            _key("samples_per_shard", size, "what one worker does at a time; for new shards"),
+        ]
+    )
+
+
+def samples_per_shard(samples: int | None, has_gpu: bool) -> int:
+    """Return a size of shards: some for all workers, none that a CPU needs a day for."""
+    most = _GPU_SHARD if has_gpu else _CPU_SHARD
+    if samples is None:
+        return most
+    hundreds = -(-samples // (_SHARDS_WANTED * _LEAST_SHARD))
+    return min(max(hundreds, 1) * _LEAST_SHARD, most)
+
+
+def source_section(source: SourceText) -> str:
+    """Return the lines of ``[[source]]``."""
+    return "\n".join(["[[source]]", *(_key(*entry) for entry in source.keys), *map(_hint, source.hints)])
+
+
+def _crawl(source: SourceText) -> str:
+    lines = [
+        "[crawl]",
+        _key("image_size_px", 384, "shorter side of a stored image; the captioner sees 384"),
+        _key("min_size_px", 64, "smaller images are dropped, with the reason too_small"),
+    ]
+    lines += [_key(*entry) for entry in source.crawl]
+    if source.is_fetched:
+        lines += [
+            _key("contact", "", "a page or address for the sites' owners; sent with every request"),
+            _key("rate_per_host", 50.0, "requests a second to one host"),
+            _key("robots_txt", False, "true: fetch and respect robots.txt"),
+        ]
+    return "\n".join([*lines, *map(_hint, source.crawl_hints)])
+
+
+def _models(models: Models) -> Iterable[str]:
+    caption = [
+        "[caption]",
+        _key("model", models.captioner, "hub id or folder; `revision` pins a commit"),
+        _key("num_captions", 10, "sampled for an image"),
+    ]
+    if models.are_the_demos:
+        caption.append(_key("min_length", _DEMO_MIN_LENGTH, "tokens; the demo's captions are short"))
+    yield "\n".join([*caption, _key("batch_size", 32, "images; more for a large GPU")])
+    yield "\n".join(
+        [
+            "[rank]",
+            _key("model", models.ranker, "open_clip architecture, hf-hub:ORG/NAME or local-dir:FOLDER"),
+            _key("pretrained", models.pretrained, 'open_clip tag; "" for hf-hub: and local-dir:'),
+        ]
+    )
+
+
+_SELECT = """\
+[select]                          # costs no GPU to change: run again with --recompute
+top_k = 2                         # captions kept for an image, of the sampled and its own
+web_caption = "compete"           # never: only synthetic ones; always: its own on top of the top_k
+# min_score = 0.2                 # drop captions below this similarity; `capfilt stats` shows them"""
+
+
+def cluster_section(machine: Machine) -> str:
+    """Return ``[cluster]`` for a machine, and why."""
+    lines = ["[cluster]", f"# {machine}:", f"# {why_resources(machine)}"]
+    for stage, values in stage_resources(machine).items():
+        inside = ", ".join(f"{name} = {_value(value)}" for name, value in values.items())
+        lines.append(f"{stage} = {{ {inside} }}")
+    return "\n".join(lines)
+
+
+def _key(name: str, value: Any, comment: str = "") -> str:
+    text = f"{name} = {_value(value)}"
+    return f"{text:<{_COMMENT_COLUMN - 1}} # {comment}" if comment else text
+
+
+def _hint(key: Key) -> str:
+    """Return a key that is commented out."""
+    name, value, comment = key
+    return f"# {f'{name} = {_value(value)}':<{_COMMENT_COLUMN - 3}} # {comment}"
+
+
+def _value(value: Any) -> str:
+    """Return a value as TOML; JSON's texts are TOML's, but for DEL, which TOML wants escaped."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_value, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,204 @@
+"""What a path, glob or URL is that somebody wants a corpus of: a list, images, tars, or a folder of one of these.
+
+Looks at names and at the beginnings of files; reads no list through and decodes no image.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.corpus.storage import Storage
+from pipeline.intake.lists.preview import ListPreview, preview_list
+from schemas.errors import CapfiltError, did_you_mean, first_line
+
+Kind = Literal["list", "imagefolder", "webdataset", "huggingface", "img2dataset"]
+
+KIND_NAMES: dict[Kind, str] = {
+    "list": "a list of URLs",
+    "imagefolder": "images",
+    "webdataset": "tars of a WebDataset",
+    "huggingface": "a dataset with images in it",
+    "img2dataset": "shards of img2dataset",
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_LIST_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
+# In a folder they may as well be captions, licences and settings.
+_WEAK_LIST_SUFFIXES = (".txt", ".json")
+_PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Beyond so many files a folder is described by those that were seen.
+_MOST_FILES = 1_000_000
+_SUFFIXES_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundInput:
+    """One argument, recognised.
+
+    Attributes:
+        inputs: what the config's ``input`` holds: absolute paths, globs or URLs.
+        files: those of the kind, absolute paths or URLs.
+        suffixes: how often each ending occurs among all files.
+        captions: images with a text beside them; None where they are in a metadata file.
+        metadata: the metadata file of a folder of images.
+        preview: the beginning of the first list or Parquet file.
+    """
+
+    kind: Kind
+    inputs: tuple[str, ...]
+    files: tuple[str, ...]
+    suffixes: Counter[str]
+    captions: int = 0
+    metadata: str = ""
+    preview: ListPreview | None = None
+
+
+def recognise(argument: str, storage: Storage) -> FoundInput:
+    """Return what an argument is. Raises CapfiltError: not there, empty, unreadable, or of two kinds."""
+    is_url = "://" in argument
+    place = argument if is_url else os.path.normpath(Path(argument).expanduser().absolute())
+    try:
+        fs, path = fsspec.core.url_to_fs(place)
+        is_folder, is_file = fs.isdir(path), fs.isfile(path)
+        if is_folder:
+            names = _files_below(fs, path)
+        else:
+            names = [path] if is_file else sorted(match for match in fs.glob(path) if fs.isfile(match))
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise CapfiltError(f"{argument}: cannot be read: {first_line(error)}") from error
+    if not names and not is_folder:
+        raise CapfiltError(f"{argument}: no such file or folder{_nearest(argument, fs, path)}")
+    files = [fs.unstrip_protocol(name) if is_url else name for name in names]
+    if is_folder and any("/records/crawl/" in name for name in files):
+        raise CapfiltError(
+            f"{argument}: is a corpus already; `capfilt status {argument}` shows what it holds"
+        )
+    return _recognise_files(argument, place, files, is_folder, storage)
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Return the files of a folder and those below, hidden ones left out."""
+    if not isinstance(fs, LocalFileSystem):
+        return [name for name in fs.find(path)[:_MOST_FILES] if not PurePosixPath(name).name.startswith(".")]
+    files: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
+        if len(files) > _MOST_FILES:
+            break
+    return files
+
+
+def _recognise_files(
+    argument: str, place: str, files: Sequence[str], is_folder: bool, storage: Storage
+) -> FoundInput:
+    suffixes = Counter(_suffix(name) for name in files)
+    images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
+    tars = [name for name in files if _suffix(name) == ".tar"]
+    arrow = [name for name in files if _suffix(name) == ".arrow"]
+    lists = [name for name in files if _is_list(name, _LIST_SUFFIXES)]
+    kinds = {"images": images, "tars": tars, "Arrow files": arrow}
+    present = [name for name, members in kinds.items() if members]
+    if len(present) > 1:
+        counts = " and ".join(f"{len(kinds[name]):,} {name}" for name in present)
+        raise CapfiltError(
+            f"{argument}: holds {counts}; name one kind: its folder, or a glob such as '*.tar'"
+        )
+
+    def found(kind: Kind, members: Sequence[str], **rest: object) -> FoundInput:
+        return FoundInput(kind=kind, inputs=(place,), files=tuple(members), suffixes=suffixes, **rest)  # type: ignore[arg-type]
+
+    if tars:
+        by_name = set(files)
+        if is_folder and all(f"{name.removesuffix('.tar')}.parquet" in by_name for name in tars):
+            folders = dict.fromkeys(name.rpartition("/")[0] for name in tars)
+            return FoundInput(kind="img2dataset", inputs=tuple(folders), files=tuple(tars), suffixes=suffixes)
+        return found("webdataset", tars)
+    if images:
+        metadata = next((name for name in files if name.rpartition("/")[2] in _METADATA), "")
+        texts = {name for name in files if _suffix(name) == ".txt"}
+        beside = sum(f"{name.rpartition('.')[0]}.txt" in texts for name in images)
+        return found("imagefolder", images, captions=beside, metadata=metadata)
+    if arrow:
+        return found("huggingface", arrow)
+    lists = lists or [name for name in files if _is_list(name, _WEAK_LIST_SUFFIXES)]
+    if not lists and len(files) == 1 and not is_folder:
+        lists = list(files)  # its reader says what is wrong with it
+    if not lists:
+        raise CapfiltError(f"{argument}: {_nothing(suffixes)}")
+    return _recognise_lists(argument, place, lists, suffixes, is_folder, storage)
+
+
+def _recognise_lists(
+    argument: str, place: str, lists: Sequence[str], suffixes: Counter[str], is_folder: bool, storage: Storage
+) -> FoundInput:
+    endings = dict.fromkeys(_list_suffix(name) for name in lists)
+    formats = {_unpacked(ending) for ending in endings}
+    if len(formats) > 1:
+        kinds = " and ".join(sorted(formats))
+        raise CapfiltError(
+            f"{argument}: holds lists of several formats ({kinds}); name one: '{place}/*{min(formats)}'"
+        )
+    preview = preview_list(storage, lists[0])
+    if preview.image_names:
+        return FoundInput(
+            kind="huggingface", inputs=(place,), files=tuple(lists), suffixes=suffixes, preview=preview
+        )
+    inputs: Iterable[str] = (place,)
+    if is_folder:
+        deep = "" if all(name.rpartition("/")[0] == place.rstrip("/") for name in lists) else "**/"
+        inputs = (f"{place.rstrip('/')}/{deep}*{ending}" for ending in endings)
+    return FoundInput(
+        kind="list", inputs=tuple(inputs), files=tuple(lists), suffixes=suffixes, preview=preview
+    )
+
+
+def described_suffixes(suffixes: Counter[str]) -> str:
+    """Return the commonest endings with how often each occurs: ``.jpg 180, .png 20``."""
+    named = [f"{suffix or 'no ending'} {count:,}" for suffix, count in suffixes.most_common(_SUFFIXES_NAMED)]
+    return ", ".join(named) + (", ..." if len(suffixes) > _SUFFIXES_NAMED else "")
+
+
+def _nothing(suffixes: Counter[str]) -> str:
+    wanted = "no image, tar, Parquet file or list of URLs in it"
+    return f"{wanted} ({described_suffixes(suffixes)})" if suffixes else f"the folder is empty: {wanted}"
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _unpacked(name: str) -> str:
+    lower = name.lower()
+    return next((lower.removesuffix(packed) for packed in _PACKED if lower.endswith(packed)), lower)
+
+
+def _is_list(name: str, suffixes: Sequence[str]) -> bool:
+    return _suffix(_unpacked(name)) in suffixes
+
+
+def _list_suffix(name: str) -> str:
+    """Return a list's ending as it is written, with that of its compression: ``.CSV.gz``."""
+    path = PurePosixPath(name)
+    return "".join(path.suffixes[-2:]) if path.suffix.lower() in _PACKED else path.suffix
+
+
+def _nearest(argument: str, fs: fsspec.AbstractFileSystem, path: str) -> str:
+    if not isinstance(fs, LocalFileSystem):
+        return ""
+    folder, _, name = path.rpartition("/")
+    try:
+        near = [entry.name for entry in Path(folder or "/").iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(name, near)
