@@ -1,12 +1,16 @@
 """The wheel holds what the repository holds: every module, recipe and weight, and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("schemas", "pipeline", "training", "jobs")
@@ -23,7 +27,7 @@ def shipped_files() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy of the repository with the setuptools of this environment: no network."""
     folder = tmp_path_factory.mktemp("wheel")
     for package in PACKAGES:
@@ -34,7 +38,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     done = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (folder / "dist").glob("capfilt-*.whl")
-    return ZipFile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> ZipFile:
+    return ZipFile(wheel_file)
 
 
 def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel: ZipFile) -> None:
@@ -47,3 +56,52 @@ def test_wheel_brings_the_command_and_the_license(wheel: ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert "capfilt = jobs.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+def test_every_requirement_of_the_extras_is_pinned() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras.keys() == {"azure", "dev", "fp8", "gcs", "notebook"}
+    pinned = {
+        canonicalize_name(line.partition("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    wanted = {canonicalize_name(Requirement(text).name) for texts in extras.values() for text in texts}
+    assert wanted - pinned == set()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_the_wheel_alone_builds_the_demo_corpus_outside_the_checkout(
+    wheel_file: Path, tmp_path: Path
+) -> None:
+    """In an environment of its own: only what it requires comes from this one's site-packages, not the checkout."""
+    place = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*command: str | Path, **options: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(word) for word in command], cwd=tmp_path, env=place | options, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    run(sys.executable, "-m", "venv", "--without-pip", "venv")
+    binaries = tmp_path / "venv" / "bin"
+    # Before the .pth: pip would take this environment's own capfilt for an older one that is to be removed.
+    install = ("install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", wheel_file)
+    run(sys.executable, "-m", "pip", "--python", binaries / "python", *install)
+    [packages] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    required = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "required.pth").write_text("".join(f"{path}\n" for path in required))
+    asked = (
+        "import schemas, pipeline, training, jobs; print(schemas.__file__, jobs.__file__, training.__file__)"
+    )
+    assert all(
+        Path(file).is_relative_to(packages) for file in run(binaries / "python", "-c", asked).stdout.split()
+    )
+
+    printed = run(binaries / "capfilt", "demo", "--corpus-only", PATH="/usr/bin:/bin").stdout
+    assert "12 of 12 shards done" in printed or "curated  (0 dropped)" in printed
+    # What it says to try next runs as it is printed, in the folder where it was printed.
+    command = printed.partition("try next:")[2].strip().splitlines()[0].split()
+    assert command[0] == "venv/bin/capfilt" and "images" in run(*command).stdout
