@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from jobs.environment import program_name
 from jobs.init.config_text import (
     PLACEHOLDER,
@@ -20,6 +18,7 @@ from jobs.init.config_text import (
 from jobs.init.machine import this_machine
 from jobs.init.sources import DescribedSource, describe
 from pipeline.config import parse_config
+from pipeline.models.hub import cache_and_offline
 from pipeline.models.weights import require_model_names, uncached_models
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -171,9 +170,10 @@ def _weights(config: CapfiltConfig) -> Iterator[str]:
     if not uncached:
         yield f"{config.caption.model} and {config.rank.model}: nothing to download"
         return
-    offline = "; HF_HUB_OFFLINE is set, so that a run would stop" if constants.HF_HUB_OFFLINE else ""
+    cache, is_offline = cache_and_offline()
+    offline = "; HF_HUB_OFFLINE is set, so that a run would stop" if is_offline else ""
     names = " and ".join(uncached.values())
-    yield f"the first run downloads {names}: {constants.HF_HUB_CACHE} does not have them{offline}"
+    yield f"the first run downloads {names}: {cache} does not have them{offline}"
     yield "without a network: hf download NAME where there is one, and copy that folder here; or --model and --ranker"
 
 

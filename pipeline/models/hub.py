@@ -87,6 +87,11 @@ def cached_folder(
     return folder if folder is not None and first_missing_file(folder) is None else None
 
 
+def cache_and_offline() -> tuple[str, bool]:
+    """Return the folder of the hub's cache, and whether HF_HUB_OFFLINE forbids to ask the hub."""
+    return str(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE)
+
+
 def _unreachable(
     what: str,
     repository: str,
