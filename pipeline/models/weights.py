@@ -5,7 +5,7 @@ output (weights, architecture, tokenizer, preprocessing) and nothing else: the s
 another name, are the same model.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipeline.digests import digest_json, sha256_file
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import processor_config, processor_file, refuse_code
-from pipeline.models.hub import cached_folder, hub_folder, local_folder, model_folder
+from pipeline.models.hub import FirstMissingFile, cached_folder, hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
     count_parameters,
     first_missing_weights_file,
@@ -170,10 +170,10 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
         uncached["caption.model"] = caption.model
     scheme, _, name = rank.model.partition(":")
     repository, _, revision = name.partition("@")
-    missing: Callable[[Path], str | None] = partial(_first_missing_clip_file, where="rank.model")
+    missing: FirstMissingFile = partial(_first_missing_clip_file, where="rank.model")
     wanted: tuple[str, ...] = (*_CLIP_FILES, *_CLIP_WEIGHTS)
     if (rank.model, rank.pretrained) == DEFAULT_RANKER:
-        repository, missing, wanted = DEFAULT_RANKER_REPOSITORY, _none_of(_CLIP_WEIGHTS), _CLIP_WEIGHTS
+        repository, missing, wanted = DEFAULT_RANKER_REPOSITORY, lacks_all_of(_CLIP_WEIGHTS), _CLIP_WEIGHTS
     elif scheme != "hf-hub":
         return uncached
     if not cached_folder(repository, revision or "main", wanted, missing, "rank.model"):
@@ -256,7 +256,7 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
                 f"{where}.pretrained = {pretrained!r} of {model} is not on the hub; give a local file"
             )
         wanted = _CLIP_WEIGHTS if not file else (f"{file.rpartition('.')[0]}.safetensors",)
-        folder = hub_folder(repository, "main", wanted, _none_of(wanted), f"{where}.pretrained")
+        folder = hub_folder(repository, "main", wanted, lacks_all_of(wanted), f"{where}.pretrained")
         checkpoint = next((folder / name for name in wanted if (folder / name).is_file()), None)
         if checkpoint is None:
             raise CapfiltError(
@@ -306,7 +306,8 @@ def _first_missing_clip_file(folder: Path, where: str) -> str | None:
     return "tokenizer.json" if text.get("hf_tokenizer_name") and not has_tokenizer else None
 
 
-def _none_of(names: tuple[str, ...]) -> Callable[[Path], str | None]:
+def lacks_all_of(names: tuple[str, ...]) -> FirstMissingFile:
+    """Return a check of a folder: the first of the names where it has none of them."""
     return lambda folder: None if any((folder / name).is_file() for name in names) else names[0]
 
 

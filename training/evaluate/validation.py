@@ -14,8 +14,7 @@ from training.blip2.stage2 import Stage2
 from training.data.held_out import HeldOut
 from training.evaluate.captioning import caption_scores
 from training.evaluate.generation import CaptionModel, Decoding, Stage1Generator, Stage2Generator
-from training.evaluate.retrieval import Stage1Matcher, recall
-from training.losses import similarity
+from training.evaluate.retrieval import Stage1Matcher, contrastive_lists, recall
 
 # Greedy and short: enough to compare the steps of a run, not a run with a paper.
 _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=20)
@@ -48,14 +47,11 @@ def _metrics(stage: Stage1 | Stage2, samples: Sequence[HeldOut]) -> dict[str, fl
 def _recalls(
     matcher: Stage1Matcher, batches: Sequence[Tensor], texts: Sequence[str], captions: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    texts_MC = matcher.embed_texts(matcher.tokenize(texts))
-    similarity_NM = torch.cat(
-        [similarity(matcher.embed_images(pixels_BCHW), texts_MC) for pixels_BCHW in batches]
-    ).cpu()
+    to_texts, to_images = contrastive_lists(matcher, lambda: iter(batches), matcher.tokenize(texts), 1)
     correct_NM = torch.tensor([[text in of_image for text in texts] for of_image in captions])
-    by_image = correct_NM.gather(1, similarity_NM.argmax(dim=1, keepdim=True))
-    by_text = correct_NM.gather(0, similarity_NM.argmax(dim=0, keepdim=True))
-    return {"text_r1": recall(by_image, 1), "image_r1": recall(by_text.T, 1)}
+    by_image_N1 = correct_NM.gather(1, to_texts.positions)
+    by_text_M1 = correct_NM.T.gather(1, to_images.positions)
+    return {"text_r1": recall(by_image_N1, 1), "image_r1": recall(by_text_M1, 1)}
 
 
 def _accuracy(

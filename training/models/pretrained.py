@@ -13,8 +13,10 @@ from pipeline.models.model_files import (
     weight_files,
 )
 from pipeline.models.tokenizer_files import TOKENIZER_FILES
+from pipeline.models.weights import lacks_all_of
 from schemas.errors import CapfiltError
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")
 
 
@@ -36,7 +38,7 @@ def model_folder(name: str, revision: str, where: str) -> Path:
 
 def tokenizer_folder(name: str, revision: str, where: str) -> Path:
     """Return the folder of a tokenizer; raises as ``model_folder``."""
-    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), _first_missing_tokenizer_file)
+    return _folder(name, revision, where, ("config.json", *TOKENIZER_FILES), lacks_all_of(_VOCABULARIES))
 
 
 def model_files(folder: Path) -> list[str]:
@@ -51,7 +53,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
     """Return a model's config.json; raises as ``model_folder``."""
-    folder = _folder(name, revision, where, ("config.json",), _first_missing_config)
+    folder = _folder(name, revision, where, ("config.json",), lacks_all_of(("config.json",)))
     return read_object(folder / "config.json", where)
 
 
@@ -78,12 +80,3 @@ def _how_to_convert(name: str, folder: Path, where: str) -> str:
         f"AutoTokenizer, {kind}; [one.from_pretrained({name!r}).save_pretrained({new!r}) for one in (AutoTokenizer, "
         f'{kind})]"'
     )
-
-
-def _first_missing_config(folder: Path) -> str | None:
-    return None if (folder / "config.json").is_file() else "config.json"
-
-
-def _first_missing_tokenizer_file(folder: Path) -> str | None:
-    usable = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
-    return None if any((folder / name).is_file() for name in usable) else usable[0]

@@ -76,7 +76,7 @@ class Loop:
     run_id: str
     snapshot: str
     models: Sequence[ModelRecord] = ()
-    sinks: Sequence[Sink] = ()
+    sinks: list[Sink] = field(default_factory=list)
     record_checkpoint: Callable[[CheckpointRecord], None] = lambda record: None
     probe: Callable[[], Mapping[str, float]] | None = None
     stop_asked: Callable[[], bool] = lambda: False

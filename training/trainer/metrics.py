@@ -152,18 +152,6 @@ def require_libraries(config: MetricsConfig) -> None:
             )
 
 
-def further_sinks(
-    config: MetricsConfig, name: str, run_key: str, resolved: Mapping[str, Any], folder: str
-) -> list[Sink]:
-    """Return the sinks that the config asks for beside the JSON lines. Raises CapfiltError where wandb refuses."""
-    sinks: list[Sink] = []
-    if config.tensorboard:
-        sinks.append(TensorBoard(folder))
-    if config.wandb_project:
-        sinks.append(Wandb(config.wandb_project, name, run_key, resolved, folder))
-    return sinks
-
-
 class Throughput:
     """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data."""
 

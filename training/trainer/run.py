@@ -29,7 +29,7 @@ from training.trainer.base_models import (
 )
 from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Loop, Summary
-from training.trainer.metrics import JsonLines, further_sinks, require_libraries
+from training.trainer.metrics import JsonLines, TensorBoard, Wandb, require_libraries
 from training.trainer.optim import fill_preset
 
 Log = Callable[[str], None]
@@ -204,9 +204,12 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     storage.write("config.json", json.dumps(resolved, indent=1).encode())
     storage.write(snapshot_file(snapshot.digest), snapshot.to_json())
     local = storage.base if storage.is_local else f"runs/{config.run.name}"
-    # The same when the run is resumed.
-    run_key = digest_json(storage.root)[:16]
-    loop.sinks = [lines, *further_sinks(config.metrics, config.run.name, run_key, resolved, local)]
+    loop.sinks = [lines]
+    if config.metrics.tensorboard:
+        loop.sinks.append(TensorBoard(local))
+    if project := config.metrics.wandb_project:
+        # The same key when the run is resumed.
+        loop.sinks.append(Wandb(project, config.run.name, digest_json(storage.root)[:16], resolved, local))
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
     lineage = LineageWriter(config.data)
