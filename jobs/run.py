@@ -6,7 +6,7 @@ Which executor does the work (Ray or this process) is chosen in ``_executor``.
 import contextlib
 import signal
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -141,15 +141,6 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
             return _run_stages(work, console, interrupts)
         except KeyboardInterrupt:
             return _interrupted(records, started, work, interrupts)
-
-
-def run_local(config: CapfiltConfig, **options: Any) -> RunResult:
-    """Run in this process, a shard at a time, without Ray and without a display: what a debugger can step through.
-
-    Args:
-        options: fields of RunOptions, such as ``stages=("rank", "select")`` or ``limit=1``.
-    """
-    return run(config, RunOptions(local=True, quiet=True, **options), Console(stderr=True))
 
 
 def _prepare(

@@ -58,9 +58,8 @@ def test_a_local_run_gives_the_corpus_of_ray_and_does_not_import_it(
 ) -> None:
     config, file = local_config(on_ray, tmp_path)
     code = (
-        "import json, sys; from pipeline.config import load_config; from jobs.run import run_local; "
-        "result = run_local(load_config(sys.argv[1])); "
-        "print(json.dumps([result.exit_code, result.record.shards_done, 'ray' in sys.modules]))"
+        "import capfilt, json, sys; result = capfilt.Corpus.run(sys.argv[1], local=True); "
+        "print(json.dumps([result.exit_code, result.summary['shards_done'], 'ray' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,11 +13,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("schemas", "pipeline", "training", "jobs")
+PACKAGES = ("schemas", "pipeline", "training", "jobs", "capfilt")
 
 
 def shipped_files() -> set[str]:
-    """Return the files of the four packages, by path from the repository's root."""
+    """Return the files of the packages, by path from the repository's root."""
     return {
         str(path.relative_to(ROOT))
         for package in PACKAGES

@@ -64,11 +64,12 @@ def result_json(result: RunResult, config_file: str = "FILE") -> dict[str, Any]:
 
 def print_result(result: RunResult, console: Console, config_file: str = "FILE") -> None:
     """Say what was done, what came of it, shard by shard what was not done, and what to do next."""
-    for line in _result_lines(result, config_file):
+    for line in result_lines(result, config_file):
         console.print(escape(printable(line)), highlight=False)
 
 
-def _result_lines(result: RunResult, config_file: str) -> Iterator[str]:
+def result_lines(result: RunResult, config_file: str) -> Iterator[str]:
+    """Yield what a run ends with, line by line."""
     record, survey = result.record, result.survey
     stages = ", ".join(
         f"{stage} {count.done:,} of {count.total:,}" for stage in STAGES if (count := survey.of(stage)).total

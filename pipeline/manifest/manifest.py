@@ -7,7 +7,7 @@ use ``Manifest.open``; a user's SQL is answered in a sandbox without access to f
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.corpus.storage import Storage
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
 from pipeline.manifest.compaction import CompactedRecords
-from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer
+from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer, table_answer
 from pipeline.regular_files import NotRegularFileError, require_regular
 from schemas.catalog import (
     DATA_STAGES,
@@ -117,6 +117,21 @@ class Manifest:
             connection = query.sealed()
             with stream_answer(connection, sql, timeout_s=timeout_s, find_damage=query.find_damage) as stream:
                 yield stream
+
+    def table(
+        self,
+        sql: str,
+        parameters: Sequence[Any] | Mapping[str, Any] = (),
+        *,
+        timeout_s: float = 600.0,
+        memory: str = "50%",
+    ) -> pa.Table:
+        """Answer as ``query`` does, with typed columns; ``parameters``: see ``table_answer``."""
+        with Query(self.storage, self.compacted, memory=memory) as query:
+            connection = query.sealed()
+            return table_answer(
+                connection, sql, parameters, timeout_s=timeout_s, find_damage=query.find_damage
+            )
 
 
 class Query:

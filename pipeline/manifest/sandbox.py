@@ -9,11 +9,12 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from schemas.catalog import CATALOG, VIEWS, quote
 from schemas.errors import CapfiltError
@@ -76,7 +77,39 @@ def seal(connection: duckdb.DuckDBPyConnection) -> None:
 def stream_answer(
     connection: duckdb.DuckDBPyConnection, sql: str, *, timeout_s: float, find_damage: Callable[[], None]
 ) -> Iterator[Stream]:
-    """Answer a user's SQL on a sealed connection; the rows are made as they are taken.
+    """Answer a user's SQL on a sealed connection; the rows are made as they are taken. See ``_checked``."""
+    with _checked(connection, sql, timeout_s, find_damage) as statement:
+        result = connection.execute(statement)
+        # Most errors come with the first rows: before the caller has printed any.
+        first = result.fetchmany(_BATCH_ROWS)
+        rest = itertools.chain.from_iterable(iter(lambda: result.fetchmany(_BATCH_ROWS), []))
+        yield Stream(columns=column_names(result), rows=itertools.chain(first, rest))
+
+
+def table_answer(
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    parameters: Sequence[Any] | Mapping[str, Any],
+    *,
+    timeout_s: float,
+    find_damage: Callable[[], None],
+) -> pa.Table:
+    """Answer a user's SQL on a sealed connection, all its rows as an Arrow table. See ``_checked``.
+
+    Args:
+        parameters: values of ``?`` and ``$1`` in order, or of ``$name`` by name.
+    """
+    with _checked(connection, sql, timeout_s, find_damage) as statement:
+        # A relation: DuckDB makes Arrow of it without a copy.
+        answer = connection.sql(statement, params=parameters or None)
+        return answer.to_arrow_table().rename_columns(list(column_names(answer)))
+
+
+@contextlib.contextmanager
+def _checked(
+    connection: duckdb.DuckDBPyConnection, sql: str, timeout_s: float, find_damage: Callable[[], None]
+) -> Iterator[str]:
+    """Yield the statement that answers a user's SQL; it may take ``timeout_s`` until the block ends.
 
     Args:
         find_damage: called where an error may come from a committed file; raises CorruptShardError if it does.
@@ -88,11 +121,7 @@ def stream_answer(
         _require_read(connection, sql)
         timer.daemon = True
         timer.start()
-        result = connection.execute(_with_comments(sql))
-        # Most errors come with the first rows: before the caller has printed any.
-        first = result.fetchmany(_BATCH_ROWS)
-        rest = itertools.chain.from_iterable(iter(lambda: result.fetchmany(_BATCH_ROWS), []))
-        yield Stream(columns=column_names(result), rows=itertools.chain(first, rest))
+        yield _with_comments(sql)
     except duckdb.InterruptException as error:
         raise CapfiltError(f"the query took over {timeout_s:g} s: narrow it, or give --timeout") from error
     except duckdb.OutOfMemoryException as error:
@@ -164,7 +193,7 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _nodes(part)
 
 
-def column_names(result: duckdb.DuckDBPyConnection) -> tuple[str, ...]:
+def column_names(result: duckdb.DuckDBPyConnection | duckdb.DuckDBPyRelation) -> tuple[str, ...]:
     """Return the names of a result's columns, each once."""
     columns: list[str] = []
     for column in result.description or ():
