@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
+from transformers import BlipForConditionalGeneration
 
 import pipeline.models.blip.captioner
 import pipeline.models.blip.vision
@@ -22,9 +23,11 @@ import pipeline.models.clip.ranker
 from jobs.bench.fp8 import Results, changes, measure_fp8
 from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import Captioner
+from pipeline.models.clip.loader import load_clip
 from pipeline.models.clip.ranker import Ranker
 from pipeline.models.clip.towers import image_encoder
 from pipeline.models.fp8 import quantise, require_fp8
+from pipeline.models.transformers_loader import load_model
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
@@ -145,9 +148,7 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder: Path) -> None:
-    model = pipeline.models.blip.captioner._load_model(
-        captioner_weights(CaptionConfig(model=str(captioner_folder)))
-    ).bfloat16()
+    model = load_model(BlipForConditionalGeneration, captioner_folder, "caption.model").bfloat16()
     before = copied(model)
     quantise(pipeline.models.blip.vision.VisionTower(model.vision_model).blocks)
     layers = ("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2")
@@ -157,9 +158,7 @@ def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder
 
 
 def test_of_clip_the_layers_of_the_image_towers_blocks_and_nothing_else(ranker_folder: Path) -> None:
-    model = pipeline.models.clip.ranker._load_model(
-        ranker_weights(f"local-dir:{ranker_folder}", ""), torch.bfloat16
-    )
+    model = load_clip(ranker_weights(f"local-dir:{ranker_folder}", ""), "rank.model", "bf16")
     before = copied(model)
     tower = image_encoder(model)
     before_blocks = copied(tower.blocks)

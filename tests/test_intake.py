@@ -4,11 +4,10 @@ import json
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,14 +16,13 @@ from hypothesis import strategies as st
 
 from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
-from pipeline.corpus.fingerprint import pack_uids, sample_uid, unpack_uids
+from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
-from pipeline.intake.uids import KnownUids, group_rows
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardTask
@@ -688,38 +686,3 @@ def test_incomplete_foreign_folders_are_refused(folder: Path, spoil: str, compla
         take_in(configured(folder, 'format = "img2dataset"', inputs="foreign"))
     with pytest.raises(CapfiltError, match=r"source\.s\.input: .*nowhere is not a folder"):
         take_in(configured(folder, 'format = "img2dataset"', inputs="nowhere"))
-
-
-# -- identities ----------------------------------------------------------------------------------------------
-
-
-def colliding_uids() -> Iterator[str]:
-    """Uids of which many share their first 64 bits, as real ones hardly ever do."""
-    rng = np.random.default_rng(0)
-    for high, low in rng.integers(0, 6, (400, 2)):
-        yield f"{high:016x}{low:016x}"
-
-
-def test_grouping_is_exact_even_where_half_a_uid_collides() -> None:
-    uids = list(colliding_uids())
-    known = set(uids[:10])
-    words = pack_uids(uids)
-    assert unpack_uids(words) == uids
-    known_mask = KnownUids(pack_uids(sorted(known))).contains(words)
-    assert known_mask.tolist() == [uid in known for uid in uids]
-    groups = group_rows(words, known_mask)
-
-    rows: dict[str, list[int]] = {}
-    for row, uid in enumerate(uids):
-        if uid not in known:
-            rows.setdefault(uid, []).append(row)
-    assert np.flatnonzero(groups.is_first_N).tolist() == sorted(group[0] for group in rows.values())
-    expected = sorted((row, group[0]) for group in rows.values() if len(group) > 1 for row in group)
-    assert list(zip(groups.repeated_rows.tolist(), groups.first_rows.tolist(), strict=True)) == expected
-
-
-def test_no_known_uids_and_no_rows() -> None:
-    empty = pack_uids([])
-    assert KnownUids(empty).contains(pack_uids(["0" * 32])).tolist() == [False]
-    assert KnownUids(pack_uids(["0" * 32])).contains(empty).tolist() == []
-    assert group_rows(empty, np.zeros(0, bool)).is_first_N.tolist() == []

@@ -66,15 +66,13 @@ class SavedCheckpoints:
 
         Raises DamagedCheckpointError.
         """
-        with contextlib.ExitStack() as stack:
-            if self.storage.is_local:
-                folder = Path(self.storage.url(record.path))
-            else:
-                folder = stack.enter_context(temporary_folder())
+        is_local = self.storage.is_local
+        own_folder = contextlib.nullcontext(Path(self.storage.url(record.path)))
+        with own_folder if is_local else temporary_folder() as folder:
             for name, digest in record.sha256.items():
                 path = f"{record.path}/{name}"
                 try:
-                    if not self.storage.is_local:
+                    if not is_local:
                         with self.storage.local_copy(path) as copy:
                             shutil.move(copy, folder / name)
                     actual = sha256_file(folder / name)

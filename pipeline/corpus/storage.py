@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -209,9 +210,7 @@ class Storage:
         """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
         if self.is_local:
             target = Path(self._full(path))
-            with _beside(target) as temporary:
-                shutil.copyfile(local, temporary)
-                _sync(temporary)
+            with _beside(target, partial(shutil.copyfile, local)) as temporary:
                 temporary.replace(target)
         else:
             self.fs.put_file(str(local), self._full(path))
@@ -220,9 +219,7 @@ class Storage:
         """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
         if self.is_local:
             target = Path(self._full(path))
-            with _beside(target) as temporary:
-                temporary.write_bytes(data)
-                _sync(temporary)
+            with _beside(target, lambda temporary: temporary.write_bytes(data)) as temporary:
                 temporary.replace(target)
         else:
             self.fs.pipe_file(self._full(path), data)
@@ -242,9 +239,7 @@ class Storage:
                 return self.fs.cat_file(self._full(path)) == data
             return True
         target = Path(self._full(path))
-        with _beside(target) as temporary:
-            temporary.write_bytes(data)
-            _sync(temporary)
+        with _beside(target, lambda temporary: temporary.write_bytes(data)) as temporary:
             try:
                 target.hardlink_to(temporary)
             except FileExistsError:
@@ -277,8 +272,8 @@ def _is_absolute(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Yield a temporary name in the target's folder (same filesystem, so that renaming is atomic)."""
+def _beside(target: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a temporary file, written and synced, in the target's folder: renaming within a filesystem is atomic."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError) as error:
@@ -286,6 +281,9 @@ def _beside(target: Path) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", str(target.parent)) from error
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -300,8 +298,3 @@ def _create_exclusively(target: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

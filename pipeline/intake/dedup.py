@@ -1,28 +1,36 @@
 """The image-text pairs of one source, out of its lists: each URL once, with all its captions.
 
-The lists are streamed three times (to identify the rows; where URLs repeat, to merge their captions; to give
-out the new ones), so that memory holds 16 bytes a row and the captions of the rows that share a URL.
+The lists are read once, into a DuckDB in a scratch folder, which finds the rows of one URL and those that are known.
+What does not fit in its memory lies in that folder.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import duckdb
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import PackedUids, pack_uids, sample_uid, unpack_uids
+from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.storage import Storage
-from pipeline.intake.cells import TEXT_KINDS, column_texts, distinct_texts, finite_json
-from pipeline.intake.lists.columns import Rows, Wanted
+from pipeline.intake.lists.columns import (
+    TEXT_KINDS,
+    Rows,
+    Wanted,
+    column_texts,
+    distinct_texts,
+    finite_json,
+)
 from pipeline.intake.lists.files import read_columns, require_columns
-from pipeline.intake.uids import KnownUids, UidGroups, group_rows
 from schemas.config import SourceConfig
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
 from schemas.names import shown
 from schemas.tables import URLS
 
@@ -31,22 +39,44 @@ _KEY = "key"  # img2dataset's name for a sample
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identified:
-    """The rows that have a URL, by identity; ``rows_in`` counts those without one too."""
+# A row of a list that has a URL. ``number`` counts them over all lists; ``place`` says where it stands, for messages.
+_ROW = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("file", pa.int32()),
+        ("place", pa.string()),
+        ("uid", pa.string()),
+        *(URLS.field(name) for name in ("url", "captions", "extra", "key")),
+    ]
+)
+_SETTINGS: dict[str, str | bool | int | float | list[str]] = {
+    "memory_limit": "1GB",
+    "preserve_insertion_order": False,
+}
+_FETCHED_ROWS = 65_536
 
-    words_N2: PackedUids
-    known_N: NDArray[np.bool_]
-    rows_in: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Merged:
-    """The rows of one uid: the URL they share, and their distinct captions in order."""
-
-    url: str
-    rows: int = 0
-    captions: dict[str, None] = field(default_factory=dict)
+_GROUPS = """
+    CREATE TABLE firsts AS
+        SELECT uid, min(number) AS number, count(*)::INTEGER AS input_rows
+        FROM listed ANTI JOIN known USING (uid) GROUP BY uid"""
+# Each text where it stands first among the rows of its URL, in that order.
+_MERGED = """
+    CREATE TABLE merged AS
+        SELECT number, list(text ORDER BY nth) AS captions FROM (
+            SELECT number, text, min((row, nth)) AS nth FROM (
+                SELECT first.number, listed.number AS row, unnest(captions) AS text,
+                    generate_subscripts(captions, 1) AS nth
+                FROM firsts AS first JOIN listed USING (uid) WHERE input_rows > 1)
+            GROUP BY number, text)
+        GROUP BY number"""
+_CONFLICTS = """
+    SELECT other.place, one.url, other.url FROM firsts
+    JOIN listed AS one USING (number) JOIN listed AS other ON one.uid = other.uid AND one.url <> other.url
+    ORDER BY other.number LIMIT 1"""
+_PAIRS = """
+    SELECT file, uid, $source AS source, url, coalesce(merged.captions, listed.captions, []) AS captions, input_rows,
+        extra, key
+    FROM firsts JOIN listed USING (number, uid) LEFT JOIN merged USING (number) ORDER BY number"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,66 +109,98 @@ class SourcePairs:
         self.storage = storage
         self.files = files
         self.keeps_keys = source.format == "img2dataset"
+        url, caption = source.url_column, source.caption_column or None
+        key = _KEY if self.keeps_keys else None
+        columns = (url, caption, *source.extra_columns, key, source.uid_column)
+        self._wanted = Wanted(url=url, caption=caption, columns=tuple(dict.fromkeys(filter(None, columns))))
 
     def check(self) -> None:
         """Look at the beginning of every list: what is not a list of URLs shows before any work."""
-        wanted = self._wanted(*self._payload_columns(), *self._identity_columns())
+        source = self.source
         # Not Storage.map, which chooses its threads by the corpus's storage: lists may lie on another one.
         with ThreadPoolExecutor(_READERS) as readers:
             # In order, so that it is always the first faulty list that is named.
             for _ in readers.map(
-                lambda file: require_columns(self.storage, file, self.source.format, wanted), self.files
+                lambda file: require_columns(self.storage, file, source.format, self._wanted), self.files
             ):
                 pass
-        first = next(self._batches(*self._identity_columns()), None)
+        first = next(self._batches(), None)
         if first is None:
             raise self._no_urls(0)
         self._require_urls(first)
 
-    def identify(self, known: KnownUids) -> Identified:
-        """Read every row's identity. Raises CapfiltError where no row has a URL."""
-        words, flags, rows_in = [np.empty((0, 2), np.uint64)], [np.empty(0, bool)], 0
-        for batch in self._batches(*self._identity_columns()):
+    @contextmanager
+    def read(
+        self, folder: Path, known: Sequence[str]
+    ) -> Iterator[tuple[dict[str, int], Iterator[tuple[str, pa.Table]]]]:
+        """Read the lists. Raises CapfiltError where no row has a URL, or two URLs have one identity.
+
+        Args:
+            folder: local, for what does not fit in memory.
+            known: the Parquet files of the source's earlier url shards.
+
+        Yields:
+            What became of the rows: all numbers but ``rows_in`` sum up to it. And (file, new pairs), in order: columns
+            of URLS, without shard, retry_of and a list's key.
+        """
+        with duckdb.connect(config={**_SETTINGS, "temp_directory": str(folder)}) as connection:
+            try:
+                yield self._read(connection, known), self._new_pairs(connection)
+            except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+                raise CapfiltError(
+                    f"source.{self.source.name}.input: the lists do not fit in {folder.parent} ({first_line(error)}); "
+                    "make room there, or set TMPDIR"
+                ) from error
+
+    def _read(self, connection: duckdb.DuckDBPyConnection, known: Sequence[str]) -> dict[str, int]:
+        """Read the lists into tables; return what became of the rows."""
+        connection.register("batch", _ROW.empty_table())
+        connection.execute("CREATE TABLE listed AS FROM batch; CREATE TABLE known (uid VARCHAR)")
+        for path in known:
+            with self.storage.open(path) as file:
+                connection.register("batch", pq.read_table(file, columns=["uid"]))
+            connection.execute("INSERT INTO known FROM batch")
+        rows_in = rows_with_url = 0
+        for batch in self._batches():
             if batch.start == 0:
                 self._require_urls(batch)
-            words_N2 = pack_uids(self._uids(batch))
-            words.append(words_N2)
-            flags.append(known.contains(words_N2))
-            rows_in += batch.rows_in
-        if not sum(map(len, words)):
+            connection.register("batch", self._table(batch))
+            connection.execute("INSERT INTO listed FROM batch")
+            rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch)
+        if not rows_with_url:
             raise self._no_urls(rows_in)
-        return Identified(words_N2=np.concatenate(words), known_N=np.concatenate(flags), rows_in=rows_in)
+        connection.execute(_GROUPS)
+        if self.source.uid_column and (conflict := connection.execute(_CONFLICTS).fetchone()):
+            place, first, second = conflict
+            raise CapfiltError(
+                f"{place}: two URLs share one {self.source.uid_column}: {shown(first)} and {shown(second)}"
+            )
+        connection.execute(_MERGED)
+        totals = "SELECT count(*), coalesce(sum(input_rows), 0)::BIGINT FROM firsts"
+        [(new, rows_of_new)] = connection.execute(totals).fetchall()
+        return {
+            "rows_in": rows_in,
+            "rows_new": new,
+            "rows_duplicate": rows_of_new - new,
+            "rows_known": rows_with_url - rows_of_new,
+            "rows_without_url": rows_in - rows_with_url,
+        }
 
-    def new_pairs(self, identified: Identified) -> Iterator[tuple[str, pa.Table]]:
-        """Yield (file, new pairs) in order; columns of URLS, without shard, retry_of and a list's key."""
-        groups = group_rows(identified.words_N2, identified.known_N)
-        merged = self._merge(groups) if len(groups.repeated_rows) else {}
-        columns = (*self._payload_columns(), *self._identity_columns())
-        for batch in self._batches(*columns):
-            end = batch.start + len(batch)
-            wanted = np.flatnonzero(groups.is_first_N[batch.start : end])
-            if len(wanted):
-                uids = unpack_uids(identified.words_N2[batch.start + wanted])
-                yield batch.file, self._table(batch, wanted.tolist(), uids, merged)
+    def _new_pairs(self, connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, pa.Table]]:
+        dropped = ["file"] if self.keeps_keys else ["file", "key"]
+        pairs = connection.sql(_PAIRS, params={"source": self.source.name})
+        for batch in pairs.to_arrow_reader(_FETCHED_ROWS):
+            table = pa.Table.from_batches([batch])
+            for number in table["file"].unique().to_pylist():
+                rows = table.filter(pc.equal(table["file"], number)).drop_columns(dropped)
+                yield self.files[number], rows
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _identity_columns(self) -> tuple[str, ...]:
-        return (self.source.uid_column,) if self.source.uid_column else ()
-
-    def _payload_columns(self) -> tuple[str, ...]:
-        caption = (self.source.caption_column,) if self.source.caption_column else ()
-        return (*caption, *self.source.extra_columns, *((_KEY,) if self.keeps_keys else ()))
-
-    def _wanted(self, *columns: str) -> Wanted:
-        url, caption = self.source.url_column, self.source.caption_column or None
-        return Wanted(url=url, caption=caption, columns=tuple(dict.fromkeys((url, *columns))))
-
-    def _batches(self, *columns: str) -> Iterator[_Batch]:
-        url_column, wanted = self.source.url_column, self._wanted(*columns)
-        start = 0
+    def _batches(self) -> Iterator[_Batch]:
+        url_column, start = self.source.url_column, 0
         for file in self.files:
-            for rows in read_columns(self.storage, file, self.source.format, wanted):
+            for rows in read_columns(self.storage, file, self.source.format, self._wanted):
                 urls = rows.columns[url_column] = column_texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
@@ -182,57 +244,33 @@ class SourcePairs:
 
     # -- captions --------------------------------------------------------------------------------------------
 
-    def _captions(self, batch: _Batch, rows: Sequence[int]) -> list[list[str]]:
+    def _captions(self, batch: _Batch) -> list[list[str]]:
         """Return the rows' distinct captions in order; a cell holds a text, a list of texts, or nothing."""
         column = self.source.caption_column
         if not column:
-            return [[]] * len(rows)
-        cells = [batch.rows.columns[column][row] for row in rows]
+            return [[]] * len(batch)
+        cells = batch.rows.columns[column]
         if set(map(type, cells)) <= TEXT_KINDS:
             return [[text] if text and not text.isspace() else [] for text in cells]
         return [
             distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
-            for row, cell in zip(rows, cells, strict=True)
+            for row, cell in enumerate(cells)
         ]
 
-    def _merge(self, groups: UidGroups) -> dict[int, _Merged]:
-        """Gather, under its first row's number, what the rows of a repeated uid say."""
-        merged: dict[int, _Merged] = {}
-        caption = (self.source.caption_column,) if self.source.caption_column else ()
-        for batch in self._batches(*caption):
-            first, last = np.searchsorted(groups.repeated_rows, (batch.start, batch.start + len(batch)))
-            if first == last:
-                continue
-            rows = (groups.repeated_rows[first:last] - batch.start).tolist()
-            first_rows, captions = groups.first_rows[first:last].tolist(), self._captions(batch, rows)
-            for row, first_row, texts in zip(rows, first_rows, captions, strict=True):
-                url = batch.rows.columns[self.source.url_column][row]
-                entry = merged.setdefault(first_row, _Merged(url=url))
-                if entry.url != url:
-                    raise CapfiltError(
-                        f"{batch.place(row)}: two URLs share one {self.source.uid_column}: "
-                        f"{shown(entry.url)} and {shown(url)}"
-                    )
-                entry.rows += 1
-                entry.captions.update(dict.fromkeys(texts))
-        return merged
-
-    def _table(self, batch: _Batch, rows: list[int], uids: list[str], merged: dict[int, _Merged]) -> pa.Table:
-        entries = [merged.get(batch.start + row) for row in rows] if merged else [None] * len(rows)
-        columns: dict[str, list[Any]] = {
-            "uid": uids,
-            "source": [self.source.name] * len(rows),
-            "url": [batch.rows.columns[self.source.url_column][row] for row in rows],
-            "captions": [
-                texts if entry is None else list(entry.captions)
-                for texts, entry in zip(self._captions(batch, rows), entries, strict=True)
-            ],
-            "input_rows": [1 if entry is None else entry.rows for entry in entries],
+    def _table(self, batch: _Batch) -> pa.Table:
+        rows, columns = range(len(batch)), batch.rows.columns
+        cells: dict[str, Any] = {
+            "number": range(batch.start, batch.start + len(batch)),
+            "file": [self.files.index(batch.file)] * len(batch),
+            # Needed only where two URLs may share an identity.
+            "place": [batch.place(row) if self.source.uid_column else None for row in rows],
+            "uid": list(self._uids(batch)),
+            "url": columns[self.source.url_column],
+            "captions": self._captions(batch),
             "extra": [self._extra(batch, row) for row in rows],
+            "key": columns[_KEY] if self.keeps_keys else [None] * len(batch),
         }
-        if self.keeps_keys:
-            columns["key"] = [batch.rows.columns[_KEY][row] for row in rows]
-        return pa.table({name: pa.array(cells, URLS.field(name).type) for name, cells in columns.items()})
+        return pa.table([pa.array(cells[field.name], field.type) for field in _ROW], schema=_ROW)
 
     def _extra(self, batch: _Batch, row: int) -> str | None:
         if not self.source.extra_columns:

@@ -7,7 +7,7 @@ Earlier batches are never changed: what a list has gained becomes further shards
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -16,10 +16,10 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.storage import FileInfo
 from pipeline.digests import digest_json
-from pipeline.intake.dedup import Identified, SourcePairs
+from pipeline.intake.dedup import SourcePairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
-from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter, known_uids
+from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord
@@ -119,13 +119,14 @@ def _take_in(lists_now: _Input, config: CapfiltConfig, records: Records, run_id:
         lists = lists_now.unread(earlier)
         if not lists:
             return IntakeOutcome(source=source.name, record=None)
-        pairs = SourcePairs(source, records.storage, lists)
-        identified = pairs.identify(known_uids(earlier, records.storage))
+        # Retries only repeat URLs.
+        known = [file.path for batch in earlier if batch.kind != "retry" for file in batch.shards.values()]
         # An img2dataset shard becomes one url shard, however few of its rows are new.
         size = None if lists_now.importable else config.corpus.samples_per_shard
-        with temporary_folder() as folder:
+        lists_read = SourcePairs(source, records.storage, lists)
+        with temporary_folder() as folder, lists_read.read(folder, known) as (row_counts, pairs):
             writer = UrlShardWriter(records, source.name, earlier, folder, size)
-            imported = _write_shards(writer, pairs.new_pairs(identified), lists_now.importable)
+            imported = _write_shards(writer, pairs, lists_now.importable)
         if _find_input(source, records).signature != lists_now.signature:
             writer.discard()
             raise CapfiltError(
@@ -138,28 +139,15 @@ def _take_in(lists_now: _Input, config: CapfiltConfig, records: Records, run_id:
             files=tuple(lists),
             adopted={shard: tar.path for shard, tar in imported.items()},
             adopted_bytes={shard: tar.bytes for shard, tar in imported.items()},
-            **_row_counts(identified, writer),
+            **row_counts,
         )
         if batch is not None:
             return IntakeOutcome(source=source.name, record=batch)
 
 
-def _row_counts(identified: Identified, writer: UrlShardWriter) -> dict[str, int]:
-    """Return what became of the rows; all but ``rows_in`` sum up to it."""
-    with_url, known = len(identified.known_N), int(identified.known_N.sum())
-    new = sum(file.rows for file in writer.shards.values())
-    return {
-        "rows_in": identified.rows_in,
-        "rows_new": new,
-        "rows_duplicate": with_url - known - new,
-        "rows_known": known,
-        "rows_without_url": identified.rows_in - with_url,
-    }
-
-
 def _write_shards(
     writer: UrlShardWriter,
-    new_pairs: Iterator[tuple[str, pa.Table]],
+    new_pairs: Iterable[tuple[str, pa.Table]],
     importable: Mapping[str, Img2datasetShard],
 ) -> dict[str, FileInfo]:
     """Write the new pairs as url shards; return, by shard, the tars that are imported."""

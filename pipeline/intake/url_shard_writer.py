@@ -1,21 +1,16 @@
 """A batch of the intake: numbered Parquet files of URLs (url shards), which one intake record then commits."""
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import PackedUids, pack_uids
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
-from pipeline.intake.uids import KnownUids
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile
 from schemas.tables import URLS
@@ -133,14 +128,3 @@ class UrlShardWriter:
         self.records.storage.put(local, path)
         local.unlink()
         return name
-
-
-def known_uids(batches: Iterable[IntakeRecord], storage: Storage) -> KnownUids:
-    """Return the uids of a source's shards; retries only repeat some."""
-
-    def read(path: str) -> PackedUids:
-        with storage.open(path) as data:
-            return pack_uids(pq.read_table(data, columns=["uid"]).column("uid").to_pylist())
-
-    paths = [file.path for batch in batches if batch.kind != "retry" for file in batch.shards.values()]
-    return KnownUids(np.concatenate([pack_uids([]), *storage.map(read, paths)]))

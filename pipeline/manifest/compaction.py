@@ -230,14 +230,10 @@ def _to_table(table: str, rows: list[Row]) -> pa.Table:
 
 def _distinct(rows: pa.Table) -> pa.Table:
     """Drop rows that two processes copied from the same record (one record may hold many shards)."""
-    keep = []
-    pairs = zip(rows["record"].to_pylist(), rows["version"].to_pylist(), strict=True)
-    names = rows["shard"].to_pylist() if "shard" in rows.column_names else [""] * rows.num_rows
-    seen = set()
-    for (record, version), shard in zip(pairs, names, strict=True):
-        keep.append((record, version, shard) not in seen)
-        seen.add((record, version, shard))
-    return rows.filter(pa.array(keep, pa.bool_()))
+    names = [name for name in ("record", "version", "shard") if name in rows.column_names]
+    keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
+    first = {key: number for number, key in reversed(list(enumerate(keys)))}
+    return rows.take(sorted(first.values()))
 
 
 def _name(path: str) -> str:

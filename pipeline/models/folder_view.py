@@ -56,11 +56,9 @@ def folder_view(folder: Path, files: Mapping[str, dict[str, Any] | None], what: 
             yield view
         except CapfiltError:
             raise
-        except Exception as error:
-            raise CapfiltError(f"{what} does not load: {_error_line(error, view, folder)}") from error
         except BaseException as error:
-            # What a panic in Rust is in Python; the class cannot be imported.
-            if type(error).__name__ != "PanicException":
+            # PanicException is what a panic in Rust is in Python; the class cannot be imported.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise CapfiltError(f"{what} does not load: {_error_line(error, view, folder)}") from error
 

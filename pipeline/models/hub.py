@@ -74,8 +74,17 @@ def hub_folder(
     except (OSError, HTTPError) as error:
         if complete:
             return complete
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if cached is not None:
+            have = f"the cache lacks its {first_missing_file(cached)} ({cached})"
+        else:
+            known = ", ".join(_cached_revisions(repository))
+            have = (
+                f"the cache in {constants.HF_HUB_CACHE} has {f'only {known}' if known else 'nothing of it'}"
+            )
         raise CapfiltError(
-            _unreachable(what, repository, revision, cached, first_missing_file, error)
+            f"{what} cannot be fetched ({reason}), and {have}; fetch it where there is a network, or name a local "
+            "folder"
         ) from error
 
 
@@ -90,27 +99,6 @@ def cached_folder(
 def cache_and_offline() -> tuple[str, bool]:
     """Return the folder of the hub's cache, and whether HF_HUB_OFFLINE forbids to ask the hub."""
     return str(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE)
-
-
-def _unreachable(
-    what: str,
-    repository: str,
-    revision: str,
-    cached: Path | None,
-    first_missing_file: FirstMissingFile,
-    error: Exception,
-) -> str:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if cached is not None:
-        have = f"the cache lacks its {first_missing_file(cached)} ({cached})"
-    elif known := _cached_revisions(repository):
-        have = f"the cache in {constants.HF_HUB_CACHE} has only {', '.join(known)}"
-    else:
-        have = f"the cache in {constants.HF_HUB_CACHE} has nothing of it"
-    return (
-        f"{what} cannot be fetched ({reason}), and {have}; fetch it where there is a network, "
-        "or name a local folder"
-    )
 
 
 def _cached_snapshot(repository: str, revision: str, patterns: list[str], where: str) -> Path | None:

@@ -155,7 +155,7 @@ def captioner_weights(config: CaptionConfig) -> Weights:
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
     names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
-    return _weights("captioner", config.model, revision, folder, folder, names)
+    return _weights("captioner", config.model, revision, folder, names)
 
 
 def uncached_models(config: CapfiltConfig) -> dict[str, str]:
@@ -233,7 +233,7 @@ def _clip_folder(model: str, where: str) -> Weights:
         tokenizer_view(folder, where)
     checkpoint = clip_checkpoint(folder)
     names = [name for name in _CLIP_FILES if (folder / name).is_file()] + [checkpoint]
-    return _weights("ranker", model, revision, folder, folder, names)
+    return _weights("ranker", model, revision, folder, names)
 
 
 def clip_checkpoint(folder: Path) -> str:
@@ -281,7 +281,7 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     }
     extra = {f"open_clip:{model}": digest_json(recipe)}
     revision = pretrained if tag else ""
-    return _weights("ranker", model, revision, checkpoint, checkpoint.parent, [checkpoint.name], extra)
+    return _weights("ranker", model, revision, checkpoint, [checkpoint.name], extra)
 
 
 def _first_missing_captioner_file(folder: Path) -> str | None:
@@ -316,10 +316,10 @@ def _weights(
     name: str,
     revision: str,
     path: Path,
-    folder: Path,
     names: list[str],
     extra: Mapping[str, str] | None = None,
 ) -> Weights:
+    folder = path if path.is_dir() else path.parent
     # Checked before all bytes are read for the digest.
     for file in names:
         if file.endswith(".safetensors"):

@@ -3,7 +3,6 @@
 import re
 import tarfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,8 @@ _HTTP_STATUS = re.compile(r"HTTP Error (\d{3})")
 _COLUMNS = ("key", "status", "error_message", "sha256", "original_width", "original_height")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredImage:
-    """Size of a sample's image in the tar."""
-
-    width: int
-    height: int
-    bytes: int
+# What a sample's row says of its image in the tar: width, height and image_bytes.
+StoredImage = dict[str, int]
 
 
 def import_shard(
@@ -155,10 +149,10 @@ def import_row(
         reason, sample["detail"] = "missing_member", "status success, and no such image in the tar"
     elif isinstance(image, ImageError):
         reason, sample["detail"] = image.reason, image.detail[:MAX_DETAIL_CHARS]
-    elif image.width * image.height > max_pixels:
-        reason, sample["detail"] = "too_many_pixels", f"{image.width} x {image.height}"
+    elif image["width"] * image["height"] > max_pixels:
+        reason, sample["detail"] = "too_many_pixels", f"{image['width']} x {image['height']}"
     else:
-        sample |= {"width": image.width, "height": image.height, "image_bytes": image.bytes}
+        sample |= image
     if reason is not None:
         sample |= {"status": REASONS[reason].status, "reason": reason}
     return sample
@@ -178,13 +172,12 @@ def read_images(path: Path) -> dict[str, StoredImage | ImageError]:
     with path.open("rb") as tar:
         for member in image_members(path):
             tar.seek(member.offset)
-            images[member.key] = _stored_image(tar.read(member.size))
+            data = tar.read(member.size)
+            try:
+                header = read_header(data)
+            except ImageError as error:
+                images[member.key] = error
+            else:
+                size = {"width": header.width, "height": header.height, "image_bytes": len(data)}
+                images[member.key] = size
     return images
-
-
-def _stored_image(data: bytes) -> StoredImage | ImageError:
-    try:
-        header = read_header(data)
-    except ImageError as error:
-        return error
-    return StoredImage(width=header.width, height=header.height, bytes=len(data))

@@ -37,22 +37,18 @@ class HostLimits:
     def slot(self, name: str) -> Iterator[float]:
         """Wait for a slot of a host's limits, hold it for the block, and yield the seconds waited."""
         queued = time.monotonic()
-        with self._used(name) as host, host.slots:
-            with self._lock:
-                start = max(time.monotonic(), host.next_start)
-                host.next_start = start + self._interval_s
-            time.sleep(max(0.0, start - time.monotonic()))
-            yield time.monotonic() - queued
-
-    @contextlib.contextmanager
-    def _used(self, name: str) -> Iterator[_Host]:
         with self._lock:
             if len(self._hosts) > _IDLE_HOSTS_KEPT:
                 self._hosts = {name: host for name, host in self._hosts.items() if host.users}
             host = self._hosts.setdefault(name, _Host(self._at_once))
             host.users += 1
         try:
-            yield host
+            with host.slots:
+                with self._lock:
+                    start = max(time.monotonic(), host.next_start)
+                    host.next_start = start + self._interval_s
+                time.sleep(max(0.0, start - time.monotonic()))
+                yield time.monotonic() - queued
         finally:
             with self._lock:
                 host.users -= 1

@@ -1,14 +1,21 @@
-"""Columns that are asked of a list, the rows that it gives, and the errors for columns that are missing."""
+"""Columns that are asked of a list, the rows that it gives and their cells as texts.
 
+And the errors: for columns that are missing, and for cells that are not texts.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.intake.lists.lines import not_utf8
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import shown
 
 Columns = dict[str, list[Any]]
 Unit = Literal["line", "row", "item"]
+
+TEXT_KINDS = {str, type(None)}
 
 IF_QUOTED = 'if this TSV is quoted as a CSV is, set the source\'s format = "tsv-quoted"'
 _NAMES_SHOWN = 20
@@ -100,3 +107,55 @@ def _listed(present: Sequence[str]) -> str:
     names = ", ".join(map(shown, present[:_NAMES_SHOWN])) or "none"
     more = len(present) - _NAMES_SHOWN
     return f"{names} and {more:,} more" if more > 0 else names
+
+
+def column_texts(rows: Rows, column: str, file: str) -> list[str | None]:
+    """Return a column's cells as texts, or None where they are missing."""
+    cells = rows.columns[column]
+    if set(map(type, cells)) <= TEXT_KINDS:
+        return cells
+    return [
+        cell if type(cell) in TEXT_KINDS else _text(cell, f"{file}: {rows.place(row)}: {column}")
+        for row, cell in enumerate(cells)
+    ]
+
+
+def _text(cell: Any, place: str, *, numbers: bool = False) -> str | None:
+    """Return a cell's text, None where it is missing (NaN too: pandas writes it); reject any other value."""
+    match cell:
+        case None | str():
+            return cell
+        case bytes():
+            try:
+                return cell.decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(place, error) from error
+        case float() if not math.isfinite(cell):
+            return None
+        case int() | float() if numbers and not isinstance(cell, bool):
+            return str(cell)
+        case _:
+            raise CapfiltError(f"{place} is {shown(cell)} ({type(cell).__name__}) where text is expected")
+
+
+def distinct_texts(cell: Any, unit: Unit, place: str) -> list[str]:
+    """Return the distinct texts of a caption's cell in order: a text, a list of texts, or nothing.
+
+    JSON has no type for a column, so that a caption of digits alone may have become a number there; a Parquet
+    column of numbers is the wrong column.
+    """
+    cells = cell if isinstance(cell, list) else [cell]
+    texts = (_text(each, place, numbers=unit != "row") for each in cells)
+    return list(dict.fromkeys(text for text in texts if text and not text.isspace()))
+
+
+def finite_json(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by None, however deep they are."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case list():
+            return [finite_json(part) for part in value]
+        case dict():
+            return {name: finite_json(part) for name, part in value.items()}
+    return value

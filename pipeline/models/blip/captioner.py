@@ -69,7 +69,15 @@ class Captioner:
             require_fp8("caption", self.device)
         on_gpu = self.device.type == "cuda"
         self._tokenizer = load_tokenizer(Path(weights.path), "caption.model")
-        model = _load_model(weights)
+        model = load_model(
+            BlipForConditionalGeneration,
+            Path(weights.path),
+            "caption.model",
+            weights.name,
+            dtype=torch.float32,
+        )
+        # Generation settings that came with the files must not fill what a call leaves open.
+        model.text_decoder.generation_config = GenerationConfig()
         self.preprocess = Preprocess.of_blip(
             load_image_processor(Path(weights.path), model.config.vision_config.image_size, "caption.model")
         )
@@ -150,13 +158,3 @@ class Captioner:
         ids = [token for token in (*self._prompt_ids[1:], *tokens) if token < len(self._tokenizer)]
         # BLIP's own code joins "man ' s" and "dog ." again.
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
-
-
-def _load_model(weights: Weights) -> BlipForConditionalGeneration:
-    """Load in float32 on the CPU; refuse files that leave a part of the model untrained."""
-    model = load_model(
-        BlipForConditionalGeneration, Path(weights.path), "caption.model", weights.name, dtype=torch.float32
-    )
-    # Generation settings that came with the files must not fill what a call leaves open.
-    model.text_decoder.generation_config = GenerationConfig()
-    return model

@@ -54,7 +54,10 @@ class Ranker:
         self.dtype = compute_dtype(precision, self.device)
         if precision == "fp8":
             require_fp8("rank", self.device)
-        model = _load_model(weights, self.dtype, where).to(self.device).eval()
+        # Loaded on the CPU in float32; then open_clip lowers the precision of what it lowers.
+        model = load_clip(weights, where, "bf16" if self.dtype == torch.bfloat16 else "fp32")
+        require_finite_weights(model.state_dict(), f"{where} = {weights.name!r} in {weights.path}")
+        model = model.to(self.device).eval()
         on_gpu = self.device.type == "cuda"
         self.encode_image = image_encoder(model, compiled_batch=batch_size if on_gpu else None)
         if precision == "fp8":
@@ -105,10 +108,3 @@ class Ranker:
         length = torch.linalg.vector_norm(embedding, dim=-1, keepdim=True)
         # As ``normalize``, but for an embedding whose length overflows: divided by infinity it would score 0.
         return embedding / length.clamp_min(1e-12).masked_fill(length.isinf(), torch.nan)
-
-
-def _load_model(weights: Weights, dtype: torch.dtype, where: str = "rank.model") -> torch.nn.Module:
-    """Load on the CPU in float32, then lower the precision of what open_clip lowers."""
-    model = load_clip(weights, where, "bf16" if dtype == torch.bfloat16 else "fp32")
-    require_finite_weights(model.state_dict(), f"{where} = {weights.name!r} in {weights.path}")
-    return model
