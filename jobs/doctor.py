@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import dump_config
 from pipeline.corpus.storage_errors import storage_error_message
-from schemas.config import CapfiltConfig
+from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
         checks = [_python(), *_versions(), _dataclasses(), _scratch()]
         if root := config.corpus.path if config else corpus:
             checks.append(check_storage(root))
+        if config:
+            checks += _lists(config)
         checks += [*models.result(), *(each.result() for each in imports)]
     return sorted(checks, key=lambda check: _WORST_FIRST.index(check.state))
 
@@ -235,6 +237,21 @@ def _storage(root: str) -> Check:
         return _judged("storage", True, f"{storage.root}: writable, create-if-absent works")
     fix = "this store does not honour If-None-Match: two workers could commit one shard; use another"
     return _judged("storage", False, f"{storage.root}: a second create was accepted", fix)
+
+
+def _lists(config: CapfiltConfig) -> Iterator[Check]:
+    from pipeline.corpus.records import Records
+    from pipeline.corpus.storage import Storage
+    from pipeline.intake.read_lists import check_lists
+
+    def found(source: SourceConfig) -> Check:
+        unread = check_lists(source, Records(Storage(config.corpus.path)))
+        return _judged(
+            "lists", True, f"{source.name}: {unread:,} lists to read" if unread else f"{source.name}: read"
+        )
+
+    for source in config.source:
+        yield _guarded("lists", partial(found, source), "")
 
 
 def _weights(config: CapfiltConfig) -> list[Check]:

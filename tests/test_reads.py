@@ -337,9 +337,10 @@ def test_doctor_says_first_what_stops_the_next_command(tmp_path: Path) -> None:
         f'[rank]\nmodel = "local-dir:{ROOT}/jobs/demo/weights/ranker"\npretrained = ""\n'
     )
     result = capfilt("doctor", "-c", str(config))
-    first, second, *rest = result.stdout.splitlines()
-    assert re.fullmatch(rf"1 check would stop \S*capfilt run -c '{config}'", first) and result.exit_code == 2
-    assert re.match(r"fail  captioner .*no such folder", second)
+    first, second, third, *rest = result.stdout.splitlines()
+    assert re.fullmatch(rf"2 checks would stop \S*capfilt run -c '{config}'", first) and result.exit_code == 2
+    assert re.match(r"fail  lists .*no file matches .*u\.csv", second)
+    assert re.match(r"fail  captioner .*no such folder", third)
     assert any(line.startswith("ok    ranker") for line in rest) and "fail" not in "".join(rest)
 
 

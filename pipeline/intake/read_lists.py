@@ -90,6 +90,17 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
     return rows
 
 
+def check_lists(source: SourceConfig, records: Records) -> int:
+    """Look at the beginning of every list of a source that a run would read; return how many those are.
+
+    Raises CapfiltError, as ``read_lists`` does, where a list cannot be read or lacks a column.
+    """
+    lists = _find_input(source, records).unread(records.intakes(source.name))
+    if lists:
+        SourcePairs(source, records.storage, lists).check()
+    return len(lists)
+
+
 def _find_input(source: SourceConfig, records: Records) -> _Input:
     key = f"source.{source.name}.input"
     if source.format != "img2dataset":
