@@ -245,7 +245,7 @@ def _lists(config: CapfiltConfig) -> Iterator[Check]:
     from pipeline.intake.read_lists import check_lists
 
     def found(source: SourceConfig) -> Check:
-        unread = check_lists(source, Records(Storage(config.corpus.path)))
+        unread = check_lists(source, config, Records(Storage(config.corpus.path)))
         return _judged(
             "lists", True, f"{source.name}: {unread:,} lists to read" if unread else f"{source.name}: read"
         )

@@ -234,6 +234,8 @@ def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> 
     for number, source in enumerate(values["source"]):
         folder = base("source", number, "input")
         source["input"] = tuple(_anchored(text, folder) for text in source["input"])
+    folder = base("crawl", "allow_files")
+    values["crawl"]["allow_files"] = tuple(_anchored(text, folder) for text in values["crawl"]["allow_files"])
     values["caption"]["model"] = _path_or_name(values["caption"]["model"], base("caption", "model"))
     for clip, path in ((values["rank"], ("rank",)), (values["rank"]["rerank"], ("rank", "rerank"))):
         if clip is not None:

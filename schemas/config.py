@@ -84,17 +84,35 @@ class CorpusConfig(Section):
 
 
 class SourceConfig(Section):
-    """``[[source]]``: one list of image-text pairs, or a folder of img2dataset shards."""
+    """``[[source]]``: a list of image-text pairs, or the pictures in folders, tars and tables as they lie."""
 
     name: Name = Field(description="in folder names and every table: unique, and for good")
     kind: Literal["web", "human"] = Field(
         "web", description="web: captioned, its text one candidate more; human: its captions are kept"
     )
     input: tuple[str, ...] = Field(min_length=1, description="files or globs, local or remote; or one folder")
-    format: Literal["auto", "parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt", "img2dataset"] = Field(
-        "auto", description="auto: by the file's name; txt: a URL a line; img2dataset: folders of its shards"
+    format: Literal[
+        "auto",
+        "parquet",
+        "csv",
+        "tsv",
+        "tsv-quoted",
+        "jsonl",
+        "txt",
+        "img2dataset",
+        "imagefolder",
+        "webdataset",
+        "huggingface",
+    ] = Field(
+        "auto",
+        description="auto: a list, by the file's name; txt: a URL a line; img2dataset: folders of its shards; "
+        "imagefolder: images in folders; webdataset: tars; huggingface: Parquet or Arrow with images inside",
     )
-    url_column: str = Field("url", min_length=1, description="rows without a URL are counted and left out")
+    url_column: str = Field(
+        "url",
+        min_length=1,
+        description="rows without a URL are counted and left out; huggingface: the column of images",
+    )
     caption_column: str | None = Field(
         "caption", description='a text or a list of texts; without one: caption_column = ""'
     )
@@ -146,6 +164,9 @@ class CrawlConfig(Section):
     allow_hosts: tuple[HostAndPort, ...] = tuning(
         (),
         description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address',
+    )
+    allow_files: tuple[str, ...] = tuning(
+        (), description="folders whose files a list may name, by file:// or a path relative to one of them"
     )
 
 

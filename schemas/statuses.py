@@ -47,6 +47,7 @@ REASONS: dict[str, Reason] = {
     "host_down": Reason(
         "failed", "not asked: the host had failed 20 times in a row (dns, connect, timeout)", transient=True
     ),
+    "unreadable_file": Reason("failed", "the file that holds the picture is not there or cannot be read"),
     "retried": Reason("failed", "not asked: a later shard tries this URL again"),
     # refused: our guards
     "bad_url": Reason("refused", "not an absolute http(s) URL with a host"),
@@ -54,6 +55,9 @@ REASONS: dict[str, Reason] = {
     "forbidden_address": Reason(
         "refused",
         "the host is loopback, private, link-local, reserved or metadata, and not of crawl.allow_hosts",
+    ),
+    "forbidden_file": Reason(
+        "refused", "a file outside the folders of the source's input, or of crawl.allow_files"
     ),
     "too_many_redirects": Reason("refused", "more redirects than crawl.max_redirects"),
     "redirect_loop": Reason("refused", "a redirect back to a URL already visited"),
@@ -71,7 +75,9 @@ REASONS: dict[str, Reason] = {
     "image_truncated": Reason("invalid", "the image data stops before its end or does not decode"),
     "too_small": Reason("invalid", "the shorter side is under crawl.min_size_px"),
     "aspect_ratio": Reason("invalid", "long side / short side over crawl.max_aspect_ratio"),
-    "missing_member": Reason("invalid", "an adopted shard's Parquet says success, its tar has no such image"),
+    "missing_member": Reason(
+        "invalid", "the tar or table that should hold the image holds none for this sample"
+    ),
 }
 
 # How an image that was captioned and scored can fail to reach the curated shards.

@@ -277,7 +277,8 @@ def test_overrides_are_toml_or_text() -> None:
         (
             "source.cc3m.format=parket",
             "--set source.cc3m.format=parket: source.cc3m.format: \"parket\" is not 'auto', 'parquet', "
-            "'csv', 'tsv', 'tsv-quoted', 'jsonl', 'txt' or 'img2dataset'; did you mean parquet?",
+            "'csv', 'tsv', 'tsv-quoted', 'jsonl', 'txt', 'img2dataset', 'imagefolder', 'webdataset' or 'huggingface'; "
+            "did you mean parquet?",
         ),
         (
             "crawl.allow_hosts=127.0.0.1:80",

@@ -5,7 +5,6 @@ What does not fit in its memory lies in that folder.
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ from pipeline.intake.lists.columns import (
     finite_json,
 )
 from pipeline.intake.lists.files import read_columns, require_columns
+from pipeline.intake.pictures.formats import picture_source
+from pipeline.intake.pictures.places import SCHEME
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, first_line
 from schemas.names import shown
@@ -36,7 +37,6 @@ from schemas.tables import URLS
 
 _READERS = 16
 _KEY = "key"  # img2dataset's name for a sample
-_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 # A row of a list that has a URL. ``number`` counts them over all lists; ``place`` says where it stands, for messages.
@@ -101,22 +101,35 @@ class SourcePairs:
 
     Args:
         files: absolute paths or URLs of the lists; img2dataset's Parquet files where the source is of that
-            format: their keys are kept.
+            format: their keys are kept; of a source of pictures its ``lists``.
+        may_hold_paths: lists may name files instead of URLs.
     """
 
-    def __init__(self, source: SourceConfig, storage: Storage, files: Sequence[str]) -> None:
+    def __init__(
+        self, source: SourceConfig, storage: Storage, files: Sequence[str], *, may_hold_paths: bool = False
+    ) -> None:
         self.source = source
         self.storage = storage
         self.files = files
         self.keeps_keys = source.format == "img2dataset"
+        self._may_hold_paths = may_hold_paths
+        self._pictures = picture_source(source, storage)
         url, caption = source.url_column, source.caption_column or None
         key = _KEY if self.keeps_keys else None
         columns = (url, caption, *source.extra_columns, key, source.uid_column)
-        self._wanted = Wanted(url=url, caption=caption, columns=tuple(dict.fromkeys(filter(None, columns))))
+        self._wanted = Wanted(
+            url=url,
+            caption=caption,
+            columns=tuple(dict.fromkeys(filter(None, columns))),
+            may_hold_paths=may_hold_paths,
+        )
 
     def check(self) -> None:
         """Look at the beginning of every list: what is not a list of URLs shows before any work."""
         source = self.source
+        if self._pictures is not None:
+            next(self._pictures.rows(self.files[0], self._wanted), None)
+            return
         # Not Storage.map, which chooses its threads by the corpus's storage: lists may lie on another one.
         with ThreadPoolExecutor(_READERS) as readers:
             # In order, so that it is always the first faulty list that is named.
@@ -200,13 +213,18 @@ class SourcePairs:
     def _batches(self) -> Iterator[_Batch]:
         url_column, start = self.source.url_column, 0
         for file in self.files:
-            for rows in read_columns(self.storage, file, self.source.format, self._wanted):
+            for rows in self._rows(file):
                 urls = rows.columns[url_column] = column_texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
                 batch = rows if len(kept) == len(urls) else rows.take(kept)
                 yield _Batch(file=file, start=start, rows_in=len(urls), rows=batch)
                 start += len(kept)
+
+    def _rows(self, file: str) -> Iterator[Rows]:
+        if self._pictures is not None:
+            return self._pictures.rows(file, self._wanted)
+        return read_columns(self.storage, file, self.source.format, self._wanted)
 
     def _no_urls(self, rows: int) -> CapfiltError:
         reason = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
@@ -215,10 +233,11 @@ class SourcePairs:
     def _require_urls(self, batch: _Batch) -> None:
         """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""
         urls = batch.rows.columns[self.source.url_column]
-        if urls and not any(map(_SCHEME.match, urls)):
+        if urls and not self._may_hold_paths and not any(map(SCHEME.match, urls)):
             raise CapfiltError(
                 f"{batch.place(0)}: {self.source.url_column} is {shown(urls[0])!r}, which is not a URL, and no other "
-                "one near it is; name the columns in the order that the list has them"
+                "one near it is; name the columns in the order that the list has them, or for paths of files set "
+                "crawl.allow_files to their folder"
             )
 
     def _uids(self, batch: _Batch) -> Iterator[str]:

@@ -17,8 +17,10 @@ from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histog
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
+from pipeline.intake.pictures.fetch import FileFetcher, ListFetcher
+from pipeline.intake.pictures.formats import FORMATS
 from pipeline.stages.img2dataset_shard import import_shard
-from pipeline.stages.shard_images import ShardImages, make_resizer
+from pipeline.stages.shard_images import Fetcher, ShardImages, make_resizer
 from pipeline.text import count_words
 from pipeline.web.client import Web
 from schemas.config import CapfiltConfig
@@ -55,6 +57,7 @@ class CrawlWorker:
     def __init__(self, config: CapfiltConfig, records: Records) -> None:
         _return_freed_memory()
         self._config = config.crawl
+        self._sources = {source.name: source for source in config.source}
         self._records = records
         self._web = Web(config.crawl, config.cluster.crawl.max_workers)
         self._resizer = make_resizer(config.crawl)
@@ -76,9 +79,10 @@ class CrawlWorker:
         retried = retried_elsewhere(self._records, task.source, task.shard)
         passed_on = [{**row, **_RETRIED} for row in rows if row["uid"] in retried]
         rows = [row for row in rows if row["uid"] not in retried]
-        images = ShardImages([row["url"] for row in rows], folder, self._web, self._resizer, self._config)
-        with stats.timed("fetch"):
-            images.download()
+        with self._fetcher(task.source) as fetcher:
+            images = ShardImages([row["url"] for row in rows], folder, fetcher, self._resizer, self._config)
+            with stats.timed("fetch"):
+                images.download()
         # The two overlap: the decoder's seconds are taken out of those of the fetch.
         stats.seconds["decode"] = images.decode_s
         stats.seconds["fetch"] -= images.decode_s
@@ -89,6 +93,14 @@ class CrawlWorker:
         parquet = _write_rows(commit, sorted(samples + passed_on, key=operator.itemgetter("key")))
         assert stored == stats.rows_out, f"{stored} images in the tar, {stats.rows_out} rows ok"
         return commit.publish({"tar": (tar, stored), "parquet": parquet})
+
+    def _fetcher(self, source_name: str) -> contextlib.AbstractContextManager[Fetcher]:
+        source = self._sources[source_name]
+        if source.format in FORMATS:
+            return FileFetcher(source, self._config, self._records.storage)
+        if self._config.allow_files:
+            return ListFetcher(self._config, self._web)
+        return contextlib.nullcontext(self._web)
 
     def _import(self, commit: ShardCommit, rows: list[dict[str, Any]], listed_tar: OutputFile) -> ShardRecord:
         with commit.stats.timed("read"):

@@ -16,16 +16,27 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, read_header
-from pipeline.web.client import Fetch, Web
+from pipeline.web.client import Fetch
 from schemas.config import CrawlConfig
 
 _FETCH_COLUMNS = ("status", "reason", "detail", "http_status", "attempts", "final_url", "content_type",
                   "body_bytes", "sha256", "seconds")  # fmt: skip
 # Bodies that wait for the decoder, and fetches under way, for each thread.
 _FETCHES_A_THREAD = 2
+
+
+class Fetcher(Protocol):
+    """What brings the bytes of a URL: the web, or the files of a source."""
+
+    is_in_order: bool
+    threads: int
+
+    def fetch(self, url: str, spool: Path | None = None) -> Fetch:
+        """Return how a URL ended, with its body if it was ok; ``spool`` is the folder for big bodies."""
+        ...
 
 
 class ShardImages:
@@ -37,10 +48,11 @@ class ShardImages:
     """
 
     def __init__(
-        self, urls: Sequence[str], folder: Path, web: Web, resizer: Any, config: CrawlConfig
+        self, urls: Sequence[str], folder: Path, fetcher: Fetcher, resizer: Any, config: CrawlConfig
     ) -> None:
         self.decode_s = 0.0
-        self._urls, self._folder, self._web, self._resizer, self._config = urls, folder, web, resizer, config
+        self._urls, self._folder, self._fetcher = urls, folder, fetcher
+        self._resizer, self._config = resizer, config
         # The columns of SAMPLES that the crawl adds to each row.
         self.columns: dict[int, dict[str, Any]] = {}
         self._stored = folder / "images"
@@ -79,17 +91,18 @@ class ShardImages:
         def work() -> None:
             while (number := waiting.get()) is not None and not is_over.is_set():
                 try:
-                    ended.put((number, self._web.fetch(self._urls[number], self._folder)))
+                    ended.put((number, self._fetcher.fetch(self._urls[number], self._folder)))
                 except BaseException as error:
                     ended.put((number, error))
 
-        # Lists are often sorted by host: a fixed shuffle spreads the requests over hosts.
         numbers = list(range(len(self._urls)))
-        random.Random(0).shuffle(numbers)
+        if not self._fetcher.is_in_order:
+            # Lists are often sorted by host: a fixed shuffle spreads the requests over hosts.
+            random.Random(0).shuffle(numbers)
         rows = iter(numbers)
-        for number in islice(rows, _FETCHES_A_THREAD * self._config.threads):
+        for number in islice(rows, _FETCHES_A_THREAD * self._fetcher.threads):
             waiting.put(number)
-        for _ in range(self._config.threads):
+        for _ in range(self._fetcher.threads):
             threading.Thread(target=work, daemon=True).start()
         try:
             for _ in numbers:
@@ -101,7 +114,7 @@ class ShardImages:
                     waiting.put(following)
         finally:
             is_over.set()
-            for _ in range(self._config.threads):
+            for _ in range(self._fetcher.threads):
                 waiting.put(None)
 
     def _resize(self, fetch: Fetch, columns: dict[str, Any]) -> bytes:

@@ -86,6 +86,7 @@ class Web:
 
     def __init__(self, config: CrawlConfig, workers: int = 1, spare_lookups: int = 256) -> None:
         self._config = config
+        self.is_in_order, self.threads = False, config.threads
         self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}

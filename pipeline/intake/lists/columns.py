@@ -23,11 +23,15 @@ _NAMES_SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The columns to read of a list, and by which names it has its URLs and captions, read or not."""
+    """The columns to read of a list, and by which names it has its URLs and captions, read or not.
+
+    ``may_hold_paths``: its URLs may be paths of files.
+    """
 
     url: str
     caption: str | None = None
     columns: tuple[str, ...]
+    may_hold_paths: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,7 +164,7 @@ def _plain_rows(content: io.BufferedReader, path: str, storage: Storage, wanted:
     """Yield a URL a line, and its caption where a file beside the list has them."""
     captions_path = captions_beside(path, storage)
     names = [wanted.url, wanted.caption] if captions_path and wanted.caption else [wanted.url]
-    lines = _plain_urls(content, path)
+    lines = _plain_urls(content, path, wanted.may_hold_paths)
     require(wanted, names, path, _PLAIN_HINT)
     urls = _cells_by_line(lines)
     if captions_path is None or wanted.caption not in wanted.columns:
@@ -180,15 +180,15 @@ def _plain_rows(content: io.BufferedReader, path: str, storage: Storage, wanted:
             yield url[0], url[1] + caption[1], [by_name[name] for name in wanted.columns]
 
 
-def _plain_urls(content: io.BufferedReader, path: str) -> Lines:
+def _plain_urls(content: io.BufferedReader, path: str, may_hold_paths: bool) -> Lines:
     """Return the lines of a list of URLs; reject a text that begins differently."""
     first = (
         content.peek(_PLAIN_START)[:_PLAIN_START].lstrip().partition(b"\n")[0].removeprefix(codecs.BOM_UTF8)
     )
-    if first and (b"\t" in first or b":" not in first):
+    if first and (b"\t" in first or (b":" not in first and not may_hold_paths)):
         raise CapfiltError(
             f"{path}: {shown(first.decode(errors='replace'))!r} is not a URL; if the file has columns, set the "
-            'source\'s format to "tsv" or "csv"'
+            'source\'s format to "tsv" or "csv"; for paths of files set crawl.allow_files to their folder'
         )
     return Lines(content, path)
 

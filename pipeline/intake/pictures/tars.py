@@ -1,0 +1,143 @@
+"""``format = "webdataset"``: each sample of a tar is a row, with the texts of its members.
+
+A sample is what shares a key (see ``pipeline.corpus.tar_samples``). One without an image is a row too, which the
+crawl ends as ``missing_member``.
+"""
+
+import contextlib
+import json
+import logging
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.corpus.storage import FileInfo, Storage
+from pipeline.corpus.tar_samples import IMAGE, JSON, MEMBERS, TEXT, Places, find_tar_samples, printable_key
+from pipeline.intake.lists.columns import Rows, Wanted
+from pipeline.intake.lists.files import BATCH_ROWS
+from pipeline.intake.lists.lines import MAX_ROW_BYTES
+from pipeline.intake.pictures.places import InputFolders, Place
+from schemas.errors import CapfiltError
+from schemas.names import printable
+
+_log = logging.getLogger(__name__)
+
+FORMAT = "webdataset"
+_EXTENSIONS = {**MEMBERS, "caption": TEXT}
+# Where a json that has no caption under the configured name has it: img2dataset's and their like; LAION's.
+_CAPTIONS = ("caption", "captions", "text", "TEXT")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class TarFolder:
+    """The tars of one source. A "list" of it is one tar."""
+
+    def __init__(self, inputs: Sequence[str], key: str, storage: Storage) -> None:
+        self._storage = storage
+        folders = InputFolders(inputs, key)
+        found = [file for pattern in inputs for file in folders.files(pattern)]
+        if packed := [file.relative for file in found if file.relative.lower().endswith(_COMPRESSED)]:
+            raise CapfiltError(
+                f"{key}: {len(packed):,} compressed tars, such as {printable(packed[0])}, whose members cannot be read "
+                "by place; decompress them (gunzip, unzstd) to plain .tar"
+            )
+        self._tars = {folders.url_of(file): file for file in found if file.relative.lower().endswith(".tar")}
+        if not self._tars:
+            raise CapfiltError(f"{key}: no *.tar in {', '.join(inputs[:3])}")
+        self.lists = tuple(self._tars)
+
+    def files(self) -> list[FileInfo]:
+        """Return the tars."""
+        return [file.version(FORMAT) for file in self._tars.values()]
+
+    def count(self, tar: str) -> int:
+        """Return the samples of a tar."""
+        with self._storage.local_copy(tar) as path:
+            return len(samples_of(path, tar))
+
+    def rows(self, tar: str, wanted: Wanted) -> Iterator[Rows]:
+        """Yield the samples of a tar as rows, in its order.
+
+        The caption is what the sample's json has in the wanted column, else its text, else what the json has under
+        a usual name; all other columns are the json's. Raises CapfiltError where the tar cannot be read.
+        """
+        columns = [name for name in wanted.columns if name != wanted.url]
+        file = self._tars[tar]
+        with self._storage.local_copy(tar) as path, path.open("rb") as content:
+            samples = samples_of(path, tar)
+            for start in range(0, len(samples), BATCH_ROWS):
+                batch = samples[start : start + BATCH_ROWS]
+                cells: dict[str, list[Any]] = {name: [] for name in columns}
+                for key, places in batch if columns else ():
+                    values = _values(content, places, wanted.caption, f"{tar}#{key}")
+                    for name in columns:
+                        cells[name].append(values.get(name))
+                cells[wanted.url] = [
+                    Place(folder=file.folder, relative=file.relative, item=key).url(FORMAT)
+                    for key, _ in batch
+                ]
+                yield Rows(columns=cells, numbers=range(start + 1, start + 1 + len(batch)), unit="item")
+
+
+def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
+    """Return the samples of a tar in its order, also those that lack an image or a text.
+
+    Args:
+        name: of the tar, for the error message.
+
+    Raises CapfiltError where it cannot be read.
+    """
+    try:
+        found = find_tar_samples(path, extensions=_EXTENSIONS)
+    except tarfile.ReadError as error:
+        raise CapfiltError(f"{name} is not a readable tar: {error}") from error
+    if found.follows == "damage":
+        raise CapfiltError(
+            f"{name}: a header is damaged, and what follows it cannot be read; fetch the tar again"
+        )
+    if found.follows != "end":
+        fault = (
+            "has no end mark and may have been cut"
+            if found.follows == "nothing"
+            else "goes on after its end mark"
+        )
+        _log.warning("%s %s: samples may be missing", name, fault)
+    if found.left_out:
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(found.left_out.items()))
+        _log.warning("%s: samples left out: %s", name, reasons)
+    samples = [*found.whole.items(), *((key, places) for key, places in found.partial if any(places))]
+    in_order = sorted(samples, key=lambda sample: min(place for place in sample[1] if place))
+    return [(printable_key(key), places) for key, places in in_order]
+
+
+def image_place(places: Places) -> tuple[int, int] | None:
+    """Return offset and size of a sample's image."""
+    return places[IMAGE]
+
+
+def _values(content: BinaryIO, places: Places, caption: str | None, name: str) -> dict[str, Any]:
+    """Return what a sample says, by column."""
+    described: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        described = json.loads(_member(content, places[JSON], name) or b"null")
+    values = dict(described) if isinstance(described, dict) else {}
+    if caption and not values.get(caption):
+        text = _member(content, places[TEXT], name)
+        if isinstance(described, list):
+            values[caption] = [part for part in described if isinstance(part, str)]
+        elif text is not None:
+            values[caption] = text.decode("utf-8-sig", errors="replace").strip()
+        else:
+            values[caption] = next((values[other] for other in _CAPTIONS if values.get(other)), None)
+    return values
+
+
+def _member(content: BinaryIO, place: tuple[int, int] | None, name: str) -> bytes | None:
+    if place is None:
+        return None
+    offset, size = place
+    if size > MAX_ROW_BYTES:
+        raise CapfiltError(f"{name}: its text or json has more than {MAX_ROW_BYTES >> 20} MiB; leave it out")
+    content.seek(offset)
+    return content.read(size)
