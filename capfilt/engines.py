@@ -58,7 +58,7 @@ def caption(
 
 
 def rank(
-    images: Iterable[ImageInput], texts: Iterable[Sequence[str]], **options: Any
+    images: Iterable[ImageInput], texts: Iterable[Sequence[str] | None], **options: Any
 ) -> list[list[float] | None]:
     """Return the cosine similarity of each image with each of its texts, as the rank stage scores them.
 
@@ -66,7 +66,7 @@ def rank(
 
     Args:
         images: as in ``caption``.
-        texts: of each image, a list of texts.
+        texts: of each image, a list of texts; None where there is none, as for an image without captions.
         options: keys of ``[rank]`` but for ``rerank``: ``model``, ``pretrained``, ...; ``pretrained`` is "" by default
             for a model of ``hf-hub:`` or ``local-dir:``.
 
@@ -156,7 +156,9 @@ class Ranker:
         weights = ranker_weights(self.config.model, self.config.pretrained)
         self._engine = clip.Ranker(weights, self.config.precision, self.config.batch_size)
 
-    def rank(self, images: Iterable[ImageInput], texts: Iterable[Sequence[str]]) -> list[list[float] | None]:
+    def rank(
+        self, images: Iterable[ImageInput], texts: Iterable[Sequence[str] | None]
+    ) -> list[list[float] | None]:
         """Return the scores of each image's texts; see ``capfilt.rank``."""
         prepared = _prepare(images, self._pixels, self.config.batch_size, self._engine.device.type)
         scores: list[list[float] | None] = []
@@ -167,7 +169,9 @@ class Ranker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of Ray Data (a dict of columns) with a column of scores more."""
         images, captions, scores = self._columns
-        return {**batch, scores: self.rank(batch[images], batch[captions])}
+        # As lists again: of NumPy's arrays of texts Ray makes no column of Arrow's.
+        texts = [None if row is None else list(row) for row in batch[captions]]
+        return {**batch, captions: texts, scores: self.rank(batch[images], texts)}
 
     def _pixels(self, data: bytes) -> Tensor | None:
         pixels = decode_pixels(data, [self._engine.preprocess], self.config.pixels)

@@ -15,6 +15,7 @@ import s3fs
 from jobs.docs import answers, ask
 from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
+from tests.notebooks import assert_shown, outputs_of
 
 pytestmark = pytest.mark.ray
 README = ROOT / "README.md"
@@ -172,6 +173,11 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> Non
             if done.returncode or not (done.stdout + done.stderr or ">" in command):
                 failed[command] = done.stderr[-500:]
     assert failed == {}
+
+
+def test_the_python_page_shows_what_comes(demo: tuple[Path, dict]) -> None:
+    page = ROOT / "docs" / "python.md"
+    assert_shown(page, outputs_of(page, demo[0]))
 
 
 def test_demo_without_training(demo: tuple[Path, dict]) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -13,6 +14,7 @@ from jobs.output.values import plain
 from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.corpora import Corpus, make_corpus
+from tests.notebooks import assert_shown, outputs_of
 from tests.processes import ROOT, cli
 from tests.runs import config_file, small_config, with_values
 
@@ -309,8 +311,6 @@ def test_scores_are_those_of_the_stage(
 def test_an_image_has_the_same_captions_in_every_form(
     ran: tuple[CapfiltConfig, Path, capfilt.Run], images: dict[str, bytes], tmp_path: Path
 ) -> None:
-    import numpy as np
-
     sample = next(ran[2].corpus.samples())
     path = tmp_path / "image.jpg"
     path.write_bytes(sample.image_bytes)
@@ -363,36 +363,37 @@ def test_a_wrong_list_is_told(ran: tuple[CapfiltConfig, Path, capfilt.Run], imag
             call()
 
 
-@pytest.mark.ray
-def test_ray_data_maps_batches_with_the_engines(
+def test_batches_of_ray_data_get_a_column_more(
     ran: tuple[CapfiltConfig, Path, capfilt.Run], images: dict[str, bytes]
 ) -> None:
-    import ray
-
-    config = ran[0]
-    rows = [{"uid": uid, "image": data} for uid, data in images.items()] + [
-        {"uid": "none", "image": b"damaged"}
-    ]
-    options = config.caption.model_dump()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        dataset = ray.data.from_items(rows).map_batches(
-            capfilt.Captioner,
-            fn_constructor_kwargs={"uid_column": "uid", **options},
-            batch_size=4,
-            concurrency=1,
-        )
-        ranked = dataset.map_batches(
-            capfilt.Ranker, fn_constructor_kwargs={"model": config.rank.model}, batch_size=4, concurrency=1
-        )
-        answer = {row["uid"]: row for row in ranked.take_all()}
-    finally:
-        ray.shutdown()
-    captions = candidates(ran[2].corpus, "text")
-    scores = candidates(ran[2].corpus, "score")
-    assert answer.pop("none")["captions"] is None
-    assert {uid: list(row["captions"]) for uid, row in answer.items()} == {
-        uid: captions[uid] for uid in images
+    """docs/python.md has both classes in ``map_batches``, and tests/test_demo.py runs it."""
+    config, _, run = ran
+    batch = {
+        "id": np.array([*images, "none"], object),
+        "jpg": np.array([*images.values(), b"damaged"], object),
     }
-    for uid, row in answer.items():
-        assert list(row["scores"]) == pytest.approx(scores[uid], abs=1e-6)
+    options = config.caption.model_dump()
+    captioner = capfilt.Captioner(image_column="jpg", uid_column="id", captions_column="texts", **options)
+    captioned = captioner(batch)
+    assert list(captioned) == ["id", "jpg", "texts"] and captioned["texts"][-1] is None
+    texts, stored = candidates(run.corpus, "text"), candidates(run.corpus, "score")
+    assert captioned["texts"][:-1] == [texts[uid] for uid in images]
+    ranked = capfilt.Ranker(image_column="jpg", captions_column="texts", model=config.rank.model)(captioned)
+    assert list(ranked) == ["id", "jpg", "texts", "scores"] and ranked["scores"][-1] is None
+    for uid, row in zip(images, ranked["scores"], strict=False):
+        assert row == pytest.approx(stored[uid], abs=1e-6)
+
+
+# -- the notebook --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_what_comes(tmp_path: Path) -> None:
+    notebook = ROOT / "docs" / "notebooks" / "first-corpus.ipynb"
+    outputs = outputs_of(notebook, tmp_path)
+    assert_shown(notebook, outputs)
+    shown = [output for cell in outputs for output in cell]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 1
+    assert any(
+        "data:image/jpeg;base64," in "".join(output.get("data", {}).get("text/html", "")) for output in shown
+    )
