@@ -159,7 +159,12 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> Non
     (config,) = re.findall(r"```toml\n(.*?)```", README.read_text(), flags=re.S)
     (folder / "corpus.toml").write_text(config)
     lines = dict.fromkeys(
-        line for page in PAGES for line in block_lines(page) if not line.startswith("capfilt bench")
+        line
+        for page in PAGES
+        # tests/test_quickstart.py follows that page on pictures of its own
+        if page.name != "quickstart.md"
+        for line in block_lines(page)
+        if not line.startswith("capfilt bench")
     )
     assert len(lines) > 12
     failed = {}

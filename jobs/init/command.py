@@ -26,7 +26,7 @@ from schemas.names import fits_utf8, printable
 from schemas.stages import STAGES
 
 _DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
-_LOOK = "SELECT uid, caption, score FROM curated LIMIT 10"
+_LOOK = "SELECT uid, caption, scores[1] AS score FROM curated LIMIT 10"
 _PLACEHOLDER_SOURCE = SourceText(
     keys=(
         ("name", "mine", "in every table; for good"),

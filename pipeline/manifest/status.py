@@ -124,12 +124,15 @@ def shards(
         )
 
 
-def quantiles(lows: Sequence[float], highs: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Return the QUANTILES of a histogram, a value spread evenly over its bin."""
+def quantiles(
+    lows: Sequence[float], highs: Sequence[float], counts: Sequence[int]
+) -> dict[str, float | None]:
+    """Return the QUANTILES of a histogram, a value spread evenly over its bin; of an empty one all are None."""
     total = sum(counts)
-    values = {}
+    values: dict[str, float | None] = {}
     for quantile in QUANTILES:
         wanted, below = quantile * total, 0
+        values[f"p{quantile * 100:02.0f}"] = None
         for low, high, count in zip(lows, highs, counts, strict=True):
             if count and below + count >= wanted:
                 values[f"p{quantile * 100:02.0f}"] = round(low + (high - low) * (wanted - below) / count, 4)
