@@ -3,8 +3,11 @@
 import gzip
 import json
 import os
+import random
 import re
+import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,14 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from jobs.cli.main import app
+from jobs.demo.world.pictures import Encoding, published
+from jobs.demo.world.scenes import write_caption
+from jobs.demo.world.site import pages
 from jobs.init.config_text import RECIPES, recipe_names, samples_per_shard
 from jobs.init.machine import Machine, stage_resources, this_machine
 from pipeline.config import load_config
@@ -95,7 +101,7 @@ def _plain(path: Path) -> None:
         ("cats.jsonl", _lines, ("image", "sentences"), "JSON; columns id, image, sentences; 2 rows"),
         ("cats.json", _array, ("where", "what"), "what has the captions, such as a cat on a mat"),
         ("cats.parquet", _parquet, ("url", "caption"), "Parquet; columns page_url, caption, url; 2 rows"),
-        ("sbu_urls.txt", _plain, ("url", "caption"), "plain list of URLs"),
+        ("sbu_urls.txt", _plain, ("url", "caption"), "plain list; columns url, caption; 2 rows"),
     ],
 )  # fmt: skip
 def test_a_list_becomes_a_source(
@@ -138,6 +144,133 @@ def test_no_captions_and_own_hosts_are_said(tmp_path: Path) -> None:
     assert load_config(tmp_path / "corpus.toml").crawl.allow_hosts == ("127.0.0.1:8421", "[::1]:80")
 
 
+# -- pictures in files ----------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, count: int) -> list[bytes]:
+    """Draw pictures of the demo's world into a folder, half of them with a text beside; return their bytes."""
+    folder.mkdir()
+    scenes = [page.scene for page in pages(count)]
+    encoding = Encoding(size_px=(128, 112), format="jpg", quality=90)
+    images = [published(scene, encoding, seed) for seed, scene in enumerate(scenes)]
+    for number, (scene, data) in enumerate(zip(scenes, images, strict=True)):
+        (folder / f"{number:03d}.JPG").write_bytes(data)
+        if number % 2:
+            (folder / f"{number:03d}.txt").write_text(write_caption(scene, random.Random(number)))
+    return images
+
+
+def _images(folder: Path, images: list[bytes]) -> str:
+    (folder / "pets" / "broken.png").write_bytes(b"no image")
+    return "pets"
+
+
+def _described_images(folder: Path, images: list[bytes]) -> str:
+    rows = [{"file_name": f"{number:03d}.JPG", "text": CAPTIONS[0]} for number in range(len(images))]
+    (folder / "pets" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return "pets"
+
+
+def _tars(folder: Path, images: list[bytes]) -> str:
+    with tarfile.open(folder / "pets.tar", "w") as tar:
+        for file in sorted((folder / "pets").iterdir()):
+            tar.add(file, file.name)
+    return "*.tar"
+
+
+def _tables(folder: Path, images: list[bytes]) -> str:
+    (folder / "hf").mkdir()
+    cells = [{"bytes": data, "path": None} for data in images]
+    table = pa.table({"picture": cells, "label": range(len(images)), "sentence": CAPTIONS[:1] * len(images)})
+    pq.write_table(table, folder / "hf" / "train-00000-of-00001.parquet")
+    return "hf"
+
+
+def _arrow(folder: Path, images: list[bytes]) -> str:
+    (folder / "saved").mkdir()
+    table = pa.table(
+        {"image": [{"bytes": data, "path": None} for data in images], "what": CAPTIONS[:1] * len(images)}
+    )
+    with pa.ipc.new_stream(str(folder / "saved" / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (folder / "saved" / "dataset_info.json").write_text("{}")
+    return "saved"
+
+
+def _list_of_paths(folder: Path, images: list[bytes]) -> str:
+    lines = [f"pets/{number:03d}.JPG\t{CAPTIONS[0]}\n" for number in range(len(images))]
+    (folder / "list.tsv").write_text("".join(["path\twords\n", *lines]))
+    return "list.tsv"
+
+
+def _list_of_file_urls(folder: Path, images: list[bytes]) -> str:
+    (folder / "list.txt").write_text(
+        "\n".join(file.as_uri() for file in sorted((folder / "pets").glob("*.JPG")))
+    )
+    return "list.txt"
+
+
+@pytest.mark.parametrize(
+    ("make", "form", "said"),
+    [
+        (_images, "imagefolder", "of 7 looked at, 1 will be dropped: 1 not_an_image Guessed NAME.txt"),
+        (_described_images, "imagefolder", "text of metadata.jsonl has the captions"),
+        (_tars, "webdataset", "the first 9 members of pets.tar: .jpg 6, .txt 3"),
+        (_tables, "huggingface", "picture has the images sentence has the captions, such as a cat on a mat"),
+        (_arrow, "huggingface", "what has the captions"),
+        (_list_of_paths, "auto", "path has the paths of images in ., such as pets/000.JPG"),
+        (_list_of_file_urls, "auto", "such as file:///"),
+    ],
+)  # fmt: skip
+def test_pictures_in_files_become_a_source_that_a_crawl_reads(
+    make: Callable[[Path, list[bytes]], str],
+    form: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = draw(tmp_path / "pets", 6)
+    monkeypatch.chdir(tmp_path)
+    config = init(tmp_path, make(tmp_path, images), "--demo-weights")
+    assert [source.format for source in config.source] == [form]
+    text = (tmp_path / "corpus.toml").read_text()
+    assert said in " ".join(re.sub(r"\n# +", " ", text).split())
+    result = capfilt("crawl", "-c", tmp_path / "corpus.toml", "--local", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["images"] == len(images)
+
+
+def test_paths_that_lead_nowhere_are_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\nphotos/1.jpg\n")
+    error = str(capfilt("init", tmp_path / "list.csv", "--out", tmp_path / "c.toml").exception)
+    assert "path has paths of images, such as photos/1.jpg, and none of them is there" in error
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_newcomers_pictures_are_a_corpus_in_three_commands(tmp_path: Path) -> None:
+    """As the issue asks: 200 pictures of one's own, no web server, and no edit of the config."""
+    draw(tmp_path / "holiday", 200)
+    place = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def shell(line: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=place, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    wrote = shell("capfilt init holiday --demo-weights")
+    *_, run, sql = (line.strip() for line in wrote.partition("try next:")[2].strip().splitlines())
+    assert "next: capfilt stats" in shell(run)
+    assert len(shell(sql).splitlines()) >= 10
+    counted = json.loads(
+        shell(
+            'capfilt sql corpus --json "SELECT count(*) AS images, count(DISTINCT uid) AS uids FROM curated"'
+        )
+    )
+    assert counted == [{"images": 200, "uids": 200}]
+
+
 # -- what cannot be used -------------------------------------------------------------------------------------
 
 
@@ -165,7 +298,7 @@ def _make(folder: Path) -> None:
     [
         (["empty"], "the folder is empty: no image, tar, Parquet file or list of URLs in it"),
         (["notes"], r"no image, tar, Parquet file or list of URLs in it (.mov 1)"),
-        (["both"], "holds 1 images and 1 tars; name one kind"),
+        (["both"], "holds images (1) and tars (1); name one kind"),
         (["tables"], "holds lists of several formats (.csv and .parquet)"),
         (["cats.csv", "photos"], "one source has one kind"),
         (["cat.csv"], "no such file or folder; did you mean cats.csv?"),
@@ -257,12 +390,13 @@ def test_models_are_named_by_folder_hub_id_or_architecture(tmp_path: Path) -> No
     _csv(tmp_path / "cats.csv")
     weights = Path(__file__).parent.parent / "jobs" / "demo" / "weights"
     demo = init(tmp_path, tmp_path / "cats.csv", "--demo-weights")
-    assert "nothing to download" in (tmp_path / "corpus.toml").read_text()
+    assert "coloured shapes alone" in (tmp_path / "corpus.toml").read_text()
     (tmp_path / "corpus.toml").unlink()
     named = init(
         tmp_path, tmp_path / "cats.csv", "--model", weights / "captioner", "--ranker", weights / "ranker"
     )
     assert (demo.caption.model, demo.rank) == (named.caption.model, named.rank)
+    assert "nothing to download" in (tmp_path / "corpus.toml").read_text()
     assert named.rank.model == f"local-dir:{weights / 'ranker'}" and named.rank.pretrained == ""
     (tmp_path / "corpus.toml").unlink()
     other = init(
@@ -309,6 +443,7 @@ def test_weights_in_the_cache_need_no_download(tmp_path: Path) -> None:
 # -- the machine ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 512), st.integers(0, 16), st.floats(1, 4096))
 def test_the_least_workers_of_all_stages_fit_on_the_machine(cores: int, gpus: int, memory_gib: float) -> None:
     machine = Machine(cores=cores, memory_gib=memory_gib, gpus=("H200",) * gpus)

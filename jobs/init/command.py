@@ -11,13 +11,16 @@ from jobs.init.config_text import (
     PLACEHOLDER,
     Findings,
     Models,
-    SourceText,
     config_text,
     recipe_text,
 )
 from jobs.init.machine import this_machine
-from jobs.init.sources import DescribedSource, describe
+from jobs.init.source_text import DescribedSource, SourceText
+from jobs.init.sources import describe, written_path
 from pipeline.config import parse_config
+from pipeline.corpus.records import Records
+from pipeline.corpus.storage import Storage
+from pipeline.intake.read_lists import check_lists
 from pipeline.models.hub import cache_and_offline
 from pipeline.models.weights import require_model_names, uncached_models
 from schemas.config import CapfiltConfig
@@ -26,6 +29,9 @@ from schemas.names import fits_utf8, printable
 from schemas.stages import STAGES
 
 _DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
+_DEMO_NOTE = (
+    "the demo's tiny models, which know coloured shapes alone: to try the commands without a download"
+)
 _LOOK = "SELECT uid, caption, scores[1] AS score FROM curated LIMIT 10"
 _PLACEHOLDER_SOURCE = SourceText(
     keys=(
@@ -94,7 +100,7 @@ def init(
         models=models,
     )
     config = _checked(_text(findings, recipe, described), target, has_source=bool(described))
-    facts["Weights"] = list(_weights(config))
+    facts["Weights"] = [_DEMO_NOTE] if demo_weights else list(_weights(config))
     if recipe and not described:
         facts["Found"] = [f"the recipe {recipe}, whose lists are to be filled in: {_inputs(config, base)}"]
     _write(_text(findings, recipe, described), target, out)
@@ -155,12 +161,14 @@ def _text(findings: Findings, recipe: str, described: DescribedSource | None) ->
 
 
 def _checked(text: str, target: Path, *, has_source: bool) -> CapfiltConfig:
-    """Return the config that the text means. Raises CapfiltError where the models of a whole one cannot be had."""
+    """Return the config that the text means. Raises CapfiltError where a run would refuse a whole one."""
     if not fits_utf8(text):
         raise CapfiltError("a name that is not UTF-8 cannot stand in a config; rename the file or folder")
     config = parse_config(text, str(target), base_folder=target.parent)
     if has_source:
         require_model_names(config, STAGES)
+        for source in config.source:
+            check_lists(source, config, Records(Storage(config.corpus.path)))
     return config
 
 
@@ -179,9 +187,7 @@ def _weights(config: CapfiltConfig) -> Iterator[str]:
 
 def _inputs(config: CapfiltConfig, base: Path) -> str:
     paths = [path for source in config.source for path in source.input]
-    return ", ".join(
-        str(Path(path).relative_to(base)) if Path(path).is_relative_to(base) else path for path in paths
-    )
+    return ", ".join(written_path(path, base) for path in paths)
 
 
 def _write(text: str, target: Path, out: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.init.machine import Machine, stage_resources, why_resources
+from jobs.init.source_text import Key, SourceText
 from schemas.config import CaptionConfig, RankConfig
 from schemas.errors import CapfiltError
 
@@ -21,30 +22,6 @@ _LEAST_SHARD, _CPU_SHARD, _GPU_SHARD = 100, 1_000, 10_000
 # Of the demo's world: three words are a caption.
 _DEMO_MIN_LENGTH = 3
 PLACEHOLDER = "your-list.parquet"
-
-# Its name, its value, and a comment or none.
-Key = tuple[str, Any, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceText:
-    """One ``[[source]]``: its keys, each with a comment or none, and what it asks of ``[crawl]``.
-
-    Attributes:
-        keys: those of the section, in order.
-        hints: keys below them, commented out.
-        crawl: keys of [crawl] that this source needs.
-        crawl_hints: keys of [crawl], commented out.
-        is_fetched: its images come from the web.
-        samples: how many rows or images it has; None where that is not known.
-    """
-
-    keys: tuple[Key, ...]
-    hints: tuple[Key, ...] = ()
-    crawl: tuple[Key, ...] = ()
-    crawl_hints: tuple[Key, ...] = ()
-    is_fetched: bool = True
-    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

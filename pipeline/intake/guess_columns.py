@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from pipeline.intake.lists.preview import ListPreview
 
-_URL = re.compile(r"\s*(?:https?|data|s3|gs|hf|file):", re.I)
-_PATH = re.compile(r"[^\n]*\.(?:jpe?g|png|webp|gif|bmp)\s*", re.I)
+_URL = re.compile(r"\s*(?:https?|data):", re.I)
+_PATH = re.compile(r"\s*file:|[^\n]*\.(?:jpe?g|png|webp|gif|bmp)\s*", re.I)
 # In this order, of columns whose cells fit; names are compared without case, "_", "-" and blanks.
 _URL_NAMES = (
     "url",

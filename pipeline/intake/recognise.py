@@ -15,6 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.preview import ListPreview, preview_list
+from pipeline.intake.pictures.folder import METADATA_FILES, PICTURE_EXTENSIONS
+from pipeline.intake.pictures.tars import COMPRESSED_TARS
 from schemas.errors import CapfiltError, did_you_mean, first_line
 
 Kind = Literal["list", "imagefolder", "webdataset", "huggingface", "img2dataset"]
@@ -26,12 +28,10 @@ KIND_NAMES: dict[Kind, str] = {
     "huggingface": "a dataset with images in it",
     "img2dataset": "shards of img2dataset",
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _LIST_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
 # In a folder they may as well be captions, licences and settings.
 _WEAK_LIST_SUFFIXES = (".txt", ".json")
 _PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Beyond so many files a folder is described by those that were seen.
 _MOST_FILES = 1_000_000
 _SUFFIXES_NAMED = 5
@@ -103,14 +103,14 @@ def _recognise_files(
     argument: str, place: str, files: Sequence[str], is_folder: bool, storage: Storage
 ) -> FoundInput:
     suffixes = Counter(_suffix(name) for name in files)
-    images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
-    tars = [name for name in files if _suffix(name) == ".tar"]
+    images = [name for name in files if _suffix(name).removeprefix(".") in PICTURE_EXTENSIONS]
+    tars = [name for name in files if name.lower().endswith((".tar", *COMPRESSED_TARS))]
     arrow = [name for name in files if _suffix(name) == ".arrow"]
     lists = [name for name in files if _is_list(name, _LIST_SUFFIXES)]
     kinds = {"images": images, "tars": tars, "Arrow files": arrow}
     present = [name for name, members in kinds.items() if members]
     if len(present) > 1:
-        counts = " and ".join(f"{len(kinds[name]):,} {name}" for name in present)
+        counts = " and ".join(f"{name} ({len(kinds[name]):,})" for name in present)
         raise CapfiltError(
             f"{argument}: holds {counts}; name one kind: its folder, or a glob such as '*.tar'"
         )
@@ -125,7 +125,7 @@ def _recognise_files(
             return FoundInput(kind="img2dataset", inputs=tuple(folders), files=tuple(tars), suffixes=suffixes)
         return found("webdataset", tars)
     if images:
-        metadata = next((name for name in files if name.rpartition("/")[2] in _METADATA), "")
+        metadata = next((name for name in files if name.rpartition("/")[2] in METADATA_FILES), "")
         texts = {name for name in files if _suffix(name) == ".txt"}
         beside = sum(f"{name.rpartition('.')[0]}.txt" in texts for name in images)
         return found("imagefolder", images, captions=beside, metadata=metadata)

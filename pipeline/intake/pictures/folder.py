@@ -16,7 +16,7 @@ from schemas.errors import CapfiltError
 
 FORMAT = "imagefolder"
 # What is taken for an image by its name; whether it is one, and of an accepted format, the crawl finds out.
-_IMAGES = frozenset(
+PICTURE_EXTENSIONS = frozenset(
     [
         "jpg",
         "jpeg",
@@ -39,7 +39,7 @@ _IMAGES = frozenset(
         "psd",
     ]
 )
-_TABLES = {"metadata.jsonl": "jsonl", "metadata.csv": "csv"}
+METADATA_FILES = {"metadata.jsonl": "jsonl", "metadata.csv": "csv"}
 _FILE_NAME = "file_name"
 
 Cells = dict[str, Any]
@@ -87,7 +87,9 @@ class ImageFolder:
             yield Rows(columns=rows, numbers=range(start + 1, start + 1 + len(batch)), unit="item")
 
     def _images(self, pattern: str) -> list[InputFile]:
-        images = [file for file in self._folders.files(pattern) if _extension(file.relative) in _IMAGES]
+        images = [
+            file for file in self._folders.files(pattern) if _extension(file.relative) in PICTURE_EXTENSIONS
+        ]
         if not images:
             raise CapfiltError(f"{self._key}: no image in {pattern} (by extension: .jpg, .png, .webp, ...)")
         return images
@@ -97,7 +99,7 @@ class ImageFolder:
         return {
             file.relative: file
             for file in self._folders.files_around(pattern)
-            if _name(file.relative) in _TABLES or _extension(file.relative) == "txt"
+            if _name(file.relative) in METADATA_FILES or _extension(file.relative) == "txt"
         }
 
     def _described(
@@ -105,11 +107,11 @@ class ImageFolder:
     ) -> dict[str, Cells]:
         """Return what the tables say, by the image's path; the table in the nearest folder above an image counts."""
         described: dict[str, Cells] = {}
-        tables = [path for path in beside if _name(path) in _TABLES]
+        tables = [path for path in beside if _name(path) in METADATA_FILES]
         for path in sorted(tables, key=lambda path: path.count("/")):
             url, folder = self._folders.url_of(beside[path]), path.rpartition("/")[0]
             asked = Wanted(url=_FILE_NAME, caption=wanted.caption, columns=(_FILE_NAME, *columns))
-            for rows in read_columns(self._storage, url, _TABLES[_name(path)], asked):
+            for rows in read_columns(self._storage, url, METADATA_FILES[_name(path)], asked):
                 for row, name in enumerate(column_texts(rows, _FILE_NAME, url)):
                     if not name:
                         raise CapfiltError(f"{url}: {rows.place(row)}: {_FILE_NAME} is empty")

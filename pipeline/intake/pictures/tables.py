@@ -149,7 +149,7 @@ def image_column(schema: pa.Schema, column: str, name: str) -> str:
 
     Raises CapfiltError where there is none, or there are several.
     """
-    structs = [field.name for field in schema if _is_image_struct(field.type)]
+    structs = [field.name for field in schema if is_image_struct(field.type)]
     binary = [
         field.name
         for field in schema
@@ -168,7 +168,8 @@ def image_column(schema: pa.Schema, column: str, name: str) -> str:
     return able[0]
 
 
-def _is_image_struct(dtype: pa.DataType) -> bool:
+def is_image_struct(dtype: pa.DataType) -> bool:
+    """Tell whether a column is of type Image, as `datasets` stores it."""
     if not pa.types.is_struct(dtype):
         return False
     names = {dtype.field(index).name for index in range(dtype.num_fields)}

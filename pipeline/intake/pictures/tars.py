@@ -27,7 +27,7 @@ FORMAT = "webdataset"
 _EXTENSIONS = {**MEMBERS, "caption": TEXT}
 # Where a json that has no caption under the configured name has it: img2dataset's and their like; LAION's.
 _CAPTIONS = ("caption", "captions", "text", "TEXT")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class TarFolder:
@@ -37,7 +37,7 @@ class TarFolder:
         self._storage = storage
         folders = InputFolders(inputs, key)
         found = [file for pattern in inputs for file in folders.files(pattern)]
-        if packed := [file.relative for file in found if file.relative.lower().endswith(_COMPRESSED)]:
+        if packed := [file.relative for file in found if file.relative.lower().endswith(COMPRESSED_TARS)]:
             raise CapfiltError(
                 f"{key}: {len(packed):,} compressed tars, such as {printable(packed[0])}, whose members cannot be read "
                 "by place; decompress them (gunzip, unzstd) to plain .tar"
