@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -243,32 +242,6 @@ def test_paths_that_lead_nowhere_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\nphotos/1.jpg\n")
     error = str(capfilt("init", tmp_path / "list.csv", "--out", tmp_path / "c.toml").exception)
     assert "path has paths of images, such as photos/1.jpg, and none of them is there" in error
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_newcomers_pictures_are_a_corpus_in_three_commands(tmp_path: Path) -> None:
-    """As the issue asks: 200 pictures of one's own, no web server, and no edit of the config."""
-    draw(tmp_path / "holiday", 200)
-    place = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-    def shell(line: str) -> str:
-        done = subprocess.run(
-            ["bash", "-c", line], cwd=tmp_path, env=place, capture_output=True, text=True, timeout=500
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    wrote = shell("capfilt init holiday --demo-weights")
-    *_, run, sql = (line.strip() for line in wrote.partition("try next:")[2].strip().splitlines())
-    assert "next: capfilt stats" in shell(run)
-    assert len(shell(sql).splitlines()) >= 10
-    counted = json.loads(
-        shell(
-            'capfilt sql corpus --json "SELECT count(*) AS images, count(DISTINCT uid) AS uids FROM curated"'
-        )
-    )
-    assert counted == [{"images": 200, "uids": 200}]
 
 
 # -- what cannot be used -------------------------------------------------------------------------------------
