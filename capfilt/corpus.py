@@ -97,7 +97,7 @@ class Corpus:
     ) -> Run:
         """Do what is missing of the corpus that a config describes, as ``capfilt run`` does.
 
-        Safe to interrupt and to repeat. In a script, call it below ``if __name__ == "__main__":``.
+        Safe to interrupt and to repeat.
 
         Args:
             config: the TOML file, or a config that was loaded.

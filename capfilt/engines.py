@@ -5,19 +5,16 @@ corpus has. Images are given as paths, encoded bytes (JPEG, PNG or WebP), PIL im
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice, zip_longest
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from capfilt.image_input import ImageInput, encoded, require_several
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.blip import captioner as blip
 from pipeline.models.clip import ranker as clip
@@ -26,8 +23,6 @@ from pipeline.prefetch import decode_threads, prefetch_map
 from pipeline.text import clean_caption
 from schemas.config import CaptionConfig, RankConfig
 from schemas.errors import CapfiltError, did_you_mean
-
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -53,7 +48,7 @@ def caption(
     Raises:
         CapfiltError: an option is wrong, the model cannot be loaded, or a path is not there.
     """
-    _require_several(images)
+    require_several(images)
     return _loaded_captioner(_section(CaptionConfig, "caption", options), seed).caption(images, uids)
 
 
@@ -77,15 +72,15 @@ def rank(
         CapfiltError: an option is wrong, the model cannot be loaded, a path is not there, or the numbers of images and
             texts differ.
     """
-    _require_several(images)
+    require_several(images)
     return _loaded_ranker(_rank_section(options)).rank(images, texts)
 
 
 class Captioner:
-    """BLIP, loaded once. In Ray Data::
+    """BLIP, loaded once. In Ray Data, on two GPUs::
 
-    images.map_batches(capfilt.Captioner, fn_constructor_kwargs={"num_captions": 5}, batch_size=64, num_gpus=1,
-                       concurrency=2)
+    images.map_batches(capfilt.Captioner, fn_constructor_kwargs={"num_captions": 5}, batch_size=64,
+                       num_gpus=1, compute=ray.data.ActorPoolStrategy(size=2))
     """
 
     def __init__(
@@ -221,7 +216,7 @@ def _rank_section(options: Mapping[str, Any]) -> RankConfig:
     return _section(RankConfig, "rank", ({"pretrained": ""} if is_folder else {}) | dict(options))
 
 
-# -- images --------------------------------------------------------------------------------------------------
+# -- batches -------------------------------------------------------------------------------------------------
 
 _MISSING: Any = object()
 Item = TypeVar("Item")
@@ -234,40 +229,6 @@ def _prepare(
     """Yield the pixels of each image as the model takes them, decoded ahead of it; None where it does not decode."""
     threads = decode_threads(1, feeds_gpu=device == "cuda")
     return prefetch_map(lambda image: pixels(encoded(image)), images, ahead=2 * size, threads=threads)
-
-
-def _require_several(images: Iterable[ImageInput]) -> None:
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-        raise CapfiltError("images: a list of images is expected; put a single one into brackets")
-
-
-def encoded(image: ImageInput) -> bytes:
-    """Return an image as encoded bytes: a PIL image or an array as PNG, without loss and with its orientation.
-
-    Raises CapfiltError where a file cannot be read, or where it is none of the kinds.
-    """
-    match image:
-        case bytes():
-            return image
-        case str() | os.PathLike():
-            try:
-                return Path(image).read_bytes()
-            except OSError as error:
-                raise CapfiltError(f"{os.fspath(image)}: cannot be read: {error.strerror}") from error
-        case np.ndarray():
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise CapfiltError(f"an image of {image.dtype} {image.shape}: uint8 (H, W, 3) is expected")
-            image = Image.fromarray(image)
-        case Image.Image():
-            if image.mode not in ("1", "L", "LA", "P", "I", "I;16", "RGB", "RGBA"):
-                image = image.convert("RGB")
-        case _:
-            raise CapfiltError(
-                f"{type(image).__name__} is not an image: give a path, bytes, a PIL image or an array"
-            )
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, exif=image.getexif())
-    return buffer.getvalue()
 
 
 def _with_uids(

@@ -1,5 +1,6 @@
 """``import capfilt``: a corpus, a run and the two engines in Python."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 import capfilt
 from jobs.output.values import plain
@@ -331,6 +333,21 @@ def test_pil_images_of_every_kind_are_captioned(ran: tuple[CapfiltConfig, Path, 
     image = next(ran[2].corpus.samples()).image
     kinds = [image.convert(mode) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "F")]
     assert None not in capfilt.caption(kinds, **ran[0].caption.model_dump())
+
+
+def test_a_pil_image_is_taken_upright_and_a_damaged_one_has_no_captions(
+    ran: tuple[CapfiltConfig, Path, capfilt.Run],
+) -> None:
+    image = next(ran[2].corpus.samples()).image
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
+    damaged = io.BytesIO()
+    image.save(damaged, "JPEG")
+    forms = [image, turned.getvalue(), Image.open(turned), Image.open(io.BytesIO(damaged.getvalue()[:900]))]
+    upright, *others, last = capfilt.caption(forms, **ran[0].caption.model_dump())
+    assert others == [upright, upright] and last is None
 
 
 def test_a_wrong_use_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
