@@ -55,7 +55,9 @@ def test_planning_and_training_on_one_machine_import_no_ray(tmp_path: Path) -> N
     built = str(config_file(corpus.config.model_copy(update={"source": (source,)}), tmp_path / "c.json"))
     trained = str(config_file(tiny_config(tmp_path, corpus.root, optim={"steps": 1}), tmp_path / "t.json"))
     planning = modules_after(
-        ["plan", "-c", built, "--set", f"corpus.path={tmp_path}/new"], ["crawl", "-c", built, "--dry-run"]
+        ["init", str(tmp_path / "cc.csv"), "--out", str(tmp_path / "corpus.toml")],
+        ["plan", "-c", built, "--set", f"corpus.path={tmp_path}/new"],
+        ["crawl", "-c", built, "--dry-run"],
     )
     assert planning & HEAVY == set()
     training = modules_after(["pretrain", "-c", trained, "--dry-run"], ["pretrain", "-c", trained])
