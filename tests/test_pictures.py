@@ -5,6 +5,8 @@ import http.server
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -471,6 +473,39 @@ def test_a_table_without_images_or_of_another_kind_is_refused(tmp_path: Path) ->
     pq.write_table(pa.table({"image": pa.array([JPG], pa.binary())}), path)
     with pytest.raises(CapfiltError, match="no column 'caption'"):
         crawled(config)
+
+
+def test_an_image_that_a_dictionary_multiplies_takes_its_memory_once(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    zeros = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 400, pa.int32()), pa.array([bytes(60_000_000)], pa.binary())
+    )
+    pq.write_table(
+        pa.table({"image": zeros}),
+        tmp_path / "data" / "0.parquet",
+        dictionary_pagesize_limit=1 << 30,
+        store_schema=False,
+    )
+    config = config_of(tmp_path, [str(tmp_path / "data")], format="huggingface", caption_column="")
+    code = (
+        "import resource, sys; from pathlib import Path; from schemas.config import CapfiltConfig;"
+        "from pipeline.corpus.storage import Storage; from pipeline.intake.pictures.fetch import FileFetcher;"
+        "config = CapfiltConfig.model_validate_json(sys.argv[1]); storage = Storage(config.corpus.path);"
+        "fetcher = FileFetcher(config.source[0], config.crawl, storage);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "reasons = {fetcher.fetch(f'huggingface:data/0.parquet#{row}').reason for row in range(60)};"
+        "print(reasons, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, config.model_dump_json()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    reasons, _, kilobytes = done.stdout.rpartition(" ")
+    assert reasons == "{'body_too_large'}", done.stderr
+    assert int(kilobytes) < 400_000  # of which 60 MB are the entry; 16 copies would be 960 MB
 
 
 # -- lists of files ------------------------------------------------------------------------------------------

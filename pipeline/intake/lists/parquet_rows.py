@@ -17,6 +17,8 @@ from schemas.errors import CapfiltError
 
 # Rows decoded at once. More are not faster.
 _PIECE_ROWS = 4096
+# Images decoded at once: of some MB each, 64 MB or so.
+_IMAGE_ROWS = 16
 # Memory that a piece may take.
 _PIECE_BYTES = 64 << 20
 # Of DELTA_BYTE_ARRAY each value may repeat all of the one before.
@@ -49,6 +51,22 @@ class ParquetList:
                 rows, row_groups=[group], columns=list(columns), use_threads=False
             ):
                 yield from _divided(batch)
+
+    def images(self, column: str) -> Iterator[pa.RecordBatch]:
+        """Yield consecutive rows of a column of images, a few at a time; equal ones share their bytes."""
+        leaves = self._leaves((column,))
+        for group in range(self._plain.num_row_groups):
+            self._reject_bomb(group, leaves)
+            chunks = [self._plain.metadata.row_group(group).column(leaf) for leaf in leaves]
+            repeating = [
+                chunk.path_in_schema
+                for chunk in chunks
+                if chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY"
+            ]
+            reader = self._open(repeating) if repeating else self._plain
+            yield from reader.iter_batches(
+                _IMAGE_ROWS, row_groups=[group], columns=[column], use_threads=False
+            )
 
     def _open(self, dictionaries: Sequence[str]) -> pq.ParquetFile:
         """Open the file again so that the values of some columns stay in their dictionary."""

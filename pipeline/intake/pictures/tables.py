@@ -15,7 +15,7 @@ from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Rows, Wanted, require
 from pipeline.intake.lists.files import read_columns
 from pipeline.intake.lists.lines import UNREADABLE
-from pipeline.intake.lists.parquet_rows import cells_of
+from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.pictures.places import InputFolders, Place
 from schemas.errors import CapfiltError
 from schemas.names import shown
@@ -23,8 +23,6 @@ from schemas.names import shown
 FORMAT = "huggingface"
 # The url_column of a source that does not set one: its image column is found by its type.
 _UNSET = "url"
-# Rows decoded at once: of images of some MB each, 64 MB or so.
-_ROWS_AT_ONCE = 16
 
 
 class ImageTables:
@@ -128,8 +126,8 @@ class TableImages:
 
     def _images(self) -> Iterator[pa.RecordBatch]:
         if self._path.suffix == ".parquet":
-            with pq.ParquetFile(self._path) as parquet:
-                yield from parquet.iter_batches(_ROWS_AT_ONCE, columns=[self._column], use_threads=False)
+            with self._path.open("rb") as file:
+                yield from ParquetList(file, self._name).images(self._column)
         else:
             for batch in _arrow_batches(self._path):
                 yield batch.select([self._column])
