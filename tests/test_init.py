@@ -350,7 +350,8 @@ def test_a_recipe_is_copied_with_its_lists_to_be_filled_in(recipe: str, tmp_path
 
 def test_a_recipe_takes_the_lists_that_are_named(tmp_path: Path) -> None:
     _csv(tmp_path / "cats.csv")
-    config = init(tmp_path, tmp_path / "cats.csv", "--recipe", "laion-coco")
+    config = init(tmp_path, tmp_path / "cats.csv", "--recipe", "laion-coco", "--model", "org/blip")
+    assert (config.caption.model, config.rank.model) == ("org/blip", "ViT-L-14")
     assert [source.name for source in config.source] == ["cats"]
     assert (config.caption.num_captions, config.rank.rerank is not None) == (40, True)
     assert config.cluster.caption.gpus == (0.8 if this_machine().gpus else 0)

@@ -157,7 +157,9 @@ def _anchored_ranker(ranker: str) -> str:
 def _text(findings: Findings, recipe: str, described: DescribedSource | None) -> str:
     if not recipe:
         return config_text(findings)
-    return recipe_text(recipe, findings.corpus, described.source if described else None, findings.machine)
+    source = described.source if described else None
+    models = findings.models if findings.models != Models() else None
+    return recipe_text(recipe, findings.corpus, source, findings.machine, models)
 
 
 def _checked(text: str, target: Path, *, has_source: bool) -> CapfiltConfig:

@@ -67,18 +67,29 @@ def recipe_names() -> list[str]:
     )
 
 
-def recipe_text(name: str, corpus: str, source: SourceText | None, machine: Machine) -> str:
+def recipe_text(
+    name: str, corpus: str, source: SourceText | None, machine: Machine, models: Models | None = None
+) -> str:
     """Return a recipe for a corpus on local disk; with a source, that in place of the recipe's own and of its workers.
 
-    Raises CapfiltError: no such recipe.
+    Args:
+        models: in place of the recipe's.
+
+    Raises:
+        CapfiltError: no such recipe.
     """
     if name not in recipe_names():
         raise CapfiltError(
             f"--recipe {name}: there is none of this name; there are {', '.join(recipe_names())}"
         )
-    opening, *sections = re.split(r"(?m)^(?=\[)", (RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
-    path = _key("path", corpus, "or s3://bucket/prefix, gs://...")
-    sections[0] = re.sub(r"(?m)^path = .*$", lambda _: path, sections[0])
+    text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
+    opening, *sections = re.split(r"(?m)^(?=\[)", text.replace("# or a folder", "# or s3://bucket/prefix"))
+    changed = {"[corpus]": {"path": corpus}}
+    if models is not None:
+        changed["[caption]"] = {"model": models.captioner}
+        changed["[rank]"] = {"model": models.ranker, "pretrained": models.pretrained}
+    for number, section in enumerate(sections):
+        sections[number] = _with_values(section, changed.get(section.partition("\n")[0], {}))
     if source is not None:
         sections = [part for part in sections if not part.startswith(("[[source]]", "[cluster"))]
         sections.insert(1, source_section(source) + "\n\n")
@@ -87,6 +98,14 @@ def recipe_text(name: str, corpus: str, source: SourceText | None, machine: Mach
         sections[crawl] = "\n".join([sections[crawl].rstrip(), *needed]) + "\n\n"
         sections.append(cluster_section(machine) + "\n")
     return opening + "".join(sections)
+
+
+def _with_values(section: str, values: Mapping[str, str]) -> str:
+    """Return a section's lines with other values for some of its keys; their comments stay."""
+    for name, value in values.items():
+        line = f"{name} = {_value(value)}".replace("\\", r"\\")
+        section = re.sub(rf'(?m)^{name} = "[^"]*"', line, section)
+    return section
 
 
 def _opening(findings: Findings) -> str:

@@ -5,8 +5,8 @@ Looks at names and at the beginnings of files; reads no list through and decodes
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -45,7 +45,7 @@ class FoundInput:
         inputs: what the config's ``input`` holds: absolute paths, globs or URLs.
         files: those of the kind, absolute paths or URLs.
         suffixes: how often each ending occurs among all files.
-        captions: images with a text beside them; None where they are in a metadata file.
+        captions: how many images have a text beside them.
         metadata: the metadata file of a folder of images.
         preview: the beginning of the first list or Parquet file.
     """
@@ -102,46 +102,46 @@ def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
 def _recognise_files(
     argument: str, place: str, files: Sequence[str], is_folder: bool, storage: Storage
 ) -> FoundInput:
-    suffixes = Counter(_suffix(name) for name in files)
+    found = FoundInput(kind="list", inputs=(place,), files=(), suffixes=Counter(map(_suffix, files)))
     images = [name for name in files if _suffix(name).removeprefix(".") in PICTURE_EXTENSIONS]
     tars = [name for name in files if name.lower().endswith((".tar", *COMPRESSED_TARS))]
     arrow = [name for name in files if _suffix(name) == ".arrow"]
-    lists = [name for name in files if _is_list(name, _LIST_SUFFIXES)]
-    kinds = {"images": images, "tars": tars, "Arrow files": arrow}
-    present = [name for name, members in kinds.items() if members]
-    if len(present) > 1:
-        counts = " and ".join(f"{name} ({len(kinds[name]):,})" for name in present)
+    present = {"images": images, "tars": tars, "Arrow files": arrow}
+    if sum(map(bool, present.values())) > 1:
+        counts = " and ".join(f"{name} ({len(members):,})" for name, members in present.items() if members)
         raise CapfiltError(
             f"{argument}: holds {counts}; name one kind: its folder, or a glob such as '*.tar'"
         )
-
-    def found(kind: Kind, members: Sequence[str], **rest: object) -> FoundInput:
-        return FoundInput(kind=kind, inputs=(place,), files=tuple(members), suffixes=suffixes, **rest)  # type: ignore[arg-type]
-
     if tars:
-        by_name = set(files)
-        if is_folder and all(f"{name.removesuffix('.tar')}.parquet" in by_name for name in tars):
-            folders = dict.fromkeys(name.rpartition("/")[0] for name in tars)
-            return FoundInput(kind="img2dataset", inputs=tuple(folders), files=tuple(tars), suffixes=suffixes)
-        return found("webdataset", tars)
+        return _recognise_tars(found, tars, set(files) if is_folder else set())
     if images:
         metadata = next((name for name in files if name.rpartition("/")[2] in METADATA_FILES), "")
         texts = {name for name in files if _suffix(name) == ".txt"}
         beside = sum(f"{name.rpartition('.')[0]}.txt" in texts for name in images)
-        return found("imagefolder", images, captions=beside, metadata=metadata)
+        return replace(found, kind="imagefolder", files=tuple(images), captions=beside, metadata=metadata)
     if arrow:
-        return found("huggingface", arrow)
+        return replace(found, kind="huggingface", files=tuple(arrow))
+    lists = [name for name in files if _is_list(name, _LIST_SUFFIXES)]
     lists = lists or [name for name in files if _is_list(name, _WEAK_LIST_SUFFIXES)]
     if not lists and len(files) == 1 and not is_folder:
         lists = list(files)  # its reader says what is wrong with it
     if not lists:
-        raise CapfiltError(f"{argument}: {_nothing(suffixes)}")
-    return _recognise_lists(argument, place, lists, suffixes, is_folder, storage)
+        raise CapfiltError(f"{argument}: {_nothing(found.suffixes)}")
+    return _recognise_lists(argument, found, lists, is_folder, storage)
+
+
+def _recognise_tars(found: FoundInput, tars: Sequence[str], beside: Collection[str]) -> FoundInput:
+    """Return tars as img2dataset's shards where each has its Parquet ``beside``, else as a WebDataset."""
+    if all(f"{name.removesuffix('.tar')}.parquet" in beside for name in tars):
+        folders = tuple(dict.fromkeys(name.rpartition("/")[0] for name in tars))
+        return replace(found, kind="img2dataset", inputs=folders, files=tuple(tars))
+    return replace(found, kind="webdataset", files=tuple(tars))
 
 
 def _recognise_lists(
-    argument: str, place: str, lists: Sequence[str], suffixes: Counter[str], is_folder: bool, storage: Storage
+    argument: str, found: FoundInput, lists: Sequence[str], is_folder: bool, storage: Storage
 ) -> FoundInput:
+    place = found.inputs[0].rstrip("/")
     endings = dict.fromkeys(_list_suffix(name) for name in lists)
     formats = {_unpacked(ending) for ending in endings}
     if len(formats) > 1:
@@ -150,17 +150,13 @@ def _recognise_lists(
             f"{argument}: holds lists of several formats ({kinds}); name one: '{place}/*{min(formats)}'"
         )
     preview = preview_list(storage, lists[0])
+    found = replace(found, files=tuple(lists), preview=preview)
     if preview.image_names:
-        return FoundInput(
-            kind="huggingface", inputs=(place,), files=tuple(lists), suffixes=suffixes, preview=preview
-        )
-    inputs: Iterable[str] = (place,)
-    if is_folder:
-        deep = "" if all(name.rpartition("/")[0] == place.rstrip("/") for name in lists) else "**/"
-        inputs = (f"{place.rstrip('/')}/{deep}*{ending}" for ending in endings)
-    return FoundInput(
-        kind="list", inputs=tuple(inputs), files=tuple(lists), suffixes=suffixes, preview=preview
-    )
+        return replace(found, kind="huggingface")
+    if not is_folder:
+        return found
+    deep = "" if all(name.rpartition("/")[0] == place for name in lists) else "**/"
+    return replace(found, inputs=tuple(f"{place}/{deep}*{ending}" for ending in endings))
 
 
 def described_suffixes(suffixes: Counter[str]) -> str:
