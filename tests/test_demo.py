@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,9 +133,16 @@ def _untimed(table: str) -> list[str]:
 _INSTEAD = {
     "capfilt run -c corpus.toml": "--dry-run",
     "capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml": "--dry-run",
-    "capfilt submit -c corpus.toml -- run": None,
+    "capfilt pretrain -c jobs/recipes/blip2-stage2-vitg-opt2.7b.toml": "--dry-run",
+    "capfilt submit": None,
+    "capfilt doctor -c corpus.toml": None,
     "capfilt evaluate retrieval blip2/checkpoints/stage1/blip2-stage1-vitg": None,
     "capfilt export blip2/checkpoints/stage1/blip2-stage1-vitg": None,
+    "capfilt evaluate retrieval blip2_pretrained.pth": None,
+    "capfilt export blip2_pretrained.pth": None,
+    "capfilt init downloads": "--demo-weights",
+    "capfilt run -c mine.toml": "--local",
+    "capfilt run -c own.toml": "--dry-run",
 }
 
 
@@ -143,6 +152,27 @@ def _as_it_can_run(line: str) -> str | None:
         if code.startswith(start) and "--dry-run" not in code:
             return f"{code} {instead}" if instead else None
     return code
+
+
+def _write_others_shards(folder: Path) -> None:
+    """Write ``downloads``, a folder as img2dataset leaves it, and ``shards``, a WebDataset, from images of the demo."""
+    curated = folder / "demo-corpus" / "curated" / "world" / "00000.tar"
+    (folder / "shards").mkdir()
+    shutil.copy(curated, folder / "shards")
+    (folder / "downloads").mkdir()
+    with tarfile.open(curated) as tar, tarfile.open(folder / "downloads" / "00000.tar", "w") as copy:
+        image = next(member for member in tar if member.name.endswith(".jpg"))
+        data = tar.extractfile(image)
+        image.name = "000000000.jpg"
+        copy.addfile(image, data)
+    rows = {
+        "url": ["http://example.org/a.jpg", "http://example.org/b.jpg"],
+        "caption": ["a", "b"],
+        "key": ["000000000", "000000001"],
+        "status": ["success", "failed_to_download"],
+        "error_message": [None, "HTTP Error 404: Not Found"],
+    }
+    pq.write_table(pa.table(rows), folder / "downloads" / "00000.parquet")
 
 
 @pytest.mark.timeout(1800)
@@ -155,6 +185,7 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> Non
     pq.write_table(
         pa.table({"url": ["http://example.org/a.jpg"], "caption": ["a"]}), folder / "lists/cc3m-0.parquet"
     )
+    _write_others_shards(folder)
     (folder / "question.sql").write_text("SELECT count(*) AS images FROM curated")
     (config,) = re.findall(r"```toml\n(.*?)```", README.read_text(), flags=re.S)
     (folder / "corpus.toml").write_text(config)
