@@ -1,10 +1,13 @@
 """The wheel holds what the repository holds: every module, recipe and weight, and nothing else."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -105,3 +108,22 @@ def test_the_wheel_alone_builds_the_demo_corpus_outside_the_checkout(
     # What it says to try next runs as it is printed, in the folder where it was printed.
     command = printed.partition("try next:")[2].strip().splitlines()[0].split()
     assert command[0] == "venv/bin/capfilt" and "images" in run(*command).stdout
+
+
+def test_torch_alone_requires_what_a_machine_without_a_gpu_leaves_out() -> None:
+    """docs/install.md: the pins without CUDA's libraries and Triton are whole but for what torch asks for."""
+    [pattern] = re.findall(r"grep -vE '(.+)' constraints\.txt", (ROOT / "docs" / "install.md").read_text())
+    names = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    left_out = {canonicalize_name(name) for name in names if re.search(pattern, name)}
+    assert {"triton", "nvidia-nccl-cu13", "cuda-toolkit"} <= left_out and "torch" not in left_out
+    asking = set()
+    for name in set(map(canonicalize_name, names)) - left_out:
+        with contextlib.suppress(PackageNotFoundError):  # an extra that this environment does not have
+            required = map(Requirement, requires(name) or ())
+            if any(canonicalize_name(each.name) in left_out and _applies(each) for each in required):
+                asking.add(name)
+    assert asking == {"torch"}
+
+
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
