@@ -419,6 +419,24 @@ def test_tars_that_cannot_be_read_are_refused_by_name(
         crawled(config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset"))
 
 
+def test_a_cut_tar_and_a_repeated_key_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "wds" / "0.tar", [("a.jpg", JPG), ("a.txt", b"a"), ("b.jpg", JPG), ("a.jpg", JPG)])
+    tar = tmp_path / "wds" / "0.tar"
+    tar.write_bytes(tar.read_bytes().rstrip(b"\0"))
+    with tar.open("ab") as file:
+        file.write(bytes(-tar.stat().st_size % 512))
+    found = crawled(config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset"))
+    assert {url: row["captions"] for url, row in found.items()} == {
+        "webdataset:wds/0.tar#a": ["a"],
+        "webdataset:wds/0.tar#b": [],
+    }
+    said = [record.message for record in caplog.records if "0.tar" in record.message]
+    assert said == [
+        f"{tar} has no end mark and may have been cut: samples may be missing",
+        f"{tar}: samples left out: 1 with a key seen before",
+    ]
+
+
 def test_a_tar_that_is_lost_or_spoilt_before_its_crawl_gives_every_row_a_reason(tmp_path: Path) -> None:
     config = as_tars(tmp_path)
     do_run(config, command="crawl", stages=("crawl",), limit=1)

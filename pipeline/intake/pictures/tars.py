@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.corpus.storage import FileInfo, Storage
-from pipeline.corpus.tar_samples import IMAGE, JSON, MEMBERS, TEXT, Places, find_tar_samples, printable_key
+from pipeline.corpus.tar_samples import (
+    IMAGE,
+    JSON,
+    MEMBERS,
+    TEXT,
+    Places,
+    TarSamples,
+    find_tar_samples,
+    printable_key,
+)
 from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.lists.files import BATCH_ROWS
 from pipeline.intake.lists.lines import MAX_ROW_BYTES
@@ -65,7 +74,8 @@ class TarFolder:
         columns = [name for name in wanted.columns if name != wanted.url]
         file = self._tars[tar]
         with self._storage.local_copy(tar) as path, path.open("rb") as content:
-            samples = samples_of(path, tar)
+            found = _found(path, tar)
+            samples = _in_order(found)
             for start in range(0, len(samples), BATCH_ROWS):
                 batch = samples[start : start + BATCH_ROWS]
                 cells: dict[str, list[Any]] = {name: [] for name in columns}
@@ -78,6 +88,8 @@ class TarFolder:
                     for key, _ in batch
                 ]
                 yield Rows(columns=cells, numbers=range(start + 1, start + 1 + len(batch)), unit="item")
+        # Said once: at the end of the one reading that takes all rows.
+        _warn(found, tar)
 
 
 def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
@@ -88,6 +100,10 @@ def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
 
     Raises CapfiltError where it cannot be read.
     """
+    return _in_order(_found(path, name))
+
+
+def _found(path: Path, name: str) -> TarSamples:
     try:
         found = find_tar_samples(path, extensions=_EXTENSIONS)
     except tarfile.ReadError as error:
@@ -96,6 +112,16 @@ def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
         raise CapfiltError(
             f"{name}: a header is damaged, and what follows it cannot be read; fetch the tar again"
         )
+    return found
+
+
+def _in_order(found: TarSamples) -> list[tuple[str, Places]]:
+    samples = [*found.whole.items(), *((key, places) for key, places in found.partial if any(places))]
+    in_order = sorted(samples, key=lambda sample: min(place for place in sample[1] if place))
+    return [(printable_key(key), places) for key, places in in_order]
+
+
+def _warn(found: TarSamples, name: str) -> None:
     if found.follows != "end":
         fault = (
             "has no end mark and may have been cut"
@@ -106,9 +132,6 @@ def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
     if found.left_out:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(found.left_out.items()))
         _log.warning("%s: samples left out: %s", name, reasons)
-    samples = [*found.whole.items(), *((key, places) for key, places in found.partial if any(places))]
-    in_order = sorted(samples, key=lambda sample: min(place for place in sample[1] if place))
-    return [(printable_key(key), places) for key, places in in_order]
 
 
 def image_place(places: Places) -> tuple[int, int] | None:
