@@ -28,7 +28,7 @@ from pipeline.intake.lists.columns import (
     finite_json,
 )
 from pipeline.intake.lists.files import read_columns, require_columns
-from pipeline.intake.pictures.formats import picture_source
+from pipeline.intake.pictures.formats import PictureSource
 from pipeline.intake.pictures.places import SCHEME
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, first_line
@@ -102,18 +102,25 @@ class SourcePairs:
     Args:
         files: absolute paths or URLs of the lists; img2dataset's Parquet files where the source is of that
             format: their keys are kept; of a source of pictures its ``lists``.
+        pictures: of a source of pictures, what reads its ``files``.
         may_hold_paths: lists may name files instead of URLs.
     """
 
     def __init__(
-        self, source: SourceConfig, storage: Storage, files: Sequence[str], *, may_hold_paths: bool = False
+        self,
+        source: SourceConfig,
+        storage: Storage,
+        files: Sequence[str],
+        *,
+        pictures: PictureSource | None,
+        may_hold_paths: bool,
     ) -> None:
         self.source = source
         self.storage = storage
         self.files = files
         self.keeps_keys = source.format == "img2dataset"
         self._may_hold_paths = may_hold_paths
-        self._pictures = picture_source(source, storage)
+        self._pictures = pictures
         url, caption = source.url_column, source.caption_column or None
         key = _KEY if self.keeps_keys else None
         columns = (url, caption, *source.extra_columns, key, source.uid_column)

@@ -19,7 +19,7 @@ from pipeline.digests import digest_json
 from pipeline.intake.dedup import SourcePairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
-from pipeline.intake.pictures.formats import picture_source
+from pipeline.intake.pictures.formats import PictureSource, picture_source
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
@@ -30,13 +30,15 @@ from schemas.records import IntakeRecord
 class _Input:
     """The files of a source as they are now; ``importable`` are img2dataset's shards, by Parquet.
 
-    ``files`` are the lists and what belongs to them: a change of any is a change of the source.
+    ``files`` are the lists and what belongs to them: a change of any is a change of the source. ``pictures`` holds
+    the listing of a source of pictures, which all that reads the source shares.
     """
 
     source: SourceConfig
     lists: tuple[str, ...]
     files: tuple[FileInfo, ...]
     importable: dict[str, Img2datasetShard]
+    pictures: PictureSource | None = None
 
     @property
     def signature(self) -> str:
@@ -69,7 +71,7 @@ def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[Int
     inputs = [_find_input(source, records) for source in config.source]
     for lists_now in inputs:
         if lists := lists_now.unread(records.intakes(lists_now.source.name)):
-            _pairs(lists_now.source, config, records, lists).check()
+            _pairs(lists_now, config, records, lists).check()
     return [_take_in(lists_now, config, records, run_id) for lists_now in inputs]
 
 
@@ -82,11 +84,12 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
     rows = {}
     for source in config.source:
         earlier = records.intakes(source.name)
-        if not (lists := _find_input(source, records).unread(earlier)):
+        lists_now = _find_input(source, records)
+        if not (lists := lists_now.unread(earlier)):
             continue
-        _pairs(source, config, records, lists).check()
-        if pictures := picture_source(source, records.storage):
-            held = sum(map(pictures.count, lists))
+        _pairs(lists_now, config, records, lists).check()
+        if lists_now.pictures:
+            held = sum(map(lists_now.pictures.count, lists))
         else:
             held = sum(count_rows(records.storage, path, source.format, source.url_column) for path in lists)
         taken = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
@@ -99,22 +102,33 @@ def check_lists(source: SourceConfig, config: CapfiltConfig, records: Records) -
 
     Raises CapfiltError, as ``read_lists`` does, where a list cannot be read or lacks a column.
     """
-    lists = _find_input(source, records).unread(records.intakes(source.name))
+    lists_now = _find_input(source, records)
+    lists = lists_now.unread(records.intakes(source.name))
     if lists:
-        _pairs(source, config, records, lists).check()
+        _pairs(lists_now, config, records, lists).check()
     return len(lists)
 
 
-def _pairs(
-    source: SourceConfig, config: CapfiltConfig, records: Records, lists: Sequence[str]
-) -> SourcePairs:
-    return SourcePairs(source, records.storage, lists, may_hold_paths=bool(config.crawl.allow_files))
+def _pairs(lists_now: _Input, config: CapfiltConfig, records: Records, lists: Sequence[str]) -> SourcePairs:
+    return SourcePairs(
+        lists_now.source,
+        records.storage,
+        lists,
+        pictures=lists_now.pictures,
+        may_hold_paths=bool(config.crawl.allow_files),
+    )
 
 
 def _find_input(source: SourceConfig, records: Records) -> _Input:
     key = f"source.{source.name}.input"
     if pictures := picture_source(source, records.storage):
-        return _Input(source=source, lists=pictures.lists, files=tuple(pictures.files()), importable={})
+        return _Input(
+            source=source,
+            lists=pictures.lists,
+            files=tuple(pictures.files()),
+            importable={},
+            pictures=pictures,
+        )
     if source.format != "img2dataset":
         files = find_files(source.input, records.storage, key)
         captions = caption_files(files, source.format, records.storage)
@@ -146,7 +160,7 @@ def _take_in(lists_now: _Input, config: CapfiltConfig, records: Records, run_id:
         known = [file.path for batch in earlier if batch.kind != "retry" for file in batch.shards.values()]
         # An img2dataset shard becomes one url shard, however few of its rows are new.
         size = None if lists_now.importable else config.corpus.samples_per_shard
-        lists_read = _pairs(source, config, records, lists)
+        lists_read = _pairs(lists_now, config, records, lists)
         with temporary_folder() as folder, lists_read.read(folder, known) as (row_counts, pairs):
             writer = UrlShardWriter(records, source.name, earlier, folder, size)
             imported = _write_shards(writer, pairs, lists_now.importable)

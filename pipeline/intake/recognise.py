@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.corpus.storage import Storage
+from pipeline.intake.lists.files import LIST_SUFFIXES, PACKED_SUFFIXES
 from pipeline.intake.lists.preview import ListPreview, preview_list
 from pipeline.intake.pictures.folder import METADATA_FILES, PICTURE_EXTENSIONS
 from pipeline.intake.pictures.tars import COMPRESSED_TARS
@@ -28,10 +29,9 @@ KIND_NAMES: dict[Kind, str] = {
     "huggingface": "a dataset with images in it",
     "img2dataset": "shards of img2dataset",
 }
-_LIST_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
 # In a folder they may as well be captions, licences and settings.
 _WEAK_LIST_SUFFIXES = (".txt", ".json")
-_PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
+_LIST_SUFFIXES = LIST_SUFFIXES.keys() - set(_WEAK_LIST_SUFFIXES)
 # Beyond so many files a folder is described by those that were seen.
 _MOST_FILES = 1_000_000
 _SUFFIXES_NAMED = 5
@@ -176,17 +176,17 @@ def _suffix(name: str) -> str:
 
 def _unpacked(name: str) -> str:
     lower = name.lower()
-    return next((lower.removesuffix(packed) for packed in _PACKED if lower.endswith(packed)), lower)
+    return next((lower.removesuffix(packed) for packed in PACKED_SUFFIXES if lower.endswith(packed)), lower)
 
 
-def _is_list(name: str, suffixes: Sequence[str]) -> bool:
+def _is_list(name: str, suffixes: Collection[str]) -> bool:
     return _suffix(_unpacked(name)) in suffixes
 
 
 def _list_suffix(name: str) -> str:
     """Return a list's ending as it is written, with that of its compression: ``.CSV.gz``."""
     path = PurePosixPath(name)
-    return "".join(path.suffixes[-2:]) if path.suffix.lower() in _PACKED else path.suffix
+    return "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED_SUFFIXES else path.suffix
 
 
 def _nearest(argument: str, fs: fsspec.AbstractFileSystem, path: str) -> str:

@@ -25,7 +25,7 @@ Format = Literal["parquet", "csv", "tsv", "tsv-quoted", "jsonl", "txt"]
 
 BATCH_ROWS = 65_536
 _BATCH_BYTES = MAX_ROW_BYTES
-_SUFFIXES: dict[str, Format] = {
+LIST_SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
@@ -37,7 +37,7 @@ _SUFFIXES: dict[str, Format] = {
     ".txt": "txt",
 }
 # What a name may end with besides; whether a file is packed, its content says.
-_PACKED = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
+PACKED_SUFFIXES = (".gz", ".gzip", ".bz2", ".zst", ".zstd")
 
 
 def find_files(inputs: Sequence[str], storage: Storage, key: str) -> list[FileInfo]:
@@ -129,13 +129,13 @@ def format_of(path: str, form: str = "auto") -> str:
     if form != "auto":
         return "parquet" if form == "img2dataset" else form
     name = path.lower()
-    for suffix in _PACKED:
+    for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
-    for suffix, form in _SUFFIXES.items():
+    for suffix, form in LIST_SUFFIXES.items():
         if name.endswith(suffix):
             return form
     raise CapfiltError(
-        f"{path}: its name does not tell the format ({', '.join(_SUFFIXES)}, {', '.join(_PACKED)} or not); "
+        f"{path}: its name does not tell the format ({', '.join(LIST_SUFFIXES)}, {', '.join(PACKED_SUFFIXES)} or not); "
         "set the source's format"
     )
 

@@ -53,9 +53,7 @@ class ImageTables:
     def count(self, table: str) -> int:
         """Return the rows of a table."""
         with self._storage.local_copy(table) as path, _readable(table):
-            if table.endswith(".parquet"):
-                return pq.read_metadata(path).num_rows
-            return sum(batch.num_rows for batch in _arrow_batches(path))
+            return _count(path)
 
     def rows(self, table: str, wanted: Wanted) -> Iterator[Rows]:
         """Yield the rows of a table without reading its images.
@@ -82,7 +80,7 @@ class ImageTables:
             image_column(schema, wanted.url, table)
             require(asked, schema.names, table)
             if not columns:
-                yield {}, self.count(table)
+                yield {}, _count(path)
             elif table.endswith(".parquet"):
                 for rows in read_columns(Storage(str(path.parent)), str(path), "parquet", asked):
                     yield dict(rows.columns), len(rows.numbers)
@@ -172,6 +170,12 @@ def is_image_struct(dtype: pa.DataType) -> bool:
         return False
     names = {dtype.field(index).name for index in range(dtype.num_fields)}
     return names == {"bytes", "path"}
+
+
+def _count(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    return sum(batch.num_rows for batch in _arrow_batches(path))
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
