@@ -144,6 +144,15 @@ def test_without_its_record_a_checkpoint_is_none(root: str) -> None:
     }
 
 
+def test_an_empty_folder_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path))
+    (good,) = save(checkpoints, 5)
+    (tmp_path / "step-00000010.0123456789ab").mkdir()
+    (tmp_path / "mine").mkdir()
+    checkpoints.remove_unfinished()
+    assert {path.name for path in tmp_path.iterdir()} == {good.path, f"{good.path}.json", "mine"}
+
+
 def plant(checkpoints: Checkpoints, made: CheckpointRecord, changes: dict) -> str:
     """Rewrite a checkpoint's record as somebody else might; return its file's name."""
     values = json.loads(checkpoints.storage.read(f"{made.path}.json")) | changes

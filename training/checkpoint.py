@@ -157,10 +157,16 @@ class Checkpoints(SavedCheckpoints):
     def remove_unfinished(self) -> None:
         """Remove the files of killed writers: those under a checkpoint's name without a record."""
         names = {record.path for record in self.committed()}
-        for info in self.storage.list(""):
-            folder, _, rest = info.path.partition("/")
-            if rest and CHECKPOINT_FOLDER.fullmatch(folder) and folder not in names:
+        for folder in self._folders() - names:
+            if CHECKPOINT_FOLDER.fullmatch(folder):
                 self._remove(folder)
+
+    def _folders(self) -> set[str]:
+        if self.storage.is_local:
+            # Not by their files: a process killed before its first or after its last one leaves an empty folder.
+            root = Path(self.storage.root)
+            return {path.name for path in root.iterdir() if path.is_dir()} if root.exists() else set()
+        return {info.path.partition("/")[0] for info in self.storage.list("") if "/" in info.path}
 
     def _make_folder(self, name: str, scratch: contextlib.ExitStack) -> Path:
         """Return the folder to write to: on local disk the final one, since no record names it yet."""
