@@ -103,7 +103,7 @@ class Captioner:
         """
         self.config = _section(CaptionConfig, "caption", options)
         self._columns = image_column, uid_column, captions_column
-        self._engine = blip.Captioner(self.config, captioner_weights(self.config), seed)
+        self._engine = blip.BlipCaptioner(self.config, captioner_weights(self.config), seed)
 
     def caption(
         self, images: Iterable[ImageInput], uids: Iterable[str] | None = None
@@ -112,7 +112,7 @@ class Captioner:
         prepared = _prepare(images, self._engine.prepare, self.config.batch_size, self._engine.device.type)
         captions: list[list[str] | None] = []
         for batch in _batches(_with_uids(prepared, uids), self.config.batch_size):
-            captions += _spread(batch, self._caption_batch)
+            captions += _expanded(batch, self._caption_batch)
         return captions
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Ranker:
         self.config = _rank_section(options)
         self._columns = image_column, captions_column, scores_column
         weights = ranker_weights(self.config.model, self.config.pretrained)
-        self._engine = clip.Ranker(weights, self.config.precision, self.config.batch_size)
+        self._engine = clip.ClipRanker(weights, self.config.precision, self.config.batch_size)
 
     def rank(
         self, images: Iterable[ImageInput], texts: Iterable[Sequence[str] | None]
@@ -158,7 +158,7 @@ class Ranker:
         prepared = _prepare(images, self._pixels, self.config.batch_size, self._engine.device.type)
         scores: list[list[float] | None] = []
         for batch in _batches(_paired(prepared, map(_text_list, texts), "texts"), self.config.batch_size):
-            scores += _spread(batch, self._score_batch)
+            scores += _expanded(batch, self._score_batch)
         return scores
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,12 +200,12 @@ def _section(kind: type[S], where: str, options: Mapping[str, Any]) -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = []
-        for found in error.errors():
-            name = ".".join(map(str, found["loc"]))
-            if found["type"] == "extra_forbidden":
+        for detail in error.errors():
+            name = ".".join(map(str, detail["loc"]))
+            if detail["type"] == "extra_forbidden":
                 lines.append(f"{where} has no option {name!r}{did_you_mean(name, kind.model_fields)}")
             else:
-                lines.append(f"{where}: {name} = {found['input']!r}: {found['msg']}")
+                lines.append(f"{where}: {name} = {detail['input']!r}: {detail['msg']}")
         raise CapfiltError("\n".join(lines)) from None
 
 
@@ -265,7 +265,7 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _spread(
+def _expanded(
     batch: Sequence[tuple[Tensor | None, Item]],
     work: Callable[[Sequence[tuple[Tensor, Item]]], Sequence[Answer]],
 ) -> list[Answer | None]:

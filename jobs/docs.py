@@ -33,10 +33,10 @@ _QUESTION = re.compile(r"(^### ([^\n]+)\n\n```sql\n(.+?)\n```\n\n```text\n)(.+?)
 
 def page(name: str) -> str:
     """Return a page of docs/ with what the code says now between its markers."""
-    before, begin, rest = (FOLDER / name).read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    assert begin and end, f"docs/{name} lacks a marker"
-    return f"{before}{begin}\n\n{PAGES[name]().strip()}\n\n{end}{after}"
+    before, begin_mark, rest = (FOLDER / name).read_text(encoding="utf-8").partition(_BEGIN)
+    _, end_mark, after = rest.partition(_END)
+    assert begin_mark and end_mark, f"docs/{name} lacks a marker"
+    return f"{before}{begin_mark}\n\n{PAGES[name]().strip()}\n\n{end_mark}{after}"
 
 
 def config_tables(config: type[BaseModel]) -> str:
@@ -108,13 +108,13 @@ def ask(corpus: str) -> dict[str, str]:
     from pipeline.corpus.storage import Storage
     from pipeline.manifest.manifest import Manifest
 
-    manifest, comes = Manifest(Storage(corpus)), {}
+    manifest, answers = Manifest(Storage(corpus)), {}
     for _, question, sql, _ in _QUESTION.findall((FOLDER / "manifest.md").read_text(encoding="utf-8")):
         answer = manifest.query(sql)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             print_table(answer.dicts(), answer.columns)
-        comes[question] = printed.getvalue().rstrip("\n")
-    return comes
+        answers[question] = printed.getvalue().rstrip("\n")
+    return answers
 
 
 def main() -> None:
@@ -123,8 +123,8 @@ def main() -> None:
         (FOLDER / name).write_text(page(name), encoding="utf-8")
         print(f"docs/{name}")
     if len(sys.argv) > 1:
-        comes, path = ask(sys.argv[1]), FOLDER / "manifest.md"
-        text = _QUESTION.sub(lambda found: found[1] + comes[found[2]], path.read_text(encoding="utf-8"))
+        answers, path = ask(sys.argv[1]), FOLDER / "manifest.md"
+        text = _QUESTION.sub(lambda match: match[1] + answers[match[2]], path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8")
 
 

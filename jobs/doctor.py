@@ -70,7 +70,7 @@ class Check:
     mend: str = ""
 
 
-def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
+def run_checks(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
     """Return what every check found, worst first: machine, storage, what has to be imported, GPUs and weights."""
     with ThreadPoolExecutor(1 + len(_IMPORTS)) as pool:
         models = pool.submit(_model_checks, config)
@@ -85,10 +85,10 @@ def examine(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
 
 
 def _judged(
-    name: str, ok: bool, found: str, fix: str = "", otherwise: Literal["warn", "fail"] = "fail"
+    name: str, ok: bool, finding: str, fix: str = "", otherwise: Literal["warn", "fail"] = "fail"
 ) -> Check:
     """Return a check; how to fix it is said only where it is not ok."""
-    return Check(name=name, state="ok" if ok else otherwise, found=found, mend="" if ok else fix)
+    return Check(name=name, state="ok" if ok else otherwise, found=finding, mend="" if ok else fix)
 
 
 def _python() -> Check:
@@ -199,8 +199,8 @@ def check_compiler(asked: bool) -> Check:
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     fix = f"workers on a GPU use torch.compile; on every node: apt-get install {version}-dev libc6-dev"
-    found = f"{compiler}: {[*errors, f'exit code {done.returncode}'][0]}"
-    return _judged("compiler", False, found, fix, otherwise)
+    finding = f"{compiler}: {[*errors, f'exit code {done.returncode}'][0]}"
+    return _judged("compiler", False, finding, fix, otherwise)
 
 
 def _scratch() -> Check:
@@ -244,14 +244,14 @@ def _lists(config: CapfiltConfig) -> Iterator[Check]:
     from pipeline.corpus.storage import Storage
     from pipeline.intake.read_lists import check_lists
 
-    def found(source: SourceConfig) -> Check:
+    def check_source(source: SourceConfig) -> Check:
         unread = check_lists(source, config, Records(Storage(config.corpus.path)))
         return _judged(
             "lists", True, f"{source.name}: {unread:,} lists to read" if unread else f"{source.name}: read"
         )
 
     for source in config.source:
-        yield _guarded("lists", partial(found, source), "")
+        yield _guarded("lists", partial(check_source, source), "")
 
 
 def _weights(config: CapfiltConfig) -> list[Check]:
@@ -267,11 +267,11 @@ def _weights(config: CapfiltConfig) -> list[Check]:
         asked["reranker"] = lambda: ranker_weights(rerank.model, rerank.pretrained, "rank.rerank")
     with ThreadPoolExecutor(len(asked)) as pool:
         return list(
-            pool.map(lambda name: _guarded(name, partial(_found_weights, name, asked[name]), ""), asked)
+            pool.map(lambda name: _guarded(name, partial(_weights_check, name, asked[name]), ""), asked)
         )
 
 
-def _found_weights(name: str, load: Callable[[], "Weights"]) -> Check:
+def _weights_check(name: str, load: Callable[[], "Weights"]) -> Check:
     record = load().to_record()
     return _judged(name, True, f"{record.name}, {record.parameters:,} parameters, {record.digest[:12]}")
 

@@ -102,7 +102,7 @@ class RunMonitor:
             if state != before.get(stage, ""):
                 changed.setdefault(state, []).append(stage)
         if changed:
-            self.display.say("; ".join(f"{', '.join(stages)}: {state}" for state, stages in changed.items()))
+            self.display.log("; ".join(f"{', '.join(stages)}: {state}" for state, stages in changed.items()))
         self.display.update(progress.stages)
 
     def _compact(self) -> None:

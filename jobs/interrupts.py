@@ -82,10 +82,10 @@ class Interrupts:
         """
         set_handler = signal.signal
 
-        def refuse(number: int, handler: Any) -> Any:
+        def keep_sigterm(number: int, handler: Any) -> Any:
             return signal.getsignal(number) if number == signal.SIGTERM else set_handler(number, handler)
 
-        signal.signal = refuse  # type: ignore[assignment]
+        signal.signal = keep_sigterm  # type: ignore[assignment]
         self._is_delayed = True
         try:
             yield
@@ -133,7 +133,7 @@ class Interrupts:
             os._exit(self.exit_code)
         words = self._words[self.count - 1]
         again = "" if self.count == 1 else " again"
-        self.say(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
+        self.log(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
         if self._pass_on is not None:
             self._pass_on()
         else:
@@ -155,7 +155,7 @@ class Interrupts:
             self._again.daemon = True
             self._again.start()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line on standard error, whatever the process was doing."""
         if self._is_quiet:
             return

@@ -46,7 +46,7 @@ _STOP_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RankOutcome:
     """How a rank ended, or all of them. Its values can be sent between processes."""
 
     kind: Literal["ended", "refused", "stopped", "fault", "interrupted", "lost"]
@@ -63,7 +63,7 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
+def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
     """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
     size = num_ranks(config)
     if size == 1:
@@ -100,16 +100,16 @@ def device_of(local_rank: int) -> torch.device:
 
 def train_rank(
     config: PretrainConfig, run: RunRecord, device: torch.device, interrupts: Interrupts
-) -> Outcome:
+) -> RankOutcome:
     """Train as the rank that the environment describes; return how it ended, whatever happens."""
     try:
         world = World.join(device, TIMEOUT_S)
     except distributed.DistError as error:
-        return Outcome(kind="lost", text=f"rank {os.environ['RANK']} could not reach the others: {error}")
+        return RankOutcome(kind="lost", text=f"rank {os.environ['RANK']} could not reach the others: {error}")
     try:
         return train_as(world, config, run, interrupts.asked)
     finally:
-        world.leave()
+        world.close()
 
 
 def train_as(
@@ -118,29 +118,31 @@ def train_as(
     run: RunRecord,
     stop_asked: Callable[[], bool] = lambda: False,
     log: Callable[[str], None] = log,
-) -> Outcome:
+) -> RankOutcome:
     """Train as one rank of a world; return how it ended, whatever happens."""
     try:
-        return Outcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, log=log))
+        return RankOutcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, log=log))
     except KeyboardInterrupt:
-        return Outcome(kind="interrupted")
+        return RankOutcome(kind="interrupted")
     except CapfiltError as error:
-        return Outcome(kind="refused", text=str(error))
+        return RankOutcome(kind="refused", text=str(error))
     except LostRankError as error:
-        return Outcome(kind="lost", text=str(error))
+        return RankOutcome(kind="lost", text=str(error))
     except TrainingStopped as error:
-        return Outcome(kind="stopped", text=str(error))
+        return RankOutcome(kind="stopped", text=str(error))
     except Exception as error:
         lost = isinstance(error, RuntimeError) and is_lost_rank(error)
-        return Outcome(kind="lost" if lost else "fault", text=str(error) if lost else traceback.format_exc())
+        return RankOutcome(
+            kind="lost" if lost else "fault", text=str(error) if lost else traceback.format_exc()
+        )
 
 
-def worst_outcome(outcomes: Sequence[Outcome]) -> Outcome:
+def worst_outcome(outcomes: Sequence[RankOutcome]) -> RankOutcome:
     """Return the most severe outcome: a rank's own error takes precedence over "lost contact with another"."""
     return min(outcomes, key=lambda outcome: _SEVERITY.index(outcome.kind))
 
 
-def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> Outcome:
+def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> RankOutcome:
     """Start all ranks and wait for them; when one fails, the others get some time, then are killed."""
     context = _context()
     port = _free_port()
@@ -159,7 +161,7 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Inte
         if interrupts.count:  # the signal came before all of them were there to hear it
             _ask_to_stop(processes)
         outcome = worst_outcome(_outcomes(processes, receivers))
-    return Outcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
+    return RankOutcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome
 
 
 def _context() -> SpawnContext | ForkServerContext:
@@ -179,9 +181,9 @@ def _context() -> SpawnContext | ForkServerContext:
     return context
 
 
-def _outcomes(processes: list[BaseProcess], receivers: list[Connection]) -> list[Outcome]:
+def _outcomes(processes: list[BaseProcess], receivers: list[Connection]) -> list[RankOutcome]:
     """Return how each rank ended, in order of rank."""
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, RankOutcome] = {}
     deadline = float("inf")
     while len(outcomes) < len(processes):
         waiting: dict[Any, int] = {
@@ -200,7 +202,7 @@ def _outcomes(processes: list[BaseProcess], receivers: list[Connection]) -> list
     return [outcomes[rank] for rank in range(len(processes))]
 
 
-def _outcome_of(rank: int, process: BaseProcess, receiver: Connection) -> Outcome:
+def _outcome_of(rank: int, process: BaseProcess, receiver: Connection) -> RankOutcome:
     process.join()
     try:
         return receiver.recv()
@@ -211,7 +213,7 @@ def _outcome_of(rank: int, process: BaseProcess, receiver: Connection) -> Outcom
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-        return Outcome(kind="lost", text=f"rank {rank} {how}")
+        return RankOutcome(kind="lost", text=f"rank {rank} {how}")
 
 
 def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sender: Connection) -> None:
@@ -236,7 +238,7 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
             arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
             outcome = train_rank(*arguments, device_of(rank), interrupts)
         except KeyboardInterrupt:
-            outcome = Outcome(kind="interrupted")
+            outcome = RankOutcome(kind="interrupted")
     with suppress(OSError):  # the parent is gone
         sender.send(outcome)
         sender.close()

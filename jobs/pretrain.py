@@ -3,7 +3,7 @@
 import os
 
 from jobs.interrupts import Interrupts
-from jobs.launcher import Outcome, train_here
+from jobs.launcher import RankOutcome, train_here
 from jobs.run_record import begin_run
 from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.manifest.manifest import Manifest
@@ -53,7 +53,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
     try:
         outcome = _train(config, run, interrupts)
     except KeyboardInterrupt:
-        outcome = Outcome(kind="interrupted")
+        outcome = RankOutcome(kind="interrupted")
     finally:
         with interrupts.ignored():
             _note_end(config, run, outcome)
@@ -69,7 +69,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
     return outcome.summary
 
 
-def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Outcome:
+def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
     # A submitted job is told its cluster by Ray itself.
     if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
         from jobs.cluster.train import train_on_ray
@@ -78,7 +78,7 @@ def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Ou
     return train_here(config, run, interrupts)
 
 
-def _note_end(config: PretrainConfig, run: RunRecord, outcome: Outcome | None) -> None:
+def _note_end(config: PretrainConfig, run: RunRecord, outcome: RankOutcome | None) -> None:
     """Write the run's end beside its start; of a run that was refused there is neither."""
     ended: RunOutcome = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
     if outcome and outcome.summary:

@@ -252,10 +252,10 @@ def _read_lists(
 ) -> bool:
     """Read the lists, or queue the retries; return whether that made new url shards."""
     if options.retry is not None:
-        taken = queue_retries(config, records, started.run_id, retried_reasons(options.retry))
+        intakes = queue_retries(config, records, started.run_id, retried_reasons(options.retry))
     else:
-        taken = read_lists(config, records, started.run_id)
-    new = [intake for intake in taken if intake.record is not None]
+        intakes = read_lists(config, records, started.run_id)
+    new = [intake for intake in intakes if intake.record is not None]
     if new:
         records.write_run(started)
     if not options.quiet:

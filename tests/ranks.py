@@ -33,4 +33,4 @@ def _run(rank: int, size: int, port: int, function: Callable[..., Any], argument
     try:
         return function(world, *arguments)
     finally:
-        world.leave()
+        world.close()

@@ -28,7 +28,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.preprocess import normalise
-from pipeline.models.blip.captioner import Captioner, RawCaption
+from pipeline.models.blip.captioner import BlipCaptioner, RawCaption
 from pipeline.models.blip.nucleus import Nucleus, draw, nucleus
 from pipeline.models.weights import captioner_weights
 from pipeline.rng import stream_seed, uniforms
@@ -53,12 +53,12 @@ def images() -> list:
     return [encoded(picture(seed)) for seed in range(NUM_IMAGES)]
 
 
-def captioner(folder: Path, seed: int = 0, **values: object) -> Captioner:
+def captioner(folder: Path, seed: int = 0, **values: object) -> BlipCaptioner:
     config = CaptionConfig(model=str(folder), **values)
-    return Captioner(config, captioner_weights(config), seed)
+    return BlipCaptioner(config, captioner_weights(config), seed)
 
 
-def in_batches(one: Captioner, images: list, order: list[int], size: int) -> dict[str, list[RawCaption]]:
+def in_batches(one: BlipCaptioner, images: list, order: list[int], size: int) -> dict[str, list[RawCaption]]:
     captions = {}
     for start in range(0, len(order), size):
         batch = order[start : start + size]

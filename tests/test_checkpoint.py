@@ -14,7 +14,7 @@ from pipeline.corpus.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import CheckpointRecord
 from tests.processes import ROOT
-from training.checkpoint import Checkpoints, DamagedCheckpointError, Progress, State, read_model
+from training.checkpoint import Checkpoints, DamagedCheckpointError, State, TrainingProgress, read_model
 
 FOR_RECORD = {"run_id": "r", "metrics": {"loss": 1.5}}
 
@@ -22,7 +22,7 @@ FOR_RECORD = {"run_id": "r", "metrics": {"loss": 1.5}}
 def state(step: int) -> State:
     values = torch.arange(12.0).reshape(3, 4) + step
     return State(
-        progress=Progress(
+        progress=TrainingProgress(
             step=step,
             samples=step * 8,
             snapshot="f" * 64,

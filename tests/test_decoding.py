@@ -22,7 +22,7 @@ from transformers import (
 import pipeline.models.blip.decoder
 import pipeline.models.blip.generation
 from jobs.bench.fixtures.compute import counted_flops
-from pipeline.models.blip.decoder import Decoder, PackedLinear
+from pipeline.models.blip.decoder import BlipDecoder, PackedLinear
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.blip.nucleus import largest_by_blocks
 from pipeline.models.blip.vision import ImageKeysValues, VisionTower
@@ -39,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BlipForConditionalGenerat
 
 
 @pytest.fixture(scope="module")
-def decoder(model: BlipForConditionalGeneration) -> Decoder:
-    return Decoder(model.text_decoder).eval()
+def decoder(model: BlipForConditionalGeneration) -> BlipDecoder:
+    return BlipDecoder(model.text_decoder).eval()
 
 
 @functools.cache
@@ -131,7 +131,7 @@ OPTIONS = [
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 @pytest.mark.parametrize("images", [1, 2, 7])
 def test_samples_what_transformers_samples(
-    model: BlipForConditionalGeneration, decoder: Decoder, options: dict, prompt: list[int], images: int
+    model: BlipForConditionalGeneration, decoder: BlipDecoder, options: dict, prompt: list[int], images: int
 ) -> None:
     config = CaptionConfig(**options)
     image_BPE = features(model, images)
@@ -169,7 +169,7 @@ def teacher_forced(model: BlipForConditionalGeneration, tokens_RL: Tensor, image
 
 @pytest.mark.parametrize("sampler", [RowSampler, functools.partial(GridSampler, num_images=1)])
 def test_logits_are_transformers(
-    model: BlipForConditionalGeneration, decoder: Decoder, recorded: list, sampler: type
+    model: BlipForConditionalGeneration, decoder: BlipDecoder, recorded: list, sampler: type
 ) -> None:
     config, prompt = CaptionConfig(), PROMPTS[1]
     image_BPE = VisionTower(model.vision_model)(pixels(1))
@@ -186,7 +186,7 @@ def test_logits_are_transformers(
 
 
 def test_a_row_is_computed_for_each_distinct_unfinished_caption(
-    model: BlipForConditionalGeneration, decoder: Decoder, recorded: list
+    model: BlipForConditionalGeneration, decoder: BlipDecoder, recorded: list
 ) -> None:
     config = CaptionConfig(num_captions=40, top_k=3, temperature=0.5, min_length=0)
     said_BNT = RowSampler(decoder, [START_ID], config)(features(model, 2), numbers(2, 40, 19))
@@ -205,7 +205,9 @@ def test_a_row_is_computed_for_each_distinct_unfinished_caption(
     assert sum(rows[1:]) < 0.8 * unfinished, "captions of few likely tokens share their beginnings"
 
 
-def test_an_image_is_projected_once_a_layer(model: BlipForConditionalGeneration, decoder: Decoder) -> None:
+def test_an_image_is_projected_once_a_layer(
+    model: BlipForConditionalGeneration, decoder: BlipDecoder
+) -> None:
     projected: list[tuple[int, ...]] = []
 
     def record(_: ImageKeysValues, inputs: tuple[Tensor, ...], keys_values: Tensor) -> None:
@@ -243,7 +245,7 @@ def test_the_image_text_matching_model_reads_the_same_tower_and_keys(
 
 
 def test_the_operations_are_those_of_the_rows(
-    model: BlipForConditionalGeneration, decoder: Decoder, recorded: list
+    model: BlipForConditionalGeneration, decoder: BlipDecoder, recorded: list
 ) -> None:
     image_BPE, config, uniforms_BNT = features(model, 4), CaptionConfig(), numbers(4, 10, 19)
     flops = counted_flops(lambda: RowSampler(decoder, [START_ID], config)(image_BPE, uniforms_BNT))
@@ -264,13 +266,13 @@ def test_bfloat16_is_no_further_off_than_transformers(
     model: BlipForConditionalGeneration, recorded: list
 ) -> None:
     config, image_BPE = CaptionConfig(), features(model, 1)
-    RowSampler(Decoder(model.text_decoder).eval(), [START_ID], config)(image_BPE, numbers(1, 10, 19))
+    RowSampler(BlipDecoder(model.text_decoder).eval(), [START_ID], config)(image_BPE, numbers(1, 10, 19))
     rows = [row for tokens_RL, _ in recorded for row in tokens_RL]
     exact = [teacher_forced(model, row[None], image_BPE)[0] for row in rows]
     lowered = BlipForConditionalGeneration(model.config).eval()
     lowered.load_state_dict(model.state_dict())
     lowered = lowered.bfloat16()
-    decoder = Decoder(lowered.text_decoder).eval()
+    decoder = BlipDecoder(lowered.text_decoder).eval()
     image_kv = decoder.image_keys_values(image_BPE.bfloat16())
     ours, theirs = [], []
     with torch.inference_mode():
@@ -295,7 +297,7 @@ def test_one_compilation_serves_all_layers(
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, backend=backend, **k))
     torch._dynamo.reset()
-    decoder = Decoder(model.text_decoder, compiled=True).eval()
+    decoder = BlipDecoder(model.text_decoder, compiled=True).eval()
     tower = VisionTower(model.vision_model, compiled_batch=3)
     config, image_BPE = CaptionConfig(), features(model, 3)
     assert torch.allclose(tower(pixels(3)), image_BPE, atol=1e-5)
@@ -330,7 +332,7 @@ def test_packed_layers_compute_the_same(rows: int) -> None:
 
 
 def test_samplers_keep_nothing_of_the_last_batch(
-    model: BlipForConditionalGeneration, decoder: Decoder
+    model: BlipForConditionalGeneration, decoder: BlipDecoder
 ) -> None:
     config = CaptionConfig()
     one = GridSampler(decoder, [START_ID], config, 4)

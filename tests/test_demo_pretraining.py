@@ -27,7 +27,7 @@ from schemas.tables import CURATED, SAMPLES
 from training.data.loader import TrainingData
 from training.data.snapshot import take_snapshot
 from training.evaluate.annotations import read_captioned_images
-from training.evaluate.images import ImageFolder
+from training.evaluate.images import BenchmarkImages
 from training.models.language import load_language
 
 pytestmark = pytest.mark.training
@@ -110,7 +110,7 @@ def test_held_out_scenes_are_a_benchmark_that_evaluate_reads(tmp_path: Path) -> 
     write_benchmark(held_out, tmp_path)
     images = read_captioned_images(str(tmp_path / ANNOTATIONS))
     assert [image.captions for image in images] == [tuple(sample.captions) for sample in held_out.samples]
-    pictures = ImageFolder(str(tmp_path), 64)
+    pictures = BenchmarkImages(str(tmp_path), 64)
     for image, sample in zip(images, held_out.samples, strict=True):
         assert torch.equal(pictures.pixels(image.file), sample.pixels_CHW)
 

@@ -82,7 +82,7 @@ def test_alone_needs_no_process_group() -> None:
     tensors = [torch.ones(2)]
     world.all_reduce_sum_(tensors)
     world.barrier()
-    world.leave()
+    world.close()
     assert (world.all_or_raise(lambda: 3), world.broadcast_object(lambda: 4)) == (3, 4)
     assert tensors[0].tolist() == [1, 1]
     assert world.all_gather(tensors[0]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]

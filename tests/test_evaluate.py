@@ -17,14 +17,14 @@ from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
-from training.checkpoint import Checkpoints, Progress, State
+from training.checkpoint import Checkpoints, State, TrainingProgress
 from training.convert.export import export_model
 from training.convert.load import load_trained
 from training.data.held_out import HeldOut
 from training.data.transforms import blip_caption
 from training.evaluate.captioning import caption_scores
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
-from training.evaluate.images import ImageFolder
+from training.evaluate.images import BenchmarkImages
 from training.evaluate.retrieval import Stage1Matcher, contrastive_lists, retrieve
 from training.evaluate.validation import validate
 
@@ -265,7 +265,7 @@ def test_probe_of_stage2(stage2: Stage2) -> None:
 
 def test_pictures_are_squeezed_whole_by_pillow(tmp_path: Path) -> None:
     Image.fromarray(pictures(1, 64)[0].permute(1, 2, 0).numpy()).resize((90, 41)).save(tmp_path / "a.png")
-    pixels_CHW = ImageFolder(str(tmp_path), 32).pixels("a.png")
+    pixels_CHW = BenchmarkImages(str(tmp_path), 32).pixels("a.png")
     with Image.open(tmp_path / "a.png") as image:
         expected = image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert pixels_CHW.permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
@@ -276,13 +276,13 @@ def test_pictures_come_in_order_and_a_missing_one_is_told(tmp_path: Path) -> Non
     for n, pixels_CHW in enumerate(pictures(5)):
         files.append(f"{n}.png")
         Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy()).save(tmp_path / files[-1])
-    found = torch.cat(list(ImageFolder(str(tmp_path), 32).batches(files, 2)))
+    found = torch.cat(list(BenchmarkImages(str(tmp_path), 32).batches(files, 2)))
     assert torch.equal(found, pictures(5))
     with pytest.raises(CapfiltError, match=r"absent.jpg: no such image; --images must be"):
-        list(ImageFolder(str(tmp_path), 32).batches([*files, "absent.jpg"], 2))
+        list(BenchmarkImages(str(tmp_path), 32).batches([*files, "absent.jpg"], 2))
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(CapfiltError, match=r"bad.jpg does not decode"):
-        ImageFolder(str(tmp_path), 32).pixels("bad.jpg")
+        BenchmarkImages(str(tmp_path), 32).pixels("bad.jpg")
 
 
 # -- models and commands -----------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def save_checkpoint(stage1: Stage1, folder: Path, **vision: str) -> None:
     """Save what a run would have saved, with its image encoder elsewhere perhaps."""
     config = stage1.config.model_dump(mode="json")
     config["vision"] |= vision
-    progress = Progress(step=2, samples=16, snapshot="f" * 64, config=config, world_size=1)
+    progress = TrainingProgress(step=2, samples=16, snapshot="f" * 64, config=config, world_size=1)
     state = State(progress=progress, model=stage1.trainable_state(), optimizer={})
     Checkpoints(str(folder)).save(
         state, run_id="r", metrics={}, asynchronous=False, keep_last=1, committed=lambda _: None

@@ -16,7 +16,7 @@ from training.evaluate.annotations import (
     require_enough_answers,
 )
 from training.evaluate.captioning import caption_scores, score_captions
-from training.evaluate.images import ImageFolder
+from training.evaluate.images import BenchmarkImages
 from training.evaluate.ptb_tokenizer import caption_words
 from training.evaluate.vqa import (
     clean_answer,
@@ -494,7 +494,7 @@ def test_answers_beside_a_file_that_holds_its_own_are_refused(tmp_path: Path) ->
 
 def test_missing_images_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    pictures = ImageFolder(str(tmp_path), 32)
+    pictures = BenchmarkImages(str(tmp_path), 32)
     pictures.require_all(["a.jpg"])
     with pytest.raises(CapfiltError, match=r"b\.jpg: no such image, and 1 others are missing; --images must"):
         pictures.require_all(["a.jpg", "b.jpg", "c.jpg", "b.jpg"])
@@ -507,5 +507,5 @@ def test_annotations_name_images_of_their_folder_alone(tmp_path: Path, file: str
     picture(1).save(tmp_path / "own.png")
     (tmp_path / "images").mkdir()
     with pytest.raises(CapfiltError, match="leads outside its folder"):
-        ImageFolder(str(tmp_path / "images"), 8).pixels(file.format(folder=tmp_path))
-    assert ImageFolder(str(tmp_path), 8).pixels("./own.png").shape == (3, 8, 8)
+        BenchmarkImages(str(tmp_path / "images"), 8).pixels(file.format(folder=tmp_path))
+    assert BenchmarkImages(str(tmp_path), 8).pixels("./own.png").shape == (3, 8, 8)

@@ -19,11 +19,11 @@ from transformers import BlipForConditionalGeneration
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
-from pipeline.models.blip.captioner import Captioner
-from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.captioner import BlipCaptioner
+from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NOT_FINITE, GridSampler, RowSampler
 from pipeline.models.checks import require_finite_weights
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.rng import caption_seeds, uniforms
 from pipeline.stages.caption import CaptionWorker
@@ -49,13 +49,13 @@ def with_one(value: float) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.index_put((torch.tensor([tensor.shape[0] - 1]),), torch.tensor(value))
 
 
-def captioner(folder: Path) -> Captioner:
+def captioner(folder: Path) -> BlipCaptioner:
     config = CaptionConfig(model=str(folder))
-    return Captioner(config, captioner_weights(config), 0)
+    return BlipCaptioner(config, captioner_weights(config), 0)
 
 
-def ranker(folder: Path) -> Ranker:
-    return Ranker(ranker_weights(f"local-dir:{folder}", ""), "auto")
+def ranker(folder: Path) -> ClipRanker:
+    return ClipRanker(ranker_weights(f"local-dir:{folder}", ""), "auto")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BlipForConditionalGenerat
 def test_samplers_mark_the_samples_whose_logits_are_not_finite(
     model: BlipForConditionalGeneration, value: float
 ) -> None:
-    decoder, config = Decoder(model.text_decoder).eval(), CaptionConfig(num_captions=3)
+    decoder, config = BlipDecoder(model.text_decoder).eval(), CaptionConfig(num_captions=3)
     image_BPE = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1))
     numbers = torch.from_numpy(uniforms(caption_seeds(3, ["a", "b", "c"], 3), 19))
     expected = RowSampler(decoder, [START_ID], config)(image_BPE, numbers)
@@ -141,7 +141,7 @@ def test_samplers_mark_the_samples_whose_logits_are_not_finite(
 def test_logits_that_break_in_the_middle_of_a_caption_are_marked(
     model: BlipForConditionalGeneration, sampler: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, config = Decoder(model.text_decoder).eval(), CaptionConfig(num_captions=2)
+    decoder, config = BlipDecoder(model.text_decoder).eval(), CaptionConfig(num_captions=2)
     logits, calls = decoder.logits, []
 
     def breaking(hidden: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_sound_embeddings_are_normalised_as_torch_does() -> None:
     embeddings = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)) * 10
     embeddings[3] = 0
     embeddings[4] *= 1e-20
-    assert torch.equal(Ranker._embed(lambda inputs: inputs, embeddings), normalize(embeddings, dim=-1))
+    assert torch.equal(ClipRanker._embed(lambda inputs: inputs, embeddings), normalize(embeddings, dim=-1))
 
 
 # -- scores that older versions stored ---------------------------------------------------------------------------

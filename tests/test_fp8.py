@@ -22,9 +22,9 @@ import pipeline.models.blip.vision
 import pipeline.models.clip.ranker
 from jobs.bench.fp8 import Results, changes, measure_fp8
 from pipeline.candidates import Candidate
-from pipeline.models.blip.captioner import Captioner
+from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.clip.loader import load_clip
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.clip.towers import image_encoder
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.transformers_loader import load_model
@@ -60,13 +60,13 @@ def ranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_ranker(tmp_path_factory.mktemp("ranker"))
 
 
-def captioner(folder: Path, precision: str) -> Captioner:
+def captioner(folder: Path, precision: str) -> BlipCaptioner:
     config = CaptionConfig(model=str(folder), precision=precision)
-    return Captioner(config, captioner_weights(config), 7)
+    return BlipCaptioner(config, captioner_weights(config), 7)
 
 
-def ranker(folder: Path, precision: str) -> Ranker:
-    return Ranker(ranker_weights(f"local-dir:{folder}", ""), precision)
+def ranker(folder: Path, precision: str) -> ClipRanker:
+    return ClipRanker(ranker_weights(f"local-dir:{folder}", ""), precision)
 
 
 def noise(*shape: int) -> Tensor:
@@ -79,9 +79,9 @@ def noise(*shape: int) -> Tensor:
 def test_a_cpu_is_refused_before_any_weight_is_read() -> None:
     nowhere = Weights(kind="captioner", name="x", revision="", path="nowhere", digest="", files={})
     with pytest.raises(CapfiltError) as caption_error:
-        Captioner(CaptionConfig(precision="fp8"), nowhere, 0)
+        BlipCaptioner(CaptionConfig(precision="fp8"), nowhere, 0)
     with pytest.raises(CapfiltError) as rank_error:
-        Ranker(nowhere, "fp8")
+        ClipRanker(nowhere, "fp8")
     for stage, error in (("caption", caption_error), ("rank", rank_error)):
         message = str(error.value)
         assert f'{stage}.precision = "fp8"' in message and platform.node() in message

@@ -40,7 +40,7 @@ def test_what_a_signal_says_stands_above_a_live_table(monkeypatch: pytest.Monkey
     with Interrupts("soon") as interrupts, Live("a table", console=console, auto_refresh=False):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-        interrupts.say("and more")
+        interrupts.log("and more")
     assert "capfilt: SIGTERM: stopping; soon\ncapfilt: and more\na table" in re.sub(
         r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", terminal.getvalue()
     ).replace("a tablecapfilt", "capfilt")

@@ -19,8 +19,8 @@ from tiny_models import IMAGE_PX, save_captioner, save_ranker, tokenizer
 from transformers import AutoTokenizer, BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from pipeline.models import clip_config
-from pipeline.models.blip.captioner import Captioner
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.blip.captioner import BlipCaptioner
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.model_files import read_object, safetensors_header, weight_files
 from pipeline.models.transformers_loader import load_tokenizer
 from pipeline.models.weights import captioner_weights, ranker_weights
@@ -57,13 +57,13 @@ def edit(path: Path, **values: Any) -> None:
 # -- what loads a model folder ---------------------------------------------------------------------------------
 
 
-def caption(models: Path) -> Captioner:
+def caption(models: Path) -> BlipCaptioner:
     config = CaptionConfig(model=str(models / "captioner"), max_length=8, min_length=2)
-    return Captioner(config, captioner_weights(config), 0)
+    return BlipCaptioner(config, captioner_weights(config), 0)
 
 
-def rank(models: Path) -> Ranker:
-    return Ranker(ranker_weights(f"local-dir:{models / 'ranker'}", ""), "fp32")
+def rank(models: Path) -> ClipRanker:
+    return ClipRanker(ranker_weights(f"local-dir:{models / 'ranker'}", ""), "fp32")
 
 
 def see(models: Path) -> object:

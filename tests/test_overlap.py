@@ -18,7 +18,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.models.weights import captioner_weights
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.plan import ModelDigests
-from pipeline.stages.progress import Outcome
+from pipeline.stages.progress import ShardOutcome
 from pipeline.stages.runner import RunSettings, RWLock, ShardRunner
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
@@ -138,9 +138,9 @@ def watched() -> type[Watched]:
     return Watched
 
 
-def caption_both(corpus: SyntheticCorpus) -> dict[str, Outcome]:
+def caption_both(corpus: SyntheticCorpus) -> dict[str, ShardOutcome]:
     """Have one runner caption both shards, each in a thread of its own, at once; return the outcomes."""
-    outcomes: list[Outcome] = []
+    outcomes: list[ShardOutcome] = []
     models: ModelDigests = {"caption": (captioner_weights(corpus.config.caption).digest,)}
     runner = ShardRunner(
         "caption",

@@ -13,7 +13,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.images.decode import decode_rgb
 from pipeline.images.preprocess import decode_pixels
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import ranker_weights
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
@@ -34,11 +34,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_ranker(tmp_path_factory.mktemp("ranker"), bert=request.param == "bert")
 
 
-def ranker(folder: Path) -> Ranker:
-    return Ranker(ranker_weights(f"local-dir:{folder}", ""), "auto")
+def ranker(folder: Path) -> ClipRanker:
+    return ClipRanker(ranker_weights(f"local-dir:{folder}", ""), "auto")
 
 
-def score_images(one: Ranker, images: list, texts: list[list[str]]) -> list:
+def score_images(one: ClipRanker, images: list, texts: list[list[str]]) -> list:
     levels = [decode_pixels(encoded(image), [one.preprocess], "exact") for image in images]
     return one.score_pixels(torch.stack([found for (found,) in levels]), texts)
 
@@ -78,7 +78,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
 def test_lower_precision_gives_nearly_the_same_scores(folder: Path) -> None:
     weights = ranker_weights(f"local-dir:{folder}", "")
     images = [picture(seed) for seed in range(4)]
-    whole, half = (score_images(Ranker(weights, name), images, TEXTS) for name in ("fp32", "bf16"))
+    whole, half = (score_images(ClipRanker(weights, name), images, TEXTS) for name in ("fp32", "bf16"))
     for row, other in zip(whole, half, strict=True):
         for one, two in zip(row, other, strict=True):
             assert one.similarity == pytest.approx(two.similarity, abs=0.02)

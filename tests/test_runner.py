@@ -7,7 +7,7 @@ import pytest
 
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
-from pipeline.stages.progress import Outcome, ProgressCounter
+from pipeline.stages.progress import ProgressCounter, ShardOutcome
 from pipeline.stages.runner import RunSettings, ShardRunner, load_worker
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -27,9 +27,9 @@ def corpus(tmp_path: Path) -> Corpus:
     return corpus
 
 
-def select(corpus: Corpus, *failures: Exception) -> tuple[Outcome, int]:
+def select(corpus: Corpus, *failures: Exception) -> tuple[ShardOutcome, int]:
     """Run the selection with a worker whose first calls fail; return the outcome, and how often it was loaded."""
-    outcomes: list[Outcome] = []
+    outcomes: list[ShardOutcome] = []
     left, loads = list(failures), []
 
     def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
@@ -94,7 +94,7 @@ def test_a_storage_that_does_not_answer_is_waited_for(corpus: Corpus, outages: i
                 raise TimeoutError("the bucket does not answer")
             return super().read(stage, source, shard)
 
-    outcomes: list[Outcome] = []
+    outcomes: list[ShardOutcome] = []
     runner = ShardRunner(
         "select",
         RunSettings(config=corpus.config, models={}, run_id=RUN),
@@ -113,7 +113,7 @@ def test_a_run_gives_up_where_too_many_shards_fail() -> None:
     counter = ProgressCounter()
 
     def finish(number: int, state: str) -> bool:
-        counter.note(Outcome(stage="crawl", source="cc", shard=f"{number:05d}", state=state))
+        counter.note(ShardOutcome(stage="crawl", source="cc", shard=f"{number:05d}", state=state))
         return RunMonitor.has_failed_too_often(counter.snapshot())
 
     assert [finish(number, "quarantined") for number in range(21)] == [False] * 20 + [True]

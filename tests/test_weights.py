@@ -454,7 +454,7 @@ import io
 import json
 import numpy as np
 from PIL import Image
-from pipeline.models.blip.captioner import Captioner
+from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.weights import captioner_weights
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
@@ -463,7 +463,7 @@ weights = captioner_weights(config)
 image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
 data = io.BytesIO()
 image.save(data, "PNG")
-captions = Captioner(config, weights, 0)([data.getvalue()], ["00"])
+captions = BlipCaptioner(config, weights, 0)([data.getvalue()], ["00"])
 try:
     captioner_weights(config.model_copy(update={"revision": "1" * 40}))
 except CapfiltError as error:
@@ -494,11 +494,11 @@ def test_openai_clip_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     code = """
 import json
 import torch
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
 weights = ranker_weights("ViT-L-14", "openai")
-ranker = Ranker(weights, "fp32")
+ranker = ClipRanker(weights, "fp32")
 pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
 scores = ranker.score_pixels(pixels, [["a dog", "word " * 80]])[0]
 activation = type(ranker._encode_text._last._mlp.gelu).__name__

@@ -47,7 +47,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress(Json):
+class TrainingProgress(Json):
     """The progress of a run: with the seed in its config, all that sampling, crops and dropout depend on."""
 
     step: Count
@@ -62,7 +62,7 @@ class Progress(Json):
 class State:
     """The content of a checkpoint."""
 
-    progress: Progress
+    progress: TrainingProgress
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
@@ -227,7 +227,7 @@ def _copied_tensors(state: State) -> dict[str, Tensor]:
     }
 
 
-def _write_state(tensors: Mapping[str, Tensor], progress: Progress, folder: Path) -> None:
+def _write_state(tensors: Mapping[str, Tensor], progress: TrainingProgress, folder: Path) -> None:
     (folder / _PROGRESS).write_text(progress.to_json())
     # The model is in a file of its own: stage 2, exports and evaluation then read a third of the bytes.
     files = {name: 1 if name.startswith(_MODEL) else 2 for name in tensors}
@@ -250,7 +250,7 @@ def _read_state(folder: Path, record: CheckpointRecord) -> State:
                 # A copy: the tensor itself is memory mapped from the file, which may be deleted before it.
                 kind[tensor.partition(".")[2]] = file.get_tensor(tensor).clone()
     try:
-        progress = Progress.from_json((folder / _PROGRESS).read_bytes())
+        progress = TrainingProgress.from_json((folder / _PROGRESS).read_bytes())
     except ValueError as error:
         raise ValueError(f"{_PROGRESS}: {error}") from error
     return State(progress=progress, model=model, optimizer=optimizer)

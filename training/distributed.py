@@ -79,7 +79,7 @@ class World:
             )
         return cls(device)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close the process group, if there is one."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

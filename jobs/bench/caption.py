@@ -23,7 +23,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, one_thread, peak_memory, seconds
+from jobs.bench.fixtures.compute import (
+    counted_flops,
+    device_seconds_by_variant,
+    matmul_rate,
+    one_thread,
+    peak_memory,
+    seconds,
+)
 from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.machine import median_ratio
 from jobs.bench.fixtures.models import (
@@ -39,7 +46,7 @@ from jobs.bench.fixtures.pictures import jpegs
 from jobs.bench.rank import open_clip_side, similarities
 from jobs.bench.shard import Stages
 from pipeline.corpus.scratch import temporary_folder
-from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.device import compute_dtype, device_name, worker_device
 from pipeline.prefetch import decode_threads, prefetch_map
@@ -107,8 +114,8 @@ def _uniforms(model: BlipForConditionalGeneration, images: int) -> Tensor:
 def _sampler(
     model: BlipForConditionalGeneration, images: int, grid: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the engine: on a grid as the Captioner builds it on a GPU, else by rows as on a CPU."""
-    decoder = Decoder(model.text_decoder, compiled=grid and model.device.type == "cuda").eval()
+    """Return the engine: on a grid as BlipCaptioner builds it on a GPU, else by rows as on a CPU."""
+    decoder = BlipDecoder(model.text_decoder, compiled=grid and model.device.type == "cuda").eval()
     prompt_ids = [model.config.text_config.bos_token_id]
     if grid:
         return GridSampler(decoder, prompt_ids, CaptionConfig(), images)
@@ -180,7 +187,7 @@ def _decode(
 
     tokens_BNT = capfilt()
     reference()
-    timed = in_turn({"capfilt": capfilt, "reference": reference}, rounds, model.device)
+    timed = device_seconds_by_variant({"capfilt": capfilt, "reference": reference}, rounds, model.device)
     return {
         f"decode_ratio{suffix}": median_ratio(timed["reference"], timed["capfilt"], 2),
         f"decode{suffix}_mean_tokens": round(float((tokens_BNT != NO_TOKEN).sum(-1).double().mean()), 2),
@@ -206,7 +213,7 @@ def _top_two(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
         run()
         took_s[size] = seconds(run, device)
     batch = min(took_s, key=lambda size: took_s[size])
-    timed = in_turn(
+    timed = device_seconds_by_variant(
         {"capfilt": capfilt, "reference": partial(reference, files, batch)},
         rounds,
         device,

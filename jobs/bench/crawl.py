@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.bench.fixtures.corpus import list_config, shard_task, write_url_list
-from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_way
+from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from jobs.bench.fixtures.server import serving
 from pipeline.corpus.records import Records
@@ -31,7 +31,7 @@ def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
     pictures = jpegs(size_px)
     with temporary_folder() as folder, serving(pictures) as host:
         config, tasks = _tasks(folder, host, images, _ROUNDS + 1)
-        costs = costs_by_way(
+        costs = costs_by_variant(
             {"capfilt": _crawl, "img2dataset": _download}, [(config, task) for task in tasks]
         )
     capfilt, reference = costs["capfilt"], costs["img2dataset"]

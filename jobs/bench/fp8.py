@@ -23,8 +23,8 @@ from jobs.demo.weights_training.evaluate_weights import (
 )
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
 from pipeline.candidates import Candidate
-from pipeline.models.blip.captioner import Captioner
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.blip.captioner import BlipCaptioner
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.clip.towers import ImageTower
 from pipeline.models.device import device_name, worker_device
 from pipeline.models.fp8 import quantise, require_fp8, require_torchao
@@ -96,13 +96,13 @@ def changes(new: Results, old: Results) -> dict[str, float]:
     }
 
 
-def _models(precision: InferencePrecision) -> tuple[Captioner, Ranker]:
+def _models(precision: InferencePrecision) -> tuple[BlipCaptioner, ClipRanker]:
     """Load both models; on a CPU, where no run may compute float8, round the towers of bfloat16 models."""
     is_emulated = precision == "fp8" and worker_device().type == "cpu"
     loaded: InferencePrecision = "bf16" if is_emulated else precision
     config = caption_config(CAPTIONER_DIR, precision=loaded)
-    captioner = Captioner(config, captioner_weights(config), seed=0)
-    ranker = Ranker(ranker_weights(f"local-dir:{RANKER_DIR}", ""), loaded, BATCH_SIZE)
+    captioner = BlipCaptioner(config, captioner_weights(config), seed=0)
+    ranker = ClipRanker(ranker_weights(f"local-dir:{RANKER_DIR}", ""), loaded, BATCH_SIZE)
     if is_emulated:
         assert isinstance(ranker.encode_image, ImageTower)
         quantise(captioner.vision.blocks)

@@ -14,7 +14,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from transformers import BlipImageProcessorPil
 
-from jobs.bench.fixtures.compute import in_turn, one_thread
+from jobs.bench.fixtures.compute import device_seconds_by_variant, one_thread
 from jobs.bench.fixtures.machine import median_ratio
 from jobs.bench.fixtures.pictures import jpegs
 from pipeline.images.decode import decode_rgb
@@ -60,17 +60,19 @@ def _measure_size(
 ) -> list[dict[str, Any]]:
     """Return a row for each way: by CPU time, what a core does when it has nothing else to do."""
     pictures = jpegs(size_px, images)
-    ways = {name: partial(_decode_all, decode, pictures) for name, decode in decoders.items()}
+    variants = {name: partial(_decode_all, decode, pictures) for name, decode in decoders.items()}
     # The first round warms caches: not counted.
-    timed = {name: taken[1:] for name, taken in in_turn(ways, _ROUNDS + 1, _CPU).items()}
+    timed = {
+        name: seconds[1:] for name, seconds in device_seconds_by_variant(variants, _ROUNDS + 1, _CPU).items()
+    }
     return [
         {
             "size": "x".join(map(str, size_px)),
             "way": name,
-            "images_per_core_s": round(images / median(taken), 1),
-            "ratio": median_ratio(timed["naive"], taken),
+            "images_per_core_s": round(images / median(seconds), 1),
+            "ratio": median_ratio(timed["naive"], seconds),
         }
-        for name, taken in timed.items()
+        for name, seconds in timed.items()
     ]
 
 

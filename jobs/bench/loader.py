@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.fixtures.corpus import SyntheticCorpus
-from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_way
+from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.stages.selection import SelectWorker
@@ -31,7 +31,7 @@ def measure_loader(images: int) -> dict[str, Any]:
     batches = max(1, images // _BATCH_SIZE)
     with temporary_folder() as folder:
         corpus = _curated(folder, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
-        costs = costs_by_way(
+        costs = costs_by_variant(
             {"capfilt": partial(_load, _our_batches), "webdataset": partial(_load, _plain_batches)},
             [(corpus, batches)] * (_ROUNDS + 1),
         )

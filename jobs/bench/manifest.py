@@ -6,7 +6,7 @@ from typing import Any
 import duckdb
 
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
-from jobs.bench.fixtures.machine import Stopwatch, peak_bytes, time_in_turn
+from jobs.bench.fixtures.machine import Stopwatch, peak_bytes, seconds_by_variant
 from pipeline.corpus.scratch import temporary_folder
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.sample_trace import trace
@@ -46,7 +46,7 @@ def measure_manifest(images: int) -> dict[str, Any]:
             _timed_query(name, sql.format(uid=uid, shard=shard), manifest) for name, sql in _QUERIES.items()
         ]
         rows = len(trace(manifest, uid))
-        traced = _medians(time_in_turn({"capfilt_s": lambda: trace(manifest, uid)}, _TIMES))
+        traced = _medians(seconds_by_variant({"capfilt_s": lambda: trace(manifest, uid)}, _TIMES))
         queries.append({"query": "trace", **traced, "duckdb_s": None, "rows": rows})
         counts = dict(manifest.query(_QUERIES["count by status"]).rows)
         [[candidates]] = manifest.query("SELECT count(*) FROM candidates").rows
@@ -82,7 +82,7 @@ def _timed_query(name: str, sql: str, manifest: Manifest) -> dict[str, Any]:
     # Asked once before: files are in the page cache by then.
     answer = capfilt()
     assert answer == plain(), f"{name}: the two answers differ"
-    timed = time_in_turn({"capfilt_s": capfilt, "duckdb_s": plain}, _TIMES)
+    timed = seconds_by_variant({"capfilt_s": capfilt, "duckdb_s": plain}, _TIMES)
     return {"query": name, **_medians(timed), "rows": len(answer)}
 
 

@@ -17,7 +17,13 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from jobs.bench.fixtures.compute import counted_flops, in_turn, matmul_rate, one_thread, peak_memory
+from jobs.bench.fixtures.compute import (
+    counted_flops,
+    device_seconds_by_variant,
+    matmul_rate,
+    one_thread,
+    peak_memory,
+)
 from jobs.bench.fixtures.machine import median_ratio
 from pipeline.models.clip.tokenizer import ClipTokenizer
 from pipeline.models.clip.towers import image_encoder, text_encoder
@@ -58,7 +64,7 @@ def measure_rank(
         # This warms up, too.
         counts = {name: _counts(side, inputs, images) for name, side in sides.items()}
         timed = {
-            part: in_turn(
+            part: device_seconds_by_variant(
                 {name: partial(side[part], values) for name, side in sides.items()},
                 rounds,
                 device,
@@ -101,8 +107,8 @@ def random_captions(tokenizer: SimpleTokenizer, count: int, mean_tokens: int) ->
     short[: max(total - mean * num_short, 0)] += 1
     # Each pair keeps its sum: one caption is as much longer than the mean as the other is shorter.
     pairs = num_short // 2
-    spread = max(0, min(mean // 3, mean - _MIN_TOKENS, tokenizer.context_length - 2 - mean))
-    shift = rng.integers(-spread, spread + 1, pairs)
+    half_width = max(0, min(mean // 3, mean - _MIN_TOKENS, tokenizer.context_length - 2 - mean))
+    shift = rng.integers(-half_width, half_width + 1, pairs)
     short[:pairs] += shift
     short[num_short - pairs :] -= shift
     lengths = np.full(count, tokenizer.context_length)

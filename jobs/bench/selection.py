@@ -3,7 +3,7 @@
 from typing import Any
 
 from jobs.bench.fixtures.corpus import SyntheticCorpus
-from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_summary, costs_by_way
+from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from pipeline.corpus.records import Records
 from pipeline.corpus.scratch import temporary_folder
@@ -25,7 +25,7 @@ def measure_select(images: int) -> dict[str, Any]:
         # The same input under other names: a shard that is committed would be done.
         names = [f"{number:05d}" for number in range(_ROUNDS + 1)]
         tasks = [corpus.task("select", name, **inputs) for name in names]
-        costs = costs_by_way({"select": _select}, [(corpus.config, task) for task in tasks])["select"]
+        costs = costs_by_variant({"select": _select}, [(corpus.config, task) for task in tasks])["select"]
     assert all(cost.images == images for cost in costs), costs
     return {
         "images": images,

@@ -122,7 +122,7 @@ def measure_shard(
 
 
 def _summary(rounds: list[dict[str, float]], images: int) -> dict[str, Any]:
-    seconds = {part: [taken[part] for taken in rounds] for part in rounds[0]}
+    seconds = {part: [times[part] for times in rounds] for part in rounds[0]}
     return {
         "images_per_s": round(images / median(seconds["whole"]), 3),
         "bare_images_per_s": round(images / median(seconds["gpu"]), 3),

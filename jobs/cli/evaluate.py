@@ -248,9 +248,9 @@ def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImag
 
 def _require_pictures(images: str, files: Sequence[str]) -> None:
     """Fail before a model of many gigabytes is loaded, not after: read the first image, look whether all are there."""
-    from training.evaluate.images import ImageFolder
+    from training.evaluate.images import BenchmarkImages
 
-    pictures = ImageFolder(images, 1)
+    pictures = BenchmarkImages(images, 1)
     pictures.pixels(files[0])
     pictures.require_all(files)
 

@@ -61,12 +61,12 @@ def trace(
     manifest = open_manifest(where)
     from pipeline.manifest.sample_trace import trace as trace_sample
 
-    traces_of_sample = trace_sample(manifest, uid_or_url)
+    sample_traces = trace_sample(manifest, uid_or_url)
     if json_:
-        return print_json(traces_of_sample)
-    for number, way in enumerate(traces_of_sample):
+        return print_json(sample_traces)
+    for number, traced in enumerate(sample_traces):
         print("\n" * number, end="")
-        _print_way(way, wide)
+        _print_sample_trace(traced, wide)
 
 
 def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
@@ -94,30 +94,31 @@ def _print_lineage(lineage: dict[str, Any], wide: bool) -> None:
         print(f'\nevery URL: {program_name()} sql {shlex.quote(printable(corpus))} "{ask}"')
 
 
-def _print_way(way: dict[str, Any], wide: bool) -> None:
+def _print_sample_trace(traced: dict[str, Any], wide: bool) -> None:
     names = ("uid", "source", "url", "captions", "shard", "key", "tar", "curated_tar")
     print_facts(
-        {name: way[name] for name in names} | {"extra": None if way["extra"] == "{}" else way["extra"]}
+        {name: traced[name] for name in names}
+        | {"extra": None if traced["extra"] == "{}" else traced["extra"]}
     )
-    for fetch in way["fetches"]:
+    for fetch in traced["fetches"]:
         print(f"\nfetch, shard {fetch['shard']}")
         print_facts({name: value for name, value in fetch.items() if name not in ("shard", "key")})
     print_table(
-        way["candidates"],
+        traced["candidates"],
         _CANDIDATES,
         title="\ncandidates, best first",
         spare=_SPARE_CANDIDATES,
         aside=("seed",),
         wide=wide,
     )
-    if way["selection"]:
+    if traced["selection"]:
         print(
             "\nselection: "
-            + ", ".join(filter(None, (way["selection"]["status"], way["selection"]["reason"])))
+            + ", ".join(filter(None, (traced["selection"]["status"], traced["selection"]["reason"])))
         )
-    print_table(way["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
-    _print_models(way["models"], "models", wide)
-    print_table(way["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)
+    print_table(traced["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
+    _print_models(traced["models"], "models", wide)
+    print_table(traced["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)
 
 
 def _print_models(models: Sequence[dict[str, Any]], title: str, wide: bool) -> None:

@@ -113,7 +113,7 @@ def doctor(
     json_: JsonOption = False,
 ) -> None:
     """Check machine, libraries, storage and weights. What stops the next command comes first; exit 2 if it fails."""
-    from jobs.doctor import examine
+    from jobs.doctor import run_checks
 
     loaded = None
     if config:
@@ -121,7 +121,7 @@ def doctor(
 
         loaded = load_config(config)
     print("importing torch, open_clip, transformers, img2dataset and Ray", file=sys.stderr, flush=True)
-    checks = examine(corpus, loaded)
+    checks = run_checks(corpus, loaded)
     failed = sum(check.state == "fail" for check in checks)
     if json_:
         print_json([asdict(check) for check in checks])

@@ -8,7 +8,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.stages.plan import Kind
-from pipeline.stages.progress import Outcome, ProgressCounter
+from pipeline.stages.progress import ProgressCounter, ShardOutcome
 from pipeline.stages.runner import RunSettings, ShardRunner
 from schemas.config import StageResources
 from schemas.errors import CapfiltError
@@ -55,14 +55,14 @@ class StageActor:
             self._runner.run_shard(kind, urls)
         except CapfiltError as error:
             # Noted, not raised: across Ray Data an exception arrives as text alone.
-            refused = Outcome(
+            outcome = ShardOutcome(
                 stage=self._runner.stage,
                 source=urls.source,
                 shard=urls.shard,
                 state="refused",
                 error=str(error),
             )
-            self._counter.note.remote(refused)
+            self._counter.note.remote(outcome)
 
 
 def _actor_class(stage: Stage) -> type[StageActor]:

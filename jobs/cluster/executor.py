@@ -27,12 +27,12 @@ class RayExecutor:
 
         Every execution skips what is committed.
         """
-        monitor.display.say("starting Ray, or joining it: some seconds")
+        monitor.display.log("starting Ray, or joining it: some seconds")
         with ray_session(job.settings.config, job.stages, monitor.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             counter = ProgressActor.options(scheduling_strategy=here).remote()
-            monitor.display.say(f"Ray is up; the workers of {', '.join(job.stages)} start")
+            monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
 
             def snapshot(timeout_s: float) -> RunProgress | None:
                 # An actor that does not answer is being restarted, or Ray is shutting down.

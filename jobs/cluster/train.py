@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import TIMEOUT_S, Outcome, log, num_gpus, train_as, worst_outcome
+from jobs.launcher import TIMEOUT_S, RankOutcome, log, num_gpus, train_as, worst_outcome
 from pipeline.corpus.scratch import temporary_folder
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
@@ -30,30 +30,30 @@ class _ProgressActor:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[RankOutcome] = []
 
     def log(self, line: str) -> None:
         self._lines.append(line)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: RankOutcome) -> None:
         self._outcomes.append(outcome)
 
     def lines(self, first: int) -> list[str]:
         return self._lines[first:]
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[RankOutcome]:
         return self._outcomes
 
     def is_over(self) -> bool:
         return any(map(_is_final, self._outcomes))
 
 
-def _is_final(outcome: Outcome) -> bool:
+def _is_final(outcome: RankOutcome) -> bool:
     """Return whether another try would end the same."""
     return outcome.kind not in ("ended", "lost")
 
 
-def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupts: Interrupts) -> Outcome:
+def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupts: Interrupts) -> RankOutcome:
     """Train on the cluster at an address, on ``cluster.gpus`` GPUs, all GPUs, or ``cpu_ranks`` CPUs.
 
     Ranks that died are started again by Ray Train, ``cluster.max_restarts`` times, from the last checkpoint.
@@ -90,7 +90,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         final = [outcome for outcome in outcomes if _is_final(outcome)]
         ended = [outcome for outcome in outcomes if outcome.kind == "ended"]
         return worst_outcome(
-            final or ended or outcomes or [Outcome(kind="lost", text="every rank was killed")]
+            final or ended or outcomes or [RankOutcome(kind="lost", text="every rank was killed")]
         )
 
 

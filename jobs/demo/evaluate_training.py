@@ -26,7 +26,7 @@ _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=16)
 _IMAGES_AT_ONCE = 50
 
 
-def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> dict[str, float]:
+def evaluate_retrieval(stage: Stage1, held_out: HeldOutScenes) -> dict[str, float]:
     """Find the one right caption of each picture among all, and the one right picture of each caption.
 
     Returns recall at 1 by ITC, with ITM over the first of each list (``_reranked``), and ITM's accuracy; shares of 1.
@@ -50,7 +50,7 @@ def examine_retrieval(stage: Stage1, held_out: HeldOutScenes) -> dict[str, float
 
 
 @torch.no_grad()
-def examine_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float]:
+def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float]:
     """Score the held-out captions by the language model with the soft prompt and without, and let it write its own.
 
     Returns the losses a word, with the picture and without, and the share of its own captions that are entirely true.

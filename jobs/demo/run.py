@@ -64,7 +64,7 @@ def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
         raise CapfiltError(
             f"--out {out}: its URLs name port {port}, which cannot be served ({error}); remove the folder"
         ) from error
-    figures = appraise(config, time.perf_counter() - start)
+    figures = corpus_figures(config, time.perf_counter() - start)
     if not as_json:
         _print(figures, config, result, console)
     trained: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def _port_of(urls: Path) -> int:
     return urlsplit(first).port or 0
 
 
-def appraise(config: CapfiltConfig, seconds: float) -> dict[str, Any]:
+def corpus_figures(config: CapfiltConfig, seconds: float) -> dict[str, Any]:
     """Count samples and judge every caption by the world's ground truth.
 
     Args:

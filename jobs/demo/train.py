@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from jobs.demo.evaluate_training import examine_language, examine_retrieval
+from jobs.demo.evaluate_training import evaluate_language, evaluate_retrieval
 from jobs.demo.held_out import held_out_scenes, write_benchmark
 from jobs.pretrain import pretrain
 from pipeline.config import load_config
@@ -38,14 +38,14 @@ _HELD_OUT_IMAGES = 100
 _WEB_CAPTIONS = "web-captions"
 
 
-def train_demo(corpus: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train on a demo corpus and examine what came of it: the figures by stage, as ``capfilt demo --json`` prints them.
+def train_demo(corpus: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Train on a demo corpus and evaluate the models: the figures by stage, as ``capfilt demo --json`` prints them.
 
     ``training_seconds`` are of the CPU: a busy machine does not stretch them.
 
     Args:
         corpus: the corpus's folder, its curated shards made.
-        say: is told what begins.
+        log: called with a line as each training begins.
     """
     began = time.process_time()
     # A second thread gains little on models of this size, and waits by spinning.
@@ -55,18 +55,18 @@ def train_demo(corpus: Path, say: Callable[[str], None]) -> dict[str, Any]:
     write_benchmark(held_out, corpus / HELD_OUT)
 
     def trained(config: PretrainConfig, what: str) -> Any:
-        say(f"{what}: {config.optim.steps} steps of {config.optim.batch_size} images")
+        log(f"{what}: {config.optim.steps} steps of {config.optim.batch_size} images")
         pretrain(config)
         return load_trained(run_folder(config))
 
     stage1: dict[str, Any] = {}
     for captions in CAPTIONS:
         stage = trained(stage1_config(corpus, captions), f"stage 1 on {captions} captions")
-        stage1[captions] = examine_retrieval(stage, held_out)
+        stage1[captions] = evaluate_retrieval(stage, held_out)
     stage2 = {}
     for family in FAMILIES:
         stage = trained(stage2_config(corpus, family), f"stage 2 with a frozen {family.upper()}")
-        stage2[family] = examine_language(stage, held_out)
+        stage2[family] = evaluate_language(stage, held_out)
     return {
         "training_seconds": round(time.process_time() - began, 1),
         "stage1": stage1 | {"chance": 1 / NUM_HELD_OUT},
@@ -84,8 +84,8 @@ def stage1_config(corpus: Path, captions: Captions, overrides: Sequence[str] = (
 
 def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
     """Return stage 2's recipe for a language model, to begin with the stage 1 of the curated captions."""
-    begin = json.dumps(run_folder(stage1_config(corpus, "curated")))
-    return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={begin}"])
+    folder = json.dumps(run_folder(stage1_config(corpus, "curated")))
+    return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={folder}"])
 
 
 def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:

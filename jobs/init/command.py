@@ -83,7 +83,7 @@ def init(
     described = describe(arguments, base) if arguments else None
     machine, models = this_machine(), _models(model, ranker, demo_weights)
     facts = {
-        "Found": list(described.found)
+        "Found": list(described.facts)
         if described
         else [f"nothing to look at yet: fill in [[source]], instead of {PLACEHOLDER}"],
         "Guessed": list(described.guessed) if described else [],

@@ -9,7 +9,7 @@ from jobs.init.source_text import HUMAN, DescribedSource, Key, SourceText
 from pipeline.corpus.storage import Storage
 from pipeline.intake.guess_columns import GuessedColumns, guess_columns
 from pipeline.intake.lists.preview import PREVIEW_ROWS, ListPreview
-from pipeline.intake.recognise import FoundInput
+from pipeline.intake.recognise import RecognisedInput
 from schemas.errors import CapfiltError
 from schemas.names import printable, shown
 
@@ -17,13 +17,15 @@ _COLUMNS_NAMED = 12
 _FORMAT_NAMES = {"jsonl": "JSON", "txt": "plain list", "tsv-quoted": "quoted TSV", "parquet": "Parquet"}
 
 
-def describe_list(found: FoundInput, storage: Storage, base: Path, keys: list[Key]) -> DescribedSource:
+def describe_list(
+    recognised: RecognisedInput, storage: Storage, base: Path, keys: list[Key]
+) -> DescribedSource:
     """Describe lists by the first of them.
 
     Raises:
         CapfiltError: no column holds URLs or paths of images, or no path names a file.
     """
-    preview, first = found.preview, found.files[0]
+    preview, first = recognised.preview, recognised.files[0]
     assert preview is not None
     shown_first = first if "://" in first else os.path.relpath(first, base)
     columns = guess_columns(preview)
@@ -50,9 +52,9 @@ def describe_list(found: FoundInput, storage: Storage, base: Path, keys: list[Ke
             crawl=(allow,) if folders else (),
             crawl_hints=(own,) if columns.own_hosts else (),
             is_fetched=not folders,
-            samples=_rows(found, preview),
+            samples=_rows(recognised, preview),
         ),
-        found=(_found_sentence(found, preview, shown_first),),
+        facts=(_facts_sentence(recognised, preview, shown_first),),
         guessed=tuple(_guesses(columns, preview, folders)),
     )
 
@@ -77,20 +79,20 @@ def _folders_of_paths(columns: GuessedColumns, preview: ListPreview, first: str,
     )
 
 
-def _rows(found: FoundInput, preview: ListPreview) -> int | None:
+def _rows(recognised: RecognisedInput, preview: ListPreview) -> int | None:
     """Return how many rows all files have; None where only reading them would tell."""
-    if len(found.files) > 1:
+    if len(recognised.files) > 1:
         return None
     if preview.num_rows is not None:
         return preview.num_rows
     return len(preview.rows) if len(preview.rows) < PREVIEW_ROWS else None
 
 
-def _found_sentence(found: FoundInput, preview: ListPreview, first: str) -> str:
+def _facts_sentence(recognised: RecognisedInput, preview: ListPreview, first: str) -> str:
     packed = f", {preview.compression}" if preview.compression else ""
     form = f"{_FORMAT_NAMES.get(preview.format, preview.format.upper())}{packed}"
-    rows = _rows(found, preview)
-    files = f"{len(found.files):,} files, the first is " if len(found.files) > 1 else ""
+    rows = _rows(recognised, preview)
+    files = f"{len(recognised.files):,} files, the first is " if len(recognised.files) > 1 else ""
     count = f"; {rows:,} rows" if rows is not None else ""
     return f"{files}{printable(first)}: {form}; columns {column_names(preview.names)}{count}"
 

@@ -15,7 +15,7 @@ from pipeline.intake.guess_columns import guess_caption
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.preview import PREVIEW_ROWS, preview_list
 from pipeline.intake.pictures.tables import ImageTables, is_image_struct, table_schema
-from pipeline.intake.recognise import FoundInput, described_suffixes
+from pipeline.intake.recognise import RecognisedInput, described_suffixes
 from schemas.config import CrawlConfig
 from schemas.errors import CapfiltError
 from schemas.names import printable, shown
@@ -26,31 +26,31 @@ _NO_CAPTIONS = "there are no captions: the sampled ones compete alone"
 _CAPTION_COMMENT = 'a text or a list of texts; "": none'
 
 
-def describe_image_folder(found: FoundInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_image_folder(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
     """Describe folders of images: where captions come from, and what the headers of some say."""
     guessed, has_captions = _NO_CAPTIONS, True
-    if found.metadata:
-        preview = preview_list(storage, found.metadata)
+    if recognised.metadata:
+        preview = preview_list(storage, recognised.metadata)
         texts = {
             name: [row.get(name) for row in preview.rows] for name in preview.names if name != "file_name"
         }
         caption = guess_caption({name: _texts(cells) for name, cells in texts.items()})
         keys.append(("caption_column", caption, _CAPTION_COMMENT))
-        name = PurePosixPath(found.metadata).name
+        name = PurePosixPath(recognised.metadata).name
         guessed = f"{caption} of {name} has the captions" if caption else f"{name} has no column of captions"
-    elif found.captions:
-        guessed = f"NAME.txt beside an image is its caption: {found.captions:,} images have one"
+    elif recognised.captions:
+        guessed = f"NAME.txt beside an image is its caption: {recognised.captions:,} images have one"
     else:
         has_captions = False
-    count = f"{_counted(len(found.files), 'image')} ({described_suffixes(found.suffixes)})"
+    count = f"{_counted(len(recognised.files), 'image')} ({described_suffixes(recognised.suffixes)})"
     return DescribedSource(
         source=SourceText(
             keys=tuple(keys),
             hints=(HUMAN,) if has_captions else (),
             is_fetched=False,
-            samples=len(found.files),
+            samples=len(recognised.files),
         ),
-        found=(f"{_places(keys)}: {count}", *_header_sentences(found.files, storage)),
+        facts=(f"{_places(keys)}: {count}", *_header_sentences(recognised.files, storage)),
         guessed=(guessed,),
     )
 
@@ -84,9 +84,9 @@ def _header_sentences(files: Sequence[str], storage: Storage) -> Iterator[str]:
         yield f"of {len(chosen):,} looked at, {reasons.total():,} will be dropped: {lost}"
 
 
-def describe_tars(found: FoundInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_tars(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
     """Describe tars by the members that the first begins with. Raises CapfiltError where it cannot be read."""
-    first = found.files[0]
+    first = recognised.files[0]
     try:
         with storage.open(first) as content, tarfile.open(fileobj=content, mode="r|") as tar:
             names = [member.name for member, _ in zip(tar, range(_MEMBERS_LOOKED_AT), strict=False)]
@@ -95,18 +95,18 @@ def describe_tars(found: FoundInput, storage: Storage, keys: list[Key]) -> Descr
     inside = described_suffixes(Counter(PurePosixPath(name).suffix.lower() for name in names))
     return DescribedSource(
         source=SourceText(keys=tuple(keys), hints=(HUMAN,), is_fetched=False),
-        found=(
-            f"{_places(keys)}: {_counted(len(found.files), 'tar')}",
+        facts=(
+            f"{_places(keys)}: {_counted(len(recognised.files), 'tar')}",
             f"the first {len(names):,} members of {printable(PurePosixPath(first).name)}: {inside}",
         ),
         guessed=("members of one name are a sample: an image, and its caption in .txt, .caption or .json",),
     )
 
 
-def describe_dataset(found: FoundInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_dataset(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
     """Describe tables with images inside by the first: its column of images, and its likeliest one of captions."""
     key = f"source.{keys[0][1]}.input"
-    tables = ImageTables(found.inputs, key, storage)
+    tables = ImageTables(recognised.inputs, key, storage)
     first = tables.lists[0]
     with storage.local_copy(first) as path:
         schema = table_schema(path, first)
@@ -133,7 +133,7 @@ def describe_dataset(found: FoundInput, storage: Storage, keys: list[Key]) -> De
             is_fetched=False,
             samples=tables.count(first) if len(tables.lists) == 1 else None,
         ),
-        found=(
+        facts=(
             f"{_places(keys)}: {_counted(len(tables.lists), 'table')} with images inside; "
             f"columns {column_names(schema.names)}",
         ),
@@ -141,11 +141,11 @@ def describe_dataset(found: FoundInput, storage: Storage, keys: list[Key]) -> De
     )
 
 
-def describe_img2dataset(found: FoundInput, keys: list[Key]) -> DescribedSource:
+def describe_img2dataset(recognised: RecognisedInput, keys: list[Key]) -> DescribedSource:
     """Describe img2dataset's output folders."""
     return DescribedSource(
         source=SourceText(keys=tuple(keys), hints=(HUMAN,), is_fetched=False),
-        found=(f"{_places(keys)}: {_counted(len(found.files), 'shard')} of img2dataset",),
+        facts=(f"{_places(keys)}: {_counted(len(recognised.files), 'shard')} of img2dataset",),
         guessed=("each NNNNN.tar with its NNNNN.parquet becomes a shard; url and caption are its columns",),
     )
 

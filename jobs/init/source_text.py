@@ -33,8 +33,8 @@ class SourceText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DescribedSource:
-    """A source with what was found and what was guessed, a sentence each."""
+    """A source with its facts and its guesses, a sentence each."""
 
     source: SourceText
-    found: tuple[str, ...]
+    facts: tuple[str, ...]
     guessed: tuple[str, ...]

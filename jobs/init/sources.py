@@ -15,7 +15,7 @@ from jobs.init.pictures import (
 )
 from jobs.init.source_text import DescribedSource
 from pipeline.corpus.storage import Storage
-from pipeline.intake.recognise import KIND_NAMES, FoundInput, recognise
+from pipeline.intake.recognise import KIND_NAMES, RecognisedInput, recognise
 from schemas.errors import CapfiltError
 
 
@@ -29,29 +29,29 @@ def describe(arguments: Sequence[str], base: Path) -> DescribedSource:
         CapfiltError: an argument cannot be used, or they are of two kinds.
     """
     storage = Storage(str(base))
-    found = _together(arguments, [recognise(argument, storage) for argument in arguments])
-    written = [written_path(path, base) for path in found.inputs]
+    recognised = _merged(arguments, [recognise(argument, storage) for argument in arguments])
+    written = [written_path(path, base) for path in recognised.inputs]
     keys: list[Key] = [("name", _name(arguments[0]), "in every table; for good")]
-    match found.kind:
+    match recognised.kind:
         case "list":
             return describe_list(
-                found, storage, base, [*keys, ("input", written, "files or globs, local or remote")]
+                recognised, storage, base, [*keys, ("input", written, "files or globs, local or remote")]
             )
         case "imagefolder":
             keys += [("format", "imagefolder", ""), ("input", written, "folders, or globs of images")]
-            return describe_image_folder(found, storage, keys)
+            return describe_image_folder(recognised, storage, keys)
         case "webdataset":
             keys += [("format", "webdataset", ""), ("input", written, "tars, globs or folders")]
-            return describe_tars(found, storage, keys)
+            return describe_tars(recognised, storage, keys)
         case "huggingface":
             keys += [("format", "huggingface", ""), ("input", written, "a folder, or Parquet or Arrow files")]
-            return describe_dataset(found, storage, keys)
+            return describe_dataset(recognised, storage, keys)
         case "img2dataset":
             keys += [("format", "img2dataset", "tars are used where they lie"), ("input", written, "folders")]
-            return describe_img2dataset(found, keys)
+            return describe_img2dataset(recognised, keys)
 
 
-def _together(arguments: Sequence[str], inputs: Sequence[FoundInput]) -> FoundInput:
+def _merged(arguments: Sequence[str], inputs: Sequence[RecognisedInput]) -> RecognisedInput:
     """Return several inputs as one. Raises CapfiltError where they are of two kinds."""
     for argument, each in zip(arguments, inputs, strict=True):
         if each.kind != inputs[0].kind:
@@ -59,7 +59,7 @@ def _together(arguments: Sequence[str], inputs: Sequence[FoundInput]) -> FoundIn
                 f"{arguments[0]} is {KIND_NAMES[inputs[0].kind]}, {argument} is {KIND_NAMES[each.kind]}: one source "
                 "has one kind; write a config for one, and add a [[source]] for the other"
             )
-    return FoundInput(
+    return RecognisedInput(
         kind=inputs[0].kind,
         inputs=tuple(dict.fromkeys(path for each in inputs for path in each.inputs)),
         files=tuple(dict.fromkeys(path for each in inputs for path in each.files)),

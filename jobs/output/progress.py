@@ -19,7 +19,7 @@ _LINE_INTERVAL_S = 10.0
 class Progress:
     """A display of a run's progress; this one shows nothing."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print what the run waits for now."""
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
@@ -70,7 +70,7 @@ class LiveProgress(Progress):
         self._live.start()
         self.update({})
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line above the table."""
         self._live.console.print(text, highlight=False)
 
@@ -96,7 +96,7 @@ class LineProgress(Progress):
         self._next = time.monotonic() + _LINE_INTERVAL_S
         self._last: Mapping[Stage, StageProgress] = {}
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print at once."""
         print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
@@ -122,7 +122,7 @@ class LineProgress(Progress):
             }
             known = ", ".join(text for text, value in facts.items() if value not in ("-", "done"))
             parts.append(f"{stage} {shards}" + (f" ({known})" if known else ""))
-        self.say("  ".join(parts))
+        self.log("  ".join(parts))
 
     def close(self) -> None:
         """Print the last state."""

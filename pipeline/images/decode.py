@@ -32,7 +32,7 @@ _ONES = b"\xff\0" * 7
 _SPARE_BYTES = 4
 
 # Image formats that are recognised only to be refused by name.
-_REFUSED = {
+_UNSUPPORTED = {
     "TIFF": re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
     # A DTD names the document's element. The possessive "*+" keeps many comments from taking exponential time.
     "SVG": re.compile(
@@ -164,7 +164,7 @@ def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(file), formats=tuple(formats))
     except UnidentifiedImageError as error:
-        if name := _refused_format(data):
+        if name := _unsupported_format(data):
             raise ImageError("format_refused", name) from error
         # A known format that Pillow cannot open is cut or damaged within its header.
         reason = "image_truncated" if _KNOWN.match(data) else "not_an_image"
@@ -175,16 +175,16 @@ def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
         raise ImageError("image_truncated", str(error)) from error
 
 
-def _refused_format(data: bytes) -> str | None:
-    """Return the name of a format that is recognised only to be refused."""
+def _unsupported_format(data: bytes) -> str | None:
+    """Return the name of a known image format that is not supported; None for unknown bytes."""
     start = data[:_SNIFFED_BYTES]
     if start.startswith(_GZIP):
         with contextlib.suppress(zlib.error):
             start = zlib.decompressobj(wbits=31).decompress(data, _SNIFFED_BYTES)
-        return "SVG" if _REFUSED["SVG"].match(start) else None
+        return "SVG" if _UNSUPPORTED["SVG"].match(start) else None
     if data.endswith(_TGA_FOOTER):
         return "TGA"
-    return next((name for name, magic in _REFUSED.items() if magic.match(start)), None)
+    return next((name for name, magic in _UNSUPPORTED.items() if magic.match(start)), None)
 
 
 def _header(image: Image.Image) -> ImageHeader:

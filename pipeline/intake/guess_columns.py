@@ -48,9 +48,9 @@ def guess_columns(preview: ListPreview) -> GuessedColumns | None:
     texts = {name: _texts(preview.rows, name) for name in preview.names if name not in preview.image_names}
     urls = [name for name, cells in texts.items() if _share(_URL, cells) > 0.5]
     paths = [name for name, cells in texts.items() if _share(_PATH, cells) > 0.5 and name not in urls]
-    if not (found := urls or paths):
+    if not (image_columns := urls or paths):
         return None
-    url = min(found, key=lambda name: _place(name, _URL_NAMES))
+    url = min(image_columns, key=lambda name: _place(name, _URL_NAMES))
     return GuessedColumns(
         url=url,
         caption=guess_caption(texts, (*urls, *paths)),

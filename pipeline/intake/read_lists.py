@@ -57,8 +57,8 @@ class _Input:
             return []
         if self.source.format != "img2dataset":
             return list(self.lists)
-        taken = {path for batch in earlier for path in batch.files}
-        return [path for path in self.importable if path not in taken]
+        paths_read = {path for batch in earlier for path in batch.files}
+        return [path for path in self.importable if path not in paths_read]
 
 
 def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[IntakeOutcome]:
@@ -69,10 +69,10 @@ def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[Int
     one of its files lacks a column.
     """
     inputs = [_find_input(source, records) for source in config.source]
-    for lists_now in inputs:
-        if lists := lists_now.unread(records.intakes(lists_now.source.name)):
-            _pairs(lists_now, config, records, lists).check()
-    return [_take_in(lists_now, config, records, run_id) for lists_now in inputs]
+    for source_lists in inputs:
+        if lists := source_lists.unread(records.intakes(source_lists.source.name)):
+            _pairs(source_lists, config, records, lists).check()
+    return [_take_in(source_lists, config, records, run_id) for source_lists in inputs]
 
 
 def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
@@ -84,16 +84,16 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
     rows = {}
     for source in config.source:
         earlier = records.intakes(source.name)
-        lists_now = _find_input(source, records)
-        if not (lists := lists_now.unread(earlier)):
+        source_lists = _find_input(source, records)
+        if not (lists := source_lists.unread(earlier)):
             continue
-        _pairs(lists_now, config, records, lists).check()
-        if lists_now.pictures:
-            held = sum(map(lists_now.pictures.count, lists))
+        _pairs(source_lists, config, records, lists).check()
+        if source_lists.pictures:
+            held = sum(map(source_lists.pictures.count, lists))
         else:
             held = sum(count_rows(records.storage, path, source.format, source.url_column) for path in lists)
-        taken = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
-        rows[source.name] = max(held - taken, 0)
+        rows_read = sum(batch.rows_in for batch in earlier if batch.kind == "lists")
+        rows[source.name] = max(held - rows_read, 0)
     return rows
 
 
@@ -102,19 +102,21 @@ def check_lists(source: SourceConfig, config: CapfiltConfig, records: Records) -
 
     Raises CapfiltError, as ``read_lists`` does, where a list cannot be read or lacks a column.
     """
-    lists_now = _find_input(source, records)
-    lists = lists_now.unread(records.intakes(source.name))
+    source_lists = _find_input(source, records)
+    lists = source_lists.unread(records.intakes(source.name))
     if lists:
-        _pairs(lists_now, config, records, lists).check()
+        _pairs(source_lists, config, records, lists).check()
     return len(lists)
 
 
-def _pairs(lists_now: _Input, config: CapfiltConfig, records: Records, lists: Sequence[str]) -> SourcePairs:
+def _pairs(
+    source_lists: _Input, config: CapfiltConfig, records: Records, lists: Sequence[str]
+) -> SourcePairs:
     return SourcePairs(
-        lists_now.source,
+        source_lists.source,
         records.storage,
         lists,
-        pictures=lists_now.pictures,
+        pictures=source_lists.pictures,
         may_hold_paths=bool(config.crawl.allow_files),
     )
 
@@ -148,31 +150,31 @@ def _find_input(source: SourceConfig, records: Records) -> _Input:
     )
 
 
-def _take_in(lists_now: _Input, config: CapfiltConfig, records: Records, run_id: str) -> IntakeOutcome:
+def _take_in(source_lists: _Input, config: CapfiltConfig, records: Records, run_id: str) -> IntakeOutcome:
     """Make a source's next batch, again from the start when another driver made one meanwhile."""
-    source = lists_now.source
+    source = source_lists.source
     while True:
         earlier = records.intakes(source.name)
-        lists = lists_now.unread(earlier)
+        lists = source_lists.unread(earlier)
         if not lists:
             return IntakeOutcome(source=source.name, record=None)
         # Retries only repeat URLs.
         known = [file.path for batch in earlier if batch.kind != "retry" for file in batch.shards.values()]
         # An img2dataset shard becomes one url shard, however few of its rows are new.
-        size = None if lists_now.importable else config.corpus.samples_per_shard
-        lists_read = _pairs(lists_now, config, records, lists)
+        size = None if source_lists.importable else config.corpus.samples_per_shard
+        lists_read = _pairs(source_lists, config, records, lists)
         with temporary_folder() as folder, lists_read.read(folder, known) as (row_counts, pairs):
             writer = UrlShardWriter(records, source.name, earlier, folder, size)
-            imported = _write_shards(writer, pairs, lists_now.importable)
-        if _find_input(source, records).signature != lists_now.signature:
+            imported = _write_shards(writer, pairs, source_lists.importable)
+        if _find_input(source, records).signature != source_lists.signature:
             writer.discard()
             raise CapfiltError(
                 f"source.{source.name}.input: the files changed while they were read; run again"
             )
         batch = writer.commit(
-            kind="img2dataset" if lists_now.importable else "lists",
+            kind="img2dataset" if source_lists.importable else "lists",
             run_id=run_id,
-            signature=lists_now.signature,
+            signature=source_lists.signature,
             files=tuple(lists),
             adopted={shard: tar.path for shard, tar in imported.items()},
             adopted_bytes={shard: tar.bytes for shard, tar in imported.items()},

@@ -38,7 +38,7 @@ _SUFFIXES_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundInput:
+class RecognisedInput:
     """One argument, recognised.
 
     Attributes:
@@ -59,7 +59,7 @@ class FoundInput:
     preview: ListPreview | None = None
 
 
-def recognise(argument: str, storage: Storage) -> FoundInput:
+def recognise(argument: str, storage: Storage) -> RecognisedInput:
     """Return what an argument is. Raises CapfiltError: not there, empty, unreadable, or of two kinds."""
     is_url = "://" in argument
     place = argument if is_url else os.path.normpath(Path(argument).expanduser().absolute())
@@ -88,10 +88,10 @@ def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
         return [name for name in fs.find(path)[:_MOST_FILES] if not PurePosixPath(name).name.startswith(".")]
     files: list[str] = []
 
-    def refuse(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for folder, folders, names in os.walk(path, onerror=refuse):
+    for folder, folders, names in os.walk(path, onerror=raise_error):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
         if len(files) > _MOST_FILES:
@@ -101,8 +101,10 @@ def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
 
 def _recognise_files(
     argument: str, place: str, files: Sequence[str], is_folder: bool, storage: Storage
-) -> FoundInput:
-    found = FoundInput(kind="list", inputs=(place,), files=(), suffixes=Counter(map(_suffix, files)))
+) -> RecognisedInput:
+    recognised = RecognisedInput(
+        kind="list", inputs=(place,), files=(), suffixes=Counter(map(_suffix, files))
+    )
     images = [name for name in files if _suffix(name).removeprefix(".") in PICTURE_EXTENSIONS]
     tars = [name for name in files if name.lower().endswith((".tar", *COMPRESSED_TARS))]
     arrow = [name for name in files if _suffix(name) == ".arrow"]
@@ -113,35 +115,39 @@ def _recognise_files(
             f"{argument}: holds {counts}; name one kind: its folder, or a glob such as '*.tar'"
         )
     if tars:
-        return _recognise_tars(found, tars, set(files) if is_folder else set())
+        return _recognise_tars(recognised, tars, set(files) if is_folder else set())
     if images:
         metadata = next((name for name in files if name.rpartition("/")[2] in METADATA_FILES), "")
         texts = {name for name in files if _suffix(name) == ".txt"}
         beside = sum(f"{name.rpartition('.')[0]}.txt" in texts for name in images)
-        return replace(found, kind="imagefolder", files=tuple(images), captions=beside, metadata=metadata)
+        return replace(
+            recognised, kind="imagefolder", files=tuple(images), captions=beside, metadata=metadata
+        )
     if arrow:
-        return replace(found, kind="huggingface", files=tuple(arrow))
+        return replace(recognised, kind="huggingface", files=tuple(arrow))
     lists = [name for name in files if _is_list(name, _LIST_SUFFIXES)]
     lists = lists or [name for name in files if _is_list(name, _WEAK_LIST_SUFFIXES)]
     if not lists and len(files) == 1 and not is_folder:
         lists = list(files)  # its reader says what is wrong with it
     if not lists:
-        raise CapfiltError(f"{argument}: {_nothing(found.suffixes)}")
-    return _recognise_lists(argument, found, lists, is_folder, storage)
+        raise CapfiltError(f"{argument}: {_nothing(recognised.suffixes)}")
+    return _recognise_lists(argument, recognised, lists, is_folder, storage)
 
 
-def _recognise_tars(found: FoundInput, tars: Sequence[str], beside: Collection[str]) -> FoundInput:
+def _recognise_tars(
+    recognised: RecognisedInput, tars: Sequence[str], beside: Collection[str]
+) -> RecognisedInput:
     """Return tars as img2dataset's shards where each has its Parquet ``beside``, else as a WebDataset."""
     if all(f"{name.removesuffix('.tar')}.parquet" in beside for name in tars):
         folders = tuple(dict.fromkeys(name.rpartition("/")[0] for name in tars))
-        return replace(found, kind="img2dataset", inputs=folders, files=tuple(tars))
-    return replace(found, kind="webdataset", files=tuple(tars))
+        return replace(recognised, kind="img2dataset", inputs=folders, files=tuple(tars))
+    return replace(recognised, kind="webdataset", files=tuple(tars))
 
 
 def _recognise_lists(
-    argument: str, found: FoundInput, lists: Sequence[str], is_folder: bool, storage: Storage
-) -> FoundInput:
-    place = found.inputs[0].rstrip("/")
+    argument: str, recognised: RecognisedInput, lists: Sequence[str], is_folder: bool, storage: Storage
+) -> RecognisedInput:
+    place = recognised.inputs[0].rstrip("/")
     endings = dict.fromkeys(_list_suffix(name) for name in lists)
     formats = {_unpacked(ending) for ending in endings}
     if len(formats) > 1:
@@ -150,13 +156,13 @@ def _recognise_lists(
             f"{argument}: holds lists of several formats ({kinds}); name one: '{place}/*{min(formats)}'"
         )
     preview = preview_list(storage, lists[0])
-    found = replace(found, files=tuple(lists), preview=preview)
+    recognised = replace(recognised, files=tuple(lists), preview=preview)
     if preview.image_names:
-        return replace(found, kind="huggingface")
+        return replace(recognised, kind="huggingface")
     if not is_folder:
-        return found
+        return recognised
     deep = "" if all(name.rpartition("/")[0] == place for name in lists) else "**/"
-    return replace(found, inputs=tuple(f"{place}/{deep}*{ending}" for ending in endings))
+    return replace(recognised, inputs=tuple(f"{place}/{deep}*{ending}" for ending in endings))
 
 
 def described_suffixes(suffixes: Counter[str]) -> str:

@@ -153,11 +153,11 @@ def _lineage(corpus: str, wanted: Iterable[str]) -> dict[str, list[Row]]:
             "SELECT stage, source, shard, state, run_id, models, rows_in, rows_out, inputs, sha256, finished_at, host, "
             "device FROM shards WHERE state <> 'quarantined'"
         )
-        made_by = {digest: row for row in rows for digest in (row["sha256"] or {}).values()}
+        row_by_digest = {digest: row for row in rows for digest in (row["sha256"] or {}).values()}
         by_key: dict[tuple[str, str, str, str], Row] = {}
         todo = list(wanted)
         while todo:
-            row = made_by.get(todo.pop())
+            row = row_by_digest.get(todo.pop())
             if (
                 row is not None
                 and (key := (row["source"], row["shard"], row["stage"], row["run_id"])) not in by_key

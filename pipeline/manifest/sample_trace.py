@@ -125,8 +125,8 @@ def _curated_tar(stages: list[Row], selection: list[Row]) -> str | None:
 
 def _select_config(stages: list[Row], runs: list[Row]) -> SelectConfig | None:
     """Return ``[select]`` as the run that selected had it."""
-    made_by = [row["run_id"] for row in stages if row["stage"] == "select" and row["state"] == "committed"]
-    configs = [row["config"] for row in runs if made_by and row["run_id"] == made_by[-1]]
+    run_ids = [row["run_id"] for row in stages if row["stage"] == "select" and row["state"] == "committed"]
+    configs = [row["config"] for row in runs if run_ids and row["run_id"] == run_ids[-1]]
     return SelectConfig.model_validate(json.loads(configs[0]).get("select", {})) if configs else None
 
 

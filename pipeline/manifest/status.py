@@ -53,7 +53,7 @@ def status(manifest: Manifest) -> dict[str, Any]:
         "stages": rows,
         "sources": [_success(row) for row in crawled],
         "last_run": runs[0] if runs else None,
-        "attempts": _attempts(manifest),
+        "attempts": _uncommitted_attempts(manifest),
     }
 
 
@@ -148,8 +148,10 @@ def _summaries(bins: list[Row]) -> list[Row]:
     summaries = []
     for (source, stage, name), rows in grouped.items():
         counts = [row["count"] for row in rows]
-        spread = quantiles([row["low"] for row in rows], [row["high"] for row in rows], counts)
-        summaries.append({"source": source, "stage": stage, "name": name, "values": sum(counts), **spread})
+        quantile_values = quantiles([row["low"] for row in rows], [row["high"] for row in rows], counts)
+        summaries.append(
+            {"source": source, "stage": stage, "name": name, "values": sum(counts), **quantile_values}
+        )
     return summaries
 
 
@@ -174,7 +176,7 @@ def _kinds(query: Query) -> dict[str, str]:
     return {row["name"]: row["kind"] for row in rows}
 
 
-def _attempts(manifest: Manifest) -> list[Row]:
+def _uncommitted_attempts(manifest: Manifest) -> list[Row]:
     """Return the attempts that began and did not commit: under way, or killed."""
     rows = []
     for info in manifest.storage.list("records/attempts"):

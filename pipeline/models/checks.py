@@ -52,7 +52,7 @@ def not_finite(what: str) -> NotFiniteError:
     )
 
 
-def refuse_larger(
+def reject_larger(
     model: nn.Module, headers: Iterable[Mapping[str, TensorEntry]], config: str, num_spare: int
 ) -> None:
     """Refuse a config that asks for far more memory than the weights could fill.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.folder_view import check_numbers, is_by_channel, refuse_code, section, unusable
+from pipeline.models.folder_view import check_numbers, is_by_channel, reject_code, section, unusable
 from pipeline.models.model_files import read_object
 from schemas.errors import CapfiltError
 from schemas.names import printable
@@ -61,9 +61,9 @@ def clip_config(folder: Path, where: str) -> dict[str, Any]:
     """
     path = folder / "open_clip_config.json"
     values = read_object(path, where)
-    refuse_code(values, path)
+    reject_code(values, path)
     model = section(values, "model_cfg", path)
-    _refuse_unknown(model, _CLIP_KEYS, "model_cfg", path)
+    _reject_unknown(model, _CLIP_KEYS, "model_cfg", path)
     checked = dict(model)
     for name, keys in _CLIP_SECTIONS.items():
         if name in model or name != "multimodal_cfg":
@@ -81,7 +81,7 @@ def _tower(values: Mapping[str, Any], keys: set[str], name: str, path: Path) -> 
                 "text tower is open_clip's own"
             )
     values = {key: value for key, value in values.items() if key not in _ANOTHER_REPOSITORY}
-    _refuse_unknown(values, keys, name, path)
+    _reject_unknown(values, keys, name, path)
     timm = values.get("timm_model_name")
     if timm is not None and not (isinstance(timm, str) and _TIMM_NAME.fullmatch(timm)):
         raise CapfiltError(
@@ -94,7 +94,7 @@ def _tower(values: Mapping[str, Any], keys: set[str], name: str, path: Path) -> 
         options = values.get(key) or {}
         if not isinstance(options, dict):
             raise unusable(path, f"{name}.{key}", options)
-        _refuse_unknown(options, set(kinds), f"{name}.{key}", path)
+        _reject_unknown(options, set(kinds), f"{name}.{key}", path)
         for option, kind in kinds.items():
             if option in options and not isinstance(options[option], kind):
                 raise unusable(path, f"{name}.{key}.{option}", options[option])
@@ -121,6 +121,6 @@ def _preprocess(values: Any, path: Path) -> dict[str, Any]:
     return kept
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str], name: str, path: Path) -> None:
+def _reject_unknown(values: Mapping[str, Any], known: set[str], name: str, path: Path) -> None:
     if unknown := sorted(values.keys() - known):
         raise CapfiltError(f"{path}: {name} has a key that is not known: {printable(unknown[0])[:80]!r}")

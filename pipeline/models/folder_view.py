@@ -69,7 +69,7 @@ def _error_line(error: BaseException, view: Path, folder: Path) -> str:
     return " ".join(printable(parts[min(1, len(parts) - 1)]).split())[:300] or type(error).__name__
 
 
-def refuse_code(values: Mapping[str, Any], path: Path) -> None:
+def reject_code(values: Mapping[str, Any], path: Path) -> None:
     """Raise CapfiltError where a JSON object, at any depth, asks to run code that comes with the model."""
     stack: list[Any] = [values]
     while stack:
@@ -107,7 +107,7 @@ def processor_config(folder: Path, image_size_px: Any, where: str) -> dict[str, 
     """
     path = folder / processor_file(folder)
     values = read_object(path, where)
-    refuse_code(values, path)
+    reject_code(values, path)
     if path.name == "processor_config.json":
         values = section(values, "image_processor", path)
     kept = {key: value for key, value in values.items() if key in _PROCESSOR_KEYS or key.startswith("do_")}

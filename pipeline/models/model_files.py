@@ -161,7 +161,7 @@ def count_parameters(headers: Iterable[Mapping[str, TensorEntry]]) -> int:
     )
 
 
-def refuse_wrapped_names(names: Iterable[str], path: Path, wrappers: tuple[str, ...] = _WRAPPERS) -> None:
+def reject_wrapped_names(names: Iterable[str], path: Path, wrappers: tuple[str, ...] = _WRAPPERS) -> None:
     """Raise CapfiltError where every tensor's name begins with what a wrapper of the training put before it."""
     names = list(names)
     for wrapper in wrappers:

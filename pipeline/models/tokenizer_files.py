@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.folder_view import refuse_code
+from pipeline.models.folder_view import reject_code
 from pipeline.models.model_files import MAX_TOKENIZER_BYTES, read_object, wrong_file
 from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
@@ -69,11 +69,11 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
             if name in ("tokenizer_config.json", "special_tokens_map.json"):
                 files[name] = _tokenizer_config(content, path)
             elif name == "tokenizer.json":
-                _refuse_growth(content, path)
+                _reject_growth(content, path)
         elif path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CapfiltError(f"{path} ({where}) is larger than a vocabulary may be")
         else:
-            _refuse_wrong_file(path, where)
+            _reject_wrong_file(path, where)
     if (folder / "config.json").is_file():
         files["config.json"] = _tokenizer_hints(
             read_object(folder / "config.json", where), folder / "config.json"
@@ -81,7 +81,7 @@ def tokenizer_view(folder: Path, where: str) -> dict[str, dict[str, Any] | None]
     return files
 
 
-def _refuse_growth(tokenizer: Mapping[str, Any], path: Path) -> None:
+def _reject_growth(tokenizer: Mapping[str, Any], path: Path) -> None:
     """Refuse steps that make a text many times as long: twelve that make 100 letters of one fill any memory."""
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         steps = list(_steps(tokenizer.get(part)))
@@ -110,7 +110,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(part.get(inner))
 
 
-def _refuse_wrong_file(path: Path, where: str) -> None:
+def _reject_wrong_file(path: Path, where: str) -> None:
     with open_regular(path) as file:
         what = wrong_file(file.read(64))
     # A vocabulary may begin with any byte and word: only what is certain.
@@ -119,7 +119,7 @@ def _refuse_wrong_file(path: Path, where: str) -> None:
 
 
 def _tokenizer_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    refuse_code(values, path)
+    reject_code(values, path)
     kept = {key: value for key, value in values.items() if key in _TOKENIZER_KEYS or key.endswith("_token")}
     # Of sentencepiece's own options, a model that was converted needs none.
     if not isinstance(kept.get("sp_model_kwargs", {}), dict) or kept.get("sp_model_kwargs"):
@@ -139,7 +139,7 @@ def _tokenizer_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _tokenizer_hints(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return what a model's config says of its tokenizer."""
-    refuse_code(values, path)
+    reject_code(values, path)
     hints = {}
     if (
         isinstance(name := values.get("tokenizer_class"), str)

@@ -14,12 +14,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.models.checks import refuse_larger, require_finite_weights
-from pipeline.models.folder_view import check_numbers, folder_view, processor_config, refuse_code
+from pipeline.models.checks import reject_larger, require_finite_weights
+from pipeline.models.folder_view import check_numbers, folder_view, processor_config, reject_code
 from pipeline.models.model_files import (
     TensorEntry,
     read_object,
-    refuse_wrapped_names,
+    reject_wrapped_names,
     safetensors_header,
     weight_files,
 )
@@ -54,7 +54,7 @@ def load_model(
     names = weight_files(folder, where)
     headers = {file: safetensors_header(folder / file) for file in names if file.endswith(".safetensors")}
     for file, header in headers.items():
-        refuse_wrapped_names(header, folder / file)
+        reject_wrapped_names(header, folder / file)
     path = folder / "config.json"
     values = read_object(path, where)
     kind = model_class.config_class
@@ -62,7 +62,7 @@ def load_model(
     files = dict.fromkeys(names) | {"config.json": _checked(kind, values, path)}
     with folder_view(folder, files, what) as view, _Quiet():
         config = kind(**files["config.json"])
-        _refuse_other_shapes(model_class, config, headers, what)
+        _reject_other_shapes(model_class, config, headers, what)
         model, info = model_class.from_pretrained(
             view,
             config=config,
@@ -75,7 +75,7 @@ def load_model(
             **arguments,
         )
     model.config.name_or_path = str(folder)
-    _refuse_gaps(model_class, info, what)
+    _reject_incomplete(model_class, info, what)
     # In half precision a finite number of the file may become infinite.
     lowered = "" if model.dtype == torch.float32 else f", read as {model.dtype}"
     require_finite_weights(model.state_dict(), f"{what}{lowered}")
@@ -95,7 +95,7 @@ def model_config(kind: type[PretrainedConfig], values: Mapping[str, Any], path: 
 
 
 def _checked(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    refuse_code(values, path)
+    reject_code(values, path)
     if values.get("quantization_config"):
         raise CapfiltError(f"{path}: the weights are quantised (quantization_config); use those before that")
     return _declared(kind, values, path)
@@ -138,7 +138,7 @@ def load_image_processor(folder: Path, image_size_px: int, where: str) -> BlipIm
         return BlipImageProcessorPil(**settings)
 
 
-def _refuse_other_shapes(
+def _reject_other_shapes(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     headers: Mapping[str, Mapping[str, TensorEntry]],
@@ -155,11 +155,11 @@ def _refuse_other_shapes(
     mismatched = [
         (name, stored[name], asked[name]) for name in asked if stored.get(name, asked[name]) != asked[name]
     ]
-    _refuse_mismatched(mismatched, what)
-    refuse_larger(model, headers.values(), f"{what}: config.json", _SPARE_VALUES)
+    _reject_mismatched(mismatched, what)
+    reject_larger(model, headers.values(), f"{what}: config.json", _SPARE_VALUES)
 
 
-def _refuse_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]], what: str) -> None:
+def _reject_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]], what: str) -> None:
     if mismatched:
         name, stored, asked = mismatched[0]
         raise CapfiltError(
@@ -168,8 +168,8 @@ def _refuse_mismatched(mismatched: Sequence[tuple[str, Sequence[int], Sequence[i
         )
 
 
-def _refuse_gaps(model_class: type, info: Mapping[str, Any], what: str) -> None:
-    _refuse_mismatched(sorted(info["mismatched_keys"]), what)
+def _reject_incomplete(model_class: type, info: Mapping[str, Any], what: str) -> None:
+    _reject_mismatched(sorted(info["mismatched_keys"]), what)
     if missing := sorted(info["missing_keys"]):
         raise CapfiltError(
             f"{what} is not a {model_class.__name__}: {len(missing)} tensors are missing, {missing[0]} first"

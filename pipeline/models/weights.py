@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from pipeline.digests import digest_json, sha256_file
 from pipeline.models.clip_config import clip_config
-from pipeline.models.folder_view import processor_config, processor_file, refuse_code
+from pipeline.models.folder_view import processor_config, processor_file, reject_code
 from pipeline.models.hub import FirstMissingFile, cached_folder, hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
     count_parameters,
     first_missing_weights_file,
     read_object,
-    refuse_wrapped_names,
+    reject_wrapped_names,
     safetensors_header,
     weight_files,
 )
@@ -150,7 +150,7 @@ def captioner_weights(config: CaptionConfig) -> Weights:
             f"{where} = {config.model!r} is a {printable(repr(model_type))[:40]} model; the captioner must be a "
             "'blip' one"
         )
-    refuse_code(shape, folder / "config.json")
+    reject_code(shape, folder / "config.json")
     processor_config(folder, image_size_px(shape), where)
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
@@ -325,7 +325,7 @@ def _weights(
         if file.endswith(".safetensors"):
             # open_clip removes "module." itself.
             wrappers = ("module.", "_orig_mod.") if kind == "captioner" else ("_orig_mod.",)
-            refuse_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
+            reject_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
     files = file_digests(folder, names) | dict(extra or {})
     return Weights(
         kind=kind, name=name, revision=revision, path=str(path), digest=digest_json(files), files=files

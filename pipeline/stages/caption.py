@@ -14,7 +14,7 @@ from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histog
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, open_crawled
-from pipeline.models.blip.captioner import Captioner, ImageBatch, TokenBatch
+from pipeline.models.blip.captioner import BlipCaptioner, ImageBatch, TokenBatch
 from pipeline.models.device import device_name
 from pipeline.models.weights import captioner_weights
 from pipeline.prefetch import decode_threads, prefetch_map
@@ -37,7 +37,7 @@ class CaptionWorker:
         self.records = records
         self.weights = captioner_weights(config.caption)
         self.models = (self.weights.digest,)
-        self.captioner = Captioner(config.caption, self.weights, config.corpus.seed)
+        self.captioner = BlipCaptioner(config.caption, self.weights, config.corpus.seed)
         self.gpu_lock = Lock()
 
     def __call__(self, task: ShardTask) -> ShardRecord:

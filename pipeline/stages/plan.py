@@ -137,8 +137,8 @@ def stale_reasons(
         ]
         is_root = not any((name, source, shard) in stale_ids for name in upstream)
         if not reasons and is_root:
-            made_by = record.versions.get("capfilt", "unknown")
-            reasons = [f"{stage}: made by capfilt {made_by}, and this is {version('capfilt')}"]
+            writer_version = record.versions.get("capfilt", "unknown")
+            reasons = [f"{stage}: made by capfilt {writer_version}, and this is {version('capfilt')}"]
         counted.update(reasons)
     return dict(counted.most_common())
 
@@ -178,13 +178,15 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _changed_weights(
-    record: ShardRecord, now: tuple[str, ...], stage: Stage, names: Mapping[str, str]
+    record: ShardRecord, current_digests: tuple[str, ...], stage: Stage, names: Mapping[str, str]
 ) -> Iterator[str]:
-    if tuple(record.models) == tuple(now):
+    if tuple(record.models) == tuple(current_digests):
         return
     keys = _LOADED_BY.get(stage, ())
     for number, key in enumerate(keys):
-        old, new = (digests[number] if number < len(digests) else None for digests in (record.models, now))
+        old, new = (
+            digests[number] if number < len(digests) else None for digests in (record.models, current_digests)
+        )
         if old != new:
             yield f"{key}: weights {_named(old, names)} -> {_named(new, names)}"
 

@@ -15,7 +15,7 @@ _STATES = ("", *get_args(StageState))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ShardOutcome:
     """What a runner did with one stage of one shard."""
 
     stage: Stage
@@ -91,7 +91,7 @@ class ProgressCounter:
         self._stages: dict[Stage, StageProgress] = {}
         self._refusal = ""
 
-    def note(self, outcome: Outcome) -> None:
+    def note(self, outcome: ShardOutcome) -> None:
         """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
         if outcome.state == "refused":
             self._refusal = outcome.error

@@ -18,7 +18,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
 from pipeline.images.preprocess import decode_pixels, stack_pinned
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
 from pipeline.prefetch import decode_threads, prefetch_map
@@ -55,7 +55,7 @@ class RankWorker:
             weights.append(ranker_weights(rank.rerank.model, rank.rerank.pretrained, "rank.rerank"))
         self.models = tuple(model.digest for model in weights)
         self.rankers = [
-            Ranker(model, rank.precision, rank.batch_size, where)
+            ClipRanker(model, rank.precision, rank.batch_size, where)
             for model, where in zip(weights, ("rank.model", "rank.rerank.model"), strict=False)
         ]
         self.gpu_lock = Lock()

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
-from pipeline.stages.progress import Outcome, StageState
+from pipeline.stages.progress import ShardOutcome, StageState
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 from schemas.json_record import utc_now
@@ -120,7 +120,7 @@ class ShardRunner:
         stage: Stage,
         settings: RunSettings,
         *,
-        note: Callable[[Outcome], object],
+        note: Callable[[ShardOutcome], object],
         report_state: Callable[[Stage, StageState], object],
         load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
         storage_waits_s: Sequence[float] = _STORAGE_WAITS_S,
@@ -147,7 +147,7 @@ class ShardRunner:
         """
         self._note(self._run_despite_storage(kind, urls))
 
-    def _run_despite_storage(self, kind: Kind, urls: ShardRecord) -> Outcome:
+    def _run_despite_storage(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
         """Try again while the storage does not answer; after the last wait, give the shard up."""
         for wait_s in (*self._storage_waits_s, None):
             try:
@@ -158,7 +158,7 @@ class ShardRunner:
                 time.sleep(wait_s)
         raise AssertionError
 
-    def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> Outcome:
+    def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
         if self.stage not in stages_of(kind):
             return self._outcome(urls, "absent")
         source, shard = urls.source, urls.shard
@@ -175,10 +175,10 @@ class ShardRunner:
             return self._outcome(urls, "skipped" if step.state == "done" else step.state)
         return self._run_task(step.task)
 
-    def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> Outcome:
-        return Outcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
+    def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> ShardOutcome:
+        return ShardOutcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
 
-    def _run_task(self, task: ShardTask) -> Outcome:
+    def _run_task(self, task: ShardTask) -> ShardOutcome:
         """Try until the shard is committed or its attempts are used up."""
         error = "the worker died on every attempt"
         shard_id = (task.stage, task.source, task.shard)
@@ -189,7 +189,7 @@ class ShardRunner:
                 if begun > task.max_attempts:
                     break
                 try:
-                    return Outcome.committed(self._ready_worker()(task))
+                    return ShardOutcome.committed(self._ready_worker()(task))
                 except (CorruptShardError, NotFiniteError) as failure:
                     error = str(failure)
                     break  # another try reads the same bytes, and computes the same
@@ -202,11 +202,11 @@ class ShardRunner:
                 self._worker = None
         return self._give_up(task, min(begun, task.max_attempts), error)
 
-    def _give_up(self, task: ShardTask, attempts: int, error: str) -> Outcome:
+    def _give_up(self, task: ShardTask, attempts: int, error: str) -> ShardOutcome:
         """Quarantine the shard, unless another runner has committed it meanwhile."""
         committed = self.records.read(task.stage, task.source, task.shard)
         if committed is not None and committed.fingerprint == task.fingerprint:
-            return Outcome.committed(committed)
+            return ShardOutcome.committed(committed)
         self.records.quarantine(
             QuarantineRecord(
                 stage=task.stage,
@@ -218,7 +218,7 @@ class ShardRunner:
                 finished_at=utc_now(),
             )
         )
-        return Outcome.quarantined(task, error)
+        return ShardOutcome.quarantined(task, error)
 
     def _ready_worker(self) -> Worker:
         """Return the worker, its weights loaded and checked to be those that the fingerprints name."""

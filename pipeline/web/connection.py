@@ -45,7 +45,7 @@ class Deadline:
         self._end += seconds
 
 
-class _Reads(io.RawIOBase):
+class _SocketStream(io.RawIOBase):
     """The socket's bytes; each read ends at ``read_timeout_s`` or at the deadline, whichever comes first."""
 
     def __init__(self, sock: socket.socket, deadline: Deadline, read_timeout_s: float) -> None:
@@ -86,7 +86,7 @@ class _Socket:
         self, sock: socket.socket, deadline: Deadline, read_timeout_s: float, max_header_bytes: int
     ) -> None:
         self._sock, self._deadline = sock, deadline
-        self.file = _BoundedLines(_Reads(sock, deadline, read_timeout_s))
+        self.file = _BoundedLines(_SocketStream(sock, deadline, read_timeout_s))
         self.file.lines_left = max_header_bytes
 
     def sendall(self, data: bytes) -> None:

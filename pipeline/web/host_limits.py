@@ -104,11 +104,11 @@ class HostHealth:
             self._hosts.pop(name, None)
 
     def _failed(self, name: str, started: float) -> None:
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
             if len(self._hosts) >= _FAILING_HOSTS_KEPT:
-                self._hosts = {kept: host for kept, host in self._hosts.items() if host.down_until > now}
+                self._hosts = {kept: host for kept, host in self._hosts.items() if host.down_until > now_s}
             failing = self._hosts.setdefault(name, _Failing(since=started))
             failing.times += 1
             if failing.times >= _DOWN_AFTER:
-                failing.down_until = now + min(now - failing.since, _MAX_DOWN_S)
+                failing.down_until = now_s + min(now_s - failing.since, _MAX_DOWN_S)

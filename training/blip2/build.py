@@ -10,7 +10,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.distributed import World
-from training.models.language import Decoder, EncoderDecoder, empty_language, load_language
+from training.models.language import DecoderOnly, EncoderDecoder, empty_language, load_language
 from training.models.pretrained import tokenizer_folder
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
@@ -80,7 +80,7 @@ def compile_stage(stage: Stage) -> None:
         block.compile(dynamic=False)
 
 
-def shard_language(language: Decoder | EncoderDecoder) -> None:
+def shard_language(language: DecoderOnly | EncoderDecoder) -> None:
     """Shard a frozen language model's blocks over all ranks (FSDP2); each is gathered while it computes.
 
     Embeddings and output head are used outside the blocks' own calls, so what is not in a block is not sharded.

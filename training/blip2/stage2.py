@@ -18,7 +18,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage import QFormerStage
 from training.distributed import World
 from training.models.flops import THROUGH, count_flops
-from training.models.language import Decoder, EncoderDecoder, Target, empty_language
+from training.models.language import DecoderOnly, EncoderDecoder, Target, empty_language
 from training.models.layers import Linear
 from training.models.vision import FrozenVision
 
@@ -41,7 +41,7 @@ class Stage2(QFormerStage):
         self,
         config: PretrainConfig,
         vision: FrozenVision,
-        language: Decoder | EncoderDecoder,
+        language: DecoderOnly | EncoderDecoder,
         world: World,
         dtype: torch.dtype,
     ) -> None:

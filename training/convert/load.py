@@ -57,7 +57,7 @@ def load_trained(
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
     try:
         if external is None or external.kind == "capfilt":
-            _refuse_other_shapes(given, config, path)
+            _reject_other_shapes(given, config, path)
         stage = build_stage(config, World(device), device)
     except CapfiltError as error:
         raise CapfiltError(f"{error}{config_hint}") from error
@@ -70,7 +70,7 @@ def load_trained(
     return stage.eval()
 
 
-def _refuse_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, path: str) -> None:
+def _reject_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, path: str) -> None:
     """Compare the weights with the config that came with them before any memory is taken that the config asks for."""
     if config.qformer.layers > len(given):
         raise CapfiltError(

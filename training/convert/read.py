@@ -129,7 +129,7 @@ def _is_filled(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def _refuse_compressed(path: Path) -> None:
+def _reject_compressed(path: Path) -> None:
     """Raise CapfiltError where a zip's entries are larger than the file: torch.save does not compress or share them."""
     if not zipfile.is_zipfile(path):
         return
@@ -142,7 +142,7 @@ def _refuse_compressed(path: Path) -> None:
 def _unpickled(path: Path) -> Any:
     """Return what torch.load reads without running code. Its advice to run the code is not shown."""
     try:
-        _refuse_compressed(path)
+        _reject_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except CapfiltError:
         raise

@@ -28,7 +28,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.data.sampler import SampleIndex, Sampler
 from training.data.shard_cache import ShardCache
-from training.data.shard_index import OpenShard, Sample
+from training.data.shard_index import OpenShard, StoredSample
 from training.data.snapshot import Snapshot
 from training.data.transforms import NoCaptionError, decode, random_crop, sample_random, usable_captions
 
@@ -177,7 +177,7 @@ class TrainingData:
             )
         return chunk
 
-    def _usable(self, shard: OpenShard, index: SampleIndex) -> tuple[Sample, Tensor, list[str]]:
+    def _usable(self, shard: OpenShard, index: SampleIndex) -> tuple[StoredSample, Tensor, list[str]]:
         """Return a sample with its pixels and captions, or the next one of the shard that can be used."""
         for number in range(index.sample, index.sample + len(shard)):
             sample = shard.sample(number % len(shard))

@@ -46,7 +46,7 @@ class ShardRef:
         return self.tar.rows - len(self.held_out)
 
 
-class Sample(NamedTuple):
+class StoredSample(NamedTuple):
     """A sample as it is stored; ``captions`` best first."""
 
     uid: str
@@ -106,16 +106,18 @@ class OpenShard:
         """The identities of all samples, in the order of the tar."""
         return [uid.decode() for uid in self._uids_N.tolist()]
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int) -> StoredSample:
         """Return a training sample."""
         return self._read(int(self._trained[number]))
 
-    def held_out(self) -> Iterator[Sample]:
+    def held_out(self) -> Iterator[StoredSample]:
         """Yield the samples that are held out."""
         return map(self._read, self._held_out.tolist())
 
-    def _read(self, place: int) -> Sample:
-        return Sample(self._uids_N[place].decode(), self._member(place, IMAGE) or b"", self._captions(place))
+    def _read(self, place: int) -> StoredSample:
+        return StoredSample(
+            self._uids_N[place].decode(), self._member(place, IMAGE) or b"", self._captions(place)
+        )
 
     def _captions(self, place: int) -> list[str]:
         """Return the json if it is a list of texts, else the txt, else the captions of an object in the json."""

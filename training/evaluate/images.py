@@ -28,7 +28,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
     """Do nothing."""
 
 
-class ImageFolder:
+class BenchmarkImages:
     """A folder of images, local or remote.
 
     Args:

@@ -18,7 +18,7 @@ from training.data.snapshot import Snapshot, parse_snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import score_captions
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
-from training.evaluate.images import ImageFolder, ReportProgress, ignore_progress
+from training.evaluate.images import BenchmarkImages, ReportProgress, ignore_progress
 from training.evaluate.published import Result, published
 from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import validate
@@ -42,8 +42,8 @@ class Evaluation:
     began: float = field(default_factory=time.perf_counter)
 
     @property
-    def _folder(self) -> ImageFolder:
-        return ImageFolder(self.images, self.stage.config.data.image_size_px, self.report)
+    def _folder(self) -> BenchmarkImages:
+        return BenchmarkImages(self.images, self.stage.config.data.image_size_px, self.report)
 
     def retrieval(self, captioned: Sequence[CaptionedImage], rerank: int) -> Result:
         """Retrieve every caption by its image and every image by its captions."""

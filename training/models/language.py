@@ -118,7 +118,7 @@ class FrozenLanguage(nn.Module):
         return ids_BL, mask_BL
 
 
-class Decoder(FrozenLanguage):
+class DecoderOnly(FrozenLanguage):
     """OPT: the soft prompt, then the caption, each token of which is predicted, the leading ``</s>`` included."""
 
     name = "opt"
@@ -250,10 +250,10 @@ def split_caption(caption: str, uid: str, seed: int) -> tuple[str, str]:
     return " ".join(words[:split]), " ".join(words[split:])
 
 
-_FAMILIES = {"opt": Decoder, "t5": EncoderDecoder}
+_FAMILIES = {"opt": DecoderOnly, "t5": EncoderDecoder}
 
 
-def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
+def load_language(config: LanguageConfig) -> DecoderOnly | EncoderDecoder:
     """Load the language model that ``[language]`` names, on the CPU.
 
     Raises:
@@ -269,7 +269,7 @@ def load_language(config: LanguageConfig) -> Decoder | EncoderDecoder:
     return family(config, model, tokenizer)
 
 
-def empty_language(config: LanguageConfig, device: torch.device | str) -> Decoder | EncoderDecoder:
+def empty_language(config: LanguageConfig, device: torch.device | str) -> DecoderOnly | EncoderDecoder:
     """Build the language model that ``[language]`` names without its weights: on ``meta``, or at random on a device."""
     family, default = _FAMILIES[config.family], torch.get_default_dtype()
     shape = language_shape(config)

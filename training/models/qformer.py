@@ -37,7 +37,7 @@ from training.models.layers import (
 )
 
 
-class Block(nn.Module):
+class QFormerBlock(nn.Module):
     """One block. Without ``text``, it has no feed-forward network for text, which stage 2 does not need."""
 
     def __init__(self, config: QFormerConfig, image_width: int, attends_to_image: bool, text: bool) -> None:
@@ -130,7 +130,7 @@ class QFormer(nn.Module):
     ) -> None:
         super().__init__()
         blocks = nn.ModuleList(
-            Block(config, image_width, index % config.cross_attention_every == 0, text)
+            QFormerBlock(config, image_width, index % config.cross_attention_every == 0, text)
             for index in range(config.layers)
         )
         # The levels of BERT's names: "bert.encoder.layer.0", "cls.predictions".

@@ -17,7 +17,7 @@ from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, ModelRecord
-from training.checkpoint import Checkpoints, Progress, State
+from training.checkpoint import Checkpoints, State, TrainingProgress
 from training.data.loader import Batch
 from training.distributed import World
 from training.models.parameters import PartlyTrained
@@ -251,7 +251,7 @@ class Loop:
             )
         if self.world.rank != 0 or (self._last is not None and self._last.step == self.step):
             return
-        progress = Progress(
+        progress = TrainingProgress(
             step=self.step,
             samples=self.samples,
             snapshot=self.snapshot,

@@ -25,8 +25,8 @@ from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true
 from pipeline.candidates import Candidate
-from pipeline.models.blip.captioner import Captioner
-from pipeline.models.clip.ranker import Ranker
+from pipeline.models.blip.captioner import BlipCaptioner
+from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import captioner_weights, ranker_weights
 from pipeline.stages.selection import select
 from pipeline.text import clean_caption
@@ -77,7 +77,7 @@ def caption_config(folder: Path, **values: object) -> CaptionConfig:
     )
 
 
-def sample_captions(captioner: Captioner, images: HeldOutImages) -> list[list[str]]:
+def sample_captions(captioner: BlipCaptioner, images: HeldOutImages) -> list[list[str]]:
     """Sample ten captions of each image."""
     uids = [str(index) for index in range(len(images.scenes))]
     captions: list[list[str]] = []
@@ -91,7 +91,7 @@ def sample_captions(captioner: Captioner, images: HeldOutImages) -> list[list[st
 
 
 def score_candidates(
-    ranker: Ranker, images: HeldOutImages, captions: Sequence[Sequence[str]]
+    ranker: ClipRanker, images: HeldOutImages, captions: Sequence[Sequence[str]]
 ) -> list[list[Candidate]]:
     """Return each image's captions and its alt text with their scores."""
     candidates = []
@@ -128,8 +128,8 @@ def evaluate_weights(
     """Caption, rank and select held-out pictures; return the shares of entirely true texts, and the seconds taken."""
     images = held_out_images(num_images, seed)
     config = caption_config(captioner_dir)
-    captioner = Captioner(config, captioner_weights(config), seed)
-    ranker = Ranker(ranker_weights(f"local-dir:{ranker_dir}", ""), "auto", BATCH_SIZE)
+    captioner = BlipCaptioner(config, captioner_weights(config), seed)
+    ranker = ClipRanker(ranker_weights(f"local-dir:{ranker_dir}", ""), "auto", BATCH_SIZE)
     started = time.monotonic()
     captions = sample_captions(captioner, images)
     captioned = time.monotonic()

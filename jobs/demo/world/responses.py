@@ -4,7 +4,7 @@ from typing import Literal
 
 from jobs.demo.world.alt_texts import AltKind
 
-Outcome = Literal[
+ResponseKind = Literal[
     "plain", "non_ascii_path", "exif_rotated", "redirect", "redirect_chain",
     "unavailable_once", "rate_limited_once",
     "not_found", "gone", "forbidden", "server_error", "truncated_jpeg", "html_as_image",
@@ -13,7 +13,7 @@ Outcome = Literal[
 
 BLOCK = 400
 # Pages of each outcome in every block of 400, in shuffled order: 60 fail (15%).
-SUCCESSES: dict[Outcome, int] = {
+SUCCESSES: dict[ResponseKind, int] = {
     "plain": 309,
     "non_ascii_path": 4,
     "exif_rotated": 4,
@@ -22,7 +22,7 @@ SUCCESSES: dict[Outcome, int] = {
     "unavailable_once": 6,
     "rate_limited_once": 2,
 }
-FAILURES: dict[Outcome, int] = {
+FAILURES: dict[ResponseKind, int] = {
     "not_found": 16,
     "gone": 5,
     "forbidden": 6,

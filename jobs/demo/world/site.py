@@ -34,7 +34,7 @@ from jobs.demo.world.responses import (
     OPT_OUTS,
     STATUS_BY_OUTCOME,
     SUCCESSES,
-    Outcome,
+    ResponseKind,
 )
 from jobs.demo.world.scenes import Scene, render
 
@@ -50,7 +50,7 @@ class Page:
     seed: int
     number: int
     scene: Scene
-    outcome: Outcome
+    outcome: ResponseKind
     alt_kind: AltKind
     alt: str
     encoding: Encoding

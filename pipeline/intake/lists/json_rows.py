@@ -123,8 +123,8 @@ class _Text:
         """Pass one character and what white space follows. Raises CapfiltError where it is another."""
         actual = self.next_character()
         if actual != character:
-            said = f"found {shown(actual)!r}" if actual else "the file ends"
-            raise CapfiltError(f"{self.place}: not JSON: {character!r} is expected after it, {said}")
+            actual_text = f"found {shown(actual)!r}" if actual else "the file ends"
+            raise CapfiltError(f"{self.place}: not JSON: {character!r} is expected after it, {actual_text}")
         self.at += 1
         self.next_character()
 

@@ -128,17 +128,15 @@ class ImageFolder:
     ) -> list[Cells]:
         """Return the cells of images: from a table, else the caption alone from the text beside it."""
         texts = [beside.get(f"{image.relative.rpartition('.')[0]}.txt") for image in images]
-        wants_text = [
+        uses_text = [
             caption is not None and text is not None and image.relative not in described
             for image, text in zip(images, texts, strict=True)
         ]
-        to_read = [
-            text for text, wanted in zip(texts, wants_text, strict=True) if wanted and text is not None
-        ]
+        to_read = [text for text, wanted in zip(texts, uses_text, strict=True) if wanted and text is not None]
         read = iter(self._storage.map(self._text, to_read))
         return [
             {str(caption): next(read)} if wanted else described.get(image.relative, {})
-            for image, wanted in zip(images, wants_text, strict=True)
+            for image, wanted in zip(images, uses_text, strict=True)
         ]
 
     def _text(self, file: InputFile) -> str:

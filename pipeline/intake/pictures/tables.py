@@ -31,11 +31,11 @@ class ImageTables:
     def __init__(self, inputs: Sequence[str], key: str, storage: Storage) -> None:
         self._key, self._storage = key, storage
         folders = InputFolders(inputs, key)
-        found = [file for pattern in inputs for file in folders.files(pattern)]
+        files = [file for pattern in inputs for file in folders.files(pattern)]
         # What `datasets` itself keeps beside its data: cache-*.arrow are results of map and filter.
         self._tables = {
             folders.url_of(file): file
-            for file in found
+            for file in files
             if file.relative.endswith((".parquet", ".arrow"))
             and not file.relative.rpartition("/")[2].startswith("cache-")
         }

@@ -45,13 +45,13 @@ class TarFolder:
     def __init__(self, inputs: Sequence[str], key: str, storage: Storage) -> None:
         self._storage = storage
         folders = InputFolders(inputs, key)
-        found = [file for pattern in inputs for file in folders.files(pattern)]
-        if packed := [file.relative for file in found if file.relative.lower().endswith(COMPRESSED_TARS)]:
+        files = [file for pattern in inputs for file in folders.files(pattern)]
+        if packed := [file.relative for file in files if file.relative.lower().endswith(COMPRESSED_TARS)]:
             raise CapfiltError(
                 f"{key}: {len(packed):,} compressed tars, such as {printable(packed[0])}, whose members cannot be read "
                 "by place; decompress them (gunzip, unzstd) to plain .tar"
             )
-        self._tars = {folders.url_of(file): file for file in found if file.relative.lower().endswith(".tar")}
+        self._tars = {folders.url_of(file): file for file in files if file.relative.lower().endswith(".tar")}
         if not self._tars:
             raise CapfiltError(f"{key}: no *.tar in {', '.join(inputs[:3])}")
         self.lists = tuple(self._tars)
@@ -74,8 +74,8 @@ class TarFolder:
         columns = [name for name in wanted.columns if name != wanted.url]
         file = self._tars[tar]
         with self._storage.local_copy(tar) as path, path.open("rb") as content:
-            found = _found(path, tar)
-            samples = _in_order(found)
+            tar_samples = _tar_samples(path, tar)
+            samples = _in_order(tar_samples)
             for start in range(0, len(samples), BATCH_ROWS):
                 batch = samples[start : start + BATCH_ROWS]
                 cells: dict[str, list[Any]] = {name: [] for name in columns}
@@ -89,7 +89,7 @@ class TarFolder:
                 ]
                 yield Rows(columns=cells, numbers=range(start + 1, start + 1 + len(batch)), unit="item")
         # Said once: at the end of the one reading that takes all rows.
-        _warn(found, tar)
+        _warn(tar_samples, tar)
 
 
 def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
@@ -100,37 +100,42 @@ def samples_of(path: Path, name: str) -> list[tuple[str, Places]]:
 
     Raises CapfiltError where it cannot be read.
     """
-    return _in_order(_found(path, name))
+    return _in_order(_tar_samples(path, name))
 
 
-def _found(path: Path, name: str) -> TarSamples:
+def _tar_samples(path: Path, name: str) -> TarSamples:
     try:
-        found = find_tar_samples(path, extensions=_EXTENSIONS)
+        tar_samples = find_tar_samples(path, extensions=_EXTENSIONS)
     except tarfile.ReadError as error:
         raise CapfiltError(f"{name} is not a readable tar: {error}") from error
-    if found.follows == "damage":
+    if tar_samples.follows == "damage":
         raise CapfiltError(
             f"{name}: a header is damaged, and what follows it cannot be read; fetch the tar again"
         )
-    return found
+    return tar_samples
 
 
-def _in_order(found: TarSamples) -> list[tuple[str, Places]]:
-    samples = [*found.whole.items(), *((key, places) for key, places in found.partial if any(places))]
+def _in_order(tar_samples: TarSamples) -> list[tuple[str, Places]]:
+    samples = [
+        *tar_samples.whole.items(),
+        *((key, places) for key, places in tar_samples.partial if any(places)),
+    ]
     in_order = sorted(samples, key=lambda sample: min(place for place in sample[1] if place))
     return [(printable_key(key), places) for key, places in in_order]
 
 
-def _warn(found: TarSamples, name: str) -> None:
-    if found.follows != "end":
+def _warn(tar_samples: TarSamples, name: str) -> None:
+    if tar_samples.follows != "end":
         fault = (
             "has no end mark and may have been cut"
-            if found.follows == "nothing"
+            if tar_samples.follows == "nothing"
             else "goes on after its end mark"
         )
         _log.warning("%s %s: samples may be missing", name, fault)
-    if found.left_out:
-        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(found.left_out.items()))
+    if tar_samples.left_out:
+        reasons = ", ".join(
+            f"{count:,} with {reason}" for reason, count in sorted(tar_samples.left_out.items())
+        )
         _log.warning("%s: samples left out: %s", name, reasons)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration, GenerationConfig
 
 from pipeline.images.preprocess import Preprocess, decode_pixels, normalise, stack_pinned
-from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, NOT_FINITE, GridSampler, RowSampler
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.checks import not_finite
@@ -56,7 +56,7 @@ class TokenBatch:
     seeds_BN: np.ndarray
 
 
-class Captioner:
+class BlipCaptioner:
     """BLIP with its preprocessing and tokenizer, on the device of this process."""
 
     def __init__(self, config: CaptionConfig, weights: Weights, seed: int) -> None:
@@ -87,7 +87,7 @@ class Captioner:
         self.vision = VisionTower(model.vision_model, config.batch_size if on_gpu else None)
         if config.precision == "fp8":
             quantise(self.vision.blocks)
-        decoder = Decoder(model.text_decoder, compiled=on_gpu).eval()
+        decoder = BlipDecoder(model.text_decoder, compiled=on_gpu).eval()
         self._sample = (
             GridSampler(decoder, self._prompt_ids, config, config.batch_size)
             if on_gpu

@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
         return self.norm(self.down(self.activation(self.up(hidden_RD))) + hidden_RD)
 
 
-class Decoder(nn.Module):
+class BlipDecoder(nn.Module):
     """The weights of a BLIP captioner's text decoder, in the shapes that decoding needs; for inference alone.
 
     Args:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.models.blip.decoder import Decoder
+from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.nucleus import Nucleus, draw, is_finite, nucleus
 from schemas.config import CaptionConfig
 
@@ -34,7 +34,7 @@ NOT_FINITE = -2
 class RowSampler:
     """Sample captions, computing only what is unfinished and distinct."""
 
-    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], config: CaptionConfig) -> None:
+    def __init__(self, decoder: BlipDecoder, prompt_ids: Sequence[int], config: CaptionConfig) -> None:
         self.decoder = decoder
         self.prompt_ids = list(prompt_ids)
         self.config = config
@@ -117,7 +117,7 @@ class GridSampler:
     """
 
     def __init__(
-        self, decoder: Decoder, prompt_ids: Sequence[int], config: CaptionConfig, num_images: int
+        self, decoder: BlipDecoder, prompt_ids: Sequence[int], config: CaptionConfig, num_images: int
     ) -> None:
         self.decoder = decoder
         self.prompt_ids = list(prompt_ids)

@@ -19,7 +19,7 @@ def has_plain_blocks(transformer: nn.Module) -> bool:
     )
 
 
-class Block(nn.Module):
+class ClipBlock(nn.Module):
     """A pre-norm transformer block that shares the weights of one of open_clip's, over tokens in any layout."""
 
     def __init__(self, block: ResidualAttentionBlock) -> None:
@@ -49,7 +49,7 @@ class Block(nn.Module):
         return x + self._scale_2(self._mlp(self._norm_2(x)))
 
 
-class LastBlock(Block):
+class LastBlock(ClipBlock):
     """Last transformer block: only one row per sequence is used, so only that row computes a query.
 
     Keys and values are computed for all rows.

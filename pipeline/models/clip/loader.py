@@ -8,7 +8,7 @@ import open_clip
 import torch
 from torch import nn
 
-from pipeline.models.checks import refuse_larger
+from pipeline.models.checks import reject_larger
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import folder_view
 from pipeline.models.model_files import safetensors_header
@@ -68,11 +68,11 @@ def _load_folder(folder: Path, where: str, precision: str) -> nn.Module:
         folder, {"open_clip_config.json": config, checkpoint: None}, f"{where}: {folder}"
     ) as view:
         name = f"local-dir:{view}"
-        _refuse_larger(config["model_cfg"], folder / checkpoint)
+        _reject_larger(config["model_cfg"], folder / checkpoint)
         return open_clip.create_model(name, precision=precision, require_pretrained=True)
 
 
-def _refuse_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
+def _reject_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
     """Reject a config that asks for far more memory than its weights could fill, before any is allocated."""
     shape = {key: value for key, value in config.items() if key != "custom_text"}
     kind = open_clip.CLIP
@@ -81,4 +81,4 @@ def _refuse_larger(config: Mapping[str, Any], checkpoint: Path) -> None:
     with torch.device("meta"):
         model = kind(**shape)
     config_path = checkpoint.parent / "open_clip_config.json"
-    refuse_larger(model, [safetensors_header(checkpoint)], str(config_path), _SPARE_VALUES)
+    reject_larger(model, [safetensors_header(checkpoint)], str(config_path), _SPARE_VALUES)

@@ -31,7 +31,7 @@ class Score:
     truncated: bool
 
 
-class Ranker:
+class ClipRanker:
     """A CLIP of open_clip's with its preprocessing and tokenizer, on the device of this process."""
 
     def __init__(

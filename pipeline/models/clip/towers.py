@@ -22,7 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pipeline.models.clip.blocks import Block, LastBlock, has_plain_blocks
+from pipeline.models.clip.blocks import ClipBlock, LastBlock, has_plain_blocks
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -97,7 +97,7 @@ class TextTower(nn.Module):
         self._embedding = tower.token_embedding
         self._positions_LD = tower.positional_embedding
         *blocks, last = tower.transformer.resblocks
-        self._blocks = nn.ModuleList(Block(block) for block in blocks)
+        self._blocks = nn.ModuleList(ClipBlock(block) for block in blocks)
         self._last = LastBlock(last)
         self._norm = tower.ln_final
         self._projection = tower.text_projection
@@ -187,7 +187,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self._visual = visual
         *blocks, last = visual.transformer.resblocks
-        self.blocks = nn.ModuleList([*map(Block, blocks), LastBlock(last)])
+        self.blocks = nn.ModuleList([*map(ClipBlock, blocks), LastBlock(last)])
         self._is_compiled = compiled_batch is not None
         device = visual.positional_embedding.device.type
         self._at_once = compiled_batch or max(1, _TOKENS_AT_ONCE[device] // len(visual.positional_embedding))
