@@ -214,7 +214,7 @@ class Corpus:
         return cast(list[SampleTrace], trace_sample(self._manifest, uid_or_url))
 
     def show(self, uid_or_url: str, *, source: str | None = None) -> SampleView:
-        """Return a sample for the eye: its image, and each candidate with score, and whether and why it was kept.
+        """Return a sample for display: its image, and each candidate with score, and whether and why it was kept.
 
         Args:
             uid_or_url: as the tables have it.

@@ -74,7 +74,7 @@ def read_curated(records: Records, record: ShardRecord) -> Iterator[Sample]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class SampleView:
-    """One sample for the eye: in a notebook the image beside its candidates, in a terminal the candidates alone.
+    """One sample for display: in a notebook the image beside its candidates, in a terminal the candidates.
 
     ``trace`` is what ``Corpus.trace`` returns of it. ``image_bytes`` is None where the crawl stored no image.
     """

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class CapfiltError(Exception):
-    """Report a mistake in the user's input: what is wrong, where, and the key or command that corrects it.
+    """Report an error in the user's input: what is wrong, where, and the key or command that corrects it.
 
     Raised before any work starts wherever that is possible. The command line prints the message alone
     and exits with 2. Takes one string, so that it survives the pickling that Ray does.

@@ -23,14 +23,16 @@ class RunConfig(Section):
     )
     seed: int = Field(42, ge=0, lt=2**63, description="of the order, the crops and the dropout")
     init_from: str = Field(
-        "", description="checkpoint to begin with: one of ours, or a LAVIS .pth; stage 2 needs stage 1's"
+        "", description="checkpoint to begin with: capfilt's, or a LAVIS .pth; stage 2 needs stage 1's"
     )
 
 
 class CorpusSlice(Section):
     """``[[data.corpus]]``: curated shards to train on."""
 
-    path: str = Field(min_length=1, description="a corpus, or a folder of WebDataset shards of others' make")
+    path: str = Field(
+        min_length=1, description="a corpus, or a folder of WebDataset shards from another program"
+    )
     snapshot: str = Field("", description="digest of the curated shards, to pin them; empty: all there are")
     sources: tuple[str, ...] = Field((), description="only these sources; empty: all")
     weights: dict[str, float] = Field(

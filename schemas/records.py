@@ -219,7 +219,9 @@ class IntakeRecord(Json):
                 )
         for shard, path in self.adopted.items():
             if self.kind != "img2dataset" or shard not in self.shards or shard not in self.adopted_bytes:
-                raise ValueError(f"adopted.{shard}: only a shard of img2dataset's is adopted, with its bytes")
+                raise ValueError(
+                    f"adopted.{shard}: only a shard of img2dataset is imported, and only with its size in bytes"
+                )
             if not is_outside_tar(path):
                 raise ValueError(f"adopted.{shard}: {path[:200]!r} is not the absolute path or URL of a tar")
 

@@ -15,7 +15,7 @@ SampleStatus = Literal["ok", "failed", "refused", "opted_out", "invalid"]
 SAMPLE_STATUSES: dict[str, str] = {
     "ok": "the image was fetched, checked, resized and stored",
     "failed": "the server or the network did not deliver it",
-    "refused": "a guard of ours would not go on: address, scheme, redirects, size or time",
+    "refused": "capfilt stopped the fetch at one of its limits: address, scheme, redirects, size or time",
     "opted_out": "the site reserves its content (X-Robots-Tag, TDM-Reservation or robots.txt)",
     "invalid": "what was delivered is not a usable image",
 }

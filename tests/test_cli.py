@@ -1,4 +1,4 @@
-"""The command line as a person meets it: exit codes, one clear line for a mistake, JSON on standard output alone."""
+"""The command line as a person meets it: exit codes, one clear line for an error, JSON on standard output alone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The config file: every mistake named with its place and its mend, overrides, paths."""
+"""The config file: every error named with its place and its correction, overrides, paths."""
 
 from pathlib import Path
 

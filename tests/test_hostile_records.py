@@ -111,7 +111,7 @@ def test_a_tar_outside_that_no_list_adopted_is_not_opened(corpus: Corpus, tmp_pa
         lambda values: values["outputs"]["tar"].update(path=str(tmp_path / "own.tar")),
     )
     for command in (("verify",), ("gc", "--dry-run")):
-        assert "no list of it adopted" in refused(corpus, *command)
+        assert "that no intake imported" in refused(corpus, *command)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``capfilt init``: what is found becomes a config that ``capfilt plan`` accepts as it is; mistakes are one line."""
+"""``capfilt init``: what is found becomes a config that ``capfilt plan`` accepts as it is; errors are one line."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What a command imports before its first line: reading commands nothing heavy, mistakes next to nothing."""
+"""What a command imports before its first line: reading commands nothing heavy, errors next to nothing."""
 
 import json
 import subprocess

@@ -17,7 +17,7 @@ from schemas.errors import CapfiltError
 
 T = TypeVar("T")
 
-# Elements of one all-reduce: large enough for full bandwidth, small enough to be no second copy of the model.
+# Elements of one all-reduce: large enough for full bandwidth, far smaller than a copy of the model.
 _BUCKET_ELEMENTS = 32 * 2**20
 
 # How long ranks wait for one that indexes shards for the first time or downloads weights. A rank that died is noticed

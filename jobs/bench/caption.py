@@ -71,7 +71,7 @@ def measure_caption(
     """Measure counted operations, the decoder alone, and JPEG to top two.
 
     Args:
-        batch_size: of ours on a GPU.
+        batch_size: capfilt's, on a GPU.
         rounds: pairs; the ratios are medians over them.
         captioner: its sizes; the shares and bounds that are derived from counted operations hold for BLIP-large.
         ranker: its architecture; as ``captioner``.

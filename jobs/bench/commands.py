@@ -88,7 +88,7 @@ def images(
 
 @bench.command()
 def caption(
-    batch_size: Annotated[int, typer.Option(min=1, help="Ours, on a GPU.", metavar="N")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of capfilt, on a GPU.", metavar="N")] = 256,
     rounds: Rounds = 5,
     json_: Json = False,
 ) -> None:

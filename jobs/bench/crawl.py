@@ -1,6 +1,6 @@
-"""The crawl beside what it is built on: CrawlWorker and img2dataset's own fetch, in turn, on the same URLs.
+"""The crawl compared with what it is built on: CrawlWorker and img2dataset's own fetch, alternately, on the same URLs.
 
-Each has a process of its own. Both resize alike, digest the body and write a tar and a Parquet file. Ours also
+Each has a process of its own. Both resize alike, digest the body and write a tar and a Parquet file. CrawlWorker also
 guards each fetch, checks every row, and commits: uploads with sync, record last.
 """
 

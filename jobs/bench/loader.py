@@ -1,6 +1,6 @@
 """The training loader beside a plain WebDataset loop with LAVIS's transforms, on the same curated shards.
 
-Each has a process of its own and one decoding thread. Ours also checks every shard against its record, and its
+Each has a process of its own and one decoding thread. capfilt's also checks every shard against its record, and its
 pixels stay uint8 until they are on the device; the plain loop normalises on the CPU, as LAVIS does.
 """
 

@@ -289,7 +289,7 @@ def _rows(result: "Result") -> list[dict[str, str]]:
 
 
 def _readable(name: str, value: float | None) -> str:
-    """Return a metric as papers print it; CIDEr and BLEU are no shares of anything."""
+    """Return a metric as papers print it: shares as percent, CIDEr and BLEU as they are."""
     if value is None:
         return "-"
     if name == "itm_accuracy":

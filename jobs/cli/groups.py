@@ -35,7 +35,7 @@ class CommandGroup(TyperGroup):
                 )
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a reader that closes the pipe early (``| head``) is no error of a command that looks."""
+        """Run the command; if it only reads, a closed pipe (``| head``) is not an error."""
         try:
             try:
                 return super().invoke(ctx)

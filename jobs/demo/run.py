@@ -185,9 +185,11 @@ def _print_training(trained: dict[str, Any], console: Console) -> None:
         lines.append(f"  {captions + ' captions':18}{cells}")
     lines.append("\nloss a word of a frozen language model on the true captions of these scenes")
     for family, losses in trained["stage2"].items():
-        alone, with_picture = losses["text_only_loss"], losses["caption_loss"]
-        lines.append(f"  {family.upper():4}text alone {alone:.3f}  ->  with the picture {with_picture:.3f}")
-    lines.append(f"\ntrained and examined in {trained['training_seconds']:.0f} s of CPU\n")
+        text_only, with_picture = losses["text_only_loss"], losses["caption_loss"]
+        lines.append(
+            f"  {family.upper():4}text alone {text_only:.3f}  ->  with the picture {with_picture:.3f}"
+        )
+    lines.append(f"\ntrained and evaluated in {trained['training_seconds']:.0f} s of CPU\n")
     console.print("\n".join(lines), highlight=False)
 
 

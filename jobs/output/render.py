@@ -73,12 +73,12 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def screen_width() -> int | None:
-    """Return the terminal's width; None where there is no terminal: a pipe has no width."""
+    """Return the terminal's width in columns; None where the output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def complain(message: object) -> None:
-    """Print an error, which may quote the names and texts of others, on standard error."""
+    """Print an error on standard error; control characters of quoted names and texts are escaped."""
     print(printable_lines(f"capfilt: {message}"), file=sys.stderr)
 
 

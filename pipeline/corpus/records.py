@@ -117,8 +117,8 @@ class Records:
         for (source, shard), tar in outside.items():
             if imported.get((source, shard)) != tar:
                 raise CapfiltError(
-                    f"{shard_record_path('crawl', source, shard)} names a tar outside the corpus that no list of "
-                    f"it adopted: {tar}; nothing was read. Use only a corpus from a source that you trust"
+                    f"{shard_record_path('crawl', source, shard)} names a tar outside the corpus that no intake "
+                    f"imported: {tar}; nothing was read. Use only a corpus from a source that you trust"
                 )
 
     # -- attempts and quarantine -----------------------------------------------------------------------------

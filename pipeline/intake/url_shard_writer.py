@@ -41,7 +41,7 @@ class UrlShardWriter:
     """Cut the rows of a source's next batch into shards of a size, put them on storage, and commit the batch.
 
     Args:
-        earlier: the source's batches so far: shards are numbered on from theirs.
+        earlier: the source's batches so far; the new shards' numbers follow those of these batches.
         folder: local, for files that are not finished.
         rows_per_shard: None: only ``cut`` ends a shard.
     """

@@ -44,8 +44,8 @@ def select(
 ) -> Selection:
     """Choose among the candidates of one image, whatever order they come in; see ``choose`` for the rules.
 
-    A human source keeps every distinct caption: they are the reference here, and a model's score is no reason to
-    drop one; ``[select]`` does not apply to it.
+    A human source keeps every distinct caption: they are the reference, so scores drop none of them and
+    ``[select]`` does not apply.
     """
     if kind == "human":
         choices = choose(candidates)

@@ -60,7 +60,7 @@ class ShardImages:
         self._places: dict[int, tuple[int, int]] = {}
 
     def download(self) -> None:
-        """Fetch every URL, and store what is an image. Raises what is no URL's fault, such as a full disk."""
+        """Fetch every URL, and store what is an image. Raises errors that no URL caused, such as a full disk."""
         # From one thread, so that a worker holds the pixels of one image at most.
         with self._stored.open("wb") as file, closing(self._fetched()) as fetched:
             for number, fetch in fetched:

@@ -68,7 +68,7 @@ def _folder(
 
 
 def _how_to_convert(name: str, folder: Path, where: str) -> str:
-    """Return what makes safetensors of older files, as the hub has of OPT; transformers runs no code of theirs."""
+    """Return the command that converts older files, as the hub has of OPT, to safetensors."""
     classes = read_object(folder / "config.json", where).get("architectures")
     kind = classes[0] if isinstance(classes, list) and classes else "AutoModel"
     if not (isinstance(kind, str) and _CLASS_NAME.fullmatch(kind)):

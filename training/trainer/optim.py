@@ -21,7 +21,7 @@ _LAVIS_EPOCHS = 10
 
 # "paper": arXiv 2301.12597, section 4.1; where the paper is silent (the start of the warm-up, the end of stage 1's
 # cosine) the value is LAVIS's, or zero. "lavis": the released yaml files; their cosine moves once an epoch and
-# their warm-up ends with the first one, while ours goes by steps in both presets.
+# their warm-up ends with the first one, while capfilt's goes by steps in both presets.
 _PRESETS: dict[tuple[Literal["paper", "lavis"], Literal[1, 2]], dict[str, Any]] = {
     ("paper", 1): {"steps": 250_000, "min_lr": 0.0, "warmup_steps": 2_000, "betas": (0.9, 0.98)},
     ("paper", 2): {"steps": 80_000, "min_lr": 5e-5, "warmup_steps": 2_000, "betas": (0.9, 0.98)},

@@ -99,12 +99,14 @@ def held_out_losses(
     """Return the loss of new documents by their number of captions: the more, the more is known of the scene."""
     model.eval()
     rng = random.Random(1)
-    by_length: dict[int, list[list[str]]] = {count: [] for count in range(1, 5)}
+    texts_by_captions: dict[int, list[list[str]]] = {count: [] for count in range(1, 5)}
     for document in documents(2000, rng):
-        by_length[len(document)].append(document)
+        texts_by_captions[len(document)].append(document)
     with torch.no_grad():
         return {
-            count: loss_of(model, tokenizer, texts, rng).item() for count, texts in by_length.items() if texts
+            count: loss_of(model, tokenizer, texts, rng).item()
+            for count, texts in texts_by_captions.items()
+            if texts
         }
 
 

@@ -178,8 +178,8 @@ def _rank_loss(logits_RC: torch.Tensor, truth_RC: torch.Tensor) -> torch.Tensor:
 class RankerObjective(nn.Module):
     """Contrast each image with all texts of the batch and each true text with all images.
 
-    CLIP's loss, but with the truth decided by the world: a caption that also
-    holds of another image of the batch is no negative there.
+    CLIP's loss, but the scenes decide which captions are true: a caption that also
+    describes another image of the batch is not a negative of that image.
     """
 
     def __init__(self, model: open_clip.CLIP) -> None:

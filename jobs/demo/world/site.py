@@ -166,7 +166,7 @@ class _Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A crawler that gives up on a slow page breaks the pipe; that is no news.
+        # A crawler that gives up on a slow page closes the connection: nothing to report.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 

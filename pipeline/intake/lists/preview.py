@@ -90,7 +90,7 @@ def _holds_images(field: pa.Field, parquet: ParquetList) -> bool:
     for row in _parquet_rows(parquet, [field.name], 1):
         try:
             (row[field.name] or b"").decode()
-        except UnicodeDecodeError:  # a text may be binary too; the first bytes of an image are no UTF-8
+        except UnicodeDecodeError:  # a text may be binary too; the first bytes of an image are not UTF-8
             return True
     return False
 
