@@ -2,39 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import open_clip
-import timm
-import timm.models
 import torch
 from safetensors.torch import save_file
-from timm.models.eva import Eva
 from tiny_models import IMAGE_PX, SPECIAL, WORDS, tokenizer
+
+from pipeline.models.clip.small_eva import register_eva
 
 NAME = "eva_tiny_capfilt"
 WIDTH, BLOCKS, HEADS = 32, 3, 4
 
 
-@timm.models.register_model
-def eva_tiny_capfilt(pretrained: bool = False, **arguments: Any) -> Eva:
-    """EVA01-g's architecture: open_clip names timm's models, and timm knows no small one of this kind."""
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        arguments.pop(name, None)
-    return Eva(
-        img_size=IMAGE_PX,
-        patch_size=8,
-        embed_dim=WIDTH,
-        depth=BLOCKS,
-        num_heads=HEADS,
-        mlp_ratio=2,
-        **arguments,
-    )
+register_eva(NAME, image_size_px=IMAGE_PX, patch_px=8, width=WIDTH, blocks=BLOCKS, heads=HEADS)
 
 
 def save_eva(folder: Path, *, seed: int = 0) -> Path:
     """Save a CLIP with such an encoder for ``local-dir:``; no bias and no norm is at its first value."""
-    assert NAME in timm.list_models(NAME)
     torch.manual_seed(seed)
     model_cfg = {
         "embed_dim": 24,

@@ -21,6 +21,7 @@ from transformers import (
     Blip2ForImageTextRetrieval,
     Blip2Processor,
     BlipImageProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -42,7 +43,7 @@ def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
         folder: must be absent or empty.
 
     Raises:
-        CapfiltError: the folder has files, or the language model has no room for the image token.
+        CapfiltError: the folder has files.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise CapfiltError(f"{folder} is not empty; name a new folder")
@@ -82,22 +83,33 @@ def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -
     language = stage.language
     processor = _processor(stage.visual_encoder, language.tokenizer, stage.config.qformer.num_queries)
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token.content)
-    rows = language.model.get_input_embeddings().num_embeddings
-    if image_token >= rows:
-        raise CapfiltError(
-            f"language.model: its {rows} embeddings leave no room for Hugging Face's image token; resize them to "
-            f"{image_token + 1} or more (resize_token_embeddings) and name that model"
-        )
-    shape = copy.deepcopy(language.model.config)
+    language_model = _with_token(language.model, image_token)
+    shape = copy.deepcopy(language_model.config)
     # generate() takes the end of text from the language model's own config, not from a generation_config beside it.
     shape.eos_token_id = language.end_of_text_id
     config = blip2_config(
         stage.config, stage.visual_encoder, text_config=shape, image_token_index=image_token
     )
-    tensors |= {f"language_model.{name}": tensor for name, tensor in language.model.state_dict().items()}
+    tensors |= {f"language_model.{name}": tensor for name, tensor in language_model.state_dict().items()}
     model = _filled(Blip2ForConditionalGeneration, config, tensors)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _with_token(model: PreTrainedModel, token: int) -> PreTrainedModel:
+    """Return a language model whose embeddings have a row for a token: where there is none, a copy with more rows.
+
+    They are copies of the padding token's, which no model learns to write: a caption stays what it was.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if token < rows:
+        return model
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(token + 1, mean_resizing=False)
+    with torch.no_grad():
+        for embeddings in (larger.get_input_embeddings(), larger.get_output_embeddings()):
+            embeddings.weight[rows:] = embeddings.weight[model.config.pad_token_id]
+    return larger
 
 
 def blip2_config(config: PretrainConfig, vision: FrozenVision, **more: Any) -> Blip2Config:

@@ -1,7 +1,7 @@
 """Images of a benchmark for an evaluation: the whole image resized to a square, without a crop.
 
-That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessor``: Pillow's bicubic resize. The resize of
-training differs from it by one level in a few pixels.
+That is LAVIS's ``blip_image_eval`` and transformers' ``BlipImageProcessorPil``: Pillow's bicubic resize. The resize of
+training, and transformers' with torchvision, differ from it by one level in a few pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence

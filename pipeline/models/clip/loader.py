@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.models.checks import reject_larger
+from pipeline.models.clip import small_eva  # noqa: F401  its names must be known to open_clip
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import folder_view
 from pipeline.models.model_files import safetensors_header
