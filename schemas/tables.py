@@ -112,6 +112,14 @@ CURATED = pa.schema(
     ]
 )
 
+# What the files of crawl and select hold beside their table: where a sample's image lies in the tar of the same shard.
+# SQL does not show it; files of earlier versions lack it.
+_OFFSET = _column(
+    "offset", pa.int64(), "first byte of the image in the shard's tar; NULL where there is none"
+)
+SAMPLES_FILE = pa.schema([*SAMPLES, _OFFSET])
+CURATED_FILE = pa.schema([*CURATED, _OFFSET, _column("image_bytes", pa.int64(), "bytes of the image")])
+
 SHARDS = pa.schema(
     [
         _column("stage", pa.string(), "urls, crawl, caption, rank or select"),

@@ -31,7 +31,7 @@ from schemas.records import (
     ShardTask,
 )
 from schemas.stages import STAGES, Stage
-from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, URLS
+from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, SAMPLES_FILE, URLS
 
 RUN = "20260101T000000-test"
 CAPTIONER, RANKER = "c" * 64, "d" * 64
@@ -48,6 +48,8 @@ class Corpus:
     """A corpus under construction: ``add_urls`` then ``make`` shards; or ``make_corpus`` for all at once."""
 
     root: str
+    # Whether crawled shards name the places of their images; those of earlier versions do not.
+    places: bool = False
     config: CapfiltConfig = field(init=False)
     records: Records = field(init=False)
     manifest: Manifest = field(init=False)
@@ -190,8 +192,15 @@ class Corpus:
         images = {row["key"]: _jpeg(row["uid"]) for row in rows if row["status"] == "ok"}
         with ShardCommit(self.records, task) as commit:
             tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
-            stored = write_tar(tar, ((key, {"jpg": image}) for key, image in sorted(images.items())))
-            written = write_parquet(parquet, rows, SAMPLES)
+            offsets = write_tar(tar, ((key, {"jpg": image}) for key, image in sorted(images.items())))
+            stored = len(offsets)
+            if self.places:
+                for row in rows:
+                    row |= {
+                        "offset": offsets.get(row["key"]),
+                        "image_bytes": len(images.get(row["key"], b"")),
+                    }
+            written = write_parquet(parquet, rows, SAMPLES_FILE if self.places else SAMPLES)
             stats = commit.stats
             stats.rows_in, stats.rows_out, stats.images = len(rows), stored, stored
             for row in rows:
@@ -249,9 +258,10 @@ def make_corpus(
     shards: int = 2,
     images: int = 12,
     stages: Sequence[Stage] = STAGES,
+    places: bool = False,
 ) -> Corpus:
     """Return a corpus with ``shards`` shards of ``images`` URLs a source, a quarter of them failed."""
-    corpus = Corpus(root)
+    corpus = Corpus(root, places)
     corpus.start_run()
     corpus.register_models()
     names = [f"{number:05d}" for number in range(shards)]

@@ -81,7 +81,7 @@ def commit_crawl(
     rows += [sample_row(key, captions.get(key, []), status="failed", reason="dns") for key in failed]
     with ShardCommit(records, task_of(config, "crawl")) as commit:
         tar, parquet = commit.folder / "raw.tar", commit.folder / "raw.parquet"
-        stored = write_tar(tar, images.items())
+        stored = len(write_tar(tar, images.items()))
         written = write_parquet(parquet, rows, SAMPLES)
         commit.stats.rows_in, commit.stats.rows_out = written, stored
         return commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})

@@ -14,13 +14,13 @@ import pytest
 
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
-from pipeline.images.decode import ImageError
+from pipeline.images.decode import ImageError, read_header
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.stages.img2dataset_shard import import_row, import_shard, reason_of
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile, ShardRecord
 from schemas.statuses import REASONS
-from schemas.tables import SAMPLES
+from schemas.tables import SAMPLES_FILE
 from tests.hostile import HostileSite
 from tests.url_tasks import corpus_config, crawl_task, new_records, url_rows
 
@@ -72,7 +72,7 @@ def adopt(folder: Path, corpus: Path) -> tuple[ShardRecord, list[dict[str, Any]]
     records = new_records(corpus)
     record = CrawlWorker(corpus_config(corpus, {}), records)(crawl_task(records, rows, f"{folder}/00000.tar"))
     return record, pq.read_table(
-        records.storage.url(record.outputs["parquet"].path), schema=SAMPLES
+        records.storage.url(record.outputs["parquet"].path), schema=SAMPLES_FILE
     ).to_pylist()
 
 
@@ -84,8 +84,11 @@ def test_its_own_folder(folder: Path, tmp_path: Path) -> None:
     tar = record.outputs["tar"]
     assert (tar.path, tar.sha256) == (f"{folder}/00000.tar", sha256_file(folder / "00000.tar"))
     assert (tar.rows, record.rows_in, record.rows_out, record.images) == (4, 10, 4, 4)
+    data = (folder / "00000.tar").read_bytes()
     for sample in samples:
         if sample["status"] == "ok":
+            header = read_header(data[sample["offset"] :][: sample["image_bytes"]])
+            assert (header.width, header.height) == (sample["width"], sample["height"])
             assert (sample["width"], sample["height"]) in ((160, 120), (120, 160), (171, 128), (128, 171))
             assert len(sample["sha256"]) == 64 and sample["image_bytes"] > 500
         else:

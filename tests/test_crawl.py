@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar
+from pipeline.corpus.stored_images import StoredImages
 from pipeline.intake.retries import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
@@ -50,6 +51,12 @@ def samples_of(records: Records, record: ShardRecord) -> list[dict[str, Any]]:
 def images_of(records: Records, record: ShardRecord) -> dict[str, dict[str, bytes]]:
     with records.storage.open(record.outputs["tar"].path) as file:
         return dict(read_tar(file))
+
+
+def names_places(records: Records, record: ShardRecord) -> bool:
+    """Tell whether the Parquet names the place of exactly the images that are stored."""
+    rows = pq.read_table(records.storage.url(record.outputs["parquet"].path)).to_pylist()
+    return all((row["offset"] is not None) == (row["status"] == "ok") for row in rows)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +127,11 @@ def test_the_whole_hostile_site(site: HostileSite, tmp_path: Path) -> None:
     assert sum(record.counts[status] for status in SAMPLE_STATUSES) == len(samples)
     assert sum(record.histograms["short_side_px"].counts) == len(ok)
     assert set(record.seconds) >= {"fetch", "decode", "write", "total"}
+    stored = StoredImages(records)
+    assert names_places(records, record)
     for sample in ok:
         members = images[sample["key"]]
+        assert stored.read(sample["source"], sample["shard"], sample["key"]) == members["jpg"]
         assert list(members) == ["jpg", "txt", "json"]
         with Image.open(io.BytesIO(members["jpg"])) as image:
             assert image.format == "JPEG" and not image.getexif()

@@ -87,7 +87,7 @@ def commit(
     ]
     with ShardCommit(records, task) as commit:
         tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
-        stored = write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures))
+        stored = len(write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures)))
         written = write_parquet(parquet, identities, schema)
         commit.stats.rows_in = commit.stats.rows_out = stored
         commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})

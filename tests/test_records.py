@@ -220,9 +220,12 @@ def test_tar_round_trip(
     samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("tar") / "x.tar"
-    assert write_tar(path, samples.items()) == len(samples)
+    offsets = write_tar(path, samples.items())
     with path.open("rb") as file:
         assert dict(read_tar(file)) == samples
+    data = path.read_bytes()
+    firsts = {key: next(iter(members.values())) for key, members in samples.items()}
+    assert {key: data[place : place + len(firsts[key])] for key, place in offsets.items()} == firsts
 
 
 def test_tar_bytes_depend_on_samples_alone(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.records import ShardRecord
 from schemas.statuses import DROP_REASONS
-from schemas.tables import CANDIDATES, CURATED
+from schemas.tables import CANDIDATES, CURATED_FILE
 
 
 def synthetic(index: int, text: str, score: float | None, rerank: float | None = None) -> Candidate:
@@ -231,7 +231,7 @@ def test_worker_writes_what_training_reads(tmp_path: Path) -> None:
     assert members["000000002.txt"].decode() == "ein Café “nachts”"
     assert json.loads(members["000000001.json"]) == ["a cat"]
     rows = pq.read_table(tmp_path / "curated" / SOURCE / "00000.parquet")
-    assert rows.schema.equals(CURATED)
+    assert rows.schema.equals(CURATED_FILE)
     by_key = {row["key"]: row for row in rows.to_pylist()}
     assert list(by_key) == [f"00000000{index}" for index in (0, 1, 2, 5, 6, 7)]
     best = by_key["000000002"]
@@ -242,6 +242,15 @@ def test_worker_writes_what_training_reads(tmp_path: Path) -> None:
     assert best["url"] == "http://example.org/000000002.jpg" and best["width"] == 40
     assert by_key["000000000"]["reason"] == "below_min_score" and by_key["000000000"]["captions"] == []
     assert by_key["000000005"]["reason"] == "not_scored" and by_key["000000005"]["caption"] is None
+    data = tar_path.read_bytes()
+    images = {
+        key: data[row["offset"] : row["offset"] + row["image_bytes"]]
+        for key, row in by_key.items()
+        if row["offset"] is not None
+    }
+    assert images == {
+        name.split(".")[0]: content for name, content in members.items() if name[-3:] in ("jpg", "png")
+    }
     assert (record.rows_in, record.rows_out, record.images) == (6, 4, 6)
     assert record.counts == {
         "kept": 4,

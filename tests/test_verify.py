@@ -50,7 +50,7 @@ def edit_rows(corpus: Corpus, stage: Stage, edit: Callable[[list[dict]], list[di
 
 def edit_tar(corpus: Corpus, stage: Stage, edit: Callable[[list], list], tmp_path) -> None:
     samples = edit(list(read_tar(io.BytesIO(corpus.storage.read(path_of(corpus, stage, "tar"))))))
-    count = write_tar(tmp_path / "x.tar", samples)
+    count = len(write_tar(tmp_path / "x.tar", samples))
     replace_file(corpus, stage, "tar", tmp_path / "x.tar", count)
 
 

@@ -33,23 +33,26 @@ class ImageMember:
     size: int
 
 
-def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write a WebDataset tar whose bytes are a function of its samples alone; return the samples written.
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict[str, int]:
+    """Write a WebDataset tar whose bytes are a function of its samples alone.
+
+    Returns the first byte of each sample's first content in the tar, by key.
 
     Args:
         samples: (key, {extension: content}); extensions are written in the order given, and the caller gives
             the samples in order of key. Times, owners and modes are fixed.
     """
-    count = 0
+    offsets: dict[str, int] = {}
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
+            # In this format the header of every member is one block.
+            offsets[key] = tar.offset + tarfile.BLOCKSIZE
             for extension, content in members.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)
                 info.mode = 0o644
                 tar.addfile(info, io.BytesIO(content))
-            count += 1
-    return count
+    return offsets
 
 
 def key_and_extension(name: str) -> tuple[str, str]:

@@ -76,6 +76,10 @@ class CrawledShard:
         """Return the extension of the sample's image: one of shard_files.IMAGE_EXTENSIONS."""
         return self._members[key].extension
 
+    def size(self, key: str) -> int:
+        """Return the bytes of the sample's image."""
+        return self._members[key].size
+
     def image_bytes(self, key: str) -> bytes:
         """Return the stored image, encoded."""
         member = self._members[key]

@@ -163,6 +163,15 @@ class Storage:
         fs, full = self._fs_of(path)
         return open_regular(full) if isinstance(fs, LocalFileSystem) else fs.open(full, "rb")
 
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        """Return ``size`` bytes from byte ``start`` on, fewer where the file ends; one request on remote storage."""
+        fs, full = self._fs_of(path)
+        if not isinstance(fs, LocalFileSystem):
+            return fs.cat_file(full, start=start, end=start + size)
+        with open_regular(full) as file:
+            file.seek(start)
+            return file.read(size)
+
     @contextlib.contextmanager
     def local_copy(self, path: str) -> Iterator[Path]:
         """Yield a local path with the file's content: the file itself on local disk, else a temporary copy."""

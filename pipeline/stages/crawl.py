@@ -26,7 +26,7 @@ from pipeline.web.client import Web
 from schemas.config import CapfiltConfig
 from schemas.records import OutputFile, ShardRecord, ShardTask
 from schemas.statuses import REASONS, SAMPLE_STATUSES
-from schemas.tables import SAMPLES, URLS
+from schemas.tables import SAMPLES_FILE, URLS
 
 # Shorter side, in pixels, as stored.
 SIZE_EDGES = (*(float(size) for size in range(0, 1025, 16)), 2048.0, 4096.0, 8192.0)
@@ -89,10 +89,11 @@ class CrawlWorker:
         with stats.timed("write"):
             samples = [{**row, **images.columns[number]} for number, row in enumerate(rows)]
             tar = folder / "samples.tar"
-            stored = write_tar(tar, tar_samples(samples, images.jpeg))
+            offsets = write_tar(tar, tar_samples(samples, images.jpeg))
+            samples = [{**sample, "offset": offsets.get(sample["key"])} for sample in samples]
         parquet = _write_rows(commit, sorted(samples + passed_on, key=operator.itemgetter("key")))
-        assert stored == stats.rows_out, f"{stored} images in the tar, {stats.rows_out} rows ok"
-        return commit.publish({"tar": (tar, stored), "parquet": parquet})
+        assert len(offsets) == stats.rows_out, f"{len(offsets)} images in the tar, {stats.rows_out} rows ok"
+        return commit.publish({"tar": (tar, len(offsets)), "parquet": parquet})
 
     def _fetcher(self, source_name: str) -> contextlib.AbstractContextManager[Fetcher]:
         source = self._sources[source_name]
@@ -113,7 +114,7 @@ def _write_rows(commit: ShardCommit, samples: list[dict[str, Any]]) -> tuple[Pat
     count_samples(commit.stats, samples)
     path = commit.folder / "samples.parquet"
     with commit.stats.timed("write"):
-        return path, write_parquet(path, samples, SAMPLES)
+        return path, write_parquet(path, samples, SAMPLES_FILE)
 
 
 def count_samples(stats: ShardStats, samples: Sequence[dict[str, Any]]) -> None:

@@ -56,7 +56,7 @@ _HTTP_STATUS = re.compile(r"HTTP Error (\d{3})")
 _COLUMNS = ("key", "status", "error_message", "sha256", "original_width", "original_height")
 
 
-# What a sample's row says of its image in the tar: width, height and image_bytes.
+# What a sample's row says of its image in the tar: width, height, image_bytes and offset.
 StoredImage = dict[str, int]
 
 
@@ -178,6 +178,10 @@ def read_images(path: Path) -> dict[str, StoredImage | ImageError]:
             except ImageError as error:
                 images[member.key] = error
             else:
-                size = {"width": header.width, "height": header.height, "image_bytes": len(data)}
-                images[member.key] = size
+                images[member.key] = {
+                    "width": header.width,
+                    "height": header.height,
+                    "image_bytes": len(data),
+                    "offset": member.offset,
+                }
     return images

@@ -26,7 +26,7 @@ from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_cra
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
-from schemas.tables import CURATED
+from schemas.tables import CURATED_FILE
 
 _CANDIDATE_COLUMNS = ("key", "origin", "candidate", "text", "score", "rerank_score")
 
@@ -84,13 +84,16 @@ class SelectWorker:
                 }
             with stats.timed("write"):
                 tar = commit.folder / "curated.tar"
-                kept = write_tar(tar, _curated_samples(shard, selections))
+                offsets = write_tar(tar, _curated_samples(shard, selections))
                 parquet = commit.folder / "curated.parquet"
-                rows = [_curated_row(sample, selections) for sample in shard.samples.to_pylist()]
-                written = write_parquet(parquet, rows, CURATED)
+                rows = [
+                    _curated_row(sample, selections) | _place(sample["key"], offsets, shard)
+                    for sample in shard.samples.to_pylist()
+                ]
+                written = write_parquet(parquet, rows, CURATED_FILE)
             _count(selections, stats)
-            assert stats.rows_out == kept and stats.rows_in == written, "a sample was lost on the way"
-            return commit.publish({"tar": (tar, kept), "parquet": (parquet, written)})
+            assert stats.rows_out == len(offsets) and stats.rows_in == written, "a sample was lost on the way"
+            return commit.publish({"tar": (tar, len(offsets)), "parquet": (parquet, written)})
 
 
 def _require_finite_scores(scores: pa.Table, path: str) -> None:
@@ -145,6 +148,11 @@ def _curated_row(sample: dict[str, Any], selections: Mapping[str, Selection]) ->
         "origins": [candidate.origin for candidate in kept],
         "candidates": [candidate.candidate for candidate in kept],
     }
+
+
+def _place(key: str, offsets: Mapping[str, int], shard: CrawledShard) -> dict[str, int]:
+    """Return where the image of a kept sample lies in the curated tar."""
+    return {"offset": offsets[key], "image_bytes": shard.size(key)} if key in offsets else {}
 
 
 def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
