@@ -297,6 +297,30 @@ VIEWS: dict[str, tuple[str, str]] = {
             unnest(candidates) AS candidate
         FROM curated""",
     ),
+    "cards": (
+        "one row for each URL, as `capfilt look` shows it: status (kept or dropped once selected), best score of all "
+        "candidates, lead = web_score - synthetic_score, margin = lowest kept score - best other, distinct texts",
+        """
+        WITH scored AS (
+            SELECT source, shard, uid, max(score) AS score, max(score) FILTER (origin = 'web') AS web_score,
+                max(score) FILTER (origin = 'synthetic') AS synthetic_score,
+                count(*) FILTER (origin = 'synthetic' AND duplicate_of IS NULL) AS texts,
+                max(score) FILTER (duplicate_of IS NULL AND NOT list_contains(captions, text)) AS best_other
+            FROM candidates LEFT JOIN (SELECT source, shard, uid, captions FROM base.curated) AS selected
+                USING (source, shard, uid)
+            GROUP BY source, shard, uid)
+        SELECT samples.uid, samples.source, samples.shard, samples.key, samples.url, url_host(samples.url) AS host,
+            coalesce(selected.status, samples.status) AS status, coalesce(selected.reason, samples.reason) AS reason,
+            samples.detail, samples.http_status, samples.seconds, samples.width, samples.height,
+            least(samples.width, samples.height) AS short_side, samples.sha256, selected.captions, selected.scores,
+            selected.origins, selected.candidates, selected.origins[1] AS origin,
+            length(selected.caption) - length(replace(selected.caption, ' ', '')) + 1 AS words,
+            scored.score, scored.web_score, scored.synthetic_score,
+            scored.web_score - scored.synthetic_score AS lead, list_min(selected.scores) - scored.best_other AS margin,
+            CASE WHEN scored.synthetic_score IS NOT NULL THEN scored.texts END AS texts
+        FROM samples LEFT JOIN base.curated AS selected USING (source, shard, uid)
+            LEFT JOIN scored USING (source, shard, uid)""",
+    ),
 }
 
 # signature -> (what it returns, SQL)

@@ -7,7 +7,7 @@ use ``Manifest.open``; a user's SQL is answered in a sandbox without access to f
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,21 @@ class Manifest:
         with self._writing:
             return rewrite_copied_catalog(self.storage)
 
-    def open(self, *, in_place: bool = False) -> "Query":
+    def open(
+        self,
+        *,
+        in_place: bool = False,
+        shards: Collection[tuple[str, str]] | None = None,
+        memory: str = "50%",
+    ) -> "Query":
         """Return a connection for this package's own questions, as of now; use it as a context manager.
 
         Args:
             in_place: see ``Query``; for questions that search samples, not for those to the records alone.
+            shards: see ``Query``.
+            memory: what DuckDB may take, such as 4GB or 50%.
         """
-        return Query(self.storage, self.compacted, in_place=in_place)
+        return Query(self.storage, self.compacted, in_place=in_place, shards=shards, memory=memory)
 
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
@@ -140,10 +148,17 @@ class Query:
     Args:
         in_place: DuckDB may open the files itself where they are local, and so has access to files. Faster at
             finding one row, of which Arrow reads every column of every file.
+        shards: (source, shard) of those whose samples are read; the tables of records stay whole. None reads all.
     """
 
     def __init__(
-        self, storage: Storage, compacted: CompactedRecords, *, memory: str = "50%", in_place: bool = False
+        self,
+        storage: Storage,
+        compacted: CompactedRecords,
+        *,
+        memory: str = "50%",
+        in_place: bool = False,
+        shards: Collection[tuple[str, str]] | None = None,
     ) -> None:
         self._storage = storage
         self._in_place = in_place and storage.is_local
@@ -162,7 +177,7 @@ class Query:
         for table, rows in compacted.tables().items():
             self._connection.register(f"{table}_data", rows)
         self._run(record_views(relations))
-        self._files = self._committed_files()
+        self._files = self._committed_files(shards)
         for kind, files in self._files.items():
             self._add_files(f"{kind}_data", files, _SCHEMAS[kind])
         self._run(data_views(relations))
@@ -171,8 +186,10 @@ class Query:
         for statement in statements:
             self._connection.execute(statement)
 
-    def _committed_files(self) -> dict[str, dict[tuple[str, str], str]]:
-        """Return the committed files of each kind by source and shard."""
+    def _committed_files(
+        self, shards: Collection[tuple[str, str]] | None
+    ) -> dict[str, dict[tuple[str, str], str]]:
+        """Return the committed files of each kind by source and shard; of some shards, and what was retried of all."""
         files: dict[str, dict[tuple[str, str], str]] = {kind: {} for kind in _SCHEMAS}
         for row in self.rows("SELECT kind, source, shard, path FROM base.committed_files"):
             kind, source, shard, path = row.values()
@@ -183,7 +200,8 @@ class Query:
                     "of that shard; nothing of it was read. `capfilt manifest rebuild CORPUS` makes it anew from the "
                     "records"
                 )
-            files[kind][source, shard] = path
+            if shards is None or kind == "retries" or (source, shard) in shards:
+                files[kind][source, shard] = path
         return files
 
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
@@ -224,6 +242,15 @@ class Query:
         """Return the rows of this package's own SQL."""
         result = self._execute(sql, parameters)
         return Answer(columns=column_names(result), rows=result.fetchall()).dicts()
+
+    def keep(self, view: str) -> None:
+        """Compute a view once: from now on this connection's questions read its rows as they are now."""
+        for statement in (
+            "CREATE SCHEMA IF NOT EXISTS kept",
+            f"CREATE OR REPLACE TABLE kept.{view} AS SELECT * FROM main.{view}",
+            "SET search_path = 'kept,main'",
+        ):
+            self._execute(statement)
 
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
         try:

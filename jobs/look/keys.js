@@ -1,0 +1,46 @@
+// Keys: j k Enter on cards, u back, / find, ? what they do. Reading works without this script.
+"use strict";
+
+const cards = () => [...document.querySelectorAll(".card, .thumb a")];
+
+function step(by) {
+  const all = cards();
+  if (!all.length) return;
+  const at = all.indexOf(document.activeElement);
+  const next = all[Math.min(Math.max(at < 0 ? 0 : at + by, 0), all.length - 1)];
+  next.focus();
+  next.scrollIntoView({ block: "nearest" });
+}
+
+function open() {
+  const card = document.activeElement.closest(".card");
+  if (card) card.querySelector("a.open").click();
+}
+
+function page(rel) {
+  const link = document.querySelector(`a[rel="${rel}"]`);
+  if (link) link.click();
+}
+
+const keys = {
+  j: () => step(1),
+  k: () => step(-1),
+  n: () => page("next"),
+  p: () => page("prev"),
+  u: () => history.back(),
+  "/": () => document.getElementById("search").focus(),
+  "?": () => document.querySelector(".keys").classList.toggle("shown"),
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest("input, select, textarea")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  if (event.key === "Enter") return open();
+  const act = keys[event.key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+});

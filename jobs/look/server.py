@@ -1,0 +1,202 @@
+"""The page's server: on this machine alone, behind a random token in its address, and never to the outside.
+
+No path that a browser sends is opened: names are looked up among what is committed. What a page may load is said by
+its content security policy: this server's style, script and images.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from aiohttp import web
+
+from jobs.look import questions
+from jobs.look.grid import grid
+from jobs.look.overview import overview
+from jobs.look.page import Pages, image_path, style
+from jobs.look.snapshot import Row, Snapshots
+from jobs.look.view import View
+from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.sample_trace import trace
+from schemas.errors import CapfiltError
+
+HOST = "127.0.0.1"
+_POLICY = (
+    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+# The formats that are stored, by their first bytes; anything else is not sent.
+_MEDIA_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"RIFF", "image/webp"))
+_MAX_UID = 64
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Serves the pages of one corpus.
+
+    Args:
+        corpus: as the user named it.
+        max_images: see ``Snapshot``.
+    """
+
+    def __init__(self, corpus: str, manifest: Manifest, **snapshot: Any) -> None:
+        self.token = secrets.token_urlsafe(24)
+        self.snapshots = Snapshots(manifest, **snapshot)
+        self._manifest = manifest
+        base = f"/{self.token}/"
+        self._pages = Pages(corpus, base, lambda card: base + path if (path := image_path(card)) else "")
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application."""
+        app = web.Application(middlewares=[self._guard])
+        base = f"/{self.token}"
+        app.router.add_get(f"{base}/", self._overview)
+        app.router.add_get(f"{base}/grid", self._grid)
+        app.router.add_get(f"{base}/runs", self._runs)
+        app.router.add_get(f"{base}/sample/{{uid}}", self._sample)
+        app.router.add_get(f"{base}/image/{{source}}/{{shard}}/{{key}}", self._image)
+        for name, kind, text in _assets():
+            app.router.add_get(f"{base}/{name}", _constant(text, kind))
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse other hosts (a name that was pointed at this machine), and add the headers to every answer."""
+        host = request.headers.get("Host", "").rpartition(":")[0] or request.headers.get("Host", "")
+        try:
+            if host not in (HOST, "localhost"):
+                raise web.HTTPForbidden(text="this server answers to 127.0.0.1 alone")
+            response = await handler(request)
+        except CapfiltError as error:
+            response = _html(self._pages.message("This cannot be shown", str(error)), 400)
+        except web.HTTPException as error:
+            response = error
+        response.headers.update(_HEADERS)
+        if isinstance(response, web.HTTPException):
+            raise response
+        return response
+
+    async def _overview(self, request: web.Request) -> web.Response:
+        seed = View.parse(request.query.items()).seed
+
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            return self._pages.overview(snapshot, overview(snapshot, seed=seed))
+
+        return _html(await asyncio.to_thread(answer))
+
+    async def _grid(self, request: web.Request) -> web.Response:
+        view = View.parse(request.query.items())
+
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            return self._pages.grid(snapshot, grid(snapshot, view))
+
+        return _html(await asyncio.to_thread(answer))
+
+    async def _runs(self, _: web.Request) -> web.Response:
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            asked = {
+                "runs": questions.RUNS,
+                "throughput": questions.THROUGHPUT,
+                "trainings": questions.TRAININGS,
+            }
+            return self._pages.runs(snapshot, {name: snapshot.ask(sql) for name, sql in asked.items()})
+
+        return _html(await asyncio.to_thread(answer))
+
+    async def _sample(self, request: web.Request) -> web.Response:
+        uid = request.match_info["uid"]
+        if not (uid.isalnum() and uid.isascii() and len(uid) <= _MAX_UID):
+            raise web.HTTPNotFound(text="no such sample")
+
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            return self._pages.sample(snapshot, uid, [_with_card(way) for way in trace(self._manifest, uid)])
+
+        return _html(await asyncio.to_thread(answer))
+
+    async def _image(self, request: web.Request) -> web.Response:
+        names = (request.match_info[name] for name in ("source", "shard", "key"))
+        images = (await asyncio.to_thread(self.snapshots.current)).images
+        data = await asyncio.to_thread(images.read, *names)
+        kind = next((kind for start, kind in _MEDIA_TYPES if data and data.startswith(start)), None)
+        if data is None or kind is None:
+            raise web.HTTPNotFound(text="no such image")
+        return web.Response(body=data, content_type=kind)
+
+
+def _with_card(way: Row) -> Row:
+    """Return a sample's trace with the row of ``cards`` that its image and status are shown from."""
+    last, selection = way["fetches"][-1], way["selection"] or {}
+    names = ("source", "shard", "key", "url")
+    card = {name: way[name] for name in names} | {
+        "status": selection.get("status") or last["status"],
+        "reason": selection.get("reason") or last["reason"],
+        "captions": selection.get("captions"),
+        **{name: last[name] for name in ("http_status", "width", "height")},
+    }
+    return way | {"card": card}
+
+
+def _assets() -> list[tuple[str, str, str]]:
+    """Return the files that every page refers to: name, media type, content."""
+    folder = files("jobs.look")
+    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("keys.js", "icon.svg")}
+    return [
+        ("style.css", "text/css", style()),
+        ("keys.js", "text/javascript", read["keys.js"]),
+        ("icon.svg", "image/svg+xml", read["icon.svg"]),
+    ]
+
+
+def _constant(text: str, kind: str) -> Handler:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=text, content_type=kind)
+
+    return answer
+
+
+def _html(text: str, status: int = 200) -> web.Response:
+    return web.Response(text=text, content_type="text/html", status=status)
+
+
+async def serve(server: Server, port: int, started: Callable[[str], None]) -> None:
+    """Serve until cancelled; ``started`` is called with the address. Raises CapfiltError where the port is taken."""
+    runner = web.AppRunner(server.application(), access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, HOST, port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise CapfiltError(
+                f"--port {port}: {error.strerror}; give another, or 0 for a free one"
+            ) from error
+        number = runner.addresses[0][1]
+        started(f"http://{HOST}:{number}/{server.token}/")
+        # What the first page needs is read before it is asked for.
+        await asyncio.to_thread(_warm, server.snapshots)
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+        server.snapshots.close()
+
+
+def _warm(snapshots: Snapshots) -> None:
+    with contextlib.suppress(CapfiltError):  # the page says it, too
+        snapshot = snapshots.current()
+        snapshot.ask_cards(questions.count_of(View(), snapshot.sample), snapshot.sample)

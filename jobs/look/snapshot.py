@@ -1,0 +1,181 @@
+"""A corpus as it stood at one moment: which of its shards are looked at, and their cards, kept ready for questions."""
+
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+from jobs.look import questions
+from jobs.look.questions import Scope
+from jobs.look.view import View
+from pipeline.corpus.records import Records
+from pipeline.corpus.stored_images import StoredImages
+from pipeline.manifest.manifest import Manifest, Query
+
+Row = dict[str, Any]
+
+# Of a corpus with more images, samples are looked at: those of so many shards, the same ones each time.
+MAX_IMAGES, SAMPLED_SHARDS = 200_000, 20
+# What DuckDB may take; beyond it, it uses the disk.
+_MEMORY = "256MB"
+_SCOPES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The rows of one statement, and how long it took."""
+
+    sql: str
+    rows: list[Row]
+    seconds: float
+
+
+class Snapshot:
+    """What was committed when it was made. Thread-safe: one question at a time.
+
+    Args:
+        max_images: up to so many images, all are looked at.
+    """
+
+    def __init__(self, manifest: Manifest, *, max_images: int = MAX_IMAGES) -> None:
+        self.manifest = manifest
+        self.taken_at = datetime.now(UTC)
+        self.images = StoredImages(Records(manifest.storage))
+        self._lock = threading.Lock()
+        self._records = manifest.open(shards=())
+        self._cards: OrderedDict[Scope, Query] = OrderedDict()
+        # Of each scope: how long its cards took to compute.
+        self._seconds: dict[Scope, float] = {}
+        self.shards: list[Row] = self.ask(questions.SHARDS).rows
+        self.num_images: int = sum(row["images"] for row in self.shards)
+        self.is_sampled = self.num_images > max_images
+
+    @cached_property
+    def sample(self) -> Scope:
+        """The shards that are looked at where no other is named: all of a small corpus, else some drawn by lot."""
+        if not self.is_sampled:
+            return Scope()
+        names = sorted((row["source"], row["shard"]) for row in self.shards)
+        drawn = random.Random(0).sample(names, min(SAMPLED_SHARDS, len(names)))
+        return Scope(tuple(sorted(drawn)))
+
+    def scope_of(self, view: View) -> Scope:
+        """Return the shards that a view looks at: the one that it names, all if it asks for them, else the sample."""
+        if not self.is_sampled or view.all:
+            return Scope()
+        source, shard = view.filters.get("source"), view.filters.get("shard")
+        if source and shard:
+            return Scope(((source, shard),))
+        if source:
+            return self._sample_of(source)
+        return self.sample
+
+    def _sample_of(self, source: str) -> Scope:
+        names = sorted(row["shard"] for row in self.shards if row["source"] == source)
+        drawn = random.Random(0).sample(names, min(SAMPLED_SHARDS, len(names)))
+        return Scope(tuple((source, shard) for shard in sorted(drawn)) or (("", ""),))
+
+    def commits(self) -> list[Row]:
+        """Return what tells two snapshots apart: how many records there are, and when the last of each kind came."""
+        return self.ask(questions.COMMITS).rows
+
+    def ask(self, sql: str) -> Answer:
+        """Answer a question to the records."""
+        with self._lock:
+            return _answer(self._records, sql)
+
+    def ask_cards(self, sql: str, scope: Scope) -> Answer:
+        """Answer a question to the cards or candidates of some shards; the statement names the same shards."""
+        with self._lock:
+            return _answer(self._open(scope), sql)
+
+    def _open(self, scope: Scope) -> Query:
+        """Return the connection of a scope, with its cards computed; the last few stay open."""
+        if scope not in self._cards:
+            # All shards of a large corpus are read anew for each question: their cards would not fit.
+            start = time.perf_counter()
+            query = self.manifest.open(in_place=True, shards=scope.shards, memory=_MEMORY)
+            if scope.shards is not None or not self.is_sampled:
+                query.keep("cards")
+            self._cards[scope], self._seconds[scope] = query, time.perf_counter() - start
+            while len(self._cards) > _SCOPES:
+                _, oldest = self._cards.popitem(last=False)
+                oldest.__exit__()
+        self._cards.move_to_end(scope)
+        return self._cards[scope]
+
+    def seconds_for_all(self, scope: Scope) -> int:
+        """Return about how long a question to all shards takes, from how long those of a scope took."""
+        shards = len(scope.shards or ()) or 1
+        return max(1, round(self._seconds.get(scope, 0.0) * len(self.shards) / shards))
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._lock:
+            for query in (self._records, *self._cards.values()):
+                query.__exit__()
+
+    def captions(self, cards: Sequence[Row], scope: Scope) -> dict[str, list[Row]]:
+        """Return every caption of some cards, best first, by uid."""
+        captions: dict[str, list[Row]] = {card["uid"]: [] for card in cards if card["score"] is not None}
+        if captions:
+            shards = {(card["source"], card["shard"]) for card in cards}
+            for row in self.ask_cards(questions.captions_of(captions, shards), scope).rows:
+                captions[row["uid"]].append(row)
+        return captions
+
+
+class Snapshots:
+    """The newest snapshot, made anew in the background once it is some seconds old: a run may be working."""
+
+    def __init__(self, manifest: Manifest, *, max_images: int = MAX_IMAGES, max_age_s: float = 15.0) -> None:
+        self._manifest = manifest
+        self._max_images = max_images
+        self._max_age_s = max_age_s
+        self._lock = threading.Lock()
+        self._refreshing = threading.Lock()
+        self._current: Snapshot | None = None
+        self._looked_at = 0.0
+
+    def current(self) -> Snapshot:
+        """Return a snapshot: the first call makes it, later ones get the last one while a newer one is made."""
+        with self._lock:
+            if self._current is None:
+                self._renew()
+            elif time.monotonic() - self._looked_at > self._max_age_s and self._refreshing.acquire(
+                blocking=False
+            ):
+                threading.Thread(target=self._refresh, daemon=True).start()
+            assert self._current is not None
+            return self._current
+
+    def close(self) -> None:
+        """Close the newest snapshot; those before it close when nothing reads them any more."""
+        with self._lock:
+            if self._current is not None:
+                self._current.close()
+
+    def _refresh(self) -> None:
+        try:
+            self._renew()
+        finally:
+            self._refreshing.release()
+
+    def _renew(self) -> None:
+        snapshot = Snapshot(self._manifest, max_images=self._max_images)
+        current = self._current
+        # The same commits: the cards that are ready stay.
+        if current is None or snapshot.commits() != current.commits():
+            self._current = snapshot
+        self._looked_at = time.monotonic()
+
+
+def _answer(query: Query, sql: str) -> Answer:
+    start = time.perf_counter()
+    rows = query.rows(sql)
+    return Answer(sql, rows, time.perf_counter() - start)

@@ -1,0 +1,348 @@
+"""``capfilt look``: what the page and the file show is what SQL says, text is text, and nothing else is served."""
+
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.look.file import overview_file
+from jobs.look.snapshot import Snapshot
+from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
+from pipeline.corpus.scratch import temporary_folder
+from pipeline.corpus.shard_files import write_parquet
+from pipeline.manifest.manifest import Manifest
+from schemas.errors import CapfiltError
+from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES_FILE
+from tests.corpora import Corpus, make_corpus
+from tests.hostile_texts import HOSTILE
+from tests.pages import Page, Part, Site, looking
+from tests.processes import cli
+from tests.test_verify import replace_file
+
+PARTS = {"funnel", "losses", "row", "chart", "hosts"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(
+        str(tmp_path_factory.mktemp("look") / "corpus"),
+        sources=("cc", "laion"),
+        shards=2,
+        images=60,
+        places=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(corpus: Corpus):
+    with looking(corpus.root) as site:
+        yield site
+
+
+def answers(corpus: Corpus, sql: str) -> list[dict]:
+    """Return what ``capfilt sql`` answers."""
+    return corpus.manifest.query(sql).dicts()
+
+
+def numbers_of(rows: list[dict], names: tuple[str, ...]) -> list[float]:
+    return [row[name] for row in rows for name in names if row[name] is not None]
+
+
+def assert_numbers_are_sqls(corpus: Corpus, part: Part) -> None:
+    first = answers(corpus, part.sql[0])
+    names = {
+        "funnel": ("urls", "images", "captioned", "curated"),
+        "losses": ("rows",),
+        "row": ("samples",),
+        "chart": ("count",),
+        "hosts": ("images", "urls", "p95_s"),
+        "grid": ("samples",),
+    }
+    assert part.numbers == numbers_of(first, names[part.name]), part.sql[0]
+
+
+def test_every_number_of_the_first_screen_is_that_of_the_sql_beside_it(corpus: Corpus, site: Site) -> None:
+    page = site.page()
+    assert {part.name for part in page.parts} == PARTS
+    assert [part.name for part in page.parts].count("row") == 8
+    for part in page.parts:
+        assert part.numbers and part.sql
+        assert_numbers_are_sqls(corpus, part)
+
+
+def test_the_file_shows_the_same_numbers_and_asks_for_nothing(corpus: Corpus) -> None:
+    html = overview_file(Snapshot(Manifest(corpus.storage)), corpus.root, images=96)
+    page = Page(html)
+    for part in page.parts:
+        assert_numbers_are_sqls(corpus, part)
+    assert {part.name for part in page.parts} == PARTS
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links()) and len(page.links()) > 40
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert (
+        "http://" not in html.replace("http://host", "") and "https://" not in html and "@import" not in html
+    )
+
+
+SHOWN = [
+    "",
+    "source=cc",
+    "source=cc&shard=00001",
+    "host=host1.example",
+    "status=kept&sort=-score",
+    "status=failed&reason=timeout",
+    "image=yes&sort=random&seed=7",
+    "image=no",
+    "origin=web&sort=-lead",
+    "words=caption&sort=length",
+    "said=web%20words&sort=margin",
+    "score=0.2..0.3&sort=score",
+    "web=..0.1",
+    "synthetic=0.3..",
+    "kept=0.25..0.26",
+    "human=..",
+    "lead=0..&sort=-lead",
+    "margin=..0.05&sort=margin",
+    "texts=..3&sort=texts",
+    "length=3..",
+    "lengths=4..5",
+    "side=16..17&sort=-side",
+    "same=yes&sort=sha256",
+    "page=2",
+    "sha256=none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query", SHOWN)
+def test_a_grid_shows_the_rows_of_its_sql(corpus: Corpus, site: Site, query: str) -> None:
+    page = site.page(f"grid?{query}")
+    count_sql, rows_sql = page.parts[0].sql
+    rows = answers(corpus, rows_sql)
+    cards = [values["id"][1:] for tag, values in page.tags if tag == "article"]
+    assert cards == [row["uid"] for row in rows]
+    assert_numbers_are_sqls(corpus, page.parts[0])
+    [counted] = answers(corpus, count_sql)
+    assert len(cards) == min(PAGE_CARDS, max(0, counted["samples"] - PAGE_CARDS * ("page=2" in query)))
+
+
+def test_every_filter_and_sort_is_shown_above() -> None:
+    queries = "&".join(SHOWN)
+    assert [name for name in FILTERS if f"{name}=" not in queries] == []
+    assert [name for name in SORTS if f"sort={name}" not in queries and f"sort=-{name}" not in queries] == [
+        "uid"
+    ]
+
+
+def test_a_card_has_all_captions_those_that_were_kept_first(corpus: Corpus, site: Site) -> None:
+    page = site.page("grid?status=kept&source=cc&shard=00000")
+    [row, *_] = answers(corpus, page.parts[0].sql[1])
+    candidates = answers(
+        corpus, f"SELECT text, score, origin FROM candidates WHERE uid = '{row['uid']}' ORDER BY score DESC"
+    )
+    card = page.text[page.text.index(row["status"]) :].split(row["url"])[0]
+    assert all(text in card for text in {candidate["text"] for candidate in candidates})
+    for number, text in enumerate(row["captions"], start=1):
+        assert f"kept {number}" in card and card.index(text) < card.index(f"kept {number}")
+    assert "×2" in card and "web" in card
+
+
+def test_what_gave_no_image_says_why(site: Site) -> None:
+    text = site.page("grid?status=failed").text
+    assert "http_4xx" in text and "HTTP 404" in text and "a client error; http_status has the code" in text
+
+
+def test_images_are_those_that_were_stored(corpus: Corpus, site: Site) -> None:
+    addresses = [link for link in site.page("grid?image=yes").links() if "/image/" in link]
+    assert len(addresses) == PAGE_CARDS
+    status, headers, body = site.get(addresses[0])
+    assert status == 200 and headers["Content-Type"] == "image/jpeg" and body.startswith(b"\xff\xd8\xff")
+
+
+def test_a_sample_shows_its_trace(corpus: Corpus, site: Site) -> None:
+    [row] = answers(corpus, "SELECT * FROM curated ORDER BY uid LIMIT 1")
+    page = site.page(f"sample/{row['uid']}")
+    assert row["url"] in page.text and "kept as number 1" in page.text and "blip-tiny" in page.text
+    assert any(f"/image/{row['source']}/{row['shard']}/{row['key']}" in link for link in page.links())
+
+
+def test_runs_are_shown_with_their_sql(corpus: Corpus, site: Site) -> None:
+    text = site.page("runs").text
+    assert "20260101T000000-test" in text and "FROM throughput" in text
+
+
+def test_every_link_leads_to_a_page(site: Site) -> None:
+    links = {
+        link for path in ("", "grid", "runs") for link in site.page(path).links() if "/image/" not in link
+    }
+    assert len(links) > 40
+    # Of the bars of a chart, and of the samples, one.
+    one_of_each = {
+        re.sub(r"[-.0-9]+\.\.[-.0-9]+|sample/\w+", "", link): link for link in sorted(links)
+    }.values()
+    statuses = {link: site.get(link)[0] for link in one_of_each}
+    assert {link: status for link, status in statuses.items() if status != 200} == {} and len(statuses) > 20
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_the_page_is_refused(corpus: Corpus, site: Site) -> None:
+    token = site.address.split("/")[3]
+    assert len(token) >= 32
+    port = site.address.split(":")[2].split("/")[0]
+    assert site.get("", Host=f"evil.example:{port}")[0] == 403
+    assert site.get("", Host=f"localhost:{port}")[0] == 200
+    secret = Path(corpus.root).parent / "secret"
+    secret.write_text("secret")
+    asked = [
+        "/",
+        "/grid",
+        "/x/",
+        f"/{token[:-1]}/",
+        f"/{token}x/grid",
+        f"/{token}/../secret",
+        f"/{token}/../../etc/passwd",
+    ]
+    asked += [f"/{token}/image/{name}" for name in (
+        "cc/00000/nothing", "cc/99999/0000000000", "../../secret", "cc/../0000000000", "cc/00000/..",
+        "%2e%2e/%2e%2e/secret", "..%2f..%2fsecret/00000/x", "cc/00000/%2e%2e%2fsecret", "cc/00000/%00",
+    )]  # fmt: skip
+    asked += [f"/{token}/sample/{uid}" for uid in ("..", "%27%20OR%201=1", "x" * 65)]
+    answered = {path: site.get(path) for path in asked}
+    assert {path: status for path, (status, _, _) in answered.items() if status != 404} == {}
+    assert not any(b"secret" in body for _, _, body in answered.values())
+
+
+def test_every_answer_says_what_a_page_may_load(site: Site) -> None:
+    for path in ("", "grid", "style.css", "keys.js", "grid?score=x", "/nowhere"):
+        headers = site.get(path)[1]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("score=high", "is not a range"),
+        ("score=0.1..0.2;DROP", "is not a range"),
+        ("status=kept&sort=size", "sort=size: one of"),
+        ("page=0", "a number from 1"),
+        ("page=999999999", "a number from 1"),
+        ("hots=x", "did you mean host?"),
+        ("image=maybe", "one of yes, no"),
+        (f"words={'x' * 301}", "more than 300 characters"),
+    ],
+)
+def test_a_wrong_address_is_said(site: Site, query: str, said: str) -> None:
+    status, _, body = site.get(f"grid?{query}")
+    assert status == 400 and said in Page(body.decode()).text
+
+
+@given(
+    filters=st.dictionaries(
+        st.sampled_from(["source", "host", "words", "reason"]), st.text(min_size=1, max_size=40)
+    ),
+    page=st.integers(1, 99),
+    sort=st.sampled_from(list(SORTS)),
+)
+def test_the_address_holds_the_whole_state(filters: dict[str, str], page: int, sort: str) -> None:
+    try:
+        view = View.parse([*filters.items(), ("page", str(page)), ("sort", sort)])
+    except CapfiltError:
+        return
+    assert View.parse(parse_qsl(view.query())) == view
+
+
+# -- somebody else's texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Return a corpus whose every text, URL, host and detail is hostile."""
+    return hostile_corpus(str(tmp_path_factory.mktemp("hostile") / "corpus"), HOSTILE)
+
+
+def hostile_corpus(root: str, texts: list[str]) -> Corpus:
+    corpus = make_corpus(
+        root, shards=1, images=len(texts) + 12, places=True, stages=("crawl", "caption", "rank")
+    )
+    with temporary_folder() as folder:
+        for stage, schema in (("crawl", SAMPLES_FILE), ("caption", CAPTIONS), ("rank", CANDIDATES)):
+            rows = corpus.read(stage, "cc", "00000")
+            for number, row in enumerate(rows):
+                text = texts[number % len(texts)]
+                if stage == "crawl":
+                    row |= {"url": f"http://{text}/{text}", "captions": [text], "detail": text[:200]}
+                else:
+                    row |= {"text": text, "raw_text": text}
+            path = folder / f"{stage}.parquet"
+            replace_file(corpus, stage, "parquet", path, write_parquet(path, rows, schema))
+    corpus.make("cc", "00000", ("select",))
+    return corpus
+
+
+_NEVER = {"iframe", "svg", "object", "embed", "base", "textarea", "video", "audio", "frame", "math"}
+
+
+def assert_is_text(page: Page, base: str) -> None:
+    tags = [tag for tag, _ in page.tags]
+    assert not _NEVER & set(tags) and tags.count("script") == (base != "data:") and tags.count("style") <= 1
+    for _, values in page.tags:
+        assert not [
+            name for name in values if name.startswith("on") or name in ("style", "srcdoc", "autofocus")
+        ]
+    assert [link for link in page.links() if not link.startswith((base, "data:image/jpeg;base64,"))] == []
+    assert all(letter.isprintable() or letter in "\n\xa0" for letter in page.text)
+
+
+def test_hostile_texts_are_text_on_every_page(hostile: Corpus) -> None:
+    assert len(HOSTILE) >= 40
+    with looking(hostile.root) as site:
+        base = "/" + site.address.split("/")[3] + "/"
+        uids = [row["uid"] for row in answers(hostile, "SELECT uid FROM samples")]
+        pages = [
+            site.page(path)
+            for path in ("", "grid", "grid?image=no", "runs", *(f"sample/{uid}" for uid in uids[:12]))
+        ]
+        pages += [
+            site.page("grid?" + urlencode({"words": text[:200], "host": text[:200]})) for text in HOSTILE
+        ]
+    for page in pages:
+        assert_is_text(page, base)
+    assert "<script>alert(1)</script>" in pages[1].text
+    assert max(len(page.text) for page in pages) < 400_000
+
+
+def test_hostile_texts_are_text_in_the_file(hostile: Corpus) -> None:
+    assert_is_text(Page(overview_file(Snapshot(Manifest(hostile.storage)), hostile.root, images=96)), "data:")
+
+
+# -- a large corpus ----------------------------------------------------------------------------------------------------
+
+
+def test_of_a_large_corpus_a_sample_is_shown_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.look.snapshot.SAMPLED_SHARDS", 2)
+    corpus = make_corpus(str(tmp_path / "corpus"), sources=("cc", "laion"), shards=4, images=12, places=True)
+    with looking(corpus.root, max_images=10) as site:
+        first, page = site.page(), site.page("grid?sort=score")
+        assert "A sample: 2 of 8 shards" in first.text and "A sample: 2 of 8 shards" in page.text
+        for part in [*first.parts, *page.parts]:
+            assert_numbers_are_sqls(corpus, part)
+        [everything] = [link for link in page.links() if "all=yes" in link]
+        assert f"{8 * 12} samples" in site.page("grid?" + everything.partition("?")[2]).text
+        assert "One shard of 8" in site.page("grid?source=cc&shard=00003").text
+
+
+def test_the_file_is_written_by_the_command(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    done = cli("look", corpus.root, "--html", str(tmp_path / "x.html"), "--images", "16")
+    assert done.returncode == 0, done.stderr
+    assert Page((tmp_path / "x.html").read_text()).parts
+    wrong = cli("look", corpus.root, "--html", str(tmp_path / "no" / "x.html"))
+    assert wrong.returncode == 2 and "cannot be written" in wrong.stderr
