@@ -109,7 +109,7 @@ class Reference:
     ) -> Losses:
         """Return the losses of a batch with these negatives, each the mean that BLIP-2 takes."""
         n, q = len(features), self.p["query_tokens"].shape[1]
-        images = [self.norm("ln_vision", one.double(), eps=1e-5) for one in features]
+        images = [self.norm("ln_vision", pair_logits.double(), eps=1e-5) for pair_logits in features]
         # Padding is cut off: what it holds may not matter.
         texts = [row[: int(length)].tolist() for row, length in zip(ids, mask.sum(1), strict=True)]
 
@@ -129,10 +129,14 @@ class Reference:
         pairs = [(i, i, 1) for i in range(n)]
         pairs += [(i, text_of_image[i], 0) for i in range(n)] + [(image_of_text[j], j, 0) for j in range(n)]
         logits = [self.match(images[i], texts[j]) for i, j, _ in pairs]
-        itm = sum(-one.log_softmax(0)[label] for one, (_, _, label) in zip(logits, pairs, strict=True)) / len(
-            pairs
+        itm = sum(
+            -pair_logits.log_softmax(0)[label]
+            for pair_logits, (_, _, label) in zip(logits, pairs, strict=True)
+        ) / len(pairs)
+        right = sum(
+            int(pair_logits.argmax()) == label
+            for pair_logits, (_, _, label) in zip(logits, pairs, strict=True)
         )
-        right = sum(int(one.argmax()) == label for one, (_, _, label) in zip(logits, pairs, strict=True))
 
         words = [
             loss for image, text in zip(images, texts, strict=True) for loss in self.captioning(image, text)

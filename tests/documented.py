@@ -27,14 +27,14 @@ def block_lines(page: Path) -> Iterator[str]:
         if line.startswith("```"):
             in_fence = not in_fence
         in_block = in_fence or line.startswith("    ") or (page.suffix == ".toml" and line.startswith("#"))
-        if in_block and (found := _BLOCK_LINE.match(line)):
-            yield found[1].rstrip()
+        if in_block and (match := _BLOCK_LINE.match(line)):
+            yield match[1].rstrip()
 
 
 def inline_commands(page: Path) -> Iterator[str]:
     """Yield what a page's text calls ``capfilt ...``, code blocks left out."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
-    yield from (" ".join(found.split()) for found in _INLINE.findall(text))
+    yield from (" ".join(command.split()) for command in _INLINE.findall(text))
 
 
 def unknown_words(line: str) -> list[str]:
@@ -79,9 +79,9 @@ def agrees(printed: str, comes: str, tolerance: float) -> bool:
     """
     # Where the command is not on PATH, its place is printed.
     printed = printed.replace(".venv/bin/capfilt ", "capfilt ")
-    expected, found = (re.sub(r"[\d.]+ s\b", "some s", line).split() for line in (printed, comes))
-    return len(expected) == len(found) and all(
-        one == other or _close(one, other, tolerance) for one, other in zip(expected, found, strict=True)
+    expected, actual = (re.sub(r"[\d.]+ s\b", "some s", line).split() for line in (printed, comes))
+    return len(expected) == len(actual) and all(
+        left == right or _close(left, right, tolerance) for left, right in zip(expected, actual, strict=True)
     )
 
 
@@ -89,7 +89,7 @@ def _close(printed: str, comes: str, tolerance: float) -> bool:
     numbers = [re.fullmatch(r"(-?[\d,]*\.?\d+)([%,]?)", word) for word in (printed, comes)]
     if not all(numbers) or numbers[0][2] != numbers[1][2]:
         return False
-    expected, found = (float(number[1].replace(",", "")) for number in numbers)
+    expected, actual = (float(number[1].replace(",", "")) for number in numbers)
     # Half of the last digit that is printed is rounding.
     decimals = len(numbers[0][1].partition(".")[2])
-    return abs(expected - found) <= max(tolerance * abs(expected), 0.5 * 10**-decimals)
+    return abs(expected - actual) <= max(tolerance * abs(expected), 0.5 * 10**-decimals)

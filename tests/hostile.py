@@ -349,7 +349,7 @@ class HostileSite:
     def _handle(self, stream: socketserver.StreamRequestHandler) -> None:
         stream.connection.settimeout(30)
         if stream.rfile.peek(1)[:1] == b"\x16":
-            stream.wfile.write(b"HTTP/1.1 400 This is no TLS\r\n\r\n")
+            stream.wfile.write(b"HTTP/1.1 400 This is not TLS\r\n\r\n")
             return
         request = stream.rfile.readline(65_536).decode("latin-1").split(" ")
         for line in iter(stream.rfile.readline, b""):

@@ -30,12 +30,12 @@ _NAMES = {
 def addresses_by_process(root: int) -> dict[str, set[str]]:
     """Return the addresses, without ports, that each kind of process below ``root`` listens on."""
     sockets = dict(_listening())
-    found = defaultdict(set)
+    addresses = defaultdict(set)
     for pid in _descendants(root):
         for inode in _socket_inodes(pid):
             if inode in sockets:
-                found["driver" if pid == root else _name(pid)].add(sockets[inode])
-    return dict(found)
+                addresses["driver" if pid == root else _name(pid)].add(sockets[inode])
+    return dict(addresses)
 
 
 def _listening() -> Iterator[tuple[str, str]]:
@@ -58,10 +58,10 @@ def _descendants(root: int) -> list[int]:
             children[int(stat.read_text().rpartition(")")[2].split()[1])].append(int(stat.parent.name))
         except OSError:  # ended
             continue
-    found = [root]
-    for pid in found:
-        found += children[pid]
-    return found
+    pids = [root]
+    for pid in pids:
+        pids += children[pid]
+    return pids
 
 
 def _socket_inodes(pid: int) -> Iterator[str]:
@@ -94,7 +94,9 @@ def main() -> None:
     )
     with Interrupts() as interrupts, ray_session(config, ("crawl",), interrupts):
         ray.get(ray.remote(lambda: None).remote())
-        listeners = {name: sorted(found) for name, found in sorted(addresses_by_process(os.getpid()).items())}
+        listeners = {
+            name: sorted(places) for name, places in sorted(addresses_by_process(os.getpid()).items())
+        }
         print(json.dumps({"listeners": listeners, "auth": os.environ.get("RAY_AUTH_MODE"),
                           "address": ray.get_runtime_context().gcs_address}), flush=True)  # fmt: skip
         sys.stdin.readline()

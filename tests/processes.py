@@ -57,12 +57,12 @@ def descendants(pid: int) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
+    pids, queue = [], [pid]
     while queue:
         children = parents.get(queue.pop(), [])
-        found += children
+        pids += children
         queue += children
-    return found
+    return pids
 
 
 def stage_workers(pid: int, stage: str = "") -> list[int]:

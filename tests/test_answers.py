@@ -95,7 +95,7 @@ def test_interim_answers_have_an_end(site: HostileSite, first: bytes, expected: 
     assert (*end(fetch), fetch.attempts) == (*expected, 1)
 
 
-def test_nothing_after_an_interim_answer_is_no_answer(site: HostileSite) -> None:
+def test_nothing_after_an_interim_answer_is_not_an_answer(site: HostileSite) -> None:
     assert answered(site, lambda exchange: exchange.raw(EARLY_HINTS)).reason == "connect"
 
 
@@ -225,7 +225,7 @@ def test_a_robots_txt_shorter_than_it_declares_is_obeyed(site: HostileSite) -> N
     assert end(fetcher.fetch(site.url("/hop/1"))) == ("opted_out", "robots_txt")
 
 
-def test_half_a_line_of_robots_txt_is_no_rule(site: HostileSite) -> None:
+def test_half_a_line_of_robots_txt_is_not_a_rule(site: HostileSite) -> None:
     start = b"User-agent: *\nDisallow: /hop/\n#"
     text = start + b"." * (512_000 - len(start) - 12) + b"\nDisallow: /plain"
     assert len(text) > 512_000 and text[:512_000].endswith(b"\nDisallow: /")

@@ -19,28 +19,28 @@ def test_captions_have_the_mean_length_that_is_asked_for(count: int, mean_tokens
     assert len(set(texts)) == count
 
 
-def test_both_sides_agree_and_ours_computes_what_is_read() -> None:
+def test_both_sides_agree_and_capfilt_computes_only_what_is_read() -> None:
     images, captions = 2, 11
-    found = measure_rank(images, captions, 14, 1, SMALL)
-    assert found["mean_tokens"] == 14
-    assert found["max_similarity_difference"] < 1e-6 and found["same_top_two"] == 1
-    assert found["similarity_spread"] > 1e-3
+    figures = measure_rank(images, captions, 14, 1, SMALL)
+    assert figures["mean_tokens"] == 14
+    assert figures["max_similarity_difference"] < 1e-6 and figures["same_top_two"] == 1
+    assert figures["similarity_spread"] > 1e-3
     width, layers = 256, 10
     # Per token and layer query, key, value, output and MLP; of the attention only a bound.
-    theirs = 2 * captions * 77 * layers * 12 * width**2 / 1e9
-    assert theirs < found["open_clip"]["gflop_text"] < 1.1 * theirs
-    ours = theirs * 14 / 77 * (layers - 1 + 1 / 6) / layers
-    assert ours < found["capfilt"]["gflop_text"] < 1.15 * ours
-    assert found["capfilt"]["gflop_image"] < found["open_clip"]["gflop_image"]
+    full_gflops = 2 * captions * 77 * layers * 12 * width**2 / 1e9
+    assert full_gflops < figures["open_clip"]["gflop_text"] < 1.1 * full_gflops
+    expected_gflops = full_gflops * 14 / 77 * (layers - 1 + 1 / 6) / layers
+    assert expected_gflops < figures["capfilt"]["gflop_text"] < 1.15 * expected_gflops
+    assert figures["capfilt"]["gflop_image"] < figures["open_clip"]["gflop_image"]
     for name in ("open_clip", "capfilt"):
-        side = found[name]
+        side = figures[name]
         gflop = images * (side["gflop_text"] + side["gflop_image"])
         # Rates follow from the same seconds: all parts of a round together, and the share of the matmul rate.
         seconds = side["tokenize_s"] + side["text_s"] + side["image_s"]
         assert side["images_per_s"] == pytest.approx(images / seconds, rel=0.01)
         assert side["matmul_share"] == pytest.approx(
-            gflop / 1e3 / seconds / found["matmul_tflop_per_s"], rel=0.05, abs=0.002
+            gflop / 1e3 / seconds / figures["matmul_tflop_per_s"], rel=0.05, abs=0.002
         )
     for part in ("tokenize", "text", "image"):
-        ratio = found["open_clip"][f"{part}_s"] / found["capfilt"][f"{part}_s"]
-        assert found[f"{part}_ratio"] == pytest.approx(ratio, rel=0.05, abs=0.01)
+        ratio = figures["open_clip"][f"{part}_s"] / figures["capfilt"][f"{part}_s"]
+        assert figures[f"{part}_ratio"] == pytest.approx(ratio, rel=0.05, abs=0.01)

@@ -25,26 +25,26 @@ FACTS = {
 
 def test_stage1_steps_are_measured(tmp_path: Path) -> None:
     stage = empty_stage(tiny_config(tmp_path, tmp_path), World(), "cpu")
-    found = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=2, micro_batch=2)
-    assert found.keys() >= FACTS
-    assert found["trainable_parameters"] == sum(
+    figures = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=2, micro_batch=2)
+    assert figures.keys() >= FACTS
+    assert figures["trainable_parameters"] == sum(
         weight.numel() for _, weight in stage.trainable_named_parameters()
     )
-    assert found["samples_per_s"] == pytest.approx(4 / found["step_s"], rel=0.2)
-    assert 0 < found["mfu"] < 1
-    assert set(found["losses"]) == {"loss", "itc", "itm", "itg", "itm_accuracy", "temperature"}
+    assert figures["samples_per_s"] == pytest.approx(4 / figures["step_s"], rel=0.2)
+    assert 0 < figures["mfu"] < 1
+    assert set(figures["losses"]) == {"loss", "itc", "itm", "itg", "itm_accuracy", "temperature"}
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
 def test_stage2_steps_are_measured(tmp_path: Path, family: str) -> None:
     config = tiny_config(tmp_path, tmp_path, 2, language={"family": family, "max_text_tokens": 24})
     stage = empty_stage(config, World(), "cpu")
-    found = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=1, micro_batch=3)
-    assert found.keys() >= FACTS and found["micro_batch"] == 3
-    assert set(found["losses"]) == {"loss"}
+    figures = measure_steps(stage.train(), synthetic_step(stage, 4), batch=4, steps=1, micro_batch=3)
+    assert figures.keys() >= FACTS and figures["micro_batch"] == 3
+    assert set(figures["losses"]) == {"loss"}
 
 
 def test_precisions_begin_alike_and_stay_near() -> None:
-    found = measure_precision(steps=3, batch=4)
-    assert found["losses"]["bf16"] != found["losses"]["fp32"] != found["losses"]["fp32_other_seed"]
-    assert found["distance"]["bf16"] < 0.05 * found["first_loss"]
+    figures = measure_precision(steps=3, batch=4)
+    assert figures["losses"]["bf16"] != figures["losses"]["fp32"] != figures["losses"]["fp32_other_seed"]
+    assert figures["distance"]["bf16"] < 0.05 * figures["first_loss"]

@@ -58,21 +58,23 @@ def captioner(folder: Path, seed: int = 0, **values: object) -> BlipCaptioner:
     return BlipCaptioner(config, captioner_weights(config), seed)
 
 
-def in_batches(one: BlipCaptioner, images: list, order: list[int], size: int) -> dict[str, list[RawCaption]]:
+def in_batches(
+    engine: BlipCaptioner, images: list, order: list[int], size: int
+) -> dict[str, list[RawCaption]]:
     captions = {}
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        result = one([images[index] for index in batch], [UIDS[index] for index in batch])
+        result = engine([images[index] for index in batch], [UIDS[index] for index in batch])
         captions |= {UIDS[index]: row for index, row in zip(batch, result, strict=True)}
     return captions
 
 
 def test_the_same_at_any_batch_size_and_in_any_order(folder: Path, images: list) -> None:
-    one = captioner(folder)
+    engine = captioner(folder)
     order = list(range(NUM_IMAGES))
-    reference = in_batches(one, images, order, 1)
-    assert in_batches(one, images, order, 3) == reference
-    assert in_batches(one, images, order, 16) == reference
+    reference = in_batches(engine, images, order, 1)
+    assert in_batches(engine, images, order, 3) == reference
+    assert in_batches(engine, images, order, 16) == reference
     random.Random(1).shuffle(order)
     assert in_batches(captioner(folder), images, order, 16) == reference
     # And the test can fail: the captions differ between images, samples and seeds.
@@ -82,8 +84,8 @@ def test_the_same_at_any_batch_size_and_in_any_order(folder: Path, images: list)
 
 
 def test_captions_follow_the_image(folder: Path, images: list) -> None:
-    one = captioner(folder)
-    first, second = one([images[0], images[1]], [UIDS[0], UIDS[0]])
+    engine = captioner(folder)
+    first, second = engine([images[0], images[1]], [UIDS[0], UIDS[0]])
     assert [caption.seed for caption in first] == [caption.seed for caption in second]
     assert [caption.text for caption in first] != [caption.text for caption in second]
 
@@ -146,14 +148,14 @@ def test_the_distribution_is_that_of_transformers(knobs: dict) -> None:
     )
     expected_RV = reference(tokens_RL, logits_RV.clone()).softmax(-1)
     # A grid of uniform numbers measures each token's share to 1 / draws.
-    draws = 20_000
-    grid = torch.arange(draws, dtype=torch.float64) / draws
+    num_draws = 20_000
+    grid = torch.arange(num_draws, dtype=torch.float64) / num_draws
     for row in range(4):
         choice = nucleus(logits_RV[row : row + 1].clone(), tokens_RL[row : row + 1], 5, END_ID, config)
-        chosen = draw(Nucleus(*(part.expand(draws, -1) for part in choice)), grid)
+        chosen = draw(Nucleus(*(part.expand(num_draws, -1) for part in choice)), grid)
         assert (chosen.diff() >= 0).all(), "vocabulary order: a larger number, a later token"
-        shares_V = torch.bincount(chosen, minlength=50) / draws
-        assert torch.allclose(shares_V, expected_RV[row], atol=2 / draws)
+        shares_V = torch.bincount(chosen, minlength=50) / num_draws
+        assert torch.allclose(shares_V, expected_RV[row], atol=2 / num_draws)
 
 
 def test_extreme_numbers_choose_tokens_that_may_be_chosen() -> None:
@@ -169,14 +171,16 @@ def test_extreme_numbers_choose_tokens_that_may_be_chosen() -> None:
 
 
 def test_greedy_limit_equals_greedy_generation(folder: Path, images: list) -> None:
-    one = captioner(folder, top_k=1, repetition_penalty=1.0, min_length=0, num_captions=2)
-    pixels = normalise(torch.stack([one.prepare(image) for image in images]), one.preprocess, torch.float32)
+    engine = captioner(folder, top_k=1, repetition_penalty=1.0, min_length=0, num_captions=2)
+    pixels = normalise(
+        torch.stack([engine.prepare(image) for image in images]), engine.preprocess, torch.float32
+    )
     model = BlipForConditionalGeneration.from_pretrained(folder)
     greedy = model.generate(pixels, do_sample=False, max_length=20, min_length=0, repetition_penalty=1.0)
-    for row, tokens in zip(one(images, UIDS), greedy.tolist(), strict=True):
-        said = tokens[1 : tokens.index(END_ID)] if END_ID in tokens else tokens[1:]
+    for row, tokens in zip(engine(images, UIDS), greedy.tolist(), strict=True):
+        spoken = tokens[1 : tokens.index(END_ID)] if END_ID in tokens else tokens[1:]
         for caption in row:
-            assert caption.text == one._decode(said)
+            assert caption.text == engine._decode(spoken)
 
 
 def test_generation_settings_of_the_files_are_ignored(folder: Path, images: list, tmp_path: Path) -> None:
@@ -193,9 +197,9 @@ def test_lower_precision_samples_the_same_way(folder: Path, images: list) -> Non
 
 
 def test_unknown_outputs_leave_no_trace_in_the_text(folder: Path) -> None:
-    one = captioner(folder)
+    engine = captioner(folder)
     word = 5 + WORDS.index("dog")
-    assert one._decode([word, START_ID, START_ID + 1, END_ID]) == "dog"
+    assert engine._decode([word, START_ID, START_ID + 1, END_ID]) == "dog"
 
 
 # -- the worker ----------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def shard(tmp_path: Path, folder: Path) -> tuple:
     )
     images = {f"00000{index:04d}": {"jpg": encoded(picture(index))} for index in (3, 0, 7, 5, 1)}
     images["000000009"] = {"png": encoded(picture(9), "PNG")}
-    images["000000008"] = {"webp": encoded(picture(8), "WEBP"), "txt": b"other members are no images"}
+    images["000000008"] = {"webp": encoded(picture(8), "WEBP"), "txt": b"other members are not images"}
     return config, commit_crawl(config, images, {}, failed=("000000002", "000000004"))
 
 
@@ -256,7 +260,7 @@ def test_workers_and_batch_sizes_commit_the_same_bytes(shard: tuple, tmp_path: P
         )
         tar, parquet = crawl.outputs["tar"], crawl.outputs["parquet"]
         storage = Storage(config.corpus.path)
-        # Absolute paths, as an adopted shard has them.
+        # Absolute paths, as an imported shard has them.
         outside = dataclasses.replace(
             crawl,
             outputs={

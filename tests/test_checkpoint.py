@@ -37,10 +37,10 @@ def state(step: int) -> State:
 def save(
     checkpoints: Checkpoints, step: int, keep_last: int = 9, asynchronous: bool = False
 ) -> list[CheckpointRecord]:
-    made: list[CheckpointRecord] = []
-    options = {"asynchronous": asynchronous, "keep_last": keep_last, "committed": made.append}
+    record: list[CheckpointRecord] = []
+    options = {"asynchronous": asynchronous, "keep_last": keep_last, "committed": record.append}
     checkpoints.save(state(step), **FOR_RECORD, **options)
-    return made
+    return record
 
 
 def folders(checkpoints: Checkpoints) -> set[str]:
@@ -50,45 +50,45 @@ def folders(checkpoints: Checkpoints) -> set[str]:
 def test_what_is_saved_is_read(root: str) -> None:
     checkpoints = Checkpoints(root)
     assert checkpoints.newest_good(print) is None
-    (made,) = save(checkpoints, 5)
-    assert made == checkpoints.newest_good(print)
-    assert (made.stage, made.run_id, made.metrics, made.models) == ("stage1", "r", {"loss": 1.5}, ())
-    assert (made.step, made.samples, made.snapshot) == (5, 40, "f" * 64)
-    found, expected = checkpoints.read(made), state(5)
-    assert found.progress == expected.progress
+    (record,) = save(checkpoints, 5)
+    assert record == checkpoints.newest_good(print)
+    assert (record.stage, record.run_id, record.metrics, record.models) == ("stage1", "r", {"loss": 1.5}, ())
+    assert (record.step, record.samples, record.snapshot) == (5, 40, "f" * 64)
+    restored, expected = checkpoints.read(record), state(5)
+    assert restored.progress == expected.progress
     for part in ("model", "optimizer"):
-        tensors, wanted = getattr(found, part), getattr(expected, part)
+        tensors, wanted = getattr(restored, part), getattr(expected, part)
         assert tensors.keys() == wanted.keys()
         assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
 def test_the_model_is_a_safetensors_file_of_its_own(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    (made,) = save(checkpoints, 5)
-    model = load_file(tmp_path / made.path / "model-00001-of-00002.safetensors")
+    (record,) = save(checkpoints, 5)
+    model = load_file(tmp_path / record.path / "model-00001-of-00002.safetensors")
     assert set(model) == {"model.layer.weight", "model.temp"}
-    assert json.loads((tmp_path / made.path / "training.json").read_text())["step"] == 5
+    assert json.loads((tmp_path / record.path / "training.json").read_text())["step"] == 5
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.metadata"))
 
 
 def test_the_state_is_copied_before_training_goes_on(tmp_path: Path) -> None:
     checkpoints, live = Checkpoints(str(tmp_path)), state(5)
-    options = {"asynchronous": True, "keep_last": 2, "committed": lambda made: None}
+    options = {"asynchronous": True, "keep_last": 2, "committed": lambda record: None}
     checkpoints.save(live, **FOR_RECORD, **options)
     live.model["layer.weight"].zero_()
     live.optimizer["layer.weight.exp_avg"].zero_()
     checkpoints.wait()
-    found = checkpoints.read(checkpoints.committed()[0])
-    assert torch.equal(found.model["layer.weight"], state(5).model["layer.weight"])
-    assert torch.equal(found.optimizer["layer.weight.exp_avg"], state(5).optimizer["layer.weight.exp_avg"])
+    restored = checkpoints.read(checkpoints.committed()[0])
+    assert torch.equal(restored.model["layer.weight"], state(5).model["layer.weight"])
+    assert torch.equal(restored.optimizer["layer.weight.exp_avg"], state(5).optimizer["layer.weight.exp_avg"])
 
 
 def test_the_last_k_are_kept(root: str) -> None:
     checkpoints = Checkpoints(root)
     for step in (5, 10, 15, 20):
         save(checkpoints, step, keep_last=2)
-    assert [one.step for one in checkpoints.committed()] == [15, 20]
-    assert folders(checkpoints) == {one.path for one in checkpoints.committed()}
+    assert [record.step for record in checkpoints.committed()] == [15, 20]
+    assert folders(checkpoints) == {record.path for record in checkpoints.committed()}
 
 
 def test_a_step_made_again_is_another_attempt(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(root: str, damag
         checkpoints.read(bad)
 
 
-def test_nothing_but_damaged_ones_is_no_fresh_start(tmp_path: Path) -> None:
+def test_a_folder_of_damaged_checkpoints_is_not_a_fresh_start(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     (bad,) = save(checkpoints, 5)
     (tmp_path / bad.path / "training.json").write_text("{}")
@@ -153,11 +153,11 @@ def test_an_empty_folder_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {good.path, f"{good.path}.json", "mine"}
 
 
-def plant(checkpoints: Checkpoints, made: CheckpointRecord, changes: dict) -> str:
+def plant(checkpoints: Checkpoints, record: CheckpointRecord, changes: dict) -> str:
     """Rewrite a checkpoint's record as somebody else might; return its file's name."""
-    values = json.loads(checkpoints.storage.read(f"{made.path}.json")) | changes
-    checkpoints.storage.write(f"{made.path}.json", json.dumps(values).encode())
-    return f"{made.path}.json"
+    values = json.loads(checkpoints.storage.read(f"{record.path}.json")) | changes
+    checkpoints.storage.write(f"{record.path}.json", json.dumps(values).encode())
+    return f"{record.path}.json"
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def plant(checkpoints: Checkpoints, made: CheckpointRecord, changes: dict) -> st
 )
 def test_a_record_names_files_of_its_folder_alone(root: str, name: str) -> None:
     checkpoints = Checkpoints(root)
-    (made,) = save(checkpoints, 5)
+    (record,) = save(checkpoints, 5)
     checkpoints.storage.write("victim", b"the user's own")
-    record_file = plant(checkpoints, made, {"sha256": {**made.sha256, name: "0" * 64}})
+    record_file = plant(checkpoints, record, {"sha256": {**record.sha256, name: "0" * 64}})
     for read in (checkpoints.committed, lambda: checkpoints.newest_good(print), lambda: read_model(root)):
         with pytest.raises(CapfiltError, match=f"{record_file} is not a checkpoint's record"):
             read()
@@ -180,13 +180,13 @@ def test_a_record_names_files_of_its_folder_alone(root: str, name: str) -> None:
 def test_a_record_commits_the_folder_beside_it_alone(tmp_path: Path, path: str) -> None:
     # ``keep_last`` removes the folders of old records: one that names another folder would remove that.
     checkpoints = Checkpoints(str(tmp_path / "run"))
-    (made,) = save(checkpoints, 5)
+    (record,) = save(checkpoints, 5)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    plant(checkpoints, made, {"path": path})
+    plant(checkpoints, record, {"path": path})
     with pytest.raises(CapfiltError, match="is not the folder beside it"):
         save(checkpoints, 10, keep_last=1)
-    assert (tmp_path / "other" / "file").exists() and (tmp_path / "run" / made.path).exists()
+    assert (tmp_path / "other" / "file").exists() and (tmp_path / "run" / record.path).exists()
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,12 @@ def test_a_record_commits_the_folder_beside_it_alone(tmp_path: Path, path: str) 
 )
 def test_a_record_of_another_shape_is_one_line(tmp_path: Path, text: bytes) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    (made,) = save(checkpoints, 5)
-    (tmp_path / f"{made.path}.json").write_bytes(text)
+    (record,) = save(checkpoints, 5)
+    (tmp_path / f"{record.path}.json").write_bytes(text)
     with pytest.raises(CapfiltError) as error:
         read_model(str(tmp_path))
     assert (
-        f"{made.path}.json is not a checkpoint's record" in str(error.value)
+        f"{record.path}.json is not a checkpoint's record" in str(error.value)
         and str(error.value).isprintable()
     )
 
@@ -227,30 +227,30 @@ def test_a_record_of_another_shape_is_one_line(tmp_path: Path, text: bytes) -> N
     ],
 )
 def test_weights_with_a_false_header_are_one_line(tmp_path: Path, text: bytes) -> None:
-    refuse_file(tmp_path, "model-00001-of-00002.safetensors", text)
+    replace_file(tmp_path, "model-00001-of-00002.safetensors", text)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"step": "five"}'])
 def test_progress_of_another_shape_is_one_line(tmp_path: Path, text: bytes) -> None:
-    refuse_file(tmp_path, "training.json", text)
+    replace_file(tmp_path, "training.json", text)
 
 
-def refuse_file(folder: Path, name: str, text: bytes) -> None:
+def replace_file(folder: Path, name: str, text: bytes) -> None:
     """Replace a file and, in the record, its digest: the record of others agrees with what they planted."""
     checkpoints = Checkpoints(str(folder))
-    (made,) = save(checkpoints, 5)
-    (folder / made.path / name).write_bytes(text)
-    plant(checkpoints, made, {"sha256": {**made.sha256, name: hashlib.sha256(text).hexdigest()}})
+    (record,) = save(checkpoints, 5)
+    (folder / record.path / name).write_bytes(text)
+    plant(checkpoints, record, {"sha256": {**record.sha256, name: hashlib.sha256(text).hexdigest()}})
     with pytest.raises(DamagedCheckpointError) as error:
         read_model(str(folder))
-    assert made.path in str(error.value) and str(error.value).isprintable()
+    assert record.path in str(error.value) and str(error.value).isprintable()
 
 
 def test_files_that_no_record_names_are_not_read(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    (made,) = save(checkpoints, 5)
-    save_file({"model.planted": torch.zeros(1)}, tmp_path / made.path / "model-00003.safetensors")
-    assert "planted" not in checkpoints.read(made).model
+    (record,) = save(checkpoints, 5)
+    save_file({"model.planted": torch.zeros(1)}, tmp_path / record.path / "model-00003.safetensors")
+    assert "planted" not in checkpoints.read(record).model
 
 
 _TOO_LARGE = """
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     printed = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert printed.strip() == "OSError File too large"
     checkpoints = Checkpoints(str(tmp_path))
-    assert [one.step for one in checkpoints.committed()] == [5]
+    assert [record.step for record in checkpoints.committed()] == [5]
     assert folders(checkpoints) == {checkpoints.committed()[0].path}
     checkpoints.read(checkpoints.committed()[0])
 
@@ -283,8 +283,8 @@ def test_a_model_is_read_by_run_folder_or_record(root: str) -> None:
     checkpoints = Checkpoints(root)
     (first,), (second,) = save(checkpoints, 5), save(checkpoints, 10)
     for path in (f"{root}/{first.path}", f"{root}/{first.path}.json", f"{root}/{first.path}/"):
-        found, held = read_model(path)
-        assert (found, held.progress.step) == (first, 5)
+        restored, held = read_model(path)
+        assert (restored, held.progress.step) == (first, 5)
     assert read_model(root)[0] == second
     with pytest.raises(CapfiltError, match="no checkpoint there"):
         read_model(f"{root}/elsewhere")

@@ -69,7 +69,9 @@ def test_every_command_is_there_and_documented() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_clear_line_and_exit_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_user_errors_are_one_clear_line_and_exit_2(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "u.csv").write_text("url,caption\nhttp://example.org/a.jpg,a cat\n")
     good = tmp_path / "good.toml"
     good.write_text('[corpus]\npath = "corpus"\n[[source]]\nname = "s"\ninput = ["u.csv"]\n')

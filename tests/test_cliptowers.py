@@ -74,9 +74,9 @@ def test_shortened_towers_give_open_clips_similarities(changes: dict) -> None:
     pixels_BCHW = torch.randn(5, 3, 32, 32)
     with torch.inference_mode():
         expected = similarities(model, model.encode_image(pixels_BCHW), model.encode_text(tokens_TL))
-        found = similarities(model, encode_image(pixels_BCHW), encode_text(tokens_TL))
-    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
-    assert torch.equal(found.topk(2).indices, expected.topk(2).indices)
+        actual = similarities(model, encode_image(pixels_BCHW), encode_text(tokens_TL))
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-6)
+    assert torch.equal(actual.topk(2).indices, expected.topk(2).indices)
     assert expected.std() > 0.01
 
 
@@ -157,7 +157,7 @@ def test_lengths_rounded_up_for_a_gpu_change_nothing(step: int) -> None:
         assert torch.allclose(encode_text(tokens_TL), exact_TE, atol=1e-5)
 
 
-def test_half_precision_is_no_worse_than_open_clips() -> None:
+def test_half_precision_is_as_exact_as_open_clips() -> None:
     model = clip(text={"layers": 6}, vision={"layers": 6})
     cast = open_clip.CLIP(
         embed_dim=24,
@@ -172,12 +172,14 @@ def test_half_precision_is_no_worse_than_open_clips() -> None:
     half_BCHW = pixels_BCHW.bfloat16()
     with torch.inference_mode():
         exact = similarities(model, model.encode_image(pixels_BCHW), model.encode_text(tokens_TL))
-        theirs = similarities(cast, cast.encode_image(half_BCHW).float(), cast.encode_text(tokens_TL).float())
+        reference = similarities(
+            cast, cast.encode_image(half_BCHW).float(), cast.encode_text(tokens_TL).float()
+        )
         text_TE, image_BE = text_encoder(cast)(tokens_TL), image_encoder(cast)(half_BCHW)
     assert text_TE.dtype == image_BE.dtype == torch.bfloat16
-    ours = similarities(cast, image_BE.float(), text_TE.float())
-    error, their_error = (one.sub(exact).square().mean().sqrt() for one in (ours, theirs))
-    assert 0 < error < 1.2 * their_error < 0.05
+    computed = similarities(cast, image_BE.float(), text_TE.float())
+    error, reference_error = (score.sub(exact).square().mean().sqrt() for score in (computed, reference))
+    assert 0 < error < 1.2 * reference_error < 0.05
 
 
 def test_no_more_is_computed_than_what_is_read() -> None:
@@ -272,10 +274,10 @@ WORDS = ["a", "Dog's", "  ", "\t", "&amp;", "&lt;b", "<start_of_text>", "<end_of
     )
 )
 def test_tokens_are_open_clips(name: str, texts: list[str]) -> None:
-    theirs = TOKENIZERS[name]
-    tokens_TL, truncated = ClipTokenizer(theirs)(texts)
-    assert torch.equal(tokens_TL, theirs(texts))
-    assert truncated == [len(theirs.encode(text)) + 2 > theirs.context_length for text in texts]
+    reference = TOKENIZERS[name]
+    tokens_TL, truncated = ClipTokenizer(reference)(texts)
+    assert torch.equal(tokens_TL, reference(texts))
+    assert truncated == [len(reference.encode(text)) + 2 > reference.context_length for text in texts]
 
 
 def test_texts_that_are_cut_otherwise_are_left_to_open_clip() -> None:
@@ -286,9 +288,9 @@ def test_texts_that_are_cut_otherwise_are_left_to_open_clip() -> None:
 
 
 def test_words_of_a_crawl_do_not_fill_the_memory() -> None:
-    theirs = SimpleTokenizer()
-    tokenize = ClipTokenizer(theirs)
-    kept = len(theirs.cache)
+    reference = SimpleTokenizer()
+    tokenize = ClipTokenizer(reference)
+    kept = len(reference.cache)
     tokenize([f"word{number}x <end_of_text>" for number in range(500)])
-    assert len(theirs.cache) == kept
-    assert tokenize(["<end_of_text>"])[0][0, 1] == theirs.eot_token_id
+    assert len(reference.cache) == kept
+    assert tokenize(["<end_of_text>"])[0][0, 1] == reference.eot_token_id

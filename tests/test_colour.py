@@ -36,8 +36,8 @@ def decode(data: bytes) -> Image.Image:
 
 def assert_colour(image: Image.Image, expected: tuple[int, ...], tolerance: int = 4) -> None:
     assert image.mode == "RGB"
-    found = image.getpixel((image.width // 4, image.height // 4))
-    assert np.abs(np.subtract(found, expected)).max() <= tolerance, found
+    pixel = image.getpixel((image.width // 4, image.height // 4))
+    assert np.abs(np.subtract(pixel, expected)).max() <= tolerance, pixel
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
@@ -88,7 +88,7 @@ def test_cmyk_with_a_profile_and_without() -> None:
     assert_colour(decode(encoded(inks, "JPEG", quality=95, icc_profile=WIDE_PROFILE)), (0, 255, 255), 8)
 
 
-def test_palettes_and_transparency_keep_theirs() -> None:
+def test_palettes_and_transparency_keep_their_colours() -> None:
     def with_profile(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return decode(encoded(image, "PNG", icc_profile=WIDE_PROFILE, **{

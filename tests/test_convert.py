@@ -219,14 +219,17 @@ def test_every_full_size_name_goes_there_and_back(stage: int, family: str | None
 
 def test_attention_biases_are_joined_and_parted() -> None:
     prefix = "visual_encoder.blocks.1.attn"
-    ours = {f"{prefix}.q_bias": torch.tensor([1.0, 2.0]), f"{prefix}.v_bias": torch.tensor([3.0, 4.0])}
-    there, unmapped = to_hf(ours)
+    tensors_read = {
+        f"{prefix}.q_bias": torch.tensor([1.0, 2.0]),
+        f"{prefix}.v_bias": torch.tensor([3.0, 4.0]),
+    }
+    there, unmapped = to_hf(tensors_read)
     name = "vision_model.encoder.layers.1.self_attn.qkv.bias"
     assert unmapped == {}
     assert there[name].tolist() == [1, 2, 0, 0, 3, 4]
     back = from_hf(there, None, "x")
     assert {key: value.tolist() for key, value in back.items()} == {
-        key: value.tolist() for key, value in ours.items()
+        key: value.tolist() for key, value in tensors_read.items()
     }
     with pytest.raises(CapfiltError, match="has a bias of the keys"):
         from_hf({name: torch.ones(6)}, None, "x")

@@ -184,8 +184,10 @@ def test_the_same_answers_make_the_same_bytes(small_site_worker) -> None:
     )
     assert first.outputs["tar"].sha256 == second.outputs["tar"].sha256
     assert first.counts == second.counts and first.histograms == second.histograms
-    for one, other in zip(samples_of(records, first), samples_of(others, second), strict=True):
-        assert {name: one[name] for name in DETERMINISTIC} == {name: other[name] for name in DETERMINISTIC}
+    for first_sample, other in zip(samples_of(records, first), samples_of(others, second), strict=True):
+        assert {name: first_sample[name] for name in DETERMINISTIC} == {
+            name: other[name] for name in DETERMINISTIC
+        }
 
 
 def test_an_image_that_cannot_be_stored_fails_the_shard(
@@ -207,7 +209,7 @@ def test_an_image_that_cannot_be_stored_fails_the_shard(
     assert new_records(tmp_path / "corpus").read("crawl", "web", "00000") is None
 
 
-def test_a_bug_of_ours_in_the_fetch_fails_the_shard(
+def test_a_bug_of_capfilt_in_the_fetch_fails_the_shard(
     small_site_worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:

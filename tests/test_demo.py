@@ -69,8 +69,8 @@ def test_demo_makes_captions_true_and_training_better(demo: tuple[Path, dict]) -
         assert curated[recall] >= 5 * chance
         assert curated[recall] >= web[recall] + 0.1
     assert curated["itm_accuracy"] > 0.80
-    for found in figures["stage2"].values():
-        assert found["caption_loss"] < found["text_only_loss"]
+    for corpus_figures in figures["stage2"].values():
+        assert corpus_figures["caption_loss"] < corpus_figures["text_only_loss"]
 
 
 def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None:
@@ -99,7 +99,7 @@ def test_readme_shows_what_the_demo_prints(again: str) -> None:
     comes = again.splitlines()
     printed = [line for line in answer_of(README, "make demo") if not line.startswith("installing into")]
     assert len(printed) > 20
-    assert [line for line in printed if not any(agrees(line, other, 0.05) for other in comes)] == []
+    assert [line for line in printed if not any(agrees(line, right, 0.05) for right in comes)] == []
 
 
 # Columns of seconds and rates: another machine, another number.
@@ -114,8 +114,10 @@ def test_docs_show_the_answers_that_come(demo: tuple[Path, dict]) -> None:
         question: (printed[question], comes[question])
         for question in printed
         if not all(
-            agrees(one, other, 0.01)
-            for one, other in zip(_untimed(printed[question]), _untimed(comes[question]), strict=True)
+            agrees(printed_line, right, 0.01)
+            for printed_line, right in zip(
+                _untimed(printed[question]), _untimed(comes[question]), strict=True
+            )
         )
     }
     assert differing == {}, "python -m jobs.docs demo-corpus"
@@ -223,8 +225,8 @@ def test_demo_without_training(demo: tuple[Path, dict]) -> None:
     expected = {
         name: figures[name] for name in figures.keys() - {"training_seconds", "stage1", "stage2", "seconds"}
     }
-    found = json.loads(corpus.stdout)
-    assert found.pop("seconds") > 0 and found == expected
+    corpus_figures = json.loads(corpus.stdout)
+    assert corpus_figures.pop("seconds") > 0 and corpus_figures == expected
 
 
 def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path) -> None:

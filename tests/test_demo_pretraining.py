@@ -74,7 +74,7 @@ def commit(
         for row in rows
     }
     schema = SAMPLES if stage == "crawl" else CURATED
-    identities = [
+    digests = [
         {
             "uid": sample_uid("world", row["key"]),
             "source": "world",
@@ -88,7 +88,7 @@ def commit(
     with ShardCommit(records, task) as commit:
         tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
         stored = len(write_tar(tar, ((key, {"jpg": image} | texts[key]) for key, image in pictures)))
-        written = write_parquet(parquet, identities, schema)
+        written = write_parquet(parquet, digests, schema)
         commit.stats.rows_in = commit.stats.rows_out = stored
         commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})
 

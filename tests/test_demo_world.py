@@ -63,9 +63,9 @@ def test_case_white_space_and_full_stop_do_not_change_the_truth(scene, rng):
 def test_one_changed_attribute_makes_a_full_caption_false(scene, rng):
     template = "a {size} {colour} {shape} {background}"
     for slot in ATTRIBUTES:
-        other = wrong_scene(scene, rng, (slot,))
-        assert [s for s in ATTRIBUTES if getattr(other, s) != getattr(scene, s)] == [slot]
-        assert not is_true(write_caption(other, rng, template), scene)
+        second = wrong_scene(scene, rng, (slot,))
+        assert [s for s in ATTRIBUTES if getattr(second, s) != getattr(scene, s)] == [slot]
+        assert not is_true(write_caption(second, rng, template), scene)
 
 
 @given(scenes, rngs)
@@ -130,11 +130,11 @@ def test_url_list_has_its_size_duplicates_and_share_of_true_texts(tmp_path):
     assert len(rows) == 2400
     caption_by_url = {row["url"]: row["caption"] for row in rows}
     assert len(caption_by_url) == 2400 - 24
-    found = {url: page_of(url) for url in caption_by_url}
-    assert 0.12 <= sum(p.outcome in FAILURES for p in found.values()) / len(found) <= 0.18
-    usable = [p for p in found.values() if p.outcome not in FAILURES]
+    page_by_url = {url: page_of(url) for url in caption_by_url}
+    assert 0.12 <= sum(p.outcome in FAILURES for p in page_by_url.values()) / len(page_by_url) <= 0.18
+    usable = [p for p in page_by_url.values() if p.outcome not in FAILURES]
     assert 0.45 <= sum(is_true(p.alt, p.scene) for p in usable) / len(usable) <= 0.55
-    assert all(found[url].alt == caption for url, caption in caption_by_url.items())
+    assert all(page_by_url[url].alt == caption for url, caption in caption_by_url.items())
 
 
 def test_truth_about_a_url_does_not_depend_on_port_quoting_or_order(tmp_path):
@@ -222,7 +222,7 @@ def test_hanging_and_dripping_pages_outlast_a_timeout_and_let_the_server_stop(ca
                 connection.request("GET", first_page(outcome).path)
                 connection.getresponse().read()
             connection.close()
-        time.sleep(0.6)  # The drip meets its closed connection.
+        time.sleep(0.6)  # The server that sends a byte at a time meets the closed connection.
     assert capfd.readouterr().err == ""
 
 
@@ -230,10 +230,10 @@ def test_a_steady_site_answers_at_once_and_equal_requests_equally():
     with serving(flaky=False) as url:
         for outcome in ("unavailable_once", "rate_limited_once"):
             assert fetch(url, first_page(outcome).path)[0] == 200
-    with serving(flaky=False) as one, serving(flaky=False) as other:
+    with serving(flaky=False) as first, serving(flaky=False) as second:
         for shown in pages(60):
             if shown.outcome not in ("hang", "drip"):
-                assert fetch(one, shown.path)[::2] == fetch(other, shown.path)[::2]
+                assert fetch(first, shown.path)[::2] == fetch(second, shown.path)[::2]
 
 
 def test_robots_are_welcome_and_unknown_pages_are_not_found(base_url):

@@ -30,12 +30,12 @@ def collectives(world: World) -> dict[str, object]:
 
 
 def test_two_ranks() -> None:
-    for found in on_ranks(2, collectives):
-        assert found["gathered"].tolist() == [0, 1, 2, 10, 11, 12] and not found["gathered"].requires_grad
-        assert found["mask"].tolist() == [[True, True], [True, False]]
-        assert found["broadcast_object"].tolist() == [0, 1, 2]
-        assert found["sum"].tolist() == [10, 12, 14]
-        assert [tensor.tolist() for tensor in found["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
+    for results in on_ranks(2, collectives):
+        assert results["gathered"].tolist() == [0, 1, 2, 10, 11, 12] and not results["gathered"].requires_grad
+        assert results["mask"].tolist() == [[True, True], [True, False]]
+        assert results["broadcast_object"].tolist() == [0, 1, 2]
+        assert results["sum"].tolist() == [10, 12, 14]
+        assert [tensor.tolist() for tensor in results["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
 
 
 def listeners(world: World) -> set[str]:
@@ -48,7 +48,7 @@ def test_ranks_of_one_machine_listen_on_loopback() -> None:
 
 
 def agreements(world: World) -> dict[str, object]:
-    def second_refuses() -> int:
+    def fail_on_second() -> int:
         if world.rank == 1:
             raise CapfiltError("no weights here")
         return 7
@@ -61,7 +61,7 @@ def agreements(world: World) -> dict[str, object]:
 
     refusals = []
     for ask in (
-        lambda: world.all_or_raise(second_refuses),
+        lambda: world.all_or_raise(fail_on_second),
         lambda: world.broadcast_object(lambda: first_alone("no corpus")),
     ):
         with pytest.raises(CapfiltError) as refused:
@@ -72,8 +72,8 @@ def agreements(world: World) -> dict[str, object]:
 
 
 def test_a_refusal_of_one_rank_is_everybodys() -> None:
-    for rank, found in enumerate(on_ranks(2, agreements)):
-        assert found == {"refusals": ["no weights here", "no corpus"], "own": 10 + rank, "first's": 41}
+    for rank, results in enumerate(on_ranks(2, agreements)):
+        assert results == {"refusals": ["no weights here", "no corpus"], "own": 10 + rank, "first's": 41}
 
 
 def test_alone_needs_no_process_group() -> None:

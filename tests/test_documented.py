@@ -36,8 +36,12 @@ def test_every_file_that_a_guide_names_is_there(name: str) -> None:
 
 
 def test_lines_are_found_and_wrong_ones_too() -> None:
-    found = {page.name: list(block_lines(page)) for page in PAGES}
-    assert len(found["README.md"]) >= 10 and len(found["pretrain.md"]) >= 4 and found["demo-stage1.toml"]
+    commands = {page.name: list(block_lines(page)) for page in PAGES}
+    assert (
+        len(commands["README.md"]) >= 10
+        and len(commands["pretrain.md"]) >= 4
+        and commands["demo-stage1.toml"]
+    )
     assert unknown_words("capfilt statsu demo-corpus") == ["statsu"]
     assert unknown_words("capfilt stats demo-corpus --jsn") == ["--jsn"]
     assert unknown_words("capfilt bench stage3") == ["stage3"]

@@ -102,14 +102,14 @@ def test_retrieval_is_the_published_one(stage1: Stage1, rerank: int, batch_size:
         by_text = with_rerank(similarity_NM.T, logit_NM.T, rerank)
     else:
         by_image, by_text = similarity_NM, similarity_NM.T
-    found = retrieve(
+    metrics = retrieve(
         Stage1Matcher(stage1, texts_at_once=5), batches(batch_size), TEXTS, IMAGE_OF_TEXT, rerank
     )
     expected = recalls(by_image, IMAGE_OF_TEXT, "text") | recalls(by_text, IMAGE_OF_TEXT, "image")
     if 0 < rerank < 10:
         # Behind the candidates LAVIS's matrix holds ties at -100, whose order says nothing.
         expected = {name: value for name, value in expected.items() if int(name.rpartition("r")[2]) <= rerank}
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
 def test_reranking_matters_here(stage1: Stage1) -> None:
@@ -123,9 +123,9 @@ def test_lists_do_not_depend_on_the_blocks(stage1: Stage1) -> None:
     whole = contrastive_lists(matcher, batches(IMAGES), matcher.tokenize(TEXTS), 4)
     small = Stage1Matcher(stage1, texts_at_once=3)
     parts = contrastive_lists(small, batches(3), small.tokenize(TEXTS), 4, block_elements=1)
-    for one, other in zip(whole, parts, strict=True):
-        assert torch.equal(one.positions, other.positions)
-        assert torch.allclose(one.similarities, other.similarities, atol=1e-6)
+    for ranking, other in zip(whole, parts, strict=True):
+        assert torch.equal(ranking.positions, other.positions)
+        assert torch.allclose(ranking.similarities, other.similarities, atol=1e-6)
 
 
 # -- text ------------------------------------------------------------------------------------------------------
@@ -147,14 +147,14 @@ def greedy_caption(stage: Stage1, pixels_CHW: Tensor, prompt: list[int], tokens:
 
 def test_stage1_captions_are_those_of_its_captioning_head(stage1: Stage1) -> None:
     captions = Stage1Generator(stage1).caption(pictures(4), "", GREEDY)
-    assert captions == [greedy_caption(stage1, one, [], 6) for one in pictures(4)]
+    assert captions == [greedy_caption(stage1, pixels_CHW, [], 6) for pixels_CHW in pictures(4)]
     assert len(set(captions)) > 1
 
 
 def test_a_prompt_is_read_and_not_returned(stage1: Stage1) -> None:
     words = stage1.tokenizer.tokenizer("a photo of", add_special_tokens=False).input_ids
     captions = Stage1Generator(stage1).caption(pictures(3), "a photo of", GREEDY)
-    assert captions == [greedy_caption(stage1, one, words, 6) for one in pictures(3)]
+    assert captions == [greedy_caption(stage1, pixels_CHW, words, 6) for pixels_CHW in pictures(3)]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_prompt_is_read_and_not_returned(stage1: Stage1) -> None:
 def test_captions_do_not_depend_on_the_batch(stage1: Stage1, decoding: Decoding) -> None:
     captioner = Stage1Generator(stage1)
     together = captioner.caption(pictures(5), "", decoding)
-    assert together == [captioner.caption(one[None], "", decoding)[0] for one in pictures(5)]
+    assert together == [captioner.caption(pixels_CHW[None], "", decoding)[0] for pixels_CHW in pictures(5)]
 
 
 def test_answers_do_not_depend_on_the_other_prompts(stage2: Stage2) -> None:
@@ -211,28 +211,28 @@ def held_out(captions: list[list[str]]) -> list[HeldOut]:
 
 def test_probe_of_stage1(stage1: Stage1) -> None:
     captions = [[blip_caption(TEXTS[n]), blip_caption(TEXTS[n + IMAGES])] for n in range(IMAGES)]
-    found = validate(stage1, held_out(captions), stage1.config)
+    metrics = validate(stage1, held_out(captions), stage1.config)
     similarity_NM, _ = all_scores(stage1)
     by_image = [IMAGE_OF_TEXT[similarity_NM[n].argmax()] == n for n in range(IMAGES)]
     by_text = [int(similarity_NM[:, m].argmax()) == IMAGE_OF_TEXT[m] for m in range(len(TEXTS))]
-    assert found["text_r1"] == pytest.approx(100 * sum(by_image) / IMAGES)
-    assert found["image_r1"] == pytest.approx(100 * sum(by_text) / len(TEXTS))
+    assert metrics["text_r1"] == pytest.approx(100 * sum(by_image) / IMAGES)
+    assert metrics["image_r1"] == pytest.approx(100 * sum(by_text) / len(TEXTS))
     right = 0
     with torch.no_grad():
         for n, pixels_CHW in enumerate(pictures(IMAGES)):
             image = stage1.encode_pixels(pixels_CHW[None])
             for label, text in ((1, captions[n][0]), (0, captions[(n + 1) % IMAGES][0])):
                 right += int(stage1.match(image, stage1.tokenizer([text]))[0].mean(0).argmax()) == label
-    assert found["itm_accuracy"] == pytest.approx(right / (2 * IMAGES))
+    assert metrics["itm_accuracy"] == pytest.approx(right / (2 * IMAGES))
     written = Stage1Generator(stage1).caption(
         pictures(IMAGES), "", Decoding(beams=1, min_tokens=0, max_tokens=20)
     )
-    assert found["cider"] == pytest.approx(caption_scores(written, captions)["cider"])
+    assert metrics["cider"] == pytest.approx(caption_scores(written, captions)["cider"])
 
 
 def test_a_caption_that_images_share_is_right_for_each(stage1: Stage1) -> None:
-    found = validate(stage1, held_out([["a red dog"]] * 4), stage1.config)
-    assert (found["text_r1"], found["image_r1"]) == (100.0, 100.0)
+    metrics = validate(stage1, held_out([["a red dog"]] * 4), stage1.config)
+    assert (metrics["text_r1"], metrics["image_r1"]) == (100.0, 100.0)
 
 
 def test_probe_looks_at_no_more_images_than_it_is_told(stage1: Stage1) -> None:
@@ -256,8 +256,8 @@ def test_probe_compiles_nothing(folder: Path) -> None:
 
 
 def test_probe_of_stage2(stage2: Stage2) -> None:
-    found = validate(stage2, held_out([["a red dog"], ["two cat", "cat"]]), stage2.config)
-    assert set(found) == {"cider"}
+    metrics = validate(stage2, held_out([["a red dog"], ["two cat", "cat"]]), stage2.config)
+    assert set(metrics) == {"cider"}
 
 
 # -- pictures --------------------------------------------------------------------------------------------------
@@ -276,8 +276,8 @@ def test_pictures_come_in_order_and_a_missing_one_is_told(tmp_path: Path) -> Non
     for n, pixels_CHW in enumerate(pictures(5)):
         files.append(f"{n}.png")
         Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy()).save(tmp_path / files[-1])
-    found = torch.cat(list(BenchmarkImages(str(tmp_path), 32).batches(files, 2)))
-    assert torch.equal(found, pictures(5))
+    pixels_BCHW = torch.cat(list(BenchmarkImages(str(tmp_path), 32).batches(files, 2)))
+    assert torch.equal(pixels_BCHW, pictures(5))
     with pytest.raises(CapfiltError, match=r"absent.jpg: no such image; --images must be"):
         list(BenchmarkImages(str(tmp_path), 32).batches([*files, "absent.jpg"], 2))
     (tmp_path / "bad.jpg").write_bytes(b"no image")
@@ -324,9 +324,9 @@ def test_the_probe_command_says_what_the_run_said(tmp_path: Path) -> None:
     told = [line for line in lines if "probe_cider" in line][-1]
     # Shards that come later do not move what the run held out.
     make_corpus(str(tmp_path / "corpus"), ("sbu",), shards=2)
-    found = invoke("probe", summary.folder)
-    assert found["samples"] == 4
-    assert {f"probe_{name}": value for name, value in found["metrics"].items()} == pytest.approx(
+    metrics = invoke("probe", summary.folder)
+    assert metrics["samples"] == 4
+    assert {f"probe_{name}": value for name, value in metrics["metrics"].items()} == pytest.approx(
         {name: value for name, value in told.items() if name != "step"}, abs=1e-3
     )
     nothing = trained_config(tmp_path, run={"name": "all"}, optim={"steps": 1})
@@ -363,20 +363,22 @@ def test_evaluate_retrieval_and_caption(stage1: Stage1, benchmark: dict[str, str
     model = str(tmp_path / "exported")
     export_model(stage1, Path(model))
     where = ["--annotations", benchmark["annotations"], "--images", benchmark["images"]]
-    found = invoke("retrieval", model, *where, "--dataset", "flickr30k", "--batch-size", "3")
+    metrics = invoke("retrieval", model, *where, "--dataset", "flickr30k", "--batch-size", "3")
     expected = retrieve(
         Stage1Matcher(stage1), batches(7), [t for n in range(IMAGES) for t in (TEXTS[n], TEXTS[n + IMAGES])],
         [n for n in range(IMAGES) for _ in range(2)],
     )  # fmt: skip
-    assert found["metrics"] == pytest.approx(expected, abs=1e-3)
-    assert (found["samples"], found["checkpoint"], found["protocol"]["rerank"]) == (IMAGES, model, 128)
-    assert found["published"]["ViT-g"]["text_r1"] == 97.6
+    assert metrics["metrics"] == pytest.approx(expected, abs=1e-3)
+    assert (metrics["samples"], metrics["checkpoint"], metrics["protocol"]["rerank"]) == (IMAGES, model, 128)
+    assert metrics["published"]["ViT-g"]["text_r1"] == 97.6
 
-    said = tmp_path / "said" / "captions.json"
-    found = invoke("caption", model, *where, "--beams", "2", "--min-tokens", "1", "--predictions", str(said))
-    rows = json.loads(said.read_text())
+    answers_path = tmp_path / "said" / "captions.json"
+    metrics = invoke(
+        "caption", model, *where, "--beams", "2", "--min-tokens", "1", "--predictions", str(answers_path)
+    )
+    rows = json.loads(answers_path.read_text())
     references = [[TEXTS[n], TEXTS[n + IMAGES]] for n in range(IMAGES)]
-    assert found["metrics"] == pytest.approx(
+    assert metrics["metrics"] == pytest.approx(
         caption_scores([row["caption"] for row in rows], references), abs=1e-3
     )
     assert [row["image_id"] for row in rows] == list(range(IMAGES))
@@ -389,16 +391,16 @@ def test_evaluate_retrieval_and_caption(stage1: Stage1, benchmark: dict[str, str
 def test_evaluate_vqa(stage2: Stage2, benchmark: dict[str, str], tmp_path: Path) -> None:
     model = str(tmp_path / "exported")
     export_model(stage2, Path(model))
-    said = tmp_path / "answers.json"
-    found = invoke(
+    answers_path = tmp_path / "answers.json"
+    metrics = invoke(
         "vqa", model, "--questions", benchmark["questions"], "--images", benchmark["images"],
-        "--predictions", str(said), "--prompt", "question : {} answer :",
+        "--predictions", str(answers_path), "--prompt", "question : {} answer :",
     )  # fmt: skip
-    rows = json.loads(said.read_text())
+    rows = json.loads(answers_path.read_text())
     assert [row["question_id"] for row in rows] == [str(n) for n in range(IMAGES)]
     right = sum(row["answer"].split() == ["red"] for row in rows)
-    assert found["metrics"]["accuracy"] == pytest.approx(100 * right / IMAGES, abs=1e-3)
-    assert found["protocol"]["length_penalty"] == -1.0
+    assert metrics["metrics"]["accuracy"] == pytest.approx(100 * right / IMAGES, abs=1e-3)
+    assert metrics["protocol"]["length_penalty"] == -1.0
 
 
 def test_a_model_of_the_other_stage_is_refused(

@@ -74,7 +74,7 @@ def test_words_are_those_of_stanfords_tokenizer(caption: str) -> None:
     assert caption_words(caption) == [word for word in STANFORD[caption].split() if word not in PUNCTUATION]
 
 
-def test_a_perfect_caption_scores_ten_and_a_foreign_one_nothing() -> None:
+def test_a_perfect_caption_scores_ten_and_an_unrelated_one_zero() -> None:
     references = [
         ["a red bird on a wire", "a bird sits on a wire"],
         ["two dogs in the snow", "dogs run"],
@@ -184,12 +184,12 @@ def test_karpathy_files(tmp_path: Path) -> None:
     for image in images:
         image["sentences"] = [{"raw": "A bird."}, {"raw": "One bird"}]
     path = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-    found = read_captioned_images(path)
-    assert [(one.id, one.file) for one in found] == [
+    benchmark = read_captioned_images(path)
+    assert [(row.id, row.file) for row in benchmark] == [
         (42, "val2014/COCO_val2014_000000000042.jpg"),
         (7, "1007.jpg"),
     ]
-    assert found[0].captions == ("A bird.", "One bird")
+    assert benchmark[0].captions == ("A bird.", "One bird")
     with pytest.raises(CapfiltError, match="no images of split 'train' .*restval, test"):
         read_captioned_images(path, "train")
 
@@ -202,7 +202,7 @@ def test_lavis_and_coco_caption_files(tmp_path: Path) -> None:
             {"image": "x.jpg", "caption": "c"},
         ],
     )
-    assert [(one.id, one.captions) for one in read_captioned_images(lavis)] == [
+    assert [(row.id, row.captions) for row in read_captioned_images(lavis)] == [
         (391895, ("a", "b")),
         (1, ("c",)),
     ]
@@ -233,9 +233,9 @@ def test_question_files(tmp_path: Path) -> None:
         tmp_path / "answers.json",
         {"annotations": [{"question_id": 420, "answers": [{"answer": "red"}] * 10}]},
     )
-    found = read_questions(questions, answers).questions[0]
-    assert (found.id, found.file) == (420, "val2014/COCO_val2014_000000000042.jpg")
-    assert found.answers == ("red",) * 10
+    benchmark = read_questions(questions, answers).questions[0]
+    assert (benchmark.id, benchmark.file) == (420, "val2014/COCO_val2014_000000000042.jpg")
+    assert benchmark.answers == ("red",) * 10
     assert read_questions(questions).questions[0].answers == ()
 
     lavis = write(
@@ -312,20 +312,20 @@ def test_a_wrong_question_file_is_told(tmp_path: Path) -> None:
 def test_the_number_of_answers_decides_how_they_are_scored(
     tmp_path: Path, content: object, kind: str, answers: tuple[str, ...]
 ) -> None:
-    found = read_questions(write(tmp_path / "x.json", content))
-    assert (found.kind, found.questions[0].answers) == (kind, answers)
-    assert found.questions[0].file in ("n1.jpg", "7.jpg")
-    require_enough_answers(found, "x.json")
+    benchmark = read_questions(write(tmp_path / "x.json", content))
+    assert (benchmark.kind, benchmark.questions[0].answers) == (kind, answers)
+    assert benchmark.questions[0].file in ("n1.jpg", "7.jpg")
+    require_enough_answers(benchmark, "x.json")
     if answers:
-        assert score_answers(found, [answers[0]]) == {"accuracy": 100.0}
+        assert score_answers(benchmark, [answers[0]]) == {"accuracy": 100.0}
 
 
 def test_one_answer_a_question_in_vqa_s_pair_of_files_is_scored_by_exact_match(tmp_path: Path) -> None:
     questions = [{"image_id": 42, "question_id": number, "question": "What?"} for number in (1, 2)]
     path = write(tmp_path / "questions.json", {"data_subtype": "val2014", "questions": questions})
     answers = [{"question_id": number, "answers": [{"answer": "red"}]} for number in (1, 2)]
-    found = read_questions(path, write(tmp_path / "answers.json", {"annotations": answers}))
-    assert score_answers(found, ["red", "blue"]) == {"accuracy": 50.0}
+    benchmark = read_questions(path, write(tmp_path / "answers.json", {"annotations": answers}))
+    assert score_answers(benchmark, ["red", "blue"]) == {"accuracy": 50.0}
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -334,11 +334,11 @@ def test_too_few_people_for_vqa_s_accuracy_are_told(tmp_path: Path, number: int)
         {"question_id": 7, "image": "a.jpg", "question": "?", "answer": ["red"] * number},
         {"question_id": 8, "image": "a.jpg", "question": "?", "answer": ["red"] * 10},
     ]
-    found = read_questions(write(tmp_path / "x.json", rows))
+    benchmark = read_questions(write(tmp_path / "x.json", rows))
     with pytest.raises(
         CapfiltError, match=rf"^x: 1 of 2 questions have fewer than 4 answers, 7 first \({number}\)"
     ):
-        require_enough_answers(found, "x")
+        require_enough_answers(benchmark, "x")
 
 
 def test_a_question_that_stands_twice_counts_once_and_one_id_for_two_is_told(tmp_path: Path) -> None:
@@ -423,7 +423,10 @@ def test_deep_annotations_and_folders_are_one_line(tmp_path: Path, depth: int) -
 
 @pytest.mark.parametrize("split", [[1], 7, None, "\x1b[31m"])
 def test_strange_splits_are_told(tmp_path: Path, split: object) -> None:
-    images = [{"filename": "a.jpg", "split": one, "sentences": [{"raw": "x"}]} for one in (split, "val")]
+    images = [
+        {"filename": "a.jpg", "split": split_name, "sentences": [{"raw": "x"}]}
+        for split_name in (split, "val")
+    ]
     with pytest.raises(CapfiltError, match="has no images of split 'test'") as error:
         read_captioned_images(write(tmp_path / "x.json", {"images": images}))
     assert str(error.value).isprintable()
@@ -435,15 +438,15 @@ def test_an_image_in_several_entries_is_one_image(tmp_path: Path) -> None:
         {"image": "b.jpg", "caption": ["two", "three"]},
         {"image": "./a.jpg", "caption": ["four", "one"]},
     ]
-    found = read_captioned_images(write(tmp_path / "lavis.json", rows))
-    assert [(image.file, image.captions) for image in found] == [
+    benchmark = read_captioned_images(write(tmp_path / "lavis.json", rows))
+    assert [(image.file, image.captions) for image in benchmark] == [
         ("a.jpg", ("one", "four")),
         ("b.jpg", ("two", "three")),
     ]
     sentences = [[{"raw": "one"}], [{"raw": "two"}]]
     images = [{"filename": "a.jpg", "imgid": 5, "split": "test", "sentences": part} for part in sentences]
-    found = read_captioned_images(write(tmp_path / "karpathy.json", {"images": images}))
-    assert [(image.id, image.captions) for image in found] == [(5, ("one", "two"))]
+    benchmark = read_captioned_images(write(tmp_path / "karpathy.json", {"images": images}))
+    assert [(image.id, image.captions) for image in benchmark] == [(5, ("one", "two"))]
 
 
 def test_coco_s_ids_may_be_numbers_on_one_side_and_texts_on_the_other(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ class Terminal(io.StringIO):
 
 def told(stream: io.StringIO, **options: object) -> str:
     """Return what is written while an evaluation is half done."""
-    with EvaluationProgress(stream=stream, interval_s=0.01, **options) as tell:
-        tell("loading m")
+    with EvaluationProgress(stream=stream, interval_s=0.01, **options) as report:
+        report("loading m")
         _wait_for(stream, "loading m")
-        tell("comparing", 0, 40)
-        tell("comparing", 20, 40)
+        report("comparing", 0, 40)
+        report("comparing", 20, 40)
         _wait_for(stream, "20 of 40")
     return stream.getvalue()
 
@@ -80,5 +80,9 @@ def test_a_table_shows_both_itc_and_itm_in_per_cent() -> None:
 def test_an_export_says_how_it_is_loaded() -> None:
     config = SimpleNamespace(run=SimpleNamespace(stage=1), vision=SimpleNamespace(model="ViT-L-14"))
     assert "Blip2ForImageTextRetrieval.from_pretrained('out')" in _how_to_load("huggingface", "out", config)
-    ours = _how_to_load("capfilt", "out", config)
-    assert "capfilt evaluate" in ours and "transformers cannot" in ours and "'ViT-L-14'" in ours
+    config_only = _how_to_load("capfilt", "out", config)
+    assert (
+        "capfilt evaluate" in config_only
+        and "transformers cannot" in config_only
+        and "'ViT-L-14'" in config_only
+    )

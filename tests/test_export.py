@@ -80,16 +80,16 @@ def test_retrieval_scores_are_hugging_faces(stage1: Stage1, exported1: Path) -> 
         "nqc,mc->nqm", matcher.embed_images(pictures(3)), matcher.embed_texts(matcher.tokenize(TEXTS))
     )
     torch.testing.assert_close(itc_NM, similarity_NQM.amax(dim=1), atol=TOLERANCE, rtol=0)
-    ours_N2 = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), torch.arange(3)[:, None]))
-    torch.testing.assert_close(itm_N2, ours_N2, atol=TOLERANCE, rtol=0)
+    capfilt_N2 = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), torch.arange(3)[:, None]))
+    torch.testing.assert_close(itm_N2, capfilt_N2, atol=TOLERANCE, rtol=0)
     assert itm_N2.std() > 20 * TOLERANCE
 
 
 def test_pixels_are_hugging_faces(stage1: Stage1, exported1: Path) -> None:
     vision = stage1.visual_encoder
     inputs = AutoProcessor.from_pretrained(exported1)(images=images(2), return_tensors="pt")
-    ours_BCHW = pictures(2) * vision.scale_C[:, None, None] + vision.shift_C[:, None, None]
-    torch.testing.assert_close(inputs.pixel_values, ours_BCHW, atol=1e-5, rtol=0)
+    capfilt_BCHW = pictures(2) * vision.scale_C[:, None, None] + vision.shift_C[:, None, None]
+    torch.testing.assert_close(inputs.pixel_values, capfilt_BCHW, atol=1e-5, rtol=0)
 
 
 def hugging_faces(
@@ -121,12 +121,12 @@ def hugging_faces(
 )
 def test_generate_is_hugging_faces(stage2: Stage2, exported2: Path, decoding: Decoding) -> None:
     model = Blip2ForConditionalGeneration.from_pretrained(exported2).eval()
-    theirs = [
+    reference_ids = [
         hugging_faces(model, exported2, image, text, decoding)
         for image, text in zip(images(3), TEXTS, strict=True)
     ]
-    assert Stage2Generator(stage2).answer(pictures(3), TEXTS, decoding) == theirs
-    assert any(theirs)
+    assert Stage2Generator(stage2).answer(pictures(3), TEXTS, decoding) == reference_ids
+    assert any(reference_ids)
 
 
 @torch.no_grad()
@@ -137,11 +137,11 @@ def test_the_soft_prompt_is_hugging_faces(stage2: Stage2, exported2: Path) -> No
     torch.testing.assert_close(prompt_BQW, stage2.soft_prompt(pictures(3)), atol=20 * TOLERANCE, rtol=1e-3)
 
 
-def require_same(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
+def require_same(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 def test_stage1_there_and_back_is_bit_equal(stage1: Stage1, exported1: Path) -> None:
@@ -243,18 +243,20 @@ def test_full_size_tensors_are_exactly_hugging_faces(stage: int, family: str, la
     built = meta_stage(full_size("EVA01-g-14", stage, family, language or "facebook/opt-2.7b"))
     tensors = dict(built.trainable_state())
     tensors |= {
-        f"visual_encoder.{name}": one for name, one in built.visual_encoder.tower.state_dict().items()
+        f"visual_encoder.{name}": stored for name, stored in built.visual_encoder.tower.state_dict().items()
     }
     kind, more = Blip2ForImageTextRetrieval, {}
     if isinstance(built, Stage2):
         kind, more = Blip2ForConditionalGeneration, {"text_config": built.language.model.config}
-        tensors |= {f"language_model.{name}": one for name, one in built.language.model.state_dict().items()}
+        tensors |= {
+            f"language_model.{name}": stored for name, stored in built.language.model.state_dict().items()
+        }
     config = blip2_config(built.config, built.visual_encoder, **more)
     with torch.device("meta"):
-        theirs = kind(config).state_dict()
+        reference_state = kind(config).state_dict()
     mapped, _ = to_hf(tensors)
     assert {name: tensor.shape for name, tensor in mapped.items()} == {
-        name: tensor.shape for name, tensor in theirs.items()
+        name: tensor.shape for name, tensor in reference_state.items()
     }
 
 

@@ -130,9 +130,9 @@ def test_samplers_mark_the_samples_whose_logits_are_not_finite(
     broken_BPE[1, 4, 7] = value
     grid = GridSampler(decoder, [START_ID], config, 3)
     for sampler in (RowSampler(decoder, [START_ID], config), grid):
-        said = sampler(broken_BPE, numbers)
-        assert (said == NOT_FINITE).any(dim=2).tolist() == [[False] * 3, [True] * 3, [False] * 3]
-        assert torch.equal(said[[0, 2]], expected[[0, 2]])
+        tokens_BNT = sampler(broken_BPE, numbers)
+        assert (tokens_BNT == NOT_FINITE).any(dim=2).tolist() == [[False] * 3, [True] * 3, [False] * 3]
+        assert torch.equal(tokens_BNT[[0, 2]], expected[[0, 2]])
     # Nothing of it is left in the buffers for the next batch.
     assert torch.equal(grid(image_BPE, numbers), expected)
 
@@ -150,8 +150,8 @@ def test_logits_that_break_in_the_middle_of_a_caption_are_marked(
 
     monkeypatch.setattr(decoder, "logits", breaking)
     numbers = torch.from_numpy(uniforms(caption_seeds(3, ["a", "b"], 2), 19))
-    said = sampler(decoder, [START_ID], config)(torch.zeros(2, 17, 32), numbers)
-    assert (said == NOT_FINITE).any(dim=2).all()
+    tokens_BNT = sampler(decoder, [START_ID], config)(torch.zeros(2, 17, 32), numbers)
+    assert (tokens_BNT == NOT_FINITE).any(dim=2).all()
 
 
 @pytest.fixture
@@ -165,9 +165,11 @@ def test_a_captioner_that_overflows_leaves_its_shard_uncommitted(tmp_path: Path,
     config, crawl = crawled
     folder = save_captioner(tmp_path / "captioner")
     change(
-        folder / CAPTIONER_FILE, "vision_model.post_layernorm.weight", lambda one: torch.full_like(one, 1e30)
+        folder / CAPTIONER_FILE,
+        "vision_model.post_layernorm.weight",
+        lambda weight: torch.full_like(weight, 1e30),
     )
-    change(folder / CAPTIONER_FILE, "crossattention.self.key.weight", lambda one: one * 1e30)
+    change(folder / CAPTIONER_FILE, "crossattention.self.key.weight", lambda weight: weight * 1e30)
     config = config.model_copy(update={"caption": CaptionConfig(model=str(folder), num_captions=2)})
     records = Records(Storage(config.corpus.path))
     with pytest.raises(NotFiniteError, match=r"^the logits of caption\.model = .*captioner' are not finite"):
@@ -182,7 +184,7 @@ def test_a_ranker_that_overflows_leaves_its_shard_uncommitted(
     config, crawl = crawled
     folder = save_ranker(tmp_path / "ranker")
     # The length of such an embedding is infinite in float32; divided by it, every score would be 0.
-    change(folder / RANKER_FILE, part, lambda one: torch.full_like(one, 1e25))
+    change(folder / RANKER_FILE, part, lambda weight: torch.full_like(weight, 1e25))
     rank = config.rank.model_copy(update={"model": f"local-dir:{folder}"})
     config = config.model_copy(update={"rank": rank})
     records = Records(Storage(config.corpus.path))

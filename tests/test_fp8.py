@@ -163,7 +163,7 @@ def test_of_clip_the_layers_of_the_image_towers_blocks_and_nothing_else(ranker_f
     tower = image_encoder(model)
     before_blocks = copied(tower.blocks)
     quantise(tower.blocks)
-    # open_clip keeps query, key and value as one parameter that is no layer: the tower's own layers have it.
+    # open_clip keeps query, key and value as one parameter, not as a layer: the tower's own layers have it.
     assert lowered_names(model, before) == {
         f"visual.transformer.resblocks.{block}.{layer}.weight"
         for block in range(2)
@@ -184,15 +184,18 @@ def test_a_shape_that_no_kernel_takes_stays() -> None:
 
 def test_it_is_what_torchaos_own_call_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda _: None)
-    ours, theirs = nn.Linear(64, 48).bfloat16(), nn.Linear(64, 48).bfloat16()
-    theirs.load_state_dict(ours.state_dict())
+    quantised, reference = nn.Linear(64, 48).bfloat16(), nn.Linear(64, 48).bfloat16()
+    reference.load_state_dict(quantised.state_dict())
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    quantise(ours)
-    quantize_(theirs, config)
-    assert torch.equal(ours.weight.qdata.float(), theirs.weight.qdata.float())
-    assert torch.equal(ours.weight.scale, theirs.weight.scale) and ours.weight.scale.shape == (48, 1)
-    assert ours.weight._quantization_type() == theirs.weight._quantization_type()
-    assert torch.equal(ours(noise(5, 64)), theirs(noise(5, 64)))
+    quantise(quantised)
+    quantize_(reference, config)
+    assert torch.equal(quantised.weight.qdata.float(), reference.weight.qdata.float())
+    assert torch.equal(quantised.weight.scale, reference.weight.scale) and quantised.weight.scale.shape == (
+        48,
+        1,
+    )
+    assert quantised.weight._quantization_type() == reference.weight._quantization_type()
+    assert torch.equal(quantised(noise(5, 64)), reference(noise(5, 64)))
 
 
 @torch.inference_mode()
@@ -205,10 +208,10 @@ def test_products_are_those_of_the_rounded_numbers_and_rounded_once() -> None:
     quantise(layer)
     rounded_BLD = Float8Tensor.from_hp(x_BLD, granularity=PerRow()).dequantize(torch.float32)
     expected = linear(rounded_BLD, layer.weight.dequantize(torch.float32), layer.bias.float())
-    found = layer(x_BLD)
-    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    actual = layer(x_BLD)
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected.bfloat16())
     # Three bits of mantissa on either side.
-    assert 0.01 < float((found - exact).std() / exact.std()) < 0.06
+    assert 0.01 < float((actual - exact).std() / exact.std()) < 0.06
 
 
 # -- the models ----------------------------------------------------------------------------------------------
@@ -258,9 +261,9 @@ def test_a_ranker_scores_nearly_the_same(allowed: None, ranker_folder: Path) -> 
     images = [picture(seed) for seed in range(4)]
     scores = {name: score_images(ranker(ranker_folder, name), images, TEXTS) for name in ("bf16", "fp8")}
     differences = [
-        abs(one.similarity - other.similarity)
+        abs(left.similarity - right.similarity)
         for row, other_row in zip(*scores.values(), strict=True)
-        for one, other in zip(row, other_row, strict=True)
+        for left, right in zip(row, other_row, strict=True)
     ]
     assert 1e-5 < max(differences) < 0.05
 
@@ -269,18 +272,18 @@ def test_a_ranker_scores_nearly_the_same(allowed: None, ranker_folder: Path) -> 
 
 
 def test_the_benchmark_measures_what_float8_changes() -> None:
-    found = measure_fp8(24)
-    assert (found["device"], found["is_emulated"], found["captions"]) == ("cpu", True, 240)
+    figures = measure_fp8(24)
+    assert (figures["device"], figures["is_emulated"], figures["captions"]) == ("cpu", True, 240)
     for kind in ("sampled_true", "kept_true"):
-        assert found[kind].keys() == {"fp32", "bf16", "fp8"}
-    assert all(0.7 < share <= 1 for share in found["sampled_true"].values())
-    assert all(0.9 < share <= 1 for share in found["kept_true"].values())
+        assert figures[kind].keys() == {"fp32", "bf16", "fp8"}
+    assert all(0.7 < share <= 1 for share in figures["sampled_true"].values())
+    assert all(0.9 < share <= 1 for share in figures["kept_true"].values())
     # Scores spread by 0.1 within an image; float8 rounds 16 times as coarsely as bfloat16, in the blocks.
-    assert 0.05 < found["score_spread"] < 0.3
-    bf16, fp8 = found["bf16_from_fp32"], found["fp8_from_fp32"]
+    assert 0.05 < figures["score_spread"] < 0.3
+    bf16, fp8 = figures["bf16_from_fp32"], figures["fp8_from_fp32"]
     assert 1e-5 < bf16["score_mean"] < fp8["score_mean"] / 2 < 0.0025
-    assert found["fp8_from_bf16"]["score_mean"] > 0.0005 and fp8["score_max"] < 0.06
-    for pair in (bf16, fp8, found["fp8_from_bf16"]):
+    assert figures["fp8_from_bf16"]["score_mean"] > 0.0005 and fp8["score_max"] < 0.06
+    for pair in (bf16, fp8, figures["fp8_from_bf16"]):
         assert pair["top_two"] <= 0.15 and pair["captions"] <= 0.15 and pair["own_top_two"] <= 0.4
     assert fp8["captions"] > 0
 
@@ -300,5 +303,5 @@ def test_changes_are_of_what_is_kept_and_not_of_its_order() -> None:
     assert swapped["top_two"] == swapped["own_top_two"] == 0
     assert swapped["captions"] == pytest.approx(1 / 3)
     assert swapped["score_mean"] == pytest.approx(0.05) and swapped["score_max"] == pytest.approx(0.1)
-    other = changes(results(["one", "two", "three"], 0.5, 0.4, 0.3, 0.6), old)
-    assert other["top_two"] == other["own_top_two"] == 1 and other["captions"] == 0
+    right = changes(results(["one", "two", "three"], 0.5, 0.4, 0.3, 0.6), old)
+    assert right["top_two"] == right["own_top_two"] == 1 and right["captions"] == 0

@@ -43,10 +43,10 @@ def test_only_what_nothing_refers_to_goes(root: str) -> None:
     corpus.manifest.compact()
     before = {info.path for info in corpus.storage.list("")}
     paths = litter(corpus)
-    found = find_orphans(corpus.records, older_than=NOW)
-    assert {file.path: file.kind for file in found} == paths
+    orphan_files = find_orphans(corpus.records, older_than=NOW)
+    assert {file.path: file.kind for file in orphan_files} == paths
     assert {info.path for info in corpus.storage.list("")} == before | set(paths)
-    assert remove(corpus.records, found) == found
+    assert remove(corpus.records, orphan_files) == orphan_files
     assert {info.path for info in corpus.storage.list("")} == before
     assert verify(corpus.manifest).differences == []
 
@@ -85,15 +85,17 @@ def test_retired_files_go_only_when_asked_for(local_root: str) -> None:
         corpus.records.retire(record)
         corpus.make("cc", "00000", (record.stage,))
     assert find_orphans(corpus.records, older_than=NOW) == []
-    found = find_orphans(corpus.records, older_than=NOW, retired=True)
+    orphan_files = find_orphans(corpus.records, older_than=NOW, retired=True)
     # The curated shard was made again under the same name: needed, though a retired record names it too.
-    assert [(file.path, file.kind) for file in found] == [(captions.outputs["parquet"].path, "retired")]
-    remove(corpus.records, found)
+    assert [(file.path, file.kind) for file in orphan_files] == [
+        (captions.outputs["parquet"].path, "retired")
+    ]
+    remove(corpus.records, orphan_files)
     assert len(corpus.records.retired()) == 2
     assert corpus.manifest.query("SELECT count(*) FROM candidates").rows == [(36,)]
 
 
-def test_what_a_killed_create_left_is_no_record(local_root: str) -> None:
+def test_what_a_killed_create_left_is_not_a_record(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1, stages=("crawl",))
     record = corpus.storage.read("records/crawl/cc/00000.json")
     left = "records/crawl/cc/.00001.json.0123456789ab.tmp"

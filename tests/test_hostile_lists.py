@@ -41,9 +41,9 @@ def read_in_child(path: Path, limit_mib: int = _MEMORY_LIMIT_MIB) -> str:
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True, check=True, timeout=120
     )
-    said, peak_mib = done.stdout.splitlines()
-    assert int(peak_mib) < limit_mib, f"{peak_mib} MiB: {said}"
-    return said.removeprefix(str(path))
+    printed, peak_mib = done.stdout.splitlines()
+    assert int(peak_mib) < limit_mib, f"{peak_mib} MiB: {printed}"
+    return printed.removeprefix(str(path))
 
 
 def packed(path: Path, start: bytes, repeated: bytes, times: int) -> Path:
@@ -64,9 +64,9 @@ def packed(path: Path, start: bytes, repeated: bytes, times: int) -> Path:
     ],
 )
 def test_row_without_an_end_is_named(tmp_path: Path, name: str, start: bytes) -> None:
-    said = read_in_child(packed(tmp_path / name, start, b"0" * (10 << 20), 60))
+    message = read_in_child(packed(tmp_path / name, start, b"0" * (10 << 20), 60))
     place = {"line.jsonl.gz": "line 2", "item.json.gz": "item 2", "line.txt.gz": "line 2"}.get(name, "line 3")
-    assert said.startswith(f": {place}: ") and "more than 16 MiB" in said
+    assert message.startswith(f": {place}: ") and "more than 16 MiB" in message
 
 
 def test_row_of_very_many_lines_is_named(tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_list_that_is_mostly_repetition_is_a_bomb(tmp_path: Path, codec: str) ->
         file.write(b"url\n")
         for _ in range(80):
             file.write(line)
-    said = read_in_child(tmp_path / "a.tsv.zst")
-    assert ": cannot be read: it decompresses to more than 100 times its size" in said
-    assert said.startswith(": line 6")  # 64 MiB in
+    message = read_in_child(tmp_path / "a.tsv.zst")
+    assert ": cannot be read: it decompresses to more than 100 times its size" in message
+    assert message.startswith(": line 6")  # 64 MiB in
 
 
 def test_small_lists_may_repeat_themselves(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_parquet_dictionary_with_one_long_entry(tmp_path: Path) -> None:
     assert read_in_child(path) == "301 rows"
 
 
-def test_parquet_dictionary_entry_that_is_no_url_at_all(tmp_path: Path) -> None:
+def test_parquet_dictionary_entry_that_is_not_a_url(tmp_path: Path) -> None:
     urls = dictionary(["http://a/1", "x" * (20 << 20)], 5000)
     path = write(tmp_path / "a.parquet", urls, dictionary_pagesize_limit=1 << 30)
     assert read_in_child(path).startswith(": row 2: url has more than 16 MiB")
@@ -161,7 +161,7 @@ def test_packed_parquet_is_bounded_too(tmp_path: Path) -> None:
 # -- JSON that parsers do not survive ------------------------------------------------------------------------
 
 
-def complaint(path: Path, *columns: str) -> str:
+def error_of(path: Path, *columns: str) -> str:
     wanted = Wanted(url="url", caption="caption", columns=columns or ("url",))
     with pytest.raises(CapfiltError) as error:
         list(read_columns(Storage("/"), str(path), "auto", wanted))
@@ -185,19 +185,19 @@ def test_json_that_python_cannot_hold(tmp_path: Path, value: str, expected: str,
     first = json.dumps({"url": "http://a/1", "x": 0, "caption": "[[[[ {{{{ " * 40})
     path = tmp_path / "a.json"
     path.write_text(f"{first}\n{row}\n" if form == "lines" else f"[{first}, {row}]")
-    said = complaint(path, "url", "x")
-    assert said.startswith(": line 2: " if form == "lines" else ": item 2: ")
-    assert expected in said
+    message = error_of(path, "url", "x")
+    assert message.startswith(": line 2: " if form == "lines" else ": item 2: ")
+    assert expected in message
 
 
 def test_header_of_a_million_columns_is_cut(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",".join(f"column{n}" for n in range(1_000_000)) + "\n")
-    assert len(complaint(tmp_path / "a.csv")) < 500
+    assert len(error_of(tmp_path / "a.csv")) < 500
 
 
 def test_names_in_messages_cannot_steer_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\x1b[31mred,b\n1,2\n")
-    assert "\x1b" not in complaint(tmp_path / "a.csv")
+    assert "\x1b" not in error_of(tmp_path / "a.csv")
 
 
 def test_array_is_streamed(tmp_path: Path) -> None:

@@ -93,15 +93,15 @@ def test_url_shards_are_the_sources_own_files(corpus: Corpus, path: str) -> None
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../x.tar", "x.tar", "ftp://host/x.tar", "zip://x.tar::/etc/a.zip", 7]
 )
-def test_only_a_tar_where_it_lies_is_adopted(corpus: Corpus, path: object) -> None:
-    def adopt(values: dict) -> None:
+def test_only_a_tar_where_it_lies_is_imported(corpus: Corpus, path: object) -> None:
+    def set_adopted(values: dict) -> None:
         values |= {"kind": "img2dataset", "adopted": {"00000": path}, "adopted_bytes": {"00000": 1}}
 
-    plant(corpus, "records/intake/cc/00000.json", adopt)
+    plant(corpus, "records/intake/cc/00000.json", set_adopted)
     assert "records/intake/cc/00000.json" in refused(corpus, "verify")
 
 
-def test_a_tar_outside_that_no_list_adopted_is_not_opened(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_tar_outside_that_no_intake_imported_is_not_opened(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "own.tar").write_bytes(
         corpus.storage.read(corpus.records.shards()["crawl", "cc", "00000"].outputs["tar"].path)
     )
@@ -218,7 +218,7 @@ def test_keys_are_names_of_files(corpus: Corpus, key: str | None) -> None:
         pass
 
 
-def test_a_corpus_on_a_bucket_adopts_of_this_machine_what_the_config_names(
+def test_a_corpus_on_a_bucket_imports_of_this_machine_what_the_config_names(
     s3_root: str, tmp_path: Path
 ) -> None:
     corpus, folder = make_corpus(s3_root, shards=1), tmp_path / "theirs"
@@ -343,7 +343,7 @@ def test_records_of_the_first_release_are_read_for_good(path: str) -> None:
     assert parse_record(kind, path, text.encode()).to_json() == text
 
 
-def test_adopted_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
+def test_imported_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     for path in ("records/retired/crawl/old/00003.a1.json", "records/intake/old/00000.json"):
         storage.write(path, GOLDEN[path][1].encode())
@@ -359,7 +359,7 @@ def test_adopted_tars_of_the_first_release_are_read(tmp_path: Path) -> None:
     assert len(records.retired()) == 1
 
 
-def test_paths_of_adopted_tars() -> None:
+def test_paths_of_imported_tars() -> None:
     fine = ["/data/a b/00000.tar", "s3://b/x.tar", "gs://b/x.tar", "https://host/x.tar", "file:///data/x.tar"]
     fine += [
         "//data/x.tar",

@@ -92,7 +92,7 @@ def _plain(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "columns", "said"),
+    ("name", "write", "columns", "expected_text"),
     [
         ("cats.csv", _csv, ("URL", "TEXT"), "cats.csv: CSV; columns URL, TEXT; 2 rows"),
         ("cats.TSV.gz", _packed, ("image_url", "alt_text"), "TSV, gzip; columns image_url, alt_text, width"),
@@ -104,7 +104,7 @@ def _plain(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_list_becomes_a_source(
-    name: str, write: Callable[[Path], None], columns: tuple[str, str], said: str, tmp_path: Path
+    name: str, write: Callable[[Path], None], columns: tuple[str, str], expected_text: str, tmp_path: Path
 ) -> None:
     write(tmp_path / name)
     config = init(tmp_path, tmp_path / name)
@@ -112,7 +112,7 @@ def test_a_list_becomes_a_source(
     assert (source.url_column, source.caption_column) == columns
     assert source.input == (str(tmp_path / name),) and config.corpus.path == str(tmp_path / "corpus")
     text = (tmp_path / "corpus.toml").read_text()
-    assert f'input = ["{name}"]' in text and said in " ".join(re.sub(r"\n# +", " ", text).split())
+    assert f'input = ["{name}"]' in text and expected_text in " ".join(re.sub(r"\n# +", " ", text).split())
     assert all(len(line) <= 110 for line in text.splitlines()[1:])
 
 
@@ -210,7 +210,7 @@ def _list_of_file_urls(folder: Path, images: list[bytes]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("make", "form", "said"),
+    ("make", "form", "expected_text"),
     [
         (_images, "imagefolder", "of 7 looked at, 1 will be dropped: 1 not_an_image Guessed NAME.txt"),
         (_described_images, "imagefolder", "text of metadata.jsonl has the captions"),
@@ -224,7 +224,7 @@ def _list_of_file_urls(folder: Path, images: list[bytes]) -> str:
 def test_pictures_in_files_become_a_source_that_a_crawl_reads(
     make: Callable[[Path, list[bytes]], str],
     form: str,
-    said: str,
+    expected_text: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -233,7 +233,7 @@ def test_pictures_in_files_become_a_source_that_a_crawl_reads(
     config = init(tmp_path, make(tmp_path, images), "--demo-weights")
     assert [source.format for source in config.source] == [form]
     text = (tmp_path / "corpus.toml").read_text()
-    assert said in " ".join(re.sub(r"\n# +", " ", text).split())
+    assert expected_text in " ".join(re.sub(r"\n# +", " ", text).split())
     result = capfilt("crawl", "-c", tmp_path / "corpus.toml", "--local", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["images"] == len(images)
 

@@ -152,7 +152,7 @@ def test_json_captions_may_be_numbers_or_missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "complaint"),
+    ("cell", "expected_message"),
     [
         ("true", "line 2: caption is True (bool) where text is expected"),
         ('["x", false]', "line 2: caption is False (bool) where text is expected"),
@@ -160,11 +160,13 @@ def test_json_captions_may_be_numbers_or_missing(folder: Path) -> None:
         ('[["x"]]', "line 2: caption is ['x'] (list) where text is expected"),
     ],
 )
-def test_captions_that_are_not_text_are_named_by_their_line(folder: Path, cell: str, complaint: str) -> None:
+def test_captions_that_are_not_text_are_named_by_their_line(
+    folder: Path, cell: str, expected_message: str
+) -> None:
     write_lines(folder, "a.jsonl", '{"url": "http://a/1"}', f'{{"url": "http://a/2", "caption": {cell}}}')
     with pytest.raises(CapfiltError) as error:
         take_in(configured(folder))
-    assert str(error.value).endswith(f"a.jsonl: {complaint}")
+    assert str(error.value).endswith(f"a.jsonl: {expected_message}")
 
 
 def test_places_are_right_behind_rows_that_are_left_out(folder: Path) -> None:
@@ -215,11 +217,11 @@ def test_extra_columns_hold_json_whatever_is_in_them(folder: Path) -> None:
     config = configured(folder, 'extra_columns = ["tags"]')
     take_in(config)
 
-    def refuse(constant: str) -> None:
+    def raise_error(constant: str) -> None:
         raise AssertionError(constant)
 
     (row,) = rows_of(config)
-    assert json.loads(row["extra"], parse_constant=refuse) == {"tags": {"a": [None, None, {"b": None}]}}
+    assert json.loads(row["extra"], parse_constant=raise_error) == {"tags": {"a": [None, None, {"b": None}]}}
 
 
 @pytest.mark.parametrize("lines", [("url\tcaption", "a red ball\thttp://a/1"), ("url", "a cat", "a dog")])
@@ -339,7 +341,7 @@ def test_own_identity(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "source", "complaint"),
+    ("table", "source", "expected_message"),
     [
         ({"url": ["http://a/1"], "text": ["x"]}, "", r"a\.parquet: no column 'caption' \(it has url, text\)"),
         ({"url": [1], "caption": ["x"]}, "", r"a\.parquet: row 1: url is 1 \(int\) where text is expected"),
@@ -371,11 +373,11 @@ def test_own_identity(folder: Path) -> None:
     ],
 )
 def test_useless_lists_are_refused_and_leave_nothing(
-    folder: Path, table: dict[str, Any], source: str, complaint: str
+    folder: Path, table: dict[str, Any], source: str, expected_message: str
 ) -> None:
     pq.write_table(pa.table(table), folder / "lists/a.parquet")
     config = configured(folder, source)
-    with pytest.raises(CapfiltError, match=complaint):
+    with pytest.raises(CapfiltError, match=expected_message):
         take_in(config)
     assert not (folder / "corpus").exists()
 
@@ -441,11 +443,11 @@ def test_any_lists_give_every_url_once_with_all_its_captions(
                 if caption and caption.strip() and caption not in captions:
                     captions.append(caption)
         known |= fresh
-        now = rows_of(config)
-        assert {row["url"]: row["captions"] for row in now} == known
-        assert len(now) == len(known)
-        assert now[: len(earlier)] == earlier
-        earlier = now
+        current_rows = rows_of(config)
+        assert {row["url"]: row["captions"] for row in current_rows} == known
+        assert len(current_rows) == len(known)
+        assert current_rows[: len(earlier)] == earlier
+        earlier = current_rows
 
 
 def test_a_crash_before_the_commit_leaves_only_orphans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +629,7 @@ def test_drivers_that_queue_at_once_queue_once(folder: Path) -> None:
 # -- img2dataset's folders -----------------------------------------------------------------------------------
 
 
-def write_foreign(folder: Path, name: str, urls: Sequence[str]) -> None:
+def write_img2dataset(folder: Path, name: str, urls: Sequence[str]) -> None:
     folder.mkdir(exist_ok=True)
     keys = [f"{name}{n:04d}" for n in range(len(urls))]
     table = {
@@ -641,12 +643,12 @@ def write_foreign(folder: Path, name: str, urls: Sequence[str]) -> None:
     (folder / f"{name}_stats.json").write_text("{}")
 
 
-def test_img2dataset_shards_are_adopted_where_they_lie(folder: Path) -> None:
-    foreign = folder / "foreign"
-    write_foreign(foreign, "00000", ["http://a/1", "http://a/2", "http://a/1"])
-    write_foreign(foreign, "00001", ["http://a/2"])
-    write_foreign(foreign, "00002", ["http://a/3"])
-    config = configured(folder, 'format = "img2dataset"', inputs="foreign")
+def test_img2dataset_shards_are_imported_where_they_lie(folder: Path) -> None:
+    img2dataset_folder = folder / "img2dataset"
+    write_img2dataset(img2dataset_folder, "00000", ["http://a/1", "http://a/2", "http://a/1"])
+    write_img2dataset(img2dataset_folder, "00001", ["http://a/2"])
+    write_img2dataset(img2dataset_folder, "00002", ["http://a/3"])
+    config = configured(folder, 'format = "img2dataset"', inputs="img2dataset")
     batch = take_in(config)
     assert batch is not None
     assert (batch.kind, batch.rows_in, batch.rows_new, batch.rows_duplicate) == ("img2dataset", 5, 3, 2)
@@ -655,7 +657,7 @@ def test_img2dataset_shards_are_adopted_where_they_lie(folder: Path) -> None:
         "00000": "00000.tar",
         "00001": "00002.tar",
     }
-    tar = foreign / "00002.tar"
+    tar = img2dataset_folder / "00002.tar"
     adopted = shards["s", "00001"].outputs["adopted"]
     assert (adopted.path, adopted.bytes) == (str(tar), tar.stat().st_size)
     assert [(row["url"], row["key"], row["input_rows"]) for row in rows_of(config)] == [
@@ -665,24 +667,28 @@ def test_img2dataset_shards_are_adopted_where_they_lie(folder: Path) -> None:
     ]
     assert take_in(config) is None
 
-    write_foreign(foreign, "00003", ["http://a/3", "http://a/4"])
+    write_img2dataset(img2dataset_folder, "00003", ["http://a/3", "http://a/4"])
     batch = take_in(config)
     assert batch is not None
-    assert (batch.rows_in, batch.rows_known, batch.adopted) == (2, 1, {"00002": str(foreign / "00003.tar")})
+    assert (batch.rows_in, batch.rows_known, batch.adopted) == (
+        2,
+        1,
+        {"00002": str(img2dataset_folder / "00003.tar")},
+    )
     assert take_in(config) is None
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "expected_message"),
     [
         ("00000.parquet", r"00000\.tar has no 00000\.parquet beside it"),
-        ("00000.tar", r"no \*\.tar in .*foreign; run img2dataset with --output_format webdataset"),
+        ("00000.tar", r"no \*\.tar in .*img2dataset; run img2dataset with --output_format webdataset"),
     ],
 )
-def test_incomplete_foreign_folders_are_refused(folder: Path, spoil: str, complaint: str) -> None:
-    write_foreign(folder / "foreign", "00000", ["http://a/1"])
-    (folder / "foreign" / spoil).unlink()
-    with pytest.raises(CapfiltError, match=complaint):
-        take_in(configured(folder, 'format = "img2dataset"', inputs="foreign"))
+def test_incomplete_img2dataset_folders_are_refused(folder: Path, spoil: str, expected_message: str) -> None:
+    write_img2dataset(folder / "img2dataset", "00000", ["http://a/1"])
+    (folder / "img2dataset" / spoil).unlink()
+    with pytest.raises(CapfiltError, match=expected_message):
+        take_in(configured(folder, 'format = "img2dataset"', inputs="img2dataset"))
     with pytest.raises(CapfiltError, match=r"source\.s\.input: .*nowhere is not a folder"):
         take_in(configured(folder, 'format = "img2dataset"', inputs="nowhere"))

@@ -68,7 +68,7 @@ def read_numbered(path: Path, *columns: str, form: str = "auto") -> list[tuple[s
     return rows
 
 
-def complaint(path: Path, *columns: str, form: str = "auto") -> str:
+def error_of(path: Path, *columns: str, form: str = "auto") -> str:
     with pytest.raises(CapfiltError) as error:
         read(path, *(columns or ("url",)), form=form)
     assert str(error.value).startswith(str(path))
@@ -99,7 +99,7 @@ def test_formats_agree(
 def test_format_can_be_told(tmp_path: Path) -> None:
     write_csv(tmp_path / "list.dat", ROWS)
     assert read(tmp_path / "list.dat", "url", "caption", "n", form="csv") == ROWS
-    assert "its name does not tell the format" in complaint(tmp_path / "list.dat")
+    assert "its name does not tell the format" in error_of(tmp_path / "list.dat")
 
 
 def test_csv_keeps_line_breaks_and_skips_the_byte_order_mark(tmp_path: Path) -> None:
@@ -136,20 +136,20 @@ def test_batches_are_bounded_and_in_order(tmp_path: Path) -> None:
 )
 def test_missing_column_names_the_nearest(tmp_path: Path, name: str, write: Callable[..., None]) -> None:
     write(tmp_path / name, [{"URL": "http://a/1", "captions": "x", " Caption ": "y"}])
-    assert complaint(tmp_path / name, "url") == (
+    assert error_of(tmp_path / name, "url") == (
         ": no column 'url'; did you mean URL? (it has URL, captions,  Caption ); set url_column"
     )
-    assert complaint(tmp_path / name, "caption").startswith(
+    assert error_of(tmp_path / name, "caption").startswith(
         ": no column 'caption'; did you mean ' Caption '? ("
     )
-    assert complaint(tmp_path / name, "captoins").startswith(
+    assert error_of(tmp_path / name, "captoins").startswith(
         ": no column 'captoins'; did you mean captions? ("
     )
 
 
 def test_missing_header_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "cc3m.tsv").write_text("a cat\thttp://a/1\n")
-    assert "put a header line" in complaint(tmp_path / "cc3m.tsv")
+    assert "put a header line" in error_of(tmp_path / "cc3m.tsv")
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_missing_header_is_recognised(tmp_path: Path) -> None:
 )
 def test_damage_is_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert complaint(tmp_path / name, "url").startswith(expected)
+    assert error_of(tmp_path / name, "url").startswith(expected)
 
 
 # -- finding -------------------------------------------------------------------------------------------------
 
 
-def found(folder: Path, *inputs: str) -> list[str]:
+def found_names(folder: Path, *inputs: str) -> list[str]:
     files = find_files([str(folder / name) for name in inputs], Storage(str(folder)), "source.s.input")
     return [str(Path(file.path).relative_to(folder)) for file in files]
 
@@ -183,16 +183,16 @@ def test_globs_are_sorted_and_files_named_once(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv", "c[1].csv", "deep/er/x.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("url\n")
-    assert found(tmp_path, "b.csv", "*.csv") == ["b.csv", "a.csv", "c[1].csv"]
-    assert found(tmp_path, "c[1].csv", "**/x.csv") == ["c[1].csv", "deep/er/x.csv"]
+    assert found_names(tmp_path, "b.csv", "*.csv") == ["b.csv", "a.csv", "c[1].csv"]
+    assert found_names(tmp_path, "c[1].csv", "**/x.csv") == ["c[1].csv", "deep/er/x.csv"]
 
 
 def test_inputs_that_name_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(CapfiltError, match=r"source\.s\.input: no file matches .*/\*\.csv"):
-        found(tmp_path, "*.csv")
+        found_names(tmp_path, "*.csv")
     with pytest.raises(CapfiltError, match=r"folder is a folder; name its files .* format = \"img2dataset\""):
-        found(tmp_path, "folder")
+        found_names(tmp_path, "folder")
     with pytest.raises(CapfiltError, match=r"source\.s\.input: nope://x cannot be listed"):
         find_files(["nope://x"], Storage(str(tmp_path)), "source.s.input")
 
@@ -242,7 +242,7 @@ def test_cut_packed_lists_are_named_by_the_line(tmp_path: Path, codec: str) -> N
     with pa.CompressedOutputStream(sink, codec) as stream:
         stream.write(text.encode())
     path = save(tmp_path / "a.csv", sink.getvalue().to_pybytes()[:-100])
-    assert re.match(r": line [\d,]+: cannot be read: (Compressed file ended|Truncated)", complaint(path))
+    assert re.match(r": line [\d,]+: cannot be read: (Compressed file ended|Truncated)", error_of(path))
 
 
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.PARQUET.zst", "a.pq.bz2"])
@@ -301,12 +301,12 @@ def test_json_array_items_may_be_cut_anywhere_by_the_buffer(tmp_path: Path) -> N
     ],
 )
 def test_faulty_json_is_named(tmp_path: Path, text: str, expected: str) -> None:
-    assert complaint(save(tmp_path / "a.json", text.encode("utf-8", "surrogateescape"))).startswith(expected)
+    assert error_of(save(tmp_path / "a.json", text.encode("utf-8", "surrogateescape"))).startswith(expected)
 
 
 def test_json_keys_that_nobody_asks_for_may_repeat(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jsonl", '{"url": "x", "n": 1, "n": 2}\n[]\n')
-    assert complaint(path) == ": line 2: [] is not an object with the columns"
+    assert error_of(path) == ": line 2: [] is not an object with the columns"
     assert read(save(path, '{"url": "x", "n": 1, "n": 2}\n'), "url") == [{"url": "x"}]
 
 
@@ -328,8 +328,8 @@ def test_json_keys_that_nobody_asks_for_may_repeat(tmp_path: Path) -> None:
     ],
 )
 def test_header_that_fits_is_advised(tmp_path: Path, name: str, line: str, advice: str) -> None:
-    said = complaint(save(tmp_path / name, line + "\n" + line + "\n"), "url", "caption")
-    assert said.startswith(": no column ") and advice in said
+    message = error_of(save(tmp_path / name, line + "\n" + line + "\n"), "url", "caption")
+    assert message.startswith(": no column ") and advice in message
     header = advice.partition("(")[2].partition(")")[0].replace("<TAB>", "\t")
     if header:
         path = save(tmp_path / name, f"{header}\n{line}\n")
@@ -346,7 +346,7 @@ QUOTED = (
 
 def test_quoted_tsv(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tsv", QUOTED)
-    assert complaint(path, "url") == (
+    assert error_of(path, "url") == (
         ": line 3: 1 field, the header has 2; there are quotes: "
         'if this TSV is quoted as a CSV is, set the source\'s format = "tsv-quoted"'
     )
@@ -365,15 +365,15 @@ def test_cells_beyond_the_csv_modules_limit(tmp_path: Path) -> None:
     assert read(save(tmp_path / "a.tsv", f"caption\turl\n{'x' * 200_000}\t{data}\n"), "url") == [
         {"url": data}
     ]
-    said = complaint(save(tmp_path / "a.csv", f"url,caption\n{data},x,y\n"))
-    assert said == ": line 2: 4 fields, the header has 2"
+    message = error_of(save(tmp_path / "a.csv", f"url,caption\n{data},x,y\n"))
+    assert message == ": line 2: 4 fields, the header has 2"
 
 
 def test_a_row_over_several_lines_is_named_by_all(tmp_path: Path) -> None:
     path = save(tmp_path / "a.csv", 'url,caption\nhttp://a/1,x\nhttp://a/2,"two\nlines",z\n')
-    assert complaint(path) == ": lines 3 to 4: 3 fields, the header has 2"
+    assert error_of(path) == ": lines 3 to 4: 3 fields, the header has 2"
     path = save(tmp_path / "a.csv", 'url,caption\nhttp://a/1,"no end\nx\ny\n')
-    assert complaint(path) == ": lines 2 to 4: unexpected end of data"
+    assert error_of(path) == ": lines 2 to 4: unexpected end of data"
 
 
 @pytest.mark.parametrize(
@@ -388,18 +388,20 @@ def test_a_row_over_several_lines_is_named_by_all(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.jsonl", "a.txt"])
-def test_what_is_no_text_is_called_by_its_name(tmp_path: Path, data: bytes, expected: str, name: str) -> None:
+def test_what_is_not_text_is_called_by_its_name(
+    tmp_path: Path, data: bytes, expected: str, name: str
+) -> None:
     if b"caf" in data and name in ("a.jsonl", "a.txt"):
         return
-    assert complaint(save(tmp_path / name, data)).startswith(expected)
+    assert error_of(save(tmp_path / name, data)).startswith(expected)
 
 
 def test_plain_list_of_urls(tmp_path: Path) -> None:
     path = save(tmp_path / "a.txt", "\ufeffhttp://a/1\r\n\r\nhttp://a/2\n")
     assert [row["url"] for row in read(path, "url")] == ["http://a/1", None, "http://a/2"]
-    assert complaint(path, "url", "caption").endswith('without captions, set caption_column = ""')
-    assert 'set the source\'s format to "tsv"' in complaint(save(path, "url\tcaption\nhttp://a/1\tx\n"))
-    assert "'a red ball' is not a URL" in complaint(save(path, "a red ball\na blue one\n"), "url", "caption")
+    assert error_of(path, "url", "caption").endswith('without captions, set caption_column = ""')
+    assert 'set the source\'s format to "tsv"' in error_of(save(path, "url\tcaption\nhttp://a/1\tx\n"))
+    assert "'a red ball' is not a URL" in error_of(save(path, "a red ball\na blue one\n"), "url", "caption")
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -431,12 +433,12 @@ def test_parquet_text_columns(tmp_path: Path, urls: pa.Array, stored: bool) -> N
     assert read(tmp_path / "a.parquet", "url") == [{"url": "http://a/1"}, {"url": None}]
 
 
-def test_parquet_bytes_that_are_no_text_are_named_by_the_row(tmp_path: Path) -> None:
+def test_parquet_bytes_that_are_not_text_are_named_by_the_row(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(
         pa.string(), 2, pa.array([b"http://a/1", b"caf\xe9"], pa.binary()).buffers()
     )
     pq.write_table(pa.table({"url": broken}), tmp_path / "a.parquet")
-    assert complaint(tmp_path / "a.parquet").startswith(": row 2: url: not UTF-8 text (byte 0xe9 at byte 4)")
+    assert error_of(tmp_path / "a.parquet").startswith(": row 2: url: not UTF-8 text (byte 0xe9 at byte 4)")
 
 
 @pytest.mark.parametrize("write", ["parquet", "csv", "tsv"])
@@ -449,5 +451,5 @@ def test_two_columns_of_one_name(tmp_path: Path, write: str) -> None:
         path.write_text(
             "\n".join(separator.join(row) for row in (["url", "caption", "caption"], ["u", "x", "y"]))
         )
-    assert complaint(path, "url", "caption") == ": 2 columns are called 'caption'; rename or remove one"
+    assert error_of(path, "url", "caption") == ": 2 columns are called 'caption'; rename or remove one"
     assert len(read(path, "url")) == 1

@@ -26,9 +26,9 @@ def weights(loop: Loop) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in loop.stage.trainable_state().items()}
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def assert_equal(actual: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == other.keys()
+    assert all(torch.equal(actual[name], other[name]) for name in actual)
 
 
 def test_a_run_reports_every_step_and_ends_with_a_checkpoint(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, asynchronous: b
     assert_equal(states[0].optimizer, states[1].optimizer)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_take_it(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_before_the_weights_take_it(tmp_path: Path) -> None:
     loop = make_loop(config(tmp_path), SmallStage(explode_at=8))
     with pytest.raises(
         TrainingStopped, match=r"step 8: loss is nan, gradient_norm is nan; stopped"
@@ -85,7 +85,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_take_it(tmp_path: Pat
     assert all(tensor.isfinite().all() for tensor in loop.stage.trainable_state().values())
 
 
-def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+def test_a_bug_of_capfilt_keeps_its_traceback(tmp_path: Path) -> None:
     stage = SmallStage()
     stage.training_step = lambda batch, micro: torch.ones(2) @ torch.ones(3)
     with pytest.raises(RuntimeError, match="size") as fault:
@@ -172,10 +172,10 @@ def test_json_lines_hold_each_step_once(folder: str) -> None:
     for step in range(6, 10):
         lines.write(step, {"loss": 2.0})
     lines.flush()
-    found = [json.loads(line) for line in storage.read(FILE).decode().splitlines()]
-    assert [line["step"] for line in found] == list(range(1, 10))
-    assert found[0] == {"step": 1, "loss": 1.0, "mfu": None, "lr": None}
-    assert found[6]["loss"] == 2.0
+    rows = [json.loads(line) for line in storage.read(FILE).decode().splitlines()]
+    assert [line["step"] for line in rows] == list(range(1, 10))
+    assert rows[0] == {"step": 1, "loss": 1.0, "mfu": None, "lr": None}
+    assert rows[6]["loss"] == 2.0
     lines.close()
 
 

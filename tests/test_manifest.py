@@ -103,8 +103,8 @@ def test_rebuild_makes_the_same_tables(root: str) -> None:
     corpus.manifest.compact()
     before = contents(corpus.manifest)
     assert {row["state"] for row in before["shards"]} == {"committed", "retired", "quarantined"}
-    made = corpus.manifest.rebuild()
-    assert made["shards"] == len(before["shards"])
+    rebuilt = corpus.manifest.rebuild()
+    assert rebuilt["shards"] == len(before["shards"])
     assert len(part_files(corpus)) == 1
     assert contents(Manifest(Storage(root))) == before
 
@@ -197,7 +197,7 @@ def test_a_record_that_was_not_retired_after_all_stands(root: str) -> None:
     assert states(corpus, "crawl") == [(first.attempt, "retired"), (second.attempt, "committed")]
 
 
-def test_rebuild_mends_a_wrongly_retired_shard(local_root: str) -> None:
+def test_rebuild_restores_a_wrongly_retired_shard(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1)
     corpus.manifest = Manifest(corpus.storage, CompactedRecords(corpus.storage, merge_at=2))
     crawl = corpus.records.read("crawl", "cc", "00000")

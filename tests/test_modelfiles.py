@@ -1,4 +1,4 @@
-"""Models that others made: no code of theirs runs, and whatever is wrong with a file is one line that names it."""
+"""Models from untrusted folders: their code never runs, and whatever is wrong with a file is one line that names it."""
 
 import hashlib
 import json
@@ -636,18 +636,18 @@ def test_a_lavis_file_that_is_none(tmp_path: Path, data: bytes, says: str) -> No
 
 
 def test_models_and_tokenizers_are_what_the_libraries_alone_would_load(models: Path) -> None:
-    ours, folder = caption(models), models / "captioner"
-    theirs = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    actual, folder = caption(models), models / "captioner"
+    reference = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     pixels = torch.rand(2, 3, IMAGE_PX, IMAGE_PX)
-    expected = theirs.vision_model(pixels).last_hidden_state
-    assert torch.allclose(ours.vision(pixels), expected, atol=1e-5)
-    assert ours.preprocess == type(ours.preprocess).of_blip(BlipImageProcessorPil.from_pretrained(folder))
+    expected = reference.vision_model(pixels).last_hidden_state
+    assert torch.allclose(actual.vision(pixels), expected, atol=1e-5)
+    assert actual.preprocess == type(actual.preprocess).of_blip(BlipImageProcessorPil.from_pretrained(folder))
     for model in ("captioner", "language"):
-        theirs = AutoTokenizer.from_pretrained(models / model)
-        ours = load_tokenizer(models / model, model)
-        assert type(ours) is type(theirs) and ours.get_vocab() == theirs.get_vocab()
+        reference = AutoTokenizer.from_pretrained(models / model)
+        actual = load_tokenizer(models / model, model)
+        assert type(actual) is type(reference) and actual.get_vocab() == reference.get_vocab()
         for text in ("a red circle", "A Cat's dog, [SEP] </s> \n ünï", ""):
-            assert ours(text).input_ids == theirs(text).input_ids
+            assert actual(text).input_ids == reference(text).input_ids
 
 
 def test_digests_of_models_that_worked_before_stay() -> None:

@@ -41,7 +41,7 @@ def test_what_passes_stays_inside_its_folder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 7, ["a"], {"a": 1}, b"a", "", "x" * 5000])
-def test_what_is_no_name_is_refused(name: object) -> None:
+def test_what_is_not_a_name_is_refused(name: object) -> None:
     with pytest.raises(CapfiltError, match=r"index\.json"):
         confined_name(name, "index.json")
 

@@ -113,7 +113,7 @@ def test_clipping_scales_to_the_norm_and_tells_the_norm_before() -> None:
     assert clip_gradients(gradients, 1e9).item() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_half_precision_parameters_are_no_masters() -> None:
+def test_half_precision_parameters_are_not_masters() -> None:
     with pytest.raises(AssertionError, match="w is not an fp32 master"):
         make_optimizer(
             [("w", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))], fill_preset(config(), None).optim

@@ -47,12 +47,12 @@ def test_readers_hold_the_lock_together() -> None:
 
 def test_a_writer_waits_for_the_readers_and_comes_before_those_that_follow() -> None:
     lock, order = RWLock(), []
-    inside, leave = threading.Event(), threading.Event()
+    inside, may_end = threading.Event(), threading.Event()
 
     def first() -> None:
         with lock.shared():
             inside.set()
-            leave.wait(PATIENCE_S)
+            may_end.wait(PATIENCE_S)
             order.append("first")
 
     def writer() -> None:
@@ -71,7 +71,7 @@ def test_a_writer_waits_for_the_readers_and_comes_before_those_that_follow() -> 
         threads[-1].start()
         wait_until(lambda: lock._waiting_writers == 1)
     assert order == []
-    leave.set()
+    may_end.set()
     for thread in threads:
         thread.join(PATIENCE_S)
     assert order == ["first", "writer", "later"]
@@ -96,15 +96,15 @@ class Watched(CaptionWorker):
 
     running = 0
     most = 0
-    made = 0
+    loads = 0
     script: Callable[[str], None]
     _lock = threading.Lock()
 
     def __init__(self, config: CapfiltConfig, records: Records) -> None:
         super().__init__(config, records)
-        Watched.made += 1
+        Watched.loads += 1
         # The old weights must be out of use before the new ones take their memory.
-        assert Watched.made == 1 or Watched.running == 0
+        assert Watched.loads == 1 or Watched.running == 0
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         with Watched._lock:
@@ -133,7 +133,7 @@ def crawled(tmp_path: Path) -> SyntheticCorpus:
 
 @pytest.fixture
 def watched() -> type[Watched]:
-    Watched.running = Watched.most = Watched.made = 0
+    Watched.running = Watched.most = Watched.loads = 0
     Watched.script = staticmethod(lambda shard: None)
     return Watched
 
@@ -161,7 +161,7 @@ def test_two_calls_share_one_worker_and_its_captions_do_not_change(
     watched.script = staticmethod(lambda shard: both.wait())
     outcomes = caption_both(crawled)
     assert {shard: outcome.state for shard, outcome in outcomes.items()} == {"00000": "done", "00001": "done"}
-    assert (watched.made, watched.most) == (1, 2)
+    assert (watched.loads, watched.most) == (1, 2)
     by_itself = CaptionWorker(crawled.config, crawled.records)
     for shard in crawled.shards:
         together = crawled.records.read("caption", SOURCE, shard)
@@ -191,7 +191,7 @@ def test_a_shard_that_fails_leaves_the_other_undisturbed(
     assert outcomes["00001"].state == "quarantined" and "device-side assert" in outcomes["00001"].error
     assert watched.most == 2
     # Loaded anew for each further attempt, and never while the other shard used the old weights.
-    assert watched.made == crawled.config.cluster.max_attempts
+    assert watched.loads == crawled.config.cluster.max_attempts
     [(_, quarantine)] = crawled.records.quarantined().items()
     assert (quarantine.shard, quarantine.attempts) == ("00001", 3)
 
@@ -204,7 +204,7 @@ def test_what_died_with_its_worker_is_tried_again_alone(
         crawled.records.begin_attempt("caption", SOURCE, shard, "killed", RUN)
     outcomes = caption_both(crawled)
     assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
-    assert (watched.made, watched.most) == (1, 1)
+    assert (watched.loads, watched.most) == (1, 1)
 
 
 # -- on Ray --------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def as_list_of_files(folder: Path) -> CapfiltConfig:
     return config_of(folder, [str(folder / "list.csv")], uid_column="id", crawl=crawl)
 
 
-class _Pictures(http.server.BaseHTTPRequestHandler):
+class _ImageHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         data = IMAGES[self.path.strip("/")]
         self.send_response(200)
@@ -159,7 +159,7 @@ class _Pictures(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _ImageHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -229,11 +229,11 @@ def test_names_that_are_not_text_are_read_all_the_same(tmp_path: Path) -> None:
     folder.mkdir()
     for name in (b"\xff\xfe.jpg", b"line\nbreak.jpg", b"back\\slash.jpg"):
         (folder / os.fsdecode(name)).write_bytes(JPG)
-    found = crawled(config_of(tmp_path, [str(folder)], format="imagefolder"))
-    assert set(found) == {
+    rows_by_url = crawled(config_of(tmp_path, [str(folder)], format="imagefolder"))
+    assert set(rows_by_url) == {
         f"imagefolder:pets/{name}.jpg" for name in ("%FF%FE", "line%0Abreak", "back\\slash")
     }
-    assert {row["status"] for row in found.values()} == {"ok"}
+    assert {row["status"] for row in rows_by_url.values()} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def test_captions_of_a_folder_come_from_the_nearest_table_then_from_texts_then_n
     (pets / "1.txt").write_text("not this one")
     (pets / "2.txt").write_text("two, from a text\n")
     (pets / ".hidden.jpg").write_bytes(JPG)
-    found = crawled(config_of(tmp_path, [str(pets)], format="imagefolder"))
-    assert {url.removeprefix("imagefolder:pets/"): row["captions"] for url, row in found.items()} == {
+    rows_by_url = crawled(config_of(tmp_path, [str(pets)], format="imagefolder"))
+    assert {url.removeprefix("imagefolder:pets/"): row["captions"] for url, row in rows_by_url.items()} == {
         "1.jpg": ["one"],
         "2.jpeg": ["two, from a text"],
         "3.jpg": [],
@@ -323,8 +323,8 @@ def test_a_glob_takes_what_it_matches_with_its_descriptions(tmp_path: Path) -> N
     for name in ("a.jpg", "b.png", "x/c.jpg"):
         (pets / name).write_bytes(JPG)
     (pets / "metadata.csv").write_text("file_name,caption\na.jpg,A\nb.png,B\nnever.jpg,N\n")
-    found = crawled(config_of(tmp_path, [str(pets / "**" / "*.jpg")], format="imagefolder"))
-    assert {url: row["captions"] for url, row in found.items()} == {
+    rows_by_url = crawled(config_of(tmp_path, [str(pets / "**" / "*.jpg")], format="imagefolder"))
+    assert {url: row["captions"] for url, row in rows_by_url.items()} == {
         "imagefolder:pets/a.jpg": ["A"], "imagefolder:pets/x/c.jpg": []
     }  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_a_folder_that_grew_is_read_again_and_keeps_what_it_has(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({}, "no file in"),
         ({"a.txt": b"x"}, "no image in"),
@@ -353,12 +353,12 @@ def test_a_folder_that_grew_is_read_again_and_keeps_what_it_has(tmp_path: Path) 
     ],
 )
 def test_a_folder_that_cannot_be_read_is_refused_in_one_line(
-    files: dict[str, bytes], said: str, tmp_path: Path
+    files: dict[str, bytes], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "pets").mkdir()
     for name, data in files.items():
         (tmp_path / "pets" / name).write_bytes(data)
-    with pytest.raises(CapfiltError, match=said) as refused:
+    with pytest.raises(CapfiltError, match=message) as refused:
         crawled(config_of(tmp_path, [str(tmp_path / "pets")], format="imagefolder"))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "corpus" / "urls").exists()
@@ -384,10 +384,10 @@ def test_every_sample_of_other_peoples_tars_is_accounted_for(tmp_path: Path) -> 
         [*((f"{key}.jpg", JPG) for key in "ab"), *((f"{key}.txt", key.encode()) for key in "ba")],
     )
     config = config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset")
-    found = crawled(config)
+    rows_by_url = crawled(config)
     assert {
         url.removeprefix("webdataset:wds/"): (row["reason"] or "ok", row["captions"])
-        for url, row in found.items()
+        for url, row in rows_by_url.items()
     } == {
         "1.tar#a": ("ok", ["a"]),
         "1.tar#b": ("ok", ["b"]),
@@ -403,7 +403,7 @@ def test_every_sample_of_other_peoples_tars_is_accounted_for(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("0.tar", b"not a tar at all" * 100, "not a readable tar"),
         ("0.tar.gz", b"\x1f\x8b", "decompress"),
@@ -411,11 +411,11 @@ def test_every_sample_of_other_peoples_tars_is_accounted_for(tmp_path: Path) -> 
     ],
 )
 def test_tars_that_cannot_be_read_are_refused_by_name(
-    name: str, data: bytes, said: str, tmp_path: Path
+    name: str, data: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "wds").mkdir()
     (tmp_path / "wds" / name).write_bytes(data)
-    with pytest.raises(CapfiltError, match=said):
+    with pytest.raises(CapfiltError, match=message):
         crawled(config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset"))
 
 
@@ -425,13 +425,13 @@ def test_a_cut_tar_and_a_repeated_key_are_said_once(tmp_path: Path, caplog: pyte
     tar.write_bytes(tar.read_bytes().rstrip(b"\0"))
     with tar.open("ab") as file:
         file.write(bytes(-tar.stat().st_size % 512))
-    found = crawled(config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset"))
-    assert {url: row["captions"] for url, row in found.items()} == {
+    rows_by_url = crawled(config_of(tmp_path, [str(tmp_path / "wds")], format="webdataset"))
+    assert {url: row["captions"] for url, row in rows_by_url.items()} == {
         "webdataset:wds/0.tar#a": ["a"],
         "webdataset:wds/0.tar#b": [],
     }
-    said = [record.message for record in caplog.records if "0.tar" in record.message]
-    assert said == [
+    message = [record.message for record in caplog.records if "0.tar" in record.message]
+    assert message == [
         f"{tar} has no end mark and may have been cut: samples may be missing",
         f"{tar}: samples left out: 1 with a key seen before",
     ]

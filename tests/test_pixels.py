@@ -68,10 +68,10 @@ FILES = dict(files())
 
 
 def decoded(data: bytes, recipe: Preprocess, path: PixelPath = "exact") -> Tensor:
-    found = decode_pixels(data, [recipe], path)
-    assert found is not None and found[0].dtype == torch.uint8
-    assert found[0].shape == (3, *recipe.size_px)
-    return found[0]
+    pixels_read = decode_pixels(data, [recipe], path)
+    assert pixels_read is not None and pixels_read[0].dtype == torch.uint8
+    assert pixels_read[0].shape == (3, *recipe.size_px)
+    return pixels_read[0]
 
 
 def normalised(data: bytes, recipe: Preprocess) -> Tensor:
@@ -182,8 +182,8 @@ def test_several_recipes_of_one_decoding_are_those_of_each(
     monkeypatch.setattr(preprocess, "decode_rgb", lambda data: calls.append(data) or decode_rgb(data))
     together = decode_pixels(JPEG, [BLIP, CLIP, BLIP], path)
     assert together is not None and len(calls) == 1
-    for found, recipe in zip(together, (BLIP, CLIP, BLIP), strict=True):
-        assert torch.equal(found, decoded(JPEG, recipe, path))
+    for pixels_read, recipe in zip(together, (BLIP, CLIP, BLIP), strict=True):
+        assert torch.equal(pixels_read, decoded(JPEG, recipe, path))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -248,9 +248,9 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         return image
 
     monkeypatch.setattr(preprocess, "decode_rgb", watched)
-    found = list(prefetch_map(lambda data: decode_pixels(data, [BLIP], "exact"), [large, large, large, small, small],
+    results = list(prefetch_map(lambda data: decode_pixels(data, [BLIP], "exact"), [large, large, large, small, small],
                             ahead=5, threads=5))  # fmt: skip
-    assert None not in found
+    assert None not in results
     assert peak == {large: 1, small: 2}
 
 

@@ -34,20 +34,20 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_trains_what_the_paper_trains(name: str) -> None:
     path = RECIPES / f"{name}.toml"
-    found = plan(load_config(path, kind=PretrainConfig))
+    estimate = plan(load_config(path, kind=PretrainConfig))
     trainable, samples, gflop = PUBLISHED[name]
-    assert found["trainable_parameters"] == trainable
-    assert found["samples"] == samples * 1e6
-    assert found["gflop_per_sample"] == pytest.approx(gflop, rel=0.03)
-    seconds = samples * 1e6 * found["gflop_per_sample"] * 1e9 / (0.5 * 790e12)
-    assert found["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3)
-    assert found["memory_gb"]["total"] < 80
-    assert not found["data"]["found"]
+    assert estimate["trainable_parameters"] == trainable
+    assert estimate["samples"] == samples * 1e6
+    assert estimate["gflop_per_sample"] == pytest.approx(gflop, rel=0.03)
+    seconds = samples * 1e6 * estimate["gflop_per_sample"] * 1e9 / (0.5 * 790e12)
+    assert estimate["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3)
+    assert estimate["memory_gb"]["total"] < 80
+    assert not estimate["data"]["found"]
     # What the file's opening says is what the plan says.
     opening = " ".join(line.strip("# ") for line in path.read_text().split("\n\n")[0].splitlines())
     assert f"{trainable:,} parameters" in opening
-    assert f"{found['gpu_hours']:,.0f} GPU-hours" in opening
-    assert f"about {found['memory_gb']['total']:,.0f} GB" in opening
+    assert f"{estimate['gpu_hours']:,.0f} GPU-hours" in opening
+    assert f"about {estimate['memory_gb']['total']:,.0f} GB" in opening
 
 
 def test_every_training_recipe_is_planned() -> None:

@@ -36,7 +36,7 @@ Make = Callable[..., PretrainConfig]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a corpus of 36 curated images and, once a config asked for them, tiny models."""
     folder = tmp_path_factory.mktemp("made")
     make_corpus(str(folder / "corpus"), shards=2, images=24)
@@ -44,14 +44,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(made: Path, tmp_path: Path) -> Make:
+def make(workspace: Path, tmp_path: Path) -> Make:
     """Return configs of runs that write below ``tmp_path``; the corpus is shared, and its manifest grows."""
 
     def tiny(**sections: dict[str, Any]) -> PretrainConfig:
         sections["run"] = {"output": str(tmp_path / "out")} | sections.get("run", {})
         stage = sections["run"].pop("stage", 1)
-        corpus = sections.pop("corpus", made / "corpus")
-        return tiny_config(made, corpus, stage, **sections)
+        corpus = sections.pop("corpus", workspace / "corpus")
+        return tiny_config(workspace, corpus, stage, **sections)
 
     return tiny
 
@@ -79,10 +79,10 @@ def last_state(config: PretrainConfig) -> State:
     return read_model(str(folder_of(config)))[1]
 
 
-def assert_equal(one: State, other: State) -> None:
-    assert one.progress.samples == other.progress.samples
+def assert_equal(state: State, other: State) -> None:
+    assert state.progress.samples == other.progress.samples
     for part in ("model", "optimizer"):
-        tensors, others = getattr(one, part), getattr(other, part)
+        tensors, others = getattr(state, part), getattr(other, part)
         assert tensors.keys() == others.keys()
         assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
@@ -95,12 +95,12 @@ def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(made: Path) -> PretrainConfig:
+def whole_of_two(workspace: Path) -> PretrainConfig:
     """Return a run of two ranks that nothing disturbed: 30 steps, a checkpoint each 5."""
     config = tiny_config(
-        made,
-        made / "corpus",
-        run={"name": "whole", "output": str(made / "whole-of-two")},
+        workspace,
+        workspace / "corpus",
+        run={"name": "whole", "output": str(workspace / "whole-of-two")},
         optim={"steps": 30},
         checkpoint={"every_steps": 5},
         cluster={"cpu_ranks": 2},
@@ -118,7 +118,7 @@ def like(whole: PretrainConfig, tmp_path: Path, name: str, **cluster: Any) -> Pr
 # -- what a run leaves ---------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_metrics_and_rows(make: Make, made: Path) -> None:
+def test_a_run_leaves_checkpoints_metrics_and_rows(make: Make, workspace: Path) -> None:
     config = make(run={"name": "whole"}, probe={"every_steps": 4, "images": 4}, data={"held_out": 8})
     summary = pretrain(config)
     assert (summary.outcome, summary.step, summary.samples) == ("done", 8, 64)
@@ -127,7 +127,7 @@ def test_a_run_leaves_checkpoints_metrics_and_rows(make: Make, made: Path) -> No
     assert {line["step"] for line in metrics(config) if "probe_itm_accuracy" in line} == {4, 8}
     resolved = json.loads((folder_of(config) / "config.json").read_text())
     assert (resolved["optim"]["min_lr"], resolved["optim"]["betas"]) == (0.0, [0.9, 0.98])
-    manifest = Manifest(Storage(str(made / "corpus")))
+    manifest = Manifest(Storage(str(workspace / "corpus")))
     rows = manifest.query(
         f"SELECT * FROM checkpoints WHERE run_id = '{summary.run_id}' ORDER BY step"
     ).dicts()
@@ -149,33 +149,33 @@ def test_checkpoints_lie_in_the_corpus_unless_told(make: Make, tmp_path: Path) -
     assert path == f"checkpoints/stage1/tiny/{summary.checkpoint}"
 
 
-def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, made: Path) -> None:
+def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, workspace: Path) -> None:
     config = make(run={"name": "traced"})
     summary = pretrain(config)
-    found = trace_checkpoint(f"{summary.folder}/{summary.checkpoint}")
-    assert found["checkpoint"]["step"] == 8
-    (source,) = found["sources"]
+    actual = trace_checkpoint(f"{summary.folder}/{summary.checkpoint}")
+    assert actual["checkpoint"]["step"] == 8
+    (source,) = actual["sources"]
     assert (source["source"], source["shards"], source["images"], source["urls"]) == ("cc", 2, 36, 48)
-    assert {shard["tar"] for shard in found["shards"]} == {"curated/cc/00000.tar", "curated/cc/00001.tar"}
-    assert [row["stage"] for row in found["stages"]][:5] == ["urls", "crawl", "caption", "rank", "select"]
-    assert [model["kind"] for model in found["models"]] == ["captioner", "ranker"]
-    assert len(found["runs"]) == 1
-    loaded = {model["kind"]: model for model in found["loaded"]}
+    assert {shard["tar"] for shard in actual["shards"]} == {"curated/cc/00000.tar", "curated/cc/00001.tar"}
+    assert [row["stage"] for row in actual["stages"]][:5] == ["urls", "crawl", "caption", "rank", "select"]
+    assert [model["kind"] for model in actual["models"]] == ["captioner", "ranker"]
+    assert len(actual["runs"]) == 1
+    loaded = {model["kind"]: model for model in actual["loaded"]}
     assert list(loaded) == ["vision", "tokenizer", "qformer"]
     assert loaded["qformer"]["name"] == config.qformer.weights and loaded["qformer"]["parameters"] > 0
     assert set(loaded["qformer"]["files"]) == {"config.json", "model.safetensors"}
-    joined = Manifest(Storage(str(made / "corpus"))).query(
+    joined = Manifest(Storage(str(workspace / "corpus"))).query(
         "SELECT m.digest FROM checkpoints AS c, UNNEST(c.models) AS used (digest) JOIN models AS m USING (digest) "
         f"WHERE c.run_id = '{summary.run_id}' AND c.step = 8"
     )
-    assert {digest for (digest,) in joined.rows} == {model["digest"] for model in found["loaded"]}
+    assert {digest for (digest,) in joined.rows} == {model["digest"] for model in actual["loaded"]}
     printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
     assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
-    assert trace_checkpoint(summary.folder) == found
+    assert trace_checkpoint(summary.folder) == actual
     refused = cli("trace", f"{summary.folder}/step-00000001.000000000000")
     assert refused.returncode == 2 and "no checkpoint there" in refused.stderr
     with pytest.raises(CapfiltError, match="is a corpus: name one of its uids or URLs"):
-        trace_checkpoint(str(made / "corpus"))
+        trace_checkpoint(str(workspace / "corpus"))
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -275,15 +275,15 @@ def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
     assert last_state(config).progress.step == len(losses(config)) >= 5
 
 
-def test_an_output_that_is_no_folder_is_one_line(make: Make, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_folder_is_one_line(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("/nowhere/at/all")
-    for place, complaint in (
+    for place, message in (
         ("file", "is a file"),
         ("file/below", "is a file"),
         ("link", "is a link to /nowhere"),
     ):
-        with pytest.raises(CapfiltError, match=f"run\\.output .*{complaint}"):
+        with pytest.raises(CapfiltError, match=f"run\\.output .*{message}"):
             pretrain(make(run={"name": "x", "output": str(tmp_path / place)}))
 
 
@@ -373,15 +373,15 @@ def _take_back_to(config: PretrainConfig, step: int) -> None:
 @pytest.mark.slow
 def test_another_number_of_ranks_sees_the_same_samples(make: Make) -> None:
     settings = {"qformer": {"dropout": 0.0}, "run": {"name": "one"}}
-    one = make(**settings)
-    pretrain(one)
+    single = make(**settings)
+    pretrain(single)
     two = make(**settings | {"run": {"name": "two"}}, cluster={"cpu_ranks": 2})
     pretrain(two)
     _take_back_to(two, 4)
-    assert pretrain(two.model_copy(update={"cluster": one.cluster})).resumed_from == 4
-    found, expected = losses(two), losses(one)
-    assert [row[:2] for row in found] == [row[:2] for row in expected]
-    for row, other in zip(found, expected, strict=True):
+    assert pretrain(two.model_copy(update={"cluster": single.cluster})).resumed_from == 4
+    actual, expected = losses(two), losses(single)
+    assert [row[:2] for row in actual] == [row[:2] for row in expected]
+    for row, other in zip(actual, expected, strict=True):
         assert row[2:] == pytest.approx(other[2:], rel=2e-3)
 
 
@@ -539,12 +539,12 @@ def _ranks(pid: int) -> list[int]:
 
 def _commands(pid: int, text: str) -> list[int]:
     """Return the processes below another whose command line has a text, in the order of their start."""
-    found = []
+    actual = []
     for child in sorted(descendants(pid)):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if text in Path(f"/proc/{child}/cmdline").read_text():
-                found.append(child)
-    return found
+                actual.append(child)
+    return actual
 
 
 def _parent(pid: int) -> int:
@@ -633,7 +633,7 @@ def _broken_shard(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"vision": {"model": "local-dir:/nowhere/clip"}}, "/nowhere/clip"),
         ({"qformer": {"weights": "/nowhere/bert"}}, "qformer.weights"),
@@ -656,7 +656,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     make: Make,
     tmp_path: Path,
     change: dict[str, Any],
-    complaint: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -685,7 +685,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     errors = capsys.readouterr().err
     assert ended.value.code == 2, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("capfilt: ")]
-    assert any(part in line for part in complaint.split("|")), line
+    assert any(part in line for part in message.split("|")), line
     assert "Traceback" not in errors
     assert not Path(config.run.output).exists()
     after = {path: path.stat().st_mtime_ns for root in roots for path in root.rglob("*") if path.is_file()}

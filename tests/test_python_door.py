@@ -60,15 +60,15 @@ def test_what_is_not_a_corpus_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> capfilt.Corpus:
+def two_sources(tmp_path_factory: pytest.TempPathFactory) -> capfilt.Corpus:
     """Two sources that list the same URLs, two shards each."""
     root = str(tmp_path_factory.mktemp("made") / "corpus")
     make_corpus(root, sources=("cc", "laion"))
     return capfilt.Corpus.open(root)
 
 
-def test_sql_gives_arrow_pandas_and_dicts(made: capfilt.Corpus) -> None:
-    answer = made.sql(
+def test_sql_gives_arrow_pandas_and_dicts(two_sources: capfilt.Corpus) -> None:
+    answer = two_sources.sql(
         "SELECT uid, shard, scores, finished_at, 1 AS x, 2 AS x FROM curated, runs ORDER BY uid"
     )
     table = answer.arrow()
@@ -85,17 +85,17 @@ def test_sql_gives_arrow_pandas_and_dicts(made: capfilt.Corpus) -> None:
     assert pa.table(answer) == table
 
 
-def test_sql_takes_parameters(made: capfilt.Corpus) -> None:
-    by_place = made.sql(
+def test_sql_takes_parameters(two_sources: capfilt.Corpus) -> None:
+    by_place = two_sources.sql(
         "SELECT count(*) AS images FROM curated WHERE source = ? AND shard = ?", ["cc", "00000"]
     )
-    by_name = made.sql("SELECT count(*) AS images FROM curated WHERE source = $of", {"of": "cc"})
+    by_name = two_sources.sql("SELECT count(*) AS images FROM curated WHERE source = $of", {"of": "cc"})
     assert 0 < by_place.rows()[0]["images"] < by_name.rows()[0]["images"]
-    assert made.sql("SELECT ? AS text", ["'; DROP TABLE samples --"]).rows() == [
+    assert two_sources.sql("SELECT ? AS text", ["'; DROP TABLE samples --"]).rows() == [
         {"text": "'; DROP TABLE samples --"}
     ]
     with pytest.raises(capfilt.CapfiltError, match="SQL:"):
-        made.sql("SELECT ?, ?", ["one"])
+        two_sources.sql("SELECT ?, ?", ["one"])
 
 
 @pytest.mark.parametrize(
@@ -105,31 +105,33 @@ def test_sql_takes_parameters(made: capfilt.Corpus) -> None:
         "SELECT * FROM duckdb_settings()", "SELECT * FROM query('SELECT 1')", "ATTACH 'x.db'",
     ],
 )  # fmt: skip
-def test_sql_reads_and_does_nothing_else(query: str, made: capfilt.Corpus) -> None:
+def test_sql_reads_and_does_nothing_else(query: str, two_sources: capfilt.Corpus) -> None:
     with pytest.raises(capfilt.CapfiltError):
-        made.sql(query)
+        two_sources.sql(query)
 
 
-def test_a_query_ends_in_time(made: capfilt.Corpus) -> None:
+def test_a_query_ends_in_time(two_sources: capfilt.Corpus) -> None:
     with pytest.raises(capfilt.CapfiltError, match=r"took over 0\.2 s"):
-        made.sql("SELECT sum(a.range) FROM range(10000000) a, range(10000000) b", timeout_s=0.2)
+        two_sources.sql("SELECT sum(a.range) FROM range(10000000) a, range(10000000) b", timeout_s=0.2)
 
 
-def test_an_answer_is_shown_as_text_and_as_html(made: capfilt.Corpus) -> None:
-    answer = made.sql("SELECT '<b>bold</b>' || chr(27) || '[31m' AS text, {'a': 1} AS parts, NULL AS nothing")
+def test_an_answer_is_shown_as_text_and_as_html(two_sources: capfilt.Corpus) -> None:
+    answer = two_sources.sql(
+        "SELECT '<b>bold</b>' || chr(27) || '[31m' AS text, {'a': 1} AS parts, NULL AS nothing"
+    )
     assert repr(answer).splitlines()[1].split() == ["<b>bold</b>", "[31m", "a=1", "-"]
     assert "&lt;b&gt;bold&lt;/b&gt; [31m" in answer._repr_html_() and "<b>" not in answer._repr_html_()
-    assert repr(made.sql("SELECT range FROM range(25)")).splitlines()[-1] == "... and 5 more rows"
-    assert repr(made.sql("SELECT 1 AS one, 2 AS two LIMIT 0")) == "one  two"
+    assert repr(two_sources.sql("SELECT range FROM range(25)")).splitlines()[-1] == "... and 5 more rows"
+    assert repr(two_sources.sql("SELECT 1 AS one, 2 AS two LIMIT 0")) == "one  two"
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_a_library_that_is_missing_is_named(
-    library: str, made: capfilt.Corpus, monkeypatch: pytest.MonkeyPatch
+    library: str, two_sources: capfilt.Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(capfilt.CapfiltError, match=f"pip install {library}"):
-        getattr(made.sql("SELECT 1"), library)()
+        getattr(two_sources.sql("SELECT 1"), library)()
 
 
 def test_samples_are_those_of_the_table(root: str) -> None:
@@ -147,11 +149,11 @@ def test_samples_are_those_of_the_table(root: str) -> None:
     assert {sample.source for sample in corpus.samples(shard="00000")} == {"cc", "laion"}
 
 
-def test_a_source_that_is_not_there_is_no_empty_one(made: capfilt.Corpus) -> None:
+def test_a_source_that_is_not_there_is_no_empty_one(two_sources: capfilt.Corpus) -> None:
     with pytest.raises(capfilt.CapfiltError, match=r"no curated source 'loain'; did you mean laion\?"):
-        made.samples(source="loain")
+        two_sources.samples(source="loain")
     with pytest.raises(capfilt.CapfiltError, match="no curated shard '00009'"):
-        made.samples(shard="00009")
+        two_sources.samples(shard="00009")
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["cut at a member", "another content"])
@@ -162,16 +164,16 @@ def test_samples_stream_up_to_a_damaged_shard(cut: bool, tmp_path: Path) -> None
     path = "curated/cc/00001.tar"
     data = storage.read(path)
     storage.write(path, data[:5120] if cut else data.replace(b"caption", b"CAPTION"))
-    found = []
+    read_uids = []
     with pytest.raises(capfilt.CapfiltError, match=path):
         for sample in corpus.samples():
-            found.append(sample.uid)
-    assert found == expected
+            read_uids.append(sample.uid)
+    assert read_uids == expected
 
 
-def test_a_sample_is_shown_with_its_candidates(made: capfilt.Corpus) -> None:
-    row = made.sql("SELECT * FROM curated WHERE source = 'cc' ORDER BY uid LIMIT 1").rows()[0]
-    view = made.show(row["uid"])
+def test_a_sample_is_shown_with_its_candidates(two_sources: capfilt.Corpus) -> None:
+    row = two_sources.sql("SELECT * FROM curated WHERE source = 'cc' ORDER BY uid LIMIT 1").rows()[0]
+    view = two_sources.show(row["uid"])
     assert view.image.size == (row["width"], row["height"])
     lines = repr(view).splitlines()
     assert lines[0].split() == [row["uid"], f"cc/{row['shard']}", row["url"]] and lines[1] == "kept"
@@ -183,9 +185,9 @@ def test_a_sample_is_shown_with_its_candidates(made: capfilt.Corpus) -> None:
     )
 
 
-def test_a_sample_without_an_image_says_why(made: capfilt.Corpus) -> None:
-    row = made.sql("SELECT * FROM samples WHERE reason = 'http_4xx' ORDER BY uid LIMIT 1").rows()[0]
-    view = made.show(row["uid"])
+def test_a_sample_without_an_image_says_why(two_sources: capfilt.Corpus) -> None:
+    row = two_sources.sql("SELECT * FROM samples WHERE reason = 'http_4xx' ORDER BY uid LIMIT 1").rows()[0]
+    view = two_sources.show(row["uid"])
     assert view.image is None and "no image, failed, http_4xx" in repr(view)
     assert "<img" not in view._repr_html_() and "<table" not in view._repr_html_()
 
@@ -207,26 +209,26 @@ def test_captions_of_others_are_shown_as_text(tmp_path: Path) -> None:
     assert "<script>" in repr(view) and "\x1b" not in repr(view)
 
 
-def test_a_url_of_two_sources_is_shown_by_its_source(made: capfilt.Corpus) -> None:
+def test_a_url_of_two_sources_is_shown_by_its_source(two_sources: capfilt.Corpus) -> None:
     url = "http://host0.example/00000/0.jpg"
-    assert [trace["source"] for trace in made.trace(url)] == ["cc", "laion"]
-    assert made.show(url, source="laion").trace["source"] == "laion"
+    assert [trace["source"] for trace in two_sources.trace(url)] == ["cc", "laion"]
+    assert two_sources.show(url, source="laion").trace["source"] == "laion"
     for source in (None, "other"):
         with pytest.raises(capfilt.CapfiltError, match="is listed by cc, laion"):
-            made.show(url, source=source)
+            two_sources.show(url, source=source)
 
 
-def test_a_trace_is_what_the_command_prints(made: capfilt.Corpus) -> None:
-    uid = made.sql("SELECT min(uid) AS uid FROM curated").rows()[0]["uid"]
-    printed = cli("trace", made.path, uid, "--json")
-    assert json.loads(printed.stdout) == plain(made.trace(uid))
-    assert set(made.trace(uid)[0]) == set(capfilt.SampleTrace.__annotations__)
+def test_a_trace_is_what_the_command_prints(two_sources: capfilt.Corpus) -> None:
+    uid = two_sources.sql("SELECT min(uid) AS uid FROM curated").rows()[0]["uid"]
+    printed = cli("trace", two_sources.path, uid, "--json")
+    assert json.loads(printed.stdout) == plain(two_sources.trace(uid))
+    assert set(two_sources.trace(uid)[0]) == set(capfilt.SampleTrace.__annotations__)
 
 
-def test_statistics_and_failures_are_what_the_commands_print(made: capfilt.Corpus) -> None:
-    assert json.loads(cli("stats", made.path, "--json").stdout) == plain(made.stats())
-    printed = cli("failures", made.path, "--json", "--source", "cc")
-    assert json.loads(printed.stdout) == plain(made.failures(source="cc"))
+def test_statistics_and_failures_are_what_the_commands_print(two_sources: capfilt.Corpus) -> None:
+    assert json.loads(cli("stats", two_sources.path, "--json").stdout) == plain(two_sources.stats())
+    printed = cli("failures", two_sources.path, "--json", "--source", "cc")
+    assert json.loads(printed.stdout) == plain(two_sources.failures(source="cc"))
 
 
 # -- a run, and the engines beside it ------------------------------------------------------------------------

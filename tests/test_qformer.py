@@ -55,7 +55,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def test_equals_transformers_under_the_mapped_weights(qformer: QFormer, inputs: tuple[Tensor, ...]) -> None:
     queries, ids_BL, mask_BL, image_BPE = inputs
-    theirs = Blip2QFormerModel(
+    reference_model = Blip2QFormerModel(
         Blip2QFormerConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=32,
@@ -73,7 +73,7 @@ def test_equals_transformers_under_the_mapped_weights(qformer: QFormer, inputs: 
         for name, value in qformer.state_dict().items()
         if hf_name(f"Qformer.{name}") is not None
     }
-    theirs.load_state_dict(
+    reference_model.load_state_dict(
         {
             name.removeprefix("qformer."): value
             for name, value in mapped.items()
@@ -82,13 +82,15 @@ def test_equals_transformers_under_the_mapped_weights(qformer: QFormer, inputs: 
     )
     image = qformer.project_image(image_BPE)
     alone, _ = qformer.queries(queries, image)
-    expected = theirs(query_embeds=queries.float().expand(3, -1, -1), encoder_hidden_states=image_BPE.float())
+    expected = reference_model(
+        query_embeds=queries.float().expand(3, -1, -1), encoder_hidden_states=image_BPE.float()
+    )
     assert (alone - expected.last_hidden_state).abs().max() < 1e-5
 
     together = qformer.pairs(queries, ids_BL, mask_BL, image)
     embedded = torch.cat((queries.expand(3, -1, -1), qformer.bert.embeddings.of_text(ids_BL)), dim=1)
     mask_BS = torch.cat((torch.ones(3, NUM_QUERIES), mask_BL), dim=1)
-    expected = theirs(
+    expected = reference_model(
         query_embeds=embedded.float(),
         query_length=NUM_QUERIES,
         attention_mask=mask_BS.long(),

@@ -36,24 +36,26 @@ def test_readers_and_a_writing_run_do_not_disturb_each_other(tmp_path: Path) -> 
             [sys.executable, "-c", _PLAIN_DUCKDB, str(tmp_path / "corpus" / "manifest.duckdb")],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        ours: list[int] = []
+        driver_counts: list[int] = []
         while run.poll() is None:
             asked = cli("sql", config.corpus.path, "SELECT count(*) AS n FROM curated", "--json")
             if asked.returncode == 0:
-                ours.append(json.loads(asked.stdout)[0]["n"])
+                driver_counts.append(json.loads(asked.stdout)[0]["n"])
             else:
-                assert "is not a corpus" in asked.stderr and not ours, asked.stderr  # before the first record
+                assert "is not a corpus" in asked.stderr and not driver_counts, (
+                    asked.stderr
+                )  # before the first record
         output, errors = run.communicate()
         assert run.returncode == 0, output + errors
         seen, errors = plain.communicate("", timeout=60)
         assert plain.returncode == 0, errors
-    theirs = json.loads(seen)
+    reader_counts = json.loads(seen)
     final = json.loads(cli("sql", config.corpus.path, "SELECT count(*) AS n FROM curated", "--json").stdout)[
         0
     ]["n"]
-    samples, curated, empty = zip(*theirs, strict=True)
-    for counts in (ours, samples, curated):
+    samples, curated, empty = zip(*reader_counts, strict=True)
+    for counts in (driver_counts, samples, curated):
         assert list(counts) == sorted(counts)
         assert len(set(counts)) >= 2, "nobody looked while the run wrote"
     assert set(empty) == {0}
-    assert max(curated) <= final and max(ours) <= final and final > 50
+    assert max(curated) <= final and max(driver_counts) <= final and final > 50

@@ -18,15 +18,17 @@ def test_the_page_is_what_happens(tmp_path: Path) -> None:
         (tmp_path / "pets" / f"{number:03d}.jpg").write_bytes(image_bytes(number))
     lines = list(block_lines(PAGE))
     assert len(lines) == 9
-    said = {}
+    output = {}
     for line in lines:
         done = shell(line, tmp_path)
         assert done.returncode == 0, (line, done.stderr)
-        said[line] = (done.stdout + done.stderr).splitlines()
+        output[line] = (done.stdout + done.stderr).splitlines()
     for line in lines:
         printed = [shown for shown in answer_of(PAGE, line.partition("  #")[0]) if shown.strip()]
-        assert [shown for shown in printed if not any(agrees(shown, came, 0.01) for came in said[line])] == []
+        assert [
+            shown for shown in printed if not any(agrees(shown, came, 0.01) for came in output[line])
+        ] == []
     init, *_ = lines
     # What a command suggests next runs too.
-    for suggested in said[init][said[init].index("try next:") + 1 :]:
+    for suggested in output[init][output[init].index("try next:") + 1 :]:
         assert shell(suggested.strip(), tmp_path).returncode == 0, suggested

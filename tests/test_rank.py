@@ -38,9 +38,9 @@ def ranker(folder: Path) -> ClipRanker:
     return ClipRanker(ranker_weights(f"local-dir:{folder}", ""), "auto")
 
 
-def score_images(one: ClipRanker, images: list, texts: list[list[str]]) -> list:
-    levels = [decode_pixels(encoded(image), [one.preprocess], "exact") for image in images]
-    return one.score_pixels(torch.stack([found for (found,) in levels]), texts)
+def score_images(engine: ClipRanker, images: list, texts: list[list[str]]) -> list:
+    levels = [decode_pixels(encoded(image), [engine.preprocess], "exact") for image in images]
+    return engine.score_pixels(torch.stack([pixels_CHW for (pixels_CHW,) in levels]), texts)
 
 
 def test_scores_are_open_clips_cosine_similarities(folder: Path) -> None:
@@ -66,11 +66,11 @@ def test_over_long_texts_are_marked(folder: Path) -> None:
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
-    one = ranker(folder)
+    engine = ranker(folder)
     images = [picture(seed) for seed in range(4)]
-    whole = score_images(one, images, TEXTS)
+    whole = score_images(engine, images, TEXTS)
     for index in range(4):
-        alone = score_images(one, [images[index]], [TEXTS[index]])[0]
+        alone = score_images(engine, [images[index]], [TEXTS[index]])[0]
         for score, other in zip(alone, whole[index], strict=True):
             assert abs(score.similarity - other.similarity) < 1e-6
 
@@ -80,8 +80,8 @@ def test_lower_precision_gives_nearly_the_same_scores(folder: Path) -> None:
     images = [picture(seed) for seed in range(4)]
     whole, half = (score_images(ClipRanker(weights, name), images, TEXTS) for name in ("fp32", "bf16"))
     for row, other in zip(whole, half, strict=True):
-        for one, two in zip(row, other, strict=True):
-            assert one.similarity == pytest.approx(two.similarity, abs=0.02)
+        for engine, two in zip(row, other, strict=True):
+            assert engine.similarity == pytest.approx(two.similarity, abs=0.02)
 
 
 # -- the worker ----------------------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ def test_worker_scores_synthetic_and_web_captions(tmp_path: Path, models: dict[s
     assert by_place["e", "web", 0]["score"] is None
     assert all(row["rerank_score"] is None for row in rows)
     # Equal texts of one image have equal scores, and the worker's are the ranker's.
-    one = ranker(models["first"])
+    engine = ranker(models["first"])
     for index, key in enumerate("dbca"):
         mine = [row for row in rows if row["key"] == key and row["text"]]
-        expected = score_images(one, [picture(index)], [[row["text"] for row in mine]])[0]
+        expected = score_images(engine, [picture(index)], [[row["text"] for row in mine]])[0]
         for row, score in zip(mine, expected, strict=True):
             assert abs(row["score"] - score.similarity) < 1e-6
     assert (record.rows_in, record.rows_out, record.images) == (23, 21, 5)
@@ -193,6 +193,6 @@ def test_batch_size_changes_nothing_that_counts(tmp_path: Path, models: dict[str
     for batch_size in (1, 5):
         config, crawl = make(tmp_path / str(batch_size), models, batch_size=batch_size)
         results.append(rank(config, "human", crawl=crawl)[1])
-    for one, other in zip(*results, strict=True):
-        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
-        assert {**one, "score": 0} == {**other, "score": 0}
+    for engine, other in zip(*results, strict=True):
+        assert engine["score"] == pytest.approx(other["score"], abs=1e-6)
+        assert {**engine, "score": 0} == {**other, "score": 0}

@@ -64,9 +64,9 @@ def test_a_folder_made_by_img2dataset_goes_through(base_url: str, tmp_path: Path
 
     write_url_list(tmp_path / "urls.parquet", base_url, 24)
     rows = pq.read_table(tmp_path / "urls.parquet")
-    # img2dataset fetches a repeated URL again: then a tar holds an image that is no new sample.
+    # img2dataset fetches a repeated URL again: then a tar holds an image that is not a new sample.
     pq.write_table(pa.concat_tables([rows, rows.slice(0, 4)]), tmp_path / "urls.parquet")
-    made = subprocess.run(
+    finished = subprocess.run(
         [
             sys.executable, "-c", "from img2dataset.main import main; main()",
             "--url_list", str(tmp_path / "urls.parquet"), "--input_format", "parquet",
@@ -78,7 +78,7 @@ def test_a_folder_made_by_img2dataset_goes_through(base_url: str, tmp_path: Path
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     tars = sorted((tmp_path / "theirs").glob("*.tar"))
-    assert len(tars) == 3, made.stderr
+    assert len(tars) == 3, finished.stderr
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url)
     source = config.source[0].model_copy(
         update={"format": "img2dataset", "input": (str(tmp_path / "theirs"),)}
@@ -97,7 +97,7 @@ def test_a_folder_made_by_img2dataset_goes_through(base_url: str, tmp_path: Path
     assert {row["url"]: row["key"] for row in rows} == first_keys and len(rows) == len(first_keys)
     assert any(row["status"] == "kept" and "synthetic" in row["origins"] for row in rows)
     assert {path: path.read_bytes() for path in tars} == before
-    # Adopted where they lie: no second copy of the images under raw/.
+    # Imported where they lie: no second copy of the images under raw/.
     records = Records(Storage(config.corpus.path))
     assert not [info.path for info in records.storage.list("raw") if info.path.endswith(".tar")]
     assert do_run(config).record.shards_done == 0

@@ -58,12 +58,12 @@ def test_generated_page_is_up_to_date(name: str) -> None:
 
 def test_every_key_is_described() -> None:
     def undescribed(section: type[Section], path: str) -> list[str]:
-        found = []
+        missing = []
         for name, info in section.model_fields.items():
             below = section_class(info.annotation)
-            found += undescribed(below, f"{path}{name}.") if below else []
+            missing += undescribed(below, f"{path}{name}.") if below else []
             if below is None and not info.description:
-                found.append(path + name)
-        return found
+                missing.append(path + name)
+        return missing
 
     assert undescribed(CapfiltConfig, "") == []

@@ -98,7 +98,7 @@ def test_retired_record_is_out_of_sight_but_kept(root: str) -> None:
     _, second = make(records, b"new", root)
     assert second.attempt != first.attempt
     records.retire(first)  # again, late: must not touch the new one
-    assert {shard: found.attempt for shard, found in records.shards().items()} == {
+    assert {shard: shard_record.attempt for shard, shard_record in records.shards().items()} == {
         ("caption", "s", "00000"): second.attempt
     }
 
@@ -112,7 +112,7 @@ def test_plain_names_are_not_taken_back(root: str) -> None:
     assert storage.read("captions/s/00000.parquet") == b"same"
 
 
-def test_a_put_that_was_sent_twice_is_still_ours(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_put_that_was_sent_twice_counts_as_written(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The first answer is lost and the client sends again: the second is refused by what the first one made.
     storage = Storage(root)
     records = Records(storage)

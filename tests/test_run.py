@@ -113,12 +113,12 @@ def test_stage_without_its_input_is_refused(done: CapfiltConfig, tmp_path: Path)
 def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, num_urls=20)
     assert do_run(config).exit_code == 0
-    one = with_values(config, select={"top_k": 1})
+    single_caption = with_values(config, select={"top_k": 1})
     with pytest.raises(
         CapfiltError, match=r"2 committed shards are stale .*: select\.top_k 2 -> 1\. .*--recompute"
     ):
-        do_run(one)
-    result = do_run(one, recompute=True)
+        do_run(single_caption)
+    result = do_run(single_caption, recompute=True)
     assert (result.exit_code, result.record.shards_done) == (0, 2)
     records = Records(Storage(config.corpus.path))
     for record in records.shards(("select",)).values():

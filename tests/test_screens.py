@@ -146,8 +146,10 @@ def shots() -> dict[int | None, tuple[str, str]]:
     # Of this length always: what finds room depends on it.
     with tempfile.TemporaryDirectory(prefix="capfilt-", dir="/tmp") as folder:
         names, attempts = build(Path(folder))
-        found = {width: screen(names, width) for width in WIDTHS}
-        return {width: (text, settled(text, names["CORPUS"], attempts)) for width, text in found.items()}
+        screen_by_width = {width: screen(names, width) for width in WIDTHS}
+        return {
+            width: (text, settled(text, names["CORPUS"], attempts)) for width, text in screen_by_width.items()
+        }
 
 
 def golden(width: int | None) -> Path:

@@ -42,7 +42,7 @@ def human(index: int, text: str, score: float | None) -> Candidate:
 
 
 def texts(candidates: list[Candidate], kind: str = "web", **config: object) -> list[str]:
-    return [one.text for one in select(candidates, SelectConfig(**config), kind).kept]
+    return [candidate.text for candidate in select(candidates, SelectConfig(**config), kind).kept]
 
 
 PAIR = [synthetic(0, "a dog", 0.3), synthetic(1, "a cat", 0.2), web("Rex 2014", 0.25)]
@@ -75,7 +75,7 @@ def test_one_text_counts_once_and_its_best_candidate_stands_for_it() -> None:
     ]
     assert texts(candidates) == ["A Dog", "a cat"]
     kept = select([web("a dog", 0.3), synthetic(4, "a dog", 0.3)], SelectConfig()).kept
-    assert [(one.origin, one.candidate) for one in kept] == [("synthetic", 4)]
+    assert [(candidate.origin, candidate.candidate) for candidate in kept] == [("synthetic", 4)]
 
 
 def test_ties_go_to_synthetic_then_to_the_lower_index() -> None:
@@ -123,7 +123,7 @@ CANDIDATE_LISTS = st.lists(
         score=SCORES,
         rerank_score=st.none(),
     ),
-    unique_by=lambda one: (one.origin, one.candidate),
+    unique_by=lambda candidate: (candidate.origin, candidate.candidate),
 )
 CONFIGS = st.builds(
     SelectConfig,
@@ -142,30 +142,30 @@ def test_properties_of_every_selection(candidates: list[Candidate], config: Sele
     assert select(shuffled, config) == selection
     kept = list(selection.kept)
     assert (selection.reason is None) == bool(kept)
-    assert all(one in candidates and one.text for one in kept)
-    assert len({same_text_key(one.text) for one in kept}) == len(kept)
-    scores = [one.score for one in kept]
+    assert all(candidate in candidates and candidate.text for candidate in kept)
+    assert len({same_text_key(candidate.text) for candidate in kept}) == len(kept)
+    scores = [candidate.score for candidate in kept]
     assert scores == sorted(scores, reverse=True)
     assert all(config.min_score is None or score >= config.min_score for score in scores)
-    counted = [one for one in kept if config.web_caption != "always" or one.origin != "web"]
+    counted = [candidate for candidate in kept if config.web_caption != "always" or candidate.origin != "web"]
     assert len(counted) <= config.top_k
     # Nothing better was left out, but for the same text or the web caption's rule.
-    keys = {same_text_key(one.text) for one in kept}
-    for one in candidates:
-        if not one.text or one.score is None or same_text_key(one.text) in keys:
+    keys = {same_text_key(candidate.text) for candidate in kept}
+    for candidate in candidates:
+        if not candidate.text or candidate.score is None or same_text_key(candidate.text) in keys:
             continue
-        if one.origin == "web" and config.web_caption == "never":
+        if candidate.origin == "web" and config.web_caption == "never":
             continue
-        if config.min_score is not None and one.score < config.min_score:
+        if config.min_score is not None and candidate.score < config.min_score:
             continue
         if config.web_caption != "always":
-            assert len(kept) == config.top_k and one.score <= kept[-1].score
+            assert len(kept) == config.top_k and candidate.score <= kept[-1].score
             continue
-        assert one.origin != "web"
+        assert candidate.origin != "web"
         rivals = [
             other
             for other in candidates
-            if other.origin != "web" and other.score is not None and other.score >= one.score
+            if other.origin != "web" and other.score is not None and other.score >= candidate.score
         ]
         assert len({same_text_key(other.text) for other in rivals} & keys) >= config.top_k
 
@@ -175,9 +175,9 @@ def test_properties_of_every_selection(candidates: list[Candidate], config: Sele
 
 def commit_scores(config: CapfiltConfig, candidates: dict[str, list[Candidate]]) -> ShardRecord:
     rows = [
-        sample_row(key, []) | dataclasses.asdict(one) | {"raw_text": one.text, "truncated": False}
-        for key, ones in candidates.items()
-        for one in ones
+        sample_row(key, []) | dataclasses.asdict(candidate) | {"raw_text": candidate.text, "truncated": False}
+        for key, row_candidates in candidates.items()
+        for candidate in row_candidates
     ]
     with ShardCommit(Records(Storage(config.corpus.path)), task_of(config, "rank")) as commit:
         path = commit.folder / "scores.parquet"

@@ -22,9 +22,9 @@ from tests.corpora import Corpus, make_corpus
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    made = make_corpus(str(tmp_path_factory.mktemp("sql") / "corpus"))
-    made.manifest.compact()
-    return made
+    new_corpus = make_corpus(str(tmp_path_factory.mktemp("sql") / "corpus"))
+    new_corpus.manifest.compact()
+    return new_corpus
 
 
 def files(corpus: Corpus) -> dict[str, str]:
@@ -279,18 +279,22 @@ def test_the_sandbox_works_on_s3(s3_root: str) -> None:
 
 
 def test_views_agree_with_the_tables(corpus: Corpus) -> None:
-    def one(sql: str) -> int:
+    def value_of(sql: str) -> int:
         return corpus.manifest.query(sql).rows[0][0]
 
-    assert one("SELECT sum(\"rows\") FROM outcomes WHERE stage = 'crawl'") == one(
+    assert value_of("SELECT sum(\"rows\") FROM outcomes WHERE stage = 'crawl'") == value_of(
         "SELECT count(*) FROM samples"
     )
-    assert one("SELECT count(*) FROM failures") == one("SELECT count(*) FROM samples WHERE status <> 'ok'")
-    assert one("SELECT sum(\"count\") FROM histogram_of('kept_score')") == one(
+    assert value_of("SELECT count(*) FROM failures") == value_of(
+        "SELECT count(*) FROM samples WHERE status <> 'ok'"
+    )
+    assert value_of("SELECT sum(\"count\") FROM histogram_of('kept_score')") == value_of(
         "SELECT count(*) FROM kept_captions"
     )
-    assert one("SELECT count(*) FROM kept_captions WHERE place = 1") == one("SELECT count(*) FROM curated")
-    assert one("SELECT sum(images) FROM throughput WHERE stage = 'crawl'") == 18
+    assert value_of("SELECT count(*) FROM kept_captions WHERE place = 1") == value_of(
+        "SELECT count(*) FROM curated"
+    )
+    assert value_of("SELECT sum(images) FROM throughput WHERE stage = 'crawl'") == 18
     hosts = corpus.manifest.query("SELECT DISTINCT host FROM failures ORDER BY host").rows
     assert hosts == [("host0.example",), ("host1.example",), ("host2.example",)]
 

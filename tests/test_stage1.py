@@ -117,37 +117,37 @@ def whole(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list
     return losses, gradients(stage), negatives
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name] is not None, name
-        assert (found[name] - tensor).abs().max() <= tolerance * max(1, tensor.abs().max()), name
+        assert actual[name] is not None, name
+        assert (actual[name] - tensor).abs().max() <= tolerance * max(1, tensor.abs().max()), name
 
 
 def test_losses_and_gradients_equal_the_definition(folder: Path, whole: tuple) -> None:
-    losses, found, negatives = whole
+    losses, actual, negatives = whole
     expected, expected_gradients = reference(exact_config(folder), negatives)
     for name in ("itc", "itm", "itg"):
         assert losses[name].item() == pytest.approx(getattr(expected, name).item(), abs=1e-10), name
     assert losses["loss"].item() == pytest.approx(expected.total.item(), abs=1e-10)
     assert losses["itm_accuracy"].item() == pytest.approx(expected.itm_accuracy)
     assert losses["temperature"].item() == pytest.approx(0.07)
-    assert_equal(found, expected_gradients)
-    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    assert_equal(actual, expected_gradients)
+    assert all(gradient.abs().max() > 0 for gradient in actual.values())
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 2, 3])
 def test_accumulation_is_exact(folder: Path, whole: tuple, micro_batch_size: int) -> None:
-    losses, found = one_rank(folder, micro_batch_size)
+    losses, actual = one_rank(folder, micro_batch_size)
     assert_equal(losses, whole[0])
-    assert_equal(found, whole[1])
+    assert_equal(actual, whole[1])
 
 
 def test_two_ranks_are_exact(folder: Path, whole: tuple) -> None:
     for results in on_ranks(2, parts_of_two, folder):
-        for losses, found in results:
+        for losses, actual in results:
             assert_equal(losses, whole[0])
-            assert_equal(found, whole[1])
+            assert_equal(actual, whole[1])
 
 
 def test_negatives_come_from_the_whole_batch(folder: Path, whole: tuple) -> None:
@@ -159,21 +159,21 @@ def test_negatives_come_from_the_whole_batch(folder: Path, whole: tuple) -> None
     assert any(halves[own] != halves[other] for own, other in enumerate(image_of_text))
 
 
-def test_texts_of_the_same_image_and_equal_texts_are_no_negatives(folder: Path) -> None:
+def test_texts_of_the_same_image_and_equal_texts_are_not_negatives(folder: Path) -> None:
     stage = exact_stage(exact_config(folder), World())
-    one = batch()
-    one.captions = ["a red circle"] * 4 + ["a red dog"] * 2 + ["the cat", "the tree"]
-    one.uids[6] = one.uids[0]
+    batch_ = batch()
+    batch_.captions = ["a red circle"] * 4 + ["a red dog"] * 2 + ["the cat", "the tree"]
+    batch_.uids[6] = batch_.uids[0]
     for position in range(20):
-        one.position = position
+        batch_.position = position
         with torch.no_grad():
-            texts = stage.tokenizer(one.captions)
-            [micro_batch] = stage.micro_batches(one.pixels_BCHW, texts, position, N)
+            texts = stage.tokenizer(batch_.captions)
+            [micro_batch] = stage.micro_batches(batch_.pixels_BCHW, texts, position, N)
             encoded = stage.encode(micro_batch)
-            found = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, one.uids, position)
-        for drawn in (found.text_of_image_N.tolist(), found.image_of_text_N.tolist()):
+            actual = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, batch_.uids, position)
+        for drawn in (actual.text_of_image_N.tolist(), actual.image_of_text_N.tolist()):
             for own, other in enumerate(drawn):
-                assert one.captions[own] != one.captions[other]
+                assert batch_.captions[own] != batch_.captions[other]
                 assert {own, other} != {0, 6}
 
 
@@ -187,8 +187,8 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
         first = [stage.encode(micro_batch) for micro_batch in micro_batches]
     torch.rand(3)
     again = [stage.encode(micro_batch) for micro_batch in micro_batches]
-    for one, other in zip(first, again, strict=True):
-        assert torch.equal(one.image_BQC, other.image_BQC) and torch.equal(one.text_BC, other.text_BC)
+    for earlier, other in zip(first, again, strict=True):
+        assert torch.equal(earlier.image_BQC, other.image_BQC) and torch.equal(earlier.text_BC, other.text_BC)
     results = []
     for position in (8, 16, 8):
         stage.zero_grad()

@@ -78,7 +78,7 @@ def gradients(stage: Stage2) -> dict[str, Tensor]:
 
 def test_opt_loss_is_transformers_own(folder: Path) -> None:
     stage = exact_stage(exact_config(folder, "opt", language={"prompt": "a photo of "}), World())
-    found = stage.training_step(batch(), N)["loss"]
+    actual = stage.training_step(batch(), N)["loss"]
     model = OPTForCausalLM.from_pretrained(folder / "opt").double().eval()
     total, words = 0.0, 0
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_opt_loss_is_transformers_own(folder: Path) -> None:
             total += model(inputs_embeds=read, labels=labels).loss.item() * predicted
             words += predicted
     # transformers computes it in float32.
-    assert found.item() == pytest.approx(total / words, abs=1e-6)
+    assert actual.item() == pytest.approx(total / words, abs=1e-6)
 
 
 def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:
 
 def test_t5_loss_is_transformers_own(folder: Path) -> None:
     stage = exact_stage(exact_config(folder, "t5"), World())
-    found = stage.training_step(batch(), N)["loss"]
+    actual = stage.training_step(batch(), N)["loss"]
     model = T5ForConditionalGeneration.from_pretrained(folder / "t5")
     # The exact GELU that LAVIS trains with.
     for block in (*model.encoder.block, *model.decoder.block):
@@ -129,7 +129,7 @@ def test_t5_loss_is_transformers_own(folder: Path) -> None:
             read = torch.cat((prompt[None], model.get_input_embeddings()(ids)), dim=1)
             total += model(inputs_embeds=read, labels=labels).loss.item() * labels.shape[1]
             words += labels.shape[1]
-    assert found.item() == pytest.approx(total / words, abs=1e-9)
+    assert actual.item() == pytest.approx(total / words, abs=1e-9)
 
 
 def stage_seed(stage: Stage2) -> int:
@@ -210,31 +210,31 @@ def half_batches(world: World, folder: Path) -> list[tuple[Tensor, dict[str, Ten
 def test_accumulation_is_exact(folder: Path, family: str) -> None:
     loss, expected = whole_batch(folder, family, N)
     for size in (2, 4):
-        found_loss, found = whole_batch(folder, family, size)
-        assert found_loss.item() == pytest.approx(loss.item(), abs=1e-10)
-        assert all((found[name] - expected[name]).abs().max() < 1e-9 for name in expected)
+        actual_loss, actual = whole_batch(folder, family, size)
+        assert actual_loss.item() == pytest.approx(loss.item(), abs=1e-10)
+        assert all((actual[name] - expected[name]).abs().max() < 1e-9 for name in expected)
 
 
 def test_two_ranks_are_exact_also_with_a_spread_language_model(folder: Path) -> None:
     expected = {family: whole_batch(folder, family, N) for family in FAMILIES}
     for results in on_ranks(2, half_batches, folder):
-        for (loss, found), family, tolerance in zip(
+        for (loss, actual), family, tolerance in zip(
             results, ("opt", "t5", "opt"), (1e-9, 1e-4, 1e-4), strict=True
         ):
             wanted_loss, wanted = expected[family]
             assert loss.item() == pytest.approx(wanted_loss.item(), rel=tolerance)
             for name, tensor in wanted.items():
-                assert (found[name] - tensor).abs().max() < tolerance * max(1, tensor.abs().max()), name
+                assert (actual[name] - tensor).abs().max() < tolerance * max(1, tensor.abs().max()), name
 
 
 def test_a_language_model_in_half_precision_gives_nearly_the_same_gradients(folder: Path) -> None:
-    found = []
+    actual = []
     for precision in ("fp32", "fp16", "bf16"):
         config = exact_config(folder, "opt", language={"precision": precision})
         stage = exact_stage(config, World(), double=False)
         stage.training_step(batch(), 3)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients(stage).values()]))
-    whole, half, brain = found
+        actual.append(torch.cat([gradient.flatten() for gradient in gradients(stage).values()]))
+    whole, half, brain = actual
     assert whole.dtype == half.dtype == torch.float32
     assert not torch.equal(half, whole) and torch.cosine_similarity(half, whole, dim=0) > 0.995
     assert not torch.equal(brain, whole) and torch.cosine_similarity(brain, whole, dim=0) > 0.95
@@ -317,7 +317,7 @@ def test_older_files_are_refused_with_the_command_that_converts_them(
         build(str(old))
     monkeypatch.chdir(tmp_path)
     exec(re.search(r'python -c "(.*)"', str(refused.value))[1])
-    found = build(
+    actual = build(
         re.search(r"set language.model = '(.*?)'", str(refused.value))[1]
     ).language.model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(actual[name], tensor) for name, tensor in tensors.items())

@@ -110,12 +110,12 @@ def _hold_scratch(queue: "multiprocessing.Queue") -> None:
 
 def test_scratch_of_other_machines_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    with temporary_folder() as theirs:
-        gone = theirs.rename(theirs.with_name(theirs.name.replace(str(os.getpid()), "999999999")))
+    with temporary_folder() as other:
+        gone = other.rename(other.with_name(other.name.replace(str(os.getpid()), "999999999")))
         monkeypatch.undo()
         sweep_temporary_folders()
         assert gone.is_dir()
-        gone.rename(theirs)
+        gone.rename(other)
 
 
 def test_a_listing_that_fails_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_unknown_protocol_is_the_users_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "complaint"),
+    ("place", "message"),
     [
         ("file", "'{root}/file' is a file; name a folder"),
         ("file/below/deeper", "{root}/file above it is a file"),
@@ -152,10 +152,10 @@ def test_unknown_protocol_is_the_users_error() -> None:
         ("link/below", "{root}/link above it is a link to"),
     ],
 )
-def test_a_root_that_can_be_no_folder_is_refused(place: str, complaint: str, tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_a_folder_is_refused(place: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("/nowhere/at/all")
-    with pytest.raises(CapfiltError, match=re.escape(complaint.format(root=tmp_path))):
+    with pytest.raises(CapfiltError, match=re.escape(message.format(root=tmp_path))):
         Storage(str(tmp_path / place)).require_place("corpus.path")
 
 

@@ -21,34 +21,40 @@ def rows(corpus: Corpus, where: str) -> list[dict]:
 def test_a_kept_sample_is_traced_from_url_to_curated_shard(root: str) -> None:
     corpus = make_corpus(root)
     curated = corpus.manifest.query("SELECT * FROM curated ORDER BY uid LIMIT 1").dicts()[0]
-    (way,) = trace(corpus.manifest, curated["uid"])
-    assert trace(corpus.manifest, curated["url"]) == [way]
-    assert (way["url"], way["shard"], way["key"]) == (curated["url"], curated["shard"], curated["key"])
-    assert corpus.storage.exists(way["tar"])
-    assert way["curated_tar"] == f"curated/cc/{curated['shard']}.tar"
-    assert way["fetches"][0]["final_url"].endswith("?final")
-    assert len(way["candidates"]) == NUM_CAPTIONS + 1
-    kept = [one for one in way["candidates"] if one["outcome"].startswith("kept")]
-    assert [one["text"] for one in kept] == curated["captions"]
-    assert [one["outcome"] for one in kept] == [f"kept as number {place + 1}" for place in range(len(kept))]
-    for one in way["candidates"]:
-        assert one["score"] == pytest.approx(
-            score_of(curated["uid"], one["origin"], one["candidate"]), abs=1e-6
+    (traced,) = trace(corpus.manifest, curated["uid"])
+    assert trace(corpus.manifest, curated["url"]) == [traced]
+    assert (traced["url"], traced["shard"], traced["key"]) == (
+        curated["url"],
+        curated["shard"],
+        curated["key"],
+    )
+    assert corpus.storage.exists(traced["tar"])
+    assert traced["curated_tar"] == f"curated/cc/{curated['shard']}.tar"
+    assert traced["fetches"][0]["final_url"].endswith("?final")
+    assert len(traced["candidates"]) == NUM_CAPTIONS + 1
+    kept = [candidate for candidate in traced["candidates"] if candidate["outcome"].startswith("kept")]
+    assert [candidate["text"] for candidate in kept] == curated["captions"]
+    assert [candidate["outcome"] for candidate in kept] == [
+        f"kept as number {place + 1}" for place in range(len(kept))
+    ]
+    for candidate in traced["candidates"]:
+        assert candidate["score"] == pytest.approx(
+            score_of(curated["uid"], candidate["origin"], candidate["candidate"]), abs=1e-6
         )
-    assert [row["stage"] for row in way["stages"]] == ["urls", "crawl", "caption", "rank", "select"]
-    assert [model["digest"] for model in way["models"]] == [CAPTIONER, RANKER]
-    assert [run["run_id"] for run in way["runs"]] == [RUN]
+    assert [row["stage"] for row in traced["stages"]] == ["urls", "crawl", "caption", "rank", "select"]
+    assert [model["digest"] for model in traced["models"]] == [CAPTIONER, RANKER]
+    assert [run["run_id"] for run in traced["runs"]] == [RUN]
 
 
 def test_every_candidate_has_an_outcome_in_words(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=3)
     outcomes = set()
     for row in rows(corpus, "status = 'ok'")[:12]:
-        (way,) = trace(corpus.manifest, row["uid"])
-        for one in way["candidates"]:
-            outcomes.add(one["outcome"])
-            if one["outcome"] == "under select.min_score = 0.1":
-                assert one["score"] < 0.1
+        (traced,) = trace(corpus.manifest, row["uid"])
+        for candidate in traced["candidates"]:
+            outcomes.add(candidate["outcome"])
+            if candidate["outcome"] == "under select.min_score = 0.1":
+                assert candidate["score"] < 0.1
     assert {
         "kept as number 1",
         "kept as number 2",
@@ -61,47 +67,47 @@ def test_every_candidate_has_an_outcome_in_words(local_root: str) -> None:
 def test_a_failed_sample_ends_at_its_fetch(local_root: str) -> None:
     corpus = make_corpus(local_root)
     failed = rows(corpus, "reason = 'http_4xx'")[0]
-    (way,) = trace(corpus.manifest, failed["uid"])
-    assert (way["fetches"][0]["status"], way["fetches"][0]["http_status"]) == ("failed", 404)
-    assert (way["candidates"], way["selection"], way["curated_tar"]) == ([], None, None)
-    assert [row["stage"] for row in way["stages"]] == ["urls", "crawl"]
+    (traced,) = trace(corpus.manifest, failed["uid"])
+    assert (traced["fetches"][0]["status"], traced["fetches"][0]["http_status"]) == ("failed", 404)
+    assert (traced["candidates"], traced["selection"], traced["curated_tar"]) == ([], None, None)
+    assert [row["stage"] for row in traced["stages"]] == ["urls", "crawl"]
 
 
 def test_a_retried_sample_shows_both_fetches(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1)
     (uid,) = corpus.add_retry("cc", of="00000", shard="00001", batch=1)
     corpus.make("cc", "00001")
-    (way,) = trace(corpus.manifest, uid)
-    assert [(fetch["shard"], fetch["status"]) for fetch in way["fetches"]] == [
+    (traced,) = trace(corpus.manifest, uid)
+    assert [(fetch["shard"], fetch["status"]) for fetch in traced["fetches"]] == [
         ("00000", "failed"),
         ("00001", "ok"),
     ]
-    assert way["shard"] == "00001"
-    assert way["selection"]["status"] == "kept"
+    assert traced["shard"] == "00001"
+    assert traced["selection"]["status"] == "kept"
 
 
 def test_a_sample_on_its_way_says_what_is_not_done(local_root: str) -> None:
     corpus = make_corpus(local_root, shards=1, stages=("crawl", "caption"))
     row = rows(corpus, "status = 'ok'")[0]
-    (way,) = trace(corpus.manifest, row["uid"])
-    assert {one["outcome"] for one in way["candidates"]} == {"not scored yet"}
+    (traced,) = trace(corpus.manifest, row["uid"])
+    assert {candidate["outcome"] for candidate in traced["candidates"]} == {"not scored yet"}
     corpus.make("cc", "00000", ("rank",))
-    (way,) = trace(corpus.manifest, row["uid"])
-    assert "not selected yet" in {one["outcome"] for one in way["candidates"]}
+    (traced,) = trace(corpus.manifest, row["uid"])
+    assert "not selected yet" in {candidate["outcome"] for candidate in traced["candidates"]}
 
 
 def test_a_url_of_two_sources_has_two_ways(local_root: str) -> None:
     corpus = make_corpus(local_root, sources=("cc", "laion"), shards=1)
-    ways = trace(corpus.manifest, "http://host0.example/00000/0.jpg")
-    assert [way["source"] for way in ways] == ["cc", "laion"]
-    assert ways[0]["uid"] != ways[1]["uid"]
+    traces = trace(corpus.manifest, "http://host0.example/00000/0.jpg")
+    assert [traced["source"] for traced in traces] == ["cc", "laion"]
+    assert traces[0]["uid"] != traces[1]["uid"]
 
 
-@pytest.mark.parametrize("who", ["0" * 32, "http://nowhere.example/'", "'"])
-def test_an_unknown_sample_is_the_users_mistake(tmp_path, who: str) -> None:
+@pytest.mark.parametrize("uid_or_url", ["0" * 32, "http://nowhere.example/'", "'"])
+def test_an_unknown_sample_is_a_user_error(tmp_path, uid_or_url: str) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"), shards=1, stages=("crawl",))
     with pytest.raises(CapfiltError, match="no sample of"):
-        trace(corpus.manifest, who)
+        trace(corpus.manifest, uid_or_url)
 
 
 def test_a_damaged_file_is_named(local_root: str) -> None:

@@ -96,16 +96,16 @@ def test_a_crop_lies_in_the_image(width: int, height: int, seed: int, min_scale:
 @pytest.mark.parametrize("size", [(200, 200), (300, 200), (120, 260), (400, 100), (100, 400)])
 def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     width, height = size
-    numbers, draws = random.Random(1), 3000
-    ours = np.array([crop_box(width, height, numbers, 0.5) for _ in range(draws)], float)
+    numbers, num_crops = random.Random(1), 3000
+    actual = np.array([crop_box(width, height, numbers, 0.5) for _ in range(num_crops)], float)
     torch.manual_seed(1)
     image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(draws)], float
+    reference = np.array(
+        [RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3)) for _ in range(num_crops)], float
     )
     for quantile in (0.1, 0.5, 0.9):
-        assert np.quantile(ours, quantile, axis=0) == pytest.approx(
-            np.quantile(theirs, quantile, axis=0), abs=0.04 * max(size)
+        assert np.quantile(actual, quantile, axis=0) == pytest.approx(
+            np.quantile(reference, quantile, axis=0), abs=0.04 * max(size)
         )
 
 
@@ -132,7 +132,7 @@ def test_a_resize_is_pillows_within_rounding() -> None:
 
 def test_random_numbers_are_the_samples_own() -> None:
     streams = [
-        sample_random(seed, uid, turn).random() for seed in (1, 2) for uid in ("a", "b") for turn in (0, 1)
+        sample_random(seed, uid, epoch).random() for seed in (1, 2) for uid in ("a", "b") for epoch in (0, 1)
     ]
     assert len(set(streams)) == 8
     assert sample_random(1, "a", 0).random() == streams[0]

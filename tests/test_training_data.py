@@ -43,18 +43,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep the index of foreign folders out of the developer's own cache."""
+    """Keep the index of third-party folders out of the developer's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def config_of(path: str | Path, batch_size: int = BATCH_SIZE, **data: Any) -> PretrainConfig:
     slice_keys = {"snapshot", "sources", "weights"}
-    one = {"path": str(path)} | {key: data.pop(key) for key in slice_keys & data.keys()}
+    corpus_slice = {"path": str(path)} | {key: data.pop(key) for key in slice_keys & data.keys()}
     return PretrainConfig.model_validate(
         {
             "run": {"name": "test", "stage": 1, "seed": 3},
-            "data": {"corpus": [one], "image_size_px": SIZE_PX, "shuffle_shards": 2, "read_ahead": 1} | data,
+            "data": {"corpus": [corpus_slice], "image_size_px": SIZE_PX, "shuffle_shards": 2, "read_ahead": 1}
+            | data,
             "optim": {"batch_size": batch_size},
         }
     )
@@ -68,15 +69,15 @@ def weights_of(snapshot: Snapshot) -> dict[str, float]:
     return {source.name: source.weight for source in snapshot.sources}
 
 
-def uids(found: list[Batch]) -> list[str]:
-    return [uid for batch in found for uid in batch.uids]
+def uids(read_batches: list[Batch]) -> list[str]:
+    return [uid for batch in read_batches for uid in batch.uids]
 
 
-def require_equal(found: list[Batch], expected: list[Batch]) -> None:
-    assert [batch.position for batch in found] == [batch.position for batch in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.uids, ours.captions) == (theirs.uids, theirs.captions)
-        assert torch.equal(ours.pixels_BCHW, theirs.pixels_BCHW)
+def require_equal(read_batches: list[Batch], expected: list[Batch]) -> None:
+    assert [batch.position for batch in read_batches] == [batch.position for batch in expected]
+    for actual, wanted in zip(read_batches, expected, strict=True):
+        assert (actual.uids, actual.captions) == (wanted.uids, wanted.captions)
+        assert torch.equal(actual.pixels_BCHW, wanted.pixels_BCHW)
 
 
 # -- determinism -----------------------------------------------------------------------------------------------
@@ -134,8 +135,8 @@ def test_s3_is_as_local(corpus: str, s3_root: str) -> None:
     local, remote = config_of(corpus, held_out=3), config_of(s3_root, held_out=3)
     assert take_snapshot(local.data).digest == take_snapshot(remote.data).digest
     require_equal(batches(remote, 9), batches(local, 9))
-    ours, theirs = (held_out_samples(one, take_snapshot(one.data)) for one in (local, remote))
-    assert [(one.uid, one.captions) for one in ours] == [(one.uid, one.captions) for one in theirs]
+    actual, wanted = (held_out_samples(side, take_snapshot(side.data)) for side in (local, remote))
+    assert [(side.uid, side.captions) for side in actual] == [(side.uid, side.captions) for side in wanted]
 
 
 def test_another_seed_is_another_sequence(corpus: str) -> None:
@@ -161,10 +162,10 @@ def test_every_image_comes_once_in_a_turn_with_one_of_its_captions(corpus: str) 
     kept = curated_captions(corpus)
     assert len(kept) == 54
     drawn: dict[str, set[str]] = {uid: set() for uid in kept}
-    for turn in range(12):
-        found = batches(config, 6, consumed=turn * 54)
-        assert sorted(uids(found)) == sorted(kept)
-        for batch in found:
+    for epoch in range(12):
+        read_batches = batches(config, 6, consumed=epoch * 54)
+        assert sorted(uids(read_batches)) == sorted(kept)
+        for batch in read_batches:
             for uid, caption in zip(batch.uids, batch.captions, strict=True):
                 drawn[uid].add(caption)
     # Twelve draws of two captions: one image in two thousand never shows one of them.
@@ -177,7 +178,7 @@ def test_every_image_comes_once_in_a_turn_with_one_of_its_captions(corpus: str) 
 
 
 def test_crops_differ_from_turn_to_turn(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "folder", 1, 8)
+    third_party_folder(tmp_path / "folder", 1, 8)
     config = config_of(tmp_path / "folder")
     seen = {}
     for batch in batches(config, 4):
@@ -198,8 +199,8 @@ def test_weights_of_the_config_and_of_the_corpus_set_the_mix(tmp_path: Path) -> 
     source = source_of(corpus.root)
 
     def share_of_cc(**data: Any) -> float:
-        found = batches(config_of(corpus.root, **data), 36)
-        names = [source[uid] for uid in uids(found)]
+        read_batches = batches(config_of(corpus.root, **data), 36)
+        names = [source[uid] for uid in uids(read_batches)]
         return Counter(names)["cc"] / len(names)
 
     assert share_of_cc() == 0.5
@@ -229,7 +230,7 @@ def test_a_human_source_draws_any_of_its_captions(tmp_path: Path) -> None:
 
 
 def test_corpora_are_mixed(corpus: str, tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "folder", 2, 9)
+    third_party_folder(tmp_path / "folder", 2, 9)
     config = config_of(corpus)
     two = config.data.model_copy(
         update={"corpus": (*config.data.corpus, *config_of(tmp_path / "folder").data.corpus)}
@@ -251,11 +252,13 @@ def test_held_out_images_are_never_trained_on(corpus: str) -> None:
     held_out = held_out_samples(config, snapshot)
     trained = uids(list(islice(TrainingData(config, snapshot), 11)))
     assert len(set(trained)) == 44
-    assert {one.uid for one in held_out} | set(trained) == set(curated_captions(corpus))
-    for one in held_out:
-        assert one.pixels_CHW.shape == (3, SIZE_PX, SIZE_PX)
-        assert one.captions == [caption.lower() for caption in curated_captions(corpus)[one.uid]]
-    assert [one.uid for one in held_out_samples(config, snapshot, 4)] == [one.uid for one in held_out[:4]]
+    assert {sample.uid for sample in held_out} | set(trained) == set(curated_captions(corpus))
+    for sample in held_out:
+        assert sample.pixels_CHW.shape == (3, SIZE_PX, SIZE_PX)
+        assert sample.captions == [caption.lower() for caption in curated_captions(corpus)[sample.uid]]
+    assert [sample.uid for sample in held_out_samples(config, snapshot, 4)] == [
+        sample.uid for sample in held_out[:4]
+    ]
 
 
 def test_held_out_images_are_of_few_shards_and_the_same_under_any_seed(corpus: str) -> None:
@@ -263,14 +266,16 @@ def test_held_out_images_are_of_few_shards_and_the_same_under_any_seed(corpus: s
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})})
     # Two shards of nine hold four times four images.
     assert sum(bool(shard.held_out) for shard in take_snapshot(config.data).shards) <= 2
-    found = [sorted(one.uid for one in held_out_samples(c, take_snapshot(c.data))) for c in (config, other)]
-    assert found[0] == found[1] and len(found[0]) == 4
+    uids_held = [
+        sorted(sample.uid for sample in held_out_samples(c, take_snapshot(c.data))) for c in (config, other)
+    ]
+    assert uids_held[0] == uids_held[1] and len(uids_held[0]) == 4
 
 
 # -- others' shards --------------------------------------------------------------------------------------------
 
 
-def foreign_folder(folder: Path, shards: int, images: int, **members: bytes) -> None:
+def third_party_folder(folder: Path, shards: int, images: int, **members: bytes) -> None:
     """Write shards as LAVIS's users have them: jpg and a json list, or what ``members`` replace."""
     folder.mkdir(parents=True)
     for shard in range(shards):
@@ -291,17 +296,17 @@ def foreign_folder(folder: Path, shards: int, images: int, **members: bytes) -> 
 
 
 def test_a_folder_of_others_shards_trains(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "laion", 3, 9)
+    third_party_folder(tmp_path / "laion", 3, 9)
     config = config_of(tmp_path / "laion", batch_size=9)
-    found = batches(config, 3)
-    assert len(set(uids(found))) == 27 and all(len(uid) == 32 for uid in uids(found))
+    read_batches = batches(config, 3)
+    assert len(set(uids(read_batches))) == 27 and all(len(uid) == 32 for uid in uids(read_batches))
     assert weights_of(take_snapshot(config.data)) == {"laion": 27}
-    assert {caption.split()[0] for batch in found for caption in batch.captions} == {"best", "second"}
-    require_equal(batches(config, 3, rank=1, world_size=3), shares(found, 1, 3))
+    assert {caption.split()[0] for batch in read_batches for caption in batch.captions} == {"best", "second"}
+    require_equal(batches(config, 3, rank=1, world_size=3), shares(read_batches, 1, 3))
 
 
 def test_a_folder_that_takes_no_commits_trains(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "laion", 2, 9)
+    third_party_folder(tmp_path / "laion", 2, 9)
     fs = fsspec.filesystem("memory")
     fs.put(str(tmp_path / "laion"), "/served/laion", recursive=True)
     served = config_of("memory://served/laion", held_out=2)
@@ -311,12 +316,12 @@ def test_a_folder_that_takes_no_commits_trains(tmp_path: Path) -> None:
 
 
 def test_img2datasets_folders_train_on_their_txt(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "f", 1, 8, json=b'{"caption": "no"}', txt="Ein Hörnchen.".encode())
+    third_party_folder(tmp_path / "f", 1, 8, json=b'{"caption": "no"}', txt="Ein Hörnchen.".encode())
     assert set(batches(config_of(tmp_path / "f"), 1)[0].captions) == {"ein hörnchen"}
 
 
 def test_the_index_is_made_once_for_the_same_bytes(tmp_path: Path, cache: Path) -> None:
-    foreign_folder(tmp_path / "f", 2, 8)
+    third_party_folder(tmp_path / "f", 2, 8)
     config = config_of(tmp_path / "f")
     first = take_snapshot(config.data)
     assert len(list(cache.rglob("*.json"))) == 2
@@ -365,13 +370,13 @@ def test_unusable_samples_are_replaced_and_named_once(
     write_tar(tmp_path / "f" / "x.tar", samples)
     config = config_of(tmp_path / "f", batch_size=6)
     with caplog.at_level(logging.WARNING):
-        found = batches(config, 3)
-    for batch in found:
+        read_batches = batches(config, 3)
+    for batch in read_batches:
         # The next in the shard stands in.
         assert Counter(batch.captions) == {"fine 0": 1, "fine 1": 1, "fine 3": 2, "fine 5": 2}
     assert len(caplog.records) == 2
     assert "image_truncated" in caplog.text and "no caption has a word in it" in caplog.text
-    require_equal(batches(config, 3, rank=1, world_size=2), shares(found, 1, 2))
+    require_equal(batches(config, 3, rank=1, world_size=2), shares(read_batches, 1, 2))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------
@@ -452,7 +457,7 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_one_usable_sample_is_said(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "f", 1, 8, jpg=b"no image")
+    third_party_folder(tmp_path / "f", 1, 8, jpg=b"no image")
     with pytest.raises(CapfiltError, match=r"00000\.tar of .*: no sample has both"):
         batches(config_of(tmp_path / "f"), 1)
 
@@ -491,7 +496,7 @@ def test_few_shards_are_open_at_once_and_none_afterwards(tmp_path: Path, s3_root
 
 
 def test_an_open_shard_takes_little_memory(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "f", 1, 2000, jpg=encoded(picture(1)))
+    third_party_folder(tmp_path / "f", 1, 2000, jpg=encoded(picture(1)))
     [shard] = take_snapshot(config_of(tmp_path / "f").data).shards
     records = Records(Storage(shard.corpus))
     with open_shard(records, shard):
@@ -515,11 +520,11 @@ def tars_open_under(folder: Path) -> int:
     return sum(target.startswith(f"{folder}/") and target.endswith(".tar") for target in targets)
 
 
-def shares(found: list[Batch], rank: int, world_size: int) -> list[Batch]:
+def shares(read_batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
     """Return one rank's share of whole batches."""
     rows = [
         slice(rank * len(batch.uids) // world_size, (rank + 1) * len(batch.uids) // world_size)
-        for batch in found
+        for batch in read_batches
     ]
     return [
         Batch(
@@ -528,7 +533,7 @@ def shares(found: list[Batch], rank: int, world_size: int) -> list[Batch]:
             uids=batch.uids[row],
             position=batch.position,
         )
-        for batch, row in zip(found, rows, strict=True)
+        for batch, row in zip(read_batches, rows, strict=True)
     ]
 
 

@@ -86,10 +86,10 @@ def test_permutations_look_random() -> None:
 
 @given(st.integers(0, 10**10), WEIGHTS)
 def test_shares_add_up_and_never_fall(total: int, weights: list[int]) -> None:
-    now, later = apportion(total, weights), apportion(total + 1, weights)
-    assert sum(now) == total
-    assert sorted(b - a for a, b in zip(now, later, strict=True)) == [0] * (len(weights) - 1) + [1]
-    assert all(share == 0 for share, weight in zip(now, weights, strict=True) if weight == 0)
+    current, later = apportion(total, weights), apportion(total + 1, weights)
+    assert sum(current) == total
+    assert sorted(b - a for a, b in zip(current, later, strict=True)) == [0] * (len(weights) - 1) + [1]
+    assert all(share == 0 for share, weight in zip(current, weights, strict=True) if weight == 0)
 
 
 @given(st.integers(0, 10**6), WEIGHTS)
@@ -148,13 +148,13 @@ def test_groups_never_fall_and_hold_few_shards(
     source_of = [number for number, source in enumerate(snapshot.sources) for _ in source.shards]
     last, shards = Counter(), {}
     for start in range(0, 3 * snapshot.num_images, batch_size):
-        now = Counter()
+        current = Counter()
         for index in order.indices(start, start + batch_size):
             source = source_of[index.shard]
             assert index.group >= last[source]
-            now[source] = max(now[source], index.group)
+            current[source] = max(current[source], index.group)
             shards.setdefault((source, index.group), set()).add(index.shard)
-        last |= now
+        last |= current
     assert max(map(len, shards.values())) <= shuffle_shards
 
 

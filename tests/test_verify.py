@@ -26,7 +26,10 @@ def local_root(tmp_path: Path) -> str:
 
 
 def differences(corpus: Corpus, **options: bool) -> list[str]:
-    return [f"{found.path}: {found.what}" for found in verify(corpus.manifest, **options).differences]
+    return [
+        f"{difference.path}: {difference.what}"
+        for difference in verify(corpus.manifest, **options).differences
+    ]
 
 
 def path_of(corpus: Corpus, stage: Stage, name: str = "parquet") -> str:
@@ -61,11 +64,11 @@ def test_a_sound_corpus_is_clean(root: str) -> None:
     assert retried_elsewhere(corpus.records, "laion", "00000") == set()
     corpus.make("cc", "00002")
     corpus.manifest.compact()
-    found = verify(corpus.manifest)
-    assert found.differences == []
-    assert (found.shards, found.files) == (5, 5 * 7)
+    difference = verify(corpus.manifest)
+    assert difference.differences == []
+    assert (difference.shards, difference.files) == (5, 5 * 7)
     quick = verify(corpus.manifest, quick=True)
-    assert (quick.differences, quick.files, quick.bytes) == ([], found.files, found.bytes)
+    assert (quick.differences, quick.files, quick.bytes) == ([], difference.files, difference.bytes)
 
 
 def test_an_unfinished_corpus_is_clean(tmp_path) -> None:
@@ -102,9 +105,9 @@ def test_one_changed_byte_is_named(local_root: str) -> None:
 def test_a_tar_cut_at_a_member_is_named(tmp_path) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
     edit_tar(corpus, "crawl", lambda samples: samples[:-1], tmp_path)
-    found = differences(corpus)
-    assert any("1 keys of the Parquet's rows that are ok are not there" in line for line in found)
-    assert any("stale: crawl was made anew" in line for line in found)
+    difference = differences(corpus)
+    assert any("1 keys of the Parquet's rows that are ok are not there" in line for line in difference)
+    assert any("stale: crawl was made anew" in line for line in difference)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +179,11 @@ def test_a_uid_in_two_shards_is_named(tmp_path) -> None:
     rows = pq.read_table(corpus.storage.url("urls/cc/00000.list0.parquet")).to_pylist()
     again = [row | {"shard": "00001", "key": f"00001{index:05d}"} for index, row in enumerate(rows[:2])]
     corpus._commit_intake("cc", {"00001": again}, "lists", 1)
-    [found] = differences(corpus)
-    assert found.startswith(
+    [difference] = differences(corpus)
+    assert difference.startswith(
         "urls/cc/00001.list1.parquet: 2 uids are also in urls/cc/00000.list0.parquet, such as "
     )
-    assert found.split()[-1] in {row["uid"] for row in rows[:2]}
+    assert difference.split()[-1] in {row["uid"] for row in rows[:2]}
 
 
 def test_an_image_that_is_stored_twice_is_named(tmp_path) -> None:
@@ -200,9 +203,9 @@ def test_an_image_that_is_stored_twice_is_named(tmp_path) -> None:
     here, there = (
         corpus.records.read("crawl", "cc", shard).outputs["parquet"].path for shard in ("00001", "00000")
     )
-    [found] = differences(corpus)
-    assert found.startswith(f"{here}: 2 uids are ok, and also in {there}, such as ")
-    assert found.split()[-1] in uids
+    [difference] = differences(corpus)
+    assert difference.startswith(f"{here}: 2 uids are ok, and also in {there}, such as ")
+    assert difference.split()[-1] in uids
 
 
 def test_a_manifest_that_differs_from_the_records_is_named(local_root: str) -> None:

@@ -31,7 +31,7 @@ def pixels(size: int = IMAGE_PX) -> Tensor:
     )
 
 
-def theirs(visual: nn.Module, pixels_BCHW: Tensor, block: int, mean: float, std: float) -> Tensor:
+def reference(visual: nn.Module, pixels_BCHW: Tensor, block: int, mean: float, std: float) -> Tensor:
     """Return open_clip's features after a block, class token first, from its own forward pass."""
     seen: list[Tensor] = []
     blocks = visual.transformer.resblocks if hasattr(visual, "transformer") else visual.trunk.blocks
@@ -46,7 +46,7 @@ def theirs(visual: nn.Module, pixels_BCHW: Tensor, block: int, mean: float, std:
 def test_clip_features_are_of_the_block_before_the_dropped_ones(folder: Path, drop_blocks: int) -> None:
     vision = load_vision(tiny(folder, drop_blocks=drop_blocks), IMAGE_PX, torch.float32)
     visual = open_clip.create_model(f"local-dir:{folder}").visual
-    expected = theirs(visual, pixels(), -1 - drop_blocks, 0.5, 0.25)
+    expected = reference(visual, pixels(), -1 - drop_blocks, 0.5, 0.25)
     assert vision(pixels()).shape == (3, vision.num_tokens, vision.width) == (3, 17, 32)
     assert torch.allclose(vision(pixels()), expected, atol=1e-5)
 
@@ -67,7 +67,7 @@ def small_eva() -> TimmModel:
 
 def test_eva_features_are_of_the_block_before_the_dropped_one() -> None:
     tower = small_eva()
-    expected = theirs(tower, pixels(28), -2, 0.5, 0.25)
+    expected = reference(tower, pixels(28), -2, 0.5, 0.25)
     vision = FrozenVision(tower, 1, torch.float32, (0.5,) * 3, (0.25,) * 3)
     assert vision.num_tokens == 5 and vision.width == 32 and len(vision.blocks) == 2
     assert torch.allclose(vision(pixels(28)), expected, atol=1e-5)
@@ -99,9 +99,9 @@ def test_lower_precision_keeps_the_norms(folder: Path) -> None:
         for parameter in module.parameters(recurse=False)
     }
     assert others == {torch.bfloat16}
-    found, expected = half(pixels()), whole(pixels())
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).norm() < 0.02 * expected.norm()
+    actual, expected = half(pixels()), whole(pixels())
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_quick_gelu_comes_with_the_tag() -> None:

@@ -76,7 +76,7 @@ def test_retry_after_beyond_the_time_ends_at_once(site: HostileSite) -> None:
     assert fetch.seconds < 2
 
 
-def test_nonsense_in_retry_after_is_no_wait(site: HostileSite) -> None:
+def test_nonsense_in_retry_after_is_not_a_wait(site: HostileSite) -> None:
     fetcher = web(site)
     for case in site.cases():
         if "/429/nonsense/" in case.url:
@@ -88,7 +88,7 @@ def test_nonsense_in_retry_after_is_no_wait(site: HostileSite) -> None:
 def test_what_no_one_thought_of_ends_the_url_alone(
     site: HostileSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library that trips over a server's bytes costs that URL; a fault of ours is not hidden as one."""
+    """A library that trips over a server's bytes costs that URL; a bug of capfilt is not hidden as one."""
     fetcher = web(site)
     assert end(fetcher.fetch(site.url("/chunked/negative"))) == ("failed", "bad_response")
     faults: list[BaseException] = [OverflowError("too large"), RecursionError(), UnicodeError("what")]
@@ -177,15 +177,15 @@ def tls_site(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """An https site of its own, and a file with the authority that signed it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
+    utc_now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_before(utc_now - timedelta(days=1))
+        .not_valid_after(utc_now + timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
@@ -469,8 +469,8 @@ ROBOTS = ("", "*:", "capfilt:", "CapFilt :", "googlebot:", "other-bot/2.0:", "GP
 )
 def test_robots_tag_grammar(headers: list[tuple[str, list[str]]], comma: str, shout: bool) -> None:
     values = [f"{robot} {comma.join(directives)}" for robot, directives in headers]
-    ours = ("", "*:", "capfilt:", "CapFilt :")
-    reserved = any(robot in ours and set(parts) & (DIRECTIVES | {"none"}) for robot, parts in headers)
+    robots_names = ("", "*:", "capfilt:", "CapFilt :")
+    reserved = any(robot in robots_names and set(parts) & (DIRECTIVES | {"none"}) for robot, parts in headers)
     values = [value.upper() for value in values] if shout else values
     assert (reserved_by_robots_tag(values, "capfilt", DIRECTIVES) is not None) == reserved
 
@@ -517,7 +517,7 @@ def test_robots_txt_rules(target: str, allowed: bool) -> None:
     assert RobotRules.parse(ROBOTS_TXT, "capfilt").allow(target) is allowed
 
 
-def test_robots_txt_of_everyone_holds_for_us_too() -> None:
+def test_rules_for_all_robots_hold_for_capfilt() -> None:
     assert not RobotRules.parse(ROBOTS_TXT, "newcomer").allow("/everything")
     assert RobotRules.parse("", "capfilt").allow("/")
 
@@ -570,16 +570,16 @@ def test_robots_txt_at_its_greatest_is_obeyed(site: HostileSite) -> None:
 )
 def test_no_pattern_of_robots_txt_takes_long_to_match(pattern: str) -> None:
     """A match that goes back and tries anew would take longer than the tests may."""
-    found = RobotRules.parse(f"User-agent: *\nDisallow: {pattern}\n", "capfilt")
-    assert found.allow("/" + "a" * 30)
-    found.allow("/" + "a" * 50_000)
+    rules_read = RobotRules.parse(f"User-agent: *\nDisallow: {pattern}\n", "capfilt")
+    assert rules_read.allow("/" + "a" * 30)
+    rules_read.allow("/" + "a" * 50_000)
 
 
 def test_a_path_that_cannot_be_checked_is_left_alone() -> None:
     """Tens of thousands of wildcards against a path of 60 kB would hold all threads for seconds."""
-    found = RobotRules.parse("User-agent: *\n" + rules(30_000, "*/{}"), "capfilt")
-    assert found.allow("/some/image.jpg") and not found.allow("/some/17.jpg")
-    assert not found.allow("/" + "a" * 60_000)
+    rules_read = RobotRules.parse("User-agent: *\n" + rules(30_000, "*/{}"), "capfilt")
+    assert rules_read.allow("/some/image.jpg") and not rules_read.allow("/some/17.jpg")
+    assert not rules_read.allow("/" + "a" * 60_000)
     plain = RobotRules.parse("User-agent: *\n" + rules(10, "/*.gif") + rules(30_000), "capfilt")
     assert plain.allow("/" + "a" * 60_000)
 
@@ -643,17 +643,17 @@ def test_robots_txt_that_is_not_there(
 
 def test_no_more_at_once_than_allowed() -> None:
     limits, lock = HostLimits(3, 10_000.0), threading.Lock()
-    now, most = 0, 0
+    active, most = 0, 0
 
     def work(_: int) -> None:
-        nonlocal now, most
+        nonlocal active, most
         with limits.slot("example.com"):
             with lock:
-                now += 1
-                most = max(most, now)
+                active += 1
+                most = max(most, active)
             time.sleep(0.01)
             with lock:
-                now -= 1
+                active -= 1
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(48)))
@@ -737,32 +737,32 @@ def fail(health: HostHealth, reason: str, answers: bool = True) -> None:
 
 @pytest.mark.parametrize("reason", ["dns", "connect", "timeout"])
 def test_a_host_is_down_after_twenty_failures_in_a_row(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     health = HostHealth()
     for times in range(20):
         health.check("a")
-        now += 1.0 if times else 0.0
+        now_s += 1.0 if times else 0.0
         fail(health, reason, answers=reason != "dns")
     with pytest.raises(FetchError, match="host_down: a: 20 failures in a row") as caught:
         health.check("a")
     assert not caught.value.again
     health.check("b")
-    now += 18.9
+    now_s += 18.9
     with pytest.raises(FetchError):
         health.check("a")
-    now += 0.2
+    now_s += 0.2
     health.check("a")  # as long again as it had failed
     fail(health, reason)
-    now += 38.0
+    now_s += 38.0
     with pytest.raises(FetchError):
         health.check("a")
-    now += 10_000.0
+    now_s += 10_000.0
     fail(health, reason)
-    now += 599.0
+    now_s += 599.0
     with pytest.raises(FetchError):
         health.check("a")
-    now += 2.0
+    now_s += 2.0
     health.check("a")
     with health.watched("a"):
         pass
@@ -772,17 +772,17 @@ def test_a_host_is_down_after_twenty_failures_in_a_row(reason: str, monkeypatch:
 
 
 def test_any_answer_shows_that_a_host_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     health = HostHealth()
     for reason in ("http_5xx", "http_4xx", "rate_limited", "body_truncated", "tls", "bad_response"):
         for _ in range(19):
-            now += 1.0
+            now_s += 1.0
             fail(health, "timeout")
         fail(health, reason)
         health.check("a")
     for _ in range(19):
-        now += 1.0
+        now_s += 1.0
         fail(health, "timeout")
         with health.watched("a", answers=False):
             pass

@@ -85,7 +85,7 @@ def test_the_record_counts_parameters(captioner: Path, ranker: Path) -> None:
 def test_a_missing_captioner_file_is_named(captioner: Path, tmp_path: Path, missing: str) -> None:
     folder = Path(shutil.copytree(captioner, tmp_path / "folder"))
     (folder / missing).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle is no substitute")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle does not replace it")
     with pytest.raises(CapfiltError, match=rf"^{missing} is missing in {folder}; caption\.model must be"):
         captioner_weights(config(folder))
 
@@ -313,10 +313,10 @@ def test_the_hub_is_asked_once_and_for_our_files_alone(
     hub_server.asked.clear()
     python(FIND.format(queries=[("org/blip", COMMIT)]), tmp_path / "hub", **online)
     assert not [line for line in hub_server.asked if "org/blip" in line]
-    found, _ = python(FIND.format(queries=[("org/blip", "main")]), tmp_path / "hub", **online)
+    queried, _ = python(FIND.format(queries=[("org/blip", "main")]), tmp_path / "hub", **online)
     assert [line for line in hub_server.asked if "org/blip" in line]
     gone, _ = python(FIND.format(queries=[("org/blip", "main")]), tmp_path / "hub", HF_HUB_OFFLINE="1")
-    assert found == gone == [[answers[0][0], answers[0][1], "main"]]
+    assert queried == gone == [[answers[0][0], answers[0][1], "main"]]
 
 
 def test_no_network_is_said_at_once(tmp_path: Path) -> None:

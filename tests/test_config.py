@@ -22,7 +22,7 @@ input = ["cc3m.tsv"]
 """
 
 
-def complaints(text: str, *overrides: str) -> list[str]:
+def errors_of(text: str, *overrides: str) -> list[str]:
     with pytest.raises(CapfiltError) as error:
         parse_config(text, "corpus.toml", overrides)
     return str(error.value).splitlines()
@@ -39,7 +39,7 @@ def test_minimal_file_has_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "complaint"),
+    ("text", "kind", "message"),
     [
         (
             "[run]\nstage = 1\n[optim]\nsteps = 3\n[cluster]\ngpus = 8",
@@ -52,14 +52,14 @@ def test_minimal_file_has_the_defaults(tmp_path: Path) -> None:
         ("# nothing yet\n", PretrainConfig, "the file is empty; the config of a training run has [run]"),
     ],
 )
-def test_a_config_of_another_command_is_one_line(text: str, kind: type, complaint: str) -> None:
+def test_a_config_of_another_command_is_one_line(text: str, kind: type, message: str) -> None:
     with pytest.raises(CapfiltError) as error:
         parse_config(text, "x.toml", kind=kind)
-    assert str(error.value).startswith(f"x.toml: {complaint}") and len(str(error.value).splitlines()) == 1
+    assert str(error.value).startswith(f"x.toml: {message}") and len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         (
             "[crawl]\nimage_sise_px = 9",
@@ -113,44 +113,44 @@ def test_a_config_of_another_command_is_one_line(text: str, kind: type, complain
         ),
     ],
 )
-def test_mistake_is_named_with_its_line_and_its_mend(line: str, complaint: str) -> None:
-    assert complaints(MINIMAL + line) == [f"corpus.toml:{complaint}"]
+def test_an_error_is_named_with_its_line_and_its_correction(line: str, message: str) -> None:
+    assert errors_of(MINIMAL + line) == [f"corpus.toml:{message}"]
 
 
 def test_missing_sections_are_named() -> None:
-    assert complaints("[crawl]\n") == [
+    assert errors_of("[crawl]\n") == [
         "corpus.toml: corpus: missing",
         "corpus.toml: source: missing",
     ]
-    assert complaints('[corpus]\nseed = 1\n[source]\nname = "x"\n') == [
+    assert errors_of('[corpus]\nseed = 1\n[source]\nname = "x"\n') == [
         "corpus.toml:1: corpus.path: missing; folder or URL (s3://bucket/prefix, gs://...) of the corpus",
         "corpus.toml:3: source: not a list of tables; write [[source]], with double brackets, and its keys "
         "below",
     ]
 
 
-def test_all_mistakes_are_reported_in_the_order_of_the_file() -> None:
+def test_all_errors_are_reported_in_the_order_of_the_file() -> None:
     text = (
         MINIMAL.replace("[corpus]", '[corpus]\nseed = "a"')
         + "[select]\ntop_k = 0\n[crawl]\nx = 1\nthreads = 0\n"
     )
-    found = complaints(text, "rank.batch_size=0")
-    assert [line.split(": ")[0] for line in found] == [
+    messages = errors_of(text, "rank.batch_size=0")
+    assert [line.split(": ")[0] for line in messages] == [
         "--set rank.batch_size=0",
         *(f"corpus.toml:{n}" for n in (2, 9, 11, 12)),
     ]
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("[corpus]\npath = out\n", "corpus.toml:2:8: not valid TOML: Invalid value"),
         ('[corpus]\npath = "out', "corpus.toml: at its end: not valid TOML: Unterminated string"),
         ("[corpus]\n[corpus]\n", "corpus.toml:2:8: not valid TOML: Cannot declare ('corpus',) twice"),
     ],
 )
-def test_syntax_errors_have_line_and_column(text: str, complaint: str) -> None:
-    assert complaints(text) == [complaint]
+def test_syntax_errors_have_line_and_column(text: str, message: str) -> None:
+    assert errors_of(text) == [message]
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ _DEEP, _LONG = (
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("[select]\na = " + "[" * 20_000, f"corpus.toml:2: a: {_DEEP}"),
         ("[select]\nb = " + "{x=" * 9_000, f"corpus.toml: {_DEEP}"),
@@ -198,8 +198,8 @@ _DEEP, _LONG = (
         ),
     ],
 )
-def test_what_parsers_and_file_names_cannot_take_is_one_line(text: str, complaint: str) -> None:
-    assert complaints(text) == [complaint]
+def test_what_parsers_and_file_names_cannot_take_is_one_line(text: str, message: str) -> None:
+    assert errors_of(text) == [message]
 
 
 def test_a_training_run_s_output_has_no_nul() -> None:
@@ -222,8 +222,8 @@ def test_a_training_run_s_output_has_no_nul() -> None:
     ],
 )
 def test_what_no_override_can_hold_is_one_line(override: str, reason: str) -> None:
-    (complaint,) = complaints(MINIMAL, override)
-    assert complaint.startswith(f"--set {override[:12]}") and reason in complaint
+    (message,) = errors_of(MINIMAL, override)
+    assert message.startswith(f"--set {override[:12]}") and reason in message
 
 
 # -- overrides -----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_overrides_are_toml_or_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "complaint"),
+    ("override", "message"),
     [
         ("select.top_k=two", '--set select.top_k=two: select.top_k: "two" is not an integer'),
         ("select.topk=2", "--set select.topk=2: select.topk: unknown key; did you mean select.top_k?"),
@@ -288,17 +288,17 @@ def test_overrides_are_toml_or_text() -> None:
         ("corpus.path.x=1", "--set corpus.path.x=1: corpus.path is not a section"),
     ],
 )
-def test_errors_of_an_override_name_the_argument(override: str, complaint: str) -> None:
-    assert complaints(MINIMAL, override) == [complaint]
+def test_errors_of_an_override_name_the_argument(override: str, message: str) -> None:
+    assert errors_of(MINIMAL, override) == [message]
 
 
 def test_an_override_may_open_a_section_and_must_complete_it() -> None:
-    assert complaints(MINIMAL, "rank.rerank.first=3") == [
+    assert errors_of(MINIMAL, "rank.rerank.first=3") == [
         "--set rank.rerank.first=3: rank.rerank.model: missing; as rank.model"
     ]
 
 
-def test_an_override_mends_a_mistake_of_the_file() -> None:
+def test_an_override_corrects_an_error_of_the_file() -> None:
     text = MINIMAL + "[select]\ntop_k = 0\n"
     assert parse_config(text, "corpus.toml", ["select.top_k=1"]).select.top_k == 1
 
@@ -349,12 +349,12 @@ def test_digest_is_of_the_resolved_config(tmp_path: Path) -> None:
 
 def test_passwords_are_refused_and_not_repeated() -> None:
     text = MINIMAL.replace('"cc3m.tsv"', '"a.csv", "https://me:hunter2@host/list.csv"')
-    assert complaints(text) == [
+    assert errors_of(text) == [
         "corpus.toml:6: source.cc3m.input[1]: a password in a URL; use environment variables instead"
     ]
-    (complaint,) = complaints(MINIMAL, "corpus.path=s3://key:hunter2@bucket/x")
-    assert "hunter2" not in complaint
-    assert complaint.startswith("--set: corpus.path: a password")
+    (message,) = errors_of(MINIMAL, "corpus.path=s3://key:hunter2@bucket/x")
+    assert "hunter2" not in message
+    assert message.startswith("--set: corpus.path: a password")
 
 
 # -- lines of keys -------------------------------------------------------------------------------------------
@@ -429,5 +429,5 @@ def test_every_key_of_any_table_is_found_on_its_line(pairs: list[tuple[str, obje
         return quoted(thing) if isinstance(thing, str) else str(thing)
 
     text = "".join(f"{quoted(name)} = {value(thing)}\n" for name, thing in pairs)
-    found = {path[0]: line for path, line in key_lines(text).items() if len(path) == 1}
-    assert found == {name: number for number, (name, _) in enumerate(pairs, start=1)}
+    line_by_key = {path[0]: line for path, line in key_lines(text).items() if len(path) == 1}
+    assert line_by_key == {name: number for number, (name, _) in enumerate(pairs, start=1)}

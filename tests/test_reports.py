@@ -1,4 +1,4 @@
-"""The reading commands: tables and JSON, exit codes, and messages that mend."""
+"""The reading commands: tables and JSON, exit codes, and messages that say what to do."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from tests.processes import ROOT, start_cli
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    made = make_corpus(str(tmp_path_factory.mktemp("reads") / "corpus"), sources=("cc", "laion"))
-    made.add_retry("cc", of="00000", shard="00002", batch=1)
-    made.make("cc", "00002")
-    made.manifest.compact()
-    return made
+    new_corpus = make_corpus(str(tmp_path_factory.mktemp("reads") / "corpus"), sources=("cc", "laion"))
+    new_corpus.add_retry("cc", of="00000", shard="00002", batch=1)
+    new_corpus.make("cc", "00002")
+    new_corpus.manifest.compact()
+    return new_corpus
 
 
 def capfilt(*arguments: str) -> Result:
@@ -60,38 +60,38 @@ def test_every_read_answers_as_a_table_and_as_json(corpus: Corpus, command: tupl
 
 
 def test_status(corpus: Corpus) -> None:
-    found = answer("status", corpus.root)
+    report = answer("status", corpus.root)
     stages = {
-        (row["source"], row["stage"]): (row["done"], row["total"], row["images"]) for row in found["stages"]
+        (row["source"], row["stage"]): (row["done"], row["total"], row["images"]) for row in report["stages"]
     }
     assert stages["cc", "crawl"] == (3, 3, 19)
     assert stages["laion", "select"] == (2, 2, 18)
-    assert {row["source"]: (row["urls"], row["retried"], row["images"]) for row in found["sources"]} == {
+    assert {row["source"]: (row["urls"], row["retried"], row["images"]) for row in report["sources"]} == {
         "cc": (24, 1, 19),
         "laion": (24, 0, 18),
     }
-    assert (found["last_run"]["run_id"], found["last_run"]["outcome"]) == (RUN, "done")
-    assert found["attempts"] == []
+    assert (report["last_run"]["run_id"], report["last_run"]["outcome"]) == (RUN, "done")
+    assert report["attempts"] == []
 
 
 def test_status_of_a_run_under_way(tmp_path: Path) -> None:
-    made = make_corpus(str(tmp_path / "corpus"), shards=2, stages=())
-    made.make("cc", "00000", ("crawl",))
-    made.records.begin_attempt("crawl", "cc", "00001", "0123456789ab", RUN)
-    found = answer("status", made.root)
-    rows = {row["stage"]: (row["done"], row["total"]) for row in found["stages"]}
+    new_corpus = make_corpus(str(tmp_path / "corpus"), shards=2, stages=())
+    new_corpus.make("cc", "00000", ("crawl",))
+    new_corpus.records.begin_attempt("crawl", "cc", "00001", "0123456789ab", RUN)
+    report = answer("status", new_corpus.root)
+    rows = {row["stage"]: (row["done"], row["total"]) for row in report["stages"]}
     assert rows == {"crawl": (1, 2), "caption": (0, 2), "rank": (0, 2), "select": (0, 2)}
-    assert [(row["stage"], row["shard"], row["run_id"]) for row in found["attempts"]] == [
+    assert [(row["stage"], row["shard"], row["run_id"]) for row in report["attempts"]] == [
         ("crawl", "00001", RUN)
     ]
 
 
 def test_stats_are_sums_of_the_records(corpus: Corpus) -> None:
-    found = answer("stats", corpus.root)
-    ok = sum(row["rows"] for row in found["outcomes"] if (row["stage"], row["status"]) == ("crawl", "ok"))
+    report = answer("stats", corpus.root)
+    ok = sum(row["rows"] for row in report["outcomes"] if (row["stage"], row["status"]) == ("crawl", "ok"))
     assert ok == 37
-    scores = next(row for row in found["histograms"] if (row["source"], row["name"]) == ("cc", "kept_score"))
-    crawled = [row for row in found["outcomes"] if row["stage"] == "crawl"]
+    scores = next(row for row in report["histograms"] if (row["source"], row["name"]) == ("cc", "kept_score"))
+    crawled = [row for row in report["outcomes"] if row["stage"] == "crawl"]
     assert {row["kind"] for row in crawled} == {"status"}
     assert sum(row["rows"] for row in crawled) == 49
     assert scores["p05"] <= scores["p50"] <= scores["p95"]
@@ -99,13 +99,13 @@ def test_stats_are_sums_of_the_records(corpus: Corpus) -> None:
         scores["values"]
         == corpus.manifest.query("SELECT sum(len(captions)) FROM curated WHERE source = 'cc'").rows[0][0]
     )
-    assert {row["stage"] for row in found["throughput"]} == {"crawl", "caption", "rank", "select"}
+    assert {row["stage"] for row in report["throughput"]} == {"crawl", "caption", "rank", "select"}
 
 
 def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
-    made = make_corpus(str(tmp_path / "corpus"), shards=1)
-    made.start_run("20260102T000000-next")
-    rows = answer("runs", made.root)
+    new_corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    new_corpus.start_run("20260102T000000-next")
+    rows = answer("runs", new_corpus.root)
     assert [(row["run_id"], row["command"], row["outcome"], row["shards_done"]) for row in rows] == [
         ("20260102T000000-next", "run", None, 0),
         (RUN, "run", "done", 4),
@@ -114,12 +114,12 @@ def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
         "run_id", "command", "started_at", "finished_at", "outcome",
         "shards_done", "shards_skipped", "shards_failed", "host",
     ]  # fmt: skip
-    assert len(answer("runs", made.root, "--limit", "1")) == 1
+    assert len(answer("runs", new_corpus.root, "--limit", "1")) == 1
 
 
 def test_quantiles_of_a_histogram() -> None:
-    found = quantiles([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], [50, 0, 50])
-    assert found == {"p05": 0.1, "p25": 0.5, "p50": 1.0, "p75": 2.5, "p95": 2.9}
+    report = quantiles([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], [50, 0, 50])
+    assert report == {"p05": 0.1, "p25": 0.5, "p50": 1.0, "p75": 2.5, "p95": 2.9}
     assert set(quantiles([0.0], [1.0], [0]).values()) == {None}
 
 
@@ -223,7 +223,7 @@ def test_describe_says_what_each_column_means(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("format_", ["--csv", "--json"])
-def test_a_reader_that_has_seen_enough_is_no_error(corpus: Corpus, format_: str) -> None:
+def test_a_reader_that_has_seen_enough_is_not_an_error(corpus: Corpus, format_: str) -> None:
     asked = start_cli("sql", corpus.root, "FROM range(3000000)", format_)
     first = asked.stdout.readline()
     asked.stdout.close()
@@ -279,34 +279,39 @@ def test_trace_prints_the_whole_way(corpus: Corpus) -> None:
 
 
 def test_verify_exits_with_1_where_something_differs(tmp_path: Path) -> None:
-    made = make_corpus(str(tmp_path / "corpus"), shards=1)
-    made.storage.delete("curated/cc/00000.tar")
-    result = capfilt("verify", made.root)
+    new_corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    new_corpus.storage.delete("curated/cc/00000.tar")
+    result = capfilt("verify", new_corpus.root)
     assert result.exit_code == 1
     assert "curated/cc/00000.tar  missing" in result.stdout
-    assert json.loads(capfilt("verify", made.root, "--json").stdout)["differences"] == [
+    assert json.loads(capfilt("verify", new_corpus.root, "--json").stdout)["differences"] == [
         {"path": "curated/cc/00000.tar", "what": "missing"}
     ]
 
 
 def test_gc_lists_then_removes(tmp_path: Path) -> None:
-    made = make_corpus(str(tmp_path / "corpus"), shards=1)
+    new_corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
     path = tmp_path / "corpus" / "raw" / "cc" / "00000.0123456789ab.tar"
     path.write_bytes(b"x" * 1000)
     os.utime(path, (0, 0))
-    assert answer("gc", made.root, "--dry-run")["bytes"] == 1000
+    assert answer("gc", new_corpus.root, "--dry-run")["bytes"] == 1000
     assert path.exists()
-    found = answer("gc", made.root, "--older-than", "7d")
-    assert [file["path"] for file in found["files"]] == ["raw/cc/00000.0123456789ab.tar"]
+    report = answer("gc", new_corpus.root, "--older-than", "7d")
+    assert [file["path"] for file in report["files"]] == ["raw/cc/00000.0123456789ab.tar"]
     assert not path.exists()
-    assert "--older-than" in str(capfilt("gc", made.root, "--older-than", "soon").exception)
+    assert "--older-than" in str(capfilt("gc", new_corpus.root, "--older-than", "soon").exception)
 
 
 def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
-    made = make_corpus(str(tmp_path / "corpus"), shards=1)
-    assert answer("manifest", "compact", made.root) == {"rows": 9}
-    assert answer("manifest", "compact", made.root) == {"rows": 0}
-    assert answer("manifest", "rebuild", made.root) == {"shards": 5, "runs": 1, "models": 2, "checkpoints": 0}
+    new_corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    assert answer("manifest", "compact", new_corpus.root) == {"rows": 9}
+    assert answer("manifest", "compact", new_corpus.root) == {"rows": 0}
+    assert answer("manifest", "rebuild", new_corpus.root) == {
+        "shards": 5,
+        "runs": 1,
+        "models": 2,
+        "checkpoints": 0,
+    }
     assert (tmp_path / "corpus" / "manifest.duckdb").exists()
 
 
@@ -319,7 +324,7 @@ def test_a_folder_that_is_not_a_corpus_is_refused(tmp_path: Path, command: str) 
 
 
 @pytest.mark.slow
-def test_doctor_examines_machine_and_storage(tmp_path: Path) -> None:
+def test_doctor_checks_machine_and_storage(tmp_path: Path) -> None:
     result = capfilt("doctor", str(tmp_path / "corpus"), "--json")
     checks = {check["name"]: check for check in json.loads(result.stdout)}
     assert {"python", "torch", "dataclasses", "import", "gpu", "scratch", "storage"} <= checks.keys()
@@ -346,13 +351,13 @@ def test_doctor_says_first_what_stops_the_next_command(tmp_path: Path) -> None:
 
 def test_doctor_names_what_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = check_storage(str(tmp_path / "file" / "corpus"))
-    assert (found.name, found.state) == ("storage", "fail")
-    assert found.mend
+    report = check_storage(str(tmp_path / "file" / "corpus"))
+    assert (report.name, report.state) == ("storage", "fail")
+    assert report.mend
 
 
 @pytest.mark.parametrize(
-    ("compiler", "found"),
+    ("compiler", "report"),
     [
         (None, "neither gcc nor clang"),
         (
@@ -363,7 +368,7 @@ def test_doctor_names_what_fails(tmp_path: Path) -> None:
     ],
 )
 def test_doctor_says_what_torch_compile_would_miss(
-    compiler: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: str | None, report: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -371,7 +376,7 @@ def test_doctor_says_what_torch_compile_would_miss(
         (tmp_path / "gcc").write_text(compiler)
         (tmp_path / "gcc").chmod(0o755)
     check = check_compiler(asked=True)
-    assert (check.name, check.state) == ("compiler", "fail") and found in check.found
+    assert (check.name, check.state) == ("compiler", "fail") and report in check.found
     assert "apt-get install" in check.mend
     # Where no worker is to have a GPU, nothing fails.
     assert check_compiler(asked=False).state == "warn"

@@ -47,14 +47,14 @@ def write(folder: Path, members: Members, name: str = "x.tar", format: int = tar
 def captions(folder: Path) -> list[str]:
     """Return the captions of every sample that a folder trains on, in the order of its tars."""
     snapshot = take_snapshot(DataConfig(corpus=[{"path": str(folder)}]))
-    found = []
+    read_captions = []
     for ref in snapshot.shards:
         with open_shard(Records(Storage(ref.corpus)), ref) as shard:
             for number in range(len(shard)):
                 read = shard.sample(number)
                 assert read.image == JPG
-                found += read.captions
-    return found
+                read_captions += read.captions
+    return read_captions
 
 
 def words(*keys: str) -> list[str]:

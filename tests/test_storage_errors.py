@@ -1,4 +1,4 @@
-"""What storage refuses is one line that says how to mend it, and no fault of ours."""
+"""What storage refuses is one line that says what to do, not a traceback."""
 
 import errno
 import os
@@ -20,10 +20,10 @@ contact = "https://example.org"
 
 
 def told(*arguments: str, **environment: str) -> str:
-    found = cli(*arguments, **environment)
-    assert found.returncode == 2, found.stderr
-    assert "Traceback" not in found.stderr and "fault of capfilt" not in found.stderr
-    (line,) = found.stderr.strip().splitlines()
+    result = cli(*arguments, **environment)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and "fault of capfilt" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
     return line
 
 
@@ -48,7 +48,7 @@ def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "advice"),
     [
         (errno.ENOSPC, "make room"),
         (errno.EACCES, "right to"),
@@ -56,9 +56,9 @@ def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
         (errno.EISDIR, "name a file"),
     ],
 )
-def test_a_disk_that_does_not_take_it(number: int, mend: str) -> None:
+def test_a_disk_that_does_not_take_it(number: int, advice: str) -> None:
     line = storage_error_message(OSError(number, os.strerror(number), "/data/x"))
-    assert line is not None and os.strerror(number) in line and "/data/x" in line and mend in line
+    assert line is not None and os.strerror(number) in line and "/data/x" in line and advice in line
 
 
 @pytest.mark.parametrize(

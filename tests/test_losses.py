@@ -57,16 +57,16 @@ def test_negatives_follow_the_similarities_and_are_never_of_their_own() -> None:
     same = torch.eye(5, dtype=torch.bool)
     # Images 1 and 3 belong together.
     same[1, 3] = same[3, 1] = True
-    draws = 4000
-    uniforms = torch.rand(draws, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    num_draws = 4000
+    uniforms = torch.rand(num_draws, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     counts = torch.zeros(2, 5, 5)
-    for one in uniforms:
-        for direction, drawn in enumerate(draw_negatives(image, text, temperature, same, one)):
+    for uniform in uniforms:
+        for direction, drawn in enumerate(draw_negatives(image, text, temperature, same, uniform)):
             counts[direction, torch.arange(5), drawn] += 1
     to_text = similarity(image, text) / temperature
     for direction, logits in enumerate((to_text, to_text.T)):
         wanted = logits.masked_fill(same, -torch.inf).softmax(1)
-        assert (counts[direction] / draws - wanted).abs().max() < 0.035
+        assert (counts[direction] / num_draws - wanted).abs().max() < 0.035
         assert counts[direction][same].sum() == 0
 
 
@@ -78,7 +78,7 @@ def test_negatives_depend_on_their_numbers_alone() -> None:
     torch.manual_seed(99)
     assert all(map(torch.equal, drawn, draw_negatives(image, text, temperature, same, uniforms)))
     edge = torch.full((2, 6), 1 - 1e-16, dtype=torch.float64)
-    assert all((one < 6).all() for one in draw_negatives(image, text, temperature, same, edge))
+    assert all((uniform < 6).all() for uniform in draw_negatives(image, text, temperature, same, edge))
 
 
 def test_matching_takes_the_mean_of_the_queries_logits_and_leaves_out_what_fills_up() -> None:
@@ -111,7 +111,7 @@ def test_captioning_in_parts_is_the_whole() -> None:
         loss = captioning_loss(head, hidden, words, 0.1, rows_at_once=rows)
         loss.backward()
         results.append((loss.detach(), hidden.grad, head.weight.grad.clone()))
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, atol=1e-12)
+    for uniform, other in zip(*results, strict=True):
+        assert torch.allclose(uniform, other, atol=1e-12)
     expected = sum(smooth_cross_entropy(row, word) for row, word in zip(head(hidden), words, strict=True))
     assert results[0][0].item() == pytest.approx(expected.item(), abs=1e-10)

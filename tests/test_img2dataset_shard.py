@@ -64,10 +64,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def adopt(folder: Path, corpus: Path) -> tuple[ShardRecord, list[dict[str, Any]]]:
-    theirs = pq.read_table(folder / "00000.parquet").to_pylist()
-    rows = url_rows([(row["url"], row["caption"]) for row in theirs])
-    for row, their in zip(rows, theirs, strict=True):
+def import_folder(folder: Path, corpus: Path) -> tuple[ShardRecord, list[dict[str, Any]]]:
+    img2dataset_rows = pq.read_table(folder / "00000.parquet").to_pylist()
+    rows = url_rows([(row["url"], row["caption"]) for row in img2dataset_rows])
+    for row, their in zip(rows, img2dataset_rows, strict=True):
         row["key"] = their["key"]
     records = new_records(corpus)
     record = CrawlWorker(corpus_config(corpus, {}), records)(crawl_task(records, rows, f"{folder}/00000.tar"))
@@ -78,7 +78,7 @@ def adopt(folder: Path, corpus: Path) -> tuple[ShardRecord, list[dict[str, Any]]
 
 @pytest.mark.slow
 def test_its_own_folder(folder: Path, tmp_path: Path) -> None:
-    record, samples = adopt(folder, tmp_path)
+    record, samples = import_folder(folder, tmp_path)
     ends = {"/" + s["url"].split("/", 3)[3]: (s["status"], s["reason"]) for s in samples}
     assert ends == EXPECTED
     tar = record.outputs["tar"]
@@ -107,13 +107,13 @@ def test_images_that_are_not_in_the_tar_are_named(folder: Path, tmp_path: Path) 
         for info in old:
             if not info.name.startswith(lost):
                 new.addfile(info, old.extractfile(info))
-    record, samples = adopt(damaged, tmp_path / "corpus")
+    record, samples = import_folder(damaged, tmp_path / "corpus")
     assert record.counts["invalid/missing_member"] == 1
     assert [s["key"] for s in samples if s["reason"] == "missing_member"] == [lost]
     assert record.outputs["tar"].rows == record.rows_out == 3
 
 
-_ADOPT = r"""
+_IMPORT = r"""
 import re, sys
 from pathlib import Path
 from pipeline.stages.img2dataset_shard import import_shard
@@ -155,9 +155,11 @@ def test_one_long_text_in_every_row_of_its_parquet_fits_in_memory(
     }
     table = pa.table(plain | {column: repeated})
     pq.write_table(table, tmp_path / "00000.parquet", compression="zstd", store_schema=False)
-    command = [sys.executable, "-c", _ADOPT, str(tmp_path / "00000.tar"), str(rows)]
-    said, peak_mib = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert expected in said and int(peak_mib) < 700, f"{peak_mib} MiB: {said}"
+    command = [sys.executable, "-c", _IMPORT, str(tmp_path / "00000.tar"), str(rows)]
+    printed, peak_mib = subprocess.run(
+        command, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert expected in printed and int(peak_mib) < 700, f"{peak_mib} MiB: {printed}"
 
 
 @pytest.mark.parametrize("column", ["key", "status", "error_message"])
@@ -168,20 +170,20 @@ def test_a_parquet_without_what_img2dataset_writes_is_named(tmp_path: Path, colu
         column
     )
     pq.write_table(table, tmp_path / "00000.parquet")
-    adopted = OutputFile(path=str(tmp_path / "00000.tar"), bytes=10240, sha256="", rows=0)
+    imported = OutputFile(path=str(tmp_path / "00000.tar"), bytes=10240, sha256="", rows=0)
     with pytest.raises(CorruptShardError, match=f"00000.parquet has no column {column}, which"):
-        import_shard([{"key": "000000000"}], adopted, Storage(str(tmp_path)), 1)
+        import_shard([{"key": "000000000"}], imported, Storage(str(tmp_path)), 1)
 
 
 @pytest.mark.slow
 def test_a_folder_that_changed_is_refused(folder: Path, tmp_path: Path) -> None:
     changed = tmp_path / "out"
     changed.mkdir()
-    theirs = pq.read_table(folder / "00000.parquet")
-    pq.write_table(theirs.slice(1), changed / "00000.parquet")
+    img2dataset_rows = pq.read_table(folder / "00000.parquet")
+    pq.write_table(img2dataset_rows.slice(1), changed / "00000.parquet")
     (changed / "00000.tar").write_bytes((folder / "00000.tar").read_bytes())
     rows = url_rows([("http://example.com/a.jpg", "a")])
-    rows[0]["key"] = theirs["key"][0].as_py()
+    rows[0]["key"] = img2dataset_rows["key"][0].as_py()
     records = new_records(tmp_path / "corpus")
     worker = CrawlWorker(corpus_config(tmp_path / "corpus", {}), records)
     task = crawl_task(records, rows, f"{changed}/00000.tar")
@@ -241,7 +243,7 @@ def test_messages_of_failed_resizes(message: str, reason: str) -> None:
     assert reason_of("failed_to_resize", message) == reason
 
 
-def test_an_image_that_does_not_open_is_no_success() -> None:
-    theirs = {"status": "success", "error_message": None}
-    sample = import_row({"uid": "u"}, theirs, ImageError("not_an_image", "starts with b'<'"), 10**6)
+def test_an_image_that_does_not_open_is_not_a_success() -> None:
+    img2dataset_rows = {"status": "success", "error_message": None}
+    sample = import_row({"uid": "u"}, img2dataset_rows, ImageError("not_an_image", "starts with b'<'"), 10**6)
     assert (sample["status"], sample["reason"]) == ("invalid", "not_an_image")
