@@ -133,6 +133,7 @@ def _untimed(table: str) -> list[str]:
 
 # What cannot run as printed where there are no weights and no cluster: checked as far as it goes without.
 _INSTEAD = {
+    "capfilt look demo-corpus": "--html corpus.html",
     "capfilt run -c corpus.toml": "--dry-run",
     "capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml": "--dry-run",
     "capfilt pretrain -c jobs/recipes/blip2-stage2-vitg-opt2.7b.toml": "--dry-run",

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import pytest
@@ -346,3 +347,30 @@ def test_the_file_is_written_by_the_command(
     assert Page((tmp_path / "x.html").read_text()).parts
     wrong = cli("look", corpus.root, "--html", str(tmp_path / "no" / "x.html"))
     assert wrong.returncode == 2 and "cannot be written" in wrong.stderr
+
+
+# -- on object storage -------------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_images_on_s3_is_a_range_read_each(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(s3_root, shards=2, images=60, places=True)
+    asked: list[str | None] = []
+    file_system = type(corpus.storage.fs)
+    original = file_system._call_s3
+
+    async def counted(self: object, method: str, *args: object, **kwargs: Any) -> object:
+        if method == "get_object" and kwargs.get("Key", "").endswith(".tar"):
+            asked.append(kwargs.get("Range"))
+        return await original(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(file_system, "_call_s3", counted)
+    with looking(corpus.root) as site:
+        for part in site.page().parts:
+            assert_numbers_are_sqls(corpus, part)
+        images = [link for link in site.page("grid?image=yes").links() if "/image/" in link]
+        assert asked == []
+        assert {site.get(link)[0] for link in images} == {200} and len(images) == len(asked) == PAGE_CARDS
+    sizes = [
+        int(end) - int(start) for start, end in (place.removeprefix("bytes=").split("-") for place in asked)
+    ]
+    assert max(sizes) < 2000

@@ -65,6 +65,17 @@ def manifest(
 
 
 @bench.command()
+def look(
+    images: Annotated[int, typer.Option(min=1, help="Of the corpus.", metavar="N")] = 150_000,
+    json_: Json = False,
+) -> None:
+    """Show a synthetic corpus as `capfilt look` does: seconds and shards read of each page, memory."""
+    from jobs.bench.look import measure_look
+
+    _report(json_, ("pages",), measure_look, images)
+
+
+@bench.command()
 def select(
     images: Annotated[int, typer.Option(min=1, max=70_000, help="A shard's.", metavar="N")] = 2_000,
     json_: Json = False,
