@@ -1,4 +1,7 @@
-"""What a person starts: the command line, runs and their two executors, trainings, benchmarks, the demo."""
+"""What a person starts: the command line, runs and their two executors, trainings, benchmarks, the demo.
+
+In: a command or a call. Out: a corpus, checkpoints, figures, and what is printed about them.
+"""
 
 import logging
 

@@ -245,7 +245,7 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
 
 
 def _stop_without_parent() -> None:
-    """Ask this rank to stop once its parent has ended, which alone takes its outcome."""
+    """Ask this rank to stop once its parent has ended: its outcome would not be received."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

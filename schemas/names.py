@@ -54,6 +54,18 @@ def is_one_part(name: str) -> bool:
     return is_confined(name) and "/" not in name
 
 
+def is_hidden(name: str, *, by_folder: bool = True) -> bool:
+    """Tell whether a file is hidden, as those that macOS and editors add: ``._a.jpg``, ``__MACOSX/a.jpg``, ``.git/a``.
+
+    Args:
+        name: relative to the folder or the tar that is read.
+        by_folder: a folder whose name begins with a dot hides its files. Of tars it does not: ``./a.jpg`` is usual.
+    """
+    *folders, file = name.split("/")
+    dotted = (*folders, file) if by_folder else (file,)
+    return "__MACOSX" in (*folders, file) or any(part.startswith(".") for part in dotted)
+
+
 def is_outside_tar(path: str) -> bool:
     """Tell whether a path is that of a tar where it lies: absolute, or the URL of an object store or web server.
 

@@ -36,7 +36,8 @@ from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, SAMPLES_FILE, URLS
 RUN = "20260101T000000-test"
 CAPTIONER, RANKER = "c" * 64, "d" * 64
 NUM_CAPTIONS = 3
-_ANSWERS = {
+# How the second to fourth URL of twelve end, by number: status, reason, HTTP status.
+FAILURES = {
     0: ("failed", "timeout", None),
     1: ("failed", "http_4xx", 404),
     2: ("invalid", "not_an_image", 200),
@@ -50,6 +51,7 @@ class Corpus:
     root: str
     # Whether crawled shards name the places of their images; those of earlier versions do not.
     places: bool = False
+    failures: dict[int, tuple[str, str, int | None]] = field(default_factory=lambda: FAILURES)
     config: CapfiltConfig = field(init=False)
     records: Records = field(init=False)
     manifest: Manifest = field(init=False)
@@ -188,7 +190,7 @@ class Corpus:
         task = self.task("crawl", source, shard, ("urls",))
         with self.storage.open(task.inputs["urls"].outputs["parquet"].path) as file:
             urls = pq.read_table(file).to_pylist()
-        rows = [row | _answer(row) for row in urls]
+        rows = [row | _answer(row, self.failures) for row in urls]
         images = {row["key"]: _jpeg(row["uid"]) for row in rows if row["status"] == "ok"}
         with ShardCommit(self.records, task) as commit:
             tar, parquet = commit.folder / "x.tar", commit.folder / "x.parquet"
@@ -296,10 +298,10 @@ def _identity(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("uid", "source", "shard", "key")}
 
 
-def _answer(row: dict[str, Any]) -> dict[str, Any]:
+def _answer(row: dict[str, Any], failures: dict[int, tuple[str, str, int | None]]) -> dict[str, Any]:
     """Return what a fetch would have said: the second to fourth of twelve fail, a retried row succeeds."""
     index = int(row["key"][5:])
-    status, reason, http_status = _ANSWERS.get((index - 1) % 12, ("ok", None, 200))
+    status, reason, http_status = failures.get((index - 1) % 12, ("ok", None, 200))
     answer = {
         "status": status,
         "reason": reason,

@@ -17,12 +17,10 @@ from torch.nn.functional import linear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
 from transformers import BlipForConditionalGeneration
 
-import pipeline.models.blip.captioner
-import pipeline.models.blip.vision
-import pipeline.models.clip.ranker
 from jobs.bench.fp8 import Results, changes, measure_fp8
 from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import BlipCaptioner
+from pipeline.models.blip.vision import VisionTower
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.clip.towers import image_encoder
@@ -150,7 +148,7 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 def test_of_blip_the_four_layers_of_each_block_and_nothing_else(captioner_folder: Path) -> None:
     model = load_model(BlipForConditionalGeneration, captioner_folder, "caption.model").bfloat16()
     before = copied(model)
-    quantise(pipeline.models.blip.vision.VisionTower(model.vision_model).blocks)
+    quantise(VisionTower(model.vision_model).blocks)
     layers = ("self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2")
     assert lowered_names(model, before) == {
         f"vision_model.encoder.layers.{block}.{layer}.weight" for block in range(2) for layer in layers
@@ -247,13 +245,10 @@ def test_one_graph_serves_every_block(
     pixels_BCHW = noise(2, 3, 32, 32)
     expected = tower(pixels_BCHW)
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(
-        tower,
-        "_block",
-        torch.compile(pipeline.models.blip.vision._block, backend=graphs, fullgraph=True, dynamic=False),
-    )
-    assert torch.equal(tower(pixels_BCHW), expected)
+    graphs, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, backend=graphs, fullgraph=True, **k))
+    compiled = VisionTower(tower.model, compiled_batch=2)
+    assert torch.equal(compiled(pixels_BCHW), expected)
     assert graphs.frame_count == 1
 
 

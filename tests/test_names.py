@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.errors import CapfiltError
-from schemas.names import confined_name, printable
+from schemas.names import confined_name, is_hidden, printable
 
 _PARTS = st.text(string.ascii_letters + string.digits + "._- é", min_size=1, max_size=12).filter(
     lambda part: part not in (".", "..")
@@ -49,3 +49,18 @@ def test_what_is_not_a_name_is_refused(name: object) -> None:
 @given(st.text())
 def test_printable_text_is_printable(text: str) -> None:
     assert printable(text).isprintable() and len(printable(text)) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "in_folder", "in_tar"),
+    [
+        ("a.jpg", False, False),
+        ("pets/a.b.jpg", False, False),
+        ("./a.jpg", True, False),
+        (".git/a.jpg", True, False),
+        ("pets/._a.jpg", True, True),
+        ("__MACOSX/pets/a.jpg", True, True),
+    ],
+)
+def test_hidden_files_of_folders_and_of_tars(name: str, in_folder: bool, in_tar: bool) -> None:
+    assert (is_hidden(name), is_hidden(name, by_folder=False)) == (in_folder, in_tar)

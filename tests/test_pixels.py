@@ -228,8 +228,8 @@ def test_an_image_too_narrow_for_a_recipe_is_none(path: PixelPath) -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen at once would hold sixteen times what the largest takes; small ones do not wait for them."""
-    large, small = encoded(picture(400, 300), "PNG"), encoded(picture(40, 30), "PNG")
-    monkeypatch.setattr(preprocess, "_LARGE_PIXELS", 10_000)
+    # Large is over four million pixels.
+    large, small = encoded(Image.new("RGB", (2050, 2000)), "PNG"), encoded(picture(40, 30), "PNG")
     under_way = {large: 0, small: 0}
     peak = dict(under_way)
     lock, both_small = threading.Lock(), threading.Barrier(2, timeout=30)

@@ -584,9 +584,8 @@ def test_a_path_that_cannot_be_checked_is_left_alone() -> None:
     assert plain.allow("/" + "a" * 60_000)
 
 
-def test_what_is_kept_of_all_robots_txt_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.web.robots._CACHED_BYTES", 1_000_000)
-    robots, asked = RobotsTxt("capfilt"), []
+def test_what_is_kept_of_all_robots_txt_is_bounded() -> None:
+    robots, asked = RobotsTxt("capfilt", max_cached_bytes=1_000_000), []
 
     def get(url: WebUrl) -> bytes:
         asked.append(url.host)

@@ -1,1 +1,5 @@
-"""The command `capfilt`: one small function a command; libraries are imported inside them."""
+"""The command `capfilt`: one small function a command; libraries are imported inside them.
+
+In: the command line. Out: text or JSON on standard output, progress and errors on standard error, an exit code.
+`main` joins the commands of the other modules; `options` and `groups` hold what they share.
+"""

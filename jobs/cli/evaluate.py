@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.evaluation_progress import EvaluationProgress
 from jobs.cli.groups import CommandGroup
 from jobs.cli.options import JsonObjectOption, SetOption
+from jobs.output.evaluation_progress import EvaluationProgress
 from jobs.output.render import print_facts, print_json, print_table
 from schemas.errors import CapfiltError
 

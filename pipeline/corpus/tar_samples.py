@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, PlainFiles, key_and_extension
+from schemas.names import is_hidden
 
 IMAGE, JSON, TEXT = range(3)
 # What the extensions of members mean.
@@ -53,7 +54,7 @@ def find_tar_samples(
         extensions: IMAGE, JSON or TEXT by extension in lower case; other members are ignored.
     """
     files = PlainFiles(path)
-    members = [info for info in files if adjacent or not _is_hidden(info.name)]
+    members = [info for info in files if adjacent or not is_hidden(info.name, by_folder=False)]
     whole: dict[str, Places] = {}
     partial: list[tuple[str, Places]] = []
     left_out = Counter[str]()
@@ -82,11 +83,6 @@ def missing(places: Places) -> str:
 def printable_key(key: str) -> str:
     """Return a key as text: bytes of its name that are not UTF-8 become escapes."""
     return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _is_hidden(name: str) -> bool:
-    parts = name.split("/")
-    return parts[-1].startswith(".") or "__MACOSX" in parts
 
 
 def _groups(

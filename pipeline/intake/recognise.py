@@ -19,6 +19,7 @@ from pipeline.intake.lists.preview import ListPreview, preview_list
 from pipeline.intake.pictures.folder import METADATA_FILES, PICTURE_EXTENSIONS
 from pipeline.intake.pictures.tars import COMPRESSED_TARS
 from schemas.errors import CapfiltError, did_you_mean, first_line
+from schemas.names import is_hidden
 
 Kind = Literal["list", "imagefolder", "webdataset", "huggingface", "img2dataset"]
 
@@ -85,15 +86,17 @@ def recognise(argument: str, storage: Storage) -> RecognisedInput:
 def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
     """Return the files of a folder and those below, hidden ones left out."""
     if not isinstance(fs, LocalFileSystem):
-        return [name for name in fs.find(path)[:_MOST_FILES] if not PurePosixPath(name).name.startswith(".")]
+        return [
+            name for name in fs.find(path)[:_MOST_FILES] if not is_hidden(name.removeprefix(path).lstrip("/"))
+        ]
     files: list[str] = []
 
     def raise_error(error: OSError) -> None:
         raise error
 
     for folder, folders, names in os.walk(path, onerror=raise_error):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        files += [f"{folder}/{name}" for name in sorted(names) if not is_hidden(name)]
         if len(files) > _MOST_FILES:
             break
     return files

@@ -23,7 +23,6 @@ _SHORT = {"none": ("noindex", "nofollow")}
 # Letters of a path times wildcards of the rules; bounds a check to a tenth of a second.
 _MAX_STEPS = 50_000_000
 _CACHED_SITES = 1_000
-_CACHED_BYTES = 50_000_000
 _FRESH_S = 24 * 3600.0
 _FAILED_FRESH_S = 60.0
 
@@ -147,10 +146,15 @@ class RobotsTxt:
 
     As RFC 9309 asks: a client error means that there are no rules; where the site does not answer, or answers
     with a server error, nothing is fetched: the URL fails as its robots.txt did, to be tried another time.
+
+    Args:
+        token: the name that sites address this robot by, see ``product_token``.
+        max_cached_bytes: of all rules in memory; over it the least recently used sites are fetched again.
     """
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, max_cached_bytes: int = 50_000_000) -> None:
         self._token = token
+        self._max_cached_bytes = max_cached_bytes
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._sites: OrderedDict[str, _Site] = OrderedDict()
@@ -203,5 +207,5 @@ class RobotsTxt:
         with self._lock:
             newest.memory_bytes = rules.memory_bytes if isinstance(rules, RobotRules) else 0
             total = sum(site.memory_bytes for site in self._sites.values())
-            while self._sites and (len(self._sites) > _CACHED_SITES or total > _CACHED_BYTES):
+            while self._sites and (len(self._sites) > _CACHED_SITES or total > self._max_cached_bytes):
                 total -= self._sites.popitem(last=False)[1].memory_bytes

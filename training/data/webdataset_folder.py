@@ -18,7 +18,7 @@ from typing import TypedDict
 from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.digests import sha256_file
 from schemas.errors import CapfiltError
-from schemas.names import printable
+from schemas.names import is_hidden, printable
 from schemas.records import OutputFile
 from training.data.shard_index import index_tar
 
@@ -51,7 +51,7 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
     Raises CapfiltError where there is no tar, or one cannot be read.
     """
     files = storage.list("")
-    visible = (info for info in files if not Path(info.path).name.startswith("."))
+    visible = (info for info in files if not is_hidden(info.path, by_folder=False))
     tars = [info for info in visible if info.path.endswith(".tar") and info.bytes]
     if compressed := [info.path for info in files if info.path.endswith(_COMPRESSED)]:
         example = printable(compressed[0])

@@ -15,7 +15,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.corpus.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
-from schemas.names import shown
+from schemas.names import is_hidden, shown
 
 # What an entry of a list begins with if it is a URL and not a path.
 SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
@@ -114,10 +114,7 @@ class InputFolders:
         return files
 
     def files_around(self, pattern: str) -> list[InputFile]:
-        """Return all files below the folder of one input, sorted by path; listed once.
-
-        Files and folders whose names begin with a dot are left out, as macOS's and editors' are.
-        """
+        """Return all files below the folder of one input but hidden ones, sorted by path; listed once."""
         name = self._names[pattern]
         if name not in self._listed:
             try:
@@ -127,7 +124,7 @@ class InputFolders:
             self._listed[name] = [
                 InputFile(folder=name, relative=info.path, info=info)
                 for info in infos
-                if not any(part.startswith(".") or part == "__MACOSX" for part in info.path.split("/"))
+                if not is_hidden(info.path)
             ]
         return self._listed[name]
 
