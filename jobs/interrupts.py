@@ -51,7 +51,7 @@ class Interrupts:
         # Of its own: Ray's start is silenced by pointing descriptor 2 elsewhere.
         self._stderr = os.dup(2)
         self._before: dict[int, Any] = {}
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._hear_unraisable
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
             self._before = {
@@ -71,7 +71,7 @@ class Interrupts:
     def listen(self) -> None:
         """Take the signals; again after a library has set handlers of its own."""
         for number in self._before:
-            signal.signal(number, self.hear)
+            signal.signal(number, self.handle)
 
     @contextlib.contextmanager
     def delayed(self) -> Iterator[None]:
@@ -118,8 +118,8 @@ class Interrupts:
         finally:
             self._pass_on = None
 
-    def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """Take in one signal. Raises KeyboardInterrupt."""
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle one signal. Raises KeyboardInterrupt."""
         if self._again is not None:
             self._again = None
             self._raise()
@@ -140,13 +140,13 @@ class Interrupts:
             self._raise()
 
     def _raise(self) -> None:
-        """Interrupt what is under way, if a signal came and that does not hear of it in another way."""
+        """Interrupt the running code, unless it learns of the signal in another way."""
         waits = self._is_polled or self._is_delayed
         if self.count > waits and not self._is_ignored:
             raise KeyboardInterrupt
 
-    def _hear_unraisable(self, error: Any) -> None:
-        """Raise again what came inside a destructor (Ray's handles have them), which nothing above it would hear."""
+    def _handle_unraisable(self, error: Any) -> None:
+        """Send the signal again if it came inside a destructor, as Ray's handles have: Python drops its exception."""
         if not issubclass(error.exc_type, KeyboardInterrupt):
             self._unraisable(error)
         elif self._before and self._again is None:

@@ -158,7 +158,7 @@ def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Inte
             sender.close()
             processes.append(process)
             receivers.append(receiver)
-        if interrupts.count:  # the signal came before all of them were there to hear it
+        if interrupts.count:  # the signal came before all of them had started
             _ask_to_stop(processes)
         outcome = worst_outcome(_outcomes(processes, receivers))
     return RankOutcome(kind="interrupted") if outcome.kind == "lost" and interrupts.count else outcome

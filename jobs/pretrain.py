@@ -70,7 +70,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
 
 
 def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
-    # A submitted job is told its cluster by Ray itself.
+    # Ray sets the address of a submitted job.
     if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
         from jobs.cluster.train import train_on_ray
 

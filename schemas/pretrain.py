@@ -155,7 +155,7 @@ class CheckpointConfig(Section):
 
 
 class MetricsConfig(Section):
-    """``[metrics]``: what is told while training; JSON lines always."""
+    """``[metrics]``: what a training logs, and where; always to JSON lines."""
 
     every_steps: int = tuning(10, ge=1)
     tensorboard: bool = tuning(False)

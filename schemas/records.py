@@ -86,8 +86,8 @@ class ShardRecord(Json):
     def _require_own_files(self) -> None:
         """Raise ValueError unless the outputs are the stage's, each with the shard's name in the stage's folder.
 
-        A tar that was imported without copying may be outside the corpus; whoever reads the record sees that the lists
-        say so (``pipeline.corpus.records``).
+        A tar that was imported without copying may be outside the corpus; ``pipeline.corpus.records``
+        checks it against the intake records when it reads the record.
         """
         expected = STAGE_INFO[self.stage].outputs
         if self.stage != "urls" and self.outputs.keys() != set(expected):
@@ -123,7 +123,7 @@ def is_own_file(path: str, stage: Stage, source: str, shard: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask(Json):
-    """What a worker is told to do: one stage on one shard. ``replaces`` is the stale record to retire, if any.
+    """The task of a worker: one stage on one shard. ``replaces`` is the stale record to retire, if any.
 
     ``inputs`` are the upstream records by stage name: ``urls`` for crawl; ``crawl`` for caption; ``crawl`` and,
     for a web source, ``caption`` for rank; ``crawl`` and ``rank`` for select.

@@ -58,7 +58,7 @@ class Browser:
             if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def complaints(self) -> list[str]:
+    def console_messages(self) -> list[str]:
         """Return what the browser wrote to its console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
@@ -67,10 +67,10 @@ class Browser:
         self.driver.execute_script(
             files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
         )
-        found = self.driver.execute_async_script("axe.run().then(arguments[0])")
+        report = self.driver.execute_async_script("axe.run().then(arguments[0])")
         return [
             f"{fault['id']}: {[node['html'][:120] for node in fault['nodes'][:3]]}"
-            for fault in found["violations"]
+            for fault in report["violations"]
             if fault["impact"] in ("serious", "critical")
         ]
 

@@ -85,10 +85,10 @@ def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
 
 @pytest.mark.slow
 def test_look_shows_every_page() -> None:
-    found = bench("look", "--images", "300")
-    assert (found["images"], found["shards"]) == (300, 1)
-    assert len(found["pages"]) > 15 and {row["shards_read"] for row in found["pages"]} == {1}
-    require_positive(found, "open_s", "resident_bytes")
+    figures = bench("look", "--images", "300")
+    assert (figures["images"], figures["shards"]) == (300, 1)
+    assert len(figures["pages"]) > 15 and {row["shards_read"] for row in figures["pages"]} == {1}
+    require_positive(figures, "open_s", "resident_bytes")
 
 
 def test_manifest_asks_a_whole_corpus_both_ways() -> None:

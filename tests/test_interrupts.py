@@ -70,7 +70,7 @@ def test_a_start_that_takes_sigterm_for_itself_does_not_get_it() -> None:
         with pytest.raises(KeyboardInterrupt), interrupts.delayed():
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(number))
             signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == interrupts.hear
+        assert signal.getsignal(signal.SIGTERM) == interrupts.handle
     assert signal.getsignal(signal.SIGTERM) == own
 
 

@@ -225,7 +225,7 @@ def test_every_answer_says_what_a_page_may_load(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
         ("score=high", "is not a range"),
         ("score=0.1..0.2;DROP", "is not a range"),
@@ -237,9 +237,9 @@ def test_every_answer_says_what_a_page_may_load(site: Site) -> None:
         (f"words={'x' * 301}", "more than 300 characters"),
     ],
 )
-def test_a_wrong_address_is_said(site: Site, query: str, said: str) -> None:
+def test_a_wrong_address_is_said(site: Site, query: str, message: str) -> None:
     status, _, body = site.get(f"grid?{query}")
-    assert status == 400 and said in Page(body.decode()).text
+    assert status == 400 and message in Page(body.decode()).text
 
 
 @given(

@@ -41,7 +41,7 @@ def site(corpus: Corpus) -> Iterator[Site]:
 
 def test_from_the_first_screen_to_a_sample_and_back(browser: Browser, site: Site) -> None:
     browser.requests()
-    browser.complaints()
+    browser.console_messages()
     browser.driver.get(site.address)
     assert browser.all(".thumb img") and all(image.size["width"] > 0 for image in browser.all(".thumb img"))
     browser.click(".row h3 a")
@@ -63,7 +63,7 @@ def test_from_the_first_screen_to_a_sample_and_back(browser: Browser, site: Site
     assert "page=" not in browser.driver.current_url
     asked = browser.requests()
     assert len(asked) > 60 and [address for address in asked if not address.startswith(site.address)] == []
-    assert browser.complaints() == []
+    assert browser.console_messages() == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -230,7 +230,7 @@ def _interruptible(command: Callable[[], Any]) -> None:
     with Interrupts() as interrupts:
         try:
             command()
-        except KeyboardInterrupt:  # before Typer hears of it
+        except KeyboardInterrupt:  # before Typer handles it
             sys.exit(interrupts.exit_code)
         except SystemExit as ended:
             # Typer says 130 whichever signal it was.

@@ -2,7 +2,7 @@
 
 Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value.
 Libraries are imported inside, so that ``capfilt --help`` stays quick; the corpus is opened before them, so that a
-mistyped name is told at once.
+mistyped name is reported at once.
 """
 
 import itertools

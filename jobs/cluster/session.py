@@ -36,7 +36,7 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
         interrupts.listen()
         yield
         return
-    # A submitted job is told its cluster by Ray itself; it also has its runtime environment from there.
+    # Ray sets the address, and the runtime environment, of a submitted job.
     address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
     settings: dict[str, Any] = {}
     if not address:
@@ -74,7 +74,7 @@ def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterato
 def _loopback_only() -> Iterator[None]:
     """Have a Ray that starts in here listen on 127.0.0.1 alone.
 
-    By itself Ray takes the machine's own address for its node, whatever ``ray.init`` is told, and its control store,
+    By itself Ray takes the machine's own address for its node, whatever ``ray.init`` is given, and its control store,
     node manager and workers listen on all interfaces.
     """
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False

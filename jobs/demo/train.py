@@ -1,6 +1,6 @@
 """The demo's training: stage 1 on the curated captions and on the web's, then stage 2 with a tiny OPT and a tiny T5.
 
-It goes the way of ``capfilt pretrain -c jobs/recipes/demo-stage1.toml``: checkpoints, metrics and manifest rows are
+As with ``capfilt pretrain -c jobs/recipes/demo-stage1.toml``, checkpoints, metrics and manifest rows are
 those of any run, and a run that is done is not done again.
 """
 

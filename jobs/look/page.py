@@ -119,10 +119,10 @@ class Pages:
         note = _note(snapshot, snapshot.scope_of(grid.view))
         return self._render("grid.html", snapshot, grid=grid, scope_note=note)
 
-    def sample(self, snapshot: Snapshot, uid: str, ways: list[Row]) -> str:
+    def sample(self, snapshot: Snapshot, uid: str, traces: list[Row]) -> str:
         """Return the page of one sample: its traces, each with its card."""
         line = f"{program_name()} trace {shlex.quote(self._corpus)} {uid}"
-        return self._render("sample.html", snapshot, uid=uid, ways=ways, trace_line=line)
+        return self._render("sample.html", snapshot, uid=uid, traces=traces, trace_line=line)
 
     def runs(self, snapshot: Snapshot, answers: Mapping[str, Any]) -> str:
         """Return the page of runs and trainings."""

@@ -125,7 +125,9 @@ class Server:
 
         def answer() -> str:
             snapshot = self.snapshots.current()
-            return self._pages.sample(snapshot, uid, [_with_card(way) for way in trace(self._manifest, uid)])
+            return self._pages.sample(
+                snapshot, uid, [_with_card(traced) for traced in trace(self._manifest, uid)]
+            )
 
         return _html(await asyncio.to_thread(answer))
 
@@ -139,17 +141,17 @@ class Server:
         return web.Response(body=data, content_type=kind)
 
 
-def _with_card(way: Row) -> Row:
+def _with_card(traced: Row) -> Row:
     """Return a sample's trace with the row of ``cards`` that its image and status are shown from."""
-    last, selection = way["fetches"][-1], way["selection"] or {}
+    last, selection = traced["fetches"][-1], traced["selection"] or {}
     names = ("source", "shard", "key", "url")
-    card = {name: way[name] for name in names} | {
+    card = {name: traced[name] for name in names} | {
         "status": selection.get("status") or last["status"],
         "reason": selection.get("reason") or last["reason"],
         "captions": selection.get("captions"),
         **{name: last[name] for name in ("http_status", "width", "height")},
     }
-    return way | {"card": card}
+    return traced | {"card": card}
 
 
 def _assets() -> list[tuple[str, str, str]]:

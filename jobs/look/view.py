@@ -48,13 +48,13 @@ def _any_caption(table: str, origin: str = "") -> Callable[[str], str]:
 
 def _limits(column: str, value: str) -> list[str]:
     """Return the conditions of ``LOW..HIGH``, the upper limit left out; ``..`` alone asks for any value."""
-    found = _RANGE.fullmatch(value)
-    if found is None:
+    match = _RANGE.fullmatch(value)
+    if match is None:
         raise CapfiltError(
             f"{value!r} is not a range: LOW..HIGH, either may be left out, as in 0.2..0.3 or 0.2.."
         )
     limits = [
-        f"{column} {sign} {limit}" for sign, limit in zip((">=", "<"), found.groups(), strict=True) if limit
+        f"{column} {sign} {limit}" for sign, limit in zip((">=", "<"), match.groups(), strict=True) if limit
     ]
     return limits or [f"{column} IS NOT NULL"]
 

@@ -1,4 +1,4 @@
-"""From lists of URLs to url shards: rows are read, merged by URL, numbered for good and committed.
+"""From lists of URLs to url shards: rows are read, merged by URL, numbered permanently and committed.
 
 In: the lists that a source names, folders that img2dataset's command line made, or the reasons of a retry. Out:
 Parquet files of URLs with their captions, and one intake record a batch.

@@ -238,7 +238,7 @@ class SourcePairs:
         return CapfiltError(f"source.{self.source.name}.input: {reason} ({', '.join(self.files[:3])})")
 
     def _require_urls(self, batch: _Batch) -> None:
-        """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be kept for good."""
+        """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be stored for ever."""
         urls = batch.rows.columns[self.source.url_column]
         if urls and not self._may_hold_paths and not any(map(SCHEME.match, urls)):
             raise CapfiltError(

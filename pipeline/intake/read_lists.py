@@ -1,4 +1,4 @@
-"""From lists of URLs to url shards: every distinct URL exactly once, numbered for good.
+"""From lists of URLs to url shards: every distinct URL exactly once, numbered permanently.
 
 A batch is one reading of a source's lists. Its shards lie under ``urls/<source>/<shard>.<id>.parquet``
 before its record is created; a crash leaves orphans, and of two drivers one wins and the other starts over.

@@ -278,7 +278,7 @@ class Query:
                 raise _damaged(f"{path} cannot be read: {error.strerror}") from error
 
     def sealed(self) -> duckdb.DuckDBPyConnection:
-        """Take away every way out of the database, for good; return its connection, for a user's SQL."""
+        """Forbid the connection every access outside the database, permanently; return it, for a user's SQL."""
         self._require_regular(path for files in self._files.values() for path in files.values())
         seal(self._connection)
         return self._connection

@@ -68,7 +68,7 @@ class Stream:
 
 
 def seal(connection: duckdb.DuckDBPyConnection) -> None:
-    """Take away every way out of the database, for good."""
+    """Forbid a connection every access outside the database, permanently."""
     for statement in _SANDBOX:
         connection.execute(statement)
 

@@ -91,7 +91,7 @@ def hub_folder(
 def cached_folder(
     repository: str, revision: str, patterns: Iterable[str], first_missing_file: FirstMissingFile, where: str
 ) -> Path | None:
-    """Return the snapshot of a hub repository if the local cache has it whole; asks nobody."""
+    """Return the snapshot of a hub repository if the local cache has it whole; sends no request."""
     folder = _cached_snapshot(repository, revision, list(patterns), where)
     return folder if folder is not None and first_missing_file(folder) is None else None
 

@@ -159,7 +159,7 @@ def captioner_weights(config: CaptionConfig) -> Weights:
 
 
 def uncached_models(config: CapfiltConfig) -> dict[str, str]:
-    """Return the hub repositories that a run would download first, by the config's key; asks nobody.
+    """Return the hub repositories that a run would download first, by the config's key; sends no request.
 
     Of the architectures of open_clip only the default's repository is known here: finding others imports torch.
     """

@@ -41,7 +41,7 @@ def to_input(pixels_BHWC: np.ndarray) -> torch.Tensor:
 
 
 def augment(pixels_BCHW: torch.Tensor) -> torch.Tensor:
-    """Shift each image by up to 3 pixels and mirror half of them: no caption speaks of either."""
+    """Shift each image by up to 3 pixels and mirror half of them: no caption names a position or a side."""
     padded_BCHW = F.pad(pixels_BCHW, (3, 3, 3, 3), mode="reflect")
     side = pixels_BCHW.shape[-1]
     out_BCHW = torch.empty_like(pixels_BCHW)

@@ -73,7 +73,7 @@ def require(wanted: Wanted, present: Sequence[str], path: str, hint: str = "") -
 
 
 def require_header(wanted: Wanted, header: Sequence[str], path: str, form: str, separator: str) -> None:
-    """Reject a header without one of the columns; a line of data or a quoted line is told from it."""
+    """Reject a header without one of the columns; the message says whether it is a line of data or a quoted line."""
     hint = ""
     if any("://" in cell for cell in header):
         hint = f"; its first line looks like data: {_header_advice(wanted, header, separator)}"
