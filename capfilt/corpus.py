@@ -23,7 +23,7 @@ class SampleTrace(TypedDict):
     """How a sample came about, as ``capfilt trace --json`` prints it; times are datetimes here.
 
     ``fetches``: oldest first. ``candidates``: those that were kept first, then best first, each with its ``outcome``
-    in words. ``selection`` is None until the sample's shard is selected.
+    in words. ``selection`` is None until the sample's shard is selected. ``marks``: taken back or not.
     """
 
     uid: str
@@ -38,6 +38,7 @@ class SampleTrace(TypedDict):
     fetches: list[dict[str, Any]]
     candidates: list[dict[str, Any]]
     selection: dict[str, Any] | None
+    marks: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     models: list[dict[str, Any]]

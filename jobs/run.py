@@ -21,6 +21,8 @@ from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries
 from pipeline.manifest.manifest import Manifest
+from pipeline.marks.rules import ShardMarks
+from pipeline.marks.search import marks_of_shards
 from pipeline.models.weights import Weights, captioner_weights, ranker_weights
 from pipeline.stages.plan import ModelDigests, stale_message
 from pipeline.stages.runner import RunSettings
@@ -115,6 +117,8 @@ class _Work:
     started: RunRecord
     weights: dict[Stage, list[Weights]]
     state: CorpusState
+    # Those of the run's start; what is marked meanwhile is for the next run.
+    marks: ShardMarks
     before: Survey
 
     @property
@@ -150,15 +154,18 @@ def _prepare(
     weights = model_weights(config, options.stages)
     models = digests_of(weights)
     state = CorpusState(records)
-    before = survey(config, models, state, options.stages)
+    marks = marks_of_shards(records, state, save=True)
+    before = survey(config, models, state, options.stages, marks=marks)
     if before.stale and not options.recompute:
         raise CapfiltError(stale_message(config, models, records, before.stale, state))
     _require_input(before, options)
     require_named_folders(config.source, state.urls, records.storage)
     if "crawl" in options.stages and _read_lists(config, records, started, options, console):
         state.refresh_urls()
-        before = survey(config, models, state, options.stages)
-    return _Work(config, options, records, Manifest(records.storage), started, weights, state, before)
+        marks = marks_of_shards(records, state, save=True)
+        before = survey(config, models, state, options.stages, marks=marks)
+    manifest = Manifest(records.storage)
+    return _Work(config, options, records, manifest, started, weights, state, marks, before)
 
 
 def _run_stages(work: _Work, console: Console, interrupts: Interrupts) -> RunResult:
@@ -198,6 +205,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
             models=digests_of(work.weights),
             run_id=work.started.run_id,
             recompute=options.recompute,
+            marks=work.marks,
         ),
         stages=options.stages,
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
@@ -283,8 +291,8 @@ def _print_counts(before: Survey, options: RunOptions, console: Console) -> None
         count = before.of(stage)
         if not count.total:
             continue
-        parts = {"stale": count.stale, "waiting": count.waiting, "quarantined": count.quarantined}
-        rest = "".join(f", {value} {name}" for name, value in parts.items() if value)
+        parts = ("stale", "marked", "waiting", "quarantined")
+        rest = "".join(f", {value} {name}" for name in parts if (value := getattr(count, name)))
         console.print(f"{stage:8} {count.done:,} of {count.total:,} shards done{rest}", highlight=False)
     if not options.only_named:
         for source, shards in before.left_config.items():
@@ -304,7 +312,7 @@ def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     """Return what became of the run, from the records that are committed now."""
     config, options, state, started = work.config, work.options, work.state, work.started
     state.refresh()
-    after = survey(config, digests_of(work.weights), state, options.stages)
+    after = survey(config, digests_of(work.weights), state, options.stages, marks=work.marks)
     blocking = _blocking_quarantine(work)
     undone = set(work.todo) & set(after.todo)
     failed = outcome != "interrupted" and bool(blocking or undone or outcome == "gave up")

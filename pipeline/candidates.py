@@ -3,14 +3,16 @@
 One pure function, used by the rank stage (what a second CLIP scores), the select stage and `capfilt trace`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 from pipeline.text import same_text_key
 
-Reason = Literal["web_caption_never", "empty_text", "not_scored", "below_min_score", "same_text", "outscored"]
+Reason = Literal[
+    "marked", "web_caption_never", "empty_text", "not_scored", "below_min_score", "same_text", "outscored"
+]
 _ORIGIN_ORDER = {"synthetic": 0, "human": 1, "web": 2}
 
 
@@ -43,6 +45,7 @@ def choose(
     top_k: int | None = None,
     min_score: float | None = None,
     web_caption: Literal["compete", "always", "never"] = "compete",
+    marked_texts: Collection[str] = (),
 ) -> list[Choice]:
     """Return every candidate, best first, with the reason why it is not kept.
 
@@ -57,6 +60,7 @@ def choose(
         min_score: the least score of a candidate that is kept.
         web_caption: the web caption is one more candidate (``compete``), not a candidate (``never``), or kept beside
             the ``top_k`` others (``always``).
+        marked_texts: keys (``same_text_key``) of texts that someone marked: they are not candidates.
     """
     choices: list[Choice] = []
     # Both by text: the candidates that compete for the top_k places, and those that are kept.
@@ -65,6 +69,8 @@ def choose(
     for candidate in sorted(candidates, key=_best_first):
         reason, same_as = _unusable(candidate, min_score, web_caption), None
         text = same_text_key(candidate.text)
+        if text in marked_texts:
+            reason = "marked"
         if reason is None and not (web_caption == "always" and candidate.origin == "web"):
             best = competing.setdefault(text, candidate)
             if best is not candidate:

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from schemas.names import URL_HOST
 from schemas.stages import STAGE_FOLDERS, STAGE_INFO, STAGES, Stage
 from schemas.tables import (
     CANDIDATES,
     CAPTIONS,
     CHECKPOINTS,
     CURATED,
+    MARKS,
     MODELS,
     RUNS,
     SAMPLES,
@@ -35,6 +37,7 @@ RECORD_TABLES: dict[str, pa.Schema] = {
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
+    "marks": MARKS,
 }
 
 # Tables whose rows lie in the shards' own Parquet files: folder -> schema, and the stage that writes them.
@@ -202,6 +205,10 @@ _TABLES: dict[str, str] = {
     "checkpoints": f"""
         SELECT {_quoted(CHECKPOINTS.names)} FROM base.checkpoints_events
         QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
+    # What takes a mark back has a row for each value of that mark, with nothing but ``undone_at``.
+    "marks": f"""
+        SELECT {", ".join(f"max({name}) AS {name}" if name not in ("mark", "value") else name for name in MARKS.names)}
+        FROM base.marks_events GROUP BY mark, value HAVING max(what) IS NOT NULL""",
     # One row a uid: the row of its latest retry stands for all its tries.
     "samples": f"""
         WITH last_try AS (SELECT source, uid, max(shard) AS shard FROM base.retried GROUP BY source, uid)
@@ -327,7 +334,7 @@ VIEWS: dict[str, tuple[str, str]] = {
 FUNCTIONS: dict[str, tuple[str, str]] = {
     "url_host(url)": (
         "the host of a URL, lower case, without port",
-        r"lower(regexp_extract(url, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/?#:]*)', 1))",
+        f"lower(regexp_extract(url, '{URL_HOST}', 1))",
     ),
 }
 TABLE_MACROS: dict[str, tuple[str, str]] = {

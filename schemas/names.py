@@ -9,6 +9,8 @@ from schemas.errors import CapfiltError
 # Windows and S3 both allow less; nothing that capfilt or a model library writes comes near.
 _MAX_NAME = 1024
 _DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+# As DuckDB, Arrow and Python read it.
+URL_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/?#:]*)"
 # Where imported tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
 _SCHEMES = ("file:///", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
 
@@ -77,6 +79,12 @@ def is_outside_tar(path: str) -> bool:
     spelled = unquote(path) if path.startswith(("https://", "http://")) else path
     direct = path.startswith("file://") or not {".", ".."} & set(spelled.replace("\\", "/").split("/"))
     return absolute and direct and "::" not in path and path.isprintable() and path.endswith(".tar")
+
+
+def url_host(url: str) -> str:
+    """Return the host of a URL, lower case, without port; empty where it has none. SQL has the same function."""
+    host = re.match(URL_HOST, url)
+    return host["host"].lower() if host else ""
 
 
 def fits_utf8(text: str) -> bool:

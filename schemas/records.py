@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from schemas.json_record import Count, FileName, Finite, Json, Number, ShardName, Time
+from schemas.marks import MarkRule, rules_digest
 from schemas.names import is_confined, is_outside_tar, printable
 from schemas.stages import STAGE_FOLDERS, STAGE_INFO, Stage
+
+# The input of a selection that obeyed marks, beside ``stage.name``.
+MARKS_INPUT = "marks.rules"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +130,8 @@ class ShardTask(Json):
     """The task of a worker: one stage on one shard. ``replaces`` is the stale record to retire, if any.
 
     ``inputs`` are the upstream records by stage name: ``urls`` for crawl; ``crawl`` for caption; ``crawl`` and,
-    for a web source, ``caption`` for rank; ``crawl`` and ``rank`` for select.
+    for a web source, ``caption`` for rank; ``crawl`` and ``rank`` for select. ``marks``, of select alone: those that
+    concern samples of the shard.
     """
 
     corpus: str
@@ -139,14 +144,16 @@ class ShardTask(Json):
     inputs: Mapping[str, ShardRecord]
     replaces: ShardRecord | None = None
     max_attempts: int = 3
+    marks: tuple[MarkRule, ...] = ()
 
     def input_digests(self) -> dict[str, str]:
-        """Return the sha256 of each input file, by ``stage.name``."""
-        return {
+        """Return the sha256 of each input file, by ``stage.name``; where there are marks, the digest of their rules."""
+        files = {
             f"{stage}.{name}": sha256
             for stage, record in sorted(self.inputs.items())
             for name, sha256 in record.input_digests().items()
         }
+        return files | ({MARKS_INPUT: rules_digest(self.marks)} if self.marks else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,12 @@ DROP_REASONS: dict[str, str] = {
     "no_candidates": "no caption is left after clean-up",
     "not_scored": "the stored image does not decode, so that nothing could be captioned or scored",
     "below_min_score": "no candidate reaches select.min_score",
+    "marked": "someone marked the image, or every caption that was left (`capfilt mark`)",
 }
+
+# What a person says of samples (`capfilt mark`), and what these are named by.
+What = Literal["drop", "not-this-caption"]
+By = Literal["uid", "url", "host", "sha256"]
 
 TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)
 # What a later shard tries already is decided there.

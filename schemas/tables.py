@@ -205,6 +205,20 @@ CHECKPOINTS = pa.schema(
     ]
 )
 
+MARKS = pa.schema(
+    [
+        _column("mark", pa.string(), "the mark's id; one mark may name several values"),
+        _column("what", pa.string(), "drop, or not-this-caption"),
+        _column("named_by", pa.string(), "what it names its samples by: uid, url, host or sha256"),
+        _column("value", pa.string(), "the uid, URL, host or sha256"),
+        _column("caption", pa.string(), "the text that is out of the running; NULL of a drop"),
+        _column("reason", pa.string(), "why, in the words of who made it"),
+        _column("made_at", pa.timestamp("us", tz="UTC"), "when it was made"),
+        _column("host", pa.string(), "machine that it was made on"),
+        _column("undone_at", pa.timestamp("us", tz="UTC"), "when it was taken back; NULL while it holds"),
+    ]
+)
+
 # The Parquet of each stage.
 STAGE_SCHEMAS: dict[Stage, pa.Schema] = {
     "urls": URLS,
@@ -224,6 +238,7 @@ TABLES: dict[str, pa.Schema] = {
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
+    "marks": MARKS,
 }
 
 TABLE_DOCS: dict[str, str] = {
@@ -235,4 +250,5 @@ TABLE_DOCS: dict[str, str] = {
     "runs": "One row for each run.",
     "models": "One row for each set of weights that a run used.",
     "checkpoints": "One row for each checkpoint trained on this corpus.",
+    "marks": "One row for each verdict on samples: what `capfilt mark` said, and whether it still holds.",
 }

@@ -18,10 +18,12 @@ from pipeline.corpus.shard_reader import open_crawled
 from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
+from pipeline.marks.rules import rules_by_shard
 from schemas.catalog import record_row_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.json_record import Json
+from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.names import is_outside_tar
 from schemas.records import (
     CheckpointRecord,
@@ -405,3 +407,69 @@ def test_values_that_no_stage_writes_are_refused(corpus: Corpus, change: dict) -
     plant(corpus, path, lambda values: values.update(change))
     for command in ("stats", "status"):
         assert path in refused(corpus, command)
+
+
+MARK = {
+    "mark": "m1",
+    "what": "drop",
+    "named_by": "uid",
+    "values": ["0" * 32],
+    "reason": "test",
+    "made_at": "2026-01-01T00:00:00+00:00",
+    "host": "\x1b[2J",
+    "captions": {},
+    "undoes": {},
+    "searched": ["list0"],
+    "shards": {"cc": {"00000": ["0" * 32]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mark", "../m1"),
+        ("mark", "m2"),
+        ("what", "delete"),
+        ("named_by", "path"),
+        ("named_by", "sha256"),
+        ("values", "0" * 32),
+        ("values", [7]),
+        ("values", [""]),
+        ("values", ["0" * 100_001]),
+        ("values", ["0" * 32] * 100_001),
+        ("reason", "x" * 501),
+        ("made_at", "yesterday"),
+        ("captions", {"0" * 32: "a text of a drop"}),
+        ("undoes", {"../m1": []}),
+        ("undoes", {"m1": "0" * 32}),
+        ("searched", ["../list0"]),
+        ("shards", {"../cc": {}}),
+        ("shards", {"cc": {"../00000": []}}),
+        ("shards", {"cc": {"00000": ["1" * 32]}}),
+        ("unknown", 1),
+    ],
+)
+def test_marks_have_the_declared_types_and_say_nothing_of_other_values(
+    corpus: Corpus, key: str, value: object
+) -> None:
+    path = "records/marks/m1.json"
+    corpus.storage.write(path, json.dumps(MARK).encode())
+    assert [mark.values for mark in corpus.records.marks()] == [("0" * 32,)]
+    plant(corpus, path, lambda values: values.update({key: value}))
+    with pytest.raises(CapfiltError, match=path) as refused_record:
+        corpus.records.marks()
+    assert str(refused_record.value).isprintable()
+    for command in (("status",), ("sql", "SELECT 1")):
+        assert path in refused(corpus, *command)
+
+
+def test_a_search_of_somebody_else_adds_no_value_and_no_shard_to_a_mark(corpus: Corpus) -> None:
+    mark = MarkRecord.from_json(json.dumps(MARK))
+    shards = {"cc": {"00000": ("0" * 32, "1" * 32)}, "none": {"99999": ("1" * 32,)}}
+    search = MarkSearchRecord(mark="m1", attempt="a", searched=("x",), shards=shards)
+    left = replace(search, mark="deleted")
+    assert list(rules_by_shard([mark], [search, left])) == [("cc", "00000")]
+    assert {rule.value for rule in rules_by_shard([mark], [search, left])["cc", "00000"]} == {"0" * 32}
+    corpus.storage.write("records/mark-searches/m1.b.json", search.to_json().encode())
+    with pytest.raises(CapfiltError, match="mark-searches/m1.b.json"):
+        corpus.records.mark_searches()

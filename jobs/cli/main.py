@@ -16,6 +16,7 @@ from jobs.cli.evaluate import evaluate, export
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
 from jobs.cli.init import initial
 from jobs.cli.look import looking
+from jobs.cli.marks import marks
 from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
 from jobs.cli.reports import reports
 from jobs.cli.trace import traces
@@ -210,7 +211,7 @@ def demo(
     raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
 
 
-for commands in (looking, reports, traces, upkeep, training):
+for commands in (looking, reports, traces, marks, upkeep, training):
     app.registered_commands.extend(commands.registered_commands)
 app.command(rich_help_panel=TRAIN)(export)
 app.add_typer(

@@ -11,6 +11,7 @@ from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
+from pipeline.marks.search import marks_of_shards
 from pipeline.models.weights import require_model_names
 from pipeline.stages.plan import stale_reasons
 from pipeline.stages.survey import survey as survey_corpus
@@ -20,8 +21,9 @@ from schemas.stages import STAGE_INFO, STAGES, Stage
 from schemas.statuses import retried_reasons
 
 _LEAST_HOURS = 0.0001
-_COLUMNS = ("stage", "source", "shards", "done", "pending", "stale", "images_left", "worker_hours", "gpu_hours",
-            "bytes", "basis")  # fmt: skip
+_SHARDS_NAMED = 5
+_COLUMNS = ("stage", "source", "shards", "done", "pending", "stale", "marked", "images_left", "worker_hours",
+            "gpu_hours", "bytes", "basis")  # fmt: skip
 
 
 def plan_corpus(
@@ -45,7 +47,8 @@ def plan_corpus(
     models = digests_of(model_weights(config, begun))
     rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
     state = CorpusState(records)
-    survey = survey_corpus(config, models, state, stages, rows)
+    marks = marks_of_shards(records, state, save=False)
+    survey = survey_corpus(config, models, state, stages, rows, marks)
     return {
         "stages": [asdict(count) for count in survey.counts],
         "without_gpu": [
@@ -58,6 +61,7 @@ def plan_corpus(
         "expected_share": round(survey.expected_share, 4),
         "expected_share_basis": survey.share_basis,
         "stale_because": stale_reasons(config, models, records, survey.stale, state),
+        "marked": [f"{source}/{shard}" for source, shard in survey.marked],
         "left_config": {} if only_named else dict(survey.left_config),
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),
@@ -67,7 +71,9 @@ def plan_corpus(
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print the plan as a table, what its figures rest on, and its totals."""
-    print_table([_plan_row(row) for row in plan["stages"]], title="stages", spare=("bytes", "worker_hours"))
+    rows = [_plan_row(row) for row in plan["stages"]]
+    columns = [name for name in _COLUMNS if name != "marked" or plan["marked"]]
+    print_table(rows, columns, title="stages", spare=("bytes", "worker_hours"))
     print("\n".join(printable(line) for line in _plan_lines(plan)))
 
 
@@ -89,6 +95,9 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{source}: URLs to be tried again, not counted above: {urls:,}"
     for change, shards in plan["stale_because"].items():
         yield f"stale: {change} ({shards:,} shards); capfilt run refuses them, --recompute replaces them"
+    if marked := plan["marked"]:
+        named = ", ".join(marked[:_SHARDS_NAMED]) + (", ..." if len(marked) > _SHARDS_NAMED else "")
+        yield f"marks were made or taken back in {len(marked):,} shards ({named}); capfilt run selects them anew"
     for source, shards in plan["left_config"].items():
         yield left_config_line(source, shards)
     if any(row["stage"] == "crawl" and row["images_left"] for row in plan["stages"]):

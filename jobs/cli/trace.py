@@ -23,7 +23,9 @@ _STAGES = (
 )  # fmt: skip
 _RUNS = ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at")
 _MODELS = ("digest", "kind", "name", "revision", "parameters")
+_MARKS = ("what", "named_by", "value", "caption", "reason", "made_at", "undone_at")
 # What a narrow screen does without first.
+_SPARE_MARKS = ("value", "made_at", "undone_at")
 _SPARE_CANDIDATES = ("rerank_score", "truncated", "candidate")
 _SPARE_STAGES = ("host", "device", "attempt", "finished_at", "state")
 _SPARE_RUNS = ("finished_at", "started_at", "config_digest")
@@ -116,6 +118,8 @@ def _print_sample_trace(traced: dict[str, Any], wide: bool) -> None:
             "\nselection: "
             + ", ".join(filter(None, (traced["selection"]["status"], traced["selection"]["reason"])))
         )
+    if traced["marks"]:
+        print_table(traced["marks"], _MARKS, title="\nmarks", spare=_SPARE_MARKS, wide=wide)
     print_table(traced["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
     _print_models(traced["models"], "models", wide)
     print_table(traced["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)

@@ -5,7 +5,8 @@ import base64
 from jobs.look.overview import overview
 from jobs.look.page import Pages
 from jobs.look.snapshot import Row, Snapshot
-from pipeline.images.decode import ImageError, thumbnail
+from pipeline.images.decode import ImageError
+from pipeline.images.thumbnail import thumbnail
 
 _ROWS, _SIDE_PX = 8, 224
 

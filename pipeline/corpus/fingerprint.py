@@ -63,6 +63,7 @@ def stage_fingerprint(
     kind: str,
     inputs: Mapping[str, Mapping[str, str]],
     models: Sequence[str] = (),
+    marks: str | None = None,
 ) -> str:
     """Return the digest of everything a stage's output on one shard is a function of.
 
@@ -70,6 +71,7 @@ def stage_fingerprint(
         kind: the source's kind, ``web`` or ``human``: rank and select treat them differently.
         inputs: by upstream stage, the sha256 of its outputs on this shard (``ShardRecord.input_digests``).
         models: digests of the weights that the stage loads.
+        marks: the digest of the marks that select obeys (``rules_digest``); None where none concern the shard.
     """
     section = deciding_fields(config, stage, kind)
     return digest_json(
@@ -81,5 +83,7 @@ def stage_fingerprint(
             "config": section,
             "models": list(models),
             "inputs": {name: dict(files) for name, files in inputs.items()},
+            # Left out where there are none, so that shards without marks keep their fingerprints.
+            **({"marks": marks} if marks else {}),
         }
     )

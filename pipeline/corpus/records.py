@@ -4,6 +4,8 @@ records/<stage>/<source>/<shard>.json                         committed
 records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
 records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
 records/attempts/<stage>/<source>/<shard>/<run>.<attempt>     begun; removed at commit
+records/marks/<mark>.json                                     a verdict on samples, or what takes some back
+records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
 records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
 
@@ -19,6 +21,7 @@ from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.regular_files import NotRegularFileError
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json
+from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.names import is_outside_tar
 from schemas.records import (
     CheckpointRecord,
@@ -196,6 +199,20 @@ class Records:
         """Return the checkpoints trained on this corpus."""
         return self._read_all(CheckpointRecord, self.storage.list("records/checkpoints"))
 
+    # -- marks -----------------------------------------------------------------------------------------------
+
+    def write_mark(self, record: MarkRecord | MarkSearchRecord) -> None:
+        """Note a mark, or what a search found of one: its name is its own."""
+        self.storage.create(record.path, record.to_json().encode())
+
+    def marks(self) -> list[MarkRecord]:
+        """Return the marks and what takes some of them back."""
+        return self._read_all(MarkRecord, self.storage.list("records/marks"))
+
+    def mark_searches(self) -> list[MarkSearchRecord]:
+        """Return what later searches found of the marks."""
+        return self._read_all(MarkSearchRecord, self.storage.list("records/mark-searches"))
+
     def _read_all(self, kind: type[R], files: list[FileInfo]) -> list[R]:
         """Read many small files at once; one that vanished meanwhile (retired) is left out.
 
@@ -279,7 +296,14 @@ def _has_name_of(record: Json, path: str) -> bool:
             return path in (record.path, record.retired_path)
         case CheckpointRecord():  # its own ``path`` is the checkpoint's
             return path.startswith(f"records/checkpoints/{record.run_id}.")
-        case QuarantineRecord() | IntakeRecord() | RunRecord() | ModelRecord():
+        case (
+            QuarantineRecord()
+            | IntakeRecord()
+            | RunRecord()
+            | ModelRecord()
+            | MarkRecord()
+            | MarkSearchRecord()
+        ):
             return path == record.path
     raise AssertionError(type(record))
 

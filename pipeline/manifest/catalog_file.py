@@ -5,6 +5,7 @@ Parquet parts while any number of people query.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
@@ -54,8 +55,11 @@ def write_catalog(storage: Storage) -> None:
     storage.write(_CATALOG_SQL, text)
 
 
-def rewrite_copied_catalog(storage: Storage) -> str | None:
+def rewrite_copied_catalog(storage: Storage, compact: Callable[[], object]) -> str | None:
     """Write ``manifest.duckdb`` anew if it came here with a copied corpus: it would answer from the original.
+
+    Args:
+        compact: makes the parts of tables that the copied corpus is older than.
 
     Returns:
         What to tell the user where that is so and it cannot be written, else None.
@@ -65,6 +69,7 @@ def rewrite_copied_catalog(storage: Storage) -> str | None:
     if _is_root_of(storage, place):
         return None
     try:
+        compact()
         write_catalog(storage)
     except (OSError, duckdb.Error) as error:
         return (

@@ -229,8 +229,9 @@ def _to_table(table: str, rows: list[Row]) -> pa.Table:
 
 
 def _distinct(rows: pa.Table) -> pa.Table:
-    """Drop rows that two processes copied from the same record (one record may hold many shards)."""
-    names = [name for name in ("record", "version", "shard") if name in rows.column_names]
+    """Drop rows that two processes copied from the same record (one record may hold many shards, or values)."""
+    identity = ("record", "version", "shard", "mark", "value")
+    names = [name for name in identity if name in rows.column_names]
     keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
     return rows.take(sorted(first.values()))

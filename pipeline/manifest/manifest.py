@@ -84,7 +84,7 @@ class Manifest:
     def rewrite_copied_catalog(self) -> str | None:
         """Write ``manifest.duckdb`` anew if it came here with a copied corpus; see ``catalog_file``."""
         with self._writing:
-            return rewrite_copied_catalog(self.storage)
+            return rewrite_copied_catalog(self.storage, self.compacted.compact)
 
     def open(
         self,

@@ -13,6 +13,7 @@ from pipeline.corpus.records import parse_record
 from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
 from schemas.json_record import Json
+from schemas.marks import MarkRecord
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
@@ -34,6 +35,7 @@ _RECORD_TYPES: dict[str, type[Json]] = {
     "runs": RunRecord,
     "models": ModelRecord,
     "checkpoints": CheckpointRecord,
+    "marks": MarkRecord,
 }
 
 
@@ -58,6 +60,8 @@ def rows_of(path: str, text: bytes) -> list[Row]:
                 return [_row("shards", _fields(record) | {"state": "quarantined", "counts": counts})]
             case IntakeRecord():
                 return _url_shard_rows(record)
+            case MarkRecord():
+                return _mark_rows(record)
             case _:
                 return [_row(folder, _fields(record))]
     except (ValueError, OverflowError) as error:  # not a time
@@ -77,6 +81,21 @@ def _url_shard_rows(batch: IntakeRecord) -> list[Row]:
         numbers = {"rows_in": file.rows, "rows_out": file.rows, "counts": {batch.kind: file.rows}}
         rows.append(_row("shards", shared | {"shard": shard} | _files({"parquet": file}) | numbers))
     return rows
+
+
+def _mark_rows(record: MarkRecord) -> list[Row]:
+    """Return one row for each value of a mark; of what takes marks back, one for each value of theirs."""
+    if record.undoes:
+        taken_back = [(mark, value) for mark, values in record.undoes.items() for value in values]
+        return [
+            _row("marks", {"mark": mark, "value": value, "undone_at": record.made_at})
+            for mark, value in taken_back
+        ]
+    fields = _fields(record)
+    return [
+        _row("marks", fields | {"value": value, "caption": record.captions.get(value)})
+        for value in record.values
+    ]
 
 
 def _files(outputs: Mapping[str, Any]) -> Row:

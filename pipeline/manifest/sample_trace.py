@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 from pipeline.candidates import Candidate, Choice, choose
 from pipeline.manifest.manifest import Manifest, Query
+from pipeline.text import same_text_key
 from schemas.catalog import STAGE_ORDER, quote
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
@@ -17,13 +19,17 @@ _CANDIDATE_COLUMNS = (
     "origin", "candidate", "text", "raw_text", "score", "rerank_score", "seed", "num_tokens", "duplicate_of",
     "truncated",
 )  # fmt: skip
+_MARKS = """
+    SELECT * FROM marks WHERE CASE named_by WHEN 'uid' THEN value = $1 WHEN 'url' THEN value = $2
+        WHEN 'host' THEN value = url_host($2) ELSE value = $3 END ORDER BY made_at, mark"""
 
 
 def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
     """Return the trace of the sample with this uid or URL; one of each source, where two list the URL.
 
     Keys of a trace: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
-    ``candidates``, best first, with ``outcome``; ``selection``; ``stages``, ``runs`` and ``models``.
+    ``candidates``, best first, with ``outcome``; ``selection``; ``marks``, taken back or not; ``stages``, ``runs`` and
+    ``models``.
 
     Raises CapfiltError where no list has it.
     """
@@ -76,6 +82,7 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
     runs = query.rows("SELECT * FROM runs WHERE run_id = ANY($1)", ([row["run_id"] for row in stages],))
     used = sorted({digest for row in stages for digest in row["models"] or ()})
     crawl = _committed(stages, "crawl", last["shard"])
+    marks = query.rows(_MARKS, (uid, last["url"], last["sha256"]))
     return {
         "uid": uid,
         "source": source,
@@ -87,8 +94,9 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
         "tar": crawl["paths"].get("tar") if crawl else None,
         "curated_tar": _curated_tar(stages, selection),
         "fetches": [_fetch(row) for row in fetches],
-        "candidates": _judged(candidates, selection, _select_config(stages, runs)),
+        "candidates": _judged(candidates, selection, _select_config(stages, runs), marks),
         "selection": _selection(selection),
+        "marks": marks,
         "stages": stages,
         "runs": [{name: value for name, value in row.items() if name != "config"} for row in runs],
         "models": query.rows("SELECT * FROM models WHERE digest = ANY($1) ORDER BY kind, digest", (used,)),
@@ -130,7 +138,9 @@ def _select_config(stages: list[Row], runs: list[Row]) -> SelectConfig | None:
     return SelectConfig.model_validate(json.loads(configs[0]).get("select", {})) if configs else None
 
 
-def _judged(rows: list[Row], selection: list[Row], config: SelectConfig | None) -> list[Row]:
+def _judged(
+    rows: list[Row], selection: list[Row], config: SelectConfig | None, marks: list[Row]
+) -> list[Row]:
     """Return the candidates' rows, those that were kept first, then best first, each with its outcome in words."""
     numbers: dict[tuple[str, int], int] = {}
     if selection:
@@ -138,9 +148,14 @@ def _judged(rows: list[Row], selection: list[Row], config: SelectConfig | None) 
         numbers = {place: number for number, place in enumerate(kept, start=1)}
     row_by_place = {(row["origin"], row["candidate"]): row for row in rows}
     outcomes = {}
-    for choice in _choices(rows, config):
+    texts = {same_text_key(mark["caption"]) for mark in marks if mark["caption"] and not mark["undone_at"]}
+    is_dropped = bool(selection) and selection[0]["reason"] == "marked"
+    for choice in _choices(rows, config, texts):
         place = (choice.candidate.origin, choice.candidate.candidate)
-        outcomes[place] = _outcome(choice, numbers.get(place), bool(selection), config)
+        if is_dropped and choice.reason != "empty_text":
+            outcomes[place] = "marked"
+        else:
+            outcomes[place] = _outcome(choice, numbers.get(place), bool(selection), config)
     # Sorting is stable: after the kept ones, the order of ``choose`` stays.
     ordered = sorted(outcomes, key=lambda place: numbers.get(place, len(rows)))
     return [
@@ -149,13 +164,19 @@ def _judged(rows: list[Row], selection: list[Row], config: SelectConfig | None) 
     ]
 
 
-def _choices(rows: list[Row], config: SelectConfig | None) -> list[Choice]:
+def _choices(rows: list[Row], config: SelectConfig | None, marked_texts: Collection[str]) -> list[Choice]:
     names = ("origin", "candidate", "text", "score", "rerank_score")
     candidates = [Candidate(**{name: row[name] for name in names}) for row in rows]
     # Of a human source every distinct caption is kept.
     if config is None or any(candidate.origin == "human" for candidate in candidates):
-        return choose(candidates)
-    return choose(candidates, top_k=config.top_k, min_score=config.min_score, web_caption=config.web_caption)
+        return choose(candidates, marked_texts=marked_texts)
+    return choose(
+        candidates,
+        top_k=config.top_k,
+        min_score=config.min_score,
+        web_caption=config.web_caption,
+        marked_texts=marked_texts,
+    )
 
 
 def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectConfig | None) -> str:
@@ -164,6 +185,8 @@ def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectC
     if choice.candidate.text and not selected:
         return "not selected yet" if choice.candidate.score is not None else "not scored yet"
     match choice.reason:
+        case "marked":
+            return "marked"
         case "empty_text":
             return "empty after clean-up"
         case "not_scored":

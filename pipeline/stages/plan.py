@@ -7,6 +7,7 @@ Both the survey before a run and the runner in the middle of one ask ``next_step
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from pydantic import ValidationError
 from pipeline.corpus.fingerprint import deciding_fields, stage_fingerprint
 from pipeline.corpus.records import CorpusState, Records, ShardId
 from schemas.config import CapfiltConfig
-from schemas.records import RunRecord, ShardRecord, ShardTask
+from schemas.marks import MarkRule, rules_digest
+from schemas.records import MARKS_INPUT, RunRecord, ShardRecord, ShardTask
 from schemas.stages import STAGE_INFO, STAGES, Stage
 
 Kind = Literal["web", "human"]
@@ -42,7 +44,8 @@ def upstream_of(stage: Stage, kind: Kind) -> tuple[Stage, ...]:
 class Step:
     """One stage of one shard: ``task`` is what to do, if anything."""
 
-    state: Literal["done", "pending", "stale", "waiting"]
+    # ``marked``: done, but for marks that were made or taken back since.
+    state: Literal["done", "pending", "stale", "marked", "waiting"]
     task: ShardTask | None = None
 
 
@@ -55,19 +58,21 @@ def next_step(
     upstream: Mapping[Stage, ShardRecord],
     committed: ShardRecord | None,
     run_id: str = "",
+    marks: tuple[MarkRule, ...] = (),
 ) -> Step:
-    """Decide whether a shard's stage is done, to do, stale, or waits for an earlier stage."""
+    """Decide whether a shard's stage is done, to do, stale, or waits for an earlier stage.
+
+    Args:
+        marks: those that concern the shard; select alone obeys them.
+    """
+    marks = marks if stage == "select" else ()
     needed = upstream_of(stage, kind)
     if any(name not in upstream for name in needed):
         return Step(state="waiting")
     inputs: dict[str, ShardRecord] = {name: upstream[name] for name in needed}
-    fingerprint = stage_fingerprint(
-        config,
-        stage,
-        kind,
-        {name: record.input_digests() for name, record in inputs.items()},
-        models.get(stage, ()),
-    )
+    digests = {name: record.input_digests() for name, record in inputs.items()}
+    fingerprint_with = partial(stage_fingerprint, config, stage, kind, digests, models.get(stage, ()))
+    fingerprint = fingerprint_with(rules_digest(marks) if marks else None)
     if committed is not None and committed.fingerprint == fingerprint:
         return Step(state="done")
     source, shard = shard_id
@@ -82,8 +87,12 @@ def next_step(
         inputs=inputs,
         replaces=committed,
         max_attempts=config.cluster.max_attempts,
+        marks=marks,
     )
-    return Step(state="pending" if committed is None else "stale", task=task)
+    if committed is None:
+        return Step(state="pending", task=task)
+    is_current_but_for_marks = committed.fingerprint == fingerprint_with(committed.inputs.get(MARKS_INPUT))
+    return Step(state="marked" if is_current_but_for_marks else "stale", task=task)
 
 
 def stale_message(

@@ -9,12 +9,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Condition, Lock
 from typing import Any
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
+from pipeline.marks.rules import ShardMarks
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from pipeline.stages.progress import ShardOutcome, StageState
 from schemas.config import CapfiltConfig
@@ -92,13 +93,14 @@ class RunSettings:
     """What all runners of a run share.
 
     ``models`` are the digests of the weights that the fingerprints name: a worker that loads others is refused.
-    ``recompute``: replace stale shards.
+    ``recompute``: replace stale shards. ``marks``: those that concern samples of a shard, by source and shard.
     """
 
     config: CapfiltConfig
     models: ModelDigests
     run_id: str
     recompute: bool = False
+    marks: ShardMarks = field(default_factory=dict)
 
 
 class ShardRunner:
@@ -169,7 +171,15 @@ class ShardRunner:
         committed = self.records.read(self.stage, source, shard)
         run = self.settings
         step = next_step(
-            run.config, run.models, self.stage, (source, shard), kind, upstream, committed, run.run_id
+            run.config,
+            run.models,
+            self.stage,
+            (source, shard),
+            kind,
+            upstream,
+            committed,
+            run.run_id,
+            run.marks.get((source, shard), ()),
         )
         if step.task is None or (step.state == "stale" and not run.recompute):
             return self._outcome(urls, "skipped" if step.state == "done" else step.state)

@@ -23,6 +23,7 @@ from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogr
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
+from pipeline.marks.rules import NO_MARKS, RuleBook, SampleMarks
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
@@ -40,24 +41,33 @@ class Selection:
 
 
 def select(
-    candidates: Sequence[Candidate], config: SelectConfig, kind: Literal["web", "human"] = "web"
+    candidates: Sequence[Candidate],
+    config: SelectConfig,
+    kind: Literal["web", "human"] = "web",
+    marks: SampleMarks = NO_MARKS,
 ) -> Selection:
     """Choose among the candidates of one image, whatever order they come in; see ``choose`` for the rules.
 
     A human source keeps every distinct caption: they are the reference, so scores drop none of them and
-    ``[select]`` does not apply.
+    ``[select]`` does not apply. Marks apply to every source.
     """
+    if marks.is_dropped:
+        return Selection(kept=(), reason="marked")
     if kind == "human":
-        choices = choose(candidates)
+        choices = choose(candidates, marked_texts=marks.texts)
     else:
         choices = choose(
-            candidates, top_k=config.top_k, min_score=config.min_score, web_caption=config.web_caption
+            candidates,
+            top_k=config.top_k,
+            min_score=config.min_score,
+            web_caption=config.web_caption,
+            marked_texts=marks.texts,
         )
     kept = tuple(choice.candidate for choice in choices if choice.reason is None)
     if kept:
         return Selection(kept=kept)
     reasons = {choice.reason for choice in choices}
-    image_reasons = ("below_min_score", "not_scored")
+    image_reasons = ("marked", "below_min_score", "not_scored")
     return Selection(kept=(), reason=next((r for r in image_reasons if r in reasons), "no_candidates"))
 
 
@@ -79,8 +89,13 @@ class SelectWorker:
                 _require_finite_scores(scores, file.path)
             with stats.timed("select"):
                 candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
+                marks = RuleBook(task.marks)
+                samples = shard.samples.to_pylist()
                 selections = {
-                    key: select(candidates.get(key, ()), self.config.select, task.kind) for key in shard.keys
+                    sample["key"]: select(
+                        candidates.get(sample["key"], ()), self.config.select, task.kind, marks.on(sample)
+                    )
+                    for sample in samples
                 }
             with stats.timed("write"):
                 tar = commit.folder / "curated.tar"
@@ -88,7 +103,7 @@ class SelectWorker:
                 parquet = commit.folder / "curated.parquet"
                 rows = [
                     _curated_row(sample, selections) | _place(sample["key"], offsets, shard)
-                    for sample in shard.samples.to_pylist()
+                    for sample in samples
                 ]
                 written = write_parquet(parquet, rows, CURATED_FILE)
             _count(selections, stats)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal, Self
 
 from pipeline.corpus.records import CorpusState, ShardId
+from pipeline.marks.rules import ShardMarks
 from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
@@ -30,6 +31,8 @@ class StageCount:
     done: int = 0
     pending: int = 0
     stale: int = 0
+    # Done, but for marks made or taken back since: a run selects them anew.
+    marked: int = 0
     waiting: int = 0
     quarantined: int = 0
     images_left: int = 0
@@ -47,6 +50,7 @@ class Survey:
     # Shards with anything to do in the chosen stages, in the order of the work: every source in turn.
     todo: list[tuple[str, str]] = field(default_factory=list)
     stale: list[ShardId] = field(default_factory=list)
+    marked: list[tuple[str, str]] = field(default_factory=list)
     # Sources that the config does not name any more, with their url shards: they stay as they are.
     left_config: Mapping[str, int] = field(default_factory=dict)
     # Of the URLs that are not crawled yet, how many are expected to give an image.
@@ -70,8 +74,9 @@ def survey(
     state: CorpusState,
     stages: tuple[Stage, ...] = STAGES,
     unread_rows: Mapping[str, int] = MappingProxyType({}),
+    marks: ShardMarks = MappingProxyType({}),
 ) -> Survey:
-    """Compare what the config asks for with what is committed.
+    """Compare what the config and the marks ask for with what is committed.
 
     ``unread_rows``: rows of lists that no intake has read, by source; planned for as if each were a new URL.
     """
@@ -84,22 +89,25 @@ def survey(
 
     todo: list[tuple[int, str, str]] = []
     stale: list[ShardId] = []
+    marked: list[tuple[str, str]] = []
     for source, shard in sorted(state.urls):
         if source not in kinds:
             continue
         is_wanted = False
         for stage, step, images in _steps(
-            config, models, stages, (source, shard), kinds[source], state, share
+            config, models, stages, (source, shard), kinds[source], state, share, marks
         ):
             count = count_of(stage, source)
             count.total += 1
             setattr(count, step, getattr(count, step) + 1)
             count.quarantined += step != "done" and (stage, source, shard) in state.quarantined
-            if step in ("pending", "stale"):
+            if step in ("pending", "stale", "marked"):
                 is_wanted = True
                 count.images_left += images
             if step == "stale":
                 stale.append((stage, source, shard))
+            if step == "marked":
+                marked.append((source, shard))
         if is_wanted:
             todo.append((int(shard), source, shard))
     for source, rows in unread_rows.items():
@@ -114,6 +122,7 @@ def survey(
         counts=list(counts.values()),
         todo=[item[1:] for item in sorted(todo)],
         stale=stale,
+        marked=marked,
         left_config=Counter(source for source, _ in sorted(state.urls) if source not in kinds),
         expected_share=share,
         share_basis=share_basis,
@@ -130,6 +139,7 @@ def _steps(
     kind: Kind,
     state: CorpusState,
     share: float,
+    marks: ShardMarks,
 ) -> Iterator[tuple[Stage, str, int]]:
     """Yield each chosen stage of a shard, whether it is to be done, and the images that it would work on.
 
@@ -143,7 +153,8 @@ def _steps(
             upstream[stage] = record
         if stage not in stages:
             continue
-        step = next_step(config, models, stage, shard_id, kind, upstream, record).state
+        rules = marks.get(shard_id, ())
+        step = next_step(config, models, stage, shard_id, kind, upstream, record, marks=rules).state
         if is_input_remade:
             step = "pending" if record is None else "stale"
         is_input_remade |= step in ("pending", "stale")

@@ -1,0 +1,113 @@
+"""The command ``mark``: a verdict on samples, or its being taken back."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.cli.groups import KEEP
+from jobs.cli.options import CorpusArgument, JsonObjectOption, import_arrow_alone
+from jobs.output.render import print_json
+from schemas.errors import CapfiltError
+from schemas.names import printable
+from schemas.statuses import By, What
+
+if TYPE_CHECKING:
+    from schemas.marks import MarkRecord
+
+marks = typer.Typer()
+
+_SHARDS_NAMED = 5
+
+
+@marks.command(rich_help_panel=KEEP)
+def mark(
+    corpus: CorpusArgument,
+    what: Annotated[
+        What,
+        typer.Option(
+            help="drop: the image; not-this-caption: one text of it, so that the next best is kept."
+        ),
+    ],
+    reason: Annotated[str, typer.Option(help="Why, for who reads it later.", metavar="TEXT")],
+    uid: Annotated[list[str] | None, typer.Option(help="May be repeated, as the next three.")] = None,
+    url: Annotated[list[str] | None, typer.Option(help="Letter by letter as the list has it.")] = None,
+    host: Annotated[list[str] | None, typer.Option(help="Every URL of that host.")] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option(help="Every image with these bytes, as fetched.")
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="A list of uids or URLs: Parquet, CSV, TSV, JSON or text.", metavar="FILE"
+        ),
+    ] = None,
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            help="The text of not-this-caption; without it the best that is kept now.", metavar="TEXT"
+        ),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take back what was marked so.")] = False,
+    json_: JsonObjectOption = False,
+) -> None:
+    """Mark samples that training should not see; the next run selects their shards anew.
+
+    What is fetched stays. A mark of a URL or host also holds for what later lists bring.
+    """
+    from pipeline.corpus.records import Records
+    from pipeline.corpus.storage import Storage
+
+    storage = Storage(corpus)
+    if not storage.is_corpus():
+        raise CapfiltError(
+            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
+        )
+    storage.require_conditional_puts()
+    import_arrow_alone()
+    from pipeline.marks.marking import Verdict, take_back
+    from pipeline.marks.marking import mark as make_marks
+
+    by, values = _named({"uid": uid, "url": url, "host": host, "sha256": sha256}, from_)
+    verdict = Verdict(what=what, named_by=by, values=values, reason=reason, caption=caption)
+    made = (take_back if undo else make_marks)(Records(storage), verdict)
+    print_json(_answer(made)) if json_ else _print(made)
+
+
+def _named(given: dict[By, list[str] | None], file: str | None) -> tuple[By, tuple[str, ...]]:
+    """Return what samples are named by, and the values. Raises CapfiltError unless it is one kind."""
+    kinds = [by for by, values in given.items() if values]
+    if len(kinds) + (file is not None) != 1:
+        raise CapfiltError("name samples by one of --uid, --url, --host, --sha256 and --from")
+    if file is not None:
+        from pipeline.marks.from_file import read_values
+
+        return read_values(file)
+    return kinds[0], tuple(given[kinds[0]] or ())
+
+
+def _answer(made: "list[MarkRecord]") -> dict[str, object]:
+    from pipeline.marks.marking import places_of
+
+    return {
+        "marks": [record.mark for record in made],
+        "values": sum(len(record.values) for record in made),
+        "undone": sorted({mark for record in made for mark in record.undoes}),
+        "captions": {uid: text for record in made for uid, text in record.captions.items()},
+        "shards": [f"{source}/{shard}" for source, shard in places_of(made)],
+    }
+
+
+def _print(made: "list[MarkRecord]") -> None:
+    from pipeline.marks.marking import places_of
+
+    first, values = made[0], sum(len(record.values) for record in made)
+    verb = "taken back" if first.undoes else "marked"
+    print(printable(f"{verb}: {first.what}, {values:,} by {first.named_by} ({first.reason})"))
+    for uid, text in list(first.captions.items())[:_SHARDS_NAMED]:
+        print(printable(f"  {uid}: {text}"))
+    places = [f"{source}/{shard}" for source, shard in places_of(made)]
+    if places:
+        named = ", ".join(places[:_SHARDS_NAMED]) + (", ..." if len(places) > _SHARDS_NAMED else "")
+        print(printable(f"in {len(places):,} shards ({named}); `capfilt run` selects them anew"))
+    elif not first.undoes:
+        print("no sample has it yet; it holds for what later lists bring")
