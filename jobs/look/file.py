@@ -5,8 +5,7 @@ import base64
 from jobs.look.overview import overview
 from jobs.look.page import Pages
 from jobs.look.snapshot import Row, Snapshot
-from pipeline.images.decode import ImageError
-from pipeline.images.thumbnail import thumbnail
+from pipeline.images.decode import ImageError, thumbnail
 
 _ROWS, _SIDE_PX = 8, 224
 

@@ -24,6 +24,7 @@ from schemas.config import MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_THUMBNAIL_QUALITY = 80
 
 # 56 bits of ones, each byte stuffed: as many as libjpeg may read ahead of the last block. No Huffman code is all ones,
 # and an attempt to decode them takes 17 bits.
@@ -155,6 +156,18 @@ def encode_bmp(image: Image.Image) -> bytes:
     """Encode without loss and at almost no cost, for a library that takes files only."""
     buffer = io.BytesIO()
     image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def thumbnail(data: bytes, side_px: int) -> bytes:
+    """Return an image as a JPEG whose longer side has at most ``side_px`` pixels; a smaller one keeps its size.
+
+    Raises ImageError where it does not decode.
+    """
+    image = decode_rgb(data)
+    image.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY, optimize=True)
     return buffer.getvalue()
 
 
