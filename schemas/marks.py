@@ -122,6 +122,6 @@ def is_value(by: By, value: str) -> bool:
 def _require_known(values: Iterable[str], shards: Shards) -> None:
     known = set(values)
     for source, by_shard in shards.items():
-        for shard, found in by_shard.items():
-            if not known.issuperset(found):
+        for shard, values_there in by_shard.items():
+            if not known.issuperset(values_there):
                 raise ValueError(f"shards.{source}.{shard}: a value that is not of this mark")

@@ -44,9 +44,9 @@ def drop(named_by: str, *values: str, what: str = "drop", caption: str | None = 
 def rules(corpus: Corpus) -> dict[tuple[str, str], tuple[MarkRule, ...]]:
     """Return what a plan finds: nothing is written."""
     before = sorted(info.path for info in corpus.storage.list("records"))
-    found = marks_of_shards(corpus.records, CorpusState(corpus.records), save=False)
+    held_rules = marks_of_shards(corpus.records, CorpusState(corpus.records), save=False)
     assert before == sorted(info.path for info in corpus.storage.list("records"))
-    return dict(found)
+    return dict(held_rules)
 
 
 def kept(corpus: Corpus, **where: str) -> list[dict]:
@@ -71,7 +71,10 @@ def test_a_marked_text_is_out_of_the_running_and_the_next_best_is_kept() -> None
         for number, (text, score) in enumerate(texts.items())
     ]
     marks = SampleMarks(texts=frozenset({"a cat"}))
-    assert [one.text for one in select(candidates, SelectConfig(), "web", marks).kept] == ["a dog", "a cow"]
+    assert [candidate.text for candidate in select(candidates, SelectConfig(), "web", marks).kept] == [
+        "a dog",
+        "a cow",
+    ]
     all_marked = SampleMarks(texts=frozenset(text.lower() for text in texts))
     assert select(candidates, SelectConfig(), "web", all_marked).reason == "marked"
     assert select(candidates, SelectConfig(), "human", marks).kept[0].text == "a dog"
@@ -122,14 +125,14 @@ def test_later_lists_and_retries_are_searched_once(corpus: Corpus) -> None:
     assert set(rules(corpus)) == {("cc", "00000"), ("cc", "00001")}
     corpus.add_urls("cc", ["00007"], 3, batch=1, path="later/")
     corpus.add_retry("cc", "00000", "00008", batch=2)
-    found = rules(corpus)
-    assert [rule.value for rule in found["cc", "00007"]] == [
+    held_rules = rules(corpus)
+    assert [rule.value for rule in held_rules["cc", "00007"]] == [
         "host2.example", "http://host0.example/later/00007/0.jpg"
     ]  # fmt: skip
-    assert timed_out["url"] in {rule.value for rule in found["cc", "00008"]}
+    assert timed_out["url"] in {rule.value for rule in held_rules["cc", "00008"]}
     saved = marks_of_shards(corpus.records, CorpusState(corpus.records), save=True)
-    assert saved == found and len(corpus.records.mark_searches()) == 2
-    assert marks_of_shards(corpus.records, CorpusState(corpus.records), save=True) == found
+    assert saved == held_rules and len(corpus.records.mark_searches()) == 2
+    assert marks_of_shards(corpus.records, CorpusState(corpus.records), save=True) == held_rules
     assert len(corpus.records.mark_searches()) == 2
 
 
@@ -148,13 +151,15 @@ def test_a_trace_names_the_marks_and_what_they_did(corpus: Corpus) -> None:
     SelectWorker(corpus.config, corpus.records)(
         replace(task, marks=rules(corpus)["cc", "00000"], replaces=stale)
     )
-    [way] = trace(corpus.manifest, dropped["uid"])
-    assert [row["named_by"] for row in way["marks"]] == ["url"] and way["selection"]["reason"] == "marked"
-    assert {row["outcome"] for row in way["candidates"]} == {"marked"}
-    [way] = trace(corpus.manifest, other["uid"])
-    outcomes = {row["text"]: row["outcome"] for row in way["candidates"]}
+    [traced] = trace(corpus.manifest, dropped["uid"])
+    assert [row["named_by"] for row in traced["marks"]] == ["url"] and traced["selection"][
+        "reason"
+    ] == "marked"
+    assert {row["outcome"] for row in traced["candidates"]} == {"marked"}
+    [traced] = trace(corpus.manifest, other["uid"])
+    outcomes = {row["text"]: row["outcome"] for row in traced["candidates"]}
     assert outcomes[other["caption"]] == "marked" and "kept as number 1" in outcomes.values()
-    assert [row["caption"] for row in way["marks"]] == [other["caption"]]
+    assert [row["caption"] for row in traced["marks"]] == [other["caption"]]
     assert trace(corpus.manifest, kept(corpus, shard="00001")[0]["uid"])[0]["marks"] == []
     printed = CliRunner().invoke(app, ["trace", corpus.root, dropped["uid"]]).output
     assert "not what it says" in printed and "selection: dropped, marked" in printed
@@ -180,34 +185,34 @@ def test_of_two_who_mark_at_once_both_count(root: str) -> None:
             people.map(lambda uid: mark(corpus.records, drop("uid", uid)), [first["uid"], second["uid"]] * 4)
         )
     assert len(corpus.records.marks()) == 8
-    held = {rule.value for found in rules(corpus).values() for rule in found}
+    held = {rule.value for held_rules in rules(corpus).values() for rule in held_rules}
     assert held == {first["uid"], second["uid"]}
     # One undoes what he sees, another marks the same anew: it stays marked, and the digest is that of one mark.
     before = rules(corpus)
     take_back(corpus.records, drop("uid", first["uid"]))
-    assert {rule.value for found in rules(corpus).values() for rule in found} == {second["uid"]}
+    assert {rule.value for held_rules in rules(corpus).values() for rule in held_rules} == {second["uid"]}
     mark(corpus.records, drop("uid", first["uid"]))
     assert rules(corpus) == before
-    assert {place: rules_digest(found) for place, found in before.items()} == {
-        place: rules_digest((*found, *found)) for place, found in reversed(before.items())
+    assert {place: rules_digest(held_rules) for place, held_rules in before.items()} == {
+        place: rules_digest((*held_rules, *held_rules)) for place, held_rules in reversed(before.items())
     }
 
 
 def test_part_of_a_mark_is_taken_back(corpus: Corpus) -> None:
-    one, other, *_ = kept(corpus)
-    captions = {row["uid"]: row["caption"] for row in (one, other)}
+    first, other, *_ = kept(corpus)
+    captions = {row["uid"]: row["caption"] for row in (first, other)}
     [record] = mark(corpus.records, drop("uid", *captions, what="not-this-caption"))
     assert record.captions == captions
     with pytest.raises(CapfiltError, match="no mark not-this-caption by uid"):
-        take_back(corpus.records, drop("uid", one["uid"], what="not-this-caption", caption="another text"))
+        take_back(corpus.records, drop("uid", first["uid"], what="not-this-caption", caption="another text"))
     take_back(
-        corpus.records, drop("uid", one["uid"], what="not-this-caption", caption=one["caption"].upper())
+        corpus.records, drop("uid", first["uid"], what="not-this-caption", caption=first["caption"].upper())
     )
-    assert [rule.value for found in rules(corpus).values() for rule in found] == [other["uid"]]
+    assert [rule.value for held_rules in rules(corpus).values() for rule in held_rules] == [other["uid"]]
     with pytest.raises(CapfiltError, match="no mark not-this-caption by uid"):
-        take_back(corpus.records, drop("uid", one["uid"], what="not-this-caption"))
+        take_back(corpus.records, drop("uid", first["uid"], what="not-this-caption"))
     by_value = {row["value"]: row for row in corpus.manifest.query("SELECT * FROM marks").dicts()}
-    assert by_value[one["uid"]]["undone_at"] and not by_value[other["uid"]]["undone_at"]
+    assert by_value[first["uid"]]["undone_at"] and not by_value[other["uid"]]["undone_at"]
     assert by_value[other["uid"]]["caption"] == other["caption"]
 
 
@@ -284,9 +289,11 @@ def test_lists_of_every_format_name_uids_or_urls(tmp_path: Path) -> None:
 def test_many_values_are_several_marks(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.marks.marking.MAX_VALUES", 4)
     uids = [row["uid"] for row in kept(corpus)]
-    made = mark(corpus.records, drop("uid", *uids))
-    assert len(made) == 5 and sorted(value for record in made for value in record.values) == sorted(uids)
-    assert {rule.value for found in rules(corpus).values() for rule in found} == set(uids)
+    mark_records = mark(corpus.records, drop("uid", *uids))
+    assert len(mark_records) == 5 and sorted(
+        value for record in mark_records for value in record.values
+    ) == sorted(uids)
+    assert {rule.value for held_rules in rules(corpus).values() for rule in held_rules} == set(uids)
     assert len(take_back(corpus.records, drop("uid", *uids))) == 5 and rules(corpus) == {}
 
 

@@ -84,7 +84,7 @@ def _url_shard_rows(batch: IntakeRecord) -> list[Row]:
 
 
 def _mark_rows(record: MarkRecord) -> list[Row]:
-    """Return one row for each value of a mark; of what takes marks back, one for each value of theirs."""
+    """Return one row for each value of a mark, or for each value of the marks that a record takes back."""
     if record.undoes:
         taken_back = [(mark, value) for mark, values in record.undoes.items() for value in values]
         return [

@@ -76,8 +76,8 @@ def mark(records: Records, verdict: Verdict, *, within: Places = ()) -> list[Mar
 
 def _searchable(records: Records, named_by: By) -> list[ShardRecord]:
     """Return the commits in whose Parquet such values are looked for."""
-    found = records.shards(("crawl",)) if named_by == "sha256" else records.url_shards()
-    return list(found.values())
+    shard_records = records.shards(("crawl",)) if named_by == "sha256" else records.url_shards()
+    return list(shard_records.values())
 
 
 def take_back(records: Records, verdict: Verdict) -> list[MarkRecord]:
@@ -214,7 +214,11 @@ def _in(values: tuple[str, ...], wanted: set[str]) -> tuple[str, ...]:
 def _only(shards: Shards, values: set[str]) -> Shards:
     """Return where some of the values are."""
     only = {
-        source: {shard: held for shard, found in by_shard.items() if (held := _in(tuple(found), values))}
+        source: {
+            shard: held
+            for shard, values_there in by_shard.items()
+            if (held := _in(tuple(values_there), values))
+        }
         for source, by_shard in shards.items()
     }
     return {source: by_shard for source, by_shard in only.items() if by_shard}

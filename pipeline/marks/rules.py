@@ -20,10 +20,10 @@ def rules_by_shard(marks: Iterable[MarkRecord], searches: Iterable[MarkSearchRec
     by_id = {mark.mark: mark for mark in marks if not mark.undoes}
     rules: dict[tuple[str, str], set[MarkRule]] = {}
     finds: list[FoundMark] = [*by_id.values(), *searches]
-    for found in finds:
+    for find in finds:
         # A search may be left of a mark that somebody deleted.
-        if (mark := by_id.get(found.mark)) is not None:
-            for place, value in _places(found, set(mark.values)):
+        if (mark := by_id.get(find.mark)) is not None:
+            for place, value in _places(find, set(mark.values)):
                 if (mark.mark, value) not in undone:
                     rules.setdefault(place, set()).add(_rule(mark, value))
     return {place: tuple(sorted(held, key=lambda rule: rule.to_json())) for place, held in rules.items()}
@@ -43,8 +43,8 @@ def _rule(mark: MarkRecord, value: str) -> MarkRule:
     return MarkRule(what=mark.what, named_by=mark.named_by, value=value, caption=mark.captions.get(value, ""))
 
 
-def _places(found: FoundMark, values: set[str]) -> Iterator[tuple[tuple[str, str], str]]:
-    for source, shards in found.shards.items():
+def _places(find: FoundMark, values: set[str]) -> Iterator[tuple[tuple[str, str], str]]:
+    for source, shards in find.shards.items():
         for shard, held in shards.items():
             for value in held:
                 if value in values:

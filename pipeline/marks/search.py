@@ -54,14 +54,14 @@ def _search_new_files(
     finds: list[FoundMark] = [*marks, *searches]
     for done in finds:
         searched.setdefault(done.mark, set()).update(done.searched)
-    found = []
+    new_searches = []
     for mark in marks:
         values = [value for value in mark.values if (mark.mark, value) not in undone]
         searchable = crawls if mark.named_by == "sha256" else urls
         files = [file for file in searchable if file.attempt not in searched[mark.mark]]
         if mark.undoes or not values or not files:
             continue
-        found.append(
+        new_searches.append(
             MarkSearchRecord(
                 mark=mark.mark,
                 attempt=secrets.token_hex(6),
@@ -69,7 +69,7 @@ def _search_new_files(
                 shards=find_shards(records, files, mark.named_by, values),
             )
         )
-    return found
+    return new_searches
 
 
 def attempts_of(files: Iterable[ShardRecord]) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def find_shards(records: Records, files: Sequence[ShardRecord], by: By, values: 
     """
     wanted = pa.array(sorted(values), pa.string())
     hits = records.storage.map(lambda file: _hits(records, file, by, wanted), files)
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    values_by_shard: dict[str, dict[str, tuple[str, ...]]] = {}
     moved: dict[tuple[str, str], list[str]] = {}
     for file, rows in sorted(
         zip(files, hits, strict=True), key=lambda pair: int(pair[0].shard), reverse=True
@@ -94,10 +94,10 @@ def find_shards(records: Records, files: Sequence[ShardRecord], by: By, values: 
         for row in rows.filter(pc.is_valid(rows["retry_of"])).to_pylist():
             moved.setdefault((file.source, row["retry_of"]), []).append(row["uid"])
         if rows.num_rows:
-            found.setdefault(file.source, {})[file.shard] = tuple(
+            values_by_shard.setdefault(file.source, {})[file.shard] = tuple(
                 sorted(pc.unique(rows["value"]).to_pylist())
             )
-    return found
+    return values_by_shard
 
 
 def _hits(records: Records, file: ShardRecord, by: By, wanted: pa.Array) -> pa.Table:
