@@ -1,6 +1,8 @@
 """``capfilt look``: what the page and the file show is what SQL says, text is text, and nothing else is served."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -374,3 +376,55 @@ def test_a_page_of_images_on_s3_is_a_range_read_each(s3_root: str, monkeypatch: 
         int(end) - int(start) for start, end in (place.removeprefix("bytes=").split("-") for place in asked)
     ]
     assert max(sizes) < 2000
+
+
+# -- while a run writes ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_follows_a_run(tmp_path: Path) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"), places=True)
+    corpus.start_run()
+    corpus.add_urls("cc", ["00000", "00001"], 12)
+    with looking(corpus.root, max_age_s=0.0) as site:
+        first = site.page()
+        assert "A run is under way" in first.text and first.parts[0].numbers == [24.0]
+        corpus.make("cc", "00000")
+        assert _eventually(lambda: site.page().parts[0].numbers == [24.0, 9.0, 9.0, 9.0])
+        assert "1 of 2 shards" in site.page().text
+        for stage in ("crawl", "caption"):
+            corpus.make("cc", "00001", (stage,))
+        corpus.start_run(outcome="interrupted", shards_done=6)
+        assert _eventually(lambda: site.page().parts[0].numbers == [24.0, 18.0, 18.0, 9.0])
+        assert "A run is under way" not in site.page().text
+        assert site.page("grid?status=ok").parts[0].numbers == [9.0]
+
+
+def _eventually(holds: Callable[[], bool]) -> bool:
+    """Tell whether something holds within a minute; the page is made anew in the background."""
+    deadline = time.monotonic() + 60
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return holds()
+
+
+def test_a_corpus_of_an_earlier_version_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1)
+    before = {info.path: info.version for info in corpus.storage.list("")}
+    with looking(corpus.root) as site:
+        images = [link for link in site.page("grid?image=yes").links() if "/image/" in link]
+        assert len(images) == 9 and {site.get(link)[0] for link in images} == {200}
+    assert {info.path: info.version for info in corpus.storage.list("")} == before
+
+
+def test_an_empty_corpus_is_said(tmp_path: Path) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"))
+    corpus.start_run(outcome="done", shards_done=0)
+    with looking(corpus.root) as site:
+        assert (
+            "Nothing is committed yet" in site.page().text
+            and "No sample is like this" in site.page("grid").text
+        )
+    assert "Nothing is committed yet" in overview_file(
+        Snapshot(Manifest(corpus.storage)), corpus.root, images=8
+    )

@@ -1,13 +1,15 @@
 """The first screen: what became of the URLs, eight rows worth a look, and bars, each with the SQL that it shows."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.look import questions
 from jobs.look.questions import Scope
 from jobs.look.snapshot import Answer, Row, Snapshot
 from jobs.look.view import View
+from schemas.stages import STAGES
 
 ROW_CARDS = 12
 _MOST_BARS = 24
@@ -74,24 +76,22 @@ def overview(snapshot: Snapshot, *, cards: int = ROW_CARDS, seed: int = 1) -> Ov
         funnel=snapshot.ask(questions.FUNNEL),
         losses=losses,
         stages=_stages_under_way(snapshot),
-        rows=[
-            CardRow(
-                title=title,
-                note=note,
-                view=view,
-                count=snapshot.ask_cards(
-                    questions.count_of(view, snapshot.scope_of(view)), snapshot.scope_of(view)
-                ),
-                cards=snapshot.ask_cards(
-                    questions.rows_of(view, snapshot.scope_of(view), cards), snapshot.scope_of(view)
-                ),
-            )
-            for title, note, view in worth_a_look(snapshot.shards, seed)
-        ],
+        rows=[_row(snapshot, *row, cards) for row in worth_a_look(snapshot.shards, seed)],
         charts=list(_charts(snapshot)),
         reasons=_reasons(losses.rows),
         hosts=snapshot.ask_cards(questions.hosts_of(scope), scope),
         scope=scope,
+    )
+
+
+def _row(snapshot: Snapshot, title: str, note: str, view: View, cards: int) -> CardRow:
+    scope = snapshot.scope_of(view)
+    return CardRow(
+        title=title,
+        note=note,
+        view=view,
+        count=snapshot.ask_cards(questions.count_of(view, scope), scope),
+        cards=snapshot.ask_cards(questions.rows_of(view, scope, cards), scope),
     )
 
 
@@ -118,9 +118,13 @@ def _stages_under_way(snapshot: Snapshot) -> list[Row]:
     last_run = snapshot.ask(questions.LAST_RUN).rows
     if not last_run or last_run[0]["outcome"] is not None or last_run[0]["command"] == "pretrain":
         return []
-    rows = snapshot.ask(questions.PROGRESS).rows
-    totals = {row["source"]: row["shards"] for row in rows if row["stage"] == "urls"}
-    return [row | {"total": totals.get(row["source"], 0)} for row in rows if row["stage"] != "urls"]
+    done = {(row["source"], row["stage"]): row["shards"] for row in snapshot.ask(questions.PROGRESS).rows}
+    return [
+        {"source": source, "stage": name, "shards": done.get((source, name), 0), "total": total}
+        for (source, stage), total in done.items()
+        if stage == "urls"
+        for name in STAGES
+    ]
 
 
 # Title, unit, histogram, the stage that counts it, the filter that a bar stands for, and the bins' widths.
@@ -136,18 +140,25 @@ _CHARTS = (
 
 def _charts(snapshot: Snapshot) -> Iterator[Chart]:
     for title, unit, name, stage, filter_name, steps in _CHARTS:
-        limits: dict[str, Any] = snapshot.ask(questions.limits_of(name, stage)).rows[0]
-        if limits["low"] is None:
+        bins = snapshot.histograms.get((stage, name))
+        if not bins:
             continue
-        spread = limits["high"] - limits["low"]
+        spread = bins[-1]["high"] - bins[0]["low"]
         step = next((step for step in steps if spread / step < _MOST_BARS), steps[-1])
-        answer = snapshot.ask(questions.bars_of(name, stage, step))
-        yield Chart(title=title, unit=unit, bars=_bars(answer.rows, filter_name, step), sql=answer.sql)
+        counts: Counter[int] = Counter()
+        for row in bins:
+            # As the printed SQL: a bin's lower edge may lie a rounding error below the bar's.
+            counts[math.floor(row["low"] / step + 1e-6)] += row["count"]
+        yield Chart(
+            title=title,
+            unit=unit,
+            bars=_bars(counts, filter_name, step),
+            sql=questions.bars_of(name, stage, step),
+        )
 
 
-def _bars(rows: Sequence[Row], filter_name: str, step: float) -> list[Bar]:
-    """Return a bar for each bin between the first and the last, those that count nothing included."""
-    counts = {round(row["low"] / step): row["count"] for row in rows}
+def _bars(counts: Mapping[int, int], filter_name: str, step: float) -> list[Bar]:
+    """Return the bars of width ``step`` from the first to the last that counts anything, without a gap."""
     most = max(counts.values())
     return [
         Bar(

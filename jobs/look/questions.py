@@ -35,6 +35,10 @@ SHARDS = (
     "SELECT source, shard, images, finished_at FROM shards WHERE stage = 'crawl' AND state = 'committed' "
     "ORDER BY finished_at DESC, source, shard"
 )
+HISTOGRAMS = (
+    'SELECT stage, name, low, high, sum("count")::BIGINT AS "count" FROM bins '
+    'WHERE "count" > 0 GROUP BY ALL ORDER BY ALL'
+)
 LAST_RUN = "SELECT run_id, command, outcome FROM runs ORDER BY started_at DESC, run_id DESC LIMIT 1"
 PROGRESS = "SELECT source, stage, shards FROM progress"
 COMMITS = (
@@ -83,14 +87,6 @@ def captions_of(uids: Iterable[str], shards: Iterable[tuple[str, str]]) -> str:
         "SELECT uid, origin, candidate, text, score, duplicate_of FROM candidates "
         f"WHERE {condition} AND uid IN ({', '.join(map(quote, uids))}) "
         "ORDER BY uid, score DESC NULLS LAST, origin, candidate"
-    )
-
-
-def limits_of(name: str, stage: str) -> str:
-    """Return the question for the least and the greatest value of a histogram, to a bin."""
-    return (
-        f"SELECT min(low) AS low, max(high) AS high FROM histogram_of({quote(name)}) "
-        f'WHERE stage = {quote(stage)} AND "count" > 0'
     )
 
 

@@ -201,4 +201,4 @@ async def serve(server: Server, port: int, started: Callable[[str], None]) -> No
 def _warm(snapshots: Snapshots) -> None:
     with contextlib.suppress(CapfiltError):  # the page says it, too
         snapshot = snapshots.current()
-        snapshot.ask_cards(questions.count_of(View(), snapshot.sample), snapshot.sample)
+        overview(snapshot)

@@ -35,8 +35,26 @@ class Answer:
     seconds: float
 
 
+class _Connection:
+    """A connection that answers one question at a time."""
+
+    def __init__(self, query: Query) -> None:
+        self._query = query
+        self._lock = threading.Lock()
+
+    def answer(self, sql: str) -> Answer:
+        with self._lock:
+            start = time.perf_counter()
+            rows = self._query.rows(sql)
+            return Answer(sql, rows, time.perf_counter() - start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._query.__exit__()
+
+
 class Snapshot:
-    """What was committed when it was made. Thread-safe: one question at a time.
+    """What was committed when it was made. Thread-safe.
 
     Args:
         max_images: up to so many images, all are looked at.
@@ -46,14 +64,23 @@ class Snapshot:
         self.manifest = manifest
         self.taken_at = datetime.now(UTC)
         self.images = StoredImages(Records(manifest.storage))
+        self._records = _Connection(manifest.open(shards=(), memory=_MEMORY))
+        self._answers: dict[str, Answer] = {}
         self._lock = threading.Lock()
-        self._records = manifest.open(shards=())
-        self._cards: OrderedDict[Scope, Query] = OrderedDict()
+        self._cards: OrderedDict[Scope, _Connection] = OrderedDict()
         # Of each scope: how long its cards took to compute.
         self._seconds: dict[Scope, float] = {}
         self.shards: list[Row] = self.ask(questions.SHARDS).rows
         self.num_images: int = sum(row["images"] for row in self.shards)
         self.is_sampled = self.num_images > max_images
+
+    @cached_property
+    def histograms(self) -> dict[tuple[str, str], list[Row]]:
+        """The histograms of all records, by stage and name: the bins that count anything, in order."""
+        bins: dict[tuple[str, str], list[Row]] = {}
+        for row in self.ask(questions.HISTOGRAMS).rows:
+            bins.setdefault((row["stage"], row["name"]), []).append(row)
+        return bins
 
     @cached_property
     def sample(self) -> Scope:
@@ -85,16 +112,18 @@ class Snapshot:
         return self.ask(questions.COMMITS).rows
 
     def ask(self, sql: str) -> Answer:
-        """Answer a question to the records."""
-        with self._lock:
-            return _answer(self._records, sql)
+        """Answer a question to the records; there are few, and each is asked once."""
+        if sql not in self._answers:
+            self._answers[sql] = self._records.answer(sql)
+        return self._answers[sql]
 
     def ask_cards(self, sql: str, scope: Scope) -> Answer:
         """Answer a question to the cards or candidates of some shards; the statement names the same shards."""
         with self._lock:
-            return _answer(self._open(scope), sql)
+            connection = self._open(scope)
+        return connection.answer(sql)
 
-    def _open(self, scope: Scope) -> Query:
+    def _open(self, scope: Scope) -> "_Connection":
         """Return the connection of a scope, with its cards computed; the last few stay open."""
         if scope not in self._cards:
             # All shards of a large corpus are read anew for each question: their cards would not fit.
@@ -102,10 +131,10 @@ class Snapshot:
             query = self.manifest.open(in_place=True, shards=scope.shards, memory=_MEMORY)
             if scope.shards is not None or not self.is_sampled:
                 query.keep("cards")
-            self._cards[scope], self._seconds[scope] = query, time.perf_counter() - start
+            self._cards[scope], self._seconds[scope] = _Connection(query), time.perf_counter() - start
             while len(self._cards) > _SCOPES:
                 _, oldest = self._cards.popitem(last=False)
-                oldest.__exit__()
+                oldest.close()
         self._cards.move_to_end(scope)
         return self._cards[scope]
 
@@ -114,11 +143,16 @@ class Snapshot:
         shards = len(scope.shards or ()) or 1
         return max(1, round(self._seconds.get(scope, 0.0) * len(self.shards) / shards))
 
+    def prepare(self) -> None:
+        """Compute the cards that most questions read, so that nobody waits for them."""
+        with self._lock:
+            self._open(self.sample)
+
     def close(self) -> None:
         """Close the connections."""
         with self._lock:
-            for query in (self._records, *self._cards.values()):
-                query.__exit__()
+            for connection in (self._records, *self._cards.values()):
+                connection.close()
 
     def captions(self, cards: Sequence[Row], scope: Scope) -> dict[str, list[Row]]:
         """Return every caption of some cards, best first, by uid."""
@@ -156,7 +190,7 @@ class Snapshots:
 
     def close(self) -> None:
         """Close the newest snapshot; those before it close when nothing reads them any more."""
-        with self._lock:
+        with self._refreshing, self._lock:
             if self._current is not None:
                 self._current.close()
 
@@ -169,13 +203,11 @@ class Snapshots:
     def _renew(self) -> None:
         snapshot = Snapshot(self._manifest, max_images=self._max_images)
         current = self._current
-        # The same commits: the cards that are ready stay.
-        if current is None or snapshot.commits() != current.commits():
+        if current is None:
             self._current = snapshot
+        elif snapshot.commits() != current.commits():
+            snapshot.prepare()
+            self._current = snapshot
+        else:  # the cards that are ready stay
+            snapshot.close()
         self._looked_at = time.monotonic()
-
-
-def _answer(query: Query, sql: str) -> Answer:
-    start = time.perf_counter()
-    rows = query.rows(sql)
-    return Answer(sql, rows, time.perf_counter() - start)

@@ -6,7 +6,9 @@ use ``Manifest.open``; a user's SQL is answered in a sandbox without access to f
 
 import contextlib
 import itertools
+import tempfile
 import threading
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +168,8 @@ class Query:
         config: dict[str, str | bool | int | float | list[str]] = {
             "python_enable_replacements": False,
             "memory_limit": memory,
+            # Where it goes on beyond its memory; DuckDB's own choice is the working directory.
+            "temp_directory": f"{tempfile.gettempdir()}/capfilt-duckdb-{uuid.uuid4().hex[:12]}",
         }
         try:
             self._connection = duckdb.connect(config=config)
