@@ -24,6 +24,7 @@ class SampleTrace(TypedDict):
 
     ``fetches``: oldest first. ``candidates``: those that were kept first, then best first, each with its ``outcome``
     in words. ``selection`` is None until the sample's shard is selected. ``marks``: taken back or not.
+    ``checkpoints``: those whose training had the image; ``use``: trained on, held out or not known.
     """
 
     uid: str
@@ -39,6 +40,7 @@ class SampleTrace(TypedDict):
     candidates: list[dict[str, Any]]
     selection: dict[str, Any] | None
     marks: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     models: list[dict[str, Any]]

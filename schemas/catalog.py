@@ -25,6 +25,7 @@ from schemas.tables import (
     RUNS,
     SAMPLES,
     SHARDS,
+    SNAPSHOTS,
     STAGE_SCHEMAS,
     TABLE_DOCS,
     TABLES,
@@ -37,6 +38,7 @@ RECORD_TABLES: dict[str, pa.Schema] = {
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
+    "snapshots": SNAPSHOTS,
     "marks": MARKS,
 }
 
@@ -205,6 +207,9 @@ _TABLES: dict[str, str] = {
     "checkpoints": f"""
         SELECT {_quoted(CHECKPOINTS.names)} FROM base.checkpoints_events
         QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
+    "snapshots": f"""
+        SELECT {_quoted(SNAPSHOTS.names)} FROM base.snapshots_events
+        QUALIFY row_number() OVER (PARTITION BY digest, folder, corpus, source, shard) = 1""",
     # What takes a mark back has a row for each value of that mark, with nothing but ``undone_at``.
     "marks": f"""
         SELECT {", ".join(f"max({name}) AS {name}" if name not in ("mark", "value") else name for name in MARKS.names)}
@@ -327,6 +332,19 @@ VIEWS: dict[str, tuple[str, str]] = {
             CASE WHEN scored.synthetic_score IS NOT NULL THEN scored.texts END AS texts
         FROM samples LEFT JOIN base.curated AS selected USING (source, shard, uid)
             LEFT JOIN scored USING (source, shard, uid)""",
+    ),
+    "trained_on": (
+        "one row for each checkpoint and image that it was trained on, of shards that are now as they were then; "
+        "`capfilt trace CORPUS UID` also knows those that were selected anew",
+        """
+            SELECT checkpoints.path AS checkpoint, checkpoints.stage, curated.source, curated.shard, curated.uid
+            FROM checkpoints
+            JOIN snapshots ON snapshot = digest AND starts_with(checkpoints.path, folder || '/step-')
+            JOIN shards ON snapshots.source = shards.source AND snapshots.shard = shards.shard
+                AND snapshots.sha256['tar'] = shards.sha256['tar']
+            JOIN curated ON curated.source = snapshots.source AND curated.shard = snapshots.shard
+            WHERE shards.stage = 'select' AND shards.state = 'committed'
+                AND NOT list_contains(held_out, curated.uid)""",
     ),
 }
 

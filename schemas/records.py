@@ -309,3 +309,43 @@ class CheckpointRecord(Json):
     metrics: Mapping[str, Number]
     created_at: str
     models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotShard(Json):
+    """A shard that a training reads. ``parquet`` is None outside a corpus; ``held_out`` are uids it leaves out."""
+
+    corpus: str
+    source: str
+    shard: str
+    tar: OutputFile
+    parquet: OutputFile | None = None
+    held_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotSource(Json):
+    """The shards of one source; see ``training.data.snapshot.Source``."""
+
+    slice: Count
+    name: str
+    kind: str
+    shards: tuple[SnapshotShard, ...]
+    given_weight: Finite | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRecord(Json):
+    """What a training reads, as it saves it beside its checkpoints; in the corpora too if these lie elsewhere.
+
+    ``folder``: where the checkpoints are, if that is not where this file is.
+    """
+
+    digest: FileName
+    sources: tuple[SnapshotSource, ...]
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's name in its folder."""
+        return f"snapshot-{self.digest[:16]}.json"

@@ -205,6 +205,19 @@ CHECKPOINTS = pa.schema(
     ]
 )
 
+SNAPSHOTS = pa.schema(
+    [
+        _column("digest", pa.string(), "of the shards that a training reads: `snapshot` of its checkpoints"),
+        _column("folder", pa.string(), "where the checkpoints are, relative to the corpus, or a URL"),
+        _column("corpus", pa.string(), "the corpus or folder, as the training's config named it"),
+        _column("source", pa.string(), "name of the [[source]]"),
+        _column("shard", pa.string(), "shard number within the source"),
+        _column("images", pa.int64(), "images that it trained on"),
+        _column("held_out", pa.list_(pa.string()), "uids that it left out, for its probe"),
+        _column("sha256", pa.map_(pa.string(), pa.string()), "sha256 of the curated files as they were then"),
+    ]
+)
+
 MARKS = pa.schema(
     [
         _column("mark", pa.string(), "the mark's id; one mark may name several values"),
@@ -238,6 +251,7 @@ TABLES: dict[str, pa.Schema] = {
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
+    "snapshots": SNAPSHOTS,
     "marks": MARKS,
 }
 
@@ -250,5 +264,6 @@ TABLE_DOCS: dict[str, str] = {
     "runs": "One row for each run.",
     "models": "One row for each set of weights that a run used.",
     "checkpoints": "One row for each checkpoint trained on this corpus.",
+    "snapshots": "One row for each training and shard: what its checkpoints were trained on.",
     "marks": "One row for each verdict on samples: what `capfilt mark` said, and whether it still holds.",
 }

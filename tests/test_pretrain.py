@@ -22,6 +22,7 @@ from jobs.pretrain import TrainingFailedError, pretrain
 from pipeline.corpus.storage import Storage
 from pipeline.manifest.checkpoint_trace import trace_checkpoint
 from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.sample_trace import trace
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus
@@ -169,6 +170,12 @@ def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, workspace: 
         f"WHERE c.run_id = '{summary.run_id}' AND c.step = 8"
     )
     assert {digest for (digest,) in joined.rows} == {model["digest"] for model in actual["loaded"]}
+    # From the image to the checkpoint it is the same, in the trace and in SQL.
+    manifest, path = Manifest(Storage(str(workspace / "corpus"))), actual["checkpoint"]["path"]
+    eaten = manifest.query(f"SELECT uid, shard FROM trained_on WHERE '{path}' LIKE '%' || checkpoint").rows
+    assert len(eaten) == source["images"] and {shard for _, shard in eaten} == {"00000", "00001"}
+    [traced] = trace(manifest, eaten[0][0])
+    assert summary.checkpoint in {row["path"].rpartition("/")[2] for row in traced["checkpoints"]}
     printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
     assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
     assert trace_checkpoint(summary.folder) == actual

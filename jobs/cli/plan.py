@@ -11,7 +11,9 @@ from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
+from pipeline.manifest.manifest import Manifest
 from pipeline.marks.search import marks_of_shards
+from pipeline.marks.trained import checkpoints_with_marked
 from pipeline.models.weights import require_model_names
 from pipeline.stages.plan import stale_reasons
 from pipeline.stages.survey import survey as survey_corpus
@@ -62,6 +64,7 @@ def plan_corpus(
         "expected_share_basis": survey.share_basis,
         "stale_because": stale_reasons(config, models, records, survey.stale, state),
         "marked": [f"{source}/{shard}" for source, shard in survey.marked],
+        "trained_on_marked": checkpoints_with_marked(Manifest(records.storage), marks),
         "left_config": {} if only_named else dict(survey.left_config),
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),
@@ -98,6 +101,8 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     if marked := plan["marked"]:
         named = ", ".join(marked[:_SHARDS_NAMED]) + (", ..." if len(marked) > _SHARDS_NAMED else "")
         yield f"marks were made or taken back in {len(marked):,} shards ({named}); capfilt run selects them anew"
+    for path, images in plan["trained_on_marked"].items():
+        yield f"trained on {images:,} marked images: {path}"
     for source, shards in plan["left_config"].items():
         yield left_config_line(source, shards)
     if any(row["stage"] == "crawl" and row["images_left"] for row in plan["stages"]):

@@ -23,8 +23,10 @@ _STAGES = (
 )  # fmt: skip
 _RUNS = ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at")
 _MODELS = ("digest", "kind", "name", "revision", "parameters")
+_CHECKPOINTS = ("use", "path", "stage", "step", "run_id", "created_at")
 _MARKS = ("what", "named_by", "value", "caption", "reason", "made_at", "undone_at")
 # What a narrow screen does without first.
+_SPARE_CHECKPOINTS = ("run_id", "created_at")
 _SPARE_MARKS = ("value", "made_at", "undone_at")
 _SPARE_CANDIDATES = ("rerank_score", "truncated", "candidate")
 _SPARE_STAGES = ("host", "device", "attempt", "finished_at", "state")
@@ -117,6 +119,10 @@ def _print_sample_trace(traced: dict[str, Any], wide: bool) -> None:
         print(
             "\nselection: "
             + ", ".join(filter(None, (traced["selection"]["status"], traced["selection"]["reason"])))
+        )
+    if traced["checkpoints"]:
+        print_table(
+            traced["checkpoints"], _CHECKPOINTS, title="\ncheckpoints", spare=_SPARE_CHECKPOINTS, wide=wide
         )
     if traced["marks"]:
         print_table(traced["marks"], _MARKS, title="\nmarks", spare=_SPARE_MARKS, wide=wide)

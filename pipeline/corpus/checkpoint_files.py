@@ -22,6 +22,7 @@ from schemas.errors import CapfiltError
 from schemas.names import is_one_part
 from schemas.records import CheckpointRecord
 
+SNAPSHOT_FILE = re.compile(r".+/snapshot-[0-9a-f]{16}\.json")
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
 
 

@@ -7,6 +7,7 @@ records/attempts/<stage>/<source>/<shard>/<run>.<attempt>     begun; removed at 
 records/marks/<mark>.json                                     a verdict on samples, or what takes some back
 records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
+records/snapshots/<run_id>/snapshot-<digest>.json             what a training elsewhere reads of this corpus
 records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
 
 A corpus may be somebody else's. What is read here has the declared types, is about the shard that its own file's
@@ -30,6 +31,7 @@ from schemas.records import (
     QuarantineRecord,
     RunRecord,
     ShardRecord,
+    SnapshotRecord,
     shard_record_path,
 )
 from schemas.stages import STAGES, Stage
@@ -195,6 +197,10 @@ class Records:
         """Note a complete checkpoint."""
         self.storage.write(f"records/checkpoints/{name}.json", record.to_json().encode())
 
+    def write_snapshot(self, run_id: str, record: SnapshotRecord) -> None:
+        """Note what a training reads whose folder is outside the corpus."""
+        self.storage.write(f"records/snapshots/{run_id}/{record.name}", record.to_json().encode())
+
     def checkpoints(self) -> list[CheckpointRecord]:
         """Return the checkpoints trained on this corpus."""
         return self._read_all(CheckpointRecord, self.storage.list("records/checkpoints"))
@@ -294,6 +300,8 @@ def _has_name_of(record: Json, path: str) -> bool:
     match record:
         case ShardRecord():
             return path in (record.path, record.retired_path)
+        case SnapshotRecord():  # in a run's folder, wherever that is
+            return path.endswith(f"/{record.name}")
         case CheckpointRecord():  # its own ``path`` is the checkpoint's
             return path.startswith(f"records/checkpoints/{record.run_id}.")
         case (

@@ -145,7 +145,9 @@ class CompactedRecords:
     def _new_rows(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
         seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
-        unseen = [info for info in self.storage.list("records") if (info.path, info.version) not in seen]
+        # A training saves its snapshot beside its checkpoints: in the corpus, unless its config says otherwise.
+        listed = [info for folder in ("records", "checkpoints") for info in self.storage.list(folder)]
+        unseen = [info for info in listed if (info.path, info.version) not in seen]
         by_table = [(table, info) for info in unseen if (table := table_of(info.path))]
         rows: dict[str, list[Row]] = {table: [] for table in RECORD_TABLES}
         read = self.storage.map(self._read_record, [info for _, info in by_table])
@@ -230,7 +232,7 @@ def _to_table(table: str, rows: list[Row]) -> pa.Table:
 
 def _distinct(rows: pa.Table) -> pa.Table:
     """Drop rows that two processes copied from the same record (one record may hold many shards, or values)."""
-    identity = ("record", "version", "shard", "mark", "value")
+    identity = ("record", "version", "source", "shard", "mark", "value")
     names = [name for name in identity if name in rows.column_names]
     keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
     first = {key: number for number, key in reversed(list(enumerate(keys)))}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.corpus.checkpoint_files import SNAPSHOT_FILE
 from pipeline.corpus.records import parse_record
 from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
@@ -18,9 +19,12 @@ from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
     ModelRecord,
+    OutputFile,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
+    SnapshotRecord,
+    SnapshotShard,
 )
 from schemas.stages import STAGES
 
@@ -40,15 +44,19 @@ _RECORD_TYPES: dict[str, type[Json]] = {
 
 
 def table_of(path: str) -> str | None:
-    """Return the table that a file under records/ belongs to, or None."""
-    folder = path.split("/")[1]
-    if not path.endswith(".json") or folder not in _RECORD_TYPES:
+    """Return the table that a file under records/ or checkpoints/ belongs to, or None."""
+    if SNAPSHOT_FILE.fullmatch(path):
+        return "snapshots"
+    root, folder, *_ = path.split("/")
+    if root != "records" or not path.endswith(".json") or folder not in _RECORD_TYPES:
         return None
     return folder if folder in RECORD_TABLES else "shards"
 
 
 def rows_of(path: str, text: bytes) -> list[Row]:
     """Return the rows of one record file. Raises CapfiltError naming a file that is not a record."""
+    if table_of(path) == "snapshots":
+        return _snapshot_rows(path, text)
     folder = path.split("/")[1]
     record = parse_record(_RECORD_TYPES[folder], path, text)
     try:
@@ -81,6 +89,38 @@ def _url_shard_rows(batch: IntakeRecord) -> list[Row]:
         numbers = {"rows_in": file.rows, "rows_out": file.rows, "counts": {batch.kind: file.rows}}
         rows.append(_row("shards", shared | {"shard": shard} | _files({"parquet": file}) | numbers))
     return rows
+
+
+def _snapshot_rows(path: str, text: bytes) -> list[Row]:
+    """Return one row for each shard that a training reads.
+
+    Beside checkpoints a file that is not such a list gives none: a training that resumes says what is wrong with it.
+    """
+    try:
+        record = parse_record(SnapshotRecord, path, text)
+    except CapfiltError:
+        if path.startswith("records/"):
+            raise
+        return []
+    folder = record.folder or path.rpartition("/")[0]
+    return [
+        {
+            "digest": record.digest,
+            "folder": folder,
+            "corpus": shard.corpus,
+            "source": shard.source,
+            "shard": shard.shard,
+            "images": shard.tar.rows - len(shard.held_out),
+            "held_out": list(shard.held_out),
+            "sha256": [(name, file.sha256) for name, file in _curated_files(shard)],
+        }
+        for source in record.sources
+        for shard in source.shards
+    ]
+
+
+def _curated_files(shard: SnapshotShard) -> list[tuple[str, OutputFile]]:
+    return ([("parquet", shard.parquet)] if shard.parquet else []) + [("tar", shard.tar)]
 
 
 def _mark_rows(record: MarkRecord) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.candidates import Candidate, Choice, choose
 from pipeline.manifest.manifest import Manifest, Query
+from pipeline.manifest.trained_on import trained_on
 from pipeline.text import same_text_key
 from schemas.catalog import STAGE_ORDER, quote
 from schemas.config import SelectConfig
@@ -28,8 +29,8 @@ def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
     """Return the trace of the sample with this uid or URL; one of each source, where two list the URL.
 
     Keys of a trace: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
-    ``candidates``, best first, with ``outcome``; ``selection``; ``marks``, taken back or not; ``stages``, ``runs`` and
-    ``models``.
+    ``candidates``, best first, with ``outcome``; ``selection``; ``marks``, taken back or not; ``checkpoints`` that
+    had it, with ``use``; ``stages``, ``runs`` and ``models``.
 
     Raises CapfiltError where no list has it.
     """
@@ -97,6 +98,10 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
         "candidates": _judged(candidates, selection, _select_config(stages, runs), marks),
         "selection": _selection(selection),
         "marks": marks,
+        "checkpoints": [
+            found.checkpoint | {"use": found.uses[uid]}
+            for found in trained_on(query, source, last["shard"], [uid])
+        ],
         "stages": stages,
         "runs": [{name: value for name, value in row.items() if name != "config"} for row in runs],
         "models": query.rows("SELECT * FROM models WHERE digest = ANY($1) ORDER BY kind, digest", (used,)),

@@ -3,5 +3,5 @@
 In: uids, URLs, hosts, sha256 or a list of them. Out: records of marks, and by shard the rules that hold there.
 
 `marking` makes marks and takes them back, `search` finds the shards that hold their samples, `rules` says what holds
-for a shard and for a sample; `from_file` reads lists.
+for a shard and for a sample; `trained` names the checkpoints that saw what is marked; `from_file` reads lists.
 """

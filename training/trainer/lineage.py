@@ -1,4 +1,4 @@
-"""Writes a training's records into the corpora that it reads: the run, its models and each checkpoint."""
+"""Writes a training's records into the corpora that it reads: the run, its models, its snapshot, each checkpoint."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.storage import Storage
 from schemas.json_record import utc_now
 from schemas.pretrain import DataConfig
-from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord
+from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord, SnapshotRecord
 
 
 class LineageWriter:
@@ -29,6 +29,12 @@ class LineageWriter:
             except OSError as error:
                 self.corpora.remove(records)
                 log(f"{records.storage.root} takes no records ({error}): the run will not be in its manifest")
+
+    def write_snapshot(self, run_id: str, snapshot: SnapshotRecord) -> None:
+        """Write what the run reads into the corpora in which ``snapshot.folder`` is not: there it is a file already."""
+        for records in self.corpora:
+            if not snapshot.folder.startswith(f"{records.storage.root}/"):
+                records.write_snapshot(run_id, snapshot)
 
     def write_checkpoint(self, record: CheckpointRecord, url: str) -> None:
         """Write a committed checkpoint at ``url``; the record stays when ``keep_last`` removes the files."""

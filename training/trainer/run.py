@@ -12,7 +12,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from schemas.records import CheckpointRecord, RunRecord
+from schemas.records import CheckpointRecord, RunRecord, SnapshotRecord
 from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
 from training.checkpoint import Checkpoints, State, recorded_config
@@ -215,6 +215,9 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     lineage = LineageWriter(config.data)
     lineage.write_start(
         replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.log
+    )
+    lineage.write_snapshot(
+        run.run_id, replace(SnapshotRecord.from_json(snapshot.to_json()), folder=storage.root)
     )
 
     def record_checkpoint(record: CheckpointRecord) -> None:

@@ -1,0 +1,101 @@
+"""Which checkpoints were trained on some images of a shard, of shards that were selected anew since, too."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.candidates import Candidate, choose
+from pipeline.manifest.manifest import Query
+from schemas.catalog import quote
+from schemas.config import SelectConfig
+from schemas.records import MARKS_INPUT
+
+Row = dict[str, Any]
+Use = Literal["trained on", "held out", "not known"]
+
+# The image as its checkpoint was trained on it: the shard as it was in the snapshot of the checkpoint's run.
+_CHECKPOINTS = """
+    SELECT checkpoints.path, checkpoints.stage, checkpoints.run_id, step, samples, snapshot, created_at, held_out,
+        snapshots.sha256['tar'] AS tar
+    FROM checkpoints JOIN snapshots ON snapshot = digest AND starts_with(checkpoints.path, folder || '/step-')
+    WHERE snapshots.source = $1 AND snapshots.shard = $2 ORDER BY created_at, checkpoints.path"""
+# Every selection of the shard, replaced or not.
+_SELECTIONS = """
+    SELECT sha256['tar'] AS tar, state, inputs, config FROM shards LEFT JOIN runs USING (run_id)
+    WHERE shards.stage = 'select' AND shards.state <> 'quarantined' AND source = $1 AND shard = $2
+    ORDER BY shards.finished_at"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A checkpoint, as the table has it, and by uid what it did with the images that were asked about."""
+
+    checkpoint: Row
+    uses: dict[str, Use]
+
+
+def trained_on(query: Query, source: str, shard: str, uids: Collection[str]) -> list[Trained]:
+    """Return the checkpoints whose snapshot has the shard, oldest first, with those of the images that it had.
+
+    Where the shard was selected anew since, what was kept before is computed from the scores and the config of that
+    run. It is ``not known`` where the scores are new too, or marks were obeyed, or the config cannot be read.
+    """
+    checkpoints = query.rows(_CHECKPOINTS, (source, shard))
+    if not checkpoints:
+        return []
+    selections = query.rows(_SELECTIONS, (source, shard))
+    kept_by_tar: dict[str, set[str] | None] = {}
+    found = []
+    for row in checkpoints:
+        tar, held_out = row.pop("tar"), set(row.pop("held_out"))
+        if tar not in kept_by_tar:
+            kept_by_tar[tar] = _kept(query, source, shard, uids, tar, selections)
+        kept = kept_by_tar[tar]
+        uses: dict[str, Use] = {
+            uid: "held out" if uid in held_out else "trained on" if kept is not None else "not known"
+            for uid in sorted(uids)
+            if kept is None or uid in kept
+        }
+        # A tar that the corpus never committed is that of another corpus under the same name.
+        if uses and any(selection["tar"] == tar for selection in selections):
+            found.append(Trained(checkpoint=row, uses=uses))
+    return found
+
+
+def _kept(
+    query: Query, source: str, shard: str, uids: Collection[str], tar: str, selections: list[Row]
+) -> set[str] | None:
+    """Return which of the images a curated tar of the shard has; None where that is not known any more."""
+    current = next((row for row in selections if row["state"] == "committed"), None)
+    at = f"source = {quote(source)} AND shard = {quote(shard)} AND uid = ANY($1)"
+    if current is not None and current["tar"] == tar:
+        rows = query.rows(f"SELECT uid FROM curated WHERE {at}", (list(uids),))
+        return {row["uid"] for row in rows}
+    made = next((row for row in reversed(selections) if row["tar"] == tar), None)
+    config = _select_config(made)
+    if made is None or current is None or config is None or MARKS_INPUT in made["inputs"]:
+        return None
+    if made["inputs"].items() != {k: v for k, v in current["inputs"].items() if k != MARKS_INPUT}.items():
+        return None
+    names = ("origin", "candidate", "text", "score", "rerank_score")
+    candidates: dict[str, list[Candidate]] = {}
+    for row in query.rows(f"SELECT uid, {', '.join(names)} FROM candidates WHERE {at}", (list(uids),)):
+        candidates.setdefault(row["uid"], []).append(Candidate(**{name: row[name] for name in names}))
+    return {uid for uid, texts in candidates.items() if _keeps_any(texts, config)}
+
+
+def _keeps_any(candidates: list[Candidate], config: SelectConfig) -> bool:
+    min_score = None if any(one.origin == "human" for one in candidates) else config.min_score
+    choices = choose(candidates, top_k=config.top_k, min_score=min_score, web_caption=config.web_caption)
+    return any(choice.reason is None for choice in choices)
+
+
+def _select_config(selection: Row | None) -> SelectConfig | None:
+    """Return ``[select]`` as the run that selected had it; None where its record, or a key of it, is not there."""
+    if selection is None or selection["config"] is None:
+        return None
+    try:
+        return SelectConfig.model_validate(json.loads(selection["config"]).get("select", {}))
+    except ValueError:
+        return None
