@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from jobs.look.server import Server, serve
 from pipeline.corpus.storage import Storage
@@ -77,6 +77,21 @@ class Site:
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
         with contextlib.closing(connection):
             connection.request("GET", path if path.startswith("/") else parts.path + path, headers=headers)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+
+    def post(self, path: str, form: dict[str, str], **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Send a form as the page itself would."""
+        parts = urlsplit(self.address)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+        sent = {
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Origin": f"http://{parts.netloc}",
+            **headers,
+        }
+        with contextlib.closing(connection):
+            target = path if path.startswith("/") else parts.path + path
+            connection.request("POST", target, body=urlencode(form), headers=sent)
             response = connection.getresponse()
             return response.status, dict(response.getheaders()), response.read()
 

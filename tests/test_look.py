@@ -115,6 +115,8 @@ SHOWN = [
     "same=yes&sort=sha256",
     "page=2",
     "sha256=none",
+    "marked=yes",
+    "marked=no&status=kept",
 ]  # fmt: skip
 
 
@@ -223,7 +225,7 @@ def test_every_answer_says_what_a_page_may_load(site: Site) -> None:
         headers = site.get(path)[1]
         assert "unsafe" not in headers["Content-Security-Policy"]
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
-        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "same-origin"
 
 
 @pytest.mark.parametrize(
@@ -428,3 +430,48 @@ def test_an_empty_corpus_is_said(tmp_path: Path) -> None:
     assert "Nothing is committed yet" in overview_file(
         Snapshot(Manifest(corpus.storage)), corpus.root, images=8
     )
+
+
+# -- marks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mark_is_made_and_taken_back(tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=2, images=24, places=True)
+    [row] = answers(corpus, "SELECT uid, source, shard, captions FROM curated ORDER BY uid LIMIT 1")
+    uid = row["uid"]
+    form = {name: row[name] for name in ("uid", "source", "shard")}
+    holding = "SELECT what, value, caption, reason FROM marks WHERE undone_at IS NULL"
+    with looking(corpus.root) as site:
+        assert site.page("grid?marked=yes").parts[0].numbers == [0.0]
+        status, headers, _ = site.post("mark", form | {"what": "drop", "back": "status=kept&sort=-score"})
+        assert (status, headers["Location"]) == (303, f"grid?status=kept&sort=-score#u{uid}")
+        assert answers(corpus, holding) == [
+            {"what": "drop", "value": uid, "caption": None, "reason": "seen on the page"}
+        ]
+        page = site.page("grid?marked=yes")
+        assert page.parts[0].numbers == [1.0] and "marked: drop" in page.text and "Take back" in page.text
+        assert "marked: drop" in site.page(f"sample/{uid}").text
+        assert site.post("mark", form | {"what": "drop", "undo": "yes"})[0] == 303
+        assert answers(corpus, holding) == [] and "marked: drop" not in site.page(f"sample/{uid}").text
+        other = form | {"what": "not-this-caption", "reason": "<b>wrong</b>"}
+        assert site.post("mark", other)[1]["Location"] == f"sample/{uid}"
+        assert answers(corpus, holding)[0]["caption"] == row["captions"][0]
+        assert "<b>wrong</b>" in site.page(f"sample/{uid}").text
+
+
+def test_a_mark_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=1, images=12, places=True)
+    [form] = answers(corpus, "SELECT uid, source, shard, 'drop' AS what FROM curated ORDER BY uid LIMIT 1")
+    with looking(corpus.root) as site:
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+            assert site.post("mark", form, Origin=origin)[0] == 403
+        assert site.post("/wrong/mark", form)[0] == 404
+        for wrong in (
+            {"uid": "x"},
+            {"what": "keep"},
+            {"uid": "0" * 32},
+            {"source": "..", "shard": "../records"},
+        ):
+            assert site.post("mark", form | wrong)[0] == 400, wrong
+        assert site.post("mark", form | {"reason": "x" * 70_000})[0] == 413
+    assert answers(corpus, "SELECT * FROM marks") == []

@@ -61,6 +61,11 @@ def test_from_the_first_screen_to_a_sample_and_back(browser: Browser, site: Site
     assert browser.driver.current_url == second
     browser.press("p")
     assert "page=" not in browser.driver.current_url
+    browser.press("j", "j", "x")
+    [marked] = browser.all(".marked")
+    assert "drop" in marked.text and "page=" not in browser.driver.current_url
+    browser.press("x")
+    assert browser.all(".marked") == [] and len(browser.all(".card")) == 60
     asked = browser.requests()
     assert len(asked) > 60 and [address for address in asked if not address.startswith(site.address)] == []
     assert browser.console_messages() == []

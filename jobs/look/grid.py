@@ -9,11 +9,12 @@ from jobs.look.view import PAGE_CARDS, View
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One sample: its row of ``cards``, and its captions. A caption that repeats another is counted there."""
+    """One sample: its row of ``cards``, its captions and its marks. A caption that repeats another is counted there."""
 
     card: Row
     kept: list[Row]
     others: list[Row]
+    marks: list[Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +42,12 @@ def grid(snapshot: Snapshot, view: View) -> Grid:
     count = snapshot.ask_cards(questions.count_of(view, scope), scope)
     rows = snapshot.ask_cards(questions.rows_of(view, scope), scope)
     captions = snapshot.captions(rows.rows, scope)
+    marks = snapshot.marks([row["uid"] for row in rows.rows], scope)
     is_part = scope.shards is not None and "shard" not in view.filters
     return Grid(
         view=view,
         total=count.rows[0]["samples"],
-        cards=[card_of(row, captions.get(row["uid"], [])) for row in rows.rows],
+        cards=[card_of(row, captions.get(row["uid"], []), marks.get(row["uid"], [])) for row in rows.rows],
         count_sql=count.sql,
         rows_sql=rows.sql,
         all_query=replace(view, all=True, page=1).query() if is_part else "",
@@ -53,7 +55,7 @@ def grid(snapshot: Snapshot, view: View) -> Grid:
     )
 
 
-def card_of(card: Row, captions: list[Row]) -> Card:
+def card_of(card: Row, captions: list[Row], marks: list[Row]) -> Card:
     """Return a card with its captions; ``captions``: best first."""
     repeats: dict[tuple[str, int], int] = {}
     for row in captions:
@@ -73,4 +75,4 @@ def card_of(card: Row, captions: list[Row]) -> Card:
             *(card[name] or () for name in ("captions", "scores", "origins", "candidates")), strict=True
         )
     ]
-    return Card(card, kept, list(places.values()))
+    return Card(card, kept, list(places.values()), marks)

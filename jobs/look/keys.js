@@ -1,4 +1,4 @@
-// Keys: j k Enter on cards, u back, / find, ? what they do. Reading works without this script.
+// Keys: j k Enter x on cards, u back, / find, ? what they do. Reading works without this script.
 "use strict";
 
 const cards = () => [...document.querySelectorAll(".card, .thumb a")];
@@ -17,6 +17,16 @@ function open() {
   if (card) card.querySelector("a.open").click();
 }
 
+function mark() {
+  const card = document.activeElement.closest(".card");
+  const form = card && card.querySelector("form.marking");
+  if (form) form.submit();
+}
+
+// After a mark the page is loaded anew, at the card that was marked.
+const marked = location.hash && document.getElementById(location.hash.slice(1));
+if (marked) marked.focus();
+
 function page(rel) {
   const link = document.querySelector(`a[rel="${rel}"]`);
   if (link) link.click();
@@ -25,6 +35,7 @@ function page(rel) {
 const keys = {
   j: () => step(1),
   k: () => step(-1),
+  x: mark,
   n: () => page("next"),
   p: () => page("prev"),
   u: () => history.back(),

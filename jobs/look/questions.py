@@ -44,7 +44,8 @@ PROGRESS = "SELECT source, stage, shards FROM progress"
 COMMITS = (
     "SELECT (SELECT count(*) FROM shards) AS shards, (SELECT max(finished_at) FROM shards) AS last_shard, "
     "(SELECT count(*) FROM runs) AS runs, (SELECT max(finished_at) FROM runs) AS last_run, "
-    "(SELECT count(*) FROM checkpoints) AS checkpoints"
+    "(SELECT count(*) FROM checkpoints) AS checkpoints, "
+    "(SELECT count(*) FILTER (undone_at IS NULL) FROM marks) AS marks, (SELECT max(made_at) FROM marks) AS last_mark"
 )
 
 
@@ -87,6 +88,15 @@ def captions_of(uids: Iterable[str], shards: Iterable[tuple[str, str]]) -> str:
         "SELECT uid, origin, candidate, text, score, duplicate_of FROM candidates "
         f"WHERE {condition} AND uid IN ({', '.join(map(quote, uids))}) "
         "ORDER BY uid, score DESC NULLS LAST, origin, candidate"
+    )
+
+
+def marks_of(uids: Iterable[str]) -> str:
+    """Return the question for the marks that hold for some samples, whatever these are named by."""
+    return (
+        "SELECT cards.uid, what, named_by, value, caption, marks.reason FROM marks JOIN cards ON value = CASE named_by "
+        "WHEN 'uid' THEN cards.uid WHEN 'url' THEN cards.url WHEN 'host' THEN cards.host ELSE cards.sha256 END "
+        f"WHERE undone_at IS NULL AND cards.uid IN ({', '.join(map(quote, uids))}) ORDER BY made_at"
     )
 
 

@@ -9,7 +9,8 @@ import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast, get_args
+from urllib.parse import parse_qsl
 
 from aiohttp import web
 
@@ -19,9 +20,13 @@ from jobs.look.overview import overview
 from jobs.look.page import Pages, image_path, style
 from jobs.look.snapshot import Row, Snapshots
 from jobs.look.view import View
+from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.sample_trace import trace
+from pipeline.marks.marking import Verdict, mark, take_back
 from schemas.errors import CapfiltError
+from schemas.marks import is_value
+from schemas.statuses import What
 
 HOST = "127.0.0.1"
 _POLICY = (
@@ -31,14 +36,18 @@ _POLICY = (
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # Not no-referrer: a form would come without its origin, by which a mark is known to be made on this page.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 # The formats that are stored, by their first bytes; anything else is not sent.
 _MEDIA_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"RIFF", "image/webp"))
+# Of a mark that is made by one key.
+_REASON = "seen on the page"
 _MAX_UID = 64
+_MAX_FORM_BYTES = 64 * 2**10
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -60,12 +69,13 @@ class Server:
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._guard], client_max_size=_MAX_FORM_BYTES)
         base = f"/{self.token}"
         app.router.add_get(f"{base}/", self._overview)
         app.router.add_get(f"{base}/grid", self._grid)
         app.router.add_get(f"{base}/runs", self._runs)
         app.router.add_get(f"{base}/sample/{{uid}}", self._sample)
+        app.router.add_post(f"{base}/mark", self._mark)
         app.router.add_get(f"{base}/image/{{source}}/{{shard}}/{{key}}", self._image)
         for name, kind, text in _assets():
             app.router.add_get(f"{base}/{name}", _constant(text, kind))
@@ -125,11 +135,38 @@ class Server:
 
         def answer() -> str:
             snapshot = self.snapshots.current()
+            traces = [_with_card(traced) for traced in trace(self._manifest, uid)]
             return self._pages.sample(
-                snapshot, uid, [_with_card(traced) for traced in trace(self._manifest, uid)]
+                snapshot, uid, [traced | {"marks": snapshot.marks_of_sample(traced)} for traced in traces]
             )
 
         return _html(await asyncio.to_thread(answer))
+
+    async def _mark(self, request: web.Request) -> web.Response:
+        """Make a mark, or take one back, and lead back to where it was made."""
+        if request.headers.get("Origin") != f"http://{request.host}":
+            raise web.HTTPForbidden(text="a mark is made on the page itself")
+        form = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
+        await asyncio.to_thread(self._make_mark, form)
+        if "back" not in form:
+            raise web.HTTPSeeOther(f"sample/{form['uid']}")
+        back = View.parse(parse_qsl(form["back"])).query()
+        raise web.HTTPSeeOther(f"grid?{back}#u{form['uid']}")
+
+    def _make_mark(self, form: dict[str, str]) -> None:
+        what, uid = form.get("what"), form.get("uid", "")
+        if what not in get_args(What) or not is_value("uid", uid):
+            raise CapfiltError("a mark names a uid, and says drop or not-this-caption")
+        self._manifest.storage.require_conditional_puts()
+        verdict = Verdict(
+            what=cast(What, what), named_by="uid", values=(uid,), reason=form.get("reason") or _REASON
+        )
+        records = Records(self._manifest.storage)
+        if "undo" in form:
+            take_back(records, verdict)
+        else:
+            mark(records, verdict, within=[(form.get("source", ""), form.get("shard", ""))])
+        self.snapshots.current().reread_marks()
 
     async def _image(self, request: web.Request) -> web.Response:
         names = (request.match_info[name] for name in ("source", "shard", "key"))

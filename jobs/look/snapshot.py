@@ -48,6 +48,10 @@ class _Connection:
             rows = self._query.rows(sql)
             return Answer(sql, rows, time.perf_counter() - start)
 
+    def reread_marks(self) -> None:
+        with self._lock:
+            self._query.reread_marks()
+
     def close(self) -> None:
         with self._lock:
             self._query.__exit__()
@@ -142,6 +146,24 @@ class Snapshot:
         """Return about how long a question to all shards takes, from how long those of a scope took."""
         shards = len(scope.shards or ()) or 1
         return max(1, round(self._seconds.get(scope, 0.0) * len(self.shards) / shards))
+
+    def marks(self, uids: Sequence[str], scope: Scope) -> dict[str, list[Row]]:
+        """Return the marks that hold for some samples, by uid."""
+        marks: dict[str, list[Row]] = {}
+        for row in self.ask_cards(questions.marks_of(uids), scope).rows if uids else ():
+            marks.setdefault(row["uid"], []).append(row)
+        return marks
+
+    def marks_of_sample(self, sample: Row) -> list[Row]:
+        """Return the marks that hold for one sample, of which ``uid``, ``source`` and ``shard`` are read."""
+        scope = Scope(((sample["source"], sample["shard"]),)) if self.is_sampled else Scope()
+        return self.marks([sample["uid"]], scope).get(sample["uid"], [])
+
+    def reread_marks(self) -> None:
+        """Take the marks as they are now."""
+        with self._lock:
+            for connection in self._cards.values():
+                connection.reread_marks()
 
     def prepare(self) -> None:
         """Compute the cards that most questions read, so that nobody waits for them."""

@@ -65,6 +65,11 @@ def _words(texts: str) -> Callable[[str], str]:
     )
 
 
+# A URL that gave nothing has no sha256: what is not known is not marked.
+_MARKED = " OR ".join(
+    f"coalesce({column}, '') IN (SELECT value FROM marks WHERE undone_at IS NULL AND named_by = '{column}')"
+    for column in ("uid", "url", "host", "sha256")
+)
 _KEPT_TEXT = "array_to_string(captions, ' ')"
 
 FILTERS: dict[str, Filter] = {
@@ -97,6 +102,7 @@ FILTERS: dict[str, Filter] = {
     ),
     "side": Filter("short side, px", _between("short_side")),
     "sha256": Filter("sha256", _equals("sha256")),
+    "marked": Filter("marked", lambda value: f"({_MARKED})" if value == "yes" else f"NOT ({_MARKED})", ("yes", "no")),
     "same": Filter(
         "same bytes as another URL",
         lambda value: f"{HAS_IMAGE} AND sha256 IN "

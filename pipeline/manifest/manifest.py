@@ -163,6 +163,7 @@ class Query:
         shards: Collection[tuple[str, str]] | None = None,
     ) -> None:
         self._storage = storage
+        self._compacted = compacted
         self._in_place = in_place and storage.is_local
         # Variables of the calling Python code must not be tables.
         config: dict[str, str | bool | int | float | list[str]] = {
@@ -246,6 +247,10 @@ class Query:
         """Return the rows of this package's own SQL."""
         result = self._execute(sql, parameters)
         return Answer(columns=column_names(result), rows=result.fetchall()).dicts()
+
+    def reread_marks(self) -> None:
+        """Take the marks as they are now; all else stays as it was when the connection was opened."""
+        self._connection.register("marks_data", self._compacted.tables()["marks"])
 
     def keep(self, view: str) -> None:
         """Compute a view once: from now on this connection's questions read its rows as they are now."""
