@@ -13,11 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from jobs.docs import answers, ask
 from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 from tests.notebooks import assert_shown, outputs_of
+from training.blip2.stage1 import Stage1
+from training.blip2.stage2 import Stage2
+from training.convert.load import load_trained
+from training.evaluate.generation import Decoding, Stage2Generator
+from training.evaluate.images import BenchmarkImages
+from training.evaluate.retrieval import Stage1Matcher
 
 pytestmark = pytest.mark.ray
 README = ROOT / "README.md"
@@ -79,8 +89,13 @@ def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None
     for share in (figures["curated_true_share"], figures["stage1"]["curated"]["text_r1"]):
         assert f"{share:.1%}" in again
     # The commands that it ends with do what they say.
-    commands = [line.strip() for line in again.partition("try next:")[2].strip().splitlines()]
-    assert len(commands) >= 4
+    commands, lines = (
+        [line.strip() for line in part.strip().splitlines()]
+        for part in again.partition("try next:")[2].split(
+            "and what was exported, in Python, without capfilt:"
+        )
+    )
+    assert len(commands) >= 5 and len(lines) == 3
     printed = {}
     for line in commands:
         done = shell(line, folder)
@@ -92,7 +107,85 @@ def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None
     for row, kind in (("ITC", "_r1"), ("ITM over the first 10", "_r1_reranked")):
         shares = re.findall(r"[\d.]+%", re.search(rf"^{row}  .*$", table, re.MULTILINE)[0])
         assert (shares[0], shares[3]) == tuple(f"{curated[side + kind]:.1%}" for side in ("text", "image"))
+    # So do its lines of Python.
+    python = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert python.returncode == 0 and python.stdout.startswith("a picture of a "), python.stderr
+    shutil.rmtree(folder / "demo-corpus-blip2")
     assert shell("capfilt verify demo-corpus", folder).returncode == 0
+
+
+def exported(folder: Path, stage: int, name: str) -> tuple[Stage1 | Stage2, Path]:
+    """Return a model of the demo as capfilt loads it, and the folder that ``capfilt export`` made of it."""
+    run = f"demo-corpus/checkpoints/stage{stage}/{name}"
+    done = shell(f"capfilt export {run} {name}-hf", folder)
+    assert done.returncode == 0 and "written in the Hugging Face format" in done.stdout, done.stderr
+    return load_trained(str(folder / run)), folder / f"{name}-hf"
+
+
+def held_out_files(folder: Path, count: int) -> list[Path]:
+    """Return image files that no training saw: PNGs of the model's size, and as many JPEGs that are resized."""
+    pngs = sorted((folder / "demo-corpus" / "held-out").glob("*.png"))[:count]
+    jpegs = folder / "jpegs"
+    jpegs.mkdir(exist_ok=True)
+    for png in pngs:
+        Image.open(png).resize((128, 96), Image.Resampling.LANCZOS).save(jpegs / f"{png.stem}.jpg")
+    return [*pngs, *sorted(jpegs.iterdir())]
+
+
+def capfilts_pixels(files: list[Path]) -> Tensor:
+    return torch.stack([BenchmarkImages(str(file.parent), 64).pixels(file.name) for file in files])
+
+
+@torch.no_grad()
+def test_the_exported_stage1_scores_as_here(demo: tuple[Path, dict]) -> None:
+    folder, _ = demo
+    stage, path = exported(folder, 1, "demo-stage1")
+    files = held_out_files(folder, 12)
+    rows = json.loads((folder / "demo-corpus" / "held-out" / "captions.json").read_text())
+    captions = [row["caption"][0] for row in rows[:12]] * 2
+
+    model = Blip2ForImageTextRetrieval.from_pretrained(path).eval()
+    # transformers resizes with torchvision unless it is asked for Pillow: a level more or less in a few pixels.
+    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    inputs = processor([Image.open(file) for file in files], captions, padding=True, return_tensors="pt")
+    itc_NM = model(**inputs).logits_per_image
+    itm_N2 = model(**inputs, use_image_text_matching_head=True).logits_per_image
+
+    matcher, pixels_NCHW = Stage1Matcher(stage), capfilts_pixels(files)
+    texts = matcher.tokenize(captions)
+    similarity_NQM = torch.einsum(
+        "nqc,mc->nqm", matcher.embed_images(pixels_NCHW), matcher.embed_texts(texts)
+    )
+    torch.testing.assert_close(itc_NM, similarity_NQM.amax(dim=1), atol=1e-5, rtol=0)
+    expected_N2 = torch.cat(matcher.match(pixels_NCHW, texts, torch.arange(len(files))[:, None]))
+    torch.testing.assert_close(itm_N2, expected_N2, atol=1e-5, rtol=0)
+    # The scores say something: of most captions this image is the best one among the first twelve.
+    assert (itc_NM[:12, :12].argmax(dim=0) == torch.arange(12)).float().mean() > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_the_exported_stage2_writes_the_captions_that_capfilt_writes(
+    demo: tuple[Path, dict], family: str
+) -> None:
+    folder, _ = demo
+    stage, path = exported(folder, 2, f"demo-stage2-{family}")
+    files = held_out_files(folder, 12)
+    model = Blip2ForConditionalGeneration.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    prompt = "a picture of"
+    for beams in (1, 5):
+        captions = []
+        for file in files:
+            inputs = processor(Image.open(file), prompt, return_tensors="pt")
+            ids_BL = model.generate(**inputs, num_beams=beams, max_new_tokens=16)
+            read = inputs.input_ids.shape[1] if family == "opt" else 0
+            captions.append(processor.decode(ids_BL[0, read:], skip_special_tokens=True).strip())
+        decoding = Decoding(beams=beams, min_tokens=0, max_tokens=16)
+        assert Stage2Generator(stage).caption(capfilts_pixels(files), prompt, decoding) == captions
+        assert len(set(captions)) > 6
 
 
 def test_readme_shows_what_the_demo_prints(again: str) -> None:

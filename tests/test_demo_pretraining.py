@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.eva import Eva
+from transformers import AutoTokenizer
 
 from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
-from jobs.demo.train import stage1_config, stage2_config, write_web_captions
-from jobs.demo.weights_training.models import OPT_DIR, T5_DIR
+from jobs.demo.train import CAPTIONS, reads_eva, stage1_config, stage2_config, write_web_captions
+from jobs.demo.weights_training.models import OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
 from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
+from jobs.demo.weights_training.train_tower import distillation_losses
+from jobs.demo.weights_training.train_weights import to_input, tokenize
 from jobs.demo.world.alt_texts import alt_text
-from jobs.demo.world.pictures import Encoding, published
+from jobs.demo.world.pictures import Encoding, demo_images, published
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
 from pipeline.corpus.commit import ShardCommit
@@ -21,6 +25,8 @@ from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.storage import Storage
+from pipeline.models.clip.loader import load_clip
+from pipeline.models.weights import ranker_weights
 from schemas.records import ShardTask
 from schemas.stages import Stage
 from schemas.tables import CURATED, SAMPLES
@@ -115,6 +121,22 @@ def test_held_out_scenes_are_a_benchmark_that_evaluate_reads(tmp_path: Path) -> 
         assert torch.equal(pictures.pixels(image.file), sample.pixels_CHW)
 
 
+# -- the image encoder ---------------------------------------------------------------------------------------
+
+
+def test_the_image_encoder_is_an_eva_that_sees_what_the_ranker_sees() -> None:
+    tower, ranker = (
+        load_clip(ranker_weights(f"local-dir:{folder}", ""), "vision.model").eval()
+        for folder in (TOWER_DIR, RANKER_DIR)
+    )
+    assert isinstance(tower.visual.trunk, Eva)
+    pictures = demo_images(32, seed=12)
+    texts = [write_caption(scene, random.Random(1)) for scene in pictures.scenes]
+    ids_BL = tokenize(AutoTokenizer.from_pretrained(TOWER_DIR), texts)
+    losses = distillation_losses(tower, ranker, to_input(pictures.pixels_NHWC), ids_BL)
+    assert losses["features"] < 0.03 and losses["image"] < 0.01 and losses["text"] < 0.1
+
+
 # -- the language models -------------------------------------------------------------------------------------
 
 
@@ -157,14 +179,19 @@ def test_both_sides_see_the_same_images_in_the_same_order(corpus: Path) -> None:
     assert len(seen) == SHARDS * IMAGES - held_out
 
 
-def test_a_demo_that_held_no_images_out_goes_on_as_it_began(corpus: Path, tmp_path: Path) -> None:
+def test_a_demo_of_an_earlier_version_goes_on_as_it_began(corpus: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(corpus, tmp_path / "old"))
     run = old / "checkpoints" / "stage1" / "demo-stage1"
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"data": {"held_out": 0}}))
+    begun = {"data": {"held_out": 0}, "vision": {"model": "local-dir:/moved/jobs/demo/weights/ranker"}}
+    (run / "config.json").write_text(json.dumps(begun))
     kept = old / "web-captions" / "world" / "00000.tar"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(b"as it was linked then")
     write_web_captions(old)
     assert kept.read_bytes() == b"as it was linked then"
     assert stage1_config(old, "curated").data.held_out == stage2_config(old, "t5").data.held_out == 0
+    for folder, encoder in ((old, RANKER_DIR), (corpus, TOWER_DIR)):
+        configs = (*(stage1_config(folder, captions) for captions in CAPTIONS), stage2_config(folder, "t5"))
+        assert {config.vision.model for config in configs} == {f"local-dir:{encoder}"}
+        assert reads_eva(folder) is (encoder == TOWER_DIR)

@@ -172,7 +172,7 @@ def export(
 ) -> None:
     """Write a model in a format that others can load.
 
-    Hugging Face's Blip2 where the image encoder is EVA ViT-g, our own documented format with any other.
+    Hugging Face's Blip2 where the image encoder is an EVA, our own documented format with any other.
     """
     from pathlib import Path
 

@@ -3,9 +3,10 @@
 `world/` defines scenes (10 colours x 10 shapes x 3 sizes x 8 backgrounds), their pictures, the grammar that decides
 what is true, what the web says of them (about half of it wrong, vague or spam), and the site that serves it all on
 loopback and fails as a real web does. `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million parameters
-each, stored in half precision, 5.7 MB in all) in the layouts of the published models; `weights_training/` made and
-judges them. `run` builds the corpus, `train` goes on to stage 1 and stage 2, `held_out` has scenes that nothing was
-trained on, and `evaluate_training` measures what was learnt on them.
+each, stored in half precision, 5.7 MB in all) in the layouts of the published models, and the image encoder that the
+trainings read, a small EVA (1.8 MB); `weights_training/` made and judges them. `run` builds the corpus, `train` goes
+on to stage 1 and stage 2, `held_out` has scenes that nothing was trained on, and `evaluate_training` measures what was
+learnt on them.
 
 The weights come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:
@@ -16,6 +17,13 @@ two-core machine that other work kept more than busy:
 The schedule follows the clock, so another machine gets other weights of like
 quality. The captioner stops early on purpose: let run on to step 2,608, 98% of
 its samples were true, which leaves a ranker little to do.
+
+The trainings read an EVA, not the ranker's CLIP ViT, because transformers' Blip2 has a place for EVA alone: so an
+export of the demo loads there. This EVA (`pipeline/models/clip/small_eva.py`) begins with the ranker's weights and
+learns the ranker's features for 600 steps, until the difference is 1% of their variance: about 5 minutes of one thread.
+Equal machines get equal weights:
+
+    python -m jobs.demo.weights_training.train_tower
 
 Stage 2 needs language models that know the grammar and have never seen a
 picture (`language`; 280,000 and 330,000 parameters). Each comes from 800 steps on

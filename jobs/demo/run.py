@@ -197,18 +197,37 @@ def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console
     uid = next((rows[0]["uid"] for rows in examples(config)[-1:]), "")
     query = "SELECT reason, count(*) FROM samples GROUP BY reason ORDER BY 2 DESC"
     commands = [f"stats {out}", f"trace {out} {uid}", f'sql {out} "{query}"']
+    exported = f"{out.rstrip('/')}-blip2"
+    lines: list[str] = []
     if trained:
         # Here, as train_demo: a corpus alone needs no trainer.
         from jobs.demo.evaluate_training import RERANK
+        from jobs.demo.train import reads_eva
 
-        commands.append(
+        commands += [
             f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
-            f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}"
-        )
+            f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}",
+            f"export {out}/checkpoints/stage2/demo-stage2-opt {exported}",
+        ]
+        if reads_eva(Path(config.corpus.path)):
+            lines = _load_lines(exported, f"{out}/held-out/0000.png")
     program = program_name()
     console.print("try next:")
     for command in commands:
         console.print(f"  {program} {command}", highlight=False)
+    if lines:
+        console.print("and what was exported, in Python, without capfilt:")
+    for line in lines:
+        console.print(f"  {escape(line)}", highlight=False)
+
+
+def _load_lines(exported: str, image: str) -> list[str]:
+    """Return the lines of Python that load an exported model and print its caption of an image."""
+    return [
+        "from transformers import pipeline",
+        f'blip2 = pipeline("image-text-to-text", {json.dumps(exported)}, max_new_tokens=16)',
+        f'print(blip2({json.dumps(image)}, text="a picture of")[0]["generated_text"])',
+    ]
 
 
 def examples(config: CapfiltConfig) -> list[list[dict[str, Any]]]:

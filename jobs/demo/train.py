@@ -30,7 +30,9 @@ Family = Literal["opt", "t5"]
 CAPTIONS: tuple[Captions, ...] = ("curated", "web")
 FAMILIES: tuple[Family, ...] = ("opt", "t5")
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_HERE = Path(__file__).resolve().parent
+_WEIGHTS = _HERE / "weights"
+RECIPES = _HERE.parent / "recipes"
 NUM_HELD_OUT = 200
 HELD_OUT = "held-out"
 # Of the corpus; the recipes hold none out, so that they fit data of any size.
@@ -88,16 +90,22 @@ def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
     return _config(f"demo-stage2-{family}", corpus, "curated", [f"run.init_from={folder}"])
 
 
+def reads_eva(corpus: Path) -> bool:
+    """Tell whether the trainings of a demo read the EVA, so that transformers loads their exports."""
+    return Path(stage1_config(corpus, "curated").vision.model).name == "tower"
+
+
 def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[str]) -> PretrainConfig:
     path = corpus if captions == "curated" else corpus / _WEB_CAPTIONS / "world"
     name = recipe if captions == "curated" else f"{recipe}-web"
-    held_out = _held_out_images(corpus) if captions == "curated" else ["data.held_out=0"]
+    held_out = [] if captions == "curated" else ["data.held_out=0"]
     return load_config(
         RECIPES / f"{recipe}.toml",
         [
             f"run.name={json.dumps(name)}",
             f"run.output={json.dumps(str(corpus / 'checkpoints'))}",
             f"data.corpus.path={json.dumps(str(path))}",
+            *_as_begun(corpus),
             *held_out,
             *overrides,
         ],
@@ -105,11 +113,20 @@ def _config(recipe: str, corpus: Path, captions: Captions, overrides: Sequence[s
     )
 
 
-def _held_out_images(corpus: Path) -> list[str]:
-    """Return the override of what ``capfilt evaluate probe`` is asked; the first demos held no images out."""
+def _as_begun(corpus: Path) -> list[str]:
+    """Return overrides by which a demo goes on as it began: the first ones read the ranker's image encoder.
+
+    The first of all held no images out, as those now for ``capfilt evaluate probe``.
+    """
     config = corpus / "checkpoints" / "stage1" / "demo-stage1" / "config.json"
-    number = json.loads(config.read_text())["data"]["held_out"] if config.exists() else _HELD_OUT_IMAGES
-    return [f"data.held_out={number}"]
+    if not config.exists():
+        return [f"data.held_out={_HELD_OUT_IMAGES}"]
+    begun = json.loads(config.read_text())
+    encoder = _WEIGHTS / Path(begun["vision"]["model"]).name
+    return [
+        f"data.held_out={begun['data']['held_out']}",
+        f"vision.model={json.dumps(f'local-dir:{encoder}')}",
+    ]
 
 
 def write_web_captions(corpus: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import (
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 CAPTIONER_DIR = WEIGHTS_DIR / "captioner"
 RANKER_DIR = WEIGHTS_DIR / "ranker"
+TOWER_DIR = WEIGHTS_DIR / "tower"
 OPT_DIR = WEIGHTS_DIR / "opt"
 T5_DIR = WEIGHTS_DIR / "t5"
 
@@ -36,7 +37,9 @@ def untrained(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """Make the model that a folder describes, at random weights, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / _CLIP_CONFIG).exists():
-        return open_clip.CLIP(**json.loads((folder / _CLIP_CONFIG).read_text())["model_cfg"]), tokenizer
+        shape = json.loads((folder / _CLIP_CONFIG).read_text())["model_cfg"]
+        kind = open_clip.CustomTextCLIP if shape.pop("custom_text", False) else open_clip.CLIP
+        return kind(**shape), tokenizer
     config = AutoConfig.from_pretrained(folder)
     return _CLASSES[config.model_type](config), tokenizer
 
