@@ -44,4 +44,4 @@ docs: $(STAMP) ## write the generated pages of docs/
 	@$(BIN)/python -m jobs.docs
 
 clean: ## remove .venv and the demo corpus
-	rm -rf $(VENV) demo-corpus
+	rm -rf $(VENV) demo-corpus demo-corpus-blip2
