@@ -106,7 +106,7 @@ class Corpus:
             config: the TOML file, or a config that was loaded.
             overrides: as ``--set``: ``("caption.num_captions=5",)``.
             local: in this process, a shard at a time, without Ray; else on Ray, on the cluster of ``cluster.address``.
-            stages: of ``crawl``, ``caption``, ``rank`` and ``select``, in this order.
+            stages: of ``crawl``, ``caption``, ``rank``, ``filter`` and ``select``, in this order.
             recompute: replace stale shards.
             retry: as ``--retry``: ``"transient"``, or statuses or reasons.
             limit: work on at most so many shards.

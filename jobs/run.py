@@ -23,8 +23,8 @@ from pipeline.intake.retries import queue_retries
 from pipeline.manifest.manifest import Manifest
 from pipeline.marks.rules import ShardMarks
 from pipeline.marks.search import marks_of_shards
-from pipeline.models.weights import Weights, captioner_weights, ranker_weights
-from pipeline.stages.plan import ModelDigests, stale_message
+from pipeline.models.weights import Weights, captioner_weights, filter_weights, ranker_weights
+from pipeline.stages.plan import ModelDigests, stages_in_use, stale_message
 from pipeline.stages.runner import RunSettings
 from pipeline.stages.survey import Survey, Totals, survey
 from schemas.config import CapfiltConfig
@@ -92,8 +92,11 @@ class RunResult:
 def model_weights(config: CapfiltConfig, stages: tuple[Stage, ...]) -> dict[Stage, list[Weights]]:
     """Find (fetching if need be) the weights that the stages load; refuse what is missing before any work."""
     weights: dict[Stage, list[Weights]] = {}
-    if "caption" in stages and any(source.kind == "web" for source in config.source):
+    stages = stages_in_use(config, stages)
+    if "caption" in stages:
         weights["caption"] = [captioner_weights(config.caption)]
+    if "filter" in stages and config.filter:
+        weights["filter"] = [filter_weights(config.filter)]
     if "rank" in stages:
         weights["rank"] = [ranker_weights(config.rank.model, config.rank.pretrained)]
         if rerank := config.rank.rerank:
@@ -134,6 +137,7 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     Raises CapfiltError before any work where the input is at fault: lists, weights, stale shards without
     ``recompute``, a stage whose own input does not exist yet.
     """
+    options = _with_stages_in_use(config, options)
     records = Records(Storage(config.corpus.path))
     records.storage.require_conditional_puts()
     records.storage.require_place("corpus.path")
@@ -145,6 +149,16 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
             return _run_stages(work, console, interrupts)
         except KeyboardInterrupt:
             return _interrupted(records, started, work, interrupts)
+
+
+def _with_stages_in_use(config: CapfiltConfig, options: RunOptions) -> RunOptions:
+    """Leave out the stages that no source goes through. Raises CapfiltError where a section rules out all of them."""
+    stages = stages_in_use(config, options.stages)
+    if not stages and "filter" in options.stages:
+        raise CapfiltError("filter: the config has no section [filter], or every source is of kind human")
+    if not stages and "rank" in options.stages:
+        raise CapfiltError('rank: CLIP ranks nothing where select.by = "itm"; set "both" to have its scores')
+    return replace(options, stages=stages or options.stages)
 
 
 def _prepare(

@@ -9,9 +9,17 @@ from math import isfinite
 from typing import Literal
 
 from pipeline.text import same_text_key
+from schemas.config import SelectConfig
 
 Reason = Literal[
-    "marked", "web_caption_never", "empty_text", "not_scored", "below_min_score", "same_text", "outscored"
+    "marked",
+    "web_caption_never",
+    "empty_text",
+    "not_scored",
+    "filtered_out",
+    "below_min_score",
+    "same_text",
+    "outscored",
 ]
 _ORIGIN_ORDER = {"synthetic": 0, "human": 1, "web": 2}
 
@@ -25,6 +33,7 @@ class Candidate:
     text: str
     score: float | None
     rerank_score: float | None = None
+    match_probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,8 @@ def choose(
     top_k: int | None = None,
     min_score: float | None = None,
     web_caption: Literal["compete", "always", "never"] = "compete",
+    by: Literal["clip", "itm", "both"] = "clip",
+    min_match: float = 0.5,
     marked_texts: Collection[str] = (),
 ) -> list[Choice]:
     """Return every candidate, best first, with the reason why it is not kept.
@@ -54,10 +65,12 @@ def choose(
     - Texts that differ in case alone are one text: its best candidate stands for it.
     - A candidate without a score (its text is empty, or the image does not decode) is never kept, nor one whose
       score is NaN or infinite.
+    - By ``itm`` the match probability is the score, and CLIP's do not count. By ``itm`` and ``both`` a candidate whose
+      probability is under ``min_match`` is not kept.
 
     Args:
         top_k: how many distinct texts to keep; None keeps all.
-        min_score: the least score of a candidate that is kept.
+        min_score: the least CLIP score of a candidate that is kept; of no effect by ``itm``.
         web_caption: the web caption is one more candidate (``compete``), not a candidate (``never``), or kept beside
             the ``top_k`` others (``always``).
         marked_texts: keys (``same_text_key``) of texts that someone marked: they are not candidates.
@@ -66,8 +79,14 @@ def choose(
     # Both by text: the candidates that compete for the top_k places, and those that are kept.
     competing: dict[str, Candidate] = {}
     kept: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=_best_first):
-        reason, same_as = _unusable(candidate, min_score, web_caption), None
+    order = _by_match if by == "itm" else _best_first
+    for candidate in sorted(candidates, key=order):
+        reason = (
+            _unused(candidate, web_caption)
+            or _refused(candidate, by, min_match)
+            or _unscored(candidate, by, min_score)
+        )
+        same_as = None
         text = same_text_key(candidate.text)
         if text in marked_texts:
             reason = "marked"
@@ -85,12 +104,42 @@ def choose(
     return choices
 
 
-def _unusable(candidate: Candidate, min_score: float | None, web_caption: str) -> Reason | None:
-    """Return why a candidate is not kept whatever the others are, or None."""
+def choose_by(
+    candidates: Iterable[Candidate], config: SelectConfig, marked_texts: Collection[str] = ()
+) -> list[Choice]:
+    """Return ``choose`` with the rules of ``[select]``."""
+    return choose(
+        candidates,
+        top_k=config.top_k,
+        min_score=config.min_score,
+        web_caption=config.web_caption,
+        by=config.by,
+        min_match=config.min_match,
+        marked_texts=marked_texts,
+    )
+
+
+def _unused(candidate: Candidate, web_caption: str) -> Reason | None:
+    """Return why a candidate takes no part, whatever was computed of it, or None."""
     if web_caption == "never" and candidate.origin == "web":
         return "web_caption_never"
-    if not candidate.text:
-        return "empty_text"
+    return None if candidate.text else "empty_text"
+
+
+def _refused(candidate: Candidate, by: str, min_match: float) -> Reason | None:
+    """Return why the filter's verdict keeps a candidate out, or None."""
+    if by == "clip":
+        return None
+    probability = candidate.match_probability
+    if probability is None or not isfinite(probability):
+        return "not_scored"
+    return "filtered_out" if probability < min_match else None
+
+
+def _unscored(candidate: Candidate, by: str, min_score: float | None) -> Reason | None:
+    """Return why CLIP's score keeps a candidate out, or None."""
+    if by == "itm":
+        return None
     score = _finite_score(candidate)
     if score is None:
         return "not_scored"
@@ -112,6 +161,18 @@ def _best_first(candidate: Candidate) -> tuple[bool, bool, float, float, int, in
         candidate.rerank_score is None,
         0.0 if score is None else -(candidate.rerank_score or 0.0),
         0.0 if score is None else -score,
+        _ORIGIN_ORDER[candidate.origin],
+        candidate.candidate,
+        candidate.text,
+    )
+
+
+def _by_match(candidate: Candidate) -> tuple[bool, float, int, int, str]:
+    probability = candidate.match_probability
+    is_finite = probability is not None and isfinite(probability)
+    return (
+        not is_finite,
+        -(probability or 0.0) if is_finite else 0.0,
         _ORIGIN_ORDER[candidate.origin],
         candidate.candidate,
         candidate.text,

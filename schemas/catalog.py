@@ -21,6 +21,7 @@ from schemas.tables import (
     CHECKPOINTS,
     CURATED,
     MARKS,
+    MATCHES,
     MODELS,
     RUNS,
     SAMPLES,
@@ -97,15 +98,25 @@ def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> st
 
 
 # The Parquet files of the data tables, by kind: those that the record of a shard commits. Captions count until their
-# shard is ranked, since the scores repeat them; ``retries`` are the raw files of shards that try URLs again.
+# shard is ranked or filtered, since scores and matches repeat them; scores until those same scores are filtered.
+# Matches of other scores than the shard has now do not count. ``retries`` are the raw files of shards that try URLs
+# again.
 _COMMITTED_FILES = f"""
     WITH outputs AS (
         SELECT CASE {" ".join(f"WHEN stage = {quote(stage)} THEN {quote(name)}" for name, stage in DATA_STAGES.items())}
-            ELSE stage END AS kind, source, shard, paths['parquet'] AS path
+            ELSE stage END AS kind, source, shard, paths['parquet'] AS path,
+            sha256['parquet'] AS sha256, inputs['rank.parquet'] AS of_scores
         FROM main.shards WHERE state = 'committed' AND stage <> 'urls'
+    ), filtered AS (
+        SELECT matches.source, matches.shard, scores.path IS NULL
+                OR coalesce(scores.sha256 = matches.of_scores, false) AS counts
+        FROM (SELECT * FROM outputs WHERE kind = 'matches') AS matches
+        LEFT JOIN (SELECT * FROM outputs WHERE kind = 'scores') AS scores USING (source, shard)
     )
-    SELECT * FROM outputs ANTI JOIN (
-        SELECT 'captions' AS kind, source, shard FROM outputs WHERE kind = 'scores'
+    SELECT kind, source, shard, path FROM outputs ANTI JOIN (
+        SELECT 'captions' AS kind, source, shard FROM outputs WHERE kind IN ('scores', 'matches')
+        UNION ALL
+        SELECT CASE WHEN counts THEN 'scores' ELSE 'matches' END, source, shard FROM filtered
     ) USING (kind, source, shard)
     UNION ALL
     SELECT 'retries', source, shard, path FROM outputs SEMI JOIN (
@@ -221,10 +232,12 @@ _TABLES: dict[str, str] = {
         LEFT JOIN last_try ON raw.source = last_try.source AND raw.uid = last_try.uid
         WHERE last_try.shard IS NULL OR raw.shard = last_try.shard""",
     "candidates": f"""
-        SELECT {_quoted(CANDIDATES.names)} FROM base.scores
+        SELECT {_quoted(CANDIDATES.names)}, NULL::FLOAT AS match_probability FROM base.scores
+        UNION ALL
+        SELECT {_quoted(MATCHES.names)} FROM base.matches
         UNION ALL
         SELECT {_quoted(CAPTIONS.names)}, NULL::FLOAT AS score, NULL::FLOAT AS rerank_score, NULL::BOOLEAN AS
-        truncated FROM base.captions""",
+        truncated, NULL::FLOAT AS match_probability FROM base.captions""",
     "curated": f"SELECT {_quoted(CURATED.names)} FROM base.curated WHERE status = 'kept'",
     "dropped": f"SELECT {_quoted(CURATED.names)} FROM base.curated WHERE status = 'dropped'",
 }

@@ -219,10 +219,34 @@ class RankConfig(Section):
     rerank: RerankConfig | None = Field(None, description="a second CLIP; without the section there is none")
 
 
+class FilterConfig(Section):
+    """``[filter]``: BLIP's filter, which says of every candidate whether it matches the image."""
+
+    model: str = Field("Salesforce/blip-itm-large-coco", description="hub id or local folder")
+    revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
+    first_token: Literal["encoder", "cls"] = Field(
+        "encoder",
+        description="of each text; encoder: [ENC], as BLIP trained it; cls: as transformers' own class",
+    )
+    max_tokens: int = Field(
+        35, ge=3, description="of a text, the first and the last one included; the rest is cut"
+    )
+    pixels: PixelPath = "exact"
+    precision: Precision = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    batch_size: int = tuning(32, ge=1, description="images")
+
+
 class SelectConfig(Section):
     """``[select]``: which candidates reach training. Costs no GPU to change."""
 
     top_k: int = Field(2, ge=1, description="captions kept for an image")
+    by: Literal["clip", "itm", "both"] = Field(
+        "clip",
+        description="clip: CLIP's best; itm: the best of those that [filter] says match; both: CLIP's best of those",
+    )
+    min_match: float = Field(
+        0.5, ge=0, le=1, description="match probability a caption must reach, by itm and both"
+    )
     min_score: float | None = Field(None, ge=-1, le=1, description="cosine similarity a caption must reach")
     web_caption: Literal["compete", "never", "always"] = Field(
         "compete", description="compete: one candidate more (BLIP-2); always: kept on top of the top_k"
@@ -251,6 +275,7 @@ class ClusterConfig(Section):
     crawl: StageResources = StageResources()
     caption: StageResources = StageResources()
     rank: StageResources = StageResources()
+    filter: StageResources = StageResources()
     select: StageResources = StageResources()
     requirements: Literal["pinned", "installed"] = Field(
         "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
@@ -272,6 +297,7 @@ class CapfiltConfig(Section):
     crawl: CrawlConfig = CrawlConfig()
     caption: CaptionConfig = CaptionConfig()
     rank: RankConfig = RankConfig()
+    filter: FilterConfig | None = Field(None, description="without the section there is no filter")
     select: SelectConfig = SelectConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -282,4 +308,12 @@ class CapfiltConfig(Section):
             name = sorted(double)[0]
             again = len(names) - 1 - names[::-1].index(name)
             raise ConfigKeyError(f"two [[source]] share the name {name!r}", ("source", again, "name"))
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_filter(self) -> "CapfiltConfig":
+        if self.select.by != "clip" and self.filter is None:
+            raise ConfigKeyError(
+                f"{self.select.by!r} needs a filter; add a section [filter]", ("select", "by")
+            )
         return self

@@ -130,8 +130,8 @@ class ShardTask(Json):
     """The task of a worker: one stage on one shard. ``replaces`` is the stale record to retire, if any.
 
     ``inputs`` are the upstream records by stage name: ``urls`` for crawl; ``crawl`` for caption; ``crawl`` and,
-    for a web source, ``caption`` for rank; ``crawl`` and ``rank`` for select. ``marks``, of select alone: those that
-    concern samples of the shard.
+    for a web source, ``caption`` for rank; these and ``rank`` for filter; ``crawl``, ``rank`` and ``filter`` for
+    select, as far as the source goes through them. ``marks``, of select alone: those that concern samples of the shard.
     """
 
     corpus: str

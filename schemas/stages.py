@@ -8,7 +8,7 @@ from typing import Literal
 
 from schemas.statuses import SAMPLE_STATUSES
 
-Stage = Literal["urls", "crawl", "caption", "rank", "select"]
+Stage = Literal["urls", "crawl", "caption", "rank", "filter", "select"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +66,20 @@ STAGE_INFO: dict[Stage, StageInfo] = {
         cpu_images_per_s=0.90,
         help="Score every candidate caption with CLIP.",
     ),
+    "filter": StageInfo(
+        folder="matches",
+        outputs=("parquet",),
+        reads=("crawl", "caption", "rank"),
+        row_statuses=("scored", "unscored"),
+        images_per_s=520.0,
+        bytes_per_image=800.0,
+        cpu_images_per_s=0.23,
+        help="Compute the match probability of every candidate caption with BLIP's filter.",
+    ),
     "select": StageInfo(
         folder="curated",
         outputs=("parquet", "tar"),
-        reads=("crawl", "rank"),
+        reads=("crawl", "rank", "filter"),
         row_statuses=("kept", "dropped"),
         images_per_s=2000.0,
         bytes_per_image=45e3,

@@ -84,6 +84,7 @@ REASONS: dict[str, Reason] = {
 DROP_REASONS: dict[str, str] = {
     "no_candidates": "no caption is left after clean-up",
     "not_scored": "the stored image does not decode, so that nothing could be captioned or scored",
+    "filtered_out": "no candidate reaches select.min_match: the filter refuses every text",
     "below_min_score": "no candidate reaches select.min_score",
     "marked": "someone marked the image, or every caption that was left (`capfilt mark`)",
 }

@@ -95,6 +95,15 @@ CANDIDATES = pa.schema(
     ]
 )
 
+MATCHES = pa.schema(
+    [
+        *CANDIDATES,
+        _column(
+            "match_probability", pa.float32(), "that the text matches the image, by [filter]; NULL without it"
+        ),
+    ]
+)
+
 CURATED = pa.schema(
     [
         *_IDENTITY,
@@ -122,7 +131,7 @@ CURATED_FILE = pa.schema([*CURATED, _OFFSET, _column("image_bytes", pa.int64(), 
 
 SHARDS = pa.schema(
     [
-        _column("stage", pa.string(), "urls, crawl, caption, rank or select"),
+        _column("stage", pa.string(), "urls, crawl, caption, rank, filter or select"),
         _column("source", pa.string(), "name of the [[source]]"),
         _column("shard", pa.string(), "shard number within the source, five digits"),
         _column(
@@ -160,7 +169,7 @@ SHARDS = pa.schema(
 RUNS = pa.schema(
     [
         _column("run_id", pa.string(), "sortable by start: UTC time and a random part"),
-        _column("command", pa.string(), "run, crawl, caption, rank, select or pretrain"),
+        _column("command", pa.string(), "run, crawl, caption, rank, filter, select or pretrain"),
         _column("config", pa.string(), "the resolved config as JSON"),
         _column("config_digest", pa.string(), "sha256 of it"),
         _column("started_at", pa.timestamp("us", tz="UTC"), "start"),
@@ -180,7 +189,9 @@ MODELS = pa.schema(
     [
         _column("digest", pa.string(), "sha256 over the weights and config files"),
         _column(
-            "kind", pa.string(), "captioner, ranker, or (of a training) vision, language, tokenizer, qformer"
+            "kind",
+            pa.string(),
+            "captioner, ranker, filter, or (of a training) vision, language, tokenizer, qformer",
         ),
         _column("name", pa.string(), "hub id, architecture or folder, as the config names it"),
         _column("revision", pa.string(), "hub revision or pretrained tag"),
@@ -238,13 +249,14 @@ STAGE_SCHEMAS: dict[Stage, pa.Schema] = {
     "crawl": SAMPLES,
     "caption": CAPTIONS,
     "rank": CANDIDATES,
+    "filter": MATCHES,
     "select": CURATED,
 }
 
 # The tables that ``manifest.duckdb`` offers, in the order the docs show them.
 TABLES: dict[str, pa.Schema] = {
     "samples": SAMPLES,
-    "candidates": CANDIDATES,
+    "candidates": MATCHES,
     "curated": CURATED,
     "dropped": CURATED,
     "shards": SHARDS,

@@ -30,12 +30,14 @@ from schemas.records import (
     ShardRecord,
     ShardTask,
 )
-from schemas.stages import STAGES, Stage
-from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES, SAMPLES_FILE, URLS
+from schemas.stages import Stage
+from schemas.tables import CANDIDATES, CAPTIONS, MATCHES, SAMPLES, SAMPLES_FILE, URLS
 
 RUN = "20260101T000000-test"
 CAPTIONER, RANKER = "c" * 64, "d" * 64
 NUM_CAPTIONS = 3
+# Of a corpus whose config has no [filter].
+UNFILTERED: tuple[Stage, ...] = ("crawl", "caption", "rank", "select")
 # How the second to fourth URL of twelve end, by number: status, reason, HTTP status.
 FAILURES = {
     0: ("failed", "timeout", None),
@@ -160,9 +162,12 @@ class Corpus:
         with self.storage.open(self.records.read(stage, source, shard).outputs["parquet"].path) as file:
             return pq.read_table(file).to_pylist()
 
-    def make(self, source: str, shard: str, stages: Iterable[Stage] = STAGES) -> list[ShardRecord]:
+    def make(self, source: str, shard: str, stages: Iterable[Stage] = UNFILTERED) -> list[ShardRecord]:
         """Do the stages of one shard, as a run would."""
-        makers = {"crawl": self._crawl, "caption": self._caption, "rank": self._rank, "select": self._select}
+        makers = {
+            "crawl": self._crawl, "caption": self._caption, "rank": self._rank, "filter": self._filter,
+            "select": self._select,
+        }  # fmt: skip
         return [makers[stage](source, shard) for stage in stages]
 
     def task(self, stage: Stage, source: str, shard: str, needs: Sequence[Stage]) -> ShardTask:
@@ -227,7 +232,13 @@ class Corpus:
             stats.histograms["caption_words"] = histogram([4.0] * written, LENGTH_EDGES)
             return commit.publish({"parquet": (parquet, written)})
 
-    def _rank(self, source: str, shard: str) -> ShardRecord:
+    def rank_anew(self, source: str, shard: str) -> ShardRecord:
+        """Replace a shard's scores with others."""
+        return self._rank(source, shard, more=0.01, replaces=self.records.read("rank", source, shard))
+
+    def _rank(
+        self, source: str, shard: str, more: float = 0.0, replaces: ShardRecord | None = None
+    ) -> ShardRecord:
         rows = self.read("caption", source, shard)
         for sample in self.read("crawl", source, shard):
             if sample["status"] == "ok":
@@ -236,8 +247,10 @@ class Corpus:
                     _identity(sample) | {"origin": "web", "candidate": 0, "raw_text": text, "text": text}
                 )
         for row in rows:
-            row |= {"score": score_of(row["uid"], row["origin"], row["candidate"]), "truncated": False}
-        with ShardCommit(self.records, self.task("rank", source, shard, ("crawl", "caption"))) as commit:
+            score = score_of(row["uid"], row["origin"], row["candidate"])
+            row |= {"score": score + more, "truncated": False}
+        task = replace(self.task("rank", source, shard, ("crawl", "caption")), replaces=replaces)
+        with ShardCommit(self.records, task) as commit:
             parquet = commit.folder / "x.parquet"
             rows.sort(key=lambda row: row["key"])
             written = write_parquet(parquet, rows, CANDIDATES)
@@ -250,6 +263,21 @@ class Corpus:
             )
             return commit.publish({"parquet": (parquet, written)})
 
+    def _filter(self, source: str, shard: str) -> ShardRecord:
+        rows = [
+            row | {"match_probability": score_of(row["uid"], row["origin"], row["candidate"]) * 2.5}
+            for row in self.read("rank", source, shard)
+        ]
+        task = self.task("filter", source, shard, ("crawl", "caption", "rank"))
+        with ShardCommit(self.records, task) as commit:
+            parquet = commit.folder / "x.parquet"
+            written = write_parquet(parquet, rows, MATCHES)
+            stats = commit.stats
+            stats.rows_in = stats.rows_out = written
+            stats.images = written // (NUM_CAPTIONS + 1)
+            stats.count("scored", rows=written)
+            return commit.publish({"parquet": (parquet, written)})
+
     def _select(self, source: str, shard: str) -> ShardRecord:
         return SelectWorker(self.config, self.records)(self.task("select", source, shard, ("crawl", "rank")))
 
@@ -259,7 +287,7 @@ def make_corpus(
     sources: Sequence[str] = ("cc",),
     shards: int = 2,
     images: int = 12,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[Stage] = UNFILTERED,
     places: bool = False,
 ) -> Corpus:
     """Return a corpus with ``shards`` shards of ``images`` URLs a source, a quarter of them failed."""

@@ -75,7 +75,10 @@ def test_a_config_of_another_command_is_one_line(text: str, kind: type, message:
             "[crawl]\nnum_captions = 3",
             "8: crawl.num_captions: unknown key; did you mean caption.num_captions?",
         ),
-        ("[select]\nbest = 3", "8: select.best: unknown key; [select] has top_k, min_score, web_caption"),
+        (
+            "[select]\nquantity = 3",
+            "8: select.quantity: unknown key; [select] has top_k, by, min_match, min_score, web_caption",
+        ),
         (
             '[select]\nweb_caption = "competed"',
             "8: select.web_caption: \"competed\" is not 'compete', 'never' or 'always'; "

@@ -19,12 +19,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import pipeline.models.blip.decoder
 import pipeline.models.blip.generation
+import pipeline.models.blip.text_layers
 from jobs.bench.fixtures.compute import counted_flops
-from pipeline.models.blip.decoder import BlipDecoder, PackedLinear
+from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.blip.nucleus import largest_by_blocks
+from pipeline.models.blip.text_layers import PackedLinear
 from pipeline.models.blip.vision import ImageKeysValues, VisionTower
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig

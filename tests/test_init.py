@@ -28,7 +28,7 @@ from pipeline.config import load_config
 from pipeline.models.weights import DEFAULT_RANKER, DEFAULT_RANKER_REPOSITORY
 from schemas.config import CapfiltConfig, ClusterConfig, RankConfig
 from schemas.errors import CapfiltError
-from schemas.stages import STAGES
+from tests.corpora import UNFILTERED
 from tests.processes import ROOT, cli
 
 URLS = ["http://example.org/a.jpg", "https://example.org/b.png"]
@@ -286,7 +286,7 @@ def _make(folder: Path) -> None:
         (["nosuch://bucket/list.csv"], "cannot be read"),
         (["cats.csv", "--out", "cats.csv"], "is there already, and is never overwritten"),
         (["cats.csv", "--out", "nowhere/c.toml"], "there is no folder"),
-        (["--recipe", "blip3"], "there is none of this name; there are blip2, laion-coco"),
+        (["--recipe", "blip3"], "there is none of this name; there are blip-capfilt, blip2, laion-coco"),
         (["cats.csv", "--model", "./nowhere"], "/nowhere': no such folder, and not a hub id"),
         (["cats.csv", "--ranker", "ViT-L-15"], "is not an architecture of open_clip"),
         (["cats.csv", "--ranker", "local-dir:nowhere"], "there is no folder"),
@@ -422,7 +422,7 @@ def test_weights_in_the_cache_need_no_download(tmp_path: Path) -> None:
 def test_the_least_workers_of_all_stages_fit_on_the_machine(cores: int, gpus: int, memory_gib: float) -> None:
     machine = Machine(cores=cores, memory_gib=memory_gib, gpus=("H200",) * gpus)
     cluster = ClusterConfig.model_validate(stage_resources(machine))
-    resources = [getattr(cluster, stage) for stage in STAGES]
+    resources = [getattr(cluster, stage) for stage in UNFILTERED]
     assert sum(stage.cpus * stage.min_workers for stage in resources) <= cores
     assert sum(stage.gpus * stage.max_workers for stage in resources) <= gpus + 1e-9
     assert all(stage.gpus > 0 for stage in (cluster.caption, cluster.rank)) == (gpus > 0)

@@ -17,17 +17,21 @@ from pipeline.corpus.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.processes import ROOT, cli, descendants, kill, start_cli
 from tests.runs import committed_uids, config_file, do_run, small_config, with_values
+from tests.tiny_models import save_matcher
 
 pytestmark = pytest.mark.ray
 
-STAGES = ("crawl", "caption", "rank", "select")
+STAGES = ("crawl", "caption", "rank", "filter", "select")
 
 
 @pytest.fixture(scope="module")
 def on_ray(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
-    """A corpus of six small shards that Ray has made."""
+    """A corpus of six small shards that Ray has made, its captions chosen by CLIP and by the filter."""
     folder = tmp_path_factory.mktemp("on-ray")
     config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, 36, 6)
+    matcher = save_matcher(folder / "matcher")
+    config = CapfiltConfig.model_validate(config.model_dump() | {"filter": {"model": str(matcher)}})
+    config = with_values(config, select={"by": "both"})
     done = cli("run", "-c", str(config_file(config, folder / "c.json")))
     assert done.returncode == 0, done.stderr
     return config
@@ -63,7 +67,7 @@ def test_a_local_run_gives_the_corpus_of_ray_and_does_not_import_it(
     )
     done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 24, False]
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 30, False]
     assert_same(config, on_ray)
     verified = cli("verify", config.corpus.path)
     assert verified.returncode == 0, verified.stdout + verified.stderr
@@ -97,7 +101,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     assert "the same command goes on" in output and "Traceback" not in errors
     [ended] = records.runs()
     assert (ended.outcome, ended.shards_done) == ("interrupted", len(records.shards()))
-    assert 0 < ended.shards_done < 24
+    assert 0 < ended.shards_done < 30
     again = do_run(config)
     assert (again.exit_code, again.record.shards_done) == (0, 24 - ended.shards_done)
     assert_same(config, on_ray)

@@ -7,6 +7,7 @@ import pytest
 from jobs.docs import FOLDER, PAGES, page
 from pipeline.config import load_config
 from pipeline.config_messages import section_class
+from pipeline.stages.plan import stages_of
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
 
@@ -42,6 +43,15 @@ def test_laion_coco_ranks_twice() -> None:
     assert config.rank.rerank is not None
     assert (config.caption.num_captions, config.rank.rerank.first, config.select.top_k) == (40, 5, 1)
     assert (config.rank.model, config.rank.rerank.model) == ("ViT-L-14", "RN50x64")
+
+
+def test_blip_capfilt_lets_the_filter_alone_decide() -> None:
+    config = load_config(RECIPES / "blip-capfilt.toml")
+    assert config.filter is not None and config.filter.model == "Salesforce/blip-itm-large-coco"
+    assert (config.caption.num_captions, config.caption.top_p) == (1, 0.9)
+    assert (config.select.by, config.select.min_match, config.select.web_caption) == ("itm", 0.5, "compete")
+    assert stages_of(config, "web") == ("crawl", "caption", "filter", "select")
+    assert stages_of(config, "human") == ("crawl", "rank", "select")
 
 
 def test_demo_names_its_own_weights() -> None:

@@ -4,8 +4,7 @@ from collections import Counter
 
 from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.storage import Storage
-from schemas.stages import STAGES
-from tests.corpora import make_corpus
+from tests.corpora import UNFILTERED, make_corpus
 
 CRAWL_00000 = "records/crawl/cc/00000.json"
 
@@ -26,7 +25,9 @@ def test_a_refresh_reads_only_the_records_that_are_new_or_changed(root: str) -> 
     corpus = make_corpus(root, shards=2)
     storage = CountedStorage(corpus.root)
     state = CorpusState(Records(storage))
-    shard_records = {f"records/{stage}/cc/{shard}.json" for stage in STAGES for shard in ("00000", "00001")}
+    shard_records = {
+        f"records/{stage}/cc/{shard}.json" for stage in UNFILTERED for shard in ("00000", "00001")
+    }
     assert {path: storage.reads[path] for path in shard_records} == dict.fromkeys(shard_records, 1)
     assert state.committed == corpus.records.shards() and len(state.urls) == 2
 
@@ -50,4 +51,4 @@ def test_a_shard_counts_for_the_run_that_committed_it(tmp_path) -> None:
     state = CorpusState(corpus.records)
     [run_id] = {record.run_id for record in state.committed.values()}
     committed = state.committed_by(run_id)
-    assert {record.stage for record in committed} == set(STAGES) and state.committed_by("another") == []
+    assert {record.stage for record in committed} == set(UNFILTERED) and state.committed_by("another") == []

@@ -6,7 +6,13 @@ from pathlib import Path
 import open_clip
 import torch
 from safetensors.torch import save_file
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+)
 
 VOCABULARY = (
     "a the red green blue black white small large circle square triangle dog cat car tree on under near of "
@@ -23,13 +29,7 @@ def tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: index for index, word in enumerate([*SPECIAL, *WORDS])})
 
 
-def save_captioner(folder: Path, *, seed: int = 0, end_bias: float = 1.0) -> Path:
-    """Save a captioner whose start token, as the published one's, is not in the tokenizer's vocabulary.
-
-    The weights are large enough for the image and the words so far to matter; the end has a bias, or no
-    caption would ever end.
-    """
-    torch.manual_seed(seed)
+def _blip_config(**more: int) -> BlipConfig:
     text = {
         "vocab_size": START_ID + 2,
         "hidden_size": 32,
@@ -52,11 +52,33 @@ def save_captioner(folder: Path, *, seed: int = 0, end_bias: float = 1.0) -> Pat
         "patch_size": 8,
         "initializer_range": 0.2,
     }
-    model = BlipForConditionalGeneration(
-        BlipConfig(text_config=text, vision_config=vision, initializer_range=0.2)
-    )
+    return BlipConfig(text_config=text, vision_config=vision, initializer_range=0.2, **more)
+
+
+def save_captioner(folder: Path, *, seed: int = 0, end_bias: float = 1.0) -> Path:
+    """Save a captioner whose start token, as the published one's, is not in the tokenizer's vocabulary.
+
+    The weights are large enough for the image and the words so far to matter; the end has a bias, or no
+    caption would ever end.
+    """
+    torch.manual_seed(seed)
+    model = BlipForConditionalGeneration(_blip_config())
     with torch.no_grad():
         model.text_decoder.cls.predictions.bias[END_ID] = end_bias
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    BlipImageProcessor(size={"height": IMAGE_PX, "width": IMAGE_PX}).save_pretrained(folder)
+    return folder
+
+
+def save_matcher(folder: Path, *, seed: int = 0, head: float = 1.0) -> Path:
+    """Save a retrieval model whose match probabilities are spread over the whole range; ``head`` scales its logits."""
+    torch.manual_seed(seed)
+    model = BlipForImageTextRetrieval(_blip_config(image_text_hidden_size=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.itm_head.weight.mul_(head)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     BlipImageProcessor(size={"height": IMAGE_PX, "width": IMAGE_PX}).save_pretrained(folder)

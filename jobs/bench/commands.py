@@ -129,6 +129,31 @@ def rank(
     _report(json_, ("open_clip", "capfilt"), measure_rank, images, captions, mean_tokens, rounds, model)
 
 
+@bench.command("filter")
+def filter_(
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Default: 1, on a GPU 64.", metavar="N", show_default=False)
+    ] = None,
+    captions: Annotated[int, typer.Option(min=1, help="Of each image.", metavar="N")] = 11,
+    mean_tokens: Annotated[
+        int, typer.Option(min=4, max=35, help="Of a caption, start and end included.", metavar="N")
+    ] = 14,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Each way, in turn; medians are shown.", metavar="N")
+    ] = 3,
+    size: Annotated[
+        Literal["base", "large"], typer.Option(help="Of the published model, ViT-B/16 or ViT-L/16.")
+    ] = "base",
+    json_: Json = False,
+) -> None:
+    """Filter beside transformers' own: agreement, operations, and its class with and without shared features."""
+    from jobs.bench.filter import SIZES, measure_filter
+
+    images = images or _by_device(1, 64)
+    parts = ("transformers", "features_once", "capfilt")
+    _report(json_, parts, measure_filter, images, captions, mean_tokens, rounds, SIZES[size])
+
+
 @bench.command()
 def shard(
     images: Annotated[

@@ -24,7 +24,10 @@ def init(
         str, typer.Option(help="Config to write; never one that exists.", metavar="FILE")
     ] = "corpus.toml",
     recipe: Annotated[
-        str, typer.Option(help="Follow a recipe: blip2, laion-coco.", metavar="NAME", show_default=False)
+        str,
+        typer.Option(
+            help="Follow a recipe: blip-capfilt, blip2, laion-coco.", metavar="NAME", show_default=False
+        ),
     ] = "",
     model: Annotated[
         str, typer.Option(help="Captioner: hub id or folder.", metavar="MODEL", show_default=False)

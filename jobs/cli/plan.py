@@ -15,7 +15,7 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
 from pipeline.models.weights import require_model_names
-from pipeline.stages.plan import stale_reasons
+from pipeline.stages.plan import stages_in_use, stale_reasons
 from pipeline.stages.survey import survey as survey_corpus
 from schemas.config import CapfiltConfig
 from schemas.names import printable
@@ -43,6 +43,7 @@ def plan_corpus(
     """
     records = Records(Storage(config.corpus.path))
     records.storage.require_place("corpus.path")
+    stages = stages_in_use(config, stages)
     require_model_names(config, stages)
     # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
@@ -55,7 +56,7 @@ def plan_corpus(
         "stages": [asdict(count) for count in survey.counts],
         "without_gpu": [
             stage
-            for stage in STAGES
+            for stage in stages
             if STAGE_INFO[stage].cpu_images_per_s and not getattr(config.cluster, stage).gpus
         ],
         "unread_rows": rows,

@@ -100,6 +100,8 @@ def _yield_lines(totals: Totals) -> Iterator[str]:
         parts.append(f"{totals.captioned:,} images captioned")
     if totals.ranked:
         parts.append(f"{totals.ranked:,} ranked")
+    if totals.filtered:
+        parts.append(f"{totals.filtered:,} filtered")
     if totals.selected:
         parts.append(f"{totals.kept:,} of {totals.selected:,} kept{_reasons(totals.dropped)}")
     if parts:

@@ -17,7 +17,10 @@ traces = typer.Typer()
 # Of a checkpoint's shards, how many lines.
 _SHARDS_SHOWN = 20
 
-_CANDIDATES = ("outcome", "score", "rerank_score", "origin", "candidate", "text", "seed", "truncated")
+_CANDIDATES = (
+    "outcome", "score", "rerank_score", "match_probability", "origin", "candidate", "text",
+    "seed", "truncated",
+)  # fmt: skip
 _STAGES = (
     "stage", "shard", "state", "run_id", "attempt", "fingerprint", "models", "host", "device", "finished_at"
 )  # fmt: skip

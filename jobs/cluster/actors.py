@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
 
 # Shards that one actor works on at once, where not one: of two, one computes on the device while the other is read,
 # decoded or written.
-CONCURRENT_SHARDS: dict[Stage, int] = {"caption": 2, "rank": 2}
+CONCURRENT_SHARDS: dict[Stage, int] = {"caption": 2, "rank": 2, "filter": 2}
 
 # State is lost when the actor restarts, and the display starts from zero; records remain authoritative.
 ProgressActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressCounter)

@@ -23,6 +23,7 @@ from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import check_lists
 from pipeline.models.hub import cache_and_offline
 from pipeline.models.weights import require_model_names, uncached_models
+from pipeline.stages.plan import stages_in_use
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.names import fits_utf8, printable
@@ -168,7 +169,7 @@ def _checked(text: str, target: Path, *, has_source: bool) -> CapfiltConfig:
         raise CapfiltError("a name that is not UTF-8 cannot stand in a config; rename the file or folder")
     config = parse_config(text, str(target), base_folder=target.parent)
     if has_source:
-        require_model_names(config, STAGES)
+        require_model_names(config, stages_in_use(config, STAGES))
         for source in config.source:
             check_lists(source, config, Records(Storage(config.corpus.path)))
     return config

@@ -48,7 +48,11 @@ def deciding_fields(config: CapfiltConfig, stage: Stage, kind: str) -> dict[str,
     """Return the keys of a stage's section that enter its fingerprint."""
     # Human captions are all kept, whatever [select] says.
     ignored = stage == "urls" or (stage, kind) == ("select", "human")
-    section = {} if ignored else output_fields(getattr(config, stage))
+    values = getattr(config, stage)
+    section = {} if ignored or values is None else output_fields(values)
+    if stage == "select" and section.get("by") == "clip":
+        # Keys of the filter, which a selection by CLIP alone does not read: older corpora do not have them.
+        section = {name: value for name, value in section.items() if name not in ("by", "min_match")}
     # A model is identified by the digest of its files: the same weights at another place are the same.
     for name in ("model", "revision", "pretrained"):
         section.pop(name, None)

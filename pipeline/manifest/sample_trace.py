@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from pipeline.candidates import Candidate, Choice, choose
+from pipeline.candidates import Candidate, Choice, choose, choose_by
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.manifest.trained_on import trained_on
 from pipeline.text import same_text_key
@@ -17,8 +17,8 @@ Row = dict[str, Any]
 
 _UID = re.compile(r"[0-9a-f]{32}")
 _CANDIDATE_COLUMNS = (
-    "origin", "candidate", "text", "raw_text", "score", "rerank_score", "seed", "num_tokens", "duplicate_of",
-    "truncated",
+    "origin", "candidate", "text", "raw_text", "score", "rerank_score", "match_probability", "seed", "num_tokens",
+    "duplicate_of", "truncated",
 )  # fmt: skip
 _MARKS = """
     SELECT * FROM marks WHERE CASE named_by WHEN 'uid' THEN value = $1 WHEN 'url' THEN value = $2
@@ -170,18 +170,12 @@ def _judged(
 
 
 def _choices(rows: list[Row], config: SelectConfig | None, marked_texts: Collection[str]) -> list[Choice]:
-    names = ("origin", "candidate", "text", "score", "rerank_score")
+    names = ("origin", "candidate", "text", "score", "rerank_score", "match_probability")
     candidates = [Candidate(**{name: row[name] for name in names}) for row in rows]
     # Of a human source every distinct caption is kept.
     if config is None or any(candidate.origin == "human" for candidate in candidates):
         return choose(candidates, marked_texts=marked_texts)
-    return choose(
-        candidates,
-        top_k=config.top_k,
-        min_score=config.min_score,
-        web_caption=config.web_caption,
-        marked_texts=marked_texts,
-    )
+    return choose_by(candidates, config, marked_texts)
 
 
 def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectConfig | None) -> str:
@@ -200,6 +194,8 @@ def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectC
             return 'not used: select.web_caption = "never"'
         case "same_text" if choice.same_as is not None:
             return f"the same text as {choice.same_as.origin} {choice.same_as.candidate}"
+        case "filtered_out" if config is not None:
+            return f"refused by the filter: its match probability is under select.min_match = {config.min_match:g}"
         case "below_min_score" if config is not None:
             return f"under select.min_score = {config.min_score:g}"
     return "others score higher"

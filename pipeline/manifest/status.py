@@ -27,15 +27,15 @@ def status(manifest: Manifest) -> dict[str, Any]:
     with manifest.open() as query:
         progress = {(row["source"], row["stage"]): row for row in query.rows("SELECT * FROM progress")}
         runs = query.rows("SELECT * EXCLUDE (config, versions) FROM runs ORDER BY run_id DESC LIMIT 1")
-        kinds = _kinds(query)
+        unused = _unused_stages(query)
         crawled = query.rows(_CRAWLED)
     rows = []
     for source in sorted({source for source, _ in progress}):
         total = progress.get((source, "urls"), {}).get("shards", 0)
         for stage in STAGES:
-            if stage == "caption" and kinds.get(source) == "human":
-                continue
             counts = progress.get((source, stage), {})
+            if stage in unused.get(source, {"filter"}) and not counts:
+                continue
             rows.append(
                 {
                     "source": source,
@@ -166,14 +166,26 @@ def _success(row: Row) -> Row:
     }
 
 
-def _kinds(query: Query) -> dict[str, str]:
-    """Return web or human by source, as the latest run's config says."""
+def _unused_stages(query: Query) -> dict[str, set[str]]:
+    """Return the stages that no shard of a source goes through, by source, as the latest run's config says."""
     rows = query.rows(
-        """SELECT json_extract_string(source, '$.name') AS name, json_extract_string(source, '$.kind') AS kind
-        FROM (SELECT unnest(from_json(json_extract(config, '$.source'), '["JSON"]')) AS source
+        """SELECT json_extract_string(source, '$.name') AS name, json_extract_string(source, '$.kind') AS kind,
+            filtered, chosen_by
+        FROM (SELECT unnest(from_json(json_extract(config, '$.source'), '["JSON"]')) AS source,
+                coalesce(json_type(config, '$.filter'), 'NULL') <> 'NULL' AS filtered,
+                json_extract_string(config, '$.select.by') AS chosen_by
               FROM runs ORDER BY run_id)"""
     )
-    return {row["name"]: row["kind"] for row in rows}
+    unused: dict[str, set[str]] = {}
+    for row in rows:
+        human = row["kind"] == "human"
+        conditions = {
+            "caption": human,
+            "rank": row["chosen_by"] == "itm" and not human,
+            "filter": human or not row["filtered"],
+        }
+        unused[row["name"]] = {stage for stage, is_unused in conditions.items() if is_unused}
+    return unused
 
 
 def _uncommitted_attempts(manifest: Manifest) -> list[Row]:

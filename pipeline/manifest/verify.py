@@ -116,6 +116,9 @@ class _ShardCheck:
         read = {name: self._read(name, file) for name, file in outputs.items()}
         tables = {name: rows for name, rows in read.items() if rows is not None}
         self._compare_inputs()
+        if "select" in self.records:
+            read_by_select = "matches" if "filter.parquet" in self.records["select"].inputs else "scores"
+            tables |= {"judged": tables[read_by_select]} if read_by_select in tables else {}
         with ShardTables(tables) as shard:
             for name, difference in shard.discrepancies():
                 self.report(outputs[name].path, difference)

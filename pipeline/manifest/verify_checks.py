@@ -1,8 +1,8 @@
 """What must hold between the files of one shard, as SQL over their rows: nothing lost, nothing doubled.
 
 Tables: ``urls``, ``raw``, ``captions``, ``scores`` and ``curated`` have the columns of these files; ``raw_tar`` and
-``curated_tar`` have a row for each sample of a tar. ``stored`` are the rows of ``raw`` that are ok,
-``kept`` those of ``curated`` that are kept.
+``curated_tar`` have a row for each sample of a tar. ``judged`` are the scores or matches that the selection read.
+``stored`` are the rows of ``raw`` that are ok, ``kept`` those of ``curated`` that are kept.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,7 @@ COLUMNS: dict[str, list[str]] = {
     "raw": ["uid", "key", "status", "reason", "retry_of"],
     "captions": ["uid", "origin", "candidate", "text"],
     "scores": ["uid", "origin", "candidate", "text", "score"],
+    "matches": ["uid", "origin", "candidate", "text", "score", "match_probability"],
     "curated": ["uid", "key", "status", "caption", "captions", "scores", "origins", "candidates"],
 }
 # Of a curated tar: what KEY.json and KEY.txt say, or why they cannot be read.
@@ -107,17 +108,25 @@ _CHECKS = (
         "the captions",
         f"{_CANDIDATE} FROM captions",
     ),
+    _among_stored("matches"),
+    *_same(
+        "matches captions",
+        "synthetic candidates",
+        f"{_CANDIDATE} FROM matches WHERE origin = 'synthetic'",
+        "the captions",
+        f"{_CANDIDATE} FROM captions",
+    ),
     *_same("curated raw", "uids", "uid FROM curated", "the stored images", "uid FROM stored"),
     _unique("curated", "key"),
     _Check(
-        "curated scores",
+        "curated judged",
         """SELECT DISTINCT uid FROM (
             SELECT uid, unnest(origins) AS origin, unnest(candidates) AS candidate, unnest(captions) AS text,
                 unnest(scores) AS score FROM kept
         ) AS chosen WHERE NOT EXISTS (
-            FROM scores WHERE scores.uid = chosen.uid AND scores.origin = chosen.origin
-                AND scores.candidate = chosen.candidate AND scores.text = chosen.text
-                AND scores.score IS NOT DISTINCT FROM chosen.score)""",
+            FROM judged WHERE judged.uid = chosen.uid AND judged.origin = chosen.origin
+                AND judged.candidate = chosen.candidate AND judged.text = chosen.text
+                AND judged.score IS NOT DISTINCT FROM chosen.score)""",
         "{uid} keeps a caption that is not among its scores",
     ),
     *_same("curated_tar curated", "keys", "key FROM curated_tar", "the kept rows", "key FROM kept"),
@@ -141,6 +150,10 @@ _COUNTS: dict[Stage, tuple[str, str]] = {
         "captions raw",
         """SELECT 'ok', count(DISTINCT uid) FROM captions UNION ALL
         SELECT 'failed', (SELECT count(DISTINCT uid) FROM stored) - (SELECT count(DISTINCT uid) FROM captions)""",
+    ),
+    "filter": (
+        "matches",
+        "SELECT if(match_probability IS NULL, 'unscored', 'scored'), count(*) FROM matches GROUP BY ALL",
     ),
     "rank": ("scores", "SELECT if(score IS NULL, 'unscored', 'scored'), count(*) FROM scores GROUP BY ALL"),
     "select": (

@@ -25,7 +25,7 @@ from pipeline.models.model_files import (
     weight_files,
 )
 from pipeline.models.tokenizer_files import TOKENIZER_FILES, tokenizer_view
-from schemas.config import CapfiltConfig, CaptionConfig
+from schemas.config import CapfiltConfig, CaptionConfig, FilterConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.json_record import utc_now
 from schemas.names import printable
@@ -33,9 +33,10 @@ from schemas.records import ModelRecord
 from schemas.stages import Stage
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_CAPTIONER_FILES = (
+_BLIP_FILES = (
     "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
 )  # fmt: skip
+_BLIP_MODELS = {"captioner": "captioner", "filter": "retrieval model"}
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # In open_clip's order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -43,6 +44,9 @@ _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safeten
 # Where open_clip has the weights of [rank]'s defaults from.
 DEFAULT_RANKER = ("ViT-L-14", "openai")
 DEFAULT_RANKER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
+
+
+WeightsKind = Literal["captioner", "ranker", "filter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class Weights:
     architecture and tokenizer; ``name`` is then the architecture and ``revision`` the pretrained tag.
     """
 
-    kind: Literal["captioner", "ranker"]
+    kind: WeightsKind
     name: str
     revision: str
     path: str
@@ -91,8 +95,10 @@ def model_record(
 
 def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
     """Reject models of stages that cannot be loaded, as far as is known without the hub and without open_clip."""
-    if "caption" in stages and any(source.kind == "web" for source in config.source):
+    if "caption" in stages:
         local_folder(config.caption.model, "caption.model")
+    if "filter" in stages and config.filter:
+        local_folder(config.filter.model, "filter.model")
     if "rank" not in stages:
         return
     rankers = {"rank": config.rank.model}
@@ -133,29 +139,33 @@ def captioner_weights(config: CaptionConfig) -> Weights:
         CapfiltError: no such folder, id or revision, a file is missing, it is not a BLIP captioner, or the
             hub cannot be reached and the cache does not have it.
     """
-    where = "caption.model"
-    folder = model_folder(
-        config.model, config.revision, _CAPTIONER_FILES, _first_missing_captioner_file, where
-    )
-    revision = "" if local_folder(config.model, where) else config.revision
-    if missing := _first_missing_captioner_file(folder):
+    return _blip_weights("captioner", config.model, config.revision, "caption.model")
+
+
+def filter_weights(config: FilterConfig) -> Weights:
+    """Find the BLIP retrieval model that ``[filter]`` names; as ``captioner_weights``."""
+    return _blip_weights("filter", config.model, config.revision, "filter.model")
+
+
+def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: str, where: str) -> Weights:
+    folder = model_folder(model, revision, _BLIP_FILES, _first_missing_blip_file, where)
+    if missing := _first_missing_blip_file(folder):
         raise CapfiltError(
             f"{missing} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
-            "captioner (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
+            f"{_BLIP_MODELS[kind]} (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
         )
     shape = read_object(folder / "config.json", where)
     model_type = shape.get("model_type")
     if model_type != "blip":
         raise CapfiltError(
-            f"{where} = {config.model!r} is a {printable(repr(model_type))[:40]} model; the captioner must be a "
-            "'blip' one"
+            f"{where} = {model!r} is a {printable(repr(model_type))[:40]} model; the {kind} must be a 'blip' one"
         )
     reject_code(shape, folder / "config.json")
     processor_config(folder, image_size_px(shape), where)
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
     names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
-    return _weights("captioner", config.model, revision, folder, names)
+    return _weights(kind, model, "" if local_folder(model, where) else revision, folder, names)
 
 
 def uncached_models(config: CapfiltConfig) -> dict[str, str]:
@@ -163,11 +173,15 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
 
     Of the architectures of open_clip only the default's repository is known here: finding others imports torch.
     """
-    caption, rank, uncached = config.caption, config.rank, {}
-    if local_folder(caption.model, "caption.model") is None and not cached_folder(
-        caption.model, caption.revision, _CAPTIONER_FILES, _first_missing_captioner_file, "caption.model"
-    ):
-        uncached["caption.model"] = caption.model
+    rank, uncached = config.rank, {}
+    blip: dict[str, CaptionConfig | FilterConfig | None] = {
+        "caption.model": config.caption, "filter.model": config.filter
+    }  # fmt: skip
+    for key, section in blip.items():
+        if section is None or local_folder(section.model, key) is not None:
+            continue
+        if not cached_folder(section.model, section.revision, _BLIP_FILES, _first_missing_blip_file, key):
+            uncached[key] = section.model
     scheme, _, name = rank.model.partition(":")
     repository, _, revision = name.partition("@")
     missing: FirstMissingFile = partial(_first_missing_clip_file, where="rank.model")
@@ -284,8 +298,8 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     return _weights("ranker", model, revision, checkpoint, [checkpoint.name], extra)
 
 
-def _first_missing_captioner_file(folder: Path) -> str | None:
-    """Return the first file that a BLIP captioner's folder lacks."""
+def _first_missing_blip_file(folder: Path) -> str | None:
+    """Return the first file that a BLIP model's folder lacks."""
     for name in ("config.json", processor_file(folder)):
         if not (folder / name).is_file():
             return name
@@ -312,7 +326,7 @@ def lacks_all_of(names: tuple[str, ...]) -> FirstMissingFile:
 
 
 def _weights(
-    kind: Literal["captioner", "ranker"],
+    kind: WeightsKind,
     name: str,
     revision: str,
     path: Path,
@@ -324,7 +338,7 @@ def _weights(
     for file in names:
         if file.endswith(".safetensors"):
             # open_clip removes "module." itself.
-            wrappers = ("module.", "_orig_mod.") if kind == "captioner" else ("_orig_mod.",)
+            wrappers = ("_orig_mod.",) if kind == "ranker" else ("module.", "_orig_mod.")
             reject_wrapped_names(safetensors_header(folder / file), folder / file, wrappers)
     files = file_digests(folder, names) | dict(extra or {})
     return Weights(

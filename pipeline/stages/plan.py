@@ -27,17 +27,36 @@ _CHANGES_NAMED = 5
 _LOADED_BY: dict[Stage, tuple[str, ...]] = {
     "caption": ("caption.model",),
     "rank": ("rank.model", "rank.rerank.model"),
+    "filter": ("filter.model",),
 }
 
 
-def stages_of(kind: Kind) -> tuple[Stage, ...]:
-    """Return the stages a source goes through: human captions are not written anew."""
-    return tuple(stage for stage in STAGES if kind == "web" or stage != "caption")
+def stages_of(config: CapfiltConfig, kind: Kind) -> tuple[Stage, ...]:
+    """Return the stages a source goes through.
+
+    Human captions are neither written anew nor filtered; CLIP ranks nothing where the filter alone decides.
+    """
+    absent: set[Stage] = set()
+    if kind == "human":
+        absent |= {"caption", "filter"}
+    elif config.select.by == "itm":
+        absent.add("rank")
+    if config.filter is None:
+        absent.add("filter")
+    return tuple(stage for stage in STAGES if stage not in absent)
 
 
-def upstream_of(stage: Stage, kind: Kind) -> tuple[Stage, ...]:
+def stages_in_use(config: CapfiltConfig, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return those of some stages that a source of the config goes through."""
+    used = {stage for source in config.source for stage in stages_of(config, source.kind)}
+    return tuple(stage for stage in stages if stage in used)
+
+
+def upstream_of(config: CapfiltConfig, stage: Stage, kind: Kind) -> tuple[Stage, ...]:
     """Return the stages whose output a stage reads."""
-    return tuple(name for name in STAGE_INFO[stage].reads if name in ("urls", *stages_of(kind)))
+    unread = "filter" if (stage, config.select.by) == ("select", "clip") else ""
+    passed = ("urls", *stages_of(config, kind))
+    return tuple(name for name in STAGE_INFO[stage].reads if name in passed and name != unread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +85,7 @@ def next_step(
         marks: those that concern the shard; select alone obeys them.
     """
     marks = marks if stage == "select" else ()
-    needed = upstream_of(stage, kind)
+    needed = upstream_of(config, stage, kind)
     if any(name not in upstream for name in needed):
         return Step(state="waiting")
     inputs: dict[str, ShardRecord] = {name: upstream[name] for name in needed}
@@ -137,7 +156,7 @@ def stale_reasons(
         kind = kinds[source]
         upstream = {
             name: state.urls[source, shard] if name == "urls" else state.committed.get((name, source, shard))
-            for name in upstream_of(stage, kind)
+            for name in upstream_of(config, stage, kind)
         }
         reasons = [
             *_changed_keys(config, runs.get(record.run_id), stage, kind, source),

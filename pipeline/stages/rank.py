@@ -1,6 +1,5 @@
 """The rank stage: the CLIP score of every candidate caption of a shard, and of the best the score of a second CLIP."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,19 +12,19 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.candidates import Candidate, choose
+from pipeline.corpus.candidate_rows import candidate_rows
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
+from pipeline.corpus.shard_reader import CrawledShard, open_crawled
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
 from pipeline.prefetch import decode_threads, prefetch_map
-from pipeline.text import clean_caption, mark_duplicates
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
-from schemas.tables import CANDIDATES, CAPTIONS
+from schemas.tables import CANDIDATES
 
 
 @dataclass(slots=True)
@@ -68,7 +67,7 @@ class RankWorker:
             stats.device = device_name(self.rankers[0].device)
             with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-                candidates = self._candidates(shard, task)
+                candidates = candidate_rows(self.records, shard, task)
             batches = self._batches(shard, candidates, stats)
             # The first batch is decoded while another shard has the device, so that the device does not wait for it.
             first = list(islice(batches, 1))
@@ -81,21 +80,6 @@ class RankWorker:
             with stats.timed("write"):
                 written = write_parquet(path, rows, CANDIDATES)
             return commit.publish({"parquet": (path, written)})
-
-    def _candidates(self, shard: CrawledShard, task: ShardTask) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows of each key: the synthetic captions, then those that the source's list gave."""
-        rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        if "caption" in task.inputs:
-            captions = committed_table(
-                self.records, task.inputs["caption"].outputs["parquet"], CAPTIONS.names
-            )
-            for row in captions.sort_by([("key", "ascending"), ("candidate", "ascending")]).to_pylist():
-                rows[row["key"]].append(row)
-        samples = shard.samples.select(["uid", "source", "shard", "key", "captions"])
-        for sample in samples.to_pylist():
-            given = sample.pop("captions") or []
-            rows[sample["key"]].extend(_given_rows(sample, given, task.kind))
-        return rows
 
     def _batches(
         self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], stats: ShardStats
@@ -145,16 +129,6 @@ class RankWorker:
                 if score is not None:
                     row[column] = score.similarity
                     row["truncated"] = row.get("truncated", False) or score.truncated
-
-
-def _given_rows(sample: dict[str, Any], given: Sequence[str], origin: str) -> list[dict[str, Any]]:
-    """Return the rows of the captions that came with the URL."""
-    texts = [clean_caption(raw) for raw in given]
-    return [
-        sample
-        | {"origin": origin, "candidate": index, "raw_text": raw, "text": text, "duplicate_of": earlier}
-        for index, (raw, text, earlier) in enumerate(zip(given, texts, mark_duplicates(texts), strict=True))
-    ]
 
 
 def _best(rows: Sequence[Mapping[str, Any]], first: int) -> list[str]:

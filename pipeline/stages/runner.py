@@ -46,6 +46,10 @@ def load_worker(stage: Stage, config: CapfiltConfig, records: Records) -> Worker
             from pipeline.stages.rank import RankWorker
 
             return RankWorker(config, records)
+        case "filter":
+            from pipeline.stages.filter import FilterWorker
+
+            return FilterWorker(config, records)
         case "select":
             from pipeline.stages.selection import SelectWorker
 
@@ -161,15 +165,15 @@ class ShardRunner:
         raise AssertionError
 
     def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
-        if self.stage not in stages_of(kind):
+        run = self.settings
+        if self.stage not in stages_of(run.config, kind):
             return self._outcome(urls, "absent")
         source, shard = urls.source, urls.shard
         upstream: dict[Stage, ShardRecord] = {"urls": urls}
-        for name in upstream_of(self.stage, kind):
+        for name in upstream_of(run.config, self.stage, kind):
             if name != "urls" and (record := self.records.read(name, source, shard)) is not None:
                 upstream[name] = record
         committed = self.records.read(self.stage, source, shard)
-        run = self.settings
         step = next_step(
             run.config,
             run.models,

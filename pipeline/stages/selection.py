@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.candidates import Candidate, choose
+from pipeline.candidates import Candidate, choose, choose_by
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
@@ -27,9 +27,11 @@ from pipeline.marks.rules import NO_MARKS, RuleBook, SampleMarks
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 from schemas.tables import CURATED_FILE
 
 _CANDIDATE_COLUMNS = ("key", "origin", "candidate", "text", "score", "rerank_score")
+_NUMBERS = ("score", "rerank_score", "match_probability")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +58,12 @@ def select(
     if kind == "human":
         choices = choose(candidates, marked_texts=marks.texts)
     else:
-        choices = choose(
-            candidates,
-            top_k=config.top_k,
-            min_score=config.min_score,
-            web_caption=config.web_caption,
-            marked_texts=marks.texts,
-        )
+        choices = choose_by(candidates, config, marks.texts)
     kept = tuple(choice.candidate for choice in choices if choice.reason is None)
     if kept:
         return Selection(kept=kept)
     reasons = {choice.reason for choice in choices}
-    image_reasons = ("marked", "below_min_score", "not_scored")
+    image_reasons = ("marked", "filtered_out", "below_min_score", "not_scored")
     return Selection(kept=(), reason=next((r for r in image_reasons if r in reasons), "no_candidates"))
 
 
@@ -84,8 +80,10 @@ class SelectWorker:
             stats = commit.stats
             with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-                file = task.inputs["rank"].outputs["parquet"]
-                scores = committed_table(self.records, file, _CANDIDATE_COLUMNS)
+                judged_by: Stage = "filter" if "filter" in task.inputs else "rank"
+                file = task.inputs[judged_by].outputs["parquet"]
+                more = ("match_probability",) if judged_by == "filter" else ()
+                scores = committed_table(self.records, file, (*_CANDIDATE_COLUMNS, *more))
                 _require_finite_scores(scores, file.path)
             with stats.timed("select"):
                 candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
@@ -113,7 +111,7 @@ class SelectWorker:
 
 def _require_finite_scores(scores: pa.Table, path: str) -> None:
     """Raise CorruptShardError for scores of a ranker whose weights were damaged, as older versions stored them."""
-    for name in ("score", "rerank_score"):
+    for name in (name for name in _NUMBERS if name in scores.column_names):
         known = scores[name].drop_null()
         wrong = len(known) - (pc.sum(pc.is_finite(known)).as_py() or 0)
         if wrong:
@@ -126,7 +124,7 @@ def _require_finite_scores(scores: pa.Table, path: str) -> None:
 def _candidates_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
     """Group rows that are sorted by key."""
     return {
-        key: [Candidate(**{name: row[name] for name in _CANDIDATE_COLUMNS[1:]}) for row in group]
+        key: [Candidate(**{name: value for name, value in row.items() if name != "key"}) for row in group]
         for key, group in groupby(rows, key=itemgetter("key"))
     }
 

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pipeline.corpus.records import CorpusState, ShardId
 from pipeline.marks.rules import ShardMarks
-from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of
+from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
 from schemas.stages import STAGE_INFO, STAGES, Stage
@@ -111,7 +111,7 @@ def survey(
         if is_wanted:
             todo.append((int(shard), source, shard))
     for source, rows in unread_rows.items():
-        for stage in stages_of(kinds[source]):
+        for stage in stages_of(config, kinds[source]):
             if rows and stage in stages:
                 count = count_of(stage, source)
                 shards = math.ceil(rows / config.corpus.samples_per_shard)
@@ -146,8 +146,8 @@ def _steps(
     A stage downstream of a pending or stale one is pending or stale itself: the run will make its input anew first.
     """
     upstream: dict[Stage, ShardRecord] = {"urls": state.urls[shard_id]}
-    is_input_remade = False
-    for stage in stages_of(kind):
+    remade: set[Stage] = set()
+    for stage in stages_of(config, kind):
         record = state.committed.get((stage, *shard_id))
         if record is not None:
             upstream[stage] = record
@@ -155,9 +155,10 @@ def _steps(
             continue
         rules = marks.get(shard_id, ())
         step = next_step(config, models, stage, shard_id, kind, upstream, record, marks=rules).state
-        if is_input_remade:
+        if remade.intersection(upstream_of(config, stage, kind)):
             step = "pending" if record is None else "stale"
-        is_input_remade |= step in ("pending", "stale")
+        if step in ("pending", "stale"):
+            remade.add(stage)
         yield stage, step, _images(upstream, stage, share)
 
 
@@ -218,6 +219,7 @@ class Totals:
     images: int = 0
     captioned: int = 0
     ranked: int = 0
+    filtered: int = 0
     selected: int = 0
     kept: int = 0
     lost: Counter[str] = field(default_factory=Counter)
@@ -242,6 +244,8 @@ class Totals:
                 self.captioned += record.images
             case "rank":
                 self.ranked += record.images
+            case "filter":
+                self.filtered += record.images
             case "select":
                 self.selected += record.rows_in
                 self.kept += record.counts.get("kept", 0)

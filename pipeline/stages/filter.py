@@ -1,0 +1,170 @@
+"""The filter stage: the probability that each candidate caption of a shard matches its image, by BLIP's filter.
+
+It repeats the rows of the rank stage with one column more. CLIP's scores do not enter the probabilities: a shard whose
+scores alone have changed takes them from the file that this one replaces.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.corpus.candidate_rows import Rows, scored_rows
+from pipeline.corpus.commit import ShardCommit, ShardStats, histogram
+from pipeline.corpus.fingerprint import stage_fingerprint
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import write_parquet
+from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
+from pipeline.images.preprocess import stack_pinned
+from pipeline.models.blip.matcher import Matcher
+from pipeline.models.device import device_name
+from pipeline.models.weights import filter_weights
+from pipeline.prefetch import decode_threads, prefetch_map
+from schemas.config import CapfiltConfig
+from schemas.errors import CorruptShardError
+from schemas.records import ShardRecord, ShardTask
+from schemas.tables import MATCHES
+
+# In a file's metadata: the digest of all that decides its probabilities.
+_MATCH_OF = b"match_of"
+_EDGES = tuple(round(0.01 * step, 2) for step in range(101))
+Probabilities = dict[tuple[str, str, int], float | None]
+
+
+@dataclass(slots=True)
+class _Image:
+    """The rows of an image's candidates, and its pixels; None where it does not decode."""
+
+    candidates: list[dict[str, Any]]
+    pixels_CHW: Tensor | None
+
+    def texts(self) -> list[str]:
+        """Return the distinct texts that can be judged."""
+        return list(dict.fromkeys(row["text"] for row in self.candidates if row["text"]))
+
+
+class FilterWorker:
+    """Judge the candidates of one shard per call; the weights are loaded once.
+
+    Two calls may run at once: one has the device while the other reads, decodes or writes.
+    """
+
+    def __init__(self, config: CapfiltConfig, records: Records) -> None:
+        assert config.filter is not None, "a corpus without [filter] has no such stage"
+        self.config, self.section = config, config.filter
+        self.records = records
+        weights = filter_weights(self.section)
+        self.models = (weights.digest,)
+        self.matcher = Matcher(self.section, weights)
+        self.gpu_lock = Lock()
+
+    def __call__(self, task: ShardTask) -> ShardRecord:
+        """Make and commit the shard's match probabilities; return the record that stands."""
+        with ShardCommit(self.records, task) as commit, ExitStack() as stack:
+            stats = commit.stats
+            stats.models = self.models
+            stats.device = device_name(self.matcher.device)
+            with stats.timed("read"):
+                shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
+                candidates = scored_rows(self.records, shard, task)
+                match_of = self._match_of(task)
+                earlier = self._earlier(task, match_of)
+            rows = [row for key in shard.keys for row in candidates.get(key, ())]
+            if earlier is None:
+                self._judge(shard, candidates, stats)
+            else:
+                for row in rows:
+                    row["match_probability"] = earlier.get((row["uid"], row["origin"], row["candidate"]))
+            _count(rows, shard.samples.num_rows, stats)
+            path = commit.folder / "matches.parquet"
+            with stats.timed("write"):
+                written = write_parquet(path, rows, MATCHES.with_metadata({_MATCH_OF: match_of}))
+            return commit.publish({"parquet": (path, written)})
+
+    def _match_of(self, task: ShardTask) -> bytes:
+        """Return the digest of weights, ``[filter]``, images and texts."""
+        inputs = {name: record.input_digests() for name, record in task.inputs.items() if name != "rank"}
+        return stage_fingerprint(self.config, "filter", task.kind, inputs, self.models).encode()
+
+    def _earlier(self, task: ShardTask, match_of: bytes) -> Probabilities | None:
+        """Return the probabilities of the file that this one replaces, if they are of the same texts and weights."""
+        if task.replaces is None:
+            return None
+        try:
+            table = committed_table(self.records, task.replaces.outputs["parquet"])
+        except CorruptShardError:
+            return None
+        if (table.schema.metadata or {}).get(_MATCH_OF) != match_of:
+            return None
+        names = ("uid", "origin", "candidate", "match_probability")
+        return {
+            (uid, origin, candidate): probability
+            for uid, origin, candidate, probability in zip(
+                *(table[name].to_pylist() for name in names), strict=True
+            )
+        }
+
+    def _judge(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> None:
+        """Write ``match_probability`` into the candidates' rows."""
+        batches = self._batches(shard, candidates, stats)
+        # The first batch is decoded while another shard has the device, so that the device does not wait for it.
+        first = list(islice(batches, 1))
+        with stats.gpu_lock(self.gpu_lock):
+            for _ in prefetch_map(
+                partial(self._judge_batch, stats), chain(first, batches), ahead=1, threads=1
+            ):
+                pass
+
+    def _batches(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> Iterator[list[_Image]]:
+        """Yield batches of images in order of key, those that do not decode included."""
+
+        def prepare(key: str) -> _Image:
+            return _Image(candidates.get(key, []), self.matcher.prepare(shard.image_bytes(key)))
+
+        size = self.section.batch_size
+        on_gpu = self.matcher.device.type == "cuda"
+        threads = decode_threads(self.config.cluster.filter.cpus, feeds_gpu=on_gpu)
+        prepared = prefetch_map(prepare, shard.keys, ahead=2 * size, threads=threads)
+        while True:
+            with stats.timed("decode"):
+                batch = list(islice(prepared, size))
+            if not batch:
+                return
+            yield batch
+
+    def _judge_batch(self, stats: ShardStats, batch: Sequence[_Image]) -> None:
+        images = [image for image in batch if image.pixels_CHW is not None]
+        if not images:
+            return
+        texts = [image.texts() for image in images]
+        with stats.timed("gpu"):
+            pixels_BCHW = stack_pinned([image.pixels_CHW for image in images if image.pixels_CHW is not None])
+            probabilities = self.matcher.match(pixels_BCHW, texts)
+        for image, image_texts, of_image in zip(images, texts, probabilities, strict=True):
+            by_text = dict(zip(image_texts, of_image, strict=True))
+            for row in image.candidates:
+                row["match_probability"] = by_text.get(row["text"])
+
+
+def _count(rows: Sequence[Mapping[str, Any]], num_images: int, stats: ShardStats) -> None:
+    scored = [row for row in rows if row.get("match_probability") is not None]
+    empty = sum(not row["text"] for row in rows)
+    stats.rows_in, stats.rows_out, stats.images = len(rows), len(scored), num_images
+    stats.count("scored", rows=len(scored))
+    if empty:
+        stats.count("unscored", "empty", rows=empty)
+    if undecodable := len(rows) - len(scored) - empty:
+        stats.count("unscored", "undecodable", rows=undecodable)
+    by_origin: dict[str, list[float]] = {"synthetic": [], "web": []}
+    for row in scored:
+        by_origin[row["origin"]].append(row["match_probability"])
+    for origin, values in by_origin.items():
+        # Where the head's two classes are equal, the text is a match.
+        stats.counts[f"matches/{origin}"] = int((np.asarray(values) >= 0.5).sum())
+    stats.histograms = {f"{origin}_match": histogram(values, _EDGES) for origin, values in by_origin.items()}
