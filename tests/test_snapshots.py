@@ -90,31 +90,31 @@ def test_sql_and_trace_agree_in_both_directions(root: str) -> None:
 def test_an_image_that_was_marked_since_is_still_known_to_its_checkpoint(tmp_path: Path) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"))
     train(corpus)
-    one, other = [row for row in curated(corpus) if row["shard"] == "00000"][:2]
+    marked, other = [row for row in curated(corpus) if row["shard"] == "00000"][:2]
     never = corpus.manifest.query("SELECT uid FROM dropped").rows
-    verdict = Verdict(what="drop", named_by="uid", values=(one["uid"],), reason="test")
+    verdict = Verdict(what="drop", named_by="uid", values=(marked["uid"],), reason="test")
     mark(corpus.records, verdict)
     marks = marks_of_shards(corpus.records, CorpusState(corpus.records), save=False)
     checkpoint = f"{FOLDER}/step-00000001.{0:012x}"
     assert checkpoints_with_marked(corpus.manifest, marks) == {checkpoint: 1}
     select_anew(corpus, "00000")
     train(corpus, "checkpoints/stage1/later")
-    assert one["uid"] not in {row["uid"] for row in curated(corpus)}
+    assert marked["uid"] not in {row["uid"] for row in curated(corpus)}
     # The selection that the first training read is computed once more: it has the image, the second has not.
-    assert uses(corpus, one["uid"]) == {FOLDER: "trained on"}
+    assert uses(corpus, marked["uid"]) == {FOLDER: "trained on"}
     assert uses(corpus, other["uid"]) == {FOLDER: "trained on", "checkpoints/stage1/later": "trained on"}
     assert all(uses(corpus, uid) == {} for (uid,) in never)
     assert checkpoints_with_marked(corpus.manifest, marks) == {checkpoint: 1}
-    printed = CliRunner().invoke(app, ["trace", corpus.root, one["uid"]]).output
+    printed = CliRunner().invoke(app, ["trace", corpus.root, marked["uid"]]).output
     assert "trained on" in printed and FOLDER in printed
     # Of a selection that obeyed marks, what was kept is not known once it is replaced.
     corpus.records.write_mark(
         replace(
-            corpus.records.marks()[0], mark="undo", undoes={corpus.records.marks()[0].mark: (one["uid"],)}
+            corpus.records.marks()[0], mark="undo", undoes={corpus.records.marks()[0].mark: (marked["uid"],)}
         )
     )
     select_anew(corpus, "00000")
-    assert uses(corpus, one["uid"]) == {FOLDER: "trained on", "checkpoints/stage1/later": "not known"}
+    assert uses(corpus, marked["uid"]) == {FOLDER: "trained on", "checkpoints/stage1/later": "not known"}
 
 
 def test_a_training_elsewhere_leaves_its_snapshot_in_the_records(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_training_elsewhere_leaves_its_snapshot_in_the_records(tmp_path: Path)
         {"digest": "0" * 64},
     ],
 )
-def test_a_file_that_is_no_snapshot_is_refused_in_the_records_and_passed_over_beside_checkpoints(
+def test_a_file_that_is_not_a_snapshot_is_refused_in_the_records_and_passed_over_beside_checkpoints(
     tmp_path: Path, damage: dict
 ) -> None:
     corpus = make_corpus(str(tmp_path / "corpus"), shards=1)

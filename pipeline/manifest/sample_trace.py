@@ -99,8 +99,8 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
         "selection": _selection(selection),
         "marks": marks,
         "checkpoints": [
-            found.checkpoint | {"use": found.uses[uid]}
-            for found in trained_on(query, source, last["shard"], [uid])
+            trained.checkpoint | {"use": trained.uses[uid]}
+            for trained in trained_on(query, source, last["shard"], [uid])
         ],
         "stages": stages,
         "runs": [{name: value for name, value in row.items() if name != "config"} for row in runs],

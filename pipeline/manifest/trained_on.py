@@ -46,7 +46,7 @@ def trained_on(query: Query, source: str, shard: str, uids: Collection[str]) -> 
         return []
     selections = query.rows(_SELECTIONS, (source, shard))
     kept_by_tar: dict[str, set[str] | None] = {}
-    found = []
+    by_checkpoint = []
     for row in checkpoints:
         tar, held_out = row.pop("tar"), set(row.pop("held_out"))
         if tar not in kept_by_tar:
@@ -59,8 +59,8 @@ def trained_on(query: Query, source: str, shard: str, uids: Collection[str]) -> 
         }
         # A tar that the corpus never committed is that of another corpus under the same name.
         if uses and any(selection["tar"] == tar for selection in selections):
-            found.append(Trained(checkpoint=row, uses=uses))
-    return found
+            by_checkpoint.append(Trained(checkpoint=row, uses=uses))
+    return by_checkpoint
 
 
 def _kept(
@@ -72,11 +72,14 @@ def _kept(
     if current is not None and current["tar"] == tar:
         rows = query.rows(f"SELECT uid FROM curated WHERE {at}", (list(uids),))
         return {row["uid"] for row in rows}
-    made = next((row for row in reversed(selections) if row["tar"] == tar), None)
-    config = _select_config(made)
-    if made is None or current is None or config is None or MARKS_INPUT in made["inputs"]:
+    selection = next((row for row in reversed(selections) if row["tar"] == tar), None)
+    config = _select_config(selection)
+    if selection is None or current is None or config is None or MARKS_INPUT in selection["inputs"]:
         return None
-    if made["inputs"].items() != {k: v for k, v in current["inputs"].items() if k != MARKS_INPUT}.items():
+    if (
+        selection["inputs"].items()
+        != {k: v for k, v in current["inputs"].items() if k != MARKS_INPUT}.items()
+    ):
         return None
     names = ("origin", "candidate", "text", "score", "rerank_score")
     candidates: dict[str, list[Candidate]] = {}
@@ -86,7 +89,7 @@ def _kept(
 
 
 def _keeps_any(candidates: list[Candidate], config: SelectConfig) -> bool:
-    min_score = None if any(one.origin == "human" for one in candidates) else config.min_score
+    min_score = None if any(candidate.origin == "human" for candidate in candidates) else config.min_score
     choices = choose(candidates, top_k=config.top_k, min_score=min_score, web_caption=config.web_caption)
     return any(choice.reason is None for choice in choices)
 

@@ -27,8 +27,8 @@ def checkpoints_with_marked(manifest: Manifest, marks: ShardMarks) -> dict[str, 
         }
         for place in sorted(trained & marks.keys())[:MAX_SHARDS]:
             uids = _marked_uids(query, *place, marks[place])
-            for found in trained_on(query, *place, uids):
-                images[found.checkpoint["path"]] += sum(use != "held out" for use in found.uses.values())
+            for entry in trained_on(query, *place, uids):
+                images[entry.checkpoint["path"]] += sum(use != "held out" for use in entry.uses.values())
     return {path: number for path, number in images.items() if number}
 
 
