@@ -166,13 +166,26 @@ for _stage in STAGES:
 
 @app.command(rich_help_panel=BUILD)
 def plan(
-    config: Config, set_: SetOption = None, source: Source = None, json_: JsonObjectOption = False
+    config: Config,
+    set_: SetOption = None,
+    source: Source = None,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview", help="Say instead what [select] would keep of the scores that are there."),
+    ] = False,
+    json_: JsonObjectOption = False,
 ) -> None:
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
     import_arrow_alone()
     from jobs.cli.plan import plan_corpus, print_plan
 
+    if preview:
+        from jobs.cli.preview import preview_corpus, print_preview
+
+        rows = preview_corpus(loaded)
+        print(json.dumps({"preview": rows})) if json_ else print_preview(rows)
+        return
     planned = plan_corpus(loaded, only_named=bool(source))
     print(json.dumps(planned)) if json_ else print_plan(planned)
 

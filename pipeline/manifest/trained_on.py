@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.candidates import Candidate, choose
+from pipeline.candidates import Candidate, choose, choose_by
 from pipeline.manifest.manifest import Query
 from schemas.catalog import quote
 from schemas.config import SelectConfig
@@ -81,7 +81,7 @@ def _kept(
         != {k: v for k, v in current["inputs"].items() if k != MARKS_INPUT}.items()
     ):
         return None
-    names = ("origin", "candidate", "text", "score", "rerank_score")
+    names = ("origin", "candidate", "text", "score", "rerank_score", "match_probability")
     candidates: dict[str, list[Candidate]] = {}
     for row in query.rows(f"SELECT uid, {', '.join(names)} FROM candidates WHERE {at}", (list(uids),)):
         candidates.setdefault(row["uid"], []).append(Candidate(**{name: row[name] for name in names}))
@@ -89,8 +89,8 @@ def _kept(
 
 
 def _keeps_any(candidates: list[Candidate], config: SelectConfig) -> bool:
-    min_score = None if any(candidate.origin == "human" for candidate in candidates) else config.min_score
-    choices = choose(candidates, top_k=config.top_k, min_score=min_score, web_caption=config.web_caption)
+    is_human = any(candidate.origin == "human" for candidate in candidates)
+    choices = choose(candidates) if is_human else choose_by(candidates, config)
     return any(choice.reason is None for choice in choices)
 
 

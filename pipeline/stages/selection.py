@@ -67,6 +67,34 @@ def select(
     return Selection(kept=(), reason=next((r for r in image_reasons if r in reasons), "no_candidates"))
 
 
+def read_scores(records: Records, inputs: Mapping[str, ShardRecord]) -> pa.Table:
+    """Return what a selection reads of a shard's scores: the filter's, where it is an input, else CLIP's alone.
+
+    Raises CorruptShardError where some are not finite.
+    """
+    judged_by: Stage = "filter" if "filter" in inputs else "rank"
+    file = inputs[judged_by].outputs["parquet"]
+    more = ("match_probability",) if judged_by == "filter" else ()
+    scores = committed_table(records, file, (*_CANDIDATE_COLUMNS, *more))
+    _require_finite_scores(scores, file.path)
+    return scores
+
+
+def select_shard(
+    samples: Sequence[Mapping[str, Any]],
+    scores: pa.Table,
+    config: SelectConfig,
+    kind: Literal["web", "human"],
+    rules: RuleBook,
+) -> dict[str, Selection]:
+    """Return the selection of each sample by key, in their order; ``scores`` as ``read_scores`` gives them."""
+    candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
+    return {
+        sample["key"]: select(candidates.get(sample["key"], ()), config, kind, rules.on(sample))
+        for sample in samples
+    }
+
+
 class SelectWorker:
     """Write the curated shard of one raw shard per call."""
 
@@ -80,21 +108,11 @@ class SelectWorker:
             stats = commit.stats
             with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-                judged_by: Stage = "filter" if "filter" in task.inputs else "rank"
-                file = task.inputs[judged_by].outputs["parquet"]
-                more = ("match_probability",) if judged_by == "filter" else ()
-                scores = committed_table(self.records, file, (*_CANDIDATE_COLUMNS, *more))
-                _require_finite_scores(scores, file.path)
+                scores = read_scores(self.records, task.inputs)
             with stats.timed("select"):
-                candidates = _candidates_by_key(scores.sort_by("key").to_pylist())
-                marks = RuleBook(task.marks)
                 samples = shard.samples.to_pylist()
-                selections = {
-                    sample["key"]: select(
-                        candidates.get(sample["key"], ()), self.config.select, task.kind, marks.on(sample)
-                    )
-                    for sample in samples
-                }
+                rules = RuleBook(task.marks)
+                selections = select_shard(samples, scores, self.config.select, task.kind, rules)
             with stats.timed("write"):
                 tar = commit.folder / "curated.tar"
                 offsets = write_tar(tar, _curated_samples(shard, selections))

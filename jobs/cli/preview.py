@@ -1,0 +1,56 @@
+"""What ``capfilt plan --preview`` prints: what another selection would keep."""
+
+from typing import Any
+
+from jobs.output.render import print_table
+from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.storage import Storage
+from pipeline.marks.search import marks_of_shards
+from pipeline.stages.preview import SourcePreview, preview_selection
+from schemas.config import CapfiltConfig
+from schemas.names import printable
+
+_SPARE = ("captions_now", "kept_now")
+
+
+def preview_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
+    """Return what ``[select]`` would keep, a row a source. Raises CapfiltError where nothing is ranked."""
+    records = Records(Storage(config.corpus.path))
+    state = CorpusState(records)
+    marks = marks_of_shards(records, state, save=False)
+    return [_row(found) for found in preview_selection(config, records, state, marks)]
+
+
+def print_preview(rows: list[dict[str, Any]]) -> None:
+    """Print the preview as a table, then what was dropped and why, and whether all shards were read."""
+    shown = [
+        row | {"captions": sum(row["captions"].values()), "captions_now": sum(row["captions_now"].values())}
+        for row in rows
+    ]
+    columns = ("source", "shards", "images", "kept", "captions", "web_share", "kept_now", "captions_now")
+    print_table(shown, columns, title="what select would keep", spare=_SPARE)
+    for row in rows:
+        for reason, images in sorted(row["dropped"].items()):
+            print(printable(f"{row['source']}: {images:,} images dropped, {reason}"))
+        if row["shards"] < row["of_shards"]:
+            print(
+                printable(
+                    f"{row['source']}: of {row['shards']:,} of {row['of_shards']:,} ranked shards, always the same"
+                )
+            )
+
+
+def _row(found: SourcePreview) -> dict[str, Any]:
+    share = None if found.web_share is None else round(found.web_share, 6)
+    return {
+        "source": found.source,
+        "shards": found.shards,
+        "of_shards": found.of_shards,
+        "images": found.images,
+        "kept": found.kept,
+        "captions": dict(found.captions),
+        "web_share": share,
+        "dropped": dict(found.dropped),
+        "kept_now": found.kept_now,
+        "captions_now": dict(found.captions_now),
+    }
