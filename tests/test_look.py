@@ -475,3 +475,24 @@ def test_a_mark_from_elsewhere_is_refused(tmp_path: Path) -> None:
             assert site.post("mark", form | wrong)[0] == 400, wrong
         assert site.post("mark", form | {"reason": "x" * 70_000})[0] == 413
     assert answers(corpus, "SELECT * FROM marks") == []
+
+
+# -- another selection -------------------------------------------------------------------------------------------------
+
+
+def test_another_selection_is_shown_before_it_is_made(corpus: Corpus, site: Site) -> None:
+    first = site.page("selection")
+    assert "capfilt select -c CONFIG --recompute --set select.top_k=2" in first.text
+    [kept] = answers(corpus, "SELECT count(*) AS n FROM curated WHERE source = 'cc'")
+    assert f"{kept['n']}" in first.text
+    strict = site.page("selection?min_score=0.3&top_k=1&web_caption=never")
+    above, below = (answers(corpus, part.sql[0]) for part in strict.parts)
+    assert min(row["score"] for row in above) >= 0.3 > max(row["score"] for row in below)
+    assert "below_min_score" in strict.text and "--set select.min_score=0.3" in strict.text
+    assert "0.0%" in strict.text
+
+
+@pytest.mark.parametrize("query", ["min_score=9", "min_score=x", "top_k=0", "web_caption=sometimes"])
+def test_a_wrong_selection_is_said(site: Site, query: str) -> None:
+    status, _, body = site.get(f"selection?{query}")
+    assert status == 400 and "[select]" in Page(body.decode()).text

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium.webdriver.support.ui import WebDriverWait
 
 from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
@@ -76,9 +77,17 @@ def test_axe_finds_nothing_serious(browser: Browser, site: Site, scheme: str) ->
     browser.emulate(prefers_color_scheme=scheme)
     uid = site.page("grid?status=kept").links()
     sample = next(link for link in uid if "/sample/" in link).rpartition("/")[2]
-    for path in ("", "grid", "grid?image=no", "runs", f"sample/{sample}"):
+    for path in ("", "grid", "grid?image=no", "runs", "selection?min_score=0.3", f"sample/{sample}"):
         browser.driver.get(site.address + path)
         assert browser.serious_faults() == [], path
+
+
+def test_the_slider_shows_another_selection(browser: Browser, site: Site) -> None:
+    browser.driver.get(site.address + "selection")
+    browser.all("#min_score")[0].click()
+    WebDriverWait(browser.driver, 30).until(lambda driver: "min_score=" in driver.current_url)
+    value = browser.all("#min_score")[0].get_attribute("value")
+    assert browser.all("output")[0].text == value and "Just kept" in browser.driver.page_source
 
 
 def test_reading_works_without_script(browser: Browser, site: Site) -> None:
@@ -97,7 +106,7 @@ def test_nothing_is_wider_than_a_telephone(browser: Browser, site: Site) -> None
     browser.driver.set_window_size(500, 900)
     size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    for path in ("", "grid", "runs"):
+    for path in ("", "grid", "runs", "selection"):
         browser.driver.get(site.address + path)
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 400, path
     browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

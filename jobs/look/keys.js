@@ -43,9 +43,16 @@ const keys = {
   "?": () => document.querySelector(".keys").classList.toggle("shown"),
 };
 
+// The slider says its value while it moves, and shows what it means where it stops.
+const slider = document.getElementById("min_score");
+if (slider) {
+  slider.addEventListener("input", () => { document.getElementById("of-min_score").value = slider.value; });
+  slider.addEventListener("change", () => slider.form.submit());
+}
+
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.closest("input, select, textarea")) {
+  if (event.target.closest("input, select, textarea, button, summary")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }

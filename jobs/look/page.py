@@ -22,6 +22,7 @@ from jobs.environment import program_name
 from jobs.look.grid import Grid
 from jobs.look.overview import Overview
 from jobs.look.questions import Scope
+from jobs.look.selection import Preview
 from jobs.look.snapshot import Row, Snapshot
 from jobs.look.view import FILTERS, SORTS
 from jobs.output.values import cell
@@ -123,6 +124,17 @@ class Pages:
         """Return the page of one sample: its traces, each with its card."""
         line = f"{program_name()} trace {shlex.quote(self._corpus)} {uid}"
         return self._render("sample.html", snapshot, uid=uid, traces=traces, trace_line=line)
+
+    def selection(self, snapshot: Snapshot, view: Preview) -> str:
+        """Return the page of another selection."""
+        bins = [
+            row
+            for rows in snapshot.histograms.items()
+            if rows[0] == ("rank", "score_best")
+            for row in rows[1]
+        ]
+        scores = (bins[0]["low"], bins[-1]["high"]) if bins else (-1.0, 1.0)
+        return self._render("selection.html", snapshot, view=view, scores=scores)
 
     def runs(self, snapshot: Snapshot, answers: Mapping[str, Any]) -> str:
         """Return the page of runs and trainings."""

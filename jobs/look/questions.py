@@ -40,6 +40,10 @@ HISTOGRAMS = (
     'WHERE "count" > 0 GROUP BY ALL ORDER BY ALL'
 )
 LAST_RUN = "SELECT run_id, command, outcome FROM runs ORDER BY started_at DESC, run_id DESC LIMIT 1"
+LAST_CONFIG = (
+    "SELECT run_id, config FROM runs WHERE command IN ('run', 'select') "
+    "ORDER BY started_at DESC, run_id DESC LIMIT 1"
+)
 PROGRESS = "SELECT source, stage, shards FROM progress"
 COMMITS = (
     "SELECT (SELECT count(*) FROM shards) AS shards, (SELECT max(finished_at) FROM shards) AS last_shard, "

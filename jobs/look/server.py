@@ -18,6 +18,7 @@ from jobs.look import questions
 from jobs.look.grid import grid
 from jobs.look.overview import overview
 from jobs.look.page import Pages, image_path, style
+from jobs.look.selection import preview
 from jobs.look.snapshot import Row, Snapshots
 from jobs.look.view import View
 from pipeline.corpus.records import Records
@@ -74,6 +75,7 @@ class Server:
         app.router.add_get(f"{base}/", self._overview)
         app.router.add_get(f"{base}/grid", self._grid)
         app.router.add_get(f"{base}/runs", self._runs)
+        app.router.add_get(f"{base}/selection", self._selection)
         app.router.add_get(f"{base}/sample/{{uid}}", self._sample)
         app.router.add_post(f"{base}/mark", self._mark)
         app.router.add_get(f"{base}/image/{{source}}/{{shard}}/{{key}}", self._image)
@@ -125,6 +127,13 @@ class Server:
                 "trainings": questions.TRAININGS,
             }
             return self._pages.runs(snapshot, {name: snapshot.ask(sql) for name, sql in asked.items()})
+
+        return _html(await asyncio.to_thread(answer))
+
+    async def _selection(self, request: web.Request) -> web.Response:
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            return self._pages.selection(snapshot, preview(snapshot, request.query.items()))
 
         return _html(await asyncio.to_thread(answer))
 
