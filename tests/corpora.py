@@ -107,10 +107,13 @@ class Corpus:
         batch: int = 0,
         path: str = "",
         caption: str = "",
+        extra: str = "{}",
     ) -> None:
         """Commit the lists of a source: ``images`` URLs in each shard, with what is given added to each."""
         rows = {
-            shard: [_url_row(source, shard, index, path, caption) for index in range(images)]
+            shard: [
+                _url_row(source, shard, index, path, caption) | {"extra": extra} for index in range(images)
+            ]
             for shard in shards
         }
         self._commit_intake(source, rows, "lists", batch)

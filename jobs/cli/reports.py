@@ -1,4 +1,4 @@
-"""The commands that look into a corpus: status stats runs failures shards sql.
+"""The commands that look into a corpus: status stats runs failures shards card sql.
 
 Each takes the corpus's folder or URL, and answers as a table or, with ``--json``, as one JSON value.
 Libraries are imported inside, so that ``capfilt --help`` stays quick; the corpus is opened before them, so that a
@@ -22,7 +22,7 @@ from jobs.cli.options import (
     WideOption,
     open_manifest,
 )
-from jobs.output.render import print_csv, print_facts, print_json, print_table
+from jobs.output.render import print_csv, print_facts, print_json, print_table, printable_lines
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
 
@@ -106,6 +106,24 @@ def shards(
     manifest, status = _open(corpus)
     rows = status.shards(manifest, stage=stage, source=source, state=state, limit=limit)
     _print(rows, _SPARE_SHARDS, wide, json_)
+
+
+@reports.command(rich_help_panel=LOOK)
+def card(
+    corpus: CorpusArgument,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write it as README.md of the corpus, where the Hub looks for it.")
+    ] = False,
+) -> None:
+    """Print the dataset card. Figures, sources, opt-outs, models, and how `datasets` reads the shards."""
+    manifest = open_manifest(corpus)
+    from pipeline.manifest.card import dataset_card
+
+    text = dataset_card(manifest)
+    if not write:
+        return print(printable_lines(text), end="")
+    manifest.storage.write("README.md", text.encode())
+    print(printable_lines(f"written: {manifest.storage.url('README.md')}\n"), end="")
 
 
 def _open(corpus: str) -> tuple[Any, Any]:
