@@ -23,10 +23,10 @@ def test_texts_have_the_mean_length_that_is_asked_for() -> None:
 
 
 def test_the_ways_agree_and_differ_in_operations() -> None:
-    found = measure_filter(2, 11, 14, 1, SMALL)
-    assert found["max_difference"] < 1e-5 and found["spread"] > 1e-3
+    figures = measure_filter(2, 11, 14, 1, SMALL)
+    assert figures["max_difference"] < 1e-5 and figures["spread"] > 1e-3
     width, layers, ffn, positions, texts, tokens = 64, 2, 128, 17, 11, 14
-    gflop = {name: found[name]["gflop"] for name in ("transformers", "features_once", "capfilt")}
+    gflop = {name: figures[name]["gflop"] for name in ("transformers", "features_once", "capfilt")}
     # Linear layers, two operations a weight: the tower's, keys and values of the image, and the texts' own.
     tower = 2 * positions * (layers * (4 * width**2 + 2 * width * ffn) + 3 * 16**2 * width)
     image_kv = 2 * positions * layers * 2 * width**2
@@ -35,4 +35,4 @@ def test_the_ways_agree_and_differ_in_operations() -> None:
     attended = 4 * width * layers * (positions**2 + texts * tokens * positions + texts * 21**2)
     assert gflop["capfilt"] * 1e9 == pytest.approx(tower + image_kv + text + attended, rel=0.01)
     assert gflop["transformers"] > gflop["features_once"] > gflop["capfilt"]
-    assert found["ratio"] > 0 and found["features_once_ratio"] > 0
+    assert figures["ratio"] > 0 and figures["features_once_ratio"] > 0

@@ -89,14 +89,14 @@ def test_from_bytes_to_probabilities_as_transformers_does_it(
 ) -> None:
     engine = matcher(folder, first_token="cls")
     processor = BlipProcessor(BlipImageProcessorPil.from_pretrained(folder), engine._tokenizer)
-    found = engine.match(pixels(engine, 4), TEXTS)
-    assert [len(row) for row in found] == [len(row) for row in TEXTS]
-    for number, (texts, probabilities) in enumerate(zip(TEXTS, found, strict=True)):
+    matched = engine.match(pixels(engine, 4), TEXTS)
+    assert [len(row) for row in matched] == [len(row) for row in TEXTS]
+    for number, (texts, probabilities) in enumerate(zip(TEXTS, matched, strict=True)):
         for text, probability in zip(texts, probabilities, strict=True):
             inputs = processor(images=picture(number), text=text, return_tensors="pt")
             expected = reference(**inputs).itm_score.softmax(-1)[0, 1]
             assert probability == pytest.approx(float(expected), abs=1e-5)
-    assert max(max(row) for row in found if row) - min(min(row) for row in found if row) > 0.2
+    assert max(max(row) for row in matched if row) - min(min(row) for row in matched if row) > 0.2
 
 
 def test_the_first_token_is_blips_encoder_token(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_image_is_encoded_and_projected_once_for_all_its_texts(
     assert naive > 4 * flops(11)
 
 
-def test_models_that_are_no_filter_are_refused(tmp_path: Path, folder: Path) -> None:
+def test_models_that_are_not_filters_are_refused(tmp_path: Path, folder: Path) -> None:
     captioner = save_captioner(tmp_path / "captioner")
     with pytest.raises(
         CapfiltError, match=r"filter\.model.*not a BlipForImageTextRetrieval: \d+ tensors are missing"
@@ -194,7 +194,7 @@ CANDIDATES = [
     ids=str,
 )
 def test_what_is_kept(options: dict, kept: list[str]) -> None:
-    assert [one.text for one in select(CANDIDATES, SelectConfig(**options)).kept] == kept
+    assert [candidate.text for candidate in select(CANDIDATES, SelectConfig(**options)).kept] == kept
 
 
 def test_an_image_whose_every_text_is_refused_keeps_none() -> None:
@@ -202,7 +202,7 @@ def test_an_image_whose_every_text_is_refused_keeps_none() -> None:
     assert refused.kept == () and refused.reason == "filtered_out"
     # CLIP's score plays no part in the filter's verdict, nor does the missing one.
     unscored = [candidate("synthetic", 0, None, 0.9), candidate("web", 0, None, 0.1)]
-    assert [one.text for one in select(unscored, SelectConfig(by="itm")).kept] == ["synthetic 0"]
+    assert [candidate.text for candidate in select(unscored, SelectConfig(by="itm")).kept] == ["synthetic 0"]
     for match in (None, float("nan")):
         blind = select([candidate("synthetic", 0, 0.3, match)], SelectConfig(by="itm"))
         assert blind.kept == () and blind.reason == "not_scored"
@@ -273,12 +273,12 @@ def test_only_what_matches_is_kept(corpus: CapfiltConfig) -> None:
         WHERE match_probability < 0.5""",
     )
     assert under == [(0,)]
-    [way] = trace(Manifest(Storage(corpus.corpus.path)), refused[0]["uid"])
-    assert {one["outcome"] for one in way["candidates"]} == {
+    [traced] = trace(Manifest(Storage(corpus.corpus.path)), refused[0]["uid"])
+    assert {candidate["outcome"] for candidate in traced["candidates"]} == {
         "refused by the filter: its match probability is under select.min_match = 0.5"
     }
-    assert all(one["match_probability"] < 0.5 for one in way["candidates"])
-    assert [row["kind"] for row in way["models"]] == ["captioner", "filter", "ranker"]
+    assert all(candidate["match_probability"] < 0.5 for candidate in traced["candidates"])
+    assert [row["kind"] for row in traced["models"]] == ["captioner", "filter", "ranker"]
 
 
 def test_another_selection_computes_no_probability_again(corpus: CapfiltConfig, tmp_path: Path) -> None:

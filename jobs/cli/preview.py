@@ -18,7 +18,7 @@ def preview_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
     records = Records(Storage(config.corpus.path))
     state = CorpusState(records)
     marks = marks_of_shards(records, state, save=False)
-    return [_row(found) for found in preview_selection(config, records, state, marks)]
+    return [_row(source_preview) for source_preview in preview_selection(config, records, state, marks)]
 
 
 def print_preview(rows: list[dict[str, Any]]) -> None:
@@ -40,17 +40,17 @@ def print_preview(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def _row(found: SourcePreview) -> dict[str, Any]:
-    share = None if found.web_share is None else round(found.web_share, 6)
+def _row(source_preview: SourcePreview) -> dict[str, Any]:
+    share = None if source_preview.web_share is None else round(source_preview.web_share, 6)
     return {
-        "source": found.source,
-        "shards": found.shards,
-        "of_shards": found.of_shards,
-        "images": found.images,
-        "kept": found.kept,
-        "captions": dict(found.captions),
+        "source": source_preview.source,
+        "shards": source_preview.shards,
+        "of_shards": source_preview.of_shards,
+        "images": source_preview.images,
+        "kept": source_preview.kept,
+        "captions": dict(source_preview.captions),
         "web_share": share,
-        "dropped": dict(found.dropped),
-        "kept_now": found.kept_now,
-        "captions_now": dict(found.captions_now),
+        "dropped": dict(source_preview.dropped),
+        "kept_now": source_preview.kept_now,
+        "captions_now": dict(source_preview.captions_now),
     }

@@ -77,9 +77,9 @@ def preview_selection(
     """
     kinds = {source.name: source.kind for source in config.source}
     inputs = {
-        place: found
+        place: shard_inputs
         for place in sorted(state.urls)
-        if (found := _inputs(config, kinds.get(place[0]), place, state))
+        if (shard_inputs := _inputs(config, kinds.get(place[0]), place, state))
     }
     if not inputs:
         raise CapfiltError("--preview: no shard has scores yet; `capfilt run` makes them")
@@ -91,8 +91,8 @@ def preview_selection(
         for selection in _selections(config.select, kinds[place[0]], records, inputs[place], rules):
             preview.add(selection)
         preview.shards += 1
-        if (now := state.committed.get(("select", *place))) is not None:
-            preview.add_now(now)
+        if (selected := state.committed.get(("select", *place))) is not None:
+            preview.add_now(selected)
     return list(previews.values())
 
 
@@ -103,10 +103,10 @@ def _inputs(
     if kind is None:
         return None
     stages = upstream_of(config, "select", kind)
-    found: dict[str, ShardRecord] = {
+    records_by_stage: dict[str, ShardRecord] = {
         stage: record for stage in stages if (record := state.committed.get((stage, *place))) is not None
     }
-    return found if len(found) == len(stages) else None
+    return records_by_stage if len(records_by_stage) == len(stages) else None
 
 
 def _selections(
