@@ -70,13 +70,13 @@ def _configs(tars: Sequence[Row]) -> list[Row]:
     by_source: dict[str, list[Row]] = {}
     for row in tars:
         by_source.setdefault(row["source"], []).append(row)
-    paths = {name: found for name, rows in by_source.items() if (found := _paths(name, rows))}
-    everything = [path for found in paths.values() for path in found]
+    paths = {name: source_paths for name, rows in by_source.items() if (source_paths := _paths(name, rows))}
+    everything = [path for source_paths in paths.values() for path in source_paths]
     named = [("default", everything), *(paths.items() if len(paths) > 1 else ())]
     return [
-        {"config_name": name, "data_files": [{"split": "train", "path": found}]}
-        for name, found in named
-        if found
+        {"config_name": name, "data_files": [{"split": "train", "path": source_paths}]}
+        for name, source_paths in named
+        if source_paths
     ]
 
 
