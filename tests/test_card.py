@@ -38,7 +38,7 @@ def test_the_metadata_is_read_back_and_the_figures_are_those_of_sql(corpus: Corp
     text = dataset_card(corpus.manifest)
     data = DatasetCard(text).data.to_dict()
     assert data["size_categories"] == "n<1K" and data["pretty_name"] == "corpus"
-    assert [(one["config_name"], one["data_files"][0]["path"]) for one in data["configs"]] == [
+    assert [(config["config_name"], config["data_files"][0]["path"]) for config in data["configs"]] == [
         ("default", ["curated/cc/*.tar", "curated/laion/*.tar"]),
         ("cc", ["curated/cc/*.tar"]),
         ("laion", ["curated/laion/*.tar"]),
