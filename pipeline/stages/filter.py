@@ -31,10 +31,12 @@ from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import MATCHES
 
-# In a file's metadata: the digest of all that decides its probabilities.
+# In a file's metadata: the digest of all that decides its probabilities, but for the texts.
 _MATCH_OF = b"match_of"
 _EDGES = tuple(round(0.01 * step, 2) for step in range(101))
-Probabilities = dict[tuple[str, str, int], float | None]
+# By uid, origin, number and text.
+Probabilities = dict[tuple[Any, ...], float | None]
+_IDENTITY = ("uid", "origin", "candidate", "text")
 
 
 @dataclass(slots=True)
@@ -76,11 +78,11 @@ class FilterWorker:
                 match_of = self._match_of(task)
                 earlier = self._earlier(task, match_of)
             rows = [row for key in shard.keys for row in candidates.get(key, ())]
-            if earlier is None:
-                self._judge(shard, candidates, stats)
-            else:
+            if all(_identity(row) in earlier for row in rows):
                 for row in rows:
-                    row["match_probability"] = earlier.get((row["uid"], row["origin"], row["candidate"]))
+                    row["match_probability"] = earlier[_identity(row)]
+            else:
+                self._judge(shard, candidates, stats)
             _count(rows, shard.samples.num_rows, stats)
             path = commit.folder / "matches.parquet"
             with stats.timed("write"):
@@ -88,27 +90,23 @@ class FilterWorker:
             return commit.publish({"parquet": (path, written)})
 
     def _match_of(self, task: ShardTask) -> bytes:
-        """Return the digest of weights, ``[filter]``, images and texts."""
-        inputs = {name: record.input_digests() for name, record in task.inputs.items() if name != "rank"}
-        return stage_fingerprint(self.config, "filter", task.kind, inputs, self.models).encode()
+        """Return the digest of weights, ``[filter]`` and images."""
+        # Of the crawl its tar alone: its rows hold seconds, and equal corpora shall have equal files.
+        images = {"crawl": {"tar": task.inputs["crawl"].outputs["tar"].sha256}}
+        return stage_fingerprint(self.config, "filter", task.kind, images, self.models).encode()
 
-    def _earlier(self, task: ShardTask, match_of: bytes) -> Probabilities | None:
-        """Return the probabilities of the file that this one replaces, if they are of the same texts and weights."""
+    def _earlier(self, task: ShardTask, match_of: bytes) -> Probabilities:
+        """Return the probabilities of the file that this one replaces, if they are of the same images and weights."""
         if task.replaces is None:
-            return None
+            return {}
         try:
             table = committed_table(self.records, task.replaces.outputs["parquet"])
         except CorruptShardError:
-            return None
+            return {}
         if (table.schema.metadata or {}).get(_MATCH_OF) != match_of:
-            return None
-        names = ("uid", "origin", "candidate", "match_probability")
-        return {
-            (uid, origin, candidate): probability
-            for uid, origin, candidate, probability in zip(
-                *(table[name].to_pylist() for name in names), strict=True
-            )
-        }
+            return {}
+        rows = table.select([*_IDENTITY, "match_probability"]).to_pylist()
+        return {_identity(row): row["match_probability"] for row in rows}
 
     def _judge(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> None:
         """Write ``match_probability`` into the candidates' rows."""
@@ -150,6 +148,10 @@ class FilterWorker:
             by_text = dict(zip(image_texts, of_image, strict=True))
             for row in image.candidates:
                 row["match_probability"] = by_text.get(row["text"])
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _IDENTITY)
 
 
 def _count(rows: Sequence[Mapping[str, Any]], num_images: int, stats: ShardStats) -> None:
