@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,10 +19,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
+from jobs.demo.run import demo_config
 from jobs.docs import answers, ask
 from pipeline.corpus.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 from tests.notebooks import assert_shown, outputs_of
+from tests.runs import config_file
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.convert.load import load_trained
@@ -244,6 +247,9 @@ _INSTEAD = {
 
 def _as_it_can_run(line: str) -> str | None:
     code = line.partition("  #")[0].rstrip()
+    # A preview needs scores, which the README's corpus does not have here; and a mark changes what the demo would do.
+    code = code.replace("-c corpus.toml --preview", "-c scored.json --preview")
+    code = code.replace("capfilt mark demo-corpus", "capfilt mark marked-corpus")
     for start, instead in _INSTEAD.items():
         if code.startswith(start) and "--dry-run" not in code:
             return f"{code} {instead}" if instead else None
@@ -271,6 +277,17 @@ def _write_others_shards(folder: Path) -> None:
     pq.write_table(pa.table(rows), folder / "downloads" / "00000.parquet")
 
 
+def _write_for_curating(folder: Path) -> None:
+    """Write what docs/curating.md takes: a copy of the corpus to mark, a list of uids, and the config of the scores."""
+    corpus = folder / "demo-corpus"
+    shutil.copytree(corpus, folder / "marked-corpus")
+    uid = pq.read_table(next((corpus / "curated" / "world").glob("*.parquet")))["uid"][0].as_py()
+    pq.write_table(pa.table({"uid": [uid]}), folder / "opt-outs.parquet")
+    urls = corpus / "input" / "urls.parquet"
+    first = urlsplit(pq.read_table(urls, columns=["url"])["url"][0].as_py())
+    config_file(demo_config(corpus, urls, f"http://{first.netloc}"), folder / "scored.json")
+
+
 @pytest.mark.timeout(1800)
 def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> None:
     """Each ``capfilt`` line of README, docs and recipes, in their order, on what the demo left."""
@@ -282,6 +299,7 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], s3_server: str) -> Non
         pa.table({"url": ["http://example.org/a.jpg"], "caption": ["a"]}), folder / "lists/cc3m-0.parquet"
     )
     _write_others_shards(folder)
+    _write_for_curating(folder)
     (folder / "question.sql").write_text("SELECT count(*) AS images FROM curated")
     (config,) = re.findall(r"```toml\n(.*?)```", README.read_text(), flags=re.S)
     (folder / "corpus.toml").write_text(config)
