@@ -100,9 +100,30 @@ def test_help_groups_the_commands_each_on_one_line() -> None:
         if heading != "Options"
     }
     assert groups == {
-        "Build a corpus": ["init", "run", "crawl", "caption", "rank", "select", "plan", "submit", "demo"],
-        "Look into a corpus": ["status", "stats", "runs", "failures", "shards", "sql", "trace"],
-        "Keep a corpus in order": ["verify", "gc", "manifest", "doctor"],
+        "Build a corpus": [
+            "init",
+            "run",
+            "crawl",
+            "caption",
+            "rank",
+            "filter",
+            "select",
+            "plan",
+            "submit",
+            "demo",
+        ],
+        "Look into a corpus": [
+            "look",
+            "status",
+            "stats",
+            "runs",
+            "failures",
+            "shards",
+            "sql",
+            "card",
+            "trace",
+        ],
+        "Keep a corpus in order": ["mark", "verify", "gc", "manifest", "doctor"],
         "Train": ["pretrain", "export"],
         "Measure": ["evaluate", "bench"],
     }

@@ -35,7 +35,7 @@ def look(
         int, typer.Option("--images", min=8, max=2000, help="Images in that file.", metavar="N")
     ] = 96,
 ) -> None:
-    """Show a corpus as a page: what became of every URL, what is worth a look, every image with its captions.
+    """Show a corpus as a page. What became of every URL, what is worth a look, every image with its captions.
 
     The page is served on 127.0.0.1 alone, at an address that carries a random token; Ctrl-C ends it. With --html the
     first screen is one file: images inside, no script, no request.

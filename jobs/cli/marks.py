@@ -50,7 +50,7 @@ def mark(
     undo: Annotated[bool, typer.Option("--undo", help="Take back what was marked so.")] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Mark samples that training should not see; the next run selects their shards anew.
+    """Mark samples that training should not see. The next run selects their shards anew.
 
     What is fetched stays. A mark of a URL or host also holds for what later lists bring.
     """
