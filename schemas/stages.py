@@ -74,7 +74,7 @@ STAGE_INFO: dict[Stage, StageInfo] = {
         images_per_s=520.0,
         bytes_per_image=800.0,
         cpu_images_per_s=0.23,
-        help="Compute the match probability of every candidate caption with BLIP's filter.",
+        help="Judge every candidate caption with BLIP's filter.",
     ),
     "select": StageInfo(
         folder="curated",
