@@ -265,7 +265,9 @@ def test_a_run_takes_what_the_command_takes(
     elsewhere = [f"corpus.path={tmp_path / 'corpus'}"]
     crawled = capfilt.Corpus.run(file, overrides=elsewhere, local=True, stages=["crawl"], limit=1)
     assert (crawled.outcome, crawled.summary["shards_done"]) == ("done", 1)
-    with pytest.raises(capfilt.CapfiltError, match="stages: filter is not of crawl, caption, rank, select"):
+    with pytest.raises(capfilt.CapfiltError, match="stages: weigh is not of crawl, caption, rank, filter"):
+        capfilt.Corpus.run(file, stages=["weigh"])
+    with pytest.raises(capfilt.CapfiltError, match=r"no section \[filter\]"):
         capfilt.Corpus.run(file, stages=["filter"])
     with pytest.raises(capfilt.CapfiltError, match=r"crawl\.threads"):
         capfilt.Corpus.run(file, overrides=["crawl.threads=0"])
