@@ -13,6 +13,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 _PROGRAMS = ("chromium", "chromedriver")
 
@@ -75,7 +76,11 @@ class Browser:
         ]
 
     def screenshot(self, path: Path) -> None:
-        """Write what the window shows as PNG."""
+        """Write what the window shows as PNG, once its images are there."""
+        shown = "Array.from(document.images).filter(one => one.getBoundingClientRect().top < innerHeight)"
+        WebDriverWait(self.driver, 30).until(
+            lambda driver: driver.execute_script(f"return {shown}.every(one => one.complete)")
+        )
         self.driver.save_screenshot(str(path))
 
 
