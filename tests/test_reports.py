@@ -311,6 +311,8 @@ def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
         "runs": 1,
         "models": 2,
         "checkpoints": 0,
+        "snapshots": 0,
+        "marks": 0,
     }
     assert (tmp_path / "corpus" / "manifest.duckdb").exists()
 
