@@ -39,7 +39,7 @@ from jobs.demo.world.site import (
 )
 
 WEIGHTS = Path(__file__).parent.parent / "jobs" / "demo" / "weights"
-MAX_WEIGHT_BYTES = 8 * 2**20
+MAX_WEIGHT_BYTES = 9 * 2**20
 
 scenes = st.builds(Scene, **{slot: st.sampled_from(tuple(table)) for slot, table in WORDS_BY_SLOT.items()})
 rngs = st.integers(0, 2**32).map(random.Random)
