@@ -3,10 +3,10 @@
 One pure function, used by the rank stage (what a second CLIP scores), the select stage and `capfilt trace`.
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.text import same_text_key
 from schemas.config import SelectConfig
@@ -34,6 +34,16 @@ class Candidate:
     score: float | None
     rerank_score: float | None = None
     match_probability: float | None = None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Candidate":
+        """Return the candidate of a stored row; a number that it has no column for is None."""
+        values: dict[str, Any] = {name: row.get(name) for name in CANDIDATE_COLUMNS}
+        return cls(**values)
+
+
+# As the stored rows have them.
+CANDIDATE_COLUMNS = tuple(field.name for field in fields(Candidate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,17 @@ def choose_by(
         min_match=config.min_match,
         marked_texts=marked_texts,
     )
+
+
+def choose_again(
+    rows: Iterable[Mapping[str, Any]], config: SelectConfig | None, marked_texts: Collection[str] = ()
+) -> list[Choice]:
+    """Return what ``select`` chose of an image's stored rows; by no rule where its config is not known."""
+    candidates = [Candidate.of_row(row) for row in rows]
+    # Of a human source every distinct caption is kept.
+    if config is None or any(candidate.origin == "human" for candidate in candidates):
+        return choose(candidates, marked_texts=marked_texts)
+    return choose_by(candidates, config, marked_texts)
 
 
 def _unused(candidate: Candidate, web_caption: str) -> Reason | None:

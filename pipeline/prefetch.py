@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import TypeVar
 
@@ -45,3 +46,16 @@ def prefetch_map(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def in_batches(
+    items: Iterable[T], size: int, waiting: Callable[[], AbstractContextManager[object]]
+) -> Iterator[list[T]]:
+    """Yield the items in lists of ``size``, the last one shorter; ``waiting()`` is open while a list fills."""
+    items = iter(items)
+    while True:
+        with waiting():
+            batch = list(islice(items, size))
+        if not batch:
+            return
+        yield batch

@@ -4,6 +4,7 @@ Imports nothing but the statuses, so that the command line names the stages with
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from schemas.statuses import SAMPLE_STATUSES
@@ -90,3 +91,22 @@ STAGE_INFO: dict[Stage, StageInfo] = {
 # Order of the work; ``urls`` is made by the intake, the others by workers.
 STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGE_INFO if stage != "urls")
 STAGE_FOLDERS: dict[Stage, str] = {stage: info.folder for stage, info in STAGE_INFO.items()}
+
+
+@cache
+def stages_of_source(kind: str, *, filtered: bool, chosen_by: str) -> tuple[Stage, ...]:
+    """Return the stages that a source goes through, in order.
+
+    Human captions are neither written anew nor filtered; CLIP ranks nothing where the filter alone decides.
+
+    Args:
+        kind: ``web`` or ``human``.
+        filtered: the config has a section ``[filter]``.
+        chosen_by: ``select.by``.
+    """
+    absent: set[Stage] = set() if filtered else {"filter"}
+    if kind == "human":
+        absent |= {"caption", "filter"}
+    elif chosen_by == "itm":
+        absent.add("rank")
+    return tuple(stage for stage in STAGES if stage not in absent)

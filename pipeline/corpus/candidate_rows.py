@@ -1,23 +1,25 @@
-"""The candidates of a shard as rows: the synthetic captions, and those that came with the URLs."""
+"""The candidates of a shard as rows: the synthetic captions, those that came with the URLs, and how many are judged."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.corpus.commit import ShardStats
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import CrawledShard, committed_table
 from pipeline.text import clean_caption, mark_duplicates
 from schemas.records import ShardTask
-from schemas.tables import CANDIDATES, CAPTIONS
+from schemas.stages import Stage
+from schemas.tables import STAGE_SCHEMAS
 
 Rows = dict[str, list[dict[str, Any]]]
 
 
 def candidate_rows(records: Records, shard: CrawledShard, task: ShardTask) -> Rows:
     """Return the rows of each key: the synthetic captions, then those that the source's list gave."""
-    rows = (
-        _stored(records, task, CAPTIONS.names, "caption") if "caption" in task.inputs else defaultdict(list)
-    )
+    rows: Rows = defaultdict(list)
+    if "caption" in task.inputs:
+        rows = _stored(records, task, "caption", ("key", "candidate"))
     samples = shard.samples.select(["uid", "source", "shard", "key", "captions"])
     for sample in samples.to_pylist():
         given = sample.pop("captions") or []
@@ -29,17 +31,34 @@ def scored_rows(records: Records, shard: CrawledShard, task: ShardTask) -> Rows:
     """Return the rows of each key with the scores of the rank stage; without them where CLIP ranks nothing."""
     if "rank" not in task.inputs:
         return candidate_rows(records, shard, task)
-    return _stored(records, task, CANDIDATES.names, "rank")
+    # Within an image as the ranking has them: the synthetic captions first.
+    return _stored(records, task, "rank", ("key",))
 
 
-def _stored(records: Records, task: ShardTask, columns: Sequence[str], stage: Any) -> Rows:
+def distinct_texts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the texts of an image's rows that a model can judge, each once."""
+    return list(dict.fromkeys(row["text"] for row in rows if row["text"]))
+
+
+def count_judged(
+    rows: Sequence[dict[str, Any]], column: str, num_images: int, stats: ShardStats
+) -> list[dict[str, Any]]:
+    """Count the rows by whether ``column`` has what a model says of them, and why not; return those where it has."""
+    judged = [row for row in rows if row.get(column) is not None]
+    empty = sum(not row["text"] for row in rows)
+    stats.rows_in, stats.rows_out, stats.images = len(rows), len(judged), num_images
+    stats.count("scored", rows=len(judged))
+    if empty:
+        stats.count("unscored", "empty", rows=empty)
+    if undecodable := len(rows) - len(judged) - empty:
+        stats.count("unscored", "undecodable", rows=undecodable)
+    return judged
+
+
+def _stored(records: Records, task: ShardTask, stage: Stage, order: Sequence[str]) -> Rows:
     rows: Rows = defaultdict(list)
-    table = committed_table(records, task.inputs[stage].outputs["parquet"], columns)
-    # In the order of their table: the synthetic captions first.
-    order = (
-        [("key", "ascending"), ("candidate", "ascending")] if stage == "caption" else [("key", "ascending")]
-    )
-    for row in table.sort_by(order).to_pylist():
+    table = committed_table(records, task.inputs[stage].outputs["parquet"], STAGE_SCHEMAS[stage].names)
+    for row in table.sort_by([(name, "ascending") for name in order]).to_pylist():
         rows[row["key"]].append(row)
     return rows
 

@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Collection
 from typing import Any
 
-from pipeline.candidates import Candidate, Choice, choose, choose_by
+from pipeline.candidates import Choice, choose_again
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.manifest.trained_on import trained_on
 from pipeline.text import same_text_key
@@ -155,7 +154,7 @@ def _judged(
     outcomes = {}
     texts = {same_text_key(mark["caption"]) for mark in marks if mark["caption"] and not mark["undone_at"]}
     is_dropped = bool(selection) and selection[0]["reason"] == "marked"
-    for choice in _choices(rows, config, texts):
+    for choice in choose_again(rows, config, texts):
         place = (choice.candidate.origin, choice.candidate.candidate)
         if is_dropped and choice.reason != "empty_text":
             outcomes[place] = "marked"
@@ -167,15 +166,6 @@ def _judged(
         {name: row_by_place[place][name] for name in _CANDIDATE_COLUMNS} | {"outcome": outcomes[place]}
         for place in ordered
     ]
-
-
-def _choices(rows: list[Row], config: SelectConfig | None, marked_texts: Collection[str]) -> list[Choice]:
-    names = ("origin", "candidate", "text", "score", "rerank_score", "match_probability")
-    candidates = [Candidate(**{name: row[name] for name in names}) for row in rows]
-    # Of a human source every distinct caption is kept.
-    if config is None or any(candidate.origin == "human" for candidate in candidates):
-        return choose(candidates, marked_texts=marked_texts)
-    return choose_by(candidates, config, marked_texts)
 
 
 def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectConfig | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.manifest.manifest import Manifest, Query
 from schemas.catalog import STAGE_ORDER
-from schemas.stages import STAGES
+from schemas.stages import STAGES, Stage, stages_of_source
 from schemas.statuses import REASONS
 
 Row = dict[str, Any]
@@ -166,7 +166,7 @@ def _success(row: Row) -> Row:
     }
 
 
-def _unused_stages(query: Query) -> dict[str, set[str]]:
+def _unused_stages(query: Query) -> dict[str, set[Stage]]:
     """Return the stages that no shard of a source goes through, by source, as the latest run's config says."""
     rows = query.rows(
         """SELECT json_extract_string(source, '$.name') AS name, json_extract_string(source, '$.kind') AS kind,
@@ -176,15 +176,10 @@ def _unused_stages(query: Query) -> dict[str, set[str]]:
                 json_extract_string(config, '$.select.by') AS chosen_by
               FROM runs ORDER BY run_id)"""
     )
-    unused: dict[str, set[str]] = {}
+    unused: dict[str, set[Stage]] = {}
     for row in rows:
-        human = row["kind"] == "human"
-        conditions = {
-            "caption": human,
-            "rank": row["chosen_by"] == "itm" and not human,
-            "filter": human or not row["filtered"],
-        }
-        unused[row["name"]] = {stage for stage, is_unused in conditions.items() if is_unused}
+        used = stages_of_source(row["kind"], filtered=row["filtered"], chosen_by=row["chosen_by"])
+        unused[row["name"]] = {*STAGES} - {*used}
     return unused
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.candidates import Candidate, choose, choose_by
+from pipeline.candidates import CANDIDATE_COLUMNS, choose_again
 from pipeline.manifest.manifest import Query
 from schemas.catalog import quote
 from schemas.config import SelectConfig
@@ -81,17 +81,16 @@ def _kept(
         != {k: v for k, v in current["inputs"].items() if k != MARKS_INPUT}.items()
     ):
         return None
-    names = ("origin", "candidate", "text", "score", "rerank_score", "match_probability")
-    candidates: dict[str, list[Candidate]] = {}
-    for row in query.rows(f"SELECT uid, {', '.join(names)} FROM candidates WHERE {at}", (list(uids),)):
-        candidates.setdefault(row["uid"], []).append(Candidate(**{name: row[name] for name in names}))
-    return {uid for uid, texts in candidates.items() if _keeps_any(texts, config)}
-
-
-def _keeps_any(candidates: list[Candidate], config: SelectConfig) -> bool:
-    is_human = any(candidate.origin == "human" for candidate in candidates)
-    choices = choose(candidates) if is_human else choose_by(candidates, config)
-    return any(choice.reason is None for choice in choices)
+    rows_by_uid: dict[str, list[Row]] = {}
+    for row in query.rows(
+        f"SELECT uid, {', '.join(CANDIDATE_COLUMNS)} FROM candidates WHERE {at}", (list(uids),)
+    ):
+        rows_by_uid.setdefault(row["uid"], []).append(row)
+    return {
+        uid
+        for uid, rows in rows_by_uid.items()
+        if any(choice.reason is None for choice in choose_again(rows, config))
+    }
 
 
 def _select_config(selection: Row | None) -> SelectConfig | None:

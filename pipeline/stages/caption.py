@@ -17,7 +17,7 @@ from pipeline.corpus.shard_reader import CrawledShard, open_crawled
 from pipeline.models.blip.captioner import BlipCaptioner, ImageBatch, TokenBatch
 from pipeline.models.device import device_name
 from pipeline.models.weights import captioner_weights
-from pipeline.prefetch import decode_threads, prefetch_map
+from pipeline.prefetch import decode_threads, in_batches, prefetch_map
 from pipeline.text import clean_caption, count_words, mark_duplicates
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
@@ -79,12 +79,9 @@ class CaptionWorker:
         )
         prepared = prefetch_map(prepare, samples, ahead=2 * size, threads=threads)
         decodable = ((sample, pixels) for sample, pixels in prepared if pixels is not None)
-        while True:
+        for batch in in_batches(decodable, size, partial(stats.timed, "decode")):
+            kept, pixels = zip(*batch, strict=True)
             with stats.timed("decode"):
-                batch = list(islice(decodable, size))
-                if not batch:
-                    return
-                kept, pixels = zip(*batch, strict=True)
                 images = self.captioner.load(pixels, [sample["uid"] for sample in kept])
             yield list(kept), images
 

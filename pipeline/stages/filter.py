@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.corpus.candidate_rows import Rows, scored_rows
+from pipeline.corpus.candidate_rows import Rows, count_judged, distinct_texts, scored_rows
 from pipeline.corpus.commit import ShardCommit, ShardStats, histogram
 from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import Records
@@ -25,7 +25,7 @@ from pipeline.images.preprocess import stack_pinned
 from pipeline.models.blip.matcher import Matcher
 from pipeline.models.device import device_name
 from pipeline.models.weights import filter_weights
-from pipeline.prefetch import decode_threads, prefetch_map
+from pipeline.prefetch import decode_threads, in_batches, prefetch_map
 from schemas.config import CapfiltConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
@@ -45,10 +45,6 @@ class _Image:
 
     candidates: list[dict[str, Any]]
     pixels_CHW: Tensor | None
-
-    def texts(self) -> list[str]:
-        """Return the distinct texts that can be judged."""
-        return list(dict.fromkeys(row["text"] for row in self.candidates if row["text"]))
 
 
 class FilterWorker:
@@ -120,7 +116,7 @@ class FilterWorker:
                 pass
 
     def _batches(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> Iterator[list[_Image]]:
-        """Yield batches of images in order of key, those that do not decode included."""
+        """Return batches of images in order of key, those that do not decode included."""
 
         def prepare(key: str) -> _Image:
             return _Image(candidates.get(key, []), self.matcher.prepare(shard.image_bytes(key)))
@@ -129,18 +125,13 @@ class FilterWorker:
         on_gpu = self.matcher.device.type == "cuda"
         threads = decode_threads(self.config.cluster.filter.cpus, feeds_gpu=on_gpu)
         prepared = prefetch_map(prepare, shard.keys, ahead=2 * size, threads=threads)
-        while True:
-            with stats.timed("decode"):
-                batch = list(islice(prepared, size))
-            if not batch:
-                return
-            yield batch
+        return in_batches(prepared, size, partial(stats.timed, "decode"))
 
     def _judge_batch(self, stats: ShardStats, batch: Sequence[_Image]) -> None:
         images = [image for image in batch if image.pixels_CHW is not None]
         if not images:
             return
-        texts = [image.texts() for image in images]
+        texts = [distinct_texts(image.candidates) for image in images]
         with stats.timed("gpu"):
             pixels_BCHW = stack_pinned([image.pixels_CHW for image in images if image.pixels_CHW is not None])
             probabilities = self.matcher.match(pixels_BCHW, texts)
@@ -154,15 +145,8 @@ def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in _IDENTITY)
 
 
-def _count(rows: Sequence[Mapping[str, Any]], num_images: int, stats: ShardStats) -> None:
-    scored = [row for row in rows if row.get("match_probability") is not None]
-    empty = sum(not row["text"] for row in rows)
-    stats.rows_in, stats.rows_out, stats.images = len(rows), len(scored), num_images
-    stats.count("scored", rows=len(scored))
-    if empty:
-        stats.count("unscored", "empty", rows=empty)
-    if undecodable := len(rows) - len(scored) - empty:
-        stats.count("unscored", "undecodable", rows=undecodable)
+def _count(rows: Sequence[dict[str, Any]], num_images: int, stats: ShardStats) -> None:
+    scored = count_judged(rows, "match_probability", num_images, stats)
     by_origin: dict[str, list[float]] = {"synthetic": [], "web": []}
     for row in scored:
         by_origin[row["origin"]].append(row["match_probability"])

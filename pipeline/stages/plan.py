@@ -18,7 +18,7 @@ from pipeline.corpus.records import CorpusState, Records, ShardId
 from schemas.config import CapfiltConfig
 from schemas.marks import MarkRule, rules_digest
 from schemas.records import MARKS_INPUT, RunRecord, ShardRecord, ShardTask
-from schemas.stages import STAGE_INFO, STAGES, Stage
+from schemas.stages import STAGE_INFO, Stage, stages_of_source
 
 Kind = Literal["web", "human"]
 ModelDigests = Mapping[Stage, tuple[str, ...]]
@@ -32,18 +32,8 @@ _LOADED_BY: dict[Stage, tuple[str, ...]] = {
 
 
 def stages_of(config: CapfiltConfig, kind: Kind) -> tuple[Stage, ...]:
-    """Return the stages a source goes through.
-
-    Human captions are neither written anew nor filtered; CLIP ranks nothing where the filter alone decides.
-    """
-    absent: set[Stage] = set()
-    if kind == "human":
-        absent |= {"caption", "filter"}
-    elif config.select.by == "itm":
-        absent.add("rank")
-    if config.filter is None:
-        absent.add("filter")
-    return tuple(stage for stage in STAGES if stage not in absent)
+    """Return the stages a source goes through."""
+    return stages_of_source(kind, filtered=config.filter is not None, chosen_by=config.select.by)
 
 
 def stages_in_use(config: CapfiltConfig, stages: Sequence[Stage]) -> tuple[Stage, ...]:

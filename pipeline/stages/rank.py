@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.candidates import Candidate, choose
-from pipeline.corpus.candidate_rows import candidate_rows
+from pipeline.corpus.candidate_rows import candidate_rows, count_judged, distinct_texts
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
@@ -21,7 +21,7 @@ from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
-from pipeline.prefetch import decode_threads, prefetch_map
+from pipeline.prefetch import decode_threads, in_batches, prefetch_map
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES
@@ -33,10 +33,6 @@ class _Image:
 
     candidates: list[dict[str, Any]]
     pixels: tuple[Tensor, ...] | None
-
-    def texts(self) -> list[str]:
-        """Return the distinct texts that can be scored."""
-        return list(dict.fromkeys(row["text"] for row in self.candidates if row["text"]))
 
 
 class RankWorker:
@@ -84,7 +80,7 @@ class RankWorker:
     def _batches(
         self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], stats: ShardStats
     ) -> Iterator[list[_Image]]:
-        """Yield batches of images in order of key, those that do not decode included."""
+        """Return batches of images in order of key, those that do not decode included."""
 
         preprocesses = [ranker.preprocess for ranker in self.rankers]
 
@@ -98,12 +94,7 @@ class RankWorker:
         on_gpu = self.rankers[0].device.type == "cuda"
         threads = decode_threads(self.config.cluster.rank.cpus, feeds_gpu=on_gpu)
         prepared = prefetch_map(prepare, shard.keys, ahead=2 * size, threads=threads)
-        while True:
-            with stats.timed("decode"):
-                batch = list(islice(prepared, size))
-            if not batch:
-                return
-            yield batch
+        return in_batches(prepared, size, partial(stats.timed, "decode"))
 
     def _score(self, stats: ShardStats, batch: list[_Image]) -> list[_Image]:
         """Write score, truncated and, for the best of them, rerank_score into the candidates' rows."""
@@ -111,7 +102,7 @@ class RankWorker:
         if not images:
             return batch
         with stats.timed("gpu"):
-            self._score_with(0, "score", images, [image.texts() for image in images])
+            self._score_with(0, "score", images, [distinct_texts(image.candidates) for image in images])
             rerank = self.config.rank.rerank
             if rerank is not None:
                 best = [_best(image.candidates, rerank.first) for image in images]
@@ -133,24 +124,12 @@ class RankWorker:
 
 def _best(rows: Sequence[Mapping[str, Any]], first: int) -> list[str]:
     """Return the ``first`` distinct texts by score."""
-    candidates = [
-        Candidate(origin=row["origin"], candidate=row["candidate"], text=row["text"], score=row.get("score"))
-        for row in rows
-    ]
+    candidates = map(Candidate.of_row, rows)
     return [choice.candidate.text for choice in choose(candidates, top_k=first) if choice.reason is None]
 
 
-def _count(rows: Sequence[Mapping[str, Any]], num_images: int, kind: str, stats: ShardStats) -> None:
-    scored = [row for row in rows if row.get("score") is not None]
-    empty = sum(not row["text"] for row in rows)
-    stats.rows_in = len(rows)
-    stats.rows_out = len(scored)
-    stats.images = num_images
-    stats.count("scored", rows=len(scored))
-    if empty:
-        stats.count("unscored", "empty", rows=empty)
-    if undecodable := len(rows) - len(scored) - empty:
-        stats.count("unscored", "undecodable", rows=undecodable)
+def _count(rows: Sequence[dict[str, Any]], num_images: int, kind: str, stats: ShardStats) -> None:
+    scored = count_judged(rows, "score", num_images, stats)
     stats.counts["truncated"] = sum(bool(row.get("truncated")) for row in scored)
     scores: dict[str, list[float]] = {"score": [], f"{kind}_score": []}
     best: dict[str, float] = {}

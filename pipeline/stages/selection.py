@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.candidates import Candidate, choose, choose_by
+from pipeline.candidates import CANDIDATE_COLUMNS, Candidate, choose, choose_by
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
@@ -28,9 +28,8 @@ from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
-from schemas.tables import CURATED_FILE
+from schemas.tables import CURATED_FILE, STAGE_SCHEMAS
 
-_CANDIDATE_COLUMNS = ("key", "origin", "candidate", "text", "score", "rerank_score")
 _NUMBERS = ("score", "rerank_score", "match_probability")
 
 
@@ -74,8 +73,8 @@ def read_scores(records: Records, inputs: Mapping[str, ShardRecord]) -> pa.Table
     """
     judged_by: Stage = "filter" if "filter" in inputs else "rank"
     file = inputs[judged_by].outputs["parquet"]
-    more = ("match_probability",) if judged_by == "filter" else ()
-    scores = committed_table(records, file, (*_CANDIDATE_COLUMNS, *more))
+    columns = [name for name in ("key", *CANDIDATE_COLUMNS) if name in STAGE_SCHEMAS[judged_by].names]
+    scores = committed_table(records, file, columns)
     _require_finite_scores(scores, file.path)
     return scores
 
@@ -142,8 +141,7 @@ def _require_finite_scores(scores: pa.Table, path: str) -> None:
 def _candidates_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Candidate]]:
     """Group rows that are sorted by key."""
     return {
-        key: [Candidate(**{name: value for name, value in row.items() if name != "key"}) for row in group]
-        for key, group in groupby(rows, key=itemgetter("key"))
+        key: [Candidate.of_row(row) for row in group] for key, group in groupby(rows, key=itemgetter("key"))
     }
 
 

@@ -22,7 +22,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_file, committed_table
 from pipeline.corpus.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
 from schemas.errors import CorruptShardError
-from schemas.records import OutputFile
+from schemas.records import SnapshotShard
 
 _ABSENT = -1
 # Where an object has its captions: img2dataset's and their like; LAION's.
@@ -30,15 +30,8 @@ _CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRef:
-    """A shard to train on. ``parquet`` is None outside a corpus; ``held_out`` are uids that are not trained on."""
-
-    corpus: str
-    source: str
-    shard: str
-    tar: OutputFile
-    parquet: OutputFile | None = None
-    held_out: tuple[str, ...] = ()
+class ShardRef(SnapshotShard):
+    """A shard to train on."""
 
     @property
     def samples(self) -> int:
