@@ -256,7 +256,7 @@ def _lists(config: CapfiltConfig) -> Iterator[Check]:
 
 def _weights(config: CapfiltConfig) -> list[Check]:
     """Read the weights at the same time: each waits for the hub's answer, and for its disk."""
-    from pipeline.models.weights import captioner_weights, ranker_weights
+    from pipeline.models.weights import captioner_weights, filter_weights, ranker_weights
 
     rank = config.rank
     asked: dict[str, Callable[[], Weights]] = {
@@ -265,6 +265,8 @@ def _weights(config: CapfiltConfig) -> list[Check]:
     }
     if rerank := rank.rerank:
         asked["reranker"] = lambda: ranker_weights(rerank.model, rerank.pretrained, "rank.rerank")
+    if section := config.filter:
+        asked["filter"] = lambda: filter_weights(section)
     with ThreadPoolExecutor(len(asked)) as pool:
         return list(
             pool.map(lambda name: _guarded(name, partial(_weights_check, name, asked[name]), ""), asked)

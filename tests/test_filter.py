@@ -355,6 +355,14 @@ def test_the_filter_alone_decides_and_clip_ranks_nothing(base_url: str, folder: 
     assert refused.returncode == 2 and 'select.by = "itm"' in refused.stderr
 
 
+def test_doctor_reads_the_filters_weights(corpus: CapfiltConfig, tmp_path: Path) -> None:
+    damaged = CapfiltConfig.model_validate(corpus.model_dump() | {"filter": {"model": str(tmp_path)}})
+    for config, state in ((corpus, "ok"), (damaged, "fail")):
+        said = cli("doctor", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
+        [check] = [one for one in json.loads(said.stdout) if one["name"] == "filter"]
+        assert check["state"] == state, check
+
+
 def test_a_corpus_without_the_section_has_no_such_stage(base_url: str, tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 8, 8)
     refused = cli("filter", "-c", str(config_file(config, tmp_path / "c.json")))
