@@ -10,9 +10,9 @@ from capfilt.samples import Sample, SampleView, read_curated, view
 from jobs.cli.options import open_manifest
 from pipeline.config import load_config
 from pipeline.corpus.records import Records
+from pipeline.lineage.sample_trace import trace as trace_sample
 from pipeline.manifest import status
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace as trace_sample
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import printable

@@ -105,8 +105,8 @@ def answers() -> dict[str, str]:
 def ask(corpus: str) -> dict[str, str]:
     """Return a corpus's answer to each question of docs/manifest.md, as ``capfilt sql`` prints it."""
     from jobs.output.render import print_table
-    from pipeline.corpus.storage import Storage
     from pipeline.manifest.manifest import Manifest
+    from pipeline.storage.storage import Storage
 
     manifest, answers = Manifest(Storage(corpus)), {}
     for _, question, sql, _ in _QUESTION.findall((FOLDER / "manifest.md").read_text(encoding="utf-8")):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import dump_config
-from pipeline.corpus.storage_errors import storage_error_message
+from pipeline.storage.errors import storage_error_message
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 
@@ -218,7 +218,7 @@ def check_storage(root: str) -> Check:
 
 def _storage(root: str) -> Check:
     """Check that create-if-absent lets exactly one writer win: the commit of every shard depends on it."""
-    from pipeline.corpus.storage import Storage
+    from pipeline.storage.storage import Storage
 
     storage = Storage(root)
     storage.require_place("corpus.path")
@@ -241,8 +241,8 @@ def _storage(root: str) -> Check:
 
 def _lists(config: CapfiltConfig) -> Iterator[Check]:
     from pipeline.corpus.records import Records
-    from pipeline.corpus.storage import Storage
     from pipeline.intake.read_lists import check_lists
+    from pipeline.storage.storage import Storage
 
     def check_source(source: SourceConfig) -> Check:
         unread = check_lists(source, config, Records(Storage(config.corpus.path)))

@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 from jobs.interrupts import Interrupts
 from jobs.output.progress import Progress
 from pipeline.manifest.manifest import Manifest
-from pipeline.stages.plan import Kind
-from pipeline.stages.progress import RunProgress
-from pipeline.stages.runner import RunSettings
+from pipeline.runs.plan import Kind
+from pipeline.runs.progress import RunProgress
+from pipeline.runs.runner import RunSettings
 from schemas.records import ShardRecord
 from schemas.stages import Stage
 

@@ -5,9 +5,9 @@ The records, retries and quarantine are those of a run on Ray, which is neither 
 
 from jobs.environment import WORKER_ENVIRONMENT, variables
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
-from pipeline.corpus.scratch import sweep_temporary_folders
-from pipeline.stages.progress import ProgressCounter
-from pipeline.stages.runner import ShardRunner
+from pipeline.runs.progress import ProgressCounter
+from pipeline.runs.runner import ShardRunner
+from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.errors import CapfiltError
 
 

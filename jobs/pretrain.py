@@ -5,8 +5,8 @@ import os
 from jobs.interrupts import Interrupts
 from jobs.launcher import RankOutcome, train_here
 from jobs.run_record import begin_run
-from pipeline.corpus.scratch import sweep_temporary_folders
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunOutcome, RunRecord

@@ -16,7 +16,6 @@ from jobs.interrupts import Interrupts
 from jobs.output.progress import open_progress
 from jobs.run_record import begin_run
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries
@@ -24,9 +23,10 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.marks.rules import ShardMarks
 from pipeline.marks.search import marks_of_shards
 from pipeline.models.weights import Weights, captioner_weights, filter_weights, ranker_weights
-from pipeline.stages.plan import ModelDigests, stages_in_use, stale_message
-from pipeline.stages.runner import RunSettings
-from pipeline.stages.survey import Survey, Totals, survey
+from pipeline.runs.plan import ModelDigests, stages_in_use, stale_message
+from pipeline.runs.runner import RunSettings
+from pipeline.runs.survey import Survey, Totals, survey
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now

@@ -14,12 +14,12 @@ from PIL import Image
 from pipeline.corpus.commit import LENGTH_EDGES, SCORE_EDGES, ShardCommit, histogram
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.selection import SelectWorker
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.json_record import utc_now
 from schemas.records import (

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from jobs.look.server import Server, serve
-from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.storage import Storage
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage

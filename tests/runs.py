@@ -10,7 +10,7 @@ from jobs.demo.world.site import write_url_list
 from jobs.run import RunOptions, RunResult, run
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jobs.bench.caption import measure_caption
+from jobs.bench.engines.caption import measure_caption
 from jobs.bench.fixtures.models import BLIP_LARGE
 from jobs.bench.fixtures.pictures import jpeg
 from jobs.cli.main import app

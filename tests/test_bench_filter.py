@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.bench.filter import SIZES, measure_filter, random_tokens
+from jobs.bench.engines.filter import SIZES, measure_filter, random_tokens
 
 SMALL = {
     "text_config": SIZES["base"]["text_config"]

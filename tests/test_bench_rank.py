@@ -4,7 +4,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from jobs.bench.rank import measure_rank, random_captions
+from jobs.bench.engines.rank import measure_rank, random_captions
 
 SMALL = "ViT-S-32-alt"
 

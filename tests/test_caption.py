@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.preprocess import normalise
 from pipeline.models.blip.captioner import BlipCaptioner, RawCaption
@@ -33,6 +32,7 @@ from pipeline.models.blip.nucleus import Nucleus, draw, nucleus
 from pipeline.models.weights import captioner_weights
 from pipeline.rng import stream_seed, uniforms
 from pipeline.stages.caption import CaptionWorker
+from pipeline.storage.storage import Storage
 from pipeline.text import clean_caption
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError, CorruptShardError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import CheckpointRecord
 from tests.processes import ROOT

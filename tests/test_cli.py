@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from jobs.cli.main import app
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.processes import ROOT, cli, start_cli, what_comes
 from tests.runs import config_file, small_config, with_values
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.cluster.submit import pinned_requirements, runtime_environment, submission_id
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.cluster import ClusterProcess, three_nodes
 from tests.corpora import make_corpus

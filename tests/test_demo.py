@@ -21,7 +21,7 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForI
 
 from jobs.demo.run import demo_config
 from jobs.docs import answers, ask
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 from tests.notebooks import assert_shown, outputs_of
 from tests.runs import config_file

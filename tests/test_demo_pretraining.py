@@ -24,9 +24,9 @@ from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.storage import Storage
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.weights import ranker_weights
+from pipeline.storage.storage import Storage
 from schemas.records import ShardTask
 from schemas.stages import Stage
 from schemas.tables import CURATED, SAMPLES

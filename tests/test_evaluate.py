@@ -12,7 +12,7 @@ from torch import Tensor
 from trained import pictures, trained_config, trained_stage
 from typer.testing import CliRunner
 
-from jobs.cli.evaluate import evaluate
+from jobs.cli.commands.evaluate import evaluate
 from jobs.pretrain import pretrain
 from schemas.errors import CapfiltError
 from training.blip2.stage1 import Stage1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.cli.evaluate import _how_to_load, _rows
+from jobs.cli.commands.evaluate import _how_to_load, _rows
 from jobs.output.evaluation_progress import EvaluationProgress
 from training.evaluate.published import Result
 

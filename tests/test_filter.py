@@ -15,14 +15,14 @@ from jobs.bench.fixtures.compute import counted_flops
 from pipeline.candidates import Candidate, choose
 from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace
 from pipeline.manifest.verify import verify
 from pipeline.models.blip.matcher import MatchEncoder, Matcher
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.weights import filter_weights
 from pipeline.stages.selection import select
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, FilterConfig, SelectConfig
 from schemas.errors import CapfiltError
 from tests.corpora import make_corpus

@@ -18,7 +18,6 @@ from transformers import BlipForConditionalGeneration
 
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NOT_FINITE, GridSampler, RowSampler
@@ -29,6 +28,7 @@ from pipeline.rng import caption_seeds, uniforms
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
 from pipeline.stages.selection import SelectWorker, select
+from pipeline.storage.storage import Storage
 from schemas.config import CaptionConfig, SelectConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
 from transformers import BlipForConditionalGeneration
 
-from jobs.bench.fp8 import Results, changes, measure_fp8
+from jobs.bench.engines.fp8 import Results, changes, measure_fp8
 from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.blip.vision import VisionTower
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a machine with a GPU test what one without it does."""
-    for module in ("pipeline.models.blip.captioner", "pipeline.models.clip.ranker", "jobs.bench.fp8"):
+    for module in ("pipeline.models.blip.captioner", "pipeline.models.clip.ranker", "jobs.bench.engines.fp8"):
         monkeypatch.setattr(f"{module}.worker_device", lambda: CPU)
 
 

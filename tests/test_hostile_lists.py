@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.files import read_columns
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 # Of a process that has read nothing, some 100 MiB are used.
@@ -22,7 +22,7 @@ import re, sys
 from pathlib import Path
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.files import read_columns
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 rows = 0
 try:

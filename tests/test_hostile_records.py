@@ -15,10 +15,10 @@ from jobs.cli.main import app
 from pipeline.corpus.records import Records, parse_record
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import open_crawled
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.marks.rules import rules_by_shard
+from pipeline.storage.storage import Storage
 from schemas.catalog import record_row_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError

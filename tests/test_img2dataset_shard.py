@@ -12,11 +12,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError, read_header
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.stages.img2dataset_shard import import_row, import_shard, reason_of
+from pipeline.storage.storage import Storage
 from schemas.errors import CorruptShardError
 from schemas.records import OutputFile, ShardRecord
 from schemas.statuses import REASONS
@@ -117,7 +117,7 @@ _IMPORT = r"""
 import re, sys
 from pathlib import Path
 from pipeline.stages.img2dataset_shard import import_shard
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import OutputFile
 tar = sys.argv[1]

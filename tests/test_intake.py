@@ -20,9 +20,9 @@ from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
-from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardTask

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.files import BATCH_ROWS, find_files, read_columns
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 ROWS = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.processes import ROOT, cli, descendants, kill, start_cli
 from tests.runs import committed_uids, config_file, do_run, small_config, with_values

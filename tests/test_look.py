@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES_FILE
 from tests.corpora import Corpus, make_corpus

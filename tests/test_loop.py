@@ -160,7 +160,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_json_lines_hold_each_step_once(folder: str) -> None:
-    from pipeline.corpus.storage import Storage
+    from pipeline.storage.storage import Storage
 
     storage = Storage(folder)
     lines = JsonLines(storage, after_step=0)
@@ -180,7 +180,7 @@ def test_json_lines_hold_each_step_once(folder: str) -> None:
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
-    from pipeline.corpus.storage import Storage
+    from pipeline.storage.storage import Storage
 
     lines = JsonLines(Storage(str(tmp_path)), after_step=0)
     with pytest.raises(CapfiltError, match="another process trains this run"):
@@ -251,7 +251,7 @@ _FOREVER = """
 import sys
 from pathlib import Path
 from tests.small_stage import *
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from training.trainer.metrics import JsonLines
 settings = config(Path(sys.argv[1]), optim={"steps": int(sys.argv[2])}, checkpoint={"every_steps": 20})
 loop = make_loop(settings)

@@ -16,9 +16,9 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord

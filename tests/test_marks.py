@@ -11,19 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from jobs.cli.commands.plan import plan_corpus
 from jobs.cli.main import app
-from jobs.cli.plan import plan_corpus
 from pipeline.candidates import Candidate
 from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
+from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace
 from pipeline.marks.from_file import read_values
 from pipeline.marks.marking import Verdict, mark, places_of, take_back
 from pipeline.marks.rules import RuleBook, SampleMarks
 from pipeline.marks.search import marks_of_shards
 from pipeline.stages.selection import SelectWorker, select
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CapfiltError
 from schemas.marks import MarkRule, rules_digest

@@ -14,12 +14,12 @@ import ray
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
 from jobs.cluster.actors import CONCURRENT_SHARDS
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.models.weights import captioner_weights
+from pipeline.runs.plan import ModelDigests
+from pipeline.runs.progress import ShardOutcome
+from pipeline.runs.runner import RunSettings, RWLock, ShardRunner
 from pipeline.stages.caption import CaptionWorker
-from pipeline.stages.plan import ModelDigests
-from pipeline.stages.progress import ShardOutcome
-from pipeline.stages.runner import RunSettings, RWLock, ShardRunner
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage

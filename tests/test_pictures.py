@@ -22,9 +22,9 @@ from pipeline.config import parse_config
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
 from pipeline.intake.pictures.fetch import FileFetcher
 from pipeline.intake.pictures.places import Place, parse_place
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from tests.processes import ROOT
@@ -507,7 +507,7 @@ def test_an_image_that_a_dictionary_multiplies_takes_its_memory_once(tmp_path: P
     config = config_of(tmp_path, [str(tmp_path / "data")], format="huggingface", caption_column="")
     code = (
         "import resource, sys; from pathlib import Path; from schemas.config import CapfiltConfig;"
-        "from pipeline.corpus.storage import Storage; from pipeline.intake.pictures.fetch import FileFetcher;"
+        "from pipeline.storage.storage import Storage; from pipeline.intake.pictures.fetch import FileFetcher;"
         "config = CapfiltConfig.model_validate_json(sys.argv[1]); storage = Storage(config.corpus.path);"
         "fetcher = FileFetcher(config.source[0], config.crawl, storage);"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from jobs.cli.main import main
 from jobs.pretrain import TrainingFailedError, pretrain
-from pipeline.corpus.storage import Storage
-from pipeline.manifest.checkpoint_trace import trace_checkpoint
+from pipeline.lineage.checkpoint_trace import trace_checkpoint
+from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus

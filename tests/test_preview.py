@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from jobs.cli.commands.preview import preview_corpus
 from jobs.cli.main import app
-from jobs.cli.preview import preview_corpus
 from pipeline.corpus.records import CorpusState
 from pipeline.marks.marking import Verdict, mark
 from pipeline.marks.search import marks_of_shards
-from pipeline.stages.preview import preview_selection
+from pipeline.runs.preview import preview_selection
 from pipeline.stages.selection import SelectWorker
 from schemas.errors import CapfiltError
 from tests.corpora import Corpus, make_corpus

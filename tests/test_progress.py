@@ -3,8 +3,8 @@
 import pytest
 
 from jobs.output.progress import LineProgress, _Rates
-from pipeline.stages.progress import StageProgress
-from pipeline.stages.survey import StageCount, Survey
+from pipeline.runs.progress import StageProgress
+from pipeline.runs.survey import StageCount, Survey
 from pipeline.text import readable_duration
 from training.trainer.loop import progress_line
 

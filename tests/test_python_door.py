@@ -13,7 +13,7 @@ from PIL import Image
 
 import capfilt
 from jobs.output.values import plain
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.corpora import Corpus, make_corpus
 from tests.notebooks import assert_shown, outputs_of

@@ -10,13 +10,13 @@ from raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tiny_models import save_captioner, save_ranker
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.images.decode import decode_rgb
 from pipeline.images.preprocess import decode_pixels
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import ranker_weights
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
 from schemas.tables import CANDIDATES

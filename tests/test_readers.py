@@ -9,7 +9,7 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.runs import curated_rows
 from tests.test_run import done, local_ray  # noqa: F401
 

@@ -7,7 +7,7 @@ import pytest
 from jobs.docs import FOLDER, PAGES, page
 from pipeline.config import load_config
 from pipeline.config_messages import section_class
-from pipeline.stages.plan import stages_of
+from pipeline.runs.plan import stages_of
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
 

@@ -13,8 +13,8 @@ from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerprint
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.json_record import utc_now
 from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask

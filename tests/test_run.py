@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import jobs.run
-from jobs.cli.plan import plan_corpus
+from jobs.cli.commands.plan import plan_corpus
 from jobs.cli.summary import result_json
 from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from tests.runs import committed_uids, curated_files, do_run, small_config, with_values

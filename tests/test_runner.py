@@ -7,8 +7,8 @@ import pytest
 
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
-from pipeline.stages.progress import ProgressCounter, ShardOutcome
-from pipeline.stages.runner import RunSettings, ShardRunner, load_worker
+from pipeline.runs.progress import ProgressCounter, ShardOutcome
+from pipeline.runs.runner import RunSettings, ShardRunner, load_worker
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, ShardTask

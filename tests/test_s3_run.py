@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.processes import cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
 

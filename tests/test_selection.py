@@ -19,9 +19,9 @@ from pipeline.candidates import Candidate
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.stages.selection import SelectWorker, select
+from pipeline.storage.storage import Storage
 from pipeline.text import same_text_key
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.records import ShardRecord

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from jobs.cli.main import app
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
-from pipeline.manifest.sample_trace import trace
+from pipeline.lineage.sample_trace import trace
 from pipeline.marks.marking import Verdict, mark
 from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
 from pipeline.stages.selection import SelectWorker
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now
 from schemas.pretrain import DataConfig

@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.corpus.checkpoint_files import DamagedCheckpointError, SavedCheckpoints
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.intake.lists.files import expand
 from pipeline.models.model_files import read_object, safetensors_header
 from pipeline.regular_files import NotRegularFileError, open_regular
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.records import CheckpointRecord
 from tests.corpora import Corpus, make_corpus

@@ -11,11 +11,11 @@ from raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tiny_models import save_captioner, save_ranker
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
 from pipeline.stages.selection import SelectWorker
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from tests.corpora import Corpus, make_corpus
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.scratch import sweep_temporary_folders, temporary_folder
-from pipeline.corpus.storage import Storage
-from pipeline.corpus.storage_errors import storage_error_message
+from pipeline.storage.errors import storage_error_message
+from pipeline.storage.scratch import sweep_temporary_folders, temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from pipeline.corpus.storage_errors import storage_error_message
+from pipeline.storage.errors import storage_error_message
 from tests.processes import cli
 
 _CONFIG = """

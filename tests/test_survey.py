@@ -3,7 +3,7 @@
 from collections import Counter
 
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.corpora import UNFILTERED, make_corpus
 
 CRAWL_00000 = "records/crawl/cc/00000.json"

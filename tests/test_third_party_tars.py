@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import DataConfig
 from tests.raw_shards import encoded, picture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest.sample_trace import trace
+from pipeline.lineage.sample_trace import trace
 from schemas.errors import CapfiltError
 from tests.corpora import CAPTIONER, NUM_CAPTIONS, RANKER, RUN, Corpus, make_corpus, score_of
 

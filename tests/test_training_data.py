@@ -19,7 +19,7 @@ from raw_shards import encoded, picture
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_tar
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.pretrain import PretrainConfig

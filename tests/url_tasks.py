@@ -6,10 +6,10 @@ from typing import Any
 
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.json_record import utc_now
 from schemas.records import OutputFile, ShardRecord, ShardTask

@@ -32,8 +32,8 @@ from pipeline.corpus.checkpoint_files import (
     SavedCheckpoints,
     find_checkpoint,
 )
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
+from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Count, FileName, Json, first_error, utc_now
 from schemas.pretrain import PretrainConfig

@@ -92,7 +92,7 @@ def images(
     json_: Json = False,
 ) -> None:
     """Decode JPEGs for both models: with the libraries' own code, and on our two pixel paths."""
-    from jobs.bench.images import measure_images
+    from jobs.bench.engines.images import measure_images
 
     _report(json_, ("sizes",), measure_images, images)
 
@@ -104,7 +104,7 @@ def caption(
     json_: Json = False,
 ) -> None:
     """Caption beside transformers' generate: operations, decoding alone, JPEG to the best two."""
-    from jobs.bench.caption import measure_caption
+    from jobs.bench.engines.caption import measure_caption
 
     _report(json_, (), measure_caption, batch_size, rounds)
 
@@ -123,7 +123,7 @@ def rank(
     json_: Json = False,
 ) -> None:
     """Rank beside open_clip's own: agreement, operations, both towers and the tokenizer."""
-    from jobs.bench.rank import measure_rank
+    from jobs.bench.engines.rank import measure_rank
 
     images = images or _by_device(2, 256)
     _report(json_, ("open_clip", "capfilt"), measure_rank, images, captions, mean_tokens, rounds, model)
@@ -147,7 +147,7 @@ def filter_(
     json_: Json = False,
 ) -> None:
     """Filter beside transformers' own: agreement, operations, and its class with and without shared features."""
-    from jobs.bench.filter import SIZES, measure_filter
+    from jobs.bench.engines.filter import SIZES, measure_filter
 
     images = images or _by_device(1, 64)
     parts = ("transformers", "features_once", "capfilt")
@@ -180,7 +180,7 @@ def fp8(
     json_: Json = False,
 ) -> None:
     """Compare float32, bfloat16 and float8 on the demo's trained models: scores, captions, what is kept."""
-    from jobs.bench.fp8 import measure_fp8
+    from jobs.bench.engines.fp8 import measure_fp8
 
     _report(json_, ("bf16_from_fp32", "fp8_from_fp32", "fp8_from_bf16"), measure_fp8, images)
 

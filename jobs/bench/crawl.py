@@ -17,9 +17,9 @@ from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summar
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from jobs.bench.fixtures.server import serving
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.records import ShardTask
 

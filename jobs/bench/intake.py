@@ -7,9 +7,9 @@ from typing import Any
 from jobs.bench.fixtures.corpus import list_config, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import read_lists
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 
 # Every tenth row of the list repeats an earlier URL with a caption of its own.

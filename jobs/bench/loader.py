@@ -15,8 +15,8 @@ from typing import Any
 from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.stages.selection import SelectWorker
+from pipeline.storage.scratch import temporary_folder
 
 _SIZE_PX = (512, 512)
 _QUALITY = 85

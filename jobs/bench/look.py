@@ -9,8 +9,8 @@ from jobs.look.overview import overview
 from jobs.look.page import Pages, image_path
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import SORTS, View
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.scratch import temporary_folder
 
 _FILTERS: tuple[dict[str, str], ...] = (
     {"status": "failed"},

@@ -7,9 +7,9 @@ import duckdb
 
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes, seconds_by_variant
-from pipeline.corpus.scratch import temporary_folder
+from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace
+from pipeline.storage.scratch import temporary_folder
 from schemas.catalog import CATALOG
 
 _TIMES = 3

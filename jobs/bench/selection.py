@@ -6,9 +6,9 @@ from jobs.bench.fixtures.corpus import SyntheticCorpus
 from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import Storage
 from pipeline.stages.selection import SelectWorker
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardTask
 

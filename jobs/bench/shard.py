@@ -28,10 +28,10 @@ from jobs.bench.fixtures.models import (
 )
 from jobs.bench.fixtures.pictures import jpegs
 from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.models.device import device_name, worker_device
 from pipeline.stages.caption import CaptionWorker
 from pipeline.stages.rank import RankWorker
+from pipeline.storage.scratch import temporary_folder
 from schemas.config import CapfiltConfig, InferencePrecision
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage

@@ -12,16 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from jobs.bench.commands import bench
-from jobs.cli.evaluate import evaluate, export
+from jobs.cli.commands.evaluate import evaluate, export
+from jobs.cli.commands.init import initial
+from jobs.cli.commands.look import looking
+from jobs.cli.commands.marks import marks
+from jobs.cli.commands.reports import reports
+from jobs.cli.commands.trace import traces
+from jobs.cli.commands.train import training
+from jobs.cli.commands.upkeep import upkeep
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
-from jobs.cli.init import initial
-from jobs.cli.look import looking
-from jobs.cli.marks import marks
 from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
-from jobs.cli.reports import reports
-from jobs.cli.trace import traces
-from jobs.cli.train import training
-from jobs.cli.upkeep import upkeep
 from jobs.interrupts import Interrupts
 from jobs.output.render import complain, printable_lines
 from schemas.errors import CapfiltError
@@ -113,7 +113,7 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         import_arrow_alone()
         from rich.console import Console
 
-        from jobs.cli.plan import plan_corpus, print_plan
+        from jobs.cli.commands.plan import plan_corpus, print_plan
         from jobs.cli.summary import print_result, result_json
         from jobs.run import RunOptions, run
 
@@ -178,10 +178,10 @@ def plan(
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
     import_arrow_alone()
-    from jobs.cli.plan import plan_corpus, print_plan
+    from jobs.cli.commands.plan import plan_corpus, print_plan
 
     if preview:
-        from jobs.cli.preview import preview_corpus, print_preview
+        from jobs.cli.commands.preview import preview_corpus, print_preview
 
         rows = preview_corpus(loaded)
         print(json.dumps({"preview": rows})) if json_ else print_preview(rows)
@@ -262,7 +262,7 @@ def main() -> None:
         complain(error)
         sys.exit(2)
     except Exception as error:
-        from pipeline.corpus.storage_errors import storage_error_message
+        from pipeline.storage.errors import storage_error_message
 
         if message := storage_error_message(error):
             complain(message)

@@ -28,7 +28,7 @@ SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[
 
 def open_manifest(corpus: str) -> "Manifest":
     """Open a corpus that exists: a mistyped name must not read as an empty one."""
-    from pipeline.corpus.storage import Storage
+    from pipeline.storage.storage import Storage
 
     storage = Storage(corpus)
     if not storage.is_corpus():

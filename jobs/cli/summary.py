@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from jobs.environment import program_name
 from jobs.run import RunResult
-from pipeline.stages.survey import Totals
+from pipeline.runs.survey import Totals
 from pipeline.text import readable_duration
 from schemas.names import printable
 from schemas.stages import STAGES

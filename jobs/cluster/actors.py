@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from pipeline.corpus.scratch import sweep_temporary_folders
-from pipeline.stages.plan import Kind
-from pipeline.stages.progress import ProgressCounter, ShardOutcome
-from pipeline.stages.runner import RunSettings, ShardRunner
+from pipeline.runs.plan import Kind
+from pipeline.runs.progress import ProgressCounter, ShardOutcome
+from pipeline.runs.runner import RunSettings, ShardRunner
+from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.config import StageResources
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.cluster.actors import ProgressActor, build_dataset
 from jobs.cluster.session import ray_session
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
-from pipeline.stages.progress import RunProgress
+from pipeline.runs.progress import RunProgress
 from schemas.errors import CapfiltError
 
 # Executions (not shards) that may break in a row, with no shard committed between them.

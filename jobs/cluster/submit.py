@@ -21,8 +21,8 @@ from typing import Any
 
 from jobs.environment import WORKER_ENVIRONMENT, send_token_if_there_is_one
 from pipeline.config import dump_config, load_config
-from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig

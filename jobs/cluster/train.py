@@ -16,7 +16,7 @@ from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
 from jobs.launcher import TIMEOUT_S, RankOutcome, log, num_gpus, train_as, worst_outcome
-from pipeline.corpus.scratch import temporary_folder
+from pipeline.storage.scratch import temporary_folder
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
 from training.distributed import World

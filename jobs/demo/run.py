@@ -24,7 +24,7 @@ from jobs.run import RunOptions, RunResult, run
 from pipeline.config import load_config
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 

@@ -19,7 +19,7 @@ from jobs.pretrain import pretrain
 from pipeline.config import load_config
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.convert.load import load_trained
 from training.data.snapshot import take_snapshot

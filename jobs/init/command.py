@@ -19,11 +19,11 @@ from jobs.init.source_text import DescribedSource, SourceText
 from jobs.init.sources import describe, written_path
 from pipeline.config import parse_config
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import check_lists
 from pipeline.models.hub import cache_and_offline
 from pipeline.models.weights import require_model_names, uncached_models
-from pipeline.stages.plan import stages_in_use
+from pipeline.runs.plan import stages_in_use
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.names import fits_utf8, printable

@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from jobs.init.source_text import HUMAN, DescribedSource, Key, SourceText
-from pipeline.corpus.storage import Storage
 from pipeline.intake.guess_columns import GuessedColumns, guess_columns
 from pipeline.intake.lists.preview import PREVIEW_ROWS, ListPreview
 from pipeline.intake.recognise import RecognisedInput
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import printable, shown
 

@@ -9,13 +9,13 @@ import pyarrow as pa
 
 from jobs.init.lists import column_names
 from jobs.init.source_text import HUMAN, DescribedSource, Key, SourceText
-from pipeline.corpus.storage import Storage
 from pipeline.images.decode import ImageError, check, read_header
 from pipeline.intake.guess_columns import guess_caption
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.preview import PREVIEW_ROWS, preview_list
 from pipeline.intake.pictures.tables import ImageTables, is_image_struct, table_schema
 from pipeline.intake.recognise import RecognisedInput, described_suffixes
+from pipeline.storage.storage import Storage
 from schemas.config import CrawlConfig
 from schemas.errors import CapfiltError
 from schemas.names import printable, shown

@@ -14,8 +14,8 @@ from jobs.init.pictures import (
     describe_tars,
 )
 from jobs.init.source_text import DescribedSource
-from pipeline.corpus.storage import Storage
 from pipeline.intake.recognise import KIND_NAMES, RecognisedInput, recognise
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 

@@ -13,7 +13,7 @@ from jobs.look.snapshot import Answer, Snapshot
 from jobs.look.view import View
 from pipeline.corpus.records import CorpusState, Records
 from pipeline.marks.search import marks_of_shards
-from pipeline.stages.preview import SourcePreview, preview_selection
+from pipeline.runs.preview import SourcePreview, preview_selection
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CapfiltError
 from schemas.json_record import first_error

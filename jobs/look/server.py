@@ -22,8 +22,8 @@ from jobs.look.selection import preview
 from jobs.look.snapshot import Row, Snapshots
 from jobs.look.view import View
 from pipeline.corpus.records import Records
+from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.sample_trace import trace
 from pipeline.marks.marking import Verdict, mark, take_back
 from schemas.errors import CapfiltError
 from schemas.marks import is_value

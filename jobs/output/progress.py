@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.stages.progress import StageProgress
-from pipeline.stages.survey import Survey
+from pipeline.runs.progress import StageProgress
+from pipeline.runs.survey import Survey
 from pipeline.text import readable_duration
 from schemas.stages import Stage
 

@@ -1,10 +1,10 @@
-"""A corpus as files: storage, shards, records, and the commit that makes a shard's outputs visible.
+"""A corpus as files: shards, records, and the commit that makes a shard's outputs visible.
 
-In: a corpus's path (local, S3, GCS), and the files that a stage has built locally. Out: committed records, and
-the rows and images they commit, each file checked against its record.
+In: a corpus's storage, and the files that a stage has built locally. Out: committed records, and the rows and images
+they commit, each file checked against its record.
 
-`storage` puts, creates and lists whole files, `storage_errors` explains why one failed, `scratch` holds what is not
-finished. `records` reads and writes the records, `commit` publishes one shard, `fingerprint` tells whether a shard
-is up to date. `shard_files` writes and reads tars and Parquet, `tar_samples` finds the samples of anybody's tar;
-`shard_reader`, `stored_images` and `checkpoint_files` read what is committed, `garbage_collection` finds what is not.
+`records` reads and writes the records, `commit` publishes one shard, `fingerprint` tells whether a shard is up to
+date. `shard_files` writes and reads tars and Parquet, `tar_samples` finds the samples of anybody's tar;
+`shard_reader`, `candidate_rows`, `stored_images` and `checkpoint_files` read what is committed, `garbage_collection`
+finds what is not.
 """

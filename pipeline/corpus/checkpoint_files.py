@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.corpus.records import read_bounded
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.digests import sha256_file
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
 from schemas.records import CheckpointRecord

@@ -17,8 +17,8 @@ from threading import Lock
 import numpy as np
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import sha256_file
+from pipeline.storage.scratch import temporary_folder
 from schemas.json_record import utc_now
 from schemas.records import Histogram, OutputFile, ShardRecord, ShardTask
 from schemas.stages import STAGE_FOLDERS

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.corpus.records import Records, ShardId, parse_record, read_record
-from pipeline.corpus.storage import FileInfo, Storage
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import ShardRecord, shard_record_path
 from schemas.stages import STAGE_FOLDERS

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.fingerprint import sample_uid
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.columns import (
     TEXT_KINDS,
     Rows,
@@ -30,6 +29,7 @@ from pipeline.intake.lists.columns import (
 from pipeline.intake.lists.files import read_columns, require_columns
 from pipeline.intake.pictures.formats import PictureSource
 from pipeline.intake.pictures.places import SCHEME
+from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, first_line
 from schemas.names import shown

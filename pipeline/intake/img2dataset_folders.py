@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.storage import FileInfo, Storage
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import FileInfo
 from pipeline.digests import digest_json
 from pipeline.intake.dedup import SourcePairs
 from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2dataset_shards
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.pictures.formats import PictureSource, picture_source
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import FileInfo
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord

@@ -13,11 +13,11 @@ from typing import Literal
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.files import LIST_SUFFIXES, PACKED_SUFFIXES
 from pipeline.intake.lists.preview import ListPreview, preview_list
 from pipeline.intake.pictures.folder import METADATA_FILES, PICTURE_EXTENSIONS
 from pipeline.intake.pictures.tars import COMPRESSED_TARS
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean, first_line
 from schemas.names import is_hidden
 

@@ -7,9 +7,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.digests import digest_json
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
+from pipeline.storage.scratch import temporary_folder
 from schemas.config import CapfiltConfig
 from schemas.records import IntakeRecord, ShardRecord
 from schemas.statuses import TRANSIENT

@@ -4,7 +4,6 @@ In: records and committed Parquet files. Out: rows, Parquet parts, `manifest.duc
 writes below `manifest/` and the catalog only.
 
 `record_rows` turns records into rows, `compaction` keeps them in few files, `manifest` answers questions over
-both and `sandbox` those of a user; `catalog_file` writes `manifest.duckdb`. `status`, `sample_trace`,
-`checkpoint_trace`, `trained_on` and `card` are the package's own questions; `verify` with `verify_checks` compares
-every file with its record.
+both and `sandbox` those of a user; `catalog_file` writes `manifest.duckdb`. `status` and `card` are the package's
+own questions; `verify` with `verify_checks` compares every file with its record.
 """

@@ -11,8 +11,8 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import Storage
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.catalog import (
     CATALOG,
     DATA_TABLES,

@@ -20,11 +20,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pipeline.corpus.shard_files import schema_mismatch
-from pipeline.corpus.storage import Storage
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer, table_answer
 from pipeline.regular_files import NotRegularFileError, require_regular
+from pipeline.storage.storage import Storage
 from schemas.catalog import (
     DATA_STAGES,
     DATA_TABLES,

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 from pipeline.corpus.fingerprint import pack_uids, unpack_uids
 from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.storage import Storage
 from schemas.catalog import DATA_TABLES
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import MARKS_INPUT, OutputFile, ShardRecord

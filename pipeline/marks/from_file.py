@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.guess_columns import guess_columns
 from pipeline.intake.lists.columns import Wanted, column_texts
 from pipeline.intake.lists.files import expand, opened_list, read_columns
 from pipeline.intake.lists.lines import Lines, text_of
 from pipeline.intake.lists.preview import preview_list
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.marks import is_value
 from schemas.statuses import By

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
+from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
-from pipeline.manifest.trained_on import trained_on
 from pipeline.marks.rules import NO_MARKS, RuleBook, ShardMarks
 from schemas.catalog import quote
 from schemas.marks import MarkRule

@@ -1,5 +1,5 @@
-"""The stages of one shard: their workers, the runner that retries and quarantines, the plan of what is to be done.
+"""The stages of one shard, each a worker that is a plain function call: crawl, caption, rank, filter, selection.
 
-In: a shard's committed inputs. Out: its outputs and one record. Stages do not import each other; each runs in
-a plain function call, without Ray.
+In: a shard's committed inputs. Out: its outputs and one record. Stages do not import each other and know no Ray.
+`shard_images` and `img2dataset_shard` are crawl's: images decoded and resized, and folders that img2dataset made.
 """

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.corpus.shard_files import image_members
-from pipeline.corpus.storage import Storage
 from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError, read_header
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
+from pipeline.storage.storage import Storage
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
 from schemas.records import OutputFile

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.images.decode import ImageError
 from pipeline.images.preprocess import resize
+from pipeline.storage.storage import Storage
 from schemas.pretrain import DataConfig, PretrainConfig
 from training.data.shard_index import open_shard
 from training.data.snapshot import Snapshot

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from training.data.sampler import SampleIndex
 from training.data.shard_index import OpenShard, ShardRef, open_shard
 from training.data.snapshot import Snapshot

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.json_record import first_error
 from schemas.names import is_confined, printable

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.digests import sha256_file
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, printable
 from schemas.records import OutputFile

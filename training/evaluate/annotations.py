@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import confined_name, fits_utf8, printable
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.corpus.storage import Storage
 from pipeline.images.decode import Image, ImageError, decode_rgb
 from pipeline.prefetch import prefetch_map
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import confined_name
 

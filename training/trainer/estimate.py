@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.blip2.build import Stage, meta_stage
 from training.blip2.stage1 import Stage1

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
+from pipeline.storage.storage import Storage
 from schemas.json_record import utc_now
 from schemas.pretrain import DataConfig
 from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord, SnapshotRecord

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 
-from pipeline.corpus.storage_errors import storage_error_message
 from pipeline.models.checks import not_finite_tensors, require_finite_weights
+from pipeline.storage.errors import storage_error_message
 from pipeline.text import readable_duration
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json

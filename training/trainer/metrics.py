@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import Storage
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 

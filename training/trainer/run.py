@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.corpus.fingerprint import output_fields
-from pipeline.corpus.storage import Storage
 from pipeline.digests import digest_json
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord, SnapshotRecord

@@ -11,13 +11,13 @@ from typing import BinaryIO, Literal, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.scratch import temporary_folder
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
 from pipeline.regular_files import NotRegularFileError, require_regular
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 
 Part = TypeVar("Part")

@@ -8,13 +8,13 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.columns import Wanted, require_header
 from pipeline.intake.lists.files import format_of, open_parquet, opened_list
 from pipeline.intake.lists.json_rows import array_rows, is_array, line_rows
 from pipeline.intake.lists.lines import Lines, compression_of, text_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.lists.text_rows import captions_beside, header_and_rows
+from pipeline.storage.storage import Storage
 
 PREVIEW_ROWS = 200
 

@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.lists.columns import IF_QUOTED, Unit, Wanted, require, require_header
 from pipeline.intake.lists.json_rows import Row, array_rows, is_array, line_rows
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, Lines, text_of
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import shown
 

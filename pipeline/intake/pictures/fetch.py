@@ -18,10 +18,10 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.storage import Storage
 from pipeline.intake.pictures import folder, tables, tars
 from pipeline.intake.pictures.places import SCHEME, InputFolders, Place, parse_place
 from pipeline.regular_files import NotRegularFileError, open_regular
+from pipeline.storage.storage import Storage
 from pipeline.web.client import Fetch, Web
 from schemas.config import CrawlConfig, SourceConfig
 from schemas.errors import CapfiltError

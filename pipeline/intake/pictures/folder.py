@@ -7,11 +7,11 @@ folder it is in. An image that no table names has the text of ``NAME.txt`` besid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Rows, Wanted, column_texts
 from pipeline.intake.lists.files import BATCH_ROWS, read_columns
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, not_utf8
 from pipeline.intake.pictures.places import InputFile, InputFolders, Place
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 
 FORMAT = "imagefolder"

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.pictures import folder, tables, tars
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.config import SourceConfig
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import fsspec
 from fsspec.utils import glob_translate
 
-from pipeline.corpus.storage import FileInfo, Storage
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, shown
 

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.intake.lists.columns import Rows, Wanted, require
 from pipeline.intake.lists.files import read_columns
 from pipeline.intake.lists.lines import UNREADABLE
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.pictures.places import InputFolders, Place
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 from schemas.names import shown
 

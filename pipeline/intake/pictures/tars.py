@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.corpus.storage import FileInfo, Storage
 from pipeline.corpus.tar_samples import (
     IMAGE,
     JSON,
@@ -27,6 +26,7 @@ from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.lists.files import BATCH_ROWS
 from pipeline.intake.lists.lines import MAX_ROW_BYTES
 from pipeline.intake.pictures.places import InputFolders, Place
+from pipeline.storage.storage import FileInfo, Storage
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

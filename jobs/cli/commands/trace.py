@@ -61,12 +61,12 @@ def trace(
     """
     if uid_or_url is None:
         import_arrow_alone()
-        from pipeline.manifest.checkpoint_trace import trace_checkpoint
+        from pipeline.lineage.checkpoint_trace import trace_checkpoint
 
         lineage = trace_checkpoint(where)
         return print_json(lineage) if json_ else _print_lineage(lineage, wide)
     manifest = open_manifest(where)
-    from pipeline.manifest.sample_trace import trace as trace_sample
+    from pipeline.lineage.sample_trace import trace as trace_sample
 
     sample_traces = trace_sample(manifest, uid_or_url)
     if json_:

@@ -20,8 +20,8 @@ from typing import BinaryIO, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.regular_files import open_regular, require_regular
+from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError
 
 Item = TypeVar("Item")

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
+from jobs.bench.engines.rank import open_clip_side, similarities
 from jobs.bench.fixtures.compute import (
     counted_flops,
     device_seconds_by_variant,
@@ -43,14 +44,13 @@ from jobs.bench.fixtures.models import (
     save_ranker,
 )
 from jobs.bench.fixtures.pictures import jpegs
-from jobs.bench.rank import open_clip_side, similarities
 from jobs.bench.shard import Stages
-from pipeline.corpus.scratch import temporary_folder
 from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.device import compute_dtype, device_name, worker_device
 from pipeline.prefetch import decode_threads, prefetch_map
 from pipeline.rng import caption_seeds, uniforms
+from pipeline.storage.scratch import temporary_folder
 from schemas.config import CaptionConfig
 
 # Counted operations of the design, in GFLOP at BLIP-large: keys and values of an image, and one row of one step.

@@ -55,7 +55,7 @@ def mark(
     What is fetched stays. A mark of a URL or host also holds for what later lists bring.
     """
     from pipeline.corpus.records import Records
-    from pipeline.corpus.storage import Storage
+    from pipeline.storage.storage import Storage
 
     storage = Storage(corpus)
     if not storage.is_corpus():

@@ -4,9 +4,9 @@ from typing import Any
 
 from jobs.output.render import print_table
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
 from pipeline.marks.search import marks_of_shards
-from pipeline.stages.preview import SourcePreview, preview_selection
+from pipeline.runs.preview import SourcePreview, preview_selection
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.names import printable
 

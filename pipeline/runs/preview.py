@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.marks.rules import RuleBook, ShardMarks
-from pipeline.stages.plan import Kind, upstream_of
+from pipeline.runs.plan import Kind, upstream_of
 from pipeline.stages.selection import Selection, read_scores, select_shard
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CapfiltError

@@ -8,15 +8,15 @@ from jobs.output.render import print_table
 from jobs.output.values import cell, readable_bytes
 from jobs.run import digests_of, left_config_line, model_weights
 from pipeline.corpus.records import CorpusState, Records
-from pipeline.corpus.storage import Storage
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
 from pipeline.manifest.manifest import Manifest
 from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
 from pipeline.models.weights import require_model_names
-from pipeline.stages.plan import stages_in_use, stale_reasons
-from pipeline.stages.survey import survey as survey_corpus
+from pipeline.runs.plan import stages_in_use, stale_reasons
+from pipeline.runs.survey import survey as survey_corpus
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.names import printable
 from schemas.stages import STAGE_INFO, STAGES, Stage

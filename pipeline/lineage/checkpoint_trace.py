@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.corpus.checkpoint_files import find_checkpoint
-from pipeline.corpus.storage import Storage
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.json_record import Count, first_error
 from schemas.names import is_one_part

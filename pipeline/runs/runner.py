@@ -14,10 +14,10 @@ from threading import Condition, Lock
 from typing import Any
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.storage import Storage
 from pipeline.marks.rules import ShardMarks
-from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
-from pipeline.stages.progress import ShardOutcome, StageState
+from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
+from pipeline.runs.progress import ShardOutcome, StageState
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 from schemas.json_record import utc_now

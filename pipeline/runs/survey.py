@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pipeline.corpus.records import CorpusState, ShardId
 from pipeline.marks.rules import ShardMarks
-from pipeline.stages.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
+from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
 from schemas.stages import STAGE_INFO, STAGES, Stage

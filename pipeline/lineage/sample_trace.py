@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
+from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
-from pipeline.manifest.trained_on import trained_on
 from pipeline.text import same_text_key
 from schemas.catalog import STAGE_ORDER, quote
 from schemas.config import SelectConfig
