@@ -40,6 +40,7 @@ _LIBRARIES = (
     "open_clip_torch",
     "webdataset",
     "img2dataset",
+    "opencv-python-headless",
     "ray",
     "pyarrow",
     "duckdb",
@@ -48,13 +49,7 @@ _LIBRARIES = (
 _MODELS = "torch, torchvision, open_clip, transformers"
 _MODELS_FIX = "the pins of constraints.txt work together"
 _IMPORTS = (
-    # As a crawl imports it: without torch, which img2dataset would load where it is there.
-    (
-        "img2dataset",
-        "from pipeline.stages.shard_images import make_resizer; from schemas.config import CrawlConfig; "
-        "make_resizer(CrawlConfig())",
-        "img2dataset needs Python <= 3.12 and the pins of constraints.txt",
-    ),
+    ("cv2", "import cv2", "pip install -c constraints.txt opencv-python-headless"),
     ("ray", "import ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
 )
 _WORST_FIRST = ("fail", "warn", "ok")

@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar
 from pipeline.corpus.stored_images import StoredImages
+from pipeline.images.resize import Resizer
 from pipeline.intake.retries import queue_retries
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
@@ -193,8 +194,6 @@ def test_the_same_answers_make_the_same_bytes(small_site_worker) -> None:
 def test_an_image_that_cannot_be_stored_fails_the_shard(
     small_site_worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from img2dataset.resizer import Resizer
-
     resize, calls = Resizer.__call__, []
 
     def fails_once(self: Any, *arguments: Any) -> Any:

@@ -34,12 +34,13 @@ _STAGE2_BATCH = {"opt": 1920, "t5": 1520}
 def crawl(
     images: Annotated[int, typer.Option(min=1, max=99_999, help="A shard's.", metavar="N")] = 300,
     size: Annotated[str, typer.Option(help="Of the pictures served.", metavar="WxH")] = "640x480",
+    cpus: Annotated[int, typer.Option(min=1, help="Our worker's: threads that decode.", metavar="N")] = 1,
     json_: Json = False,
 ) -> None:
     """Crawl a loopback server, in turn with img2dataset's own Downloader: rate, CPU, memory, ratio."""
     from jobs.bench.crawl import measure_crawl
 
-    _report(json_, ("capfilt", "img2dataset"), measure_crawl, images, _size(size))
+    _report(json_, ("capfilt", "img2dataset"), measure_crawl, images, _size(size), cpus)
 
 
 @bench.command()

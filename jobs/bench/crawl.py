@@ -26,11 +26,11 @@ from schemas.records import ShardTask
 _ROUNDS = 3
 
 
-def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
-    """Crawl a shard of ``images`` URLs a round, with each crawler in turn."""
+def measure_crawl(images: int, size_px: tuple[int, int], cpus: int) -> dict[str, Any]:
+    """Crawl a shard of ``images`` URLs a round, with each crawler in turn; ours decodes on ``cpus`` threads."""
     pictures = jpegs(size_px)
     with temporary_folder() as folder, serving(pictures) as host:
-        config, tasks = _tasks(folder, host, images, _ROUNDS + 1)
+        config, tasks = _tasks(folder, host, images, _ROUNDS + 1, cpus)
         costs = costs_by_variant(
             {"capfilt": _crawl, "img2dataset": _download}, [(config, task) for task in tasks]
         )
@@ -39,6 +39,7 @@ def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
     return {
         "images": images,
         "rounds": _ROUNDS,
+        "cpus_a_worker": cpus,
         "size": "x".join(map(str, size_px)),
         "bytes_per_picture": mean_bytes(pictures),
         **{name: cost_summary(shards) for name, shards in costs.items()},
@@ -47,12 +48,17 @@ def measure_crawl(images: int, size_px: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _tasks(folder: Path, host: str, images: int, shards: int) -> tuple[CapfiltConfig, list[ShardTask]]:
+def _tasks(
+    folder: Path, host: str, images: int, shards: int, cpus: int
+) -> tuple[CapfiltConfig, list[ShardTask]]:
     """Take in a list of URLs; return the tasks of crawling its shards."""
     write_url_list(folder / "urls.parquet", images * shards, f"'http://{host}/' || n || '.jpg'")
     # One host stands for the whole web here: politeness to it would be all that is measured.
     crawl = {"allow_hosts": [host], "requests_per_host": 64, "rate_per_host": 1e6}
-    config = list_config(folder, folder / "urls.parquet", samples_per_shard=images, crawl=crawl)
+    cluster = {"crawl": {"cpus": cpus}}
+    config = list_config(
+        folder, folder / "urls.parquet", samples_per_shard=images, crawl=crawl, cluster=cluster
+    )
     records = Records(Storage(config.corpus.path))
     read_lists(config, records, "bench")
     urls = sorted(records.url_shards().items())

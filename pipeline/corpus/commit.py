@@ -29,6 +29,7 @@ _LIBRARIES = (
     "transformers",
     "open_clip_torch",
     "img2dataset",
+    "opencv-python-headless",
     "pillow",
     "pyarrow",
     "ray",

@@ -5,6 +5,7 @@ Format, number of pixels, frames and orientation, all from the header, decide wh
 
 import contextlib
 import io
+import os
 import re
 import struct
 import warnings
@@ -22,6 +23,9 @@ from schemas.config import MAX_PIXELS
 # Pillow's warnings of damaged EXIF and of many pixels are redundant: every function below bounds the pixels itself,
 # from the header. Pillow's error at 179M pixels stays.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# OpenCV's own limit of pixels, which it reads when it is imported: as Pillow's.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _THUMBNAIL_QUALITY = 80
@@ -152,13 +156,6 @@ def decode_srgb(data: bytes, *, formats: Collection[str], max_pixels: int) -> Im
     return _upright(_on_white(image), header)
 
 
-def encode_bmp(image: Image.Image) -> bytes:
-    """Encode without loss and at almost no cost, for a library that takes files only."""
-    buffer = io.BytesIO()
-    image.save(buffer, "BMP")
-    return buffer.getvalue()
-
-
 def thumbnail(data: bytes, side_px: int) -> bytes:
     """Return an image as a JPEG whose longer side has at most ``side_px`` pixels; a smaller one keeps its size.
 
@@ -284,6 +281,9 @@ class _JpegFeed:
 
     def __init__(self, image: ImageFile.ImageFile) -> None:
         ((name, extents, _, arguments),) = image.tile
+        # RGBX is how Pillow holds RGB in memory: libjpeg-turbo writes it as it is, so that no line is converted.
+        if arguments == ("RGB", ""):
+            arguments = ("RGBX", "")
         image.load_prepare()
         self._decoder = Image._getdecoder(image.mode, name, arguments, image.decoderconfig)
         self._decoder.setimage(image.im, extents)

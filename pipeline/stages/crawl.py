@@ -17,10 +17,12 @@ from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histog
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
+from pipeline.images.resize import Resizer
 from pipeline.intake.pictures.fetch import FileFetcher, ListFetcher
 from pipeline.intake.pictures.formats import FORMATS
+from pipeline.prefetch import decode_threads
 from pipeline.stages.img2dataset_shard import import_shard
-from pipeline.stages.shard_images import Fetcher, ShardImages, make_resizer
+from pipeline.stages.shard_images import Fetcher, ShardImages
 from pipeline.text import count_words
 from pipeline.web.client import Web
 from schemas.config import CapfiltConfig
@@ -60,7 +62,14 @@ class CrawlWorker:
         self._sources = {source.name: source for source in config.source}
         self._records = records
         self._web = Web(config.crawl, config.cluster.crawl.max_workers)
-        self._resizer = make_resizer(config.crawl)
+        self._decode_threads = decode_threads(config.cluster.crawl.cpus, feeds_gpu=False)
+        crawl = config.crawl
+        self._resizer = Resizer(
+            crawl.image_size_px,
+            crawl.resize_mode,
+            only_if_bigger=crawl.resize_only_if_bigger,
+            quality=crawl.encode_quality,
+        )
 
     def __call__(self, task: ShardTask) -> ShardRecord:
         """Crawl the task's URLs and commit the shard."""
@@ -80,7 +89,8 @@ class CrawlWorker:
         passed_on = [{**row, **_RETRIED} for row in rows if row["uid"] in retried]
         rows = [row for row in rows if row["uid"] not in retried]
         with self._fetcher(task.source) as fetcher:
-            images = ShardImages([row["url"] for row in rows], folder, fetcher, self._resizer, self._config)
+            urls = [row["url"] for row in rows]
+            images = ShardImages(urls, folder, fetcher, self._resizer, self._config, self._decode_threads)
             with stats.timed("fetch"):
                 images.download()
         # The two overlap: the decoder's seconds are taken out of those of the fetch.

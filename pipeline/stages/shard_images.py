@@ -1,31 +1,32 @@
-"""The images of a shard of URLs: fetched by threads, checked, decoded and resized one at a time.
+"""The images of a shard of URLs: fetched by threads, checked, decoded and resized by as many as the worker has cpus.
 
-The fetch is the guarded one of ``pipeline.web``, the checks of image headers and the decoder are those of
-``pipeline.images``; the resize, and so every stored byte, is img2dataset's.
+The fetch is the guarded one of ``pipeline.web``; the checks of image headers, the decoder and the resize are those of
+``pipeline.images``.
 """
 
-import importlib
-import io
-import os
+import contextlib
 import random
-import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
-from pipeline.images.decode import FORMATS, ImageError, check, decode_srgb, encode_bmp, read_header
+from pipeline.images.decode import FORMATS, ImageError, ImageHeader, check, decode_srgb, read_header
+from pipeline.images.resize import Resizer
+from pipeline.prefetch import pipelined
+from pipeline.web.bodies import BodyMemory
 from pipeline.web.client import Fetch
 from schemas.config import CrawlConfig
 
 _FETCH_COLUMNS = ("status", "reason", "detail", "http_status", "attempts", "final_url", "content_type",
                   "body_bytes", "sha256", "seconds")  # fmt: skip
-# Bodies that wait for the decoder, and fetches under way, for each thread.
-_FETCHES_A_THREAD = 2
+# Rows under way (fetched, decoded, or waiting between the two) for each thread that fetches.
+_ROWS_A_THREAD = 2
+# Images over this part of ``max_pixels`` are decoded one at a time, so that memory hardly grows with the threads.
+_BIG = 1 / 8
 
 
 class Fetcher(Protocol):
@@ -34,25 +35,42 @@ class Fetcher(Protocol):
     is_in_order: bool
     threads: int
 
-    def fetch(self, url: str, spool: Path | None = None) -> Fetch:
-        """Return how a URL ended, with its body if it was ok; ``spool`` is the folder for big bodies."""
+    def fetch(self, url: str, memory: BodyMemory) -> Fetch:
+        """Return how a URL ended, with its body if it was ok; a body in memory is part of ``memory``."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ended:
+    """How a row ended: the columns of SAMPLES that the crawl adds, and the image to store."""
+
+    number: int
+    columns: dict[str, Any]
+    jpeg: bytes | None
+    decode_s: float
 
 
 class ShardImages:
     """The images of a shard by row number: the number of its URL in the list.
 
     Args:
-        folder: local, for big bodies that wait and for the stored images; its owner removes it.
-        resizer: of ``make_resizer``.
+        folder: local, for the stored images; its owner removes it.
+        decode_threads: how many images are decoded and resized at a time.
     """
 
     def __init__(
-        self, urls: Sequence[str], folder: Path, fetcher: Fetcher, resizer: Any, config: CrawlConfig
+        self,
+        urls: Sequence[str],
+        folder: Path,
+        fetcher: Fetcher,
+        resizer: Resizer,
+        config: CrawlConfig,
+        decode_threads: int,
     ) -> None:
         self.decode_s = 0.0
-        self._urls, self._folder, self._fetcher = urls, folder, fetcher
-        self._resizer, self._config = resizer, config
+        self._urls, self._fetcher = urls, fetcher
+        self._resizer, self._config, self._decode_threads = resizer, config, decode_threads
+        self._memory, self._one_big_image = BodyMemory(), threading.Lock()
         # The columns of SAMPLES that the crawl adds to each row.
         self.columns: dict[int, dict[str, Any]] = {}
         self._stored = folder / "images"
@@ -61,64 +79,44 @@ class ShardImages:
 
     def download(self) -> None:
         """Fetch every URL, and store what is an image. Raises errors that no URL caused, such as a full disk."""
-        # From one thread, so that a worker holds the pixels of one image at most.
-        with self._stored.open("wb") as file, closing(self._fetched()) as fetched:
-            for number, fetch in fetched:
-                start = time.perf_counter()
-                columns: dict[str, Any] = {}
-                try:
-                    if fetch.reason is None:
-                        jpeg = self._resize(fetch, columns)
-                        self._places[number] = (file.tell(), file.write(jpeg))
-                        fetch.end()
-                except ImageError as error:
-                    fetch.end(error.reason, error.detail)
-                finally:
-                    fetch.close()
-                    self.decode_s += time.perf_counter() - start
-                self.columns[number] = {name: getattr(fetch, name) for name in _FETCH_COLUMNS} | columns
+        fetching, decoding = (self._fetch, self._fetcher.threads), (self._judge, self._decode_threads)
+        rows = pipelined(self._order(), [fetching, decoding], _ROWS_A_THREAD * self._fetcher.threads)
+        with self._memory, self._stored.open("wb") as file, closing(rows):
+            for row in rows:
+                self.columns[row.number] = row.columns
+                if row.jpeg is not None:
+                    self._places[row.number] = (file.tell(), file.write(row.jpeg))
+                self.decode_s += row.decode_s / self._decode_threads
 
-    def _fetched(self) -> Generator[tuple[int, Fetch]]:
-        """Yield each row's number and its fetch, in the order in which they end.
-
-        The threads are daemons and are not waited for: an interrupted crawl leaves fetches behind that take up to
-        ``timeout_s`` to end.
-        """
-        waiting: SimpleQueue[int | None] = SimpleQueue()
-        ended: SimpleQueue[tuple[int, Fetch | BaseException]] = SimpleQueue()
-        is_over = threading.Event()
-
-        def work() -> None:
-            while (number := waiting.get()) is not None and not is_over.is_set():
-                try:
-                    ended.put((number, self._fetcher.fetch(self._urls[number], self._folder)))
-                except BaseException as error:
-                    ended.put((number, error))
-
+    def _order(self) -> list[int]:
         numbers = list(range(len(self._urls)))
         if not self._fetcher.is_in_order:
             # Lists are often sorted by host: a fixed shuffle spreads the requests over hosts.
             random.Random(0).shuffle(numbers)
-        rows = iter(numbers)
-        for number in islice(rows, _FETCHES_A_THREAD * self._fetcher.threads):
-            waiting.put(number)
-        for _ in range(self._fetcher.threads):
-            threading.Thread(target=work, daemon=True).start()
+        return numbers
+
+    def _fetch(self, number: int) -> tuple[int, Fetch]:
+        return number, self._fetcher.fetch(self._urls[number], self._memory)
+
+    def _judge(self, numbered: tuple[int, Fetch]) -> _Ended:
+        """Make the row of a fetch that ended, and the image to store where it brought one."""
+        number, fetch = numbered
+        start = time.perf_counter()
+        columns: dict[str, Any] = {}
+        jpeg = None
         try:
-            for _ in numbers:
-                number, fetch = ended.get()
-                if isinstance(fetch, BaseException):
-                    raise fetch
-                yield number, fetch
-                for following in islice(rows, 1):
-                    waiting.put(following)
+            if fetch.reason is None:
+                jpeg = self._resize(fetch, columns)
+                fetch.end()
+        except ImageError as error:
+            fetch.end(error.reason, error.detail)
         finally:
-            is_over.set()
-            for _ in range(self._fetcher.threads):
-                waiting.put(None)
+            fetch.close()
+        columns |= {name: getattr(fetch, name) for name in _FETCH_COLUMNS}
+        return _Ended(number=number, columns=columns, jpeg=jpeg, decode_s=time.perf_counter() - start)
 
     def _resize(self, fetch: Fetch, columns: dict[str, Any]) -> bytes:
-        """Check a fetched body's header, decode it, and resize it with img2dataset's Resizer. Raises ImageError."""
+        """Check a fetched body's header, decode it, and resize it. Raises ImageError."""
         assert fetch.body is not None
         data, config = fetch.body.read(), self._config
         header = read_header(data)
@@ -130,13 +128,15 @@ class ShardImages:
             min_size_px=config.min_size_px,
             max_aspect_ratio=config.max_aspect_ratio,
         )
-        # Decoded here, not by the Resizer: its OpenCV fills missing parts of a damaged file with grey.
-        bmp = encode_bmp(decode_srgb(data, formats=FORMATS, max_pixels=config.max_pixels))
-        jpeg, width, height, *_, error = self._resizer(io.BytesIO(bmp))
-        if error is not None:
-            raise ImageError("image_truncated", error)
+        with self._big(header):
+            image = decode_srgb(data, formats=FORMATS, max_pixels=config.max_pixels)
+            jpeg, width, height = self._resizer(image)
         columns.update(width=width, height=height, image_bytes=len(jpeg))
         return jpeg
+
+    def _big(self, header: ImageHeader) -> contextlib.AbstractContextManager[object]:
+        is_big = header.width * header.height > self._config.max_pixels * _BIG
+        return self._one_big_image if is_big else contextlib.nullcontext()
 
     def jpeg(self, number: int) -> bytes:
         """Return the stored image of a row."""
@@ -144,34 +144,3 @@ class ShardImages:
         with self._stored.open("rb") as file:
             file.seek(offset)
             return file.read(size)
-
-
-def make_resizer(config: CrawlConfig) -> Any:
-    """Return img2dataset's Resizer with the config's settings; image headers are checked before it is called."""
-    _import_img2dataset(config.max_pixels)
-    from img2dataset.resizer import Resizer
-
-    return Resizer(
-        image_size=config.image_size_px,
-        resize_mode=config.resize_mode,
-        resize_only_if_bigger=config.resize_only_if_bigger,
-        encode_quality=config.encode_quality,
-        encode_format="jpg",
-    )
-
-
-def _import_img2dataset(max_pixels: int) -> None:
-    """Import img2dataset without the side effects of its dependencies.
-
-    Its albumentations calls home, its OpenCV has no useful limit of pixels, its webdataset imports torch where
-    there is one (600 MB of memory in a worker that never computes with it), and its distributor imports Ray.
-    """
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels))
-    hidden = {"torch", "ray"} - sys.modules.keys()
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        importlib.import_module("img2dataset")
-    finally:
-        for name in hidden:
-            del sys.modules[name]

@@ -9,15 +9,14 @@ import contextlib
 import http.client
 import random
 import ssl
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import IO
 
+from pipeline.web.bodies import Body, BodyMemory
 from pipeline.web.connection import Deadline, read_body, read_start, request
 from pipeline.web.dns import Resolver
 from pipeline.web.host_limits import HostHealth, HostLimits
@@ -32,8 +31,6 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ACCEPT = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.5"
 # RFC 9309: at least 500 KiB of a robots.txt are read.
 _ROBOTS_BYTES = 512_000
-# Larger bodies wait on disk for the decoder: a worker may hold 128 of them.
-_BODY_IN_MEMORY_BYTES = 250_000
 # A bug of capfilt's, or a full disk or memory: the shard fails and is retried. All other exceptions of a fetch are
 # caused by what the server sent.
 _OUR_FAULTS = (AssertionError, OSError, MemoryError)
@@ -96,12 +93,13 @@ class Web:
         self._robots = RobotsTxt(self._token) if config.robots_txt else None
         self._tls = ssl.create_default_context()
 
-    def fetch(self, url: str, spool: Path | None = None) -> Fetch:
-        """Fetch a URL. Nothing that the web does raises; ``spool`` is the folder for big bodies."""
+    def fetch(self, url: str, memory: BodyMemory | None = None) -> Fetch:
+        """Fetch a URL. Nothing that the web does raises; the body is part of ``memory`` until it is closed."""
+        memory = memory or BodyMemory()
         config, fetch, deadline = self._config, Fetch(), Deadline(self._config.timeout_s)
         while True:
             try:
-                self._try(WebUrl.parse(url), fetch, deadline, spool)
+                self._try(WebUrl.parse(url), fetch, deadline, memory)
                 fetch.end()
                 return fetch
             except FetchError as error:
@@ -118,13 +116,12 @@ class Web:
                 return fetch
             time.sleep(wait_s)
 
-    def _try(self, url: WebUrl, fetch: Fetch, deadline: Deadline, spool: Path | None) -> None:
+    def _try(self, url: WebUrl, fetch: Fetch, deadline: Deadline, memory: BodyMemory) -> None:
         """Follow a URL to an image's bytes, once. Raises FetchError."""
         fetch.attempts += 1
         with self._follow(url, fetch, deadline, check_robots=self._robots is not None) as response:
             self._check_opt_out(response)
-            folder = str(spool) if spool else None
-            body = fetch.body = tempfile.SpooledTemporaryFile(_BODY_IN_MEMORY_BYTES, dir=folder)  # noqa: SIM115
+            body = fetch.body = Body(memory, lambda waited_s: fetch.pause(deadline, waited_s))
             fetch.body_bytes, fetch.sha256 = read_body(response, body, self._config.max_body_bytes)
         if not fetch.body_bytes:
             raise FetchError("empty_body")

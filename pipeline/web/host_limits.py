@@ -47,7 +47,8 @@ class HostLimits:
                 with self._lock:
                     start = max(time.monotonic(), host.next_start)
                     host.next_start = start + self._interval_s
-                time.sleep(max(0.0, start - time.monotonic()))
+                if (wait_s := start - time.monotonic()) > 0:
+                    time.sleep(wait_s)
                 yield time.monotonic() - queued
         finally:
             with self._lock:

@@ -120,7 +120,7 @@ def doctor(
         from pipeline.config import load_config
 
         loaded = load_config(config)
-    print("importing torch, open_clip, transformers, img2dataset and Ray", file=sys.stderr, flush=True)
+    print("importing torch, open_clip, transformers, OpenCV and Ray", file=sys.stderr, flush=True)
     checks = run_checks(corpus, loaded)
     failed = sum(check.state == "fail" for check in checks)
     if json_:

@@ -22,6 +22,7 @@ from pipeline.intake.pictures import folder, tables, tars
 from pipeline.intake.pictures.places import SCHEME, InputFolders, Place, parse_place
 from pipeline.regular_files import NotRegularFileError, open_regular
 from pipeline.storage.storage import Storage
+from pipeline.web.bodies import BodyMemory
 from pipeline.web.client import Fetch, Web
 from schemas.config import CrawlConfig, SourceConfig
 from schemas.errors import CapfiltError
@@ -64,7 +65,7 @@ class FileFetcher:
         self._tars.close()
         self._tables.close()
 
-    def fetch(self, url: str, _spool: Path | None = None) -> Fetch:
+    def fetch(self, url: str, _memory: BodyMemory | None = None) -> Fetch:
         """Return the bytes of a place, or the reason why there are none."""
         return _fetch(lambda fetch: self._open(url, fetch), self._max_bytes)
 
@@ -139,11 +140,11 @@ class ListFetcher:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def fetch(self, url: str, spool: Path | None = None) -> Fetch:
+    def fetch(self, url: str, memory: BodyMemory | None = None) -> Fetch:
         """Return what a file holds, or what the web answers."""
         path = _path_of(url)
         if path is None:
-            return self._web.fetch(url, spool)
+            return self._web.fetch(url, memory)
         return _fetch(lambda fetch: self._open(path, fetch), self._max_bytes)
 
     def _open(self, path: str, fetch: Fetch) -> IO[bytes]:
