@@ -218,7 +218,7 @@ def _storage(root: str) -> Check:
     storage = Storage(root)
     storage.require_place("corpus.path")
     path = f".doctor-{uuid.uuid4().hex}"
-    folder = Path(storage.base)
+    folder = Path(storage.root)
     created = [place for place in (folder, *folder.parents) if storage.is_local and not place.exists()]
     try:
         first, second = storage.create(path, b"first"), storage.create(path, b"second")

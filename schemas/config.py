@@ -78,7 +78,9 @@ HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
 class CorpusConfig(Section):
     """``[corpus]``: where it lies and what its randomness is."""
 
-    path: str = Field(min_length=1, description="folder or URL (s3://bucket/prefix, gs://...) of the corpus")
+    path: str = Field(
+        min_length=1, description="folder or URL (s3://bucket/prefix, gs://..., az://...) of the corpus"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of every random choice, with the sample's uid")
     samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, for new shards")
 

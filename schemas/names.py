@@ -12,7 +12,7 @@ _DRIVE_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 # As DuckDB, Arrow and Python read it.
 URL_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/?#:]*)"
 # Where imported tars may lie. Not everything that fsspec opens: chains ("::"), archives and code hosts are left out.
-_SCHEMES = ("file:///", "s3://", "s3a://", "gs://", "gcs://", "https://", "http://")
+_SCHEMES = ("file:///", "s3://", "s3a://", "gs://", "gcs://", "az://", "abfss://", "https://", "http://")
 
 
 def confined_name(name: object, where: str) -> str:

@@ -13,23 +13,21 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "AWS_PROFILE"):
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
 
 from collections.abc import Iterator
+from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import pytest
 
+from jobs.bench.fixtures.s3 import S3Server, serving_s3
+
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+def s3_server() -> Iterator[S3Server]:
     """Serve the S3 protocol on loopback (moto) and point every S3 client of this process and its children at it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ["AWS_ENDPOINT_URL_S3"] = endpoint = f"http://{host}:{port}"
-    yield endpoint
+    with serving_s3() as server:
+        os.environ["AWS_ENDPOINT_URL_S3"] = server.url
+        yield server
     os.environ.pop("AWS_ENDPOINT_URL_S3")
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +40,10 @@ def base_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3_root(s3_server: str) -> str:
+def s3_root(s3_server: S3Server) -> str:
     """Return the URL of an empty prefix in a bucket of its own."""
-    import s3fs
-
     bucket = f"corpus-{uuid4().hex[:12]}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    urlopen(Request(f"{s3_server.url}/{bucket}", method="PUT")).close()
     return f"s3://{bucket}/here"
 
 

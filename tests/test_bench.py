@@ -91,6 +91,20 @@ def test_look_shows_every_page() -> None:
     require_positive(figures, "open_s", "resident_bytes")
 
 
+@pytest.mark.slow
+def test_storage_is_compared_with_s3fs_and_its_requests_counted() -> None:
+    figures = bench("storage", "--operations", "16", "--rounds", "1", "--shards", "1")
+    assert [row["operation"] for row in figures["operations"]] == ["create", "read"]
+    assert all(
+        value > 0 for row in figures["operations"] for name, value in row.items() if name != "operation"
+    )
+    requests = {(row["work"], row["for"]): row for row in figures["requests"]}
+    for stage, data_files in {"caption": 1, "rank": 1, "select": 2}.items():
+        row = requests[stage, "a shard"]
+        assert row["PUT"] - data_files + row["POST"] + row["DELETE"] <= 3
+    assert requests["nothing to do", "a shard"]["PUT"] == 0
+
+
 def test_manifest_asks_a_whole_corpus_both_ways() -> None:
     images = 32
     figures = bench("manifest", "--images", str(images))

@@ -126,7 +126,7 @@ def test_missing_sections_are_named() -> None:
         "corpus.toml: source: missing",
     ]
     assert errors_of('[corpus]\nseed = 1\n[source]\nname = "x"\n') == [
-        "corpus.toml:1: corpus.path: missing; folder or URL (s3://bucket/prefix, gs://...) of the corpus",
+        "corpus.toml:1: corpus.path: missing; folder or URL (s3://bucket/prefix, gs://..., az://...) of the corpus",
         "corpus.toml:3: source: not a list of tables; write [[source]], with double brackets, and its keys "
         "below",
     ]

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from jobs.bench.fixtures.s3 import S3Server
 from jobs.cli.main import app
 from jobs.demo.world.pictures import Encoding, published
 from jobs.demo.world.scenes import write_caption
@@ -26,6 +27,7 @@ from jobs.init.config_text import RECIPES, recipe_names, samples_per_shard
 from jobs.init.machine import Machine, stage_resources, this_machine
 from pipeline.config import load_config
 from pipeline.models.weights import DEFAULT_RANKER, DEFAULT_RANKER_REPOSITORY
+from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, ClusterConfig, RankConfig
 from schemas.errors import CapfiltError
 from tests.corpora import UNFILTERED
@@ -306,20 +308,17 @@ def test_what_cannot_be_used_is_one_clear_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_bucket_without_credentials_is_one_clear_line(s3_server: str, tmp_path: Path) -> None:
+def test_a_bucket_without_credentials_is_one_clear_line(s3_server: S3Server, tmp_path: Path) -> None:
     nobody = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}
     out = str(tmp_path / "c.toml")
     done = cli("init", "s3://nobody/list.csv", "--out", out, HOME=str(tmp_path), **nobody)
     assert done.returncode == 2 and "S3 wants credentials" in done.stderr and done.stderr.count("\n") == 1
     absent = cli("init", "s3://nobody/list.csv", "--out", out)
-    assert absent.returncode == 2 and "no such file or folder" in absent.stderr
+    assert absent.returncode == 2 and "bucket does not exist" in absent.stderr
 
 
 def test_lists_on_a_bucket_are_found(s3_root: str, tmp_path: Path) -> None:
-    import s3fs
-
-    with s3fs.S3FileSystem(skip_instance_cache=True).open(f"{s3_root}/lists/cats.csv", "wb") as file:
-        file.write(f"url,caption\n{URLS[0]},{CAPTIONS[0]}\n".encode())
+    Storage(s3_root).write("lists/cats.csv", f"url,caption\n{URLS[0]},{CAPTIONS[0]}\n".encode())
     [source] = init(tmp_path, f"{s3_root}/lists").source
     assert source.input == (f"{s3_root}/lists/*.csv",)
 

@@ -200,7 +200,7 @@ def test_inputs_that_name_nothing(tmp_path: Path) -> None:
 def test_remote_lists_are_read_alike(tmp_path: Path) -> None:
     storage = Storage("memory://lists")
     write_csv(tmp_path / "a.csv.gz", ROWS)
-    storage.write("memory://lists/in/a.csv.gz", (tmp_path / "a.csv.gz").read_bytes())
+    storage.write("in/a.csv.gz", (tmp_path / "a.csv.gz").read_bytes())
     (file,) = find_files(["memory://lists/in/*.gz"], Storage(str(tmp_path)), "source.s.input")
     assert file.path.startswith("memory://")
     (batch,) = read_columns(Storage(str(tmp_path)), file.path, "auto", Wanted(url="url", columns=("url",)))

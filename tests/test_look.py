@@ -4,13 +4,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.bench.fixtures.s3 import S3Server
 from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
@@ -359,26 +359,24 @@ def test_the_file_is_written_by_the_command(
 # -- on object storage -------------------------------------------------------------------------------------------------
 
 
-def test_a_page_of_images_on_s3_is_a_range_read_each(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_of_images_on_s3_is_a_range_read_each(s3_root: str, s3_server: S3Server) -> None:
     corpus = make_corpus(s3_root, shards=2, images=60, places=True)
-    asked: list[str | None] = []
-    file_system = type(corpus.storage.fs)
-    original = file_system._call_s3
+    s3_server.requests.clear()
 
-    async def counted(self: object, method: str, *args: object, **kwargs: Any) -> object:
-        if method == "get_object" and kwargs.get("Key", "").endswith(".tar"):
-            asked.append(kwargs.get("Range"))
-        return await original(self, method, *args, **kwargs)
+    def tars_read() -> list[str]:
+        return [request.range for request in s3_server.requests if request.key.endswith(".tar")]
 
-    monkeypatch.setattr(file_system, "_call_s3", counted)
     with looking(corpus.root) as site:
         for part in site.page().parts:
             assert_numbers_are_sqls(corpus, part)
         images = [link for link in site.page("grid?image=yes").links() if "/image/" in link]
-        assert asked == []
-        assert {site.get(link)[0] for link in images} == {200} and len(images) == len(asked) == PAGE_CARDS
+        assert tars_read() == []
+        assert {site.get(link)[0] for link in images} == {200} and len(images) == len(
+            tars_read()
+        ) == PAGE_CARDS
     sizes = [
-        int(end) - int(start) for start, end in (place.removeprefix("bytes=").split("-") for place in asked)
+        int(end) - int(start)
+        for start, end in (place.removeprefix("bytes=").split("-") for place in tars_read())
     ]
     assert max(sizes) < 2000
 

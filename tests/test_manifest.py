@@ -18,7 +18,8 @@ import pytest
 
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
@@ -425,7 +426,8 @@ def test_a_copied_catalog_that_cannot_be_rewritten_is_told(tmp_path: Path) -> No
 def test_a_corpus_copied_from_s3_answers_for_itself(s3_root: str, tmp_path: Path) -> None:
     corpus = make_corpus(s3_root)
     corpus.manifest.compact()
-    Storage(s3_root).fs.get(s3_root, str(tmp_path / "mirror"), recursive=True)
+    for info in corpus.storage.list(""):
+        Storage(str(tmp_path / "mirror")).write(info.path, corpus.storage.read(info.path))
     assert Manifest(Storage(str(tmp_path / "mirror"))).rewrite_copied_catalog() is None
     assert _plainly(tmp_path / "mirror") == 24
 

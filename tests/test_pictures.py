@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 
 from pipeline.config import parse_config
 from pipeline.corpus.fingerprint import sample_uid
@@ -603,7 +602,8 @@ def test_pictures_are_read_from_a_bucket(
 ) -> None:
     local = form(tmp_path)
     folder = Path(local.source[0].input[0])
-    s3fs.S3FileSystem(skip_instance_cache=True).put(str(folder), f"{s3_root}/{folder.name}", recursive=True)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        Storage(s3_root).put(file, f"{folder.name}/{file.relative_to(folder)}")
     there = local.source[0].model_copy(update={"input": (f"{s3_root}/{folder.name}",)})
     remote = local.model_copy(
         update={

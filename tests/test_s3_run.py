@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.bench.fixtures.s3 import S3Request, S3Server
 from pipeline.storage.storage import Storage
 from tests.processes import cli
 from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
@@ -29,25 +30,31 @@ def test_s3_equals_local(base_url: str, s3_root: str, tmp_path: Path) -> None:
     assert counts[0] == counts[1] and '"n"' in counts[0]
 
 
-@pytest.mark.parametrize("size", [1000, 101 << 20], ids=["one-part", "multipart"])
+@pytest.mark.parametrize(
+    ("size", "kind", "count"), [(1000, "PUT", 1), (60 << 20, "PART", 2)], ids=["one-part", "multipart"]
+)
 def test_failure_inside_an_upload_leaves_no_object(
-    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    s3_root: str,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    kind: str,
+    count: int,
 ) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     storage = Storage(s3_root)
     file = tmp_path / "shard.tar"
     file.write_bytes(b"x" * size)
-    sent = []
+    seen = []
 
-    # The connection breaks in the middle of the body (of the second part, where there are parts).
-    async def broken(self: object, method: str, *args: object, **kwargs: object) -> object:
-        sent.append(method)
-        if method in ("put_object", "upload_part") and (size < 2000 or sent.count("upload_part") == 2):
-            raise OSError("the connection broke")
-        return await original(self, method, *args, **kwargs)
+    # The server gives up on the body (on that of the second part, where there are parts).
+    def refuse(request: S3Request) -> str | None:
+        seen.append(request.kind)
+        return "500 Internal Server Error" if seen.count(kind) == count else None
 
-    original = type(storage.fs)._call_s3
-    monkeypatch.setattr(type(storage.fs), "_call_s3", broken)
-    with pytest.raises(OSError, match="the connection broke"):
+    monkeypatch.setattr(s3_server, "refuse", refuse)
+    with pytest.raises(OSError, match="S3 cannot be used: .*500"):
         storage.put(file, "raw/world/00000.tar")
     monkeypatch.undo()
     assert storage.list("") == []

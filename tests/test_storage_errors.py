@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from jobs.bench.fixtures.s3 import S3Server
 from pipeline.storage.errors import storage_error_message
 from tests.processes import cli
 
@@ -40,7 +41,7 @@ def test_s3_that_does_not_answer() -> None:
     assert "http://127.0.0.1:9" in line and "AWS_ENDPOINT_URL" in line
 
 
-def test_a_bucket_that_does_not_exist(s3_server: str, tmp_path) -> None:
+def test_a_bucket_that_does_not_exist(s3_server: S3Server, tmp_path) -> None:
     (tmp_path / "urls.csv").write_text("url,caption\nhttp://a.example/1.jpg,one\n")
     (tmp_path / "corpus.toml").write_text(_CONFIG.format(folder=tmp_path))
     line = told("crawl", "-c", str(tmp_path / "corpus.toml"))

@@ -7,7 +7,7 @@ models of the published sizes, which takes about five on a CPU, and some on a GP
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -74,6 +74,23 @@ def look(
     from jobs.bench.look import measure_look
 
     _report(json_, ("pages",), measure_look, images)
+
+
+@bench.command()
+def storage(
+    operations: Annotated[
+        int, typer.Option(min=8, help="Objects created and read a round.", metavar="N")
+    ] = 400,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Of the run whose requests are counted.", metavar="N")
+    ] = 4,
+    rounds: Rounds = 3,
+    json_: Json = False,
+) -> None:
+    """Create and read objects on a local S3 server, in turn with s3fs; count the requests of a small run."""
+    from jobs.bench.storage import measure_storage
+
+    _report(json_, ("operations", "requests"), measure_storage, operations, shards, rounds)
 
 
 @bench.command()
@@ -253,21 +270,22 @@ def _report(
     result = measure(*arguments)
     if as_json:
         return print_json(result | {"machine": machine})
-    if parts:
-        print_table(_table([result[name] for name in parts], parts))
+    for table in _tables([result[name] for name in parts], parts):
+        print_table(table)
         print()
     facts = _readable({name: value for name, value in result.items() if name not in parts})
     print_facts({name: value for name, value in facts.items() if isinstance(value, (int, float, str))})
     print_facts(machine)
 
 
-def _table(values: list[Any], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of a list, or a column for each part and a row for each measure of it."""
-    if isinstance(values[0], list):
-        return values[0]
+def _tables(values: list[Any], parts: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """Yield each list as it is; of dictionaries one table, with a column for each part and a row for each measure."""
+    if not values or isinstance(values[0], list):
+        yield from values
+        return
     columns = dict(zip(parts, map(_readable, values), strict=True))
     measures = dict.fromkeys(name for column in columns.values() for name in column)
-    return [
+    yield [
         {"measure": name} | {part: column.get(name) for part, column in columns.items()} for name in measures
     ]
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from pipeline.corpus.records import read_bounded
 from pipeline.digests import sha256_file
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
 from schemas.records import CheckpointRecord

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.corpus.records import Records, ShardId, parse_record, read_record
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.catalog import EMPTY_FOLDER
 from schemas.records import ShardRecord, shard_record_path
 from schemas.stages import STAGE_FOLDERS
@@ -73,7 +74,7 @@ def _behind_links(storage: Storage, files: Iterable[FileInfo]) -> set[str]:
     """Return links, and files that a linked folder makes seem to lie in the corpus: capfilt makes neither."""
     if not storage.is_local:
         return set()
-    root = os.path.realpath(storage.base)
+    root = os.path.realpath(storage.root)
     inside = functools.cache(lambda folder: f"{os.path.realpath(f'{root}/{folder}')}/".startswith(f"{root}/"))
     return {
         info.path

@@ -19,7 +19,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.regular_files import NotRegularFileError
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
@@ -142,7 +143,8 @@ class Records:
         """Forget the shard's attempts and its quarantine: it is committed."""
         for info in self.storage.list(_attempts_folder(stage, source, shard)):
             self.storage.delete(info.path)
-        self.storage.delete(f"records/quarantine/{stage}/{source}/{shard}.json")
+        if self.storage.exists(quarantine := f"records/quarantine/{stage}/{source}/{shard}.json"):
+            self.storage.delete(quarantine)
 
     def quarantine(self, record: QuarantineRecord) -> None:
         """Note that a shard failed every attempt."""

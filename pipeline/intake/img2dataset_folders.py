@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.filesystem import filesystem_of
+from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord
@@ -53,7 +52,7 @@ def require_named_folders(
 
 def _local_path(text: str) -> PurePosixPath:
     """Return what the local filesystem opens for a path or a file:// URL; ``..`` stays, a link may be before it."""
-    return PurePosixPath(LocalFileSystem._strip_protocol(text))
+    return PurePosixPath(filesystem_of(text)[1])
 
 
 def find_img2dataset_shards(folders: Sequence[str], storage: Storage, key: str) -> list[Img2datasetShard]:
@@ -82,7 +81,7 @@ def find_img2dataset_shards(folders: Sequence[str], storage: Storage, key: str) 
 
 def _files(folder: str, key: str) -> list[str]:
     try:
-        fs, path = fsspec.core.url_to_fs(folder)
+        fs, path = filesystem_of(folder)
         fs.invalidate_cache()
         if not fs.isdir(path):
             raise CapfiltError(f'{key}: {folder} is not a folder, as format = "img2dataset" needs')

@@ -19,8 +19,8 @@ from pipeline.intake.img2dataset_folders import Img2datasetShard, find_img2datas
 from pipeline.intake.lists.files import caption_files, count_rows, find_files
 from pipeline.intake.pictures.formats import PictureSource, picture_source
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
+from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
-from pipeline.storage.storage import FileInfo
 from schemas.config import CapfiltConfig, SourceConfig
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord

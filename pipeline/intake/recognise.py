@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from pipeline.intake.lists.files import LIST_SUFFIXES, PACKED_SUFFIXES
 from pipeline.intake.lists.preview import ListPreview, preview_list
 from pipeline.intake.pictures.folder import METADATA_FILES, PICTURE_EXTENSIONS
 from pipeline.intake.pictures.tars import COMPRESSED_TARS
+from pipeline.storage.filesystem import filesystem_of, is_local
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean, first_line
 from schemas.names import is_hidden
@@ -65,7 +65,7 @@ def recognise(argument: str, storage: Storage) -> RecognisedInput:
     is_url = "://" in argument
     place = argument if is_url else os.path.normpath(Path(argument).expanduser().absolute())
     try:
-        fs, path = fsspec.core.url_to_fs(place)
+        fs, path = filesystem_of(place)
         is_folder, is_file = fs.isdir(path), fs.isfile(path)
         if is_folder:
             names = _files_below(fs, path)
@@ -83,9 +83,9 @@ def recognise(argument: str, storage: Storage) -> RecognisedInput:
     return _recognise_files(argument, place, files, is_folder, storage)
 
 
-def _files_below(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+def _files_below(fs: AbstractFileSystem, path: str) -> list[str]:
     """Return the files of a folder and those below, hidden ones left out."""
-    if not isinstance(fs, LocalFileSystem):
+    if not is_local(fs):
         return [
             name for name in fs.find(path)[:_MOST_FILES] if not is_hidden(name.removeprefix(path).lstrip("/"))
         ]
@@ -198,8 +198,8 @@ def _list_suffix(name: str) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED_SUFFIXES else path.suffix
 
 
-def _nearest(argument: str, fs: fsspec.AbstractFileSystem, path: str) -> str:
-    if not isinstance(fs, LocalFileSystem):
+def _nearest(argument: str, fs: AbstractFileSystem, path: str) -> str:
+    if not is_local(fs):
         return ""
     folder, _, name = path.rpartition("/")
     try:

@@ -53,10 +53,10 @@ def dataset_card(manifest: Manifest) -> str:
     with manifest.open(in_place=True) as query:
         sources = query.rows(_SOURCES)
         configs = _configs(query.rows(_TARS))
-        body = "\n".join(_body(query, manifest.storage.base.rpartition("/")[2], sources))
+        body = "\n".join(_body(query, manifest.storage.name, sources))
     images = sum(row["curated"] or 0 for row in sources)
     data = DatasetCardData(
-        pretty_name=manifest.storage.base.rpartition("/")[2],
+        pretty_name=manifest.storage.name,
         task_categories=["image-to-text", "text-to-image"],
         size_categories=next((name for bound, name in _SIZES if images < bound), "n>1T"),
         tags=["capfilt", "webdataset"],

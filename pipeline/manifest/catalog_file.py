@@ -4,21 +4,27 @@ It holds views and macros alone, so no process ever needs a database's write loc
 Parquet parts while any number of people query.
 """
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
 import pyarrow.parquet as pq
+from obstore.store import MemoryStore
 
+from pipeline.storage.filesystem import ObjectFileSystem
+from pipeline.storage.object_files import ObjectFiles
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.catalog import (
     CATALOG,
     DATA_TABLES,
     EMPTY_FOLDER,
+    RECORD_TABLES,
     data_views,
     file_relations,
+    record_row_schema,
     record_views,
     unquote_glob,
 )
@@ -46,13 +52,27 @@ def write_catalog(storage: Storage) -> None:
             str(folder / CATALOG), config={"storage_compatibility_version": _STORAGE_VERSION}
         )
         if not storage.is_local:
-            connection.register_filesystem(storage.fs)
+            connection.register_filesystem(_empty_corpus(storage.root))
         for statement in statements:
             connection.execute(statement)
         connection.close()
         storage.put(folder / CATALOG, CATALOG)
     # Last, so that a catalog cut short is made again.
     storage.write(_CATALOG_SQL, text)
+
+
+def _empty_corpus(root: str) -> ObjectFileSystem:
+    """Return a corpus without rows under a root's URL: DuckDB looks at the columns of each view's files many times."""
+    scheme, _, name = root.partition("://")
+    container, _, prefix = name.partition("/")
+    files = ObjectFiles(scheme, container, MemoryStore())
+    tables = {f"manifest/{table}/empty.parquet": record_row_schema(table) for table in RECORD_TABLES}
+    tables |= {f"{table}/{EMPTY_FOLDER}/00000.parquet": schema for table, schema in DATA_TABLES.items()}
+    for path, schema in tables.items():
+        file = io.BytesIO()
+        pq.write_table(schema.empty_table(), file)
+        files.write(f"{prefix}/{path}".lstrip("/"), file.getvalue())
+    return ObjectFileSystem(scheme, files)
 
 
 def rewrite_copied_catalog(storage: Storage, compact: Callable[[], object]) -> str | None:

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import read_bounded, read_record
 from pipeline.manifest.record_rows import Row, rows_of, table_of
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.storage import Storage
 from schemas.catalog import RECORD_TABLES, record_row_schema
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import shard_record_path

@@ -24,6 +24,7 @@ from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer, table_answer
 from pipeline.regular_files import NotRegularFileError, require_regular
+from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.storage import Storage
 from schemas.catalog import (
     DATA_STAGES,
@@ -221,15 +222,14 @@ class Query:
 
     def _dataset(self, files: dict[tuple[str, str], str], schema: pa.Schema) -> ds.FileSystemDataset:
         """Return files as Arrow data; those that a filter on source and shard rules out are never opened."""
-        fs = self._storage.fs
         filesystem = (
             pyarrow.fs.LocalFileSystem()
             if self._storage.is_local
-            else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+            else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem_of(self._storage.root)[0]))
         )
         fragments = [
             _PARQUET.make_fragment(
-                fs._strip_protocol(self._storage.url(path)),
+                self._storage.url(path).rpartition("://")[2],
                 filesystem,
                 partition_expression=(ds.field("source") == source) & (ds.field("shard") == shard),
             )

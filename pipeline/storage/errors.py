@@ -1,10 +1,8 @@
-"""Errors of local disk, S3 and GCS as one line for the user: what failed, and what to do about it."""
+"""Errors of local disk and of object storage as one line for the user: what failed, and what to do about it."""
 
 import errno
-import sys
 
 from pipeline.regular_files import NotRegularFileError
-from schemas.errors import first_line
 
 # What to do about the common errors of a file system.
 _ERRNO_HINTS = {
@@ -21,40 +19,20 @@ _ERRNO_HINTS = {
 }
 
 
-def storage_error_message(error: BaseException) -> str | None:
-    """Return why storage cannot be used and what to do; None where the error has another cause.
+class ObjectStorageError(OSError):
+    """Object storage refused a request or did not answer; the message is one line and says what to do.
 
-    S3 and GCS libraries raise their own errors, not OSError, where credentials or the network are missing.
+    A missing object is a FileNotFoundError instead.
     """
-    if _is(error, "botocore.exceptions", "NoCredentialsError"):
-        return (
-            "S3 wants credentials and there are none; "
-            "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    if _is(error, "botocore.exceptions", "BotoCoreError"):
-        hint = "check AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE and the network"
-        return f"S3 cannot be used: {first_line(error)}; {hint}"
-    if _is(error, "google.auth.exceptions", "GoogleAuthError"):
-        return (
-            f"GCS wants credentials: {first_line(error)} Set GOOGLE_APPLICATION_CREDENTIALS, or log in with "
-            "`gcloud auth application-default login`"
-        )
-    if not isinstance(error, OSError):
-        return None
+
+
+def storage_error_message(error: BaseException) -> str | None:
+    """Return why storage cannot be used and what to do; None where the error has another cause."""
+    if isinstance(error, ObjectStorageError):
+        return str(error)
     if isinstance(error, NotRegularFileError):
         return f"{error.filename} cannot be read: {error.strerror}; remove it, or put the file itself there"
-    cause = error.__cause__
-    if _is(cause, "botocore.exceptions", "ClientError"):
-        call = getattr(cause, "operation_name", "a request")
-        hint = "check that the bucket exists, and that these credentials may use it"
-        return f"S3 refused {call}: {first_line(error)}; {hint}"
-    if error.errno in _ERRNO_HINTS:
+    if isinstance(error, OSError) and error.errno in _ERRNO_HINTS:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}; {_ERRNO_HINTS[error.errno]}"
     return None
-
-
-def _is(error: BaseException | None, module: str, name: str) -> bool:
-    """Tell whether an error is of a library's class, without importing the library."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(error, getattr(loaded, name))

@@ -203,7 +203,7 @@ def _source(name: str, shards: Iterable[ShardRef], kind: Kind = "web", weight: f
 def _webdataset(path: str) -> dict[str, Source]:
     """Return the shards of a folder that is not a corpus as one source with the folder's name."""
     storage = Storage(path)
-    name = storage.base.rpartition("/")[2]
+    name = storage.name
     refs = [
         ShardRef(corpus=path, source=name, shard=shard, tar=tar)
         for shard, tar in webdataset_shards(storage).items()

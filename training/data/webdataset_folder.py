@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from pipeline.digests import sha256_file
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, printable
 from schemas.records import OutputFile

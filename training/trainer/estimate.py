@@ -27,7 +27,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     """
     # A plan may be made before the data.
     storages = [Storage(corpus.path) for corpus in config.data.corpus]
-    exists = all(storage.fs.exists(storage.base) for storage in storages)
+    exists = all(storage.is_there() for storage in storages)
     snapshot = take_snapshot(config.data) if exists else None
     config = fill_preset(config, snapshot.num_images if snapshot else None)
     stage = meta_stage(config)

@@ -203,7 +203,7 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     loop.checkpoints.remove_unfinished()
     storage.write("config.json", json.dumps(resolved, indent=1).encode())
     storage.write(snapshot_file(snapshot.digest), snapshot.to_json())
-    local = storage.base if storage.is_local else f"runs/{config.run.name}"
+    local = storage.root if storage.is_local else f"runs/{config.run.name}"
     loop.sinks = [lines]
     if config.metrics.tensorboard:
         loop.sinks.append(TensorBoard(local))

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, Literal, TypeVar
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
 from pipeline.regular_files import NotRegularFileError, require_regular
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.filesystem import filesystem_of, is_local
 from pipeline.storage.scratch import temporary_folder
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 Part = TypeVar("Part")
@@ -58,7 +57,7 @@ def find_files(inputs: Sequence[str], storage: Storage, key: str) -> list[FileIn
 def expand(pattern: str, key: str) -> list[str]:
     """Return the absolute paths or URLs of the files that a path or glob names, sorted."""
     try:
-        fs, path = fsspec.core.url_to_fs(pattern)
+        fs, path = filesystem_of(pattern)
         fs.invalidate_cache()
         if fs.isfile(path):
             paths = [path]
@@ -69,7 +68,7 @@ def expand(pattern: str, key: str) -> list[str]:
             )
         else:
             paths = sorted(match for match in fs.glob(path) if fs.isfile(match))
-            if not paths and isinstance(fs, LocalFileSystem):
+            if not paths and is_local(fs):
                 require_regular(path)
     except NotRegularFileError as error:
         raise CapfiltError(

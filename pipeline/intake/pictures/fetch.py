@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from pipeline.intake.pictures import folder, tables, tars
 from pipeline.intake.pictures.places import SCHEME, InputFolders, Place, parse_place
 from pipeline.regular_files import NotRegularFileError, open_regular
@@ -88,10 +85,7 @@ class FileFetcher:
         return self._open_cell(path, place)
 
     def _open_file(self, path: str) -> IO[bytes]:
-        fs, full = fsspec.core.url_to_fs(path)
-        if isinstance(fs, LocalFileSystem):
-            return open_regular(full)
-        return io.BytesIO(fs.cat_file(full, end=self._max_bytes + 1))
+        return io.BytesIO(self._storage.read(path, self._max_bytes))
 
     def _open_member(self, path: str, place: Place) -> IO[bytes]:
         with self._tars.holding(path) as (file, members):

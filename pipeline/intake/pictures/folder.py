@@ -11,7 +11,8 @@ from pipeline.intake.lists.columns import Rows, Wanted, column_texts
 from pipeline.intake.lists.files import BATCH_ROWS, read_columns
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, not_utf8
 from pipeline.intake.pictures.places import InputFile, InputFolders, Place
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 FORMAT = "imagefolder"

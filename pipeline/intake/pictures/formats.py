@@ -5,7 +5,8 @@ from typing import Protocol
 
 from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.pictures import folder, tables, tars
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-import fsspec
 from fsspec.utils import glob_translate
 
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.filesystem import filesystem_of
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, shown
 
@@ -91,7 +92,7 @@ class InputFolders:
 
     def is_folder(self, pattern: str) -> bool:
         """Tell whether an input is a folder, whole."""
-        fs, path = fsspec.core.url_to_fs(pattern)
+        fs, path = filesystem_of(pattern)
         return bool(path.rstrip("/") == fs._strip_protocol(self._folders[self._names[pattern]]))
 
     def url_of(self, place: Place) -> str:
@@ -105,7 +106,7 @@ class InputFolders:
         """
         files = self.files_around(pattern)
         if not self.is_folder(pattern):
-            fs, path = fsspec.core.url_to_fs(pattern)
+            fs, path = filesystem_of(pattern)
             base = fs._strip_protocol(self._folders[self._names[pattern]])
             matches = re.compile(glob_translate(path)).fullmatch
             files = [file for file in files if matches(f"{base}/{file.relative}")]
@@ -130,7 +131,7 @@ class InputFolders:
 
     def _folder_of(self, pattern: str) -> str:
         try:
-            fs, path = fsspec.core.url_to_fs(pattern)
+            fs, path = filesystem_of(pattern)
             if _MAGIC.search(path):
                 path = path[: _MAGIC.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
             elif not fs.isdir(path):

@@ -16,7 +16,8 @@ from pipeline.intake.lists.files import read_columns
 from pipeline.intake.lists.lines import UNREADABLE
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
 from pipeline.intake.pictures.places import InputFolders, Place
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import shown
 

@@ -26,7 +26,8 @@ from pipeline.intake.lists.columns import Rows, Wanted
 from pipeline.intake.lists.files import BATCH_ROWS
 from pipeline.intake.lists.lines import MAX_ROW_BYTES
 from pipeline.intake.pictures.places import InputFolders, Place
-from pipeline.storage.storage import FileInfo, Storage
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

@@ -1,0 +1,131 @@
+"""Whole files in one bucket or container: an object is there whole or not at all."""
+
+import contextlib
+import io
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import obstore
+
+from pipeline.storage.file_info import FileInfo
+from pipeline.storage.object_reader import ObjectReader
+from pipeline.storage.object_stores import ObjectStore, explained, open_store
+
+_PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
+_COPY_BYTES, _BUFFER_BYTES = 1 << 20, 4 << 20
+
+
+class ObjectFiles:
+    """The objects of one bucket by their keys.
+
+    Raises ObjectStorageError where the storage refuses or does not answer, FileNotFoundError where an object is absent.
+    """
+
+    is_local = False
+    takes_commits = True
+
+    def __init__(self, scheme: str, container: str, store: ObjectStore | None = None) -> None:
+        """Open a bucket at its first request, or take a store that is open."""
+        self.scheme, self.container, self._given = scheme, container, store
+
+    @property
+    def _store(self) -> ObjectStore:
+        return self._given or open_store(self.scheme, self.container)
+
+    def url(self, key: str) -> str:
+        """Return the URL of a key."""
+        return f"{self.scheme}://{self.container}/{key}"
+
+    def exists(self, key: str) -> bool:
+        """Tell whether an object has this key: one request."""
+        return self.is_file(key)
+
+    def is_file(self, key: str) -> bool:
+        """Tell whether an object has this key."""
+        try:
+            return bool(key) and self.info(key) is not None
+        except FileNotFoundError:
+            return False
+
+    def is_folder(self, key: str) -> bool:
+        """Tell whether there are objects below a key; a bucket counts as one, be it empty."""
+        with explained(self.url(key)):
+            return not key or next(iter(self._store.list(key, chunk_size=1)), None) is not None
+
+    def info(self, key: str) -> FileInfo:
+        """Return size and version of one object: one request."""
+        with explained(self.url(key)):
+            return _info(self._store.head(key))
+
+    def find(self, key: str) -> list[FileInfo]:
+        """Return all objects below a key: a request for every thousand."""
+        with explained(self.url(key)):
+            return [_info(meta) for chunk in self._store.list(key or None, chunk_size=1000) for meta in chunk]
+
+    def list_folder(self, key: str) -> tuple[list[str], list[FileInfo]]:
+        """Return the keys of the folders and the objects right below a key."""
+        with explained(self.url(key)):
+            listed = self._store.list_with_delimiter(key or None)
+        return list(listed["common_prefixes"]), [_info(meta) for meta in listed["objects"]]
+
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        """Return an object whole, or its first ``max_bytes`` and one: one request."""
+        if max_bytes is not None:
+            return self.read_range(key, 0, max_bytes + 1)
+        with explained(self.url(key)):
+            return self._store.get(key).bytes().to_bytes()
+
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``start`` on, fewer where the object ends: one request."""
+        with explained(self.url(key)):
+            options: Any = {"range": (start, start + size)}
+            return self._store.get(key, options=options).bytes().to_bytes()
+
+    def open(self, key: str) -> BinaryIO:
+        """Open an object for reading, buffered ahead."""
+        reader = ObjectReader(partial(self.read_range, key), self.info(key).bytes)
+        return io.BufferedReader(reader, _BUFFER_BYTES)
+
+    def fetch(self, key: str, target: Path) -> None:
+        """Copy an object to local disk: one request."""
+        with explained(self.url(key)), target.open("wb") as file:
+            for chunk in self._store.get(key).stream(min_chunk_size=_COPY_BYTES):
+                file.write(chunk)
+
+    def put(self, local: Path, key: str) -> None:
+        """Upload a finished file; in parts where it is large. A failed upload leaves no object."""
+        with local.open("rb") as file:
+            self._put(key, file, use_multipart=local.stat().st_size > _PART_BYTES)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Upload bytes: one request."""
+        self._put(key, data, use_multipart=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Upload bytes unless the key is taken, in one conditional request."""
+        try:
+            self._put(key, data, mode="create", use_multipart=False)
+        except FileExistsError:
+            return self.read(key) == data
+        return True
+
+    def _put(self, key: str, content: bytes | IO[bytes], **how: Any) -> None:
+        with explained(self.url(key)):
+            try:
+                self._store.put(key, content, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE, **how)
+            except obstore.exceptions.AlreadyExistsError as error:
+                raise FileExistsError(17, "exists", self.url(key)) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object; absent is fine."""
+        # S3 says nothing of an absent object, the others do.
+        with contextlib.suppress(FileNotFoundError), explained(self.url(key)):
+            self._store.delete(key)
+
+
+def _info(meta: Any) -> FileInfo:
+    version = meta["e_tag"] or str(meta["last_modified"].timestamp())
+    return FileInfo(
+        path=meta["path"], bytes=meta["size"], version=version.strip('"'), modified=meta["last_modified"]
+    )

@@ -1,0 +1,228 @@
+"""Object storage as its own tools find it: credentials, endpoints, proxies, refusals, on S3, GCS and Azure."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+from jobs.bench.fixtures.s3 import S3Request, S3Server
+from pipeline.storage.errors import ObjectStorageError
+from pipeline.storage.filesystem import filesystem_of
+from pipeline.storage.object_stores import open_store
+from pipeline.storage.storage import Storage
+from tests.azure_server import serving_azure
+
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_clients() -> Iterator[None]:
+    open_store.cache_clear()
+    yield
+    open_store.cache_clear()
+
+
+@pytest.fixture
+def no_aws(s3_root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    for name in _KEYS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return s3_root
+
+
+# -- S3 as the AWS tools find it -----------------------------------------------------------------------------
+
+
+def test_a_profile_has_keys_region_and_endpoint(
+    no_aws: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nregion = eu-west-3\nservices = here\n[services here]\ns3 =\n  endpoint_url = {s3_server.url}\n"
+    )
+    (tmp_path / "keys").write_text("[lab]\naws_access_key_id = FROMPROFILE\naws_secret_access_key = secret\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    Storage(no_aws).write("x", b"1")
+    signed = s3_server.requests[-1].headers["authorization"]
+    assert "Credential=FROMPROFILE/" in signed and "/eu-west-3/s3/" in signed
+
+
+def test_keys_may_come_from_a_process(
+    no_aws: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "keys.json").write_text(
+        '{"Version": 1, "AccessKeyId": "PROCESS", "SecretAccessKey": "s", "SessionToken": "token"}'
+    )
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path / 'keys.json'}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    Storage(no_aws).write("x", b"1")
+    headers = s3_server.requests[-1].headers
+    assert "Credential=PROCESS/" in headers["authorization"] and headers["x-amz-security-token"] == "token"
+
+
+def test_public_buckets_are_read_without_keys(
+    no_aws: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    with pytest.raises(ObjectStorageError, match="S3 wants credentials and there are none; set AWS_PROFILE"):
+        Storage(no_aws).exists("x")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert not Storage(no_aws).exists("x")
+    assert "authorization" not in s3_server.requests[-1].headers
+
+
+def test_the_requester_pays(s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "true")
+    Storage(s3_root).exists("x")
+    assert s3_server.requests[-1].headers["x-amz-request-payer"] == "requester"
+
+
+def test_a_proxy_is_used(s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://storage.invalid")
+    monkeypatch.setenv("http_proxy", s3_server.url)
+    # The server behind the proxy does not know the bucket by that host's name.
+    with pytest.raises(ObjectStorageError, match="bucket does not exist"):
+        Storage(s3_root).list("")
+    assert s3_server.requests[-1].headers["host"] == "storage.invalid"
+
+
+# -- what a server refuses -----------------------------------------------------------------------------------
+
+
+def _first(times: int, status: str) -> Callable[[S3Request], str | None]:
+    answers = iter([status] * times)
+    return lambda _: next(answers, None)
+
+
+@pytest.mark.parametrize("status", ["503 Slow Down", "500 Internal Server Error", "429 Too Many Requests"])
+def test_a_server_under_load_is_asked_again(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    storage = Storage(s3_root)
+    for call in (
+        lambda: storage.create("x", b"1"),
+        lambda: storage.read("x"),
+        lambda: storage.list(""),
+        lambda: storage.info("x"),
+        lambda: storage.delete("x"),
+    ):
+        s3_server.requests.clear()
+        monkeypatch.setattr(s3_server, "refuse", _first(2, status))
+        call()
+        assert len(s3_server.requests) == 3
+
+
+def test_a_create_whose_answer_is_lost_was_ours(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Storage(s3_root).write("lock", b"mine")
+    assert Storage(s3_root).create("lock", b"mine") and not Storage(s3_root).create("lock", b"another")
+
+
+def test_no_permission_is_one_line(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_server, "refuse", lambda _: "403 Forbidden")
+    for call in (Storage(s3_root).list, Storage(s3_root).read, Storage(s3_root).exists):
+        with pytest.raises(
+            ObjectStorageError, match="S3 refused s3://.*403 Forbidden; check that the bucket exists"
+        ):
+            call("x")
+
+
+def test_a_missing_bucket_is_not_an_empty_one(s3_server: S3Server) -> None:
+    storage = Storage("s3://no-such-bucket/corpus")
+    for call in (storage.list, storage.read, storage.is_corpus):
+        with pytest.raises(ObjectStorageError, match="bucket does not exist; check"):
+            call(*([] if call == storage.is_corpus else ["x"]))
+
+
+def test_names_that_urls_are_made_of(s3_root: str) -> None:
+    names = ["a b", "ü/ñ", "a%20b", "a+b", "q?x#y", "100%", "[x]*", "a/deep/er/one"]
+    storage = Storage(s3_root)
+    for name in names:
+        storage.write(name, name.encode())
+    assert [info.path for info in storage.list("")] == sorted(names)
+    assert [storage.read(name).decode() for name in names] == names
+
+
+def test_globs_and_folders(s3_root: str) -> None:
+    storage = Storage(s3_root)
+    for name in ("a/1.csv", "a/2.csv", "a/b/3.csv", "ab/4.csv"):
+        storage.write(name, b"x" * 10)
+    files, base = filesystem_of(f"{s3_root}/a")
+    assert [name.removeprefix(base) for name in files.glob(f"{base}/*.csv")] == ["/1.csv", "/2.csv"]
+    assert [name.removeprefix(base) for name in files.glob(f"{base}/**/*.csv")] == [
+        "/1.csv",
+        "/2.csv",
+        "/b/3.csv",
+    ]
+    assert files.isdir(base) and not files.isfile(base) and files.isfile(f"{base}/1.csv")
+    assert [info.path for info in storage.list("a")] == ["a/1.csv", "a/2.csv", "a/b/3.csv"]
+    with files.open(f"{base}/1.csv") as file:
+        assert file.seek(4) == 4 and file.read() == b"x" * 6
+
+
+# -- GCS and Azure -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gcs_root(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", s3_server.url)
+    urlopen(Request(f"{s3_server.url}/gcsbucket", method="PUT")).close()
+    return "gs://gcsbucket/corpus"
+
+
+@pytest.fixture
+def azure_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with serving_azure() as url:
+        connection = f"AccountName=devstore;AccountKey=a2V5;BlobEndpoint={url}"
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection)
+        yield "az://container/corpus"
+
+
+@pytest.mark.parametrize("name", ["gcs_root", "azure_root"])
+def test_a_corpus_may_lie_there(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    storage = Storage(request.getfixturevalue(name))
+    storage.require_conditional_puts()
+    storage.require_place("corpus.path")
+    assert not storage.is_there() and storage.list("") == [] and not storage.is_corpus()
+    assert storage.create("records/crawl/x.json", b"first") and not storage.create(
+        "records/crawl/x.json", b"second"
+    )
+    large = tmp_path / "shard.tar"
+    large.write_bytes(bytes(range(256)) * (140 << 10))
+    storage.put(large, "raw/00000.tar")
+    assert [(info.path, info.bytes) for info in storage.list("")] == [
+        ("raw/00000.tar", 140 << 18),
+        ("records/crawl/x.json", 5),
+    ]
+    assert storage.is_corpus() and storage.read("records/crawl/x.json") == b"first"
+    assert storage.read_range("raw/00000.tar", 256 * 500 + 3, 4) == bytes([3, 4, 5, 6])
+    with storage.local_copy("raw/00000.tar") as copy:
+        assert copy.read_bytes() == large.read_bytes()
+    assert storage.info("raw/00000.tar").version == storage.list("raw")[0].version
+    storage.delete("raw/00000.tar")
+    storage.delete("raw/00000.tar")
+    with pytest.raises(FileNotFoundError):
+        storage.read("raw/00000.tar")
+
+
+@pytest.mark.parametrize(
+    ("root", "advice"),
+    [
+        ("gs://bucket/x", "set GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://container/x", "set AZURE_STORAGE_ACCOUNT_NAME"),
+    ],
+)
+def test_without_credentials_is_one_line(
+    root: str, advice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GCE_METADATA_HOST", "metadata.invalid")
+    with pytest.raises(ObjectStorageError, match=advice):
+        Storage(root).list("")
