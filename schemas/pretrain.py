@@ -10,6 +10,18 @@ from pydantic import Field, model_validator
 
 from schemas.config import ConfigKeyError, Name, Section, tuning
 
+# What a run trains: one of BLIP-2's stages, or one of BLIP's models.
+BlipKind = Literal["blip-pretrain", "blip-captioner", "blip-filter"]
+TrainingStage = Literal[1, 2, "blip-pretrain", "blip-captioner", "blip-filter"]
+# What text encoder and text decoder have in common.
+Share = Literal["all", "all-but-cross-attention", "all-but-self-attention", "none"]
+
+
+def stage_folder(stage: TrainingStage) -> str:
+    """Return the folder of the runs of a stage, which checkpoints record as their stage."""
+    return stage if isinstance(stage, str) else f"stage{stage}"
+
+
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
@@ -17,7 +29,9 @@ class RunConfig(Section):
     """``[run]``: what this run is called and where it writes."""
 
     name: Name = Field(description="in the checkpoints' folder, the metrics and the manifest")
-    stage: Literal[1, 2] = Field(description="1: Q-Former on frozen vision; 2: and a frozen language model")
+    stage: TrainingStage = Field(
+        description="BLIP-2's 1: Q-Former on frozen vision, or 2: and a frozen language model; or a model of BLIP"
+    )
     output: str = Field(
         "", description="folder or URL of checkpoints and metrics; empty: checkpoints/ of the first corpus"
     )
@@ -47,6 +61,7 @@ class DataConfig(Section):
     image_size_px: int = Field(224, ge=16, description="side of the square crop")
     min_scale: float = Field(0.5, gt=0, le=1, description="least share of the area a random crop keeps")
     flip: bool = Field(True, description="mirror half of the images")
+    rand_augment: bool = Field(False, description="BLIP's RandAugment(2, 5) of the crops")
     captions_per_image: int = Field(
         2, ge=1, description="web sources: one is drawn of the first so many kept"
     )
@@ -67,20 +82,14 @@ class VisionConfig(Section):
     drop_blocks: int = Field(1, ge=0, description="left off at the end: 1 gives second-to-last features")
 
 
-class QFormerConfig(Section):
-    """``[qformer]``: BERT-base with cross-attention, unless told otherwise."""
+class BertShape(Section):
+    """What every text model here is made of: BERT-base, unless told otherwise."""
 
-    weights: str = Field(
-        "google-bert/bert-base-uncased", description='hub id or local folder of BERT; "" starts at random'
-    )
     tokenizer: str = Field("google-bert/bert-base-uncased", description="hub id or local folder")
-    num_queries: int = Field(32, ge=1)
     layers: int = Field(12, ge=1)
     width: int = Field(768, ge=1)
     heads: int = Field(12, ge=1)
     ffn_width: int = Field(3072, ge=1)
-    cross_attention_every: int = Field(2, ge=1, description="layers 0, 2, 4 ... see the image")
-    projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
     dropout: float = Field(0.1, ge=0, lt=1)
     initializer_range: float = Field(
         0.02,
@@ -92,10 +101,75 @@ class QFormerConfig(Section):
     max_positions: int = Field(512, ge=4, description="rows of BERT's table of positions")
 
     @model_validator(mode="after")
-    def _divisible(self) -> "QFormerConfig":
+    def _divisible(self) -> "BertShape":
         if self.width % self.heads:
             raise ConfigKeyError(f"must divide width ({self.width})", ("heads",))
         return self
+
+
+class QFormerConfig(BertShape):
+    """``[qformer]``: BERT-base with cross-attention, unless told otherwise."""
+
+    weights: str = Field(
+        "google-bert/bert-base-uncased", description='hub id or local folder of BERT; "" starts at random'
+    )
+    num_queries: int = Field(32, ge=1)
+    cross_attention_every: int = Field(2, ge=1, description="layers 0, 2, 4 ... see the image")
+    projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
+
+
+class ViTConfig(Section):
+    """``[blip.vision]``: BLIP's image encoder, which is trained; ViT-B/16, unless told otherwise."""
+
+    init: str = Field(
+        "",
+        description="ViT or DeiT to begin with, hub id or local folder; empty: at random, or run.init_from",
+    )
+    layers: int = Field(12, ge=1)
+    width: int = Field(768, ge=1)
+    heads: int = Field(12, ge=1)
+    patch_px: int = Field(16, ge=1)
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="share of images that skip the last block; less before it; ViT-L: 0.1"
+    )
+    initializer_range: float = Field(0.02, gt=0, description="of weights that start at random")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ViTConfig":
+        if self.width % self.heads:
+            raise ConfigKeyError(f"must divide width ({self.width})", ("heads",))
+        return self
+
+
+class TextConfig(BertShape):
+    """``[blip.text]``: BLIP's text encoder and text decoder, BERT-base with cross-attention in every layer."""
+
+    init: str = Field(
+        "", description="BERT to begin with, hub id or local folder; empty: at random, or run.init_from"
+    )
+    max_text_tokens: int = Field(30, ge=4, description="of a caption, special tokens and prompt included")
+    vocab_size: int = Field(30524, ge=6, description="the tokenizer's words, [DEC] and [ENC]")
+
+
+class BlipConfig(Section):
+    """``[blip]``: a model of BLIP, and what its losses have beyond those of BLIP-2."""
+
+    vision: ViTConfig = ViTConfig()
+    text: TextConfig = TextConfig()
+    share: Share = Field("all-but-self-attention", description="of text encoder and decoder (BLIP, table 3)")
+    tied_head: bool = Field(
+        True,
+        description="the decoder's output matrix is its word embeddings; false: as in BLIP's model_base.pth",
+    )
+    projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
+    prompt: str = Field("", description="begins every caption of the decoder and stays out of the loss")
+    queue_size: int = Field(57600, ge=1, description="earlier embeddings that ITC compares with")
+    momentum: float = Field(0.995, ge=0, le=1, description="share that the momentum encoders keep in a step")
+    alpha: float = Field(0.4, ge=0, le=1, description="share of ITC's targets that is the momentum encoders'")
+    alpha_epochs: float = Field(2.0, ge=0, description="over which alpha rises from 0; BLIP's filter: 1")
+    negatives_of: int = Field(
+        75, ge=0, description="samples whose texts and images are each other's negatives; 0: the whole step"
+    )
 
 
 class LanguageConfig(Section):
@@ -110,13 +184,13 @@ class LanguageConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """``[objective]``: weights and smoothing of the losses of stage 1."""
+    """``[objective]``: weights and smoothing of the losses of stage 1 and of BLIP."""
 
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of ITC and ITG")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of ITC and ITG; of BLIP's LM alone")
     temperature: float = Field(0.07, gt=0, description="of ITC at the start; learnt")
     itc: float = Field(1.0, ge=0, description="weight of the contrastive loss")
     itm: float = Field(1.0, ge=0, description="weight of the matching loss")
-    itg: float = Field(1.0, ge=0, description="weight of the captioning loss")
+    itg: float = Field(1.0, ge=0, description="weight of the captioning loss, which BLIP calls LM")
 
 
 class OptimConfig(Section):
@@ -125,14 +199,26 @@ class OptimConfig(Section):
     preset: Literal["paper", "lavis"] = Field(
         "paper", description="paper: what the paper says; lavis: what the released yaml does"
     )
-    steps: int | None = Field(None, ge=1, description="optimiser steps; preset paper: 250,000 and 80,000")
+    steps: int | None = Field(
+        None, ge=1, description="optimiser steps; preset paper: 250,000 and 80,000; of BLIP its epochs"
+    )
+    epoch_steps: int | None = Field(
+        None, ge=1, description="of an epoch, by which BLIP's rates change; none: one pass over the images"
+    )
     batch_size: int = Field(ge=1, description="images of one step over all ranks: ITC's negatives")
     peak_lr: float = Field(1e-4, gt=0)
-    min_lr: float | None = Field(None, ge=0, description="at the end of the cosine")
+    schedule: Literal["cosine", "epochs"] = Field(
+        "cosine", description="after the warm-up; epochs: the rate falls by epoch_decay an epoch"
+    )
+    epoch_decay: float = Field(0.9, gt=0, le=1, description="factor of the rate, an epoch")
+    min_lr: float | None = Field(
+        None, ge=0, description="at the end of the cosine; the least of any schedule"
+    )
     warmup_steps: int | None = Field(None, ge=0)
     warmup_lr: float | None = Field(None, ge=0, description="at step 0")
     betas: Betas | None = None
-    weight_decay: float = Field(0.05, ge=0, description="not on vectors and biases")
+    weight_decay: float = Field(0.05, ge=0, description="not on vectors and biases, unless decay_vectors")
+    decay_vectors: bool = Field(False, description="weight decay on every parameter, as BLIP")
     eps: float = Field(1e-8, gt=0)
     clip_norm: float = Field(0.0, ge=0, description="of the gradient; 0: no clipping, as published")
 
@@ -190,6 +276,7 @@ class PretrainConfig(Section):
     vision: VisionConfig = VisionConfig()
     qformer: QFormerConfig = QFormerConfig()
     language: LanguageConfig | None = Field(None, description="of stage 2")
+    blip: BlipConfig | None = Field(None, description="of a model of BLIP")
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig
     performance: PerformanceConfig = PerformanceConfig()
@@ -202,4 +289,19 @@ class PretrainConfig(Section):
     def _stage_has_its_sections(self) -> "PretrainConfig":
         if (self.run.stage == 2) != (self.language is not None):
             raise ValueError("[language] belongs to stage 2, and stage 2 needs it")
+        if isinstance(self.run.stage, str) != (self.blip is not None):
+            raise ValueError("[blip] belongs to the stages blip-..., and they need it")
+        if self.blip and self.blip.prompt and self.run.stage != "blip-captioner":
+            raise ConfigKeyError('has an effect only with run.stage = "blip-captioner"', ("blip", "prompt"))
+        return self
+
+    @model_validator(mode="after")
+    def _blip_fits_the_batch(self) -> "PretrainConfig":
+        if self.blip is None or self.run.stage == "blip-captioner":
+            return self
+        batch, queue, group = self.optim.batch_size, self.blip.queue_size, self.blip.negatives_of
+        if queue % batch:
+            raise ConfigKeyError(f"must be a multiple of optim.batch_size ({batch})", ("blip", "queue_size"))
+        if batch % (group or batch) or min(group or batch, batch) < 2:
+            raise ConfigKeyError(f"must divide optim.batch_size ({batch})", ("blip", "negatives_of"))
         return self

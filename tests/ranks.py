@@ -19,7 +19,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         port = free.getsockname()[1]
     context = get_context("forkserver")
     # Imported once for all ranks of a session: torch and transformers take seconds.
-    context.set_forkserver_preload(["training.blip2.build", "tests.tiny_training"])
+    context.set_forkserver_preload(["training.build", "tests.tiny_training"])
     with ProcessPoolExecutor(size, context) as pool:
         futures = [pool.submit(_run, rank, size, port, function, arguments) for rank in range(size)]
         return [future.result(timeout=240) for future in futures]

@@ -10,13 +10,14 @@ from schemas.pretrain import PretrainConfig
 from training.checkpoint import Checkpoints
 from training.data.loader import Batch
 from training.distributed import World
+from training.models.parameters import PartlyTrained
 from training.trainer.loop import Loop
 from training.trainer.optim import fill_preset
 
 BATCH_SIZE = 4
 
 
-class SmallStage(nn.Module):
+class SmallStage(PartlyTrained):
     """Fit a sum of pixels through a layer, dropout and a temperature.
 
     ``explode_at``: the loss is not a number at that step; ``unused``: a parameter that no loss reaches.
@@ -44,15 +45,6 @@ class SmallStage(nn.Module):
             (loss / self.world_size).backward()
             total += loss.detach()
         return {"loss": total, "temperature": self.temp.detach().clone()}
-
-    def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.named_parameters()
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        return self.state_dict()
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        self.load_state_dict(dict(state), strict=True)
 
     def flops_per_sample(self) -> float:
         return 1e3

@@ -6,7 +6,7 @@ import pytest
 from tiny_training import tiny_config
 
 from jobs.bench.train_step import measure_precision, measure_steps, synthetic_step
-from training.blip2.build import empty_stage
+from training.build import empty_stage
 from training.distributed import World
 
 pytestmark = pytest.mark.training

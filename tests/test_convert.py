@@ -13,12 +13,13 @@ from trained import begun_stage, trained_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import meta_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
+from training.build import meta_stage
 from training.convert.key_map import from_hf, hf_name, lavis_name, to_hf
 from training.convert.load import load_trained
-from training.convert.read import read_external, read_lavis, stage_state
+from training.convert.read import read_external, read_lavis
+from training.convert.state import stage_state
 
 pytestmark = pytest.mark.training
 
@@ -190,7 +191,7 @@ def test_files_that_are_none_of_it(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match='there are no tensors under "model"'):
         read_external(str(tmp_path / "other.pth"))
     torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "blip1.pth")
-    with pytest.raises(CapfiltError, match="is not a BLIP-2: it has no query_tokens"):
+    with pytest.raises(CapfiltError, match="is neither a BLIP-2, which has query_tokens, nor a BLIP"):
         read_external(str(tmp_path / "blip1.pth"))
     assert read_external(str(tmp_path)) is None
 

@@ -238,6 +238,7 @@ _INSTEAD = {
     "capfilt doctor -c corpus.toml": None,
     "capfilt evaluate retrieval blip2/checkpoints/stage1/blip2-stage1-vitg": None,
     "capfilt export blip2/checkpoints/stage1/blip2-stage1-vitg": None,
+    "capfilt export blip/checkpoints": None,
     "capfilt evaluate retrieval blip2_pretrained.pth": None,
     "capfilt export blip2_pretrained.pth": None,
     "capfilt init downloads": "--demo-weights",

@@ -17,14 +17,15 @@ from transformers import (
 )
 
 from schemas.errors import CapfiltError
-from training.blip2.build import meta_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
+from training.build import meta_stage
 from training.convert import load
 from training.convert.export import blip2_config, export_model
 from training.convert.key_map import to_hf
 from training.convert.load import load_trained
-from training.convert.read import read_external, stage_state
+from training.convert.read import read_external
+from training.convert.state import stage_state
 from training.evaluate.generation import Decoding, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher
 
@@ -201,7 +202,9 @@ def test_a_clip_vit_is_exported_in_our_own_format(folder: Path, tmp_path: Path, 
     )
     require_same(model.trainable_state(), load_trained(str(tmp_path / "own")).trainable_state())
     (tmp_path / "own" / "capfilt.json").write_text('{"format": "capfilt-blip2", "version": 2}')
-    with pytest.raises(CapfiltError, match="this capfilt reads 'capfilt-blip2', version 1"):
+    with pytest.raises(
+        CapfiltError, match="this capfilt reads 'capfilt-blip2' and 'capfilt-blip', version 1"
+    ):
         load_trained(str(tmp_path / "own"))
 
 

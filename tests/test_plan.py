@@ -29,15 +29,25 @@ PUBLISHED = {
     "blip2-stage2-vitg-flant5xxl": (108_314_880, 121.6, 1785),
     "blip2-stage2-vitl-flant5xxl": (104_775_168, 121.6, 1414),
 }
+# The same of BLIP (the MED of ViT-B by table 3), and GFLOP as its own code computes a sample.
+BLIP = {
+    "blip-pretrain-vitb": (252_441_919, 279.9936, 256.3, 306.5),
+    "blip-pretrain-vitl": (474_729_023, 279.984, 613.8, 680.7),
+    "blip-captioner-vitb": (223_971_644, 2.83264, 414, None),
+    "blip-captioner-vitl": (446_290_492, 2.83264, 1244, None),
+    "blip-filter-vitb": (223_744_259, 3.399168, 586, 684.4),
+    "blip-filter-vitl": (446_128_643, 3.399168, 1687, 1818.1),
+}
+ALL = PUBLISHED | {name: values[:3] for name, values in BLIP.items()}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ALL)
 def test_recipe_trains_what_the_paper_trains(name: str) -> None:
     path = RECIPES / f"{name}.toml"
     estimate = plan(load_config(path, kind=PretrainConfig))
-    trainable, samples, gflop = PUBLISHED[name]
+    trainable, samples, gflop = ALL[name]
     assert estimate["trainable_parameters"] == trainable
-    assert estimate["samples"] == samples * 1e6
+    assert estimate["samples"] == pytest.approx(samples * 1e6)
     assert estimate["gflop_per_sample"] == pytest.approx(gflop, rel=0.03)
     seconds = samples * 1e6 * estimate["gflop_per_sample"] * 1e9 / (0.5 * 790e12)
     assert estimate["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3)
@@ -46,12 +56,19 @@ def test_recipe_trains_what_the_paper_trains(name: str) -> None:
     # What the file's opening says is what the plan says.
     opening = " ".join(line.strip("# ") for line in path.read_text().split("\n\n")[0].splitlines())
     assert f"{trainable:,} parameters" in opening
-    assert f"{estimate['gpu_hours']:,.0f} GPU-hours" in opening
+    hours = ".1f" if name in BLIP else ".0f"
+    assert f"{estimate['gpu_hours']:,{hours}} GPU-hours" in opening
+    if name in BLIP:
+        published = BLIP[name][3]
+        assert estimate["gflop_per_sample_published"] == published
+        assert published is None or f"BLIP's code has {published:,}" in opening
+        assert f"{estimate['gflop_per_sample']:,} GFLOP" in opening
     assert f"about {estimate['memory_gb']['total']:,.0f} GB" in opening
 
 
 def test_every_training_recipe_is_planned() -> None:
-    assert {path.stem for path in RECIPES.glob("blip2-stage*.toml")} == set(PUBLISHED)
+    recipes = {path.stem for path in RECIPES.glob("blip*.toml") if "\n[run]\n" in path.read_text()}
+    assert recipes == set(ALL)
 
 
 def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from trained import begun_stage
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import meta_stage
-from training.blip2.micro_batches import padded_parts
 from training.blip2.stage1 import Stage1
+from training.build import meta_stage
 from training.distributed import World
+from training.models.micro_batches import padded_parts
 
 pytestmark = pytest.mark.training
 
@@ -113,7 +113,7 @@ def whole(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[list
     global_batch = stage.global_batch
     stage.global_batch = lambda *arguments: drawn.append(global_batch(*arguments)) or drawn[0]
     losses = stage.training_step(batch(), N)
-    negatives = [drawn[0].text_of_image_N.tolist(), drawn[0].image_of_text_N.tolist()]
+    negatives = [drawn[0].negatives.text_of_image_N.tolist(), drawn[0].negatives.image_of_text_N.tolist()]
     return losses, gradients(stage), negatives
 
 
@@ -171,7 +171,7 @@ def test_texts_of_the_same_image_and_equal_texts_are_not_negatives(folder: Path)
             [micro_batch] = stage.micro_batches(batch_.pixels_BCHW, texts, position, N)
             encoded = stage.encode(micro_batch)
             actual = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, batch_.uids, position)
-        for drawn in (actual.text_of_image_N.tolist(), actual.image_of_text_N.tolist()):
+        for drawn in (actual.negatives.text_of_image_N.tolist(), actual.negatives.image_of_text_N.tolist()):
             for own, other in enumerate(drawn):
                 assert batch_.captions[own] != batch_.captions[other]
                 assert {own, other} != {0, 6}

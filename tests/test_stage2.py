@@ -17,8 +17,8 @@ from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import meta_stage
 from training.blip2.stage2 import Stage2
+from training.build import meta_stage
 from training.distributed import World
 from training.models.language import load_language, split_caption
 

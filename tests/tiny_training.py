@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from schemas.pretrain import PretrainConfig
+from schemas.pretrain import BlipKind, PretrainConfig
 
 WIDTH, HEADS, LAYERS, FFN_WIDTH = 32, 4, 4, 64
 NUM_QUERIES = 4
@@ -153,6 +153,41 @@ def tiny_config(
             "max_text_tokens": MAX_TEXT_TOKENS,
             "precision": "fp32",
         }
+    for section, changes in overrides.items():
+        values.setdefault(section, {}).update(changes)
+    return PretrainConfig.model_validate(values)
+
+
+def tiny_blip_config(
+    tmp_path: Path, corpus: str | Path, stage: BlipKind = "blip-pretrain", **overrides: dict[str, Any]
+) -> PretrainConfig:
+    """Return a run of a BLIP with two layers each, as ``tiny_config``; the BERT has too many layers and is not read."""
+    bert = _once(tmp_path / "bert", save_bert)
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "stage": stage, "output": str(tmp_path / "run"), "seed": 7},
+        "data": {"corpus": [{"path": str(corpus)}], "image_size_px": IMAGE_PX, "read_ahead": 2, "workers": 1},
+        "blip": {
+            "vision": {"layers": 2, "width": 32, "heads": 4, "patch_px": 8},
+            "text": {
+                "tokenizer": str(bert),
+                "layers": 2,
+                "width": WIDTH,
+                "heads": HEADS,
+                "ffn_width": FFN_WIDTH,
+                "max_text_tokens": MAX_TEXT_TOKENS,
+                "vocab_size": VOCAB_SIZE + 1,
+                "max_positions": MAX_POSITIONS,
+            },
+            "projection_width": 16,
+            "queue_size": 24,
+            "negatives_of": 4,
+        },
+        "optim": {"steps": 8, "batch_size": 8, "warmup_steps": 2, "peak_lr": 1e-3, "decay_vectors": True},
+        "performance": {"precision": "fp32"},
+        "checkpoint": {"every_steps": 4, "asynchronous": False},
+        "metrics": {"every_steps": 1},
+        "cluster": {"cpu_ranks": 1},
+    }
     for section, changes in overrides.items():
         values.setdefault(section, {}).update(changes)
     return PretrainConfig.model_validate(values)

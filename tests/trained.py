@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import build_stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
+from training.build import build_stage
 from training.distributed import World
 from training.trainer.base_models import begin_training, read_initial_weights
 

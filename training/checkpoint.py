@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ from pipeline.digests import sha256_file
 from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Count, FileName, Json, first_error, utc_now
-from schemas.pretrain import PretrainConfig
+from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord, ModelRecord
 
 _PROGRESS = "training.json"
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _OPTIMIZER, _AUXILIARY = "model.", "optimizer.", "auxiliary."
 
 # torch warns that only one process saves, which is intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -65,6 +65,7 @@ class State:
     progress: TrainingProgress
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Checkpoints(SavedCheckpoints):
@@ -125,7 +126,7 @@ class Checkpoints(SavedCheckpoints):
                 _write_state(tensors, progress, folder)
                 record = CheckpointRecord(
                     path=name,
-                    stage=f"stage{progress.config['run']['stage']}",
+                    stage=stage_folder(progress.config["run"]["stage"]),
                     run_id=run_id,
                     step=progress.step,
                     samples=progress.samples,
@@ -221,6 +222,7 @@ def _copied_tensors(state: State) -> dict[str, Tensor]:
     """Return every tensor of a state, copied to the CPU: training continues while these are written."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in state.optimizer.items()}
+    tensors |= {f"{_AUXILIARY}{name}": tensor for name, tensor in state.auxiliary.items()}
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -237,8 +239,7 @@ def _write_state(tensors: Mapping[str, Tensor], progress: TrainingProgress, fold
 
 def _read_state(folder: Path, record: CheckpointRecord) -> State:
     """Read the files that the record names, and no other."""
-    model: dict[str, Tensor] = {}
-    optimizer: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _AUXILIARY: {}}
     if _PROGRESS not in record.sha256:
         raise ValueError(f"its record has no {_PROGRESS}")
     for name in sorted(record.sha256):
@@ -246,14 +247,19 @@ def _read_state(folder: Path, record: CheckpointRecord) -> State:
             continue
         with safe_open(folder / name, framework="pt") as file:
             for tensor in file.keys():  # noqa: SIM118 (not a mapping)
-                kind = model if tensor.startswith(_MODEL) else optimizer
+                part, dot, name = tensor.partition(".")
                 # A copy: the tensor itself is memory mapped from the file, which may be deleted before it.
-                kind[tensor.partition(".")[2]] = file.get_tensor(tensor).clone()
+                parts[part + dot][name] = file.get_tensor(tensor).clone()
     try:
         progress = TrainingProgress.from_json((folder / _PROGRESS).read_bytes())
     except ValueError as error:
         raise ValueError(f"{_PROGRESS}: {error}") from error
-    return State(progress=progress, model=model, optimizer=optimizer)
+    return State(
+        progress=progress,
+        model=parts[_MODEL],
+        optimizer=parts[_OPTIMIZER],
+        auxiliary=parts[_AUXILIARY],
+    )
 
 
 def _os_error(error: BaseException) -> BaseException:

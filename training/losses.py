@@ -23,7 +23,7 @@ _ROWS_OF_LOGITS = 2048
 # Images compared with all texts at once, for the negatives.
 _ROWS_OF_SIMILARITIES = 256
 # The logit of a pair that must not be drawn, as in LAVIS: its probability is 0 unless all of its row are such.
-_MASKED_LOGIT = -1e4
+MASKED_LOGIT = -1e4
 
 
 def similarity(image_BQC: Tensor, text_NC: Tensor) -> Tensor:
@@ -79,17 +79,20 @@ def draw_negatives(
     similarity_NN = torch.cat(
         [similarity(rows, all_text_NC) for rows in all_image_NQC.split(_ROWS_OF_SIMILARITIES)]
     )
-    logits_NN = (similarity_NN / temperature).masked_fill(same_NN, _MASKED_LOGIT)
-    return _draw_columns(logits_NN, uniforms_2N[0]), _draw_columns(logits_NN.T, uniforms_2N[1])
+    logits_NN = (similarity_NN / temperature).masked_fill(same_NN, MASKED_LOGIT)
+    of_images, of_texts = uniforms_2N
+    return draw_columns(logits_NN.softmax(dim=1), of_images), draw_columns(
+        logits_NN.T.softmax(dim=1), of_texts
+    )
 
 
-def _draw_columns(logits_NN: Tensor, uniforms_N: Tensor) -> Tensor:
-    """Draw one column of each row from the softmax of its logits, with the same result on every device."""
+def draw_columns(weights_NN: Tensor, uniforms_N: Tensor) -> Tensor:
+    """Draw one column of each row with a probability proportional to its weight, the same on every device."""
     # Inverse of the distribution function: the first column j with P(column <= j) > u. In float64, so that the sum of
     # many small probabilities is exact enough; u is scaled by the last sum, which rounding keeps from being 1.
-    cumulative_NN = logits_NN.softmax(dim=1).double().cumsum(dim=1)
+    cumulative_NN = weights_NN.double().cumsum(dim=1)
     target_N1 = uniforms_N.to(cumulative_NN)[:, None] * cumulative_NN[:, -1:]
-    return torch.searchsorted(cumulative_NN, target_N1, right=True)[:, 0].clamp(max=len(logits_NN) - 1)
+    return torch.searchsorted(cumulative_NN, target_N1, right=True)[:, 0].clamp(max=weights_NN.shape[1] - 1)
 
 
 def matching_loss(logits_BQ2: Tensor, labels_B: Tensor, weights_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +107,7 @@ def matching_loss(logits_BQ2: Tensor, labels_B: Tensor, weights_B: Tensor) -> tu
     logits_B2 = logits_BQ2.mean(dim=1)
     loss_B = F.cross_entropy(logits_B2, labels_B, reduction="none")
     correct_B = logits_B2.detach().argmax(dim=1) == labels_B
+    weights_B = weights_B.to(loss_B.dtype)
     return (loss_B * weights_B).sum(), (correct_B * weights_B).sum()
 
 

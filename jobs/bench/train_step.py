@@ -19,8 +19,9 @@ from pipeline.models.device import compute_dtype, worker_device
 from pipeline.rng import seed_for
 from schemas.config import Precision
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import Stage, compile_stage, empty_stage
+from training.blip2.build import empty_blip2
 from training.blip2.stage1 import Stage1
+from training.build import Blip2Stage, compile_stage
 from training.distributed import World
 from training.losses import IGNORED
 from training.models.language import Target
@@ -60,11 +61,11 @@ def measure_train_step(
         family, precision = "t5" if "t5" in language else "opt", "bf16" if device.type == "cuda" else "fp32"
         sections["language"] = {"model": language, "family": family, "precision": precision}
     config = _config({"name": "bench", "stage": facts["stage"]}, VISION[arch], batch_size=1, **sections)
-    stage = _compiled(empty_stage(config, World(device), device))
+    stage = _compiled(empty_blip2(config, World(device), device))
     return facts | measure_steps(stage, synthetic_step(stage, batch), batch, steps, micro_batch)
 
 
-def synthetic_step(stage: Stage, batch: int) -> Step:
+def synthetic_step(stage: Blip2Stage, batch: int) -> Step:
     """Return a step on random pixels and captions: full-length ones for stage 1, of usual length for stage 2."""
     generator = torch.Generator().manual_seed(0)
     size = stage.config.data.image_size_px
@@ -85,7 +86,7 @@ def synthetic_step(stage: Stage, batch: int) -> Step:
     return stage2_step
 
 
-def _random_target(stage: Stage, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _random_target(stage: Blip2Stage, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return random tokens as the fields of a Target: OPT predicts what it reads, T5 another text."""
     vocabulary = stage.language.model.config.vocab_size
 
@@ -104,7 +105,7 @@ def _random_target(stage: Stage, batch: int, generator: torch.Generator) -> dict
     }
 
 
-def measure_steps(stage: Stage, step: Step, batch: int, steps: int, micro_batch: int) -> dict[str, Any]:
+def measure_steps(stage: Blip2Stage, step: Step, batch: int, steps: int, micro_batch: int) -> dict[str, Any]:
     """Time whole steps, the optimiser's included, after those that warm up."""
     device = stage.query_tokens.device
     on_gpu = device.type == "cuda"
@@ -141,7 +142,7 @@ def measure_steps(stage: Stage, step: Step, batch: int, steps: int, micro_batch:
     }
 
 
-def _with_optimizer(stage: Stage, step: Step, lr: float) -> Step:
+def _with_optimizer(stage: Blip2Stage, step: Step, lr: float) -> Step:
     """Return a whole step: gradients, then AdamW."""
     weights = [weight for _, weight in stage.trainable_named_parameters()]
     optimizer = torch.optim.AdamW(weights, lr=lr, fused=weights[0].is_cuda)
@@ -169,7 +170,7 @@ def _fitting_micro_batch(train: Step, batch: int, device: torch.device) -> int:
     return 1
 
 
-def _compiled(stage: Stage) -> Stage:
+def _compiled(stage: Blip2Stage) -> Blip2Stage:
     if stage.query_tokens.is_cuda:
         compile_stage(stage)
     return stage.train()
@@ -212,7 +213,7 @@ def _losses(precision: Precision, seed: int, steps: int, batch: int) -> list[flo
     )
     torch.manual_seed(seed_for("weights"))
     # On the CPU, so that both precisions round the same random weights.
-    stage = _compiled(empty_stage(config, World(device), "cpu").to(device))
+    stage = _compiled(empty_blip2(config, World(device), torch.device("cpu")).to(device))
     train = _with_optimizer(stage, synthetic_step(stage, batch), lr=3e-4)
     return torch.stack([train(index, batch)["loss"] for index in range(steps)]).tolist()
 

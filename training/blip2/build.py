@@ -1,4 +1,4 @@
-"""Builds the model of a run from its config: with its frozen models on a device, or without any weights for a plan."""
+"""Builds a stage of BLIP-2 from its config: with its frozen models on a device, or without any weights."""
 
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -15,10 +15,8 @@ from training.models.pretrained import tokenizer_folder
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
 
-Stage = Stage1 | Stage2
 
-
-def build_stage(config: PretrainConfig, world: World, device: torch.device | str) -> Stage:
+def build_blip2(config: PretrainConfig, world: World, device: torch.device) -> Stage1 | Stage2:
     """Load the frozen models of a stage; what is trained gets random values of ``run.seed``, the same on every rank.
 
     Sets torch's generators.
@@ -26,30 +24,27 @@ def build_stage(config: PretrainConfig, world: World, device: torch.device | str
     Raises:
         CapfiltError: weights are missing, or do not fit the config.
     """
-    device = torch.device(device)
     dtype = compute_dtype(config.performance.precision, device)
     vision = load_vision(config.vision, config.data.image_size_px, dtype)
     torch.manual_seed(seed_for("weights", config.run.seed))
     if config.language is None:
         folder = tokenizer_folder(config.qformer.tokenizer, "main", "qformer.tokenizer")
-        stage: Stage = Stage1(config, vision, CaptionTokenizer(folder, config.qformer), world, dtype)
+        stage: Stage1 | Stage2 = Stage1(
+            config, vision, CaptionTokenizer(folder, config.qformer), world, dtype
+        )
     else:
         stage = Stage2(config, vision, load_language(config.language), world, dtype)
     if config.language is not None and config.performance.shard_language and world.size > 1:
         shard_language(stage.language)
-    stage.to(device)
-    if config.performance.compile and device.type == "cuda":
-        compile_stage(stage)
-    return stage.train()
+    return stage.to(device)
 
 
-def empty_stage(config: PretrainConfig, world: World, device: torch.device | str) -> Stage:
+def empty_blip2(config: PretrainConfig, world: World, device: torch.device) -> Stage1 | Stage2:
     """Build a stage without any file: with random weights on a device, or without data on ``meta``.
 
     Raises:
         CapfiltError: the config names a model that is neither known nor found.
     """
-    device = torch.device(device)
     dtype = compute_dtype(config.performance.precision, device)
     vision = empty_vision(config.vision, device, dtype)
     if vision.image_size_px != config.data.image_size_px:
@@ -62,22 +57,6 @@ def empty_stage(config: PretrainConfig, world: World, device: torch.device | str
         if language is None:
             return Stage1(config, vision, None, world, dtype)
         return Stage2(config, vision, language, world, dtype)
-
-
-def meta_stage(config: PretrainConfig) -> Stage:
-    """Build a stage without data, to count its parameters and operations."""
-    return empty_stage(config, World("meta"), "meta")
-
-
-def compile_stage(stage: Stage) -> None:
-    """Compile a stage's blocks, each for the shapes it is called with; blocks of one class share the code.
-
-    Those of the Q-Former are called for queries, text, captions and pairs, with and without gradient, and half of them
-    attend to images: more versions of one function than torch keeps by default.
-    """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in stage.blocks:
-        block.compile(dynamic=False)
 
 
 def shard_language(language: DecoderOnly | EncoderDecoder) -> None:

@@ -18,30 +18,50 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
-from training.blip2.micro_batches import GlobalBatch, MicroBatch, itm_pairs
 from training.blip2.stage import QFormerStage
 from training.distributed import World
 from training.losses import (
-    IGNORED,
     captioning_loss,
     contrastive_loss,
     draw_negatives,
     matching_loss,
     next_tokens,
 )
-from training.models.layers import KeyValue, Linear, select_images
+from training.models.layers import KeyValue, Linear, leaves_of, select_images, send_to_projection
+from training.models.micro_batches import (
+    MicroBatch,
+    Negatives,
+    itm_pairs,
+    micro_batches,
+    negative_uniforms,
+    same_on_all_ranks,
+    sample_hashes,
+)
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
 
 if TYPE_CHECKING:
     from training.data.loader import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalBatch:
+    """What each rank knows of the whole step: embeddings, tokens and drawn negatives. None of it has a gradient."""
+
+    image_NQC: Tensor
+    text_NC: Tensor
+    negatives: Negatives
+    num_tokens: Tensor
+
+    @property
+    def size(self) -> int:
+        """Return N."""
+        return len(self.text_NC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,32 +181,24 @@ class Stage1(QFormerStage):
     def micro_batches(
         self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int
     ) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of this rank, each with its images encoded."""
-        device, local = self.device, len(pixels_BCHW)
-        labels_BL = next_tokens(texts.ids_BL, texts.mask_BL)
-        for index, start in enumerate(range(0, local, size)):
-            rows = slice(start, min(start + size, local))
-            labels = labels_BL[rows].flatten()
-            # On the CPU: the result's size depends on the data, and the device would have to be waited for.
-            target_positions_T = (labels != IGNORED).nonzero()[:, 0]
-            yield MicroBatch(
-                features_BPE=self.visual_encoder(pixels_BCHW[rows].to(device, non_blocking=True)),
-                texts=texts[rows].to(device),
-                target_positions_T=target_positions_T.to(device, non_blocking=True),
-                labels_T=labels[target_positions_T].to(device, non_blocking=True),
-                first=self.world.rank * local + start,
-                seed=seed_for("dropout", self.config.run.seed, position, self.world.rank, index),
-            )
+        """Yield the micro-batches of this rank, each with the features of its images."""
+        device = self.device
+        return micro_batches(
+            lambda rows: self.visual_encoder(pixels_BCHW[rows].to(device, non_blocking=True)),
+            texts,
+            next_tokens(texts.ids_BL, texts.mask_BL),
+            size=size,
+            world=self.world,
+            seed=self.config.run.seed,
+            position=position,
+        )
 
     def encode(self, micro_batch: MicroBatch) -> Encoded:
         """Compute ITC's embeddings of a micro-batch, with the same dropout each time."""
         torch.manual_seed(micro_batch.seed)
-        projected = self.project(micro_batch.features_BPE)
-        # Detached: the losses' gradients add up at these leaves and pass through the projection once, in _backward.
-        image = [
-            key_value and tuple(part.detach().requires_grad_(part.requires_grad) for part in key_value)
-            for key_value in projected
-        ]
+        projected = self.project(micro_batch.images)
+        # The losses' gradients add up at these leaves and pass through the projection once, in _backward.
+        image = leaves_of(projected)
         image_BQC, queries = self.embed_images(image)
         return Encoded(
             projected=projected,
@@ -205,23 +217,14 @@ class Stage1(QFormerStage):
         image_NQC, text_NC = (gather(torch.cat(parts)) for parts in zip(*embeddings, strict=True))
         all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
         # Two images may have equal captions, and two samples the same image: neither's text is a negative of the other.
-        # Compared by hashes of the uid and of the tokens, since the ranks can only gather tensors of one shape.
-        hashes = [
-            (seed_for(uid), seed_for(*ids)) for uid, ids in zip(uids, texts.ids_BL.tolist(), strict=True)
-        ]
-        hashes_N2 = gather(torch.tensor(hashes, device=device))
+        hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
         same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
-        generator = np.random.default_rng(seed_for("negatives", self.config.run.seed, position))
-        uniforms_2N = torch.from_numpy(generator.random((2, len(hashes_N2))))
-        negatives = draw_negatives(image_NQC, text_NC, self.temp, same_NN, uniforms_2N.to(device))
-        # All ranks use rank 0's: the last bit of a similarity may differ between devices.
-        text_of_image_N, image_of_text_N = self.world.broadcast(torch.stack(negatives))
+        uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2))
+        drawn = draw_negatives(image_NQC, text_NC, self.temp, same_NN, uniforms_2N.to(device))
         return GlobalBatch(
             image_NQC=image_NQC,
             text_NC=text_NC,
-            texts=all_texts,
-            text_of_image_N=text_of_image_N,
-            image_of_text_N=image_of_text_N.cpu().numpy(),
+            negatives=same_on_all_ranks(all_texts, drawn, self.world),
             # Every token but the first is predicted.
             num_tokens=all_texts.mask_BL[:, 1:].sum(),
         )
@@ -253,7 +256,7 @@ class Stage1(QFormerStage):
 
         # ITM: the mean over 3 N pairs: each image with its own text, each image and each text with a negative.
         itm = accuracy = torch.zeros_like(itc)
-        for pairs in itm_pairs(micro_batch, global_batch):
+        for pairs in itm_pairs(micro_batch, global_batch.negatives):
             image = encoded.image if pairs.rows_R is None else select_images(encoded.image, pairs.rows_R)
             loss, num_correct = matching_loss(self.match(image, pairs.texts), pairs.labels_R, pairs.weights_R)
             loss = loss / (3 * global_batch.size)
@@ -261,9 +264,7 @@ class Stage1(QFormerStage):
             itm, accuracy = itm + loss.detach(), accuracy + num_correct / (3 * global_batch.size)
 
         # The summed gradient of the images' keys and values goes on to their projection and to ln_vision.
-        leaves = [part for key_value in encoded.image if key_value for part in key_value]
-        roots = [part for key_value in encoded.projected if key_value for part in key_value]
-        torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
+        send_to_projection(encoded.projected, encoded.image)
         return torch.stack((itc.detach(), itm, itg.detach(), accuracy))
 
     def compute_sample(self, features_1PE: Tensor) -> None:

@@ -10,7 +10,7 @@ file too, and ``capfilt_extra.safetensors`` with what its classes lack: the temp
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -27,47 +27,77 @@ from transformers import (
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
+from training.blip.stage import BlipStage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
+from training.build import Blip2Stage, Stage
+from training.convert.export_blip import write_hugging_face, write_repository_file
 from training.convert.key_map import to_hf
-from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMAT, OWN_VERSION, OWN_WEIGHTS_FILE
+from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMATS, OWN_VERSION, OWN_WEIGHTS_FILE
 from training.models.layers import NORM_EPS
 from training.models.vision import FrozenVision
 
+Format = Literal["huggingface", "capfilt", "blip"]
 
-def export_model(stage: Stage1 | Stage2, folder: Path) -> str:
-    """Write a model as a new folder; return which format it is: ``huggingface`` or ``capfilt``.
+
+def export_model(stage: Stage, folder: Path) -> Format:
+    """Write a model as a new folder, or a model of BLIP as a file; return which format it is.
 
     Args:
         stage: with its frozen models in full precision, on the CPU.
-        folder: must be absent or empty.
+        folder: must be absent or empty; with the ending ``.pth`` the file of BLIP's own repository.
 
     Raises:
-        CapfiltError: the folder has files.
+        CapfiltError: the folder has files, or there is a file.
     """
+    if folder.suffix == ".pth":
+        _export_file(stage, folder)
+        return "blip"
     if folder.is_dir() and any(folder.iterdir()):
         raise CapfiltError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    tower = stage.visual_encoder.tower.state_dict()
-    vision, unmapped_vision = to_hf({f"visual_encoder.{name}": tensor for name, tensor in tower.items()})
-    if unmapped_vision:
-        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
-        kind = "capfilt"
-    else:
-        trained, unmapped = to_hf(stage.trainable_state())
-        write = _write_retrieval if isinstance(stage, Stage1) else _write_generation
-        write(stage, vision | trained, folder)
-        if unmapped:
-            save_file(_whole(unmapped), folder / EXTRA_FILE)
-        kind = "huggingface"
+    kind = _write_blip(stage, folder) if isinstance(stage, BlipStage) else _write_blip2(stage, folder)
     description = {
-        "format": OWN_FORMAT,
+        "format": OWN_FORMATS["blip2" if stage.config.blip is None else "blip"],
         "version": OWN_VERSION,
         "stage": stage.config.run.stage,
         "config": stage.config.model_dump(mode="json"),
     }
     (folder / OWN_CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
     return kind
+
+
+def _export_file(stage: Stage, path: Path) -> None:
+    if not isinstance(stage, BlipStage):
+        raise CapfiltError(f"{path}: only a model of BLIP is exported as a .pth; name a folder")
+    if path.exists():
+        raise CapfiltError(f"{path} is there already; name a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_repository_file(stage, path)
+
+
+def _write_blip(stage: BlipStage, folder: Path) -> Format:
+    unmapped = write_hugging_face(stage, folder)
+    if unmapped is None:
+        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
+        return "capfilt"
+    if unmapped:
+        save_file(_whole(unmapped), folder / EXTRA_FILE)
+    return "huggingface"
+
+
+def _write_blip2(stage: Blip2Stage, folder: Path) -> Format:
+    tower = stage.visual_encoder.tower.state_dict()
+    vision, unmapped_vision = to_hf({f"visual_encoder.{name}": tensor for name, tensor in tower.items()})
+    if unmapped_vision:
+        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
+        return "capfilt"
+    trained, unmapped = to_hf(stage.trainable_state())
+    write = _write_retrieval if isinstance(stage, Stage1) else _write_generation
+    write(stage, vision | trained, folder)
+    if unmapped:
+        save_file(_whole(unmapped), folder / EXTRA_FILE)
+    return "huggingface"
 
 
 def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Maps the names of BLIP-2's tensors between LAVIS, whose names capfilt uses, and Hugging Face's ``Blip2*``.
+"""Maps the names of tensors between LAVIS or BLIP's repository, whose names capfilt uses, and Hugging Face.
 
-One tensor differs beyond its name, the bias of the image encoder's attention: EVA has one for queries and one for
-values; Hugging Face has one tensor of both, with zeros for the keys between them.
+One tensor of BLIP-2 differs beyond its name, the bias of the image encoder's attention: EVA has one for queries and one
+for values; Hugging Face has one tensor of both, with zeros for the keys between them.
 """
 
 import re
@@ -46,7 +46,29 @@ _PAIRS = (
     ),
     ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
 )
-_FIELDS = {"n": r"\d+", "cross": "(?:cross)?", "family": "opt|t5", "rest": ".+"}
+# (BLIP, Hugging Face's ``Blip*``): the text models have the same names in both.
+_BLIP_PAIRS = (
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.{rest}", "vision_model.embeddings.patch_embedding.{rest}"),
+    ("visual_encoder.blocks.{n}.norm1.{rest}", "vision_model.encoder.layers.{n}.layer_norm1.{rest}"),
+    ("visual_encoder.blocks.{n}.norm2.{rest}", "vision_model.encoder.layers.{n}.layer_norm2.{rest}"),
+    ("visual_encoder.blocks.{n}.attn.qkv.{rest}", "vision_model.encoder.layers.{n}.self_attn.qkv.{rest}"),
+    (
+        "visual_encoder.blocks.{n}.attn.proj.{rest}",
+        "vision_model.encoder.layers.{n}.self_attn.projection.{rest}",
+    ),
+    ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
+    ("visual_encoder.norm.{rest}", "vision_model.post_layernorm.{rest}"),
+    ("{part}.{rest}", "{part}.{rest}"),
+)
+_FIELDS = {
+    "part": "text_encoder|text_decoder|vision_proj|text_proj|itm_head",
+    "n": r"\d+",
+    "cross": "(?:cross)?",
+    "family": "opt|t5",
+    "rest": ".+",
+}
 _QKV_BIAS = "vision_model.encoder.layers.{}.self_attn.qkv.bias"
 _LAVIS_BIAS = re.compile(r"visual_encoder\.blocks\.(\d+)\.attn\.([qv])_bias")
 _HF_BIAS = re.compile(re.escape(_QKV_BIAS).replace(r"\{\}", r"(\d+)"))
@@ -61,6 +83,8 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 _TO_HF = [(_pattern(lavis), hf) for lavis, hf in _PAIRS]
 _FROM_HF = [(_pattern(hf), lavis) for lavis, hf in _PAIRS]
+_BLIP_TO_HF = [(_pattern(blip), hf) for blip, hf in _BLIP_PAIRS]
+_BLIP_FROM_HF = [(_pattern(hf), blip) for blip, hf in _BLIP_PAIRS]
 
 
 def hf_name(name: str) -> str | None:
@@ -112,6 +136,24 @@ def from_hf(tensors: Mapping[str, Tensor], family: Family | None, where: str) ->
             renamed[lavis] = tensor
         else:
             raise CapfiltError(f"{where}: {printable(name)[:100]} is not a tensor of BLIP-2")
+    return renamed
+
+
+def blip_to_hf(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors that Hugging Face's ``Blip*`` have, under its names, and the others under BLIP's."""
+    names = {name: _rename(name, _BLIP_TO_HF) for name in tensors}
+    mapped = {hf: tensors[name] for name, hf in names.items() if hf}
+    return mapped, {name: tensors[name] for name, hf in names.items() if not hf}
+
+
+def blip_from_hf(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the tensors of a ``Blip*`` under BLIP's names. Raises CapfiltError for one that BLIP does not have."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        blip = _rename(name, _BLIP_FROM_HF)
+        if blip is None:
+            raise CapfiltError(f"{where}: {printable(name)[:100]} is not a tensor of BLIP")
+        renamed[blip] = tensor
     return renamed
 
 

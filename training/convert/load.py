@@ -10,12 +10,12 @@ from pipeline.models.checks import require_finite_weights
 from schemas.config import Precision
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import build_stage, meta_stage
-from training.blip2.stage1 import Stage1
-from training.blip2.stage2 import Stage2
+from training.blip.stage import BlipStage
+from training.build import Blip2Stage, Stage, build_stage, meta_stage
 from training.checkpoint import read_model, recorded_config
 from training.convert.key_map import hf_name
-from training.convert.read import ExternalCheckpoint, read_external, require_same_shapes, stage_state
+from training.convert.read import ExternalCheckpoint, read_external
+from training.convert.state import require_same_shapes, stage_state
 from training.distributed import World
 from training.models.vision import FrozenVision
 
@@ -27,7 +27,7 @@ def load_trained(
     config: PretrainConfig | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "auto",
-) -> Stage1 | Stage2:
+) -> Stage:
     """Load a trained model in evaluation mode.
 
     Args:
@@ -62,20 +62,40 @@ def load_trained(
     except CapfiltError as error:
         raise CapfiltError(f"{error}{config_hint}") from error
     fresh = stage.trainable_state()
-    if external is not None and external.kind == "huggingface":
+    if external is not None and external.kind == "huggingface" and config.blip is None:
         given = _filled_up(given, fresh, path)
     stage.load_trainable_state(stage_state(given, fresh, stage=config.run.stage, where=path))
-    if external is not None and external.vision:
+    if external is not None and external.vision and not isinstance(stage, BlipStage):
         _load_vision(stage.visual_encoder, external)
     return stage.eval()
 
 
+def load_blip2(
+    path: str, config: PretrainConfig | None = None, device: torch.device | str = "cpu"
+) -> Blip2Stage:
+    """Load a stage of BLIP-2, as ``load_trained``. Raises CapfiltError for a model of BLIP too."""
+    stage = load_trained(path, config, device)
+    if isinstance(stage, BlipStage):
+        raise CapfiltError(
+            f"{path} is a model of BLIP ({stage.config.run.stage}), and evaluate reads BLIP-2's; `capfilt export` it, "
+            "and name the folder as caption.model or filter.model of a corpus"
+        )
+    return stage
+
+
 def _reject_other_shapes(given: Mapping[str, Tensor], config: PretrainConfig, path: str) -> None:
     """Compare the weights with the config that came with them before any memory is taken that the config asks for."""
-    if config.qformer.layers > len(given):
-        raise CapfiltError(
-            f"{path}: its config has qformer.layers = {config.qformer.layers:,}, but there are {len(given):,} tensors"
-        )
+    layers = {"qformer.layers": config.qformer.layers}
+    if config.blip is not None:
+        layers = {
+            "blip.vision.layers": config.blip.vision.layers,
+            "blip.text.layers": config.blip.text.layers,
+        }
+    for key, number in layers.items():
+        if number > len(given):
+            raise CapfiltError(
+                f"{path}: its config has {key} = {number:,}, but there are {len(given):,} tensors"
+            )
     with torch.random.fork_rng(devices=[]):
         wanted = meta_stage(config).trainable_state()
     require_same_shapes(given, wanted, stage=config.run.stage, where=path)

@@ -7,32 +7,31 @@ is an error that names it.
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.models.checks import require_finite_weights
 from pipeline.models.model_files import (
-    not_safetensors,
     read_object,
-    safetensors_header,
     unwrapped_names,
     wrong_file,
 )
 from schemas.errors import CapfiltError, first_line
 from schemas.names import printable, shown
-from training.convert.key_map import Family, from_hf
-from training.models.parameters import tensor_differences
+from training.convert.key_map import Family, blip_from_hf, from_hf
+from training.models.pretrained import read_safetensors
+
+Method = Literal["blip", "blip2"]
 
 # Beside a Hugging Face export: the tensors that its classes do not have.
 EXTRA_FILE = "capfilt_extra.safetensors"
 # capfilt's own format.
-OWN_FORMAT, OWN_VERSION = "capfilt-blip2", 1
+OWN_FORMATS: dict[Method, str] = {"blip2": "capfilt-blip2", "blip": "capfilt-blip"}
+OWN_VERSION = 1
 OWN_CONFIG_FILE, OWN_WEIGHTS_FILE = "capfilt.json", "model.safetensors"
 
 # In files but not trained: buffers, second names of tied tensors, and the frozen models.
@@ -40,19 +39,18 @@ _NOT_TRAINED = re.compile(
     r"Qformer\.bert\.embeddings\.position_ids|Qformer\.cls\.predictions\.decoder\.(weight|bias)"
     r"|visual_encoder\..+|(opt|t5|language)_model\..+"
 )
-# What stage 2 drops of stage 1: the text side of the Q-Former and the heads.
-_STAGE1_ONLY = re.compile(
-    r"Qformer\.cls\..+|Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight"
-    r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+|(vision|text)_proj\..+|itm_head\..+|temp"
+# Of BLIP's files: buffers, the head's second bias, momentum encoders and queues.
+_BLIP_NOT_TRAINED = re.compile(
+    r".+\.position_ids|text_decoder\.cls\.predictions\.decoder\.bias|(visual|text)_encoder_m\..+"
+    r"|(vision|text)_proj_m\..+|(image|text|idx)_queue|queue_ptr|ptr_queue"
 )
 # torch's message for a global that a pickle refers to.
 _GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
-_PROJECTION = re.compile(r"(opt|t5)_proj\..+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalCheckpoint:
-    """Weights under LAVIS's names, and the format that they were read from.
+    """Weights under the names of LAVIS, or of BLIP's repository, and the format that they were read from.
 
     ``config``: the run's, which capfilt's exports have; it is not checked yet.
     """
@@ -61,11 +59,13 @@ class ExternalCheckpoint:
     path: str
     tensors: dict[str, Tensor]
     config: Any = None
+    method: Method = "blip2"
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """The tensors that a stage trains: without frozen models, buffers and second names."""
-        return {name: tensor for name, tensor in self.tensors.items() if not _NOT_TRAINED.fullmatch(name)}
+        not_trained = _NOT_TRAINED if self.method == "blip2" else _BLIP_NOT_TRAINED
+        return {name: tensor for name, tensor in self.tensors.items() if not not_trained.fullmatch(name)}
 
     @property
     def files(self) -> list[Path]:
@@ -86,7 +86,7 @@ class ExternalCheckpoint:
 
 
 def read_external(path: str) -> ExternalCheckpoint | None:
-    """Return the weights of a LAVIS ``.pth``, a ``Blip2*`` folder or an export of capfilt; None for anything else.
+    """Return the weights of a LAVIS or BLIP ``.pth``, a ``Blip2*`` or ``Blip*`` folder or an export; None for others.
 
     Raises:
         CapfiltError: it is one of these, but cannot be read.
@@ -94,15 +94,19 @@ def read_external(path: str) -> ExternalCheckpoint | None:
     local = Path(path).expanduser()
     if local.suffix in (".pth", ".pt"):
         return read_lavis(local)
-    if (local / "config.json").is_file() and read_object(local / "config.json").get("model_type") == "blip-2":
-        return read_blip2(local)
+    if (local / "config.json").is_file():
+        match read_object(local / "config.json").get("model_type"):
+            case "blip-2":
+                return read_blip2(local)
+            case "blip":
+                return read_blip(local)
     if (local / OWN_CONFIG_FILE).is_file():
         return read_own(local)
     return None
 
 
 def read_lavis(path: Path) -> ExternalCheckpoint:
-    """Read a LAVIS checkpoint, ``{"model": {name: tensor}, ...}``, without running code of the file."""
+    """Read a file of LAVIS or of BLIP's repository, ``{"model": {name: tensor}, ...}``, without running its code."""
     if not path.is_file():
         raise CapfiltError(f"{path}: no such file")
     content = _unpickled(path)
@@ -117,9 +121,11 @@ def read_lavis(path: Path) -> ExternalCheckpoint:
             f"{printable(unfilled[0])[:80]} first; it is not read"
         )
     tensors = unwrapped_names(tensors)
-    if "query_tokens" not in tensors:
-        raise CapfiltError(f"{path} is not a BLIP-2: it has no query_tokens")
-    return ExternalCheckpoint(kind="lavis", path=str(path), tensors=tensors)
+    if "query_tokens" in tensors:
+        return ExternalCheckpoint(kind="lavis", path=str(path), tensors=tensors)
+    if "visual_encoder.cls_token" in tensors and any(name.startswith("text_") for name in tensors):
+        return ExternalCheckpoint(kind="lavis", path=str(path), tensors=tensors, method="blip")
+    raise CapfiltError(f"{path} is neither a BLIP-2, which has query_tokens, nor a BLIP")
 
 
 def _is_filled(tensor: Tensor) -> bool:
@@ -171,70 +177,54 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
         raise CapfiltError(
             f"{folder} is a {shown(config.get('model_type'))} model; only 'blip-2' models can be read"
         )
+    return _huggingface(
+        folder, lambda tensors: from_hf(tensors, _family(config, folder), str(folder)), method="blip2"
+    )
+
+
+def read_blip(folder: Path) -> ExternalCheckpoint:
+    """Read a ``Blip*`` folder as ``save_pretrained`` wrote it, and the side file of capfilt's exports."""
+    return _huggingface(folder, lambda tensors: blip_from_hf(tensors, str(folder)), method="blip")
+
+
+def _huggingface(
+    folder: Path, renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]], method: Method
+) -> ExternalCheckpoint:
     tensors: dict[str, Tensor] = {}
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
     if not files:
         raise CapfiltError(f"{folder} has no .safetensors; only safetensors are read")
     for path in files:
-        tensors |= _read_safetensors(path)
-    renamed = from_hf(unwrapped_names(tensors), _family(config, folder), str(folder))
+        tensors |= read_safetensors(path)
+    named = renamed(unwrapped_names(tensors))
     if (folder / EXTRA_FILE).is_file():
-        renamed |= _read_safetensors(folder / EXTRA_FILE)
+        named |= read_safetensors(folder / EXTRA_FILE)
     own_config = folder / OWN_CONFIG_FILE
     run_config = read_object(own_config).get("config") if own_config.is_file() else None
-    return ExternalCheckpoint(kind="huggingface", path=str(folder), tensors=renamed, config=run_config)
+    return ExternalCheckpoint(
+        kind="huggingface", path=str(folder), tensors=named, config=run_config, method=method
+    )
 
 
 def read_own(folder: Path) -> ExternalCheckpoint:
     """Read an export in capfilt's own format."""
     config = read_object(folder / OWN_CONFIG_FILE)
-    if (config.get("format"), config.get("version")) != (OWN_FORMAT, OWN_VERSION):
+    methods: dict[Any, Method] = {(name, OWN_VERSION): method for method, name in OWN_FORMATS.items()}
+    method = methods.get((config.get("format"), config.get("version")))
+    if method is None:
         raise CapfiltError(
             f"{folder / OWN_CONFIG_FILE} is of format {shown(config.get('format'))}, version "
             f"{shown(config.get('version'))}; "
-            f"this capfilt reads {OWN_FORMAT!r}, version {OWN_VERSION}"
+            f"this capfilt reads {' and '.join(map(repr, OWN_FORMATS.values()))}, version {OWN_VERSION}"
         )
-    tensors = unwrapped_names(_read_safetensors(folder / OWN_WEIGHTS_FILE))
-    return ExternalCheckpoint(kind="capfilt", path=str(folder), tensors=tensors, config=config.get("config"))
-
-
-def stage_state(
-    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
-) -> dict[str, Tensor]:
-    """Return the state that a stage begins with, from weights of the same stage or, for stage 2, of stage 1.
-
-    Args:
-        given: the trained weights, under LAVIS's names.
-        fresh: the stage's initial trainable state: its names and shapes, and the language projection's values if
-            ``given``, from stage 1, has none.
-        stage: which one begins.
-        where: the file, for messages.
-
-    Raises:
-        CapfiltError: a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
-    """
-    state = require_same_shapes(given, fresh, stage=stage, where=where)
-    require_finite_weights(state, where)
-    # Files may be in half precision; training continues in the stage's own precision.
-    return {name: state[name].to(fresh[name].dtype) for name in fresh}
-
-
-def require_same_shapes(
-    given: Mapping[str, Tensor], fresh: Mapping[str, Tensor], *, stage: Literal[1, 2], where: str
-) -> dict[str, Tensor]:
-    """Return the tensors that a stage begins with, as ``stage_state``, from names and shapes alone.
-
-    Raises:
-        CapfiltError: a tensor is missing, unexpected or of another shape.
-    """
-    state = dict(given)
-    if stage == 2:
-        state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
-        if not any(_PROJECTION.fullmatch(name) for name in state):
-            state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
-    if problems := tensor_differences(state, fresh):
-        raise CapfiltError(f"{where} is not a checkpoint of this stage {stage} model: {problems}")
-    return state
+    tensors = unwrapped_names(read_safetensors(folder / OWN_WEIGHTS_FILE))
+    return ExternalCheckpoint(
+        kind="capfilt",
+        path=str(folder),
+        tensors=tensors,
+        config=config.get("config"),
+        method=method,
+    )
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
@@ -248,12 +238,3 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
             f"{folder}: its language model is {shown(model_type)}; only opt and t5 can be read"
         )
     return model_type
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    safetensors_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise not_safetensors(path, printable(first_line(error))[:200]) from error

@@ -26,6 +26,7 @@ from pipeline.images.decode import ImageError
 from pipeline.prefetch import prefetch_map
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
+from training.data.rand_augment import rand_augment
 from training.data.sampler import SampleIndex, Sampler
 from training.data.shard_cache import ShardCache
 from training.data.shard_index import OpenShard, StoredSample
@@ -168,13 +169,15 @@ class TrainingData:
             numbers = sample_random(self._seed, sample.uid, index.epoch)
             batch.uids[row] = sample.uid
             batch.captions[row] = captions[int(numbers.random() * len(captions))]
-            batch.pixels_BCHW[row] = random_crop(
+            crop_CHW = random_crop(
                 pixels_CHW,
                 numbers,
                 size_px=self._config.image_size_px,
                 min_scale=self._config.min_scale,
                 flip=self._config.flip,
             )
+            augmented = rand_augment(crop_CHW, numbers) if self._config.rand_augment else crop_CHW
+            batch.pixels_BCHW[row] = augmented
         return chunk
 
     def _usable(self, shard: OpenShard, index: SampleIndex) -> tuple[StoredSample, Tensor, list[str]]:

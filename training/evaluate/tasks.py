@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import Stage
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
+from training.build import Blip2Stage
 from training.data.held_out import held_out_samples
 from training.data.snapshot import Snapshot, parse_snapshot, take_snapshot
 from training.evaluate.annotations import CaptionedImage, QuestionSet
@@ -33,7 +33,7 @@ class Evaluation:
     with, where it has them; ``report`` is called with the progress.
     """
 
-    stage: Stage
+    stage: Blip2Stage
     images: str = ""
     _: KW_ONLY
     dataset: str = ""
@@ -117,7 +117,7 @@ class Evaluation:
         return _result(self, "vqa", len(answers), metrics, protocol)
 
 
-def evaluate_probe(stage: Stage, model: str, report: ReportProgress = ignore_progress) -> Result:
+def evaluate_probe(stage: Blip2Stage, model: str, report: ReportProgress = ignore_progress) -> Result:
     """Compute once what a run computes every ``probe.every_steps``.
 
     Args:
@@ -149,7 +149,7 @@ def _snapshot_of_run(model: str, config: PretrainConfig) -> Snapshot | None:
     return parse_snapshot(run.read(files[0]), config.data, run.url(files[0])) if files else None
 
 
-def _settings(stage: Stage) -> dict[str, Any]:
+def _settings(stage: Blip2Stage) -> dict[str, Any]:
     """Return the settings of the model that its numbers depend on."""
     config = stage.config
     settings = {

@@ -1,4 +1,4 @@
-"""The Q-Former's layers, with float32 weights, computing in the dtype of their input.
+"""The layers of the models that are trained, with float32 weights, computing in the dtype of their input.
 
 There is no autocast: a matrix product runs in the dtype of its input, a normalisation in that of its weights. With
 float64 weights everything is float64, in which the tests compare with the reference to 1e-9.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from schemas.pretrain import QFormerConfig
+from schemas.pretrain import BertShape
 
 # The epsilon of BERT's norms.
 NORM_EPS = 1e-12
@@ -28,6 +28,21 @@ def select_images(image: list[KeyValue | None], rows_R: Tensor) -> list[KeyValue
         key_value and (key_value[0].index_select(0, rows_R), key_value[1].index_select(0, rows_R))
         for key_value in image
     ]
+
+
+def leaves_of(projected: Sequence[KeyValue | None]) -> list[KeyValue | None]:
+    """Return keys and values detached from their projection: the gradients of several losses add up there."""
+    return [
+        key_value and tuple(part.detach().requires_grad_(part.requires_grad) for part in key_value)
+        for key_value in projected
+    ]
+
+
+def send_to_projection(projected: Sequence[KeyValue | None], leaves: Sequence[KeyValue | None]) -> None:
+    """Send the gradients that have added up at the leaves backward through the projection, once."""
+    roots = [part for key_value in projected if key_value for part in key_value]
+    gradients = [leaf.grad for key_value in leaves if key_value for leaf in key_value]
+    torch.autograd.backward(roots, gradients)
 
 
 class Linear(nn.Linear):
@@ -108,7 +123,7 @@ class FeedForwardInput(nn.Module):
 class Attention(nn.Module):
     """BERT's attention with its residual, to the sequence itself or to an image."""
 
-    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+    def __init__(self, config: BertShape, source_width: int) -> None:
         super().__init__()
         self.dropout = config.dropout
         # "self" is the name in every BERT checkpoint.

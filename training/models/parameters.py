@@ -32,6 +32,13 @@ class PartlyTrained(nn.Module, ABC):
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
 
+    def begin(self) -> None:
+        """Set what training changes beside the trained parameters, once those have their first values."""
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """Return what training changes beside the trained parameters, as views: a resume needs it, a model does not."""
+        return {}
+
     def trainable_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trainable parameters, in the order of the modules: the same on every rank."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
@@ -50,10 +57,19 @@ class PartlyTrained(nn.Module, ABC):
         parameters = dict(self.trainable_named_parameters())
         if differences := tensor_differences(state, parameters):
             raise CapfiltError(
-                f"the checkpoint is of another stage, [vision], [qformer] or [language]: {differences}"
+                f"the checkpoint is of another stage, [vision], [qformer], [language] or [blip]: {differences}"
             )
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+
+    @torch.no_grad()
+    def load_auxiliary_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set all of ``auxiliary_state``. Raises CapfiltError where a tensor is missing, unexpected or misshapen."""
+        wanted = self.auxiliary_state()
+        if differences := tensor_differences(state, wanted):
+            raise CapfiltError(f"the checkpoint is of another model: {differences}")
+        for name, tensor in wanted.items():
+            tensor.copy_(state[name])
 
 
 def tensor_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

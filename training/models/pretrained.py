@@ -4,17 +4,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from pipeline.models import hub
 from pipeline.models.model_files import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     first_missing_weights_file,
+    not_safetensors,
     read_object,
+    safetensors_header,
     weight_files,
 )
 from pipeline.models.tokenizer_files import TOKENIZER_FILES
 from pipeline.models.weights import lacks_all_of
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, first_line
+from schemas.names import printable
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{2,60}")
@@ -44,6 +50,25 @@ def tokenizer_folder(name: str, revision: str, where: str) -> Path:
 def model_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that decide what a model computes."""
     return ["config.json", *weight_files(folder)]
+
+
+def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
+    """Return all tensors of a model's folder, on the CPU. Raises CapfiltError where a file is damaged."""
+    tensors: dict[str, Tensor] = {}
+    for name in weight_files(folder, where):
+        if name.endswith(".safetensors"):
+            tensors |= read_safetensors(folder / name)
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return a file's tensors, on the CPU. Raises CapfiltError where it is not a safetensors file."""
+    safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise not_safetensors(path, printable(first_line(error))[:200]) from error
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -23,18 +23,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from schemas.pretrain import QFormerConfig
-from training.models.layers import (
-    NORM_EPS,
-    Attention,
-    FeedForwardInput,
-    KeyValue,
-    LayerNorm,
-    Linear,
-    Residual,
-)
+from training.models.bert import Embeddings, WordHead, initialise
+from training.models.layers import Attention, FeedForwardInput, KeyValue, Residual
 
 
 class QFormerBlock(nn.Module):
@@ -77,39 +69,6 @@ class QFormerBlock(nn.Module):
         return torch.cat((queries_BQD, text_BLD), dim=1), key_value
 
 
-class Embeddings(nn.Module):
-    """Token and position embeddings of text, which queries do not have; norm and dropout of both."""
-
-    def __init__(self, config: QFormerConfig, text: bool) -> None:
-        super().__init__()
-        if text:
-            self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
-            self.position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.LayerNorm = LayerNorm(config.width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def of_text(self, ids_BL: Tensor) -> Tensor:
-        """Return token plus position embeddings, before the norm. Positions begin at 0, also after queries."""
-        positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        return self.word_embeddings(ids_BL) + self.position_embeddings(positions_L)
-
-    def forward(self, embedded_BSD: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalise and drop out."""
-        return self.dropout(self.LayerNorm(embedded_BSD).to(dtype))
-
-
-class _Transform(nn.Module):
-    """The layer before BERT's output matrix."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dense = Linear(width, width)
-        self.LayerNorm = LayerNorm(width, eps=NORM_EPS)
-
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(hidden_TD)))
-
-
 class QFormer(nn.Module):
     """The Q-Former on images of a width.
 
@@ -138,11 +97,9 @@ class QFormer(nn.Module):
         self.bert = nn.ModuleDict({"embeddings": Embeddings(config, text), "encoder": encoder})
         if text:
             # Its output matrix is tied to the token embeddings.
-            predictions = nn.ModuleDict({"transform": _Transform(config.width)})
-            predictions.bias = nn.Parameter(torch.zeros(config.vocab_size))
-            self.cls = nn.ModuleDict({"predictions": predictions})
+            self.cls = nn.ModuleDict({"predictions": WordHead(config)})
         self.dtype = dtype
-        self.apply(partial(_initialise, std=config.initializer_range))
+        self.apply(partial(initialise, std=config.initializer_range))
 
     def project_image(self, image_BPE: Tensor) -> list[KeyValue | None]:
         """Return the keys and values of images for every block; None for the blocks without cross-attention."""
@@ -209,24 +166,12 @@ class QFormer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return the logits of the next token, (T, V), in the dtype of the weights."""
-        # logits = transform(hidden) E^T + bias, E the token embeddings: BERT's head, whose matrix is tied to them.
-        head = self.cls.predictions
-        embeddings_VD = self.bert.embeddings.word_embeddings.weight
-        logits_TV = F.linear(head.transform(hidden_TD), embeddings_VD.to(hidden_TD.dtype))
-        return logits_TV.to(head.bias.dtype) + head.bias
+        return self.cls.predictions(hidden_TD, self.bert.embeddings.word_embeddings.weight)
 
 
 def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Parameter:
     """Return the initial query tokens (1, Q, D)."""
     return nn.Parameter(torch.empty(1, num_queries, width).normal_(std=std))
-
-
-def _initialise(module: nn.Module, std: float) -> None:
-    """Initialise as BERT: normal weights, zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        module.weight.data.normal_(std=std)
-    if isinstance(module, nn.Linear):
-        module.bias.data.zero_()
 
 
 def copy_bert(qformer: QFormer, bert: Mapping[str, Tensor]) -> None:

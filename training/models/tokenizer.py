@@ -13,7 +13,7 @@ from transformers import BertTokenizer
 
 from pipeline.models.transformers_loader import load_tokenizer
 from schemas.errors import CapfiltError
-from schemas.pretrain import QFormerConfig
+from schemas.pretrain import BertShape
 
 _BEGIN_CAPTION = "[DEC]"
 
@@ -44,15 +44,23 @@ class Texts:
 
 
 class CaptionTokenizer:
-    """BERT's tokenizer with [DEC], the first token of a caption that is generated (BLIP-2, section 3.2)."""
+    """BERT's tokenizer with [DEC], the first token of a caption that is generated (BLIP-2, section 3.2).
 
-    def __init__(self, folder: Path, config: QFormerConfig) -> None:
-        self.tokenizer = load_tokenizer(folder, "qformer.tokenizer", BertTokenizer)
+    Args:
+        folder: of BERT's tokenizer.
+        config: the model's shape.
+        section: of the config, for messages.
+        num_added: tokens that the model has beside BERT's: [DEC]; BLIP also [ENC], behind it.
+    """
+
+    def __init__(self, folder: Path, config: BertShape, section: str = "qformer", num_added: int = 1) -> None:
+        self.tokenizer = load_tokenizer(folder, f"{section}.tokenizer", BertTokenizer)
         self.tokenizer.add_special_tokens({"bos_token": _BEGIN_CAPTION})
-        if len(self.tokenizer) != config.vocab_size:
+        vocab_size = self.begin_id + num_added
+        if vocab_size != config.vocab_size:
             raise CapfiltError(
-                f"qformer.tokenizer = {config.tokenizer!r} has {len(self.tokenizer)} words with {_BEGIN_CAPTION}; "
-                f"set qformer.vocab_size = {len(self.tokenizer)}"
+                f"{section}.tokenizer = {config.tokenizer!r} has {vocab_size} words with {_BEGIN_CAPTION}"
+                f"{' and [ENC]' if num_added > 1 else ''}; set {section}.vocab_size = {vocab_size}"
             )
         self.max_length = config.max_text_tokens
 

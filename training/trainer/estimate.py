@@ -4,8 +4,9 @@ from typing import Any
 
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import Stage, meta_stage
+from training.blip.stage import BlipStage
 from training.blip2.stage1 import Stage1
+from training.build import Blip2Stage, Stage, meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
 from training.trainer.optim import fill_preset
 
@@ -32,11 +33,13 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     config = fill_preset(config, snapshot.num_images if snapshot else None)
     stage = meta_stage(config)
     trained = sum(parameter.numel() for _, parameter in stage.trainable_named_parameters())
+    # Of BLIP the momentum encoders.
     frozen = sum(parameter.numel() for parameter in stage.parameters() if not parameter.requires_grad)
     steps = config.optim.steps
     assert steps is not None
     samples = steps * config.optim.batch_size
     flops = stage.flops_per_sample()
+    saved = stage.flops_saved_per_sample() if isinstance(stage, BlipStage) else 0
     gpu_hours = samples * flops / (ASSUMED_MATMUL_FLOPS * ASSUMED_UTILISATION) / 3600
     return {
         "name": config.run.name,
@@ -47,6 +50,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "batch_size": config.optim.batch_size,
         "samples": samples,
         "gflop_per_sample": round(flops / 1e9, 1),
+        "gflop_per_sample_published": round((flops + saved) / 1e9, 1) if saved else None,
         "gpu_hours": round(gpu_hours, 2),
         "gpu_hours_at": f"{ASSUMED_UTILISATION} of {ASSUMED_MATMUL_FLOPS / 1e12:.0f} TFLOP/s",
         "memory_gb": _memory_gb(config, stage, trained, frozen),
@@ -72,29 +76,58 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> di
 
 def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
     """Estimate the memory of one rank from counted elements, without the kernels' own buffers."""
-    shape, vision = config.qformer, stage.visual_encoder
-    queries, texts = shape.num_queries, shape.max_text_tokens
     ranks = config.cluster.gpus or 1
     rank_batch = config.optim.batch_size // ranks
     # Kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features.
     image_bytes = 3 * config.data.image_size_px**2
+    state_bytes = trained * _TRAINED_BYTES
+    if isinstance(stage, BlipStage):
+        activation_bytes = _blip_activation_bytes(stage)
+        # Momentum encoders have fp32 masters, of which a bf16 copy is made.
+        state_bytes += frozen * (4 + _FROZEN_BYTES) + 4 * sum(
+            tensor.numel() for name, tensor in stage.named_buffers() if name.startswith("queue.")
+        )
+    else:
+        stored_bytes, activation_bytes, frozen = _blip2_bytes(config, stage, frozen, ranks)
+        image_bytes += stored_bytes
+        state_bytes += frozen * _FROZEN_BYTES
+    memory = {
+        "weights_and_optimizer": state_bytes,
+        "batch": rank_batch * image_bytes,
+        "micro_batch": min(config.performance.micro_batch_size or rank_batch, rank_batch) * activation_bytes,
+    }
+    memory["total"] = sum(memory.values())
+    return {name: round(value / 1e9, 1) for name, value in memory.items()}
+
+
+def _blip_activation_bytes(stage: BlipStage) -> int:
+    """Return what an image of a micro-batch keeps from the forward to the backward pass."""
+    vision, text = stage.shape.vision, stage.shape.text
+    image_tokens = stage.visual_encoder.pos_embed.shape[1]
+    # Once for ITC, for each of ITM's three pairs, and for LM.
+    num_texts = 4 * stage.encodes_text + stage.decodes_text
+    text_bytes = num_texts * text.max_text_tokens * text.width * text.layers * _ACTIVATION_BYTES
+    # The keys and values of every text layer, bf16, and their gradients.
+    projected_bytes = image_tokens * 2 * text.width * text.layers * 2 * 2
+    return image_tokens * vision.width * vision.layers * _ACTIVATION_BYTES + text_bytes + projected_bytes
+
+
+def _blip2_bytes(config: PretrainConfig, stage: Blip2Stage, frozen: int, ranks: int) -> tuple[int, int, int]:
+    """Return the bytes stored of an image, those of its activations, and the frozen parameters of a rank."""
+    shape, vision = config.qformer, stage.visual_encoder
+    queries, texts = shape.num_queries, shape.max_text_tokens
     # Kept of each image of a micro-batch from the forward to the backward pass, by the Q-Former's layers.
     token_bytes = shape.width * shape.layers * _ACTIVATION_BYTES
     if isinstance(stage, Stage1):
-        image_bytes += vision.num_tokens * vision.width * 2
+        stored_bytes = vision.num_tokens * vision.width * 2
         # ITC's queries and text, three pairs for ITM, and ITG's text.
         activation_bytes = (queries + texts + 3 * (queries + texts) + texts) * token_bytes
     else:
+        stored_bytes = 0
         language = stage.language
         if config.performance.shard_language:
             in_blocks = sum(p.numel() for block in language.blocks for p in block.parameters())
             frozen -= in_blocks - in_blocks // ranks
         activation_bytes = queries * token_bytes
         activation_bytes += (queries + texts) * language.width * len(language.blocks) * _ACTIVATION_BYTES
-    memory = {
-        "weights_and_optimizer": trained * _TRAINED_BYTES + frozen * _FROZEN_BYTES,
-        "batch": rank_batch * image_bytes,
-        "micro_batch": min(config.performance.micro_batch_size or rank_batch, rank_batch) * activation_bytes,
-    }
-    memory["total"] = sum(memory.values())
-    return {name: round(value / 1e9, 1) for name, value in memory.items()}
+    return stored_bytes, activation_bytes, frozen

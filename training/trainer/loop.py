@@ -103,6 +103,7 @@ class Loop:
         require_finite_weights(state.model, where)
         require_finite_weights(state.optimizer, f"{where}: the optimiser")
         self.stage.load_trainable_state(state.model)
+        self.stage.load_auxiliary_state(state.auxiliary)
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer)
         self.step = state.progress.step
         self._last = record
@@ -260,7 +261,10 @@ class Loop:
             models=tuple(self.models),
         )
         state = State(
-            progress=progress, model=model, optimizer=optimizer_state(self.optimizer, self.parameters)
+            progress=progress,
+            model=model,
+            optimizer=optimizer_state(self.optimizer, self.parameters),
+            auxiliary=self.stage.auxiliary_state(),
         )
         options = self.config.checkpoint
         with self._writing():
@@ -336,7 +340,9 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 def progress_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
     """Return one line for people."""
-    shown = [f"{name} {values[name]:.4g}" for name in ("loss", "itc", "itm", "itg", "lr") if name in values]
+    shown = [
+        f"{name} {values[name]:.4g}" for name in ("loss", "itc", "itm", "itg", "lm", "lr") if name in values
+    ]
     rate = values.get("samples_per_s") or 0.0
     # Seconds left = steps left * samples a step / samples a second.
     left_s = (steps - step) * values["samples"] / step / rate if rate else 0.0

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from schemas.errors import CapfiltError
-from schemas.pretrain import OptimConfig, PretrainConfig
+from schemas.pretrain import BlipKind, OptimConfig, PretrainConfig
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -30,20 +30,22 @@ _PRESETS: dict[tuple[Literal["paper", "lavis"], Literal[1, 2]], dict[str, Any]] 
 }
 
 
+# BLIP, sections 4.1 and 4.2: the same in both presets. Steps follow from the number of epochs.
+_BLIP_PRESETS: dict[BlipKind, dict[str, Any]] = {
+    "blip-pretrain": {"min_lr": 1e-6, "warmup_steps": 3_000, "betas": (0.9, 0.999)},
+    "blip-captioner": {"min_lr": 0.0, "warmup_steps": 0, "betas": (0.9, 0.999)},
+    "blip-filter": {"min_lr": 0.0, "warmup_steps": 0, "betas": (0.9, 0.999)},
+}
+_BLIP_EPOCHS: dict[BlipKind, int] = {"blip-pretrain": 20, "blip-captioner": 5, "blip-filter": 6}
+
+
 def fill_preset(config: PretrainConfig, num_images: int | None) -> PretrainConfig:
     """Return the config with every None of ``[optim]`` filled by its preset; values of the file stay.
 
     Args:
-        num_images: of the snapshot, None where it is not known; the lavis preset needs it for its ten epochs.
+        num_images: of the snapshot, None where it is not known; presets that count epochs need it.
     """
-    preset = {"warmup_lr": 1e-6, **_PRESETS[config.optim.preset, config.run.stage]}
-    if "steps" not in preset and config.optim.steps is None:
-        if num_images is None:
-            raise CapfiltError(
-                f"optim.steps: preset lavis trains for {_LAVIS_EPOCHS} epochs, and the number of images is not known "
-                "without the corpus; set optim.steps"
-            )
-        preset["steps"] = math.ceil(_LAVIS_EPOCHS * num_images / config.optim.batch_size)
+    preset = {"warmup_lr": 1e-6, **_preset(config, num_images)}
     steps = config.optim.steps or preset["steps"]
     # A run shorter than the preset's warm-up would never reach its peak.
     preset["warmup_steps"] = min(preset["warmup_steps"], steps // 10)
@@ -51,20 +53,46 @@ def fill_preset(config: PretrainConfig, num_images: int | None) -> PretrainConfi
     return config.model_copy(update={"optim": OptimConfig.model_validate(preset | given)})
 
 
+def _preset(config: PretrainConfig, num_images: int | None) -> dict[str, Any]:
+    optim, stage = config.optim, config.run.stage
+    if isinstance(stage, str):
+        preset, epochs = _BLIP_PRESETS[stage], _BLIP_EPOCHS[stage]
+        # An epoch has whole batches only, as BLIP's loader.
+        epoch_steps = optim.epoch_steps or (num_images and max(1, num_images // optim.batch_size))
+        steps = optim.steps or (epoch_steps and epochs * epoch_steps)
+        preset = {**preset, "epoch_steps": epoch_steps, "steps": steps}
+    else:
+        preset, epochs = _PRESETS[optim.preset, stage], _LAVIS_EPOCHS
+        if num_images is not None:
+            preset = {"steps": math.ceil(epochs * num_images / optim.batch_size), **preset}
+    if not (optim.steps or preset.get("steps")):
+        what = "preset lavis" if isinstance(stage, int) else f"run.stage = {stage!r}"
+        raise CapfiltError(
+            f"optim.steps: {what} trains for {epochs} epochs, and the number of images is not known without the "
+            "corpus; set optim.steps"
+        )
+    return preset
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Linear warm-up from ``warmup_lr`` to ``peak_lr``, then a cosine to ``min_lr`` at the last step."""
+    """Linear warm-up from ``warmup_lr`` to ``peak_lr``, then to ``min_lr`` by a cosine or by a factor an epoch."""
 
     steps: int
     warmup_steps: int
     warmup_lr: float
     peak_lr: float
     min_lr: float
+    schedule: Literal["cosine", "epochs"] = "cosine"
+    epoch_decay: float = 1.0
+    epoch_steps: int = 1
 
     @classmethod
     def of(cls, optim: OptimConfig) -> "Schedule":
         """Return the schedule of a filled ``[optim]`` (``fill_preset``)."""
-        names = ("steps", "warmup_steps", "warmup_lr", "peak_lr", "min_lr")
+        names = [field.name for field in fields(cls)]
+        if optim.schedule == "cosine":
+            names.remove("epoch_steps")
         values = {name: getattr(optim, name) for name in names}
         assert None not in values.values(), f"a preset did not fill {values}"
         return cls(**values)
@@ -73,6 +101,9 @@ class Schedule:
         """Return the learning rate of the step with this number, from 0."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup_steps
+        if self.schedule == "epochs":
+            # BLIP, utils.py: max(min, peak decay^epoch); its warm-up lies in the first epoch.
+            return max(self.min_lr, self.peak_lr * self.epoch_decay ** (step // self.epoch_steps))
         # min + (peak - min) (1 + cos(pi x)) / 2, with x from 0 after the warm-up to 1 at the last step.
         done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -94,9 +125,10 @@ def make_optimizer(parameters: NamedParameters, optim: OptimConfig) -> torch.opt
         assert parameter.dtype in (torch.float32, torch.float64), (
             f"{name} is not an fp32 master: {parameter.dtype}"
         )
+    decayed = {name for name, parameter in parameters if optim.decay_vectors or decays(name, parameter)}
     groups = [
-        {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters if name in decayed], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in parameters if name not in decayed], "weight_decay": 0.0},
     ]
     is_cuda = any(parameter.is_cuda for _, parameter in parameters)
     return torch.optim.AdamW(

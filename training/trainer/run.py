@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ from pipeline.corpus.fingerprint import output_fields
 from pipeline.digests import digest_json
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
-from schemas.pretrain import PretrainConfig
+from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord, RunRecord, SnapshotRecord
-from training.blip2.build import build_stage
 from training.blip2.stage2 import Stage2
+from training.build import build_stage
 from training.checkpoint import Checkpoints, State, recorded_config
 from training.data.held_out import held_out_samples
 from training.data.loader import Batch, TrainingData
@@ -42,6 +42,9 @@ _LOCATIONS = (
     "qformer.tokenizer",
     "language.model",
     "language.revision",
+    "blip.vision.init",
+    "blip.text.init",
+    "blip.text.tokenizer",
 )
 
 
@@ -63,6 +66,8 @@ def pretrain(
         raise CapfiltError(
             "run.init_from: not set; stage 2 begins from a stage 1: name its run, or a LAVIS .pth"
         )
+    if config.probe.every_steps and config.blip is not None:
+        raise CapfiltError("probe.every_steps: there is no probe of BLIP's models; leave it out")
     if config.probe.every_steps and not config.data.held_out:
         raise CapfiltError("probe.every_steps: there are no images for the probe; set data.held_out")
     require_libraries(config.metrics)
@@ -92,7 +97,7 @@ def _prepare(
         require_same_config(recorded_config(state.progress.config, checkpoints.storage.root), config)
         models = world.broadcast_object(lambda: require_same_models(config, state.progress.models))
     else:
-        initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else None)
+        initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else [])
         models = world.broadcast_object(lambda: base_models(config, initial))
     consumed = state.progress.samples if state else 0
     data = TrainingData(config, snapshot, world.rank, world.size, consumed)
@@ -136,7 +141,7 @@ def run_folder(config: PretrainConfig) -> str:
                 "checkpoints could be stored in; set run.output"
             )
         root = f"{corpus.root}/checkpoints"
-    return f"{root}/stage{config.run.stage}/{config.run.name}"
+    return f"{root}/{stage_folder(config.run.stage)}/{config.run.name}"
 
 
 def require_same_config(before: PretrainConfig, after: PretrainConfig) -> None:
@@ -161,8 +166,7 @@ def _learning_keys(config: PretrainConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in PretrainConfig.model_fields:
         section = getattr(config, name)
-        fields = output_fields(section) if section else {}
-        values |= {f"{name}.{key}": value for key, value in fields.items()}
+        values |= _dotted(name, output_fields(section) if section else {})
     for key in _LOCATIONS:
         values.pop(key, None)
     values["data.corpus"] = [
@@ -174,6 +178,13 @@ def _learning_keys(config: PretrainConfig) -> dict[str, Any]:
         values["vision.model"] = "folder"
     elif "/" in config.vision.pretrained:
         values["vision.pretrained"] = "file"
+    return values
+
+
+def _dotted(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in fields.items():
+        values |= _dotted(f"{path}.{key}", value) if isinstance(value, dict) else {f"{path}.{key}": value}
     return values
 
 

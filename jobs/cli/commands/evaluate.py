@@ -172,7 +172,8 @@ def export(
 ) -> None:
     """Write a model in a format that others can load.
 
-    Hugging Face's Blip2 where the image encoder is an EVA, our own documented format with any other.
+    Hugging Face's Blip2 where the image encoder is an EVA, and Blip for BLIP's captioner and filter; our own documented
+    format with any other; BLIP's own for a DIR that ends in .pth.
     """
     from pathlib import Path
 
@@ -186,11 +187,13 @@ def export(
     if json_:
         print_json({"folder": folder, "format": kind, "load": how})
     else:
-        name = "Hugging Face" if kind == "huggingface" else "capfilt"
-        print(f"written in the {name} format: {folder}\n{how}")
+        names = {"huggingface": "Hugging Face", "blip": "BLIP"}
+        print(f"written in the {names.get(kind, 'capfilt')} format: {folder}\n{how}")
 
 
 def _how_to_load(kind: str, folder: str, config: "PretrainConfig") -> str:
+    if isinstance(config.run.stage, str):
+        return _how_to_load_blip(kind, folder, config)
     if kind == "huggingface":
         name = "Blip2ForImageTextRetrieval" if config.run.stage == 1 else "Blip2ForConditionalGeneration"
         return (
@@ -201,6 +204,15 @@ def _how_to_load(kind: str, folder: str, config: "PretrainConfig") -> str:
         f"Load it with capfilt: capfilt evaluate ... {folder}, or run.init_from = {folder!r}. transformers cannot: its "
         f"Blip2 has no place for the image encoder {config.vision.model!r}, only for EVA's."
     )
+
+
+def _how_to_load_blip(kind: str, folder: str, config: "PretrainConfig") -> str:
+    if kind != "huggingface":
+        return f"Begin a training with it: run.init_from = {folder!r}."
+    name, key = "BlipForConditionalGeneration", "caption.model"
+    if config.run.stage == "blip-filter":
+        name, key = "BlipForImageTextRetrieval", "filter.model"
+    return f"Use it in a corpus: {key} = {folder!r}. Load it with transformers: {name}.from_pretrained({folder!r})."
 
 
 def _recipe(config: str, overrides: list[str] | None) -> Any:
@@ -222,9 +234,9 @@ def _loaded(model: str, recipe: Any, as_json: bool) -> Iterator[tuple[Any, Evalu
         report(f"loading {model}")
         import torch
 
-        from training.convert.load import load_trained
+        from training.convert.load import load_blip2
 
-        yield load_trained(model, recipe, "cuda" if torch.cuda.is_available() else "cpu"), report
+        yield load_blip2(model, recipe, "cuda" if torch.cuda.is_available() else "cpu"), report
 
 
 @contextlib.contextmanager

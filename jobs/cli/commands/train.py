@@ -23,7 +23,7 @@ def pretrain(
     ] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Train BLIP-2 on curated shards. From the last checkpoint if there is one; exit code 1 where it cannot go on."""
+    """Train BLIP or BLIP-2 on curated shards, from the last checkpoint on. Exit code 1 if it cannot go on."""
     from pipeline.config import load_config
     from schemas.pretrain import PretrainConfig
 
@@ -66,14 +66,18 @@ def _plan_text(plan: dict) -> str:
         )
     else:
         images = f"not looked at: {', '.join(data['paths'])} is not there yet"
+    # BLIP's own code projects an image's keys and values once for each of its pairs.
+    gflop = plan["gflop_per_sample_published"]
+    published = f" ({gflop:,.1f} as BLIP's code computes it)" if gflop else ""
+    stage = plan["stage"] if isinstance(plan["stage"], str) else f"stage {plan['stage']}"
     return "\n".join(
         [
-            f"stage {plan['stage']}: {plan['name']}",
+            f"{stage}: {plan['name']}",
             f"data        {images}",
             f"trained     {plan['trainable_parameters']:,} parameters; frozen {plan['frozen_parameters']:,}",
             f"steps       {plan['steps']:,} of {plan['batch_size']:,} images: {plan['samples']:,} samples",
-            f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample: {plan['gpu_hours']:,.2f} GPU-hours at "
-            f"{plan['gpu_hours_at']} (estimate)",
+            f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample{published}: {plan['gpu_hours']:,.2f} "
+            f"GPU-hours at {plan['gpu_hours_at']} (estimate)",
             f"memory      {memory['total']:,.1f} GB a rank (estimate): weights and optimiser "
             f"{memory['weights_and_optimizer']:,.1f}, batch {memory['batch']:,.1f}, micro-batch "
             f"{memory['micro_batch']:,.1f}",

@@ -1,0 +1,359 @@
+"""BLIP's training step: ITC and ITM by the text encoder, LM by the decoder (section 3.2), for the parts a model has.
+
+A step computes the same gradient for any micro-batch size and number of ranks:
+
+1. the momentum encoders follow, then embed the step's images and texts;
+2. online and momentum embeddings are gathered from all ranks, and hard negatives are drawn;
+3. each micro-batch is computed with gradient, and its part of each loss is sent backward;
+4. the momentum embeddings replace the oldest ones of the queue.
+
+BLIP computes ITC and draws negatives among the samples of one GPU. Here these are ``blip.negatives_of`` samples that
+follow each other in the step, wherever they are computed. The keys and values of an image are projected once for ITM's
+three pairs and for LM; BLIP projects them for each.
+
+The legend of the names: N images of the step over all ranks; B of a micro-batch; K in the queue, M = N + K; R pairs;
+P tokens of an image, E its width, C of the contrastive embeddings; L text tokens, T of them with a label.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rng import seed_for
+from schemas.pretrain import PretrainConfig
+from training.blip.model import Med
+from training.blip.momentum import EmbeddingQueue, MomentumEncoders, soft_cross_entropy, soft_targets
+from training.distributed import World
+from training.losses import IGNORED, MASKED_LOGIT, captioning_loss, draw_columns, matching_loss
+from training.models.flops import FORWARD, TRAINED, count_flops
+from training.models.layers import KeyValue, leaves_of, select_images, send_to_projection
+from training.models.micro_batches import (
+    MicroBatch,
+    Negatives,
+    itm_pairs,
+    micro_batches,
+    negative_uniforms,
+    same_on_all_ranks,
+    sample_hashes,
+)
+from training.models.tokenizer import CaptionTokenizer, Texts
+
+if TYPE_CHECKING:
+    from training.data.loader import Batch
+
+# blip_pretrain.py: the temperature's bounds, and what every negative's probability has at least.
+_TEMPERATURES = (0.001, 0.5)
+_LEAST_WEIGHT = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A micro-batch's images, with ITC's embeddings where the model has a text encoder.
+
+    ``leaf_BPE`` holds the values of ``features_BPE``: the losses' gradients add up there, and pass through the image
+    encoder once.
+    """
+
+    features_BPE: Tensor
+    leaf_BPE: Tensor
+    image_BC: Tensor | None = None
+    text_BC: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalBatch:
+    """What each rank knows of the whole step: momentum embeddings, ids and negatives. None of it has a gradient."""
+
+    image_NC: Tensor
+    text_NC: Tensor
+    id_N: Tensor
+    negatives: Negatives
+    alpha: float
+
+
+class BlipStage(Med):
+    """A model of BLIP in training, with its momentum encoders and its queue where it has a text encoder."""
+
+    def __init__(
+        self, config: PretrainConfig, tokenizer: CaptionTokenizer | None, world: World, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, tokenizer, world, dtype)
+        if self.encodes_text:
+            self.momentum = MomentumEncoders(self.encoders)
+            self.queue = EmbeddingQueue(self.shape.queue_size, self.shape.projection_width)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks that are compiled, the momentum encoders' too."""
+        momentum = self.momentum if self.encodes_text else None
+        return [
+            *super().blocks,
+            *([*momentum.visual_encoder.blocks, *momentum.text_encoder.blocks] if momentum else []),
+        ]
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Copy the encoders to the momentum encoders, and fill the queue."""
+        if self.encodes_text:
+            self.momentum.follow(self.encoders, 0.0)
+            self.queue.reset(seed_for("queue", self.config.run.seed))
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """Return the momentum encoders and the queue, with its pointer."""
+        if not self.encodes_text:
+            return {}
+        parts: dict[str, nn.Module] = {"momentum": self.momentum, "queue": self.queue}
+        return {
+            f"{part}.{name}": tensor
+            for part, module in parts.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
+        """Compute the losses over the step and their gradient; see the base class."""
+        texts = self.tokenize(batch.captions)
+        return self.step(batch.pixels_BCHW, texts, batch.uids, batch.position, micro_batch_size)
+
+    def step(
+        self, pixels_BCHW: Tensor, texts: Texts, uids: Sequence[str], position: int, micro_batch_size: int
+    ) -> dict[str, Tensor]:
+        """Do ``training_step`` on tokens, which are on the CPU.
+
+        Args:
+            uids: of the images: no caption of an image is its negative.
+            position: samples that the run has consumed after this step.
+        """
+        device, labels_BL = self.device, self.labels(texts)
+        parts = list(
+            micro_batches(
+                lambda rows: pixels_BCHW[rows].to(device, non_blocking=True),
+                texts,
+                labels_BL,
+                size=micro_batch_size or len(uids),
+                world=self.world,
+                seed=self.config.run.seed,
+                position=position,
+            )
+        )
+        # The activations of all images would not fit: those of several micro-batches are computed again.
+        kept = [self.encode(parts[0])] if len(parts) == 1 else [None] * len(parts)
+        global_batch = self._global_batch(parts, kept, texts, uids, position) if self.encodes_text else None
+        num_tokens = self.world.sum((labels_BL != IGNORED).sum().to(device))
+        losses: dict[str, Tensor] = {}
+        for part, encoded in zip(parts, kept, strict=True):
+            for name, value in self._backward(
+                part, encoded or self.encode(part), global_batch, num_tokens
+            ).items():
+                losses[name] = losses.get(name, 0.0) + value
+        if global_batch is not None:
+            self.queue.push(global_batch.image_NC, global_batch.text_NC, global_batch.id_N)
+        return self._summed(losses)
+
+    def _summed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses of all ranks, and their weighted sum (equation of section 3.2: weights 1)."""
+        values = dict(zip(losses, self.world.sum(torch.stack(list(losses.values()))), strict=True))
+        objective = self.config.objective
+        weights = {"itc": objective.itc, "itm": objective.itm, "lm": objective.itg}
+        loss = sum(weight * values[name] for name, weight in weights.items() if name in values)
+        temperature = {"temperature": self.temp.detach().clone()} if self.encodes_text else {}
+        return {"loss": loss, **values, **temperature}
+
+    def encode(self, micro_batch: MicroBatch) -> Encoded:
+        """Encode images and, for ITC, texts, with the same dropout each time."""
+        torch.manual_seed(micro_batch.seed)
+        features_BPE = self.visual_encoder(micro_batch.images)
+        leaf_BPE = features_BPE.detach().requires_grad_(features_BPE.requires_grad)
+        if not self.encodes_text:
+            return Encoded(features_BPE=features_BPE, leaf_BPE=leaf_BPE)
+        encoders, texts = self.encoders, micro_batch.texts
+        return Encoded(
+            features_BPE=features_BPE,
+            leaf_BPE=leaf_BPE,
+            image_BC=encoders.embed_images(leaf_BPE),
+            text_BC=encoders.embed_texts(texts.ids_BL, texts.mask_BL),
+        )
+
+    # -- what the ranks know together ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _global_batch(
+        self,
+        parts: Sequence[MicroBatch],
+        kept: Sequence[Encoded | None],
+        texts: Texts,
+        uids: Sequence[str],
+        position: int,
+    ) -> GlobalBatch:
+        """Let the momentum encoders follow and embed the step; gather all ranks' embeddings; draw the negatives."""
+        self.temp.clamp_(*_TEMPERATURES)
+        online = [
+            (encoded.image_BC, encoded.text_BC)
+            for encoded in (known or self.encode(part) for part, known in zip(parts, kept, strict=True))
+        ]
+        self.momentum.follow(self.encoders, self.shape.momentum)
+        momentum = [self._embed_by_momentum(part) for part in parts]
+        gather, device = self.world.all_gather, self.device
+        image_NC, text_NC = (gather(torch.cat(parts_BC)) for parts_BC in zip(*online, strict=True))
+        momentum_image_NC, momentum_text_NC = (
+            gather(torch.cat(parts_BC)) for parts_BC in zip(*momentum, strict=True)
+        )
+        hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
+        all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
+        # An image's other texts, and texts equal to its own, are not negatives.
+        same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
+        uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2)).to(device)
+        drawn = (
+            draw_columns(self._negative_weights(image_NC, momentum_text_NC, same_NN), uniforms_2N[0]),
+            draw_columns(self._negative_weights(text_NC, momentum_image_NC, same_NN), uniforms_2N[1]),
+        )
+        return GlobalBatch(
+            image_NC=momentum_image_NC,
+            text_NC=momentum_text_NC,
+            id_N=hashes_N2[:, 0],
+            negatives=same_on_all_ranks(all_texts, drawn, self.world),
+            alpha=self._alpha(position),
+        )
+
+    def _embed_by_momentum(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
+        # In training mode as BLIP's, with dropout of its own.
+        torch.manual_seed(seed_for("momentum", part.seed))
+        features_BPE = self.momentum.visual_encoder(part.images)
+        return (
+            self.momentum.embed_images(features_BPE),
+            self.momentum.embed_texts(part.texts.ids_BL, part.texts.mask_BL),
+        )
+
+    def _negative_weights(self, own_NC: Tensor, other_NC: Tensor, same_NN: Tensor) -> Tensor:
+        """Return the probability of each negative, up to a factor: softmax + 1e-4 among the samples of a group."""
+        apart_NN = self._apart(0, len(own_NC), len(own_NC))
+        logits_NN = (own_NC @ other_NC.T / self.temp).masked_fill(apart_NN, MASKED_LOGIT)
+        return (logits_NN.softmax(dim=1) + _LEAST_WEIGHT).masked_fill(same_NN | apart_NN, 0.0)
+
+    def _apart(self, first: int, size: int, num_samples: int) -> Tensor:
+        """Return where samples ``first`` and following of the step are in another group than each sample: (B, N)."""
+        group_N = torch.arange(num_samples, device=self.device) // (self.shape.negatives_of or num_samples)
+        return group_N[first : first + size, None] != group_N
+
+    def _alpha(self, position: int) -> float:
+        """Return alpha in the step that ends at ``position``: it rises from 0 over the first ``alpha_epochs``."""
+        optim = self.config.optim
+        assert optim.epoch_steps is not None, "a preset did not fill optim.epoch_steps"
+        done = (position // optim.batch_size - 1) / max(1.0, self.shape.alpha_epochs * optim.epoch_steps)
+        return self.shape.alpha * min(1.0, done)
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def _backward(
+        self, part: MicroBatch, encoded: Encoded, global_batch: GlobalBatch | None, num_tokens: Tensor
+    ) -> dict[str, Tensor]:
+        """Send a micro-batch's part of each loss backward; return the parts, detached."""
+        losses: dict[str, Tensor] = {}
+        projected = self.project(encoded.leaf_BPE)
+        for_encoder = leaves_of(projected[0])
+        for_decoder = for_encoder if projected[1] is projected[0] else leaves_of(projected[1])
+        if global_batch is not None:
+            losses |= self._itc(part, encoded, global_batch)
+            losses |= self._itm(part, for_encoder, global_batch.negatives)
+        if self.decodes_text:
+            losses |= self._lm(part, for_decoder, num_tokens)
+        # The summed gradients of keys and values go on to their projections, and from there to the image encoder.
+        send_to_projection(projected[0], for_encoder)
+        if for_decoder is not for_encoder:
+            send_to_projection(projected[1], for_decoder)
+        encoded.features_BPE.backward(encoded.leaf_BPE.grad)
+        return losses
+
+    def _itc(self, part: MicroBatch, encoded: Encoded, batch: GlobalBatch) -> dict[str, Tensor]:
+        """Compute ITC of a micro-batch against its group and the queue: the mean of both directions, over N."""
+        assert encoded.image_BC is not None and encoded.text_BC is not None, "a text encoder gives embeddings"
+        rows = slice(part.first, part.first + part.size)
+        queue, num_samples = self.queue, len(batch.id_N)
+        apart_BN = self._apart(part.first, part.size, num_samples)
+        apart_BM = torch.cat((apart_BN, apart_BN.new_zeros(part.size, len(queue.id_K))), dim=1)
+        same_BM = (batch.id_N[rows, None] == torch.cat((batch.id_N, queue.id_K))) & ~apart_BM
+
+        def logits(own_BC: Tensor, candidates_MC: Tensor) -> Tensor:
+            return (own_BC @ candidates_MC.T / self.temp).masked_fill(apart_BM, MASKED_LOGIT)
+
+        loss = torch.zeros_like(self.temp)
+        for own_BC, momentum_NC, candidates in (
+            (encoded.image_BC, batch.image_NC, (batch.text_NC, queue.text_KC)),
+            (encoded.text_BC, batch.text_NC, (batch.image_NC, queue.image_KC)),
+        ):
+            candidates_MC = torch.cat(candidates)
+            with torch.no_grad():
+                targets_BM = soft_targets(logits(momentum_NC[rows], candidates_MC), same_BM, batch.alpha)
+            loss = loss + soft_cross_entropy(logits(own_BC, candidates_MC), targets_BM)
+        loss = loss / (2 * num_samples)
+        (self.config.objective.itc * loss).backward()
+        return {"itc": loss.detach()}
+
+    def _itm(self, part: MicroBatch, image: list[KeyValue | None], negatives: Negatives) -> dict[str, Tensor]:
+        """Compute ITM of the pairs whose image the micro-batch holds: the mean over the step's 3 N pairs."""
+        num_pairs = 3 * len(negatives.image_of_text_N)
+        itm = accuracy = torch.zeros_like(self.temp.detach())
+        for pairs in itm_pairs(part, negatives):
+            of_pairs = image if pairs.rows_R is None else select_images(image, pairs.rows_R)
+            logits_R12 = self.match(of_pairs, pairs.texts)[:, None]
+            loss, num_correct = matching_loss(logits_R12, pairs.labels_R, pairs.weights_R)
+            (self.config.objective.itm * loss / num_pairs).backward()
+            itm, accuracy = itm + loss.detach() / num_pairs, accuracy + num_correct / num_pairs
+        return {"itm": itm, "itm_accuracy": accuracy}
+
+    def _lm(self, part: MicroBatch, image: list[KeyValue | None], num_tokens: Tensor) -> dict[str, Tensor]:
+        """Compute LM: the mean over the step's tokens that have a label."""
+        objective = self.config.objective
+        hidden_BLD = self.text_decoder(part.texts.beginning_with(self.begin_id).ids_BL, image)
+        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, part.target_positions_T)
+        loss = captioning_loss(
+            self.text_decoder.logits, hidden_TD, part.labels_T, objective.label_smoothing
+        ).div(num_tokens)
+        (objective.itg * loss).backward()
+        return {"lm": loss.detach()}
+
+    # -- cost ----------------------------------------------------------------------------------------------------
+
+    def flops_per_sample(self) -> float:
+        """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
+        momentum = FORWARD * count_flops(self._embed_sample) if self.encodes_text else 0
+        return momentum + TRAINED * count_flops(self._compute_sample)
+
+    def flops_saved_per_sample(self) -> float:
+        """Return the FLOP that BLIP's own step has beyond: an image's keys and values projected for each pair."""
+        here = self.encodes_text + self.decodes_text - self.shares_projection * self.encodes_text
+        more = 3 * self.encodes_text + self.decodes_text - here
+        bert = self.text_encoder if self.encodes_text else self.text_decoder.bert
+        num_tokens, width = self.visual_encoder.pos_embed.shape[1:]
+        image_1PE = torch.empty(1, num_tokens, width, device=self.device, dtype=self.visual_encoder.dtype)
+        return more and more * TRAINED * count_flops(lambda: bert.project_image(image_1PE))
+
+    def _sample(self) -> tuple[Tensor, Texts]:
+        size, shape = self.config.data.image_size_px, (3, self.shape.text.max_text_tokens)
+        texts = Texts(
+            ids_BL=torch.zeros(shape, dtype=torch.long, device=self.device),
+            mask_BL=torch.ones(shape, dtype=torch.bool, device=self.device),
+        )
+        return torch.empty(1, 3, size, size, dtype=torch.uint8, device=self.device), texts
+
+    def _embed_sample(self) -> None:
+        pixels_1CHW, texts = self._sample()
+        self.momentum.embed_images(self.momentum.visual_encoder(pixels_1CHW))
+        self.momentum.embed_texts(texts.ids_BL[:1], texts.mask_BL[:1])
+
+    def _compute_sample(self) -> None:
+        """Compute one sample without the losses: its text for ITC and LM, three pairs for ITM."""
+        pixels_1CHW, texts = self._sample()
+        features_1PE = self.visual_encoder(pixels_1CHW)
+        for_encoder, for_decoder = self.project(features_1PE)
+        if self.encodes_text:
+            self.encoders.embed_images(features_1PE)
+            self.encoders.embed_texts(texts.ids_BL[:1], texts.mask_BL[:1])
+            self.match(for_encoder, texts)
+        if self.decodes_text:
+            self.text_decoder.logits(self.text_decoder(texts.ids_BL[:1], for_decoder)[0, 1:])

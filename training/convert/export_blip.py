@@ -1,0 +1,104 @@
+"""Exports a model of BLIP: as Hugging Face's ``Blip*``, or as a file of BLIP's own repository.
+
+A captioner becomes ``BlipForConditionalGeneration`` and a filter ``BlipForImageTextRetrieval``: folders that a corpus
+takes as ``caption.model`` and ``filter.model``. Hugging Face has no class of a pretrained MED, which has both text
+models: it is exported in capfilt's own format, under BLIP's names.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pipeline.models.transformers_loader import load_tokenizer
+from training.blip.stage import BlipStage
+from training.blip.vision import VIT_NORM_EPS
+from training.convert.key_map import blip_to_hf
+from training.models.layers import NORM_EPS
+from training.models.pretrained import tokenizer_folder
+
+_HEAD = "text_decoder.cls.predictions"
+_EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"
+
+
+def write_hugging_face(stage: BlipStage, folder: Path) -> dict[str, Tensor] | None:
+    """Write a captioner or a filter as Hugging Face's class; return the tensors that it has no place for.
+
+    None where there is no class, and nothing was written.
+    """
+    if stage.encodes_text and stage.decodes_text:
+        return None
+    kind = BlipForImageTextRetrieval if stage.encodes_text else BlipForConditionalGeneration
+    mapped, unmapped = blip_to_hf(_with_second_names(stage.trainable_state()))
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(blip_config(stage))
+    model.load_state_dict(mapped, strict=True, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    name = stage.shape.text.tokenizer
+    key = "blip.text.tokenizer"
+    load_tokenizer(tokenizer_folder(name, "main", key), key).save_pretrained(folder)
+    side = stage.visual_encoder.image_size_px
+    BlipImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    return unmapped
+
+
+def write_repository_file(stage: BlipStage, path: Path) -> None:
+    """Write ``{"model": {name: tensor}}`` as BLIP's repository reads it; shared tensors stand under both names."""
+    parts = ("momentum.", "queue.")
+    tensors = {name: tensor for name, tensor in stage.state_dict().items() if not name.startswith(parts)}
+    torch.save({"model": {name: t.cpu() for name, t in _with_second_names(tensors).items()}}, path)
+
+
+def _with_second_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the names under which others have the head's matrix and bias once more."""
+    if f"{_HEAD}.bias" not in tensors:
+        return tensors
+    matrix_VD = tensors.get(f"{_HEAD}.decoder.weight", tensors.get(_EMBEDDINGS))
+    assert matrix_VD is not None, "a decoder has word embeddings"
+    return tensors | {f"{_HEAD}.decoder.weight": matrix_VD, f"{_HEAD}.decoder.bias": tensors[f"{_HEAD}.bias"]}
+
+
+def blip_config(stage: BlipStage) -> PretrainedConfig:
+    """Return Hugging Face's config of a model."""
+    shape, config = stage.shape, stage.config
+    vision, text = shape.vision, shape.text
+    assert stage.tokenizer is not None, "a model with weights has a tokenizer"
+    end_id = stage.tokenizer.tokenizer.sep_token_id
+    return BlipConfig(
+        vision_config={
+            "hidden_size": vision.width,
+            "intermediate_size": 4 * vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": config.data.image_size_px,
+            "patch_size": vision.patch_px,
+            "layer_norm_eps": VIT_NORM_EPS,
+        },
+        text_config={
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "encoder_hidden_size": vision.width,
+            "intermediate_size": text.ffn_width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "max_position_embeddings": text.max_positions,
+            "layer_norm_eps": NORM_EPS,
+            "hidden_dropout_prob": text.dropout,
+            "attention_probs_dropout_prob": text.dropout,
+            "bos_token_id": stage.begin_id,
+            "eos_token_id": end_id,
+            "sep_token_id": end_id,
+            "pad_token_id": stage.tokenizer.tokenizer.pad_token_id,
+            "label_smoothing": config.objective.label_smoothing,
+        },
+        image_text_hidden_size=shape.projection_width,
+    )

@@ -1,0 +1,157 @@
+"""Micro-batches of a step of image-text training, and the image-text pairs that each computes ITM on.
+
+The legend of the names: N images of the step over all ranks; B of a micro-batch; R pairs; Q queries, L text tokens, T
+of them with a label, P tokens of an image, E its width, C the contrastive one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.rng import seed_for
+from training.distributed import World
+from training.losses import IGNORED
+from training.models.tokenizer import Texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The images and texts of one backward pass, on the device.
+
+    ``images`` are features (B, P, E) of a frozen encoder, or pixels (B, C, H, W). ``labels_T`` are the next tokens of
+    the tokens at ``target_positions_T``, which index (B, L) flattened; ``first`` is the first image's index in N;
+    ``seed`` sets dropout.
+    """
+
+    images: Tensor
+    texts: Texts
+    target_positions_T: Tensor
+    labels_T: Tensor
+    first: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """Return B."""
+        return len(self.images)
+
+
+def micro_batches(
+    images: Callable[[slice], Tensor],
+    texts: Texts,
+    labels_BL: Tensor,
+    *,
+    size: int,
+    world: World,
+    seed: int,
+    position: int,
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of this rank.
+
+    Args:
+        images: returns those of some rows of the rank's batch, on the device.
+        texts, labels_BL: of the whole batch, on the CPU.
+        size: images of a micro-batch; the last one may be smaller.
+        world: the ranks.
+        seed: of the run.
+        position: a number that no other step of the run has.
+    """
+    local, device = len(texts.ids_BL), world.device
+    for index, start in enumerate(range(0, local, size)):
+        rows = slice(start, min(start + size, local))
+        labels = labels_BL[rows].flatten()
+        # On the CPU: the result's size depends on the data, and the device would have to be waited for.
+        target_positions_T = (labels != IGNORED).nonzero()[:, 0]
+        yield MicroBatch(
+            images=images(rows),
+            texts=texts[rows].to(device),
+            target_positions_T=target_positions_T.to(device, non_blocking=True),
+            labels_T=labels[target_positions_T].to(device, non_blocking=True),
+            first=world.rank * local + start,
+            seed=seed_for("dropout", seed, position, world.rank, index),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Negatives:
+    """The texts of the whole step, and the negative drawn for each of its images and texts, as indices of N.
+
+    ``image_of_text_N`` is on the CPU, where the pairs are formed.
+    """
+
+    texts: Texts
+    text_of_image_N: Tensor
+    image_of_text_N: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItmPairs:
+    """Pairs for ITM. Without ``rows_R``: all images of the micro-batch with two texts each; else one text each."""
+
+    rows_R: Tensor | None
+    texts: Texts
+    labels_R: Tensor
+    weights_R: Tensor
+
+
+def sample_hashes(uids: Sequence[str], ids_BL: Tensor) -> Tensor:
+    """Return hashes of each uid and of each text's tokens, (B, 2), since ranks can only gather tensors of one shape."""
+    hashes = [(seed_for(uid), seed_for(*ids)) for uid, ids in zip(uids, ids_BL.tolist(), strict=True)]
+    return torch.tensor(hashes)
+
+
+def negative_uniforms(seed: int, position: int, size: int) -> Tensor:
+    """Return the random numbers of the step's negatives, (2, N), the same on every rank."""
+    generator = np.random.default_rng(seed_for("negatives", seed, position))
+    return torch.from_numpy(generator.random((2, size)))
+
+
+def same_on_all_ranks(texts: Texts, drawn: tuple[Tensor, Tensor], world: World) -> Negatives:
+    """Return rank 0's negatives on every rank: the last bit of a similarity may differ between devices."""
+    text_of_image_N, image_of_text_N = world.broadcast(torch.stack(drawn))
+    return Negatives(
+        texts=texts, text_of_image_N=text_of_image_N, image_of_text_N=image_of_text_N.cpu().numpy()
+    )
+
+
+def itm_pairs(micro_batch: MicroBatch, negatives: Negatives) -> Iterator[ItmPairs]:
+    """Yield the pairs of ITM whose image is in the micro-batch.
+
+    First each image with its own text and with its negative text; then the images that were drawn as negatives, with
+    the texts, of any rank, that they were drawn for. The number of those differs from step to step, so they come in
+    parts of two sizes, the last one padded with pairs of weight 0: compiled code then meets known shapes only.
+    """
+    device = negatives.text_of_image_N.device
+    own_B = torch.arange(micro_batch.first, micro_batch.first + micro_batch.size, device=device)
+    # Rows 2 i and 2 i + 1 are image i's own text (label 1) and its negative text (label 0).
+    yield ItmPairs(
+        rows_R=None,
+        texts=negatives.texts[torch.stack((own_B, negatives.text_of_image_N[own_B]), dim=1).flatten()],
+        labels_R=torch.tensor([1, 0], device=device).repeat(micro_batch.size),
+        weights_R=torch.ones(2 * micro_batch.size, device=device),
+    )
+    # For each text of the step: the row of its negative image in this micro-batch, outside 0 .. B - 1 if it has none.
+    rows = negatives.image_of_text_N - micro_batch.first
+    texts = ((rows >= 0) & (rows < micro_batch.size)).nonzero()[0]
+    for part in padded_parts(len(texts), micro_batch.size):
+        # np.resize repeats the part's texts up to its length.
+        padded_texts = np.resize(texts[part], part.stop - part.start)
+        weights = np.arange(part.start, part.stop) < len(texts)
+        yield ItmPairs(
+            rows_R=torch.from_numpy(rows[padded_texts]).to(device),
+            texts=negatives.texts[torch.from_numpy(padded_texts).to(device)],
+            labels_R=torch.zeros(len(padded_texts), device=device, dtype=torch.long),
+            weights_R=torch.from_numpy(weights).float().to(device),
+        )
+
+
+def padded_parts(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of ``size``, then of a quarter of it, that cover ``count``; the last may reach beyond."""
+    start, quarter = 0, max(1, size // 4)
+    while start < count:
+        length = size if count - start >= size else quarter
+        yield slice(start, start + length)
+        start += length
