@@ -301,6 +301,14 @@ def test_a_shard_without_one_image(small_site_worker) -> None:
     assert images_of(records, record) == {}
 
 
+def test_urls_that_differ_in_spelling_alone_have_one_final_url(small_site_worker, site: HostileSite) -> None:
+    paths = ["/plain.jpg", "/./plain.jpg", "/x/../plain.jpg#part", "\\plain.jpg"]
+    records, record = small_site_worker(paths)
+    samples = samples_of(records, record)
+    assert len({sample["uid"] for sample in samples}) == 4
+    assert [sample["final_url"] for sample in samples] == [site.url("/plain.jpg")] * 4
+
+
 def test_urlopen_is_given_back(small_site_worker, site: HostileSite) -> None:
     small_site_worker(["/plain.jpg"])
     with urllib.request.urlopen(site.url("/plain.jpg"), timeout=5) as response:

@@ -398,10 +398,18 @@ def test_hosts_that_accept_and_never_answer_cost_the_others_nothing(site: Hostil
         ("http://user:word@example.com/a", "http://example.com/a"),
         ("http://[2606:4700::1111]:81/a", "http://[2606:4700::1111]:81/a"),
         ("http://example.com?q=1", "http://example.com/?q=1"),
-        ("http://example.com/a;b=c,d/(e)!$&'*+@~[f]", "http://example.com/a;b=c,d/(e)!$&'*+@~%5Bf%5D"),
+        ("http://example.com/a;b=c,d/(e)!$&'*+@~[f]", "http://example.com/a;b=c,d/(e)!$&'*+@~[f]"),
+        # IDNA 2008, where the standard library's codec, of 2003, leads to the domain of another owner.
+        ("http://faß.de/", "http://xn--fa-hia.de/"),
+        ("http://a.example\\@b.example/x", "http://a.example/@b.example/x"),
+        ("http:/host.example/x", "http://host.example/x"),
+        ("http://example.com/./a/../b\tc", "http://example.com/bc"),
+        ("http://[0:0:0::1]/", "http://[::1]/"),
+        ("http://2130706433/", "http://127.0.0.1/"),
+        ("http://example.com/\ud800", "http://example.com/%EF%BF%BD"),
     ],
 )
-def test_encoding(url: str, wire: str) -> None:
+def test_urls_are_read_and_encoded_as_browsers_do(url: str, wire: str) -> None:
     assert str(WebUrl.parse(url)) == wire
 
 
@@ -415,7 +423,7 @@ def test_encoding_is_ascii_reversible_and_done_once(path: str, query: str) -> No
     wire = str(once)
     assert wire.isascii() and wire.isprintable() and " " not in wire
     assert WebUrl.parse(wire) == once
-    if not set(path) & set("%?#\t\r\n") and path.strip() == path:
+    if not set(path) & set("%?#\\.\t\r\n") and path.strip() == path:
         assert unquote(urlsplit(wire).path) == f"/{path}"
 
 
@@ -428,6 +436,17 @@ def test_no_text_breaks_the_parser(text: str) -> None:
             assert error.reason in ("bad_url", "bad_scheme")
         else:
             assert wire.isascii() and wire.startswith(("http://", "https://"))
+
+
+@pytest.mark.parametrize(
+    "host", ["a.example\\@public.example", "0x7f.1", "0:0::1", "::ffff:7f00:1", "１２７.0.0.1"]
+)
+def test_the_host_that_is_checked_is_the_host_that_is_connected_to(host: str, site: HostileSite) -> None:
+    url = f"http://[{host}]:{site.canary.port}/" if ":" in host else f"http://{host}:{site.canary.port}/"
+    fetch = web(site, max_attempts=1).fetch(url)
+    expected = ("failed", "dns") if "example" in host else ("refused", "forbidden_address")
+    assert end(fetch) == expected
+    assert "public" not in fetch.detail and site.canary.requests == 0
 
 
 # -- opt-outs ----------------------------------------------------------------------------------------------

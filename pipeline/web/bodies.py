@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.web.urls import FetchError
 
-_MAX_BYTES = 64_000_000
+_MAX_BYTES = 32_000_000
 
 
 class BodyMemory:

@@ -1,16 +1,18 @@
-"""An http(s) URL parsed and encoded for the wire, and the error that says why a URL was not fetched."""
+"""An http(s) URL as browsers read it, encoded for the wire, and the error that says why a URL was not fetched.
+
+The rules are those of the WHATWG's URL standard, which ada implements, with IDNA 2008 for host names (UTS 46).
+"""
 
 import re
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import quote, urljoin, urlsplit
+
+from ada_url import URL
 
 from schemas.statuses import REASONS
 
-# Not encoded: RFC 3986's reserved characters, and ``%``, because a URL that is encoded already stays as it is.
-_PATH_SAFE = "/%:@!$&'()*+,;=~-._"
-_QUERY_SAFE = _PATH_SAFE + "?[]"
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Of the characters that the standard allows in a host, those that host names and IPv6 addresses have.
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -45,29 +47,26 @@ class WebUrl:
     target: str
 
     @classmethod
-    def parse(cls, url: str) -> Self:
-        """Encode and split a URL as lists and Location headers hold them. Raises FetchError."""
+    def parse(cls, url: str, base: str | None = None) -> Self:
+        """Read a URL as lists and Location headers hold them, relative to ``base`` if given. Raises FetchError."""
         try:
-            parts = urlsplit(url.strip())
-            host, port = parts.hostname, parts.port
-        except (ValueError, AttributeError) as error:
-            raise FetchError("bad_url", str(error)) from error
-        if parts.scheme and parts.scheme not in _DEFAULT_PORTS:
-            raise FetchError("bad_scheme", parts.scheme)
-        if not parts.scheme or not host or port == 0:
-            raise FetchError("bad_url", "not an absolute http(s) URL with a host")
-        target = _encode(parts.path or "/", _PATH_SAFE)
-        if parts.query:
-            target += "?" + _encode(parts.query, _QUERY_SAFE)
-        port = _DEFAULT_PORTS[parts.scheme] if port is None else port
-        return cls(scheme=parts.scheme, host=encode_host(host), port=port, target=target)
+            parts = URL(_scalar_values(url), base)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise FetchError("bad_url", "not an absolute http(s) URL with a host") from error
+        scheme = parts.protocol.removesuffix(":")
+        if scheme not in _DEFAULT_PORTS:
+            raise FetchError("bad_scheme", scheme)
+        # The standard leaves out a port that is the scheme's own.
+        port = int(parts.port or _DEFAULT_PORTS[scheme])
+        if not port:
+            raise FetchError("bad_url", "port 0")
+        # Browsers send a bare percent sign as it is, which many servers answer with 400.
+        target = _BARE_PERCENT.sub("%25", parts.pathname + parts.search)
+        return cls(scheme=scheme, host=_checked_host(parts.hostname), port=port, target=target)
 
     def join(self, location: str) -> "WebUrl":
         """Return where a Location header of this URL leads. Raises FetchError."""
-        try:
-            return WebUrl.parse(urljoin(str(self), location.strip()))
-        except ValueError as error:
-            raise FetchError("bad_url", f"Location: {error}") from error
+        return WebUrl.parse(location, str(self))
 
     @property
     def netloc(self) -> str:
@@ -79,17 +78,18 @@ class WebUrl:
         return f"{self.scheme}://{self.netloc}{self.target}"
 
 
-def _encode(text: str, safe: str) -> str:
-    return quote(_BARE_PERCENT.sub("%25", text), safe=safe, errors="surrogatepass")
+def _scalar_values(text: str) -> str:
+    """Replace lone surrogates, which JSON may hold and UTF-8 may not, as browsers do."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode_host(host: str) -> str:
-    """Return a host name in lower-case ASCII, other letters in IDNA. Raises FetchError."""
-    try:
-        # Python's codec is IDNA 2003: it also takes the emoji domains that IDNA 2008 refuses.
-        ascii_host = host if host.isascii() else host.encode("idna").decode("ascii").lower()
-    except UnicodeError as error:
-        raise FetchError("bad_url", f"host {host!r}: {error}") from error
-    if not _HOST.fullmatch(ascii_host):
+    """Return a host as URLs have it: lower-case ASCII, other letters in IDNA, an address short. Raises FetchError."""
+    return WebUrl.parse(f"http://[{host}]/" if ":" in host else f"http://{host}/").host
+
+
+def _checked_host(host: str) -> str:
+    host = host.removeprefix("[").removesuffix("]")
+    if not _HOST.fullmatch(host):
         raise FetchError("bad_url", f"host {host!r}")
-    return ascii_host
+    return host
