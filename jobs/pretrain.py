@@ -83,5 +83,5 @@ def _note_end(config: PretrainConfig, run: RunRecord, outcome: RankOutcome | Non
     ended: RunOutcome = "interrupted" if outcome and outcome.kind == "interrupted" else "error"
     if outcome and outcome.summary:
         ended = outcome.summary.outcome
-    for records in LineageWriter(config.data).write_end(run.run_id, ended):
+    for records in LineageWriter(config.data, config.run.output).write_end(run.run_id, ended):
         Manifest(records.storage).compact()

@@ -218,9 +218,13 @@ _TABLES: dict[str, str] = {
     "checkpoints": f"""
         SELECT {_quoted(CHECKPOINTS.names)} FROM base.checkpoints_events
         QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
+    # A record of the corpus knows more than the file beside the checkpoints: of copies, which shards they are of.
     "snapshots": f"""
-        SELECT {_quoted(SNAPSHOTS.names)} FROM base.snapshots_events
-        QUALIFY row_number() OVER (PARTITION BY digest, folder, corpus, source, shard) = 1""",
+        SELECT {_quoted(SNAPSHOTS.names)} FROM (
+            SELECT *, starts_with(record, 'records/') AS is_record FROM base.snapshots_events)
+        QUALIFY is_record = bool_or(is_record) OVER (PARTITION BY digest, folder)
+            AND row_number() OVER (
+                PARTITION BY digest, folder, is_record, corpus, source, shard, sha256['tar']) = 1""",
     # What takes a mark back has a row for each value of that mark, with nothing but ``undone_at``.
     "marks": f"""
         SELECT {", ".join(f"max({name}) AS {name}" if name not in ("mark", "value") else name for name in MARKS.names)}
@@ -350,14 +354,18 @@ VIEWS: dict[str, tuple[str, str]] = {
         "one row for each checkpoint and image that it was trained on, of shards that are now as they were then; "
         "`capfilt trace CORPUS UID` also knows those that were selected anew",
         """
-            SELECT checkpoints.path AS checkpoint, checkpoints.stage, curated.source, curated.shard, curated.uid
+            SELECT checkpoints.path AS checkpoint, checkpoints.stage, images.source, images.shard, images.uid
             FROM checkpoints
             JOIN snapshots ON snapshot = digest AND starts_with(checkpoints.path, folder || '/step-')
             JOIN shards ON snapshots.source = shards.source AND snapshots.shard = shards.shard
                 AND snapshots.sha256['tar'] = shards.sha256['tar']
-            JOIN curated ON curated.source = snapshots.source AND curated.shard = snapshots.shard
-            WHERE shards.stage = 'select' AND shards.state = 'committed'
-                AND NOT list_contains(held_out, curated.uid)""",
+            JOIN (
+                SELECT 'select' AS stage, source, shard, uid FROM curated
+                UNION ALL
+                SELECT 'crawl', source, shard, uid FROM samples WHERE status = 'ok'
+            ) AS images ON images.stage = shards.stage AND images.source = shards.source
+                AND images.shard = shards.shard
+            WHERE shards.state = 'committed' AND NOT list_contains(held_out, images.uid)""",
     ),
 }
 

@@ -275,7 +275,7 @@ TABLE_DOCS: dict[str, str] = {
     "shards": "One row for each shard and stage: the commits. Statistics are sums over these rows.",
     "runs": "One row for each run.",
     "models": "One row for each set of weights that a run used.",
-    "checkpoints": "One row for each checkpoint trained on this corpus.",
+    "checkpoints": "One row for each checkpoint trained on this corpus, or on copies of its images.",
     "snapshots": "One row for each training and shard: what its checkpoints were trained on.",
     "marks": "One row for each verdict on samples: what `capfilt mark` said, and whether it still holds.",
 }

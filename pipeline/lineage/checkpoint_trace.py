@@ -69,8 +69,8 @@ def trace_checkpoint(path: str) -> Row:
     progress = _read(storage, f"{saved.path}/training.json", _Progress)
     if not is_one_part(saved.snapshot):
         raise CapfiltError(f"{path}: its snapshot {saved.snapshot[:80]!r} is not a digest")
-    snapshot = _read(storage, f"snapshot-{saved.snapshot[:16]}.json", _Snapshot)
-    slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in snapshot["sources"]]
+    sources = _sources(storage, f"snapshot-{saved.snapshot[:16]}.json", saved.run_id)
+    slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in sources]
     stages: list[Row] = []
     runs: dict[str, Row] = {}
     models: dict[str, Row] = {}
@@ -111,6 +111,17 @@ def _read(storage: Storage, path: str, shape: type[BaseModel]) -> Row:
         ) from None
     except ValidationError as error:
         raise CapfiltError(f"{storage.url(path)} cannot be read: {first_error(error)}; restore it") from error
+
+
+def _sources(storage: Storage, snapshot: str, run_id: str) -> list[Row]:
+    """Return the sources of a run's snapshot; of a folder in a corpus, as the corpus's own record names them."""
+    sources: list[Row] = _read(storage, snapshot, _Snapshot)["sources"]
+    for folder in dict.fromkeys((storage.root, *(source["shards"][0]["corpus"] for source in sources))):
+        corpus = Storage(folder).enclosing_corpus()
+        record = f"records/snapshots/{run_id}/{snapshot}"
+        if corpus is not None and corpus.exists(record):
+            return _read(corpus, record, _Snapshot)["sources"]
+    return sources
 
 
 def _source(source: Mapping[str, Any], urls: Mapping[tuple[str, str], int]) -> Row:

@@ -20,10 +20,10 @@ _CHECKPOINTS = """
         snapshots.sha256['tar'] AS tar
     FROM checkpoints JOIN snapshots ON snapshot = digest AND starts_with(checkpoints.path, folder || '/step-')
     WHERE snapshots.source = $1 AND snapshots.shard = $2 ORDER BY created_at, checkpoints.path"""
-# Every selection of the shard, replaced or not.
-_SELECTIONS = """
-    SELECT sha256['tar'] AS tar, state, inputs, config FROM shards LEFT JOIN runs USING (run_id)
-    WHERE shards.stage = 'select' AND shards.state <> 'quarantined' AND source = $1 AND shard = $2
+# Every tar that the shard had: of its selections, and of its crawls, of which others may have made copies.
+_TARS = """
+    SELECT shards.stage, sha256['tar'] AS tar, state, inputs, config FROM shards LEFT JOIN runs USING (run_id)
+    WHERE shards.stage IN ('crawl', 'select') AND shards.state <> 'quarantined' AND source = $1 AND shard = $2
     ORDER BY shards.finished_at"""
 
 
@@ -39,18 +39,19 @@ def trained_on(query: Query, source: str, shard: str, uids: Collection[str]) -> 
     """Return the checkpoints whose snapshot has the shard, oldest first, with those of the images that it had.
 
     Where the shard was selected anew since, what was kept before is computed from the scores and the config of that
-    run. It is ``not known`` where the scores are new too, or marks were obeyed, or the config cannot be read.
+    run. It is ``not known`` where the scores are new too, or marks were obeyed, or the config cannot be read; of
+    copies, where the shard was crawled anew since.
     """
     checkpoints = query.rows(_CHECKPOINTS, (source, shard))
     if not checkpoints:
         return []
-    selections = query.rows(_SELECTIONS, (source, shard))
+    tars = query.rows(_TARS, (source, shard))
     kept_by_tar: dict[str, set[str] | None] = {}
     by_checkpoint = []
     for row in checkpoints:
         tar, held_out = row.pop("tar"), set(row.pop("held_out"))
         if tar not in kept_by_tar:
-            kept_by_tar[tar] = _kept(query, source, shard, uids, tar, selections)
+            kept_by_tar[tar] = _kept(query, source, shard, uids, tar, tars)
         kept = kept_by_tar[tar]
         uses: dict[str, Use] = {
             uid: "held out" if uid in held_out else "trained on" if kept is not None else "not known"
@@ -58,20 +59,22 @@ def trained_on(query: Query, source: str, shard: str, uids: Collection[str]) -> 
             if kept is None or uid in kept
         }
         # A tar that the corpus never committed is that of another corpus under the same name.
-        if uses and any(selection["tar"] == tar for selection in selections):
+        if uses and any(known["tar"] == tar for known in tars):
             by_checkpoint.append(Trained(checkpoint=row, uses=uses))
     return by_checkpoint
 
 
 def _kept(
-    query: Query, source: str, shard: str, uids: Collection[str], tar: str, selections: list[Row]
+    query: Query, source: str, shard: str, uids: Collection[str], tar: str, tars: list[Row]
 ) -> set[str] | None:
-    """Return which of the images a curated tar of the shard has; None where that is not known any more."""
-    current = next((row for row in selections if row["state"] == "committed"), None)
+    """Return which of the images a tar of the shard has; None where that is not known any more."""
     at = f"source = {quote(source)} AND shard = {quote(shard)} AND uid = ANY($1)"
-    if current is not None and current["tar"] == tar:
-        rows = query.rows(f"SELECT uid FROM curated WHERE {at}", (list(uids),))
-        return {row["uid"] for row in rows}
+    for row in tars:
+        if row["state"] == "committed" and row["tar"] == tar:
+            images = "curated" if row["stage"] == "select" else "(SELECT * FROM samples WHERE status = 'ok')"
+            return {row["uid"] for row in query.rows(f"SELECT uid FROM {images} WHERE {at}", (list(uids),))}
+    selections = [row for row in tars if row["stage"] == "select"]
+    current = next((row for row in selections if row["state"] == "committed"), None)
     selection = next((row for row in reversed(selections) if row["tar"] == tar), None)
     config = _select_config(selection)
     if selection is None or current is None or config is None or MARKS_INPUT in selection["inputs"]:

@@ -233,9 +233,9 @@ def _to_table(table: str, rows: list[Row]) -> pa.Table:
 
 def _distinct(rows: pa.Table) -> pa.Table:
     """Drop rows that two processes copied from the same record (one record may hold many shards, or values)."""
-    identity = ("record", "version", "source", "shard", "mark", "value")
+    identity = ("record", "version", "corpus", "source", "shard", "sha256", "mark", "value")
     names = [name for name in identity if name in rows.column_names]
-    keys = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
+    keys = list(zip(*(map(str, rows[name].to_pylist()) for name in names), strict=True))
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
     return rows.take(sorted(first.values()))
 

@@ -15,7 +15,7 @@ MAX_SHARDS = 200
 def checkpoints_with_marked(manifest: Manifest, marks: ShardMarks) -> dict[str, int]:
     """Return the checkpoints that were trained, or may have been, on marked images, with the number of these.
 
-    Reads the curated rows of at most MAX_SHARDS marked shards, none where no training was recorded.
+    Reads the rows of at most MAX_SHARDS marked shards, none where no training was recorded.
     """
     images = Counter[str]()
     if not marks:
@@ -35,6 +35,7 @@ def checkpoints_with_marked(manifest: Manifest, marks: ShardMarks) -> dict[str, 
 def _marked_uids(query: Query, source: str, shard: str, rules: tuple[MarkRule, ...]) -> list[str]:
     book = RuleBook(rules)
     rows = query.rows(
-        f"SELECT uid, url, sha256 FROM base.curated WHERE source = {quote(source)} AND shard = {quote(shard)}"
+        "SELECT uid, url, sha256 FROM samples WHERE status = 'ok' "
+        f"AND source = {quote(source)} AND shard = {quote(shard)}"
     )
     return [row["uid"] for row in rows if book.on(row) != NO_MARKS]

@@ -65,6 +65,18 @@ class Storage:
         """Tell whether the root is there at all."""
         return self._files.exists(self._base) or self._files.is_folder(self._base)
 
+    def enclosing_corpus(self) -> "Storage | None":
+        """Return the corpus that the root is, or lies in at any depth; None where there is none."""
+        if self.is_corpus():
+            return self
+        folder = self.root.rpartition("/")[0]
+        while folder and not folder.endswith("/"):  # up to the disk's root, or a bucket
+            # Other folders may be called records, too.
+            if (storage := Storage(folder)).exists("records/intake"):
+                return storage
+            folder = folder.rpartition("/")[0]
+        return None
+
     def require_conditional_puts(self) -> None:
         """Raise CapfiltError unless this storage takes commits."""
         if not self.takes_commits:

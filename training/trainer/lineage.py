@@ -8,16 +8,21 @@ from pipeline.storage.storage import Storage
 from schemas.json_record import utc_now
 from schemas.pretrain import DataConfig
 from schemas.records import CheckpointRecord, ModelRecord, RunOutcome, RunRecord, SnapshotRecord
+from training.data.originals import with_originals
 
 
 class LineageWriter:
-    """The records of the corpora that a run reads; other folders and read-only storage (HTTP) have none."""
+    """The records of the corpora that a run reads, itself or as copies of their images; read-only ones have none.
 
-    def __init__(self, data: DataConfig) -> None:
-        storages = [Storage(path) for path in dict.fromkeys(corpus.path for corpus in data.corpus)]
-        self.corpora = [
-            Records(storage) for storage in storages if storage.takes_commits and storage.is_corpus()
-        ]
+    Args:
+        output: ``run.output``. Copies are looked for in the corpora that a folder of the data, or this, lies in.
+    """
+
+    def __init__(self, data: DataConfig, output: str = "") -> None:
+        paths = dict.fromkeys(filter(None, (*(corpus.path for corpus in data.corpus), output)))
+        storages = [storage for path in paths if (storage := Storage(path)).takes_commits]
+        corpora = [corpus for storage in storages if (corpus := storage.enclosing_corpus()) is not None]
+        self.corpora = list({corpus.root: Records(corpus) for corpus in corpora}.values())
 
     def write_start(self, run: RunRecord, models: Iterable[ModelRecord], log: Callable[[str], None]) -> None:
         """Write the start of a run and its models. A corpus that cannot be written to is logged and left out."""
@@ -31,10 +36,12 @@ class LineageWriter:
                 log(f"{records.storage.root} takes no records ({error}): the run will not be in its manifest")
 
     def write_snapshot(self, run_id: str, snapshot: SnapshotRecord) -> None:
-        """Write what the run reads into the corpora in which ``snapshot.folder`` is not: there it is a file already."""
+        """Write what the run reads into the corpora: not where a file in ``snapshot.folder`` says the same already."""
         for records in self.corpora:
-            if not snapshot.folder.startswith(f"{records.storage.root}/"):
-                records.write_snapshot(run_id, snapshot)
+            named = with_originals(records, snapshot)
+            folder = snapshot.folder.removeprefix(f"{records.storage.root}/")
+            if named is not snapshot or folder == snapshot.folder:
+                records.write_snapshot(run_id, replace(named, folder=folder))
 
     def write_checkpoint(self, record: CheckpointRecord, url: str) -> None:
         """Write a committed checkpoint at ``url``; the record stays when ``keep_last`` removes the files."""

@@ -223,7 +223,7 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
         loop.sinks.append(Wandb(project, config.run.name, digest_json(storage.root)[:16], resolved, local))
     for sink in loop.sinks[1:]:
         stack.callback(sink.close)
-    lineage = LineageWriter(config.data)
+    lineage = LineageWriter(config.data, config.run.output)
     lineage.write_start(
         replace(run, config=resolved, config_digest=digest_json(resolved)), loop.models, loop.log
     )
