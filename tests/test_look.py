@@ -16,6 +16,7 @@ from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.manifest.manifest import Manifest
+from pipeline.marks.marking import Verdict, mark
 from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES_FILE
@@ -335,7 +336,7 @@ def test_of_a_large_corpus_a_sample_is_shown_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.look.snapshot.SAMPLED_SHARDS", 2)
-    corpus = make_corpus(str(tmp_path / "corpus"), sources=("cc", "laion"), shards=4, images=12, places=True)
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=8, images=12, places=True)
     with looking(corpus.root, max_images=10) as site:
         first, page = site.page(), site.page("grid?sort=score")
         assert "A sample: 2 of 8 shards" in first.text and "A sample: 2 of 8 shards" in page.text
@@ -344,6 +345,8 @@ def test_of_a_large_corpus_a_sample_is_shown_and_said(
         [everything] = [link for link in page.links() if "all=yes" in link]
         assert f"{8 * 12} samples" in site.page("grid?" + everything.partition("?")[2]).text
         assert "One shard of 8" in site.page("grid?source=cc&shard=00003").text
+        selection = site.page("selection?top_k=1")
+        assert "A sample: 2 of 8 shards" in selection.text and "cc1818" in selection.text.replace("\n", "")
 
 
 def test_the_file_is_written_by_the_command(
@@ -458,6 +461,41 @@ def test_a_mark_is_made_and_taken_back(tmp_path: Path) -> None:
         assert site.post("mark", other)[1]["Location"] == f"sample/{uid}"
         assert answers(corpus, holding)[0]["caption"] == row["captions"][0]
         assert "<b>wrong</b>" in site.page(f"sample/{uid}").text
+
+
+@pytest.mark.parametrize("named_by", ["host", "url", "sha256"])
+def test_a_mark_by_another_name_is_taken_back_once_it_is_said_what_that_frees(
+    tmp_path: Path, named_by: str
+) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=2, images=12, places=True)
+    [row] = answers(
+        corpus,
+        "SELECT uid, source, shard, url, host, sha256 FROM cards WHERE status = 'kept' ORDER BY uid LIMIT 1",
+    )
+    for what, text in (("drop", "not ours"), ("not-this-caption", "a lie")):
+        caption = "some words" if what == "not-this-caption" else None
+        values = (row[named_by],)
+        mark(
+            corpus.records, Verdict(what=what, named_by=named_by, values=values, reason=text, caption=caption)
+        )
+    with looking(corpus.root) as site:
+        marked = site.page("grid?marked=yes")
+        offers = [link for link in marked.links() if f"unmark?uid={row['uid']}" in link]
+        assert len(offers) == 2 == site.page(f"sample/{row['uid']}").text.count("Take back…")
+        [drop] = [link for link in offers if "what=drop" in link]
+        said = site.page(drop)
+        assert "not ours" in said.text and "a lie" not in said.text and row[named_by] in said.text
+        assert_numbers_are_sqls(corpus, said.parts[0])
+        assert said.parts[0].numbers == marked.parts[0].numbers == [{"host": 8.0}.get(named_by, 1.0)]
+        form = {
+            values["name"]: values["value"]
+            for tag, values in said.tags
+            if tag == "input" and "value" in values
+        }
+        assert site.post("mark", form)[1]["Location"] == f"grid?marked=yes#u{row['uid']}"
+        holding = answers(corpus, "SELECT what, value FROM marks WHERE undone_at IS NULL")
+        assert holding == [{"what": "not-this-caption", "value": row[named_by]}]
+        assert site.post("mark", form)[0] == 400 and site.get(drop)[0] == 400
 
 
 def test_a_mark_from_elsewhere_is_refused(tmp_path: Path) -> None:

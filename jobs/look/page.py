@@ -24,6 +24,7 @@ from jobs.look.overview import Overview
 from jobs.look.questions import Scope
 from jobs.look.selection import Preview
 from jobs.look.snapshot import Row, Snapshot
+from jobs.look.unmark import Unmarking
 from jobs.look.view import FILTERS, SORTS
 from jobs.output.values import cell
 from schemas.names import printable
@@ -125,6 +126,12 @@ class Pages:
         line = f"{program_name()} trace {shlex.quote(self._corpus)} {uid}"
         return self._render("sample.html", snapshot, uid=uid, traces=traces, trace_line=line)
 
+    def unmark(self, snapshot: Snapshot, view: Unmarking, back: str | None) -> str:
+        """Return the page that says what taking back a mark frees; ``back``: the grid to go back to, if any."""
+        return self._render(
+            "unmark.html", snapshot, view=view, back=back, scope_note=_note(snapshot, snapshot.sample)
+        )
+
     def selection(self, snapshot: Snapshot, view: Preview) -> str:
         """Return the page of another selection."""
         bins = [
@@ -134,7 +141,8 @@ class Pages:
             for row in rows[1]
         ]
         scores = (bins[0]["low"], bins[-1]["high"]) if bins else (-1.0, 1.0)
-        return self._render("selection.html", snapshot, view=view, scores=scores)
+        note = _note(snapshot, snapshot.sample)
+        return self._render("selection.html", snapshot, view=view, scores=scores, scope_note=note)
 
     def runs(self, snapshot: Snapshot, answers: Mapping[str, Any]) -> str:
         """Return the page of runs and trainings."""

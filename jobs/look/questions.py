@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jobs.look.view import HAS_IMAGE, PAGE_CARDS, View
 from schemas.catalog import quote
+from schemas.statuses import By
 
 # Numbers in the order in which the sentence says them.
 FUNNEL = (
@@ -104,6 +105,17 @@ def marks_of(uids: Iterable[str]) -> str:
     )
 
 
+def count_named(named_by: By, value: str, scope: Scope) -> str:
+    """Return the question for how many samples have what a mark names."""
+    return f"SELECT count(*) AS samples FROM cards{_where(View(), scope, f'{named_by} = {quote(value)}')}"
+
+
+def rows_named(named_by: By, value: str, scope: Scope, limit: int) -> str:
+    """Return the question for the first of these samples."""
+    where = _where(View(), scope, f"{named_by} = {quote(value)}")
+    return f"SELECT * FROM cards{where} ORDER BY uid LIMIT {limit}"
+
+
 def bars_of(name: str, stage: str, step: float) -> str:
     """Return the question for a histogram of the records in bins of ``step``."""
     return (
@@ -121,6 +133,6 @@ def hosts_of(scope: Scope, limit: int = 12) -> str:
     )
 
 
-def _where(view: View, scope: Scope) -> str:
-    conditions: Sequence[str] = [*scope.condition, *view.conditions()]
+def _where(view: View, scope: Scope, *more: str) -> str:
+    conditions: Sequence[str] = [*scope.condition, *view.conditions(), *more]
     return f" WHERE {' AND '.join(conditions)}" if conditions else ""

@@ -37,12 +37,10 @@ class Preview:
 def preview(snapshot: Snapshot, query: Iterable[tuple[str, str]]) -> Preview:
     """Return the preview of the selection that an address names; what it does not name stays as it is.
 
-    Raises CapfiltError for a wrong value, before anything is scored, and for a corpus too large for a page.
+    Of a large corpus it is one of the shards that the other pages look at, too.
+
+    Raises CapfiltError for a wrong value, before anything is scored.
     """
-    if snapshot.is_sampled:
-        raise CapfiltError(
-            "a corpus of this size is too large for this page; `capfilt plan -c CONFIG --preview` reads 20 shards of it"
-        )
     config = _config(snapshot)
     chosen = {name: value for name, value in query if value and name in SelectConfig.model_fields}
     try:
@@ -50,7 +48,7 @@ def preview(snapshot: Snapshot, query: Iterable[tuple[str, str]]) -> Preview:
     except ValidationError as error:
         raise CapfiltError(f"[select]: {first_error(error)}") from error
     records = Records(snapshot.manifest.storage)
-    state = CorpusState(records)
+    state = CorpusState(records, snapshot.sample.shards)
     changed = config.model_copy(update={"select": select})
     line = 0.0 if select.min_score is None else select.min_score
     above, below = (

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, cast, get_args
 from urllib.parse import parse_qsl
@@ -20,6 +21,7 @@ from jobs.look.overview import overview
 from jobs.look.page import Pages, image_path, style
 from jobs.look.selection import preview
 from jobs.look.snapshot import Row, Snapshots
+from jobs.look.unmark import held_marks, unmarking
 from jobs.look.view import View
 from pipeline.corpus.records import Records
 from pipeline.lineage.sample_trace import trace
@@ -77,6 +79,7 @@ class Server:
         app.router.add_get(f"{base}/runs", self._runs)
         app.router.add_get(f"{base}/selection", self._selection)
         app.router.add_get(f"{base}/sample/{{uid}}", self._sample)
+        app.router.add_get(f"{base}/unmark", self._unmark)
         app.router.add_post(f"{base}/mark", self._mark)
         app.router.add_get(f"{base}/image/{{source}}/{{shard}}/{{key}}", self._image)
         for name, kind, text in _assets():
@@ -151,6 +154,16 @@ class Server:
 
         return _html(await asyncio.to_thread(answer))
 
+    async def _unmark(self, request: web.Request) -> web.Response:
+        form = dict(request.query)
+        back = View.parse(parse_qsl(form["back"])).query() if "back" in form else None
+
+        def answer() -> str:
+            snapshot = self.snapshots.current()
+            return self._pages.unmark(snapshot, unmarking(snapshot, form), back)
+
+        return _html(await asyncio.to_thread(answer))
+
     async def _mark(self, request: web.Request) -> web.Response:
         """Make a mark, or take one back, and lead back to where it was made."""
         if request.headers.get("Origin") != f"http://{request.host}":
@@ -170,12 +183,13 @@ class Server:
         verdict = Verdict(
             what=cast(What, what), named_by="uid", values=(uid,), reason=form.get("reason") or _REASON
         )
-        records = Records(self._manifest.storage)
+        records, snapshot = Records(self._manifest.storage), self.snapshots.current()
         if "undo" in form:
-            take_back(records, verdict)
+            held, *_ = held_marks(snapshot, form)
+            take_back(records, replace(verdict, named_by=held["named_by"], values=(held["value"],)))
         else:
             mark(records, verdict, within=[(form.get("source", ""), form.get("shard", ""))])
-        self.snapshots.current().reread_marks()
+        snapshot.reread_marks()
 
     async def _image(self, request: web.Request) -> web.Response:
         names = (request.match_info[name] for name in ("source", "shard", "key"))

@@ -14,7 +14,7 @@ A corpus may be somebody else's. What is read here has the declared types, is ab
 name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -241,20 +241,25 @@ class CorpusState:
     """What is committed in a corpus: its url shards, the records of its stages, its quarantine.
 
     Read once when it is made. ``refresh`` lists the records again, and reads only those that are new or changed.
+
+    Args:
+        within: the shards (source, shard) of which records are read; None reads all.
     """
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, within: Collection[tuple[str, str]] | None = None) -> None:
         self._records = records
+        self._within = within
         # By path of a record's file.
         self._versions: dict[str, str] = {}
-        self.urls: dict[tuple[str, str], ShardRecord] = records.url_shards()
+        self.urls: dict[tuple[str, str], ShardRecord] = {}
         self.committed: dict[ShardId, ShardRecord] = {}
         self.quarantined: dict[ShardId, QuarantineRecord] = {}
+        self.refresh_urls()
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the records of the stages and the quarantine up to date."""
-        files = self._records.list_shards()
+        files = [info for info in self._records.list_shards() if self._is_within(*_place(info.path))]
         versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
         read = self._records.read_shards(changed)
@@ -268,11 +273,21 @@ class CorpusState:
 
     def refresh_urls(self) -> None:
         """Bring the url shards up to date, after an intake."""
-        self.urls = self._records.url_shards()
+        urls = self._records.url_shards()
+        self.urls = {place: record for place, record in urls.items() if self._is_within(*place)}
+
+    def _is_within(self, source: str, shard: str) -> bool:
+        return self._within is None or (source, shard) in self._within
 
     def committed_by(self, run_id: str) -> list[ShardRecord]:
         """Return the records that a run has committed."""
         return [record for record in self.committed.values() if record.run_id == run_id]
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Return the source and shard that the file of a shard's record is named by."""
+    *_, source, name = path.split("/")
+    return source, name.removesuffix(".json")
 
 
 def read_bounded(storage: Storage, info: FileInfo) -> bytes:
