@@ -1,6 +1,7 @@
 """Records and attempts: the record is the commit, the first one wins, the loser leaves nothing."""
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerp
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
 from pipeline.digests import sha256_file
+from pipeline.manifest.histograms import sum_histograms
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.json_record import utc_now
@@ -253,3 +255,12 @@ def test_run_is_its_end_once_it_has_one(root: str) -> None:
     assert [run.outcome for run in records.runs()] == [None]
     records.write_run(replace(start, outcome="done", finished_at=utc_now()))
     assert [run.outcome for run in records.runs()] == ["done"]
+
+
+def test_histograms_are_summed_whatever_their_spaces() -> None:
+    one = {"score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 0]}, "words": {"edges": [0, 9], "counts": [3]}}
+    texts = [json.dumps(one), json.dumps(one, separators=(",", ":")), json.dumps(one, sort_keys=True), "{}"]
+    assert sum_histograms(("rank", text) for text in texts) == [
+        {"stage": "rank", "name": "score", "low": 0.0, "high": 0.5, "count": 3},
+        {"stage": "rank", "name": "words", "low": 0, "high": 9, "count": 9},
+    ]

@@ -12,6 +12,8 @@ from jobs.look.view import SORTS, View
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.scratch import temporary_folder
 
+# No page of a large corpus may open the files of more.
+_MOST_SHARDS = 24
 _FILTERS: tuple[dict[str, str], ...] = (
     {"status": "failed"},
     {"host": "host7.example"},
@@ -64,6 +66,6 @@ def _timed_grid(snapshot: Snapshot, pages: Pages, view: View) -> dict[str, Any]:
 
 
 def _row(page: str, seconds: float, snapshot: Snapshot, view: View) -> dict[str, Any]:
-    shards = snapshot.scope_of(view).shards
-    read = len(snapshot.shards) if shards is None else len(shards)
+    read = snapshot.shards_read(view)
+    assert read <= _MOST_SHARDS or not snapshot.is_sampled, f"{page} reads {read} shards"
     return {"page": page, "seconds": round(seconds, 3), "shards_read": read}

@@ -36,10 +36,6 @@ SHARDS = (
     "SELECT source, shard, images, finished_at FROM shards WHERE stage = 'crawl' AND state = 'committed' "
     "ORDER BY finished_at DESC, source, shard"
 )
-HISTOGRAMS = (
-    'SELECT stage, name, low, high, sum("count")::BIGINT AS "count" FROM bins '
-    'WHERE "count" > 0 GROUP BY ALL ORDER BY ALL'
-)
 LAST_RUN = "SELECT run_id, command, outcome FROM runs ORDER BY started_at DESC, run_id DESC LIMIT 1"
 LAST_CONFIG = (
     "SELECT run_id, config FROM runs WHERE command IN ('run', 'select') "

@@ -21,9 +21,11 @@ Row = dict[str, Any]
 
 # Of a corpus with more images, samples are looked at: those of so many shards, the same ones each time.
 MAX_IMAGES, SAMPLED_SHARDS = 200_000, 20
-# What DuckDB may take; beyond it, it uses the disk.
-_MEMORY = "256MB"
-_SCOPES = 3
+# What DuckDB may take of each connection; beyond it, it uses the disk.
+_MEMORY = "192MB"
+_SCOPES = 2
+# Of the cards, answers of at most so many rows are remembered, the last of them.
+_SHORT_ROWS, _SHORT_ANSWERS = 12, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,20 @@ class _Connection:
         self._query = query
         self._lock = threading.Lock()
 
-    def answer(self, sql: str) -> Answer:
+    def answer(self, sql: str, known: str = "") -> Answer:
+        """Answer a question; ``known``: a condition in it that every row here fulfils, which need not be checked."""
         with self._lock:
             start = time.perf_counter()
-            rows = self._query.rows(sql)
+            rows = self._query.rows(sql.replace(known, "true") if known else sql)
             return Answer(sql, rows, time.perf_counter() - start)
+
+    @property
+    def num_shards(self) -> int:
+        return self._query.num_shards
+
+    def take_histograms(self) -> list[Row]:
+        with self._lock:
+            return self._query.take_histograms()
 
     def reread_marks(self) -> None:
         with self._lock:
@@ -68,9 +79,14 @@ class Snapshot:
         self.manifest = manifest
         self.taken_at = datetime.now(UTC)
         self.images = StoredImages(Records(manifest.storage))
-        self._records = _Connection(manifest.open(shards=(), memory=_MEMORY))
+        # Read once, for all connections.
+        query = manifest.open(shards=(), memory=_MEMORY)
+        self._tables, self._records = query.records, _Connection(query)
+        self._histograms: dict[tuple[str, str], list[Row]] | None = None
         self._answers: dict[str, Answer] = {}
-        self._lock = threading.Lock()
+        # Those that the first screen asks each time.
+        self._short_answers: dict[str, Answer] = {}
+        self._lock = threading.RLock()
         self._cards: OrderedDict[Scope, _Connection] = OrderedDict()
         # Of each scope: how long its cards took to compute.
         self._seconds: dict[Scope, float] = {}
@@ -78,13 +94,15 @@ class Snapshot:
         self.num_images: int = sum(row["images"] for row in self.shards)
         self.is_sampled = self.num_images > max_images
 
-    @cached_property
+    @property
     def histograms(self) -> dict[tuple[str, str], list[Row]]:
         """The histograms of all records, by stage and name: the bins that count anything, in order."""
-        bins: dict[tuple[str, str], list[Row]] = {}
-        for row in self.ask(questions.HISTOGRAMS).rows:
-            bins.setdefault((row["stage"], row["name"]), []).append(row)
-        return bins
+        with self._lock:
+            if self._histograms is None:
+                self._histograms = {}
+                for row in self._records.take_histograms():
+                    self._histograms.setdefault((row["stage"], row["name"]), []).append(row)
+            return self._histograms
 
     @cached_property
     def sample(self) -> Scope:
@@ -124,15 +142,29 @@ class Snapshot:
     def ask_cards(self, sql: str, scope: Scope) -> Answer:
         """Answer a question to the cards or candidates of some shards; the statement names the same shards."""
         with self._lock:
+            if sql in self._short_answers:
+                return self._short_answers[sql]
             connection = self._open(scope)
-        return connection.answer(sql)
+        answer = connection.answer(sql, *scope.condition)
+        if len(answer.rows) <= _SHORT_ROWS:
+            with self._lock:
+                self._short_answers = dict([*self._short_answers.items(), (sql, answer)][-_SHORT_ANSWERS:])
+        return answer
+
+    def shards_read(self, view: View) -> int:
+        """Return of how many shards a view may open files."""
+        with self._lock:
+            return self._open(self.scope_of(view)).num_shards
 
     def _open(self, scope: Scope) -> "_Connection":
         """Return the connection of a scope, with its cards computed; the last few stay open."""
         if scope not in self._cards:
             # All shards of a large corpus are read anew for each question: their cards would not fit.
             start = time.perf_counter()
-            query = self.manifest.open(in_place=True, shards=scope.shards, memory=_MEMORY)
+            _ = self.histograms  # their memory is needed
+            query = self.manifest.open(
+                in_place=True, shards=scope.shards, memory=_MEMORY, records=self._tables
+            )
             if scope.shards is not None or not self.is_sampled:
                 query.keep("cards")
             self._cards[scope], self._seconds[scope] = _Connection(query), time.perf_counter() - start
@@ -162,6 +194,7 @@ class Snapshot:
     def reread_marks(self) -> None:
         """Take the marks as they are now."""
         with self._lock:
+            self._short_answers = {}
             for connection in self._cards.values():
                 connection.reread_marks()
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
 from pipeline.manifest.compaction import CompactedRecords
+from pipeline.manifest.histograms import sum_histograms
 from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer, table_answer
 from pipeline.regular_files import NotRegularFileError, require_regular
 from pipeline.storage.filesystem import filesystem_of
@@ -95,6 +96,7 @@ class Manifest:
         in_place: bool = False,
         shards: Collection[tuple[str, str]] | None = None,
         memory: str = "50%",
+        records: Mapping[str, pa.Table] | None = None,
     ) -> "Query":
         """Return a connection for this package's own questions, as of now; use it as a context manager.
 
@@ -102,8 +104,11 @@ class Manifest:
             in_place: see ``Query``; for questions that search samples, not for those to the records alone.
             shards: see ``Query``.
             memory: what DuckDB may take, such as 4GB or 50%.
+            records: see ``Query``.
         """
-        return Query(self.storage, self.compacted, in_place=in_place, shards=shards, memory=memory)
+        return Query(
+            self.storage, self.compacted, in_place=in_place, shards=shards, memory=memory, records=records
+        )
 
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
@@ -152,6 +157,7 @@ class Query:
         in_place: DuckDB may open the files itself where they are local, and so has access to files. Faster at
             finding one row, of which Arrow reads every column of every file.
         shards: (source, shard) of those whose samples are read; the tables of records stay whole. None reads all.
+        records: the rows of the records, as ``CompactedRecords.tables`` returned them; None reads those of now.
     """
 
     def __init__(
@@ -162,6 +168,7 @@ class Query:
         memory: str = "50%",
         in_place: bool = False,
         shards: Collection[tuple[str, str]] | None = None,
+        records: Mapping[str, pa.Table] | None = None,
     ) -> None:
         self._storage = storage
         self._compacted = compacted
@@ -180,7 +187,9 @@ class Query:
         self._connection.execute("SET TimeZone = 'UTC'")
         self._files: dict[str, dict[tuple[str, str], str]] = {}
         relations = registered_relations()
-        for table, rows in compacted.tables().items():
+        # The rows of the records, by table.
+        self.records = dict(records or compacted.tables())
+        for table, rows in self.records.items():
             self._connection.register(f"{table}_data", rows)
         self._run(record_views(relations))
         self._files = self._committed_files(shards)
@@ -197,7 +206,13 @@ class Query:
     ) -> dict[str, dict[tuple[str, str], str]]:
         """Return the committed files of each kind by source and shard; of some shards, and what was retried of all."""
         files: dict[str, dict[tuple[str, str], str]] = {kind: {} for kind in _SCHEMAS}
-        for row in self.rows("SELECT kind, source, shard, path FROM base.committed_files"):
+        wanted = None if shards is None else [f"{source}/{shard}" for source, shard in shards]
+        committed = self.rows(
+            "SELECT kind, source, shard, path FROM base.committed_files "
+            "WHERE $1 IS NULL OR kind = 'retries' OR list_contains($1, source || '/' || shard)",
+            (wanted,),
+        )
+        for row in committed:
             kind, source, shard, path = row.values()
             stage = _STAGES.get(kind)
             if stage is None or path is None or not is_own_file(path, stage, source, shard):
@@ -206,8 +221,7 @@ class Query:
                     "of that shard; nothing of it was read. `capfilt manifest rebuild CORPUS` makes it anew from the "
                     "records"
                 )
-            if shards is None or kind == "retries" or (source, shard) in shards:
-                files[kind][source, shard] = path
+            files[kind][source, shard] = path
         return files
 
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
@@ -248,6 +262,43 @@ class Query:
         result = self._execute(sql, parameters)
         return Answer(columns=column_names(result), rows=result.fetchall()).dicts()
 
+    @property
+    def num_shards(self) -> int:
+        """Of how many shards files may be opened; shards of retries, of which the uids are read, do not count."""
+        return len({place for kind, files in self._files.items() if kind != "retries" for place in files})
+
+    def take_histograms(self) -> list[dict[str, Any]]:
+        """Return the histograms of all records, summed by stage and name: a row for each bin that counts anything.
+
+        Most of the records' memory is theirs: it is given back, their column is NULL from now on.
+        """
+        rows, column = self.records["shards"], "histograms"
+        committed, texts = set(self._committed_rows()), rows.select(["stage", column])
+        nulls = pa.nulls(rows.num_rows, rows[column].type)
+        self.records["shards"] = rows.set_column(rows.column_names.index(column), column, nulls)
+        self._connection.register("shards_data", self.records["shards"])
+        batches = texts.to_batches(max_chunksize=1000)
+        pairs = (
+            pair for batch in batches for pair in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)
+        )
+        return sum_histograms(
+            (stage, text) for number, (stage, text) in enumerate(pairs) if text and number in committed
+        )
+
+    def _committed_rows(self) -> list[int]:
+        """Return where in ``records`` the committed shards are; of those that two parts have, the first."""
+        key = ("stage", "source", "shard", "attempt")
+        committed = {
+            tuple(row.values())
+            for row in self.rows(f"SELECT {', '.join(key)} FROM shards WHERE state = 'committed'")
+        }
+        columns = (self.records["shards"][name].to_pylist() for name in key)
+        first: dict[tuple[Any, ...], int] = {}
+        for number, values in enumerate(zip(*columns, strict=True)):
+            if values in committed:
+                first.setdefault(values, number)
+        return list(first.values())
+
     def reread_marks(self) -> None:
         """Take the marks as they are now; all else stays as it was when the connection was opened."""
         self._connection.register("marks_data", self._compacted.tables()["marks"])
@@ -255,6 +306,8 @@ class Query:
     def keep(self, view: str) -> None:
         """Compute a view once: from now on this connection's questions read its rows as they are now."""
         for statement in (
+            # Takes half the memory; whoever asks for an order gets it.
+            "SET preserve_insertion_order = false",
             "CREATE SCHEMA IF NOT EXISTS kept",
             f"CREATE OR REPLACE TABLE kept.{view} AS SELECT * FROM main.{view}",
             "SET search_path = 'kept,main'",

@@ -71,8 +71,9 @@ class Storage:
             return self
         folder = self.root.rpartition("/")[0]
         while folder and not folder.endswith("/"):  # up to the disk's root, or a bucket
+            storage = Storage(folder)
             # Other folders may be called records, too.
-            if (storage := Storage(folder)).exists("records/intake"):
+            if storage._files.is_folder(storage._full("records/intake")):
                 return storage
             folder = folder.rpartition("/")[0]
         return None
