@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## build a small corpus, end to end, and say how true its captions are
 	@$(BIN)/capfilt demo --out demo-corpus
 
-# Two processes, the files in their order: much of the suite waits for Ray, and the longest files are not the last.
+# Two processes, the files in the order of tests/conftest.py: the longest first.
 test: $(STAMP) ## run the whole test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

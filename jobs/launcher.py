@@ -1,7 +1,8 @@
 """Starts the ranks of a training on this machine, one process each, and restarts all of them when one dies.
 
-Ranks on the CPU are forked from a server process that has imported torch and this module once. Ranks on GPUs are
-started afresh: a library that looks for GPUs while the server imports it would leave CUDA unusable in its forks.
+Ranks on the CPU are forked from a server process that has imported the trainer (``jobs.rank``) once. Ranks on GPUs are
+started afresh: a library that looks for GPUs while the server imports it would leave CUDA unusable in its forks. This
+process imports the trainer only where it is the one rank.
 """
 
 import multiprocessing
@@ -11,29 +12,20 @@ import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import distributed
 
 from jobs.interrupts import Interrupts
+from jobs.rank_outcome import RankOutcome, log, worst_outcome
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
-from training.distributed import World
-from training.trainer.loop import LostRankError, Summary, TrainingStopped, is_lost_rank
-from training.trainer.run import pretrain
-
-# A collective that takes longer counts as failed; a first step may compile for minutes.
-TIMEOUT_S = 900.0
 
 # What multiprocessing says of a process whose server has died.
 _UNKNOWN_EXIT = 255
@@ -45,28 +37,12 @@ _GRACE_S = 60.0
 _STOP_GRACE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOutcome:
-    """How a rank ended, or all of them. Its values can be sent between processes."""
-
-    kind: Literal["ended", "refused", "stopped", "fault", "interrupted", "lost"]
-    text: str = ""
-    summary: Summary | None = None
-
-
-# The most severe first.
-_SEVERITY = ("refused", "stopped", "fault", "interrupted", "lost", "ended")
-
-
-def log(text: str) -> None:
-    """Print a progress line where it does not disturb ``--json``."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
     """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
     size = num_ranks(config)
     if size == 1:
+        from jobs.rank import device_of, train_rank
+
         return train_rank(config, run, device_of(0), interrupts)
     outcome = _attempt(config, run, size, interrupts)
     for restart in range(config.cluster.max_restarts):
@@ -91,55 +67,6 @@ def num_gpus(config: PretrainConfig, available: int, where: str) -> int:
             f"cluster.gpus = {config.cluster.gpus}, and {where} has {available}; lower it, or set 0"
         )
     return config.cluster.gpus or available
-
-
-def device_of(local_rank: int) -> torch.device:
-    """Return the device of a rank of this machine."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def train_rank(
-    config: PretrainConfig, run: RunRecord, device: torch.device, interrupts: Interrupts
-) -> RankOutcome:
-    """Train as the rank that the environment describes; return how it ended, whatever happens."""
-    try:
-        world = World.join(device, TIMEOUT_S)
-    except distributed.DistError as error:
-        return RankOutcome(kind="lost", text=f"rank {os.environ['RANK']} could not reach the others: {error}")
-    try:
-        return train_as(world, config, run, interrupts.asked)
-    finally:
-        world.close()
-
-
-def train_as(
-    world: World,
-    config: PretrainConfig,
-    run: RunRecord,
-    stop_asked: Callable[[], bool] = lambda: False,
-    log: Callable[[str], None] = log,
-) -> RankOutcome:
-    """Train as one rank of a world; return how it ended, whatever happens."""
-    try:
-        return RankOutcome(kind="ended", summary=pretrain(config, world, run, stop_asked=stop_asked, log=log))
-    except KeyboardInterrupt:
-        return RankOutcome(kind="interrupted")
-    except CapfiltError as error:
-        return RankOutcome(kind="refused", text=str(error))
-    except LostRankError as error:
-        return RankOutcome(kind="lost", text=str(error))
-    except TrainingStopped as error:
-        return RankOutcome(kind="stopped", text=str(error))
-    except Exception as error:
-        lost = isinstance(error, RuntimeError) and is_lost_rank(error)
-        return RankOutcome(
-            kind="lost" if lost else "fault", text=str(error) if lost else traceback.format_exc()
-        )
-
-
-def worst_outcome(outcomes: Sequence[RankOutcome]) -> RankOutcome:
-    """Return the most severe outcome: a rank's own error takes precedence over "lost contact with another"."""
-    return min(outcomes, key=lambda outcome: _SEVERITY.index(outcome.kind))
 
 
 def _attempt(config: PretrainConfig, run: RunRecord, size: int, interrupts: Interrupts) -> RankOutcome:
@@ -169,7 +96,7 @@ def _context() -> SpawnContext | ForkServerContext:
     if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["jobs.rank"])
     # The tracker's own start would unblock SIGTERM.
     resource_tracker.ensure_running()
     # A signal to the whole process group must not end the server, and one to a new rank waits until it has handlers.
@@ -220,7 +147,7 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
     """Run as one rank and send the outcome, which is small enough for the pipe's buffer."""
     # A terminal's Ctrl-C reaches every process; the parent passes it on, and two of them would not wait for the step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    threading.Thread(target=stop_without_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -234,6 +161,8 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with Interrupts(quiet=True) as interrupts:
         try:
+            from jobs.rank import device_of, train_rank
+
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
             outcome = train_rank(*arguments, device_of(rank), interrupts)
@@ -244,8 +173,8 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
         sender.close()
 
 
-def _stop_without_parent() -> None:
-    """Ask this rank to stop once its parent has ended: its outcome would not be received."""
+def stop_without_parent() -> None:
+    """Ask this process to stop once its parent has ended: its outcome would not be received."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -3,7 +3,8 @@
 import os
 
 from jobs.interrupts import Interrupts
-from jobs.launcher import RankOutcome, train_here
+from jobs.launcher import train_here
+from jobs.rank_outcome import RankOutcome
 from jobs.run_record import begin_run
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.scratch import sweep_temporary_folders
@@ -11,7 +12,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunOutcome, RunRecord
 from training.trainer.lineage import LineageWriter
-from training.trainer.loop import Summary
+from training.trainer.summary import Summary
 
 
 class TrainingFailedError(Exception):

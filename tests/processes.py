@@ -1,11 +1,18 @@
-"""The command line and Ray's workers as processes: started, found, killed."""
+"""The command line, in this process or as one; Ray's workers as processes: found, killed."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from jobs.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +40,19 @@ def cli(*arguments: str, timeout: float = 300, **environment: str) -> subprocess
         text=True,
         timeout=timeout,
     )
+
+
+def cli_here(*arguments: str) -> subprocess.CompletedProcess:
+    """Run ``capfilt`` to its end in this process, which has its libraries already; else as ``cli``."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["capfilt", *arguments]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, output.getvalue(), errors.getvalue())
 
 
 def what_comes(terminal: int) -> Iterator[bytes]:

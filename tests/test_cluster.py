@@ -15,8 +15,8 @@ from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.cluster import ClusterProcess, three_nodes
 from tests.corpora import make_corpus
-from tests.processes import cli, stage_workers, start_cli
-from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+from tests.processes import cli, cli_here, stage_workers, start_cli
+from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
 from tests.tiny_training import tiny_config
 from training.checkpoint import Checkpoints
 
@@ -91,11 +91,10 @@ def test_a_node_dies_while_captioning(
     assert again.returncode == 0 and "attached to" in errors_again, errors_again
 
     local = with_values(config, corpus={"path": str(tmp_path / "local")})
-    done = cli("run", "--local", "-c", str(config_file(local, tmp_path / "local.json")))
-    assert done.returncode == 0, done.stderr
+    assert do_run(local).exit_code == 0
     assert committed_uids(config.corpus.path) == committed_uids(local.corpus.path)
     assert curated_files(config.corpus.path) == curated_files(local.corpus.path)
-    assert cli("verify", config.corpus.path).returncode == 0
+    assert cli_here("verify", config.corpus.path).returncode == 0
 
 
 def test_ray_job_stop_records_an_interrupted_run(
@@ -111,14 +110,14 @@ def test_ray_job_stop_records_an_interrupted_run(
         "--address",
         cluster.address,
         "--",
-        "run",
+        "crawl",
     )
     records = Records(Storage(stopped.corpus.path))
     deadline = time.monotonic() + 120
     while not records.shards(("crawl",)) and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)
     ray = str(Path(sys.executable).parent / "ray")
-    job_id = submission_id(stopped, ["run"])
+    job_id = submission_id(stopped, ["crawl"])
     asked = subprocess.run(
         [ray, "job", "stop", "--address", cluster.address, job_id], capture_output=True, text=True
     )

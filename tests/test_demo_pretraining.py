@@ -11,7 +11,8 @@ from timm.models.eva import Eva
 from transformers import AutoTokenizer
 
 from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
-from jobs.demo.train import CAPTIONS, reads_eva, stage1_config, stage2_config, write_web_captions
+from jobs.demo.train import write_web_captions
+from jobs.demo.training_configs import CAPTIONS, reads_eva, stage1_config, stage2_config
 from jobs.demo.weights_training.models import OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
 from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
 from jobs.demo.weights_training.train_tower import distillation_losses
@@ -183,7 +184,11 @@ def test_a_demo_of_an_earlier_version_goes_on_as_it_began(corpus: Path, tmp_path
     old = Path(shutil.copytree(corpus, tmp_path / "old"))
     run = old / "checkpoints" / "stage1" / "demo-stage1"
     run.mkdir(parents=True)
-    begun = {"data": {"held_out": 0}, "vision": {"model": "local-dir:/moved/jobs/demo/weights/ranker"}}
+    begun = {
+        "data": {"held_out": 0},
+        "vision": {"model": "local-dir:/moved/jobs/demo/weights/ranker"},
+        "optim": {"steps": 320},
+    }
     (run / "config.json").write_text(json.dumps(begun))
     kept = old / "web-captions" / "world" / "00000.tar"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +196,9 @@ def test_a_demo_of_an_earlier_version_goes_on_as_it_began(corpus: Path, tmp_path
     write_web_captions(old)
     assert kept.read_bytes() == b"as it was linked then"
     assert stage1_config(old, "curated").data.held_out == stage2_config(old, "t5").data.held_out == 0
+    # Of the run itself: those that had not begun take today's steps.
+    assert stage1_config(old, "curated").optim.steps == 320
+    assert stage1_config(old, "web").optim.steps == stage1_config(corpus, "web").optim.steps != 320
     for folder, encoder in ((old, RANKER_DIR), (corpus, TOWER_DIR)):
         configs = (*(stage1_config(folder, captions) for captions in CAPTIONS), stage2_config(folder, "t5"))
         assert {config.vision.model for config in configs} == {f"local-dir:{encoder}"}

@@ -26,7 +26,7 @@ from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, FilterConfig, SelectConfig
 from schemas.errors import CapfiltError
 from tests.corpora import make_corpus
-from tests.processes import cli
+from tests.processes import cli_here
 from tests.raw_shards import encoded, picture
 from tests.runs import config_file, curated_files, curated_rows, do_run, small_config, with_values
 
@@ -344,30 +344,30 @@ def test_the_filter_alone_decides_and_clip_ranks_nothing(base_url: str, folder: 
     rows = ask(config, "SELECT scores, captions FROM curated")
     assert rows and all(score is None for scores, _ in rows for score in scores)
     assert verify(Manifest(Storage(config.corpus.path))).differences == []
-    planned = cli("plan", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
+    planned = cli_here("plan", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
     assert {row["stage"] for row in json.loads(planned.stdout)["stages"]} == {
         "crawl",
         "caption",
         "filter",
         "select",
     }
-    refused = cli("rank", "-c", str(config_file(config, tmp_path / "c.json")))
+    refused = cli_here("rank", "-c", str(config_file(config, tmp_path / "c.json")))
     assert refused.returncode == 2 and 'select.by = "itm"' in refused.stderr
 
 
 def test_doctor_reads_the_filters_weights(corpus: CapfiltConfig, tmp_path: Path) -> None:
     damaged = CapfiltConfig.model_validate(corpus.model_dump() | {"filter": {"model": str(tmp_path)}})
     for config, state in ((corpus, "ok"), (damaged, "fail")):
-        said = cli("doctor", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
+        said = cli_here("doctor", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
         [check] = [one for one in json.loads(said.stdout) if one["name"] == "filter"]
         assert check["state"] == state, check
 
 
 def test_a_corpus_without_the_section_has_no_such_stage(base_url: str, tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 8, 8)
-    refused = cli("filter", "-c", str(config_file(config, tmp_path / "c.json")))
+    refused = cli_here("filter", "-c", str(config_file(config, tmp_path / "c.json")))
     assert refused.returncode == 2 and "no section [filter]" in refused.stderr
-    planned = cli("plan", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
+    planned = cli_here("plan", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
     assert "filter" not in planned.stdout
 
 

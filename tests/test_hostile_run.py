@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.hostile import HostileSite
-from tests.processes import cli, stage_workers, start_cli
+from tests.processes import cli_here, stage_workers, start_cli
 from tests.runs import small_config, with_values
 
 pytestmark = pytest.mark.ray
@@ -57,7 +57,7 @@ def test_every_url_ends_as_it_must(tmp_path: Path) -> None:
         assert crawl.returncode == 0, output + errors
         assert site.canary.requests == 0
     query = "SELECT url, status, reason, input_rows FROM samples"
-    rows = json.loads(cli("sql", config.corpus.path, query, "--json").stdout)
+    rows = json.loads(cli_here("sql", config.corpus.path, query, "--json").stdout)
     ended = {row["url"]: (row["status"], row["reason"]) for row in rows}
     urls = {case.url for case in cases}
     assert len(rows) == len(urls)
@@ -66,4 +66,4 @@ def test_every_url_ends_as_it_must(tmp_path: Path) -> None:
     assert peaks and max(peaks.values()) < ONE_GB, peaks
     # Each shard's URLs wait at once; two shards' worth of the slowest, and Ray's start.
     assert seconds < 3 * config.crawl.timeout_s + 60
-    assert cli("verify", config.corpus.path).returncode == 0
+    assert cli_here("verify", config.corpus.path).returncode == 0

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from schemas.config import CapfiltConfig
-from tests.processes import cli, descendants, kill, stage_workers, start_cli
-from tests.runs import committed_uids, config_file, curated_files, small_config, with_values
+from tests.processes import cli, cli_here, descendants, kill, stage_workers, start_cli
+from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
 
 pytestmark = pytest.mark.ray
 
 KILLS = 20
+DRIVERS = 3
 # Enough shards for twenty kills: twenty of twelve URLs, each with something of every kind to lose.
 URLS, PER_SHARD = 240, 12
 
@@ -21,8 +22,7 @@ URLS, PER_SHARD = 240, 12
 def undisturbed(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, URLS, PER_SHARD)
-    done = cli("run", "--local", "-c", str(config_file(config, folder / "corpus.json")))
-    assert done.returncode == 0, done.stderr
+    assert do_run(config).exit_code == 0
     return config
 
 
@@ -30,7 +30,7 @@ def _assert_same(corpus: str, undisturbed: CapfiltConfig) -> None:
     assert committed_uids(corpus) == committed_uids(undisturbed.corpus.path)
     assert committed_uids(corpus, "crawl") == committed_uids(undisturbed.corpus.path, "crawl")
     assert curated_files(corpus) == curated_files(undisturbed.corpus.path)
-    verified = cli("verify", corpus)
+    verified = cli_here("verify", corpus)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
@@ -40,6 +40,7 @@ def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, t
     config = with_values(undisturbed, corpus={"path": corpus}, cluster={"max_attempts": KILLS + 1})
     file = str(config_file(config, tmp_path / "corpus.json"))
     chance = random.Random(20)
+    turns = chance.sample(["driver"] * DRIVERS + ["worker"] * (KILLS - DRIVERS), KILLS)
     kills = {"worker": 0, "driver": 0}
     while sum(kills.values()) < KILLS:
         driver = start_cli("run", "-c", file)
@@ -50,7 +51,7 @@ def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, t
                 time.sleep(0.1)
                 continue
             time.sleep(chance.uniform(0.0, 1.5))
-            drivers_turn = chance.random() < 0.25
+            drivers_turn = turns[sum(kills.values())] == "driver"
             if drivers_turn:
                 below = descendants(driver.pid)
                 kills["driver"] += kill(driver.pid)
@@ -64,7 +65,7 @@ def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, t
             for pid in [driver.pid, *descendants(driver.pid)]:
                 kill(pid)
         driver.communicate()
-    assert kills["worker"] >= 5 and kills["driver"] >= 2, kills
+    assert kills == {"worker": KILLS - DRIVERS, "driver": DRIVERS}
     clean = cli("run", "-c", file)
     assert clean.returncode == 0, clean.stderr
     _assert_same(corpus, undisturbed)

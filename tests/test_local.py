@@ -15,7 +15,7 @@ import pytest
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.processes import ROOT, cli, descendants, kill, start_cli
+from tests.processes import ROOT, cli, cli_here, descendants, kill, start_cli
 from tests.runs import committed_uids, config_file, do_run, small_config, with_values
 from tests.tiny_models import save_matcher
 
@@ -69,13 +69,13 @@ def test_a_local_run_gives_the_corpus_of_ray_and_does_not_import_it(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 30, False]
     assert_same(config, on_ray)
-    verified = cli("verify", config.corpus.path)
+    verified = cli_here("verify", config.corpus.path)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 def test_a_stage_runs_locally_by_itself(on_ray: CapfiltConfig, tmp_path: Path) -> None:
     config, file = local_config(on_ray, tmp_path)
-    crawl = cli("crawl", "-c", file, "--local", "--limit", "2", "--json")
+    crawl = cli_here("crawl", "-c", file, "--local", "--limit", "2", "--json")
     assert crawl.returncode == 0, crawl.stderr
     told = json.loads(crawl.stdout)
     assert (told["outcome"], told["shards_done"]) == ("done", 2)

@@ -1,30 +1,24 @@
 """Two shards at once in one worker: what overlaps, what comes out the same, and what one does to the other."""
 
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from jobs.bench.fixtures.corpus import SOURCE, SyntheticCorpus
-from jobs.cluster.actors import CONCURRENT_SHARDS
 from pipeline.corpus.records import Records
 from pipeline.models.weights import captioner_weights
 from pipeline.runs.plan import ModelDigests
 from pipeline.runs.progress import ShardOutcome
 from pipeline.runs.runner import RunSettings, RWLock, ShardRunner
 from pipeline.stages.caption import CaptionWorker
-from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
-from schemas.stages import Stage
 from tests.raw_shards import encoded, picture
-from tests.runs import curated_files, do_run, small_config, with_values
+from tests.runs import with_values
 from tests.tiny_models import save_captioner
 
 RUN = "20260101T000000-test"
@@ -205,52 +199,6 @@ def test_what_died_with_its_worker_is_tried_again_alone(
     outcomes = caption_both(crawled)
     assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
     assert (watched.loads, watched.most) == (1, 1)
-
-
-# -- on Ray --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=6,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=128 << 20,
-    )
-    yield
-    ray.shutdown()
-
-
-def overlapping(corpus: str, stage: Stage) -> int:
-    """Return how many shards of a stage began before the one before them had ended."""
-    records = Records(Storage(corpus)).shards((stage,)).values()
-    times = sorted((record.started_at, record.finished_at) for record in records)
-    return sum(later_began < ended for (_, ended), (later_began, _) in pairwise(times))
-
-
-@pytest.mark.slow
-def test_shards_overlap_in_one_actor_and_the_corpus_is_the_same_byte_for_byte(
-    local_ray: None, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crawled = small_config(str(tmp_path / "crawled"), tmp_path / "urls.parquet", base_url)
-    assert do_run(crawled, local=False, command="crawl", stages=("crawl",)).exit_code == 0
-    assert overlapping(crawled.corpus.path, "crawl") == 0
-    curated = {}
-    for calls in (1, 2):
-        config = with_values(crawled, corpus={"path": str(tmp_path / str(calls))})
-        shutil.copytree(crawled.corpus.path, config.corpus.path)
-        for stage in ("caption", "rank"):
-            monkeypatch.setitem(CONCURRENT_SHARDS, stage, calls)
-        # One after the other, so that a stage finds all of its shards ready.
-        assert do_run(config, local=False, command="caption", stages=("caption",)).exit_code == 0
-        assert do_run(config, local=False, stages=("rank", "select")).exit_code == 0
-        for stage in ("caption", "rank"):
-            assert (overlapping(config.corpus.path, stage) > 0) == (calls == 2), (stage, calls)
-        assert overlapping(config.corpus.path, "select") == 0
-        curated[calls] = curated_files(config.corpus.path)
-    assert curated[1] == curated[2] and len(curated[1]) == 8
 
 
 # -- aids ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pipeline.config import load_config
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus
-from tests.processes import cli
+from tests.processes import cli_here
 from tests.tiny_training import tiny_config
 from training.trainer.estimate import plan
 
@@ -74,11 +74,12 @@ def test_every_training_recipe_is_planned() -> None:
 def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> None:
     recipe = RECIPES / "blip2-stage1-vitl.toml"
     settings = ["--set", f"data.corpus.path={tmp_path}/none", "--set", f"run.output={tmp_path}/out"]
-    printed = cli("pretrain", "-c", str(recipe), "--dry-run", "--json", *settings)
+    asked = ["pretrain", "-c", str(recipe), "--dry-run", *settings]
+    printed = cli_here(*asked, "--json")
     assert printed.returncode == 0, printed.stderr
     assert json.loads(printed.stdout)["trainable_parameters"] == 183_165_758
     assert list(tmp_path.iterdir()) == []
-    text = cli("pretrain", "-c", str(recipe), "--dry-run", *settings).stdout
+    text = cli_here(*asked).stdout
     assert "183,165,758 parameters" in text and "is not there yet" in text
 
 

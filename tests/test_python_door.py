@@ -17,7 +17,7 @@ from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.corpora import Corpus, make_corpus
 from tests.notebooks import assert_shown, outputs_of
-from tests.processes import ROOT, cli
+from tests.processes import ROOT, cli_here
 from tests.runs import config_file, small_config, with_values
 
 LARGE = ("torch", "ray", "duckdb", "pyarrow", "pandas", "numpy", "pydantic", "PIL", "transformers")
@@ -220,14 +220,14 @@ def test_a_url_of_two_sources_is_shown_by_its_source(two_sources: capfilt.Corpus
 
 def test_a_trace_is_what_the_command_prints(two_sources: capfilt.Corpus) -> None:
     uid = two_sources.sql("SELECT min(uid) AS uid FROM curated").rows()[0]["uid"]
-    printed = cli("trace", two_sources.path, uid, "--json")
+    printed = cli_here("trace", two_sources.path, uid, "--json")
     assert json.loads(printed.stdout) == plain(two_sources.trace(uid))
     assert set(two_sources.trace(uid)[0]) == set(capfilt.SampleTrace.__annotations__)
 
 
 def test_statistics_and_failures_are_what_the_commands_print(two_sources: capfilt.Corpus) -> None:
-    assert json.loads(cli("stats", two_sources.path, "--json").stdout) == plain(two_sources.stats())
-    printed = cli("failures", two_sources.path, "--json", "--source", "cc")
+    assert json.loads(cli_here("stats", two_sources.path, "--json").stdout) == plain(two_sources.stats())
+    printed = cli_here("failures", two_sources.path, "--json", "--source", "cc")
     assert json.loads(printed.stdout) == plain(two_sources.failures(source="cc"))
 
 
@@ -250,7 +250,7 @@ def test_a_run_is_that_of_the_command(ran: tuple[CapfiltConfig, Path, capfilt.Ru
     assert run.corpus.path == config.corpus.path
     assert repr(run).startswith("done: 8 shards in ") and f"run {run.run_id}" in repr(run)
     assert len(list(run.corpus.samples())) == run.summary["kept"] > 0
-    printed = cli("run", "-c", str(file), "--local", "--json")
+    printed = cli_here("run", "-c", str(file), "--local", "--json")
     again = capfilt.Corpus.run(config, local=True)
     assert {**again.summary, "run_id": "", "seconds": 0} == {
         **json.loads(printed.stdout), "run_id": "", "seconds": 0, "next": again.summary["next"]

@@ -14,7 +14,7 @@ from schemas.errors import CapfiltError
 from schemas.records import ShardTask
 from schemas.statuses import REASONS, TRANSIENT, retried_reasons
 from tests.hostile import HostileSite
-from tests.processes import cli
+from tests.processes import cli_here
 from tests.test_crawl import listed_task, samples_of
 from tests.url_tasks import corpus_config, new_records
 
@@ -60,7 +60,7 @@ def test_a_wrong_word_is_told_with_the_right_ones(words: str, hint: str) -> None
 
 @pytest.mark.parametrize("command", ["run", "crawl"])
 def test_a_wrong_word_ends_a_command_before_the_config_is_read(command: str) -> None:
-    told = cli(command, "-c", "no-such.toml", "--retry", "transient", "--retry", "http_5x")
+    told = cli_here(command, "-c", "no-such.toml", "--retry", "transient", "--retry", "http_5x")
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.startswith(
         "capfilt: --retry 'http_5x' is not a reason or a status; did you mean http_5xx?"
@@ -136,7 +136,7 @@ def test_a_dry_run_counts_what_it_would_queue(tmp_path: Path) -> None:
     file = tmp_path / "corpus.json"
     file.write_text(json.dumps(config.model_dump(mode="json")))
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    told = cli("crawl", "-c", str(file), "--retry", "refused", "--dry-run", "--json")
+    told = cli_here("crawl", "-c", str(file), "--retry", "refused", "--dry-run", "--json")
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["retries"] == {"web": 2}
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
@@ -172,7 +172,7 @@ def test_the_config_names_the_entry(tmp_path: Path) -> None:
         '[corpus]\npath = "corpus"\n[[source]]\nname = "web"\ninput = ["a.tsv"]\n'
         '[crawl]\nallow_hosts = ["127.0.0.1:80", "localhost"]\n'
     )
-    told = cli("plan", "-c", str(file))
+    told = cli_here("plan", "-c", str(file))
     assert told.returncode == 2
     assert told.stderr == (
         f'capfilt: {file}:7: crawl.allow_hosts[1]: "localhost" is not a host with its port; '

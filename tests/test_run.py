@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
+from schemas.stages import Stage
 from tests.runs import committed_uids, curated_files, do_run, small_config, with_values
 
 pytestmark = pytest.mark.slow
@@ -91,16 +93,30 @@ def test_second_run_does_nothing_and_reads_each_record_once(
     assert Records(Storage(done.corpus.path)).shards() == before
 
 
-def test_stage_by_stage_on_ray_with_more_workers_equals_one_run(
+def overlapping(corpus: str, stage: Stage) -> int:
+    """Return how many shards of a stage began before the one before them had ended."""
+    records = Records(Storage(corpus)).shards((stage,)).values()
+    times = sorted((record.started_at, record.finished_at) for record in records)
+    return sum(later_began < ended for (_, ended), (later_began, _) in pairwise(times))
+
+
+def test_stage_by_stage_on_ray_with_overlapping_shards_equals_one_run(
     local_ray: None, done: CapfiltConfig, tmp_path: Path
 ) -> None:
-    two = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
+    """One after the other, so that a stage finds all of its shards ready: two of them in an actor, or two actors."""
+    two_actors = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
     config = with_values(
-        done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"caption": two}
+        done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"rank": two_actors}
     )
     for stage in ("crawl", "caption", "rank", "select"):
         assert do_run(config, local=False, command=stage, stages=(stage,)).exit_code == 0
+    # Of a crawl or a selection an actor takes one shard at a time, of captions two.
+    assert overlapping(config.corpus.path, "caption") > 0
+    assert overlapping(config.corpus.path, "crawl") == overlapping(config.corpus.path, "select") == 0
+    # The run in this process had one shard at a time.
+    assert overlapping(done.corpus.path, "caption") == 0
     assert curated_files(config.corpus.path) == curated_files(done.corpus.path)
+    assert len(curated_files(done.corpus.path)) == 8
 
 
 def test_stage_without_its_input_is_refused(done: CapfiltConfig, tmp_path: Path) -> None:

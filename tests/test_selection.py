@@ -313,10 +313,10 @@ def test_no_model_library_is_loaded() -> None:
     assert printed.stdout.strip() == "[]"
 
 
-def test_a_shard_of_ten_thousand_images_takes_seconds(tmp_path: Path) -> None:
+def test_a_shard_of_two_thousand_images_takes_seconds(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     data = encoded(picture(0))
-    keys = [f"{index:09d}" for index in range(10_000)]
+    keys = [f"{index:09d}" for index in range(2_000)]
     crawl = commit_crawl(config, {key: {"jpg": data} for key in keys}, {})
     candidates = [synthetic(index, f"caption {index % 7}", index / 10) for index in range(10)] + [
         web("web", 0.5)
@@ -324,5 +324,5 @@ def test_a_shard_of_ten_thousand_images_takes_seconds(tmp_path: Path) -> None:
     rank = commit_scores(config, dict.fromkeys(keys, candidates))
     start = time.process_time()
     record = run_worker(config, crawl, rank)
-    assert record.rows_out == 10_000
-    assert time.process_time() - start < 15
+    assert record.rows_out == 2_000
+    assert time.process_time() - start < 5

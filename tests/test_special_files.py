@@ -20,6 +20,7 @@ from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.records import CheckpointRecord
 from tests.corpora import Corpus, make_corpus
+from tests.processes import cli_here
 
 KINDS = ["FIFO", "link to a FIFO", "device"]
 
@@ -110,25 +111,25 @@ def test_a_committed_file_of_other_columns_is_named(
     text = note.read_text().replace(file.sha256, sha256_file(path))
     note.write_text(text.replace(f'"bytes":{file.bytes}', f'"bytes":{path.stat().st_size}'))
     expected = f"{file.path}: the column {column} "
-    verified = capfilt("verify", corpus.root)
+    verified = cli_here("verify", corpus.root)
     assert verified.returncode != 0 and f"the column {column} " in verified.stdout, (
         verified.stdout + verified.stderr
     )
     uid = corpus.read("crawl", "cc", "00000")[0]["uid"] if stage != "crawl" else "0" * 32
     for command in (["failures"], ["trace", uid], ["sql", f"SELECT {column} FROM {table}"]):
-        result = capfilt(command[0], corpus.root, *command[1:])
+        result = cli_here(command[0], corpus.root, *command[1:])
         assert "fault of capfilt" not in result.stderr, (command, result.stderr)
         if result.returncode:
             assert result.returncode == 2 and expected in result.stderr.replace("\n", ""), (
                 command,
                 result.stderr,
             )
-    assert capfilt("status", corpus.root).returncode == 0
+    assert cli_here("status", corpus.root).returncode == 0
 
 
 def test_a_slip_in_sql_is_not_laid_to_the_files(corpus: Corpus) -> None:
     for slip in ("SELECT colour FROM samples", "SELECT CAST(url AS INT) FROM samples"):
-        result = capfilt("sql", corpus.root, slip)
+        result = cli_here("sql", corpus.root, slip)
         assert result.returncode == 2 and result.stderr.startswith("capfilt: SQL: "), result.stderr
 
 

@@ -1,5 +1,6 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
+import gc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class StageActor:
         settings: RunSettings,
         counter: ray.actor.ActorHandle,
     ) -> None:
+        # As in jobs.cli.main: a model's libraries make many objects that stay.
+        gc.set_threshold(50_000)
         sweep_temporary_folders()
         self._counter = counter
         self._runner = ShardRunner(

@@ -15,11 +15,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import TIMEOUT_S, RankOutcome, log, num_gpus, train_as, worst_outcome
+from jobs.launcher import num_gpus
+from jobs.rank_outcome import TIMEOUT_S, RankOutcome, log, worst_outcome
 from pipeline.storage.scratch import temporary_folder
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
-from training.distributed import World
 
 # How often the ranks' lines are fetched.
 _POLL_S = 1.0
@@ -124,6 +124,10 @@ def _rank(settings: dict[str, Any]) -> None:
 
     Where another try cannot succeed (a refusal, full memory), its ranks return at once.
     """
+    # Here, in the rank: the driver needs no trainer.
+    from jobs.rank import train_as
+    from training.distributed import World
+
     config, actor = PretrainConfig.model_validate(settings["config"]), settings["actor"]
     if ray.get(actor.is_over.remote()):
         return

@@ -4,9 +4,9 @@
 what is true, what the web says of them (about half of it wrong, vague or spam), and the site that serves it all on
 loopback and fails as a real web does. `weights/` holds a BLIP captioner and a CLIP ranker (1.4 million parameters
 each, stored in half precision, 5.7 MB in all) in the layouts of the published models, and the image encoder that the
-trainings read, a small EVA (1.8 MB); `weights_training/` made and judges them. `run` builds the corpus, `train` goes
-on to stage 1 and stage 2, `held_out` has scenes that nothing was trained on, and `evaluate_training` measures what was
-learnt on them.
+trainings read, a small EVA (1.8 MB); `weights_training/` made and judges them. `run` builds the corpus,
+`train_in_pairs` goes on to stage 1 and stage 2, two trainings (`train`) at a time; `held_out` has scenes that nothing
+was trained on, and `evaluate_training` measures what was learnt on them.
 
 The weights come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jobs.demo.held_out import HeldOutScenes
+from jobs.demo.training_configs import RERANK
 from jobs.demo.world.scenes import is_true
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
@@ -18,8 +19,6 @@ from training.evaluate.validation import validate
 from training.losses import IGNORED
 from training.models.language import Target
 
-# Of each list that ITC found, ITM sees so many.
-RERANK = 10
 # T5 has only learnt to go on from the beginning of a caption; so does OPT here.
 _PROMPT = "a picture of"
 _DECODING = Decoding(beams=1, min_tokens=0, max_tokens=16)

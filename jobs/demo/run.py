@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 
+from jobs.demo.train_in_pairs import train_demo
+from jobs.demo.training_configs import HELD_OUT, RERANK, reads_eva
 from jobs.demo.world.scenes import is_true
 from jobs.demo.world.site import scene_of, serving, write_url_list
 from jobs.environment import program_name
@@ -69,9 +71,6 @@ def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
         _print(figures, config, result, console)
     trained: dict[str, Any] = {}
     if result.exit_code == 0 and not corpus_only:
-        # Here, so that a corpus alone needs no trainer.
-        from jobs.demo.train import train_demo
-
         trained = train_demo(folder, lambda text: console.print(text, highlight=False))
     if as_json:
         print(json.dumps(_rounded(figures | trained)))
@@ -200,17 +199,13 @@ def _print_next(config: CapfiltConfig, out: str, trained: bool, console: Console
     exported = f"{out.rstrip('/')}-blip2"
     lines: list[str] = []
     if trained:
-        # Here, as train_demo: a corpus alone needs no trainer.
-        from jobs.demo.evaluate_training import RERANK
-        from jobs.demo.train import reads_eva
-
         commands += [
             f"evaluate retrieval {out}/checkpoints/stage1/demo-stage1"
-            f" --annotations {out}/held-out/captions.json --images {out}/held-out --rerank {RERANK}",
+            f" --annotations {out}/{HELD_OUT}/captions.json --images {out}/{HELD_OUT} --rerank {RERANK}",
             f"export {out}/checkpoints/stage2/demo-stage2-opt {exported}",
         ]
         if reads_eva(Path(config.corpus.path)):
-            lines = _load_lines(exported, f"{out}/held-out/0000.png")
+            lines = _load_lines(exported, f"{out}/{HELD_OUT}/0000.png")
     program = program_name()
     console.print("try next:")
     for command in commands:

@@ -14,7 +14,6 @@ from pipeline.models.checks import not_finite_tensors, require_finite_weights
 from pipeline.storage.errors import storage_error_message
 from pipeline.text import readable_duration
 from schemas.errors import CapfiltError, first_line
-from schemas.json_record import Json
 from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, ModelRecord
 from training.checkpoint import Checkpoints, State, TrainingProgress
@@ -31,6 +30,7 @@ from training.trainer.optim import (
     optimizer_state,
     set_lr,
 )
+from training.trainer.summary import Summary
 
 _ADVICE = (
     "The same command would fail again: lower optim.peak_lr, or set optim.clip_norm, under another run.name with "
@@ -44,21 +44,6 @@ class TrainingStopped(Exception):
 
 class LostRankError(TrainingStopped):
     """Report that another rank has died: the run may be restarted unchanged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary(Json):
-    """How a training ended. ``metrics`` are those of its last step."""
-
-    run_id: str
-    outcome: Literal["done", "interrupted"]
-    folder: str
-    step: int
-    steps: int
-    samples: int
-    resumed_from: int = 0
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    checkpoint: str = ""
 
 
 @dataclass(kw_only=True)
