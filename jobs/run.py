@@ -167,7 +167,8 @@ def _prepare(
     """Check the input, read new lists, and return what there is to do."""
     weights = model_weights(config, options.stages)
     models = digests_of(weights)
-    state = CorpusState(records)
+    manifest = Manifest(records.storage)
+    state = CorpusState(records, compacted=manifest.compacted.shard_records)
     marks = marks_of_shards(records, state, save=True)
     before = survey(config, models, state, options.stages, marks=marks)
     if before.stale and not options.recompute:
@@ -178,7 +179,6 @@ def _prepare(
         state.refresh_urls()
         marks = marks_of_shards(records, state, save=True)
         before = survey(config, models, state, options.stages, marks=marks)
-    manifest = Manifest(records.storage)
     return _Work(config, options, records, manifest, started, weights, state, marks, before)
 
 

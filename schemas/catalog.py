@@ -60,9 +60,17 @@ EMPTY_FOLDER = "~empty"
 
 
 def record_row_schema(table: str) -> pa.Schema:
-    """Return a table's columns with the record that each row was read from and that file's version."""
-    origin = [pa.field("record", pa.string()), pa.field("version", pa.string())]
-    return pa.schema([*(field.remove_metadata() for field in RECORD_TABLES[table]), *origin])
+    """Return a part's columns: a table's, the record that each row was read from, and that file's version.
+
+    Of shards also ``files``, which SQL does not show: bytes and rows of each output, as JSON. Old parts lack it.
+    """
+    names = ["files", "record", "version"] if table == "shards" else ["record", "version"]
+    more = [pa.field(name, pa.string()) for name in names]
+    return pa.schema([*(field.remove_metadata() for field in RECORD_TABLES[table]), *more])
+
+
+def _event_columns(table: str) -> list[str]:
+    return [*RECORD_TABLES[table].names, "record", "version"]
 
 
 def quote(text: str) -> str:
@@ -78,7 +86,8 @@ def file_relations(root: str) -> dict[str, str]:
     folder = _literal(root)
     relations = {
         f"{table}_events": f"""
-        SELECT * FROM read_parquet({quote(f"{folder}/manifest/{table}/*.parquet")}, union_by_name = true)"""
+        SELECT {_quoted(_event_columns(table))}
+        FROM read_parquet({quote(f"{folder}/manifest/{table}/*.parquet")}, union_by_name = true)"""
         for table in RECORD_TABLES
     }
     for name, schema in DATA_TABLES.items():
@@ -141,7 +150,10 @@ def unquote_glob(text: str) -> str:
 
 def registered_relations() -> dict[str, str]:
     """Return ``base`` as SELECTs from relations on the connection: ``raw_data``, ``shards_data``, ..."""
-    events = {f"{table}_events": f"SELECT * FROM {table}_data" for table in RECORD_TABLES}
+    events = {
+        f"{table}_events": f"SELECT {_quoted(_event_columns(table))} FROM {table}_data"
+        for table in RECORD_TABLES
+    }
     data = {name: f"SELECT * FROM {name}_data" for name in DATA_TABLES}
     return {**events, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
 

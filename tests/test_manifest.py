@@ -16,6 +16,8 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.bench.fixtures.s3 import S3Server
+from pipeline.corpus.records import CorpusState
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.file_info import FileInfo
@@ -499,3 +501,51 @@ def test_records_of_other_kinds_become_rows(local_root: str) -> None:
     assert row["counts"] == record.counts
     (urls,) = corpus.manifest.query("SELECT counts, rows_out FROM shards WHERE stage = 'urls'").dicts()
     assert urls == {"counts": {"lists": 12}, "rows_out": 12}
+
+
+# -- records from parts ------------------------------------------------------------------------------------------------
+
+
+def test_many_committed_records_come_from_the_parts(s3_root: str, s3_server: S3Server) -> None:
+    corpus = make_corpus(s3_root, shards=20, images=4)
+    corpus.manifest.compact()
+    one_by_one = CorpusState(corpus.records)
+    s3_server.requests.clear()
+    state = CorpusState(corpus.records, compacted=Manifest(corpus.storage).compacted.shard_records)
+    read = [request.key for request in s3_server.requests if request.kind == "GET"]
+    assert not [key for key in read if "records/crawl" in key]
+    assert len(s3_server.requests) < 40 < len(state.committed)
+    assert state.committed == one_by_one.committed
+    # What is newer than its part is read: here another version of one record, and a record of no part.
+    (path,) = [info.path for info in corpus.storage.list("records/rank/cc") if "00003" in info.path]
+    corpus.storage.write(path, corpus.storage.read(path).replace(b'"images":', b'"images":1'))
+    corpus.add_urls("new", ["00000"], 4)
+    corpus.make("new", "00000", ("crawl",))
+    state = CorpusState(corpus.records, compacted=Manifest(corpus.storage).compacted.shard_records)
+    assert state.committed["crawl", "new", "00000"].rows_in == 4
+    assert one_by_one.committed["rank", "cc", "00003"].images == 1
+    assert state.committed["rank", "cc", "00003"].images == 11
+
+
+def test_parts_of_an_earlier_version_are_read_and_their_records_too(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=20, images=4)
+    corpus.manifest.compact()
+    expected = CorpusState(corpus.records).committed
+    answer = corpus.manifest.query("SELECT * FROM shards ORDER BY ALL").rows
+    for info in corpus.storage.list("manifest/shards"):
+        path = Path(corpus.storage.url(info.path))
+        pq.write_table(pq.read_table(path).drop_columns("files"), path)
+    manifest = Manifest(Storage(local_root))
+    assert manifest.compacted.shard_records(corpus.records.list_shards()) == {}
+    assert CorpusState(corpus.records, compacted=manifest.compacted.shard_records).committed == expected
+    assert manifest.query("SELECT * FROM shards ORDER BY ALL").rows == answer
+    corpus.add_urls("new", ["00000"], 4)
+    corpus.make("new", "00000", ("crawl",))
+    manifest.compact()
+    with duckdb.connect(corpus.storage.url(CATALOG), read_only=True) as plain:
+        assert plain.execute("SELECT count(*) FROM shards").fetchone() == (len(answer) + 2,)
+    assert list(manifest.compacted.shard_records(corpus.records.list_shards())) == [
+        "records/crawl/new/00000.json"
+    ]
+    manifest.rebuild()
+    assert len(manifest.compacted.shard_records(corpus.records.list_shards())) == len(expected) + 1

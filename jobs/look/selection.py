@@ -48,7 +48,9 @@ def preview(snapshot: Snapshot, query: Iterable[tuple[str, str]]) -> Preview:
     except ValidationError as error:
         raise CapfiltError(f"[select]: {first_error(error)}") from error
     records = Records(snapshot.manifest.storage)
-    state = CorpusState(records, snapshot.sample.shards)
+    state = CorpusState(
+        records, within=snapshot.sample.shards, compacted=snapshot.manifest.compacted.shard_records
+    )
     changed = config.model_copy(update={"select": select})
     line = 0.0 if select.min_score is None else select.min_score
     above, below = (

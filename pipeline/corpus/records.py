@@ -14,7 +14,7 @@ A corpus may be somebody else's. What is read here has the declared types, is ab
 name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -42,6 +42,8 @@ R = TypeVar("R", bound=Json)
 
 # An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
 _MAX_BYTES = 64 * 2**20
+# So many are read as quickly as the manifest's parts.
+_FEW_RECORDS = 64
 
 
 def parse_record(kind: type[R], path: str, text: bytes) -> R:
@@ -79,7 +81,7 @@ class Records:
             record = parse_record(ShardRecord, path, read_record(self.storage, path))
         except FileNotFoundError:
             return None
-        self._require_imported([record])
+        self.require_imported([record])
         return record
 
     def shards(self, stages: Iterable[Stage] = STAGES) -> dict[ShardId, ShardRecord]:
@@ -93,7 +95,7 @@ class Records:
     def read_shards(self, files: list[FileInfo]) -> dict[ShardId, ShardRecord]:
         """Return the records in listed files, without histograms: they are most of a record's size."""
         records = [replace(record, histograms={}) for record in self._read_all(ShardRecord, files)]
-        self._require_imported(records)
+        self.require_imported(records)
         return {(record.stage, record.source, record.shard): record for record in records}
 
     def retired(self) -> list[ShardRecord]:
@@ -108,7 +110,7 @@ class Records:
         self.storage.create(record.retired_path, committed.to_json().encode())
         self.storage.delete(record.path)
 
-    def _require_imported(self, records: Iterable[ShardRecord]) -> None:
+    def require_imported(self, records: Iterable[ShardRecord]) -> None:
         """Reject a tar outside the corpus that the source's lists did not import for that shard."""
         outside = {
             (record.source, record.shard): record.outputs["tar"].path
@@ -237,6 +239,13 @@ class Records:
         return [record for record in records if record is not None]
 
 
+CompactedShards = Callable[[list[FileInfo]], dict[str, ShardRecord]]
+
+
+def _none_compacted(_: list[FileInfo]) -> dict[str, ShardRecord]:
+    return {}
+
+
 class CorpusState:
     """What is committed in a corpus: its url shards, the records of its stages, its quarantine.
 
@@ -244,11 +253,19 @@ class CorpusState:
 
     Args:
         within: the shards (source, shard) of which records are read; None reads all.
+        compacted: returns those of listed records that the manifest's parts hold: they need not be read.
     """
 
-    def __init__(self, records: Records, within: Collection[tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        records: Records,
+        *,
+        within: Collection[tuple[str, str]] | None = None,
+        compacted: CompactedShards = _none_compacted,
+    ) -> None:
         self._records = records
         self._within = within
+        self._compacted = compacted
         # By path of a record's file.
         self._versions: dict[str, str] = {}
         self.urls: dict[tuple[str, str], ShardRecord] = {}
@@ -262,7 +279,7 @@ class CorpusState:
         files = [info for info in self._records.list_shards() if self._is_within(*_place(info.path))]
         versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
-        read = self._records.read_shards(changed)
+        read = self._read(changed)
         kept = {
             shard: record for shard, record in self.committed.items() if shard_record_path(*shard) in versions
         }
@@ -270,6 +287,15 @@ class CorpusState:
         # Last, so that a refresh that is interrupted above is repeated whole.
         self._versions = versions
         self.quarantined = self._records.quarantined()
+
+    def _read(self, files: list[FileInfo]) -> dict[ShardId, ShardRecord]:
+        """Return the records in listed files: of many, those that are compacted come from there."""
+        if len(files) < _FEW_RECORDS:
+            return self._records.read_shards(files)
+        held = self._compacted(files)
+        self._records.require_imported(held.values())
+        read = self._records.read_shards([info for info in files if info.path not in held])
+        return {(record.stage, record.source, record.shard): record for record in held.values()} | read
 
     def refresh_urls(self) -> None:
         """Bring the url shards up to date, after an intake."""

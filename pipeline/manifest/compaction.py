@@ -12,25 +12,34 @@ import contextlib
 import json
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import read_bounded, read_record
-from pipeline.manifest.record_rows import Row, rows_of, table_of
+from pipeline.manifest.record_rows import Row, rows_of, shard_record_of, table_of
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.catalog import RECORD_TABLES, record_row_schema
 from schemas.errors import CorruptShardError, first_line
-from schemas.records import shard_record_path
+from schemas.records import ShardRecord, shard_record_path
 
 _BIG_PART_ROWS = 1_000_000
 _REPLACES = b"replaces"
+
+_RECORD_COLUMNS = [
+    *(
+        name
+        for name in record_row_schema("shards").names
+        if name not in ("histograms", "state", "bytes", "error")
+    )
+]
 
 Seen = frozenset[tuple[str, str]]
 
@@ -77,6 +86,23 @@ class CompactedRecords:
         return {
             table: pa.concat_tables([*self._read(table, parts[table]), _to_table(table, new_rows[table])])
             for table in RECORD_TABLES
+        }
+
+    def shard_records(self, files: Sequence[FileInfo]) -> dict[str, ShardRecord]:
+        """Return those of the listed records of shards that a part holds in this very version, by path.
+
+        Without histograms. Nothing is asked of the storage for each record. Parts of an earlier version lack what a
+        record says of its files: their records are left out.
+        """
+        wanted = {(info.path, info.version) for info in files}
+        with self._lock:
+            try:
+                tables = self._read("shards", self._live_parts()["shards"], _RECORD_COLUMNS)
+            except FileNotFoundError:  # a rebuild deleted a part that was just listed
+                return {}
+        rows = (row for table in tables for row in table.filter(pc.is_valid(table["files"])).to_pylist())
+        return {
+            row["record"]: shard_record_of(row) for row in rows if (row["record"], row["version"]) in wanted
         }
 
     def compact(self) -> int:
@@ -175,10 +201,20 @@ class CompactedRecords:
             return False
         return committed["attempt"] == row["attempt"]
 
-    def _read(self, table: str, paths: list[str]) -> list[pa.Table]:
+    def _read(self, table: str, paths: list[str], columns: Sequence[str] | None = None) -> list[pa.Table]:
+        schema = record_row_schema(table)
+        schema = pa.schema([schema.field(name) for name in columns or schema.names])
+
         def read(path: str) -> pa.Table:
-            with _naming_damage(path), self.storage.open(path) as file:
-                return pq.read_table(file).cast(record_row_schema(table))
+            with _naming_damage(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
+                # A column that is younger than the part is NULL.
+                there = [
+                    name for name in schema.names if name in parquet.schema_arrow.names or name != "files"
+                ]
+                rows = parquet.read(columns=there)
+                if "files" in schema.names and "files" not in there:
+                    rows = rows.append_column("files", pa.nulls(len(rows), pa.string()))
+                return rows.select(schema.names).cast(schema)
 
         return self.storage.map(read, paths)
 

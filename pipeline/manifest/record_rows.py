@@ -77,7 +77,27 @@ def rows_of(path: str, text: bytes) -> list[Row]:
 
 
 def _shard_row(record: ShardRecord, state: str) -> Row:
-    return _row("shards", _fields(record) | _files(record.outputs) | {"state": state})
+    files = {name: [file.bytes, file.rows] for name, file in record.outputs.items()}
+    row = _row("shards", _fields(record) | _files(record.outputs) | {"state": state})
+    return row | {"files": json.dumps(files, sort_keys=True)}
+
+
+def shard_record_of(row: Row) -> ShardRecord:
+    """Return the committed record that a row of a part was made of, without its histograms.
+
+    Raises ValueError where the row cannot come from a record.
+    """
+    paths, sha256 = dict(row["paths"]), dict(row["sha256"])
+    outputs = {
+        name: {"path": paths.get(name), "sha256": sha256.get(name), "bytes": size, "rows": rows}
+        for name, (size, rows) in json.loads(row["files"]).items()
+    }
+    values = {field.name: row[field.name] for field in dataclasses.fields(ShardRecord) if field.name in row}
+    values |= {name: dict(values[name]) for name in ("inputs", "counts", "seconds", "versions")}
+    values |= {
+        name: values[name].isoformat(timespec="microseconds") for name in ("started_at", "finished_at")
+    }
+    return ShardRecord.from_json(json.dumps(values | {"outputs": outputs, "histograms": {}}))
 
 
 def _url_shard_rows(batch: IntakeRecord) -> list[Row]:

@@ -10,6 +10,7 @@ from jobs.run import digests_of, left_config_line, model_weights
 from pipeline.corpus.records import CorpusState, Records
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
+from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
 from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
@@ -49,7 +50,7 @@ def plan_corpus(
     begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
     models = digests_of(model_weights(config, begun))
     rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
-    state = CorpusState(records)
+    state = CorpusState(records, compacted=CompactedRecords(records.storage).shard_records)
     marks = marks_of_shards(records, state, save=False)
     survey = survey_corpus(config, models, state, stages, rows, marks)
     return {

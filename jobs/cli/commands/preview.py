@@ -4,6 +4,7 @@ from typing import Any
 
 from jobs.output.render import print_table
 from pipeline.corpus.records import CorpusState, Records
+from pipeline.manifest.compaction import CompactedRecords
 from pipeline.marks.search import marks_of_shards
 from pipeline.runs.preview import SourcePreview, preview_selection
 from pipeline.storage.storage import Storage
@@ -16,7 +17,7 @@ _SPARE = ("captions_now", "kept_now")
 def preview_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
     """Return what ``[select]`` would keep, a row a source. Raises CapfiltError where nothing is ranked."""
     records = Records(Storage(config.corpus.path))
-    state = CorpusState(records)
+    state = CorpusState(records, compacted=CompactedRecords(records.storage).shard_records)
     marks = marks_of_shards(records, state, save=False)
     return [_row(source_preview) for source_preview in preview_selection(config, records, state, marks)]
 
