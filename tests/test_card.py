@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, DatasetCardData
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
@@ -36,7 +36,10 @@ def test_the_metadata_is_read_back_and_the_figures_are_those_of_sql(corpus: Corp
     uid = corpus.manifest.query("SELECT uid FROM curated ORDER BY uid LIMIT 1").rows[0][0]
     mark(corpus.records, Verdict(what="drop", named_by="uid", values=(uid,), reason="a | <b>bad</b> `one`"))
     text = dataset_card(corpus.manifest)
-    data = DatasetCard(text).data.to_dict()
+    card = DatasetCard(text)
+    data = card.data.to_dict()
+    # The Hub's own class takes every field of the card, and writes them as they were.
+    assert card.content.startswith(f"---\n{DatasetCardData(**data).to_yaml()}\n---\n")
     assert data["size_categories"] == "n<1K" and data["pretty_name"] == "corpus"
     assert [(config["config_name"], config["data_files"][0]["path"]) for config in data["configs"]] == [
         ("default", ["curated/cc/*.tar", "curated/laion/*.tar"]),
