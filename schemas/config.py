@@ -133,8 +133,9 @@ class CrawlConfig(Section):
     )
     resize_only_if_bigger: bool = Field(True, description="smaller images are kept at their size")
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
-    formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"], ...] = Field(
-        ("JPEG", "PNG", "WEBP", "GIF", "BMP"), description="accepted; a GIF must have one frame only"
+    formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"], ...] = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"),
+        description="accepted, with one frame; AVIF makes nothing stale: what was refused: --retry format_refused",
     )
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
     max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")

@@ -3,6 +3,7 @@
 Every case says how a URL must end. The site speaks raw TCP, so that it can lie about anything.
 """
 
+import base64
 import collections
 import gzip
 import io
@@ -104,6 +105,29 @@ def large_rgba_png(side: int) -> bytes:
 def large_rgba_webp() -> bytes:
     """The same in 38 bytes: 7070 x 7070 pixels of one half-transparent colour."""
     return bytes.fromhex("524946461e000000574542505650384c110000002f9d5be71607508a2ad4a3808188e87f0000")
+
+
+# 7070 x 7070 pixels of one half-transparent colour, as Pillow writes them; zlib, base 85.
+LARGE_AVIF = (
+    rb"c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xz0Yiz}S|XT9U{B0g4$ZIYm%5LqTS82?HA7E66O#1+y4|SSK?lKN-YvVPIeai"
+    rb"vTe*i1QZ62lE)$0r4~-+bJ_M59|c6j1-WQ$^<nhvCP2GIX@>KY%@ZJ2_oZ|Q;?Aekts?|gSjKIv?2#=C&<>rnFU1!KzeRwL2"
+    rb"^Ej7Rf9wNQEero(I7U0tJ~BnII8n4h{|=#gkZO=-epJ0}>KW&d({zOU|hPn#Rk()&TJ+L^&gpVi}Nt1<-0|5Tmpx&nmYdH62"
+    rb"ViStVyC7g!Zn7MG;v7Fz+;WaeZh7FAj$!kjOcS&$10XQ0Db7@3+`7?@ZXS=-nd7+AV<QxZ#r7`WKwKbu?cyeDeZ!7RbTz+=e"
+    rb"3p#Swi+<7yZjpxoUczDcocD|is`^tUU6P&6%*Dsr#dU>9&tcy?wm$K9JIlfxvryR8#Xs<yJmj*xK@a>1}*G&$OY3wfW)hLZu"
+    rb"cyUwVwSyjM7HH5~JxR`g1&kGLaI9SG;K(phFuKhu;c~paEtQEwVV)x}GQ-cG3tX$e&T2uKd&%}6vY#DWoc`Ym32Y7oro|swp"
+    rb"+8HL<%Ko>ywuCzYJbs6GtXP|iO5HVYc?lX@@^$`?-Jc|jY(pQ`NrVReI9jfyJa8o1Z<4n6j#r?;!NcEa}njt$2HRChJD|+<v"
+    rb"CAEr|rw5lP{}O*w~+ac=qbOU%m`ePoC&q_wTgJ+~qsdFD%#IP=4r;()WIsnwr;AZ_~o}KdC<I@M_b>?W_UK=SyVnGi|nCX<="
+    rb"g$t=2$8qr-_d+V#omsTW@6u5XLfX?b(j#G04exy;-p$9IRFTfMI^%i;i@o!2FVgEq1xnpTKZU5KESn;nLt$+QXO8UV|#iRJ"
+)
+
+
+def large_rgba_avif() -> bytes:
+    return zlib.decompress(base64.b85decode(LARGE_AVIF))
+
+
+def lying_avif() -> bytes:
+    """The same, in a container that says 100 x 100."""
+    return large_rgba_avif().replace(struct.pack(">II", 7070, 7070), struct.pack(">II", 100, 100))
 
 
 def bomb_png() -> bytes:
@@ -505,10 +529,13 @@ GOOD_IMAGES = {
     "/bilevel.png": encoded(picture().convert("1"), "PNG"),
     "/plain.webp": encoded(picture(), "WEBP", quality=95),
     "/rgba.webp": encoded(picture().convert("RGBA"), "WEBP"),
+    "/plain.avif": encoded(picture(), "AVIF", quality=90),
+    "/rgba.avif": encoded(picture().convert("RGBA"), "AVIF"),
     "/still.gif": encoded(picture(), "GIF"),
     "/plain.bmp": encoded(picture(), "BMP"),
     "/large-rgba.png": large_rgba_png(7_000),
     "/large-rgba.webp": large_rgba_webp(),
+    "/large-rgba.avif": large_rgba_avif(),
     "/caf%C3%A9.jpg": JPEG,
     "/b%C3%BCcher/stra%C3%9Fe%201.jpg?gr%C3%B6%C3%9Fe=%C3%A4&b=%C3%A4": JPEG,
     "/100%25.jpg": JPEG,
@@ -529,17 +556,20 @@ BAD_IMAGES = {
     "/animated.gif": ("format_refused", animated("GIF")),
     "/animated.webp": ("format_refused", animated("WEBP")),
     "/animated.png": ("format_refused", animated("PNG")),
+    "/animated.avif": ("format_refused", animated("AVIF")),
     "/many-scans.jpg": ("format_refused", many_scans_jpeg()),
     "/truncated.jpg": ("image_truncated", JPEG[: len(JPEG) // 2]),
     "/half-with-an-end.jpg": ("image_truncated", JPEG[: len(JPEG) // 2] + b"\xff\xd9"),
     "/truncated-header.jpg": ("image_truncated", JPEG[:100]),
     "/truncated.png": ("image_truncated", rgb16_png()[:-60]),
     "/truncated.webp": ("image_truncated", encoded(picture(), "WEBP", lossless=True)[:-40]),
+    "/truncated.avif": ("image_truncated", encoded(picture(), "AVIF")[:-40]),
     "/truncated.gif": ("image_truncated", encoded(picture(), "GIF")[:-200]),
     "/bomb.png": ("too_many_pixels", bomb_png()),
     "/bomb.jpg": ("too_many_pixels", bomb_jpeg()),
     "/bomb.webp": ("too_many_pixels", bomb_webp()),
     "/bomb.gif": ("too_many_pixels", bomb_gif()),
+    "/lying.avif": ("too_many_pixels", lying_avif()),
     "/pixel.gif": ("too_small", encoded(picture(1, 1), "GIF")),
     "/icon.png": ("too_small", encoded(picture(32, 32), "PNG")),
     "/banner.jpg": ("aspect_ratio", encoded(picture(728, 90), "JPEG")),

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.images import decode
+from pipeline.images.avif import frame_pixels
 from pipeline.images.decode import ImageError, check, decode_rgb, is_plain_jpeg, read_header
 from tests import hostile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
@@ -45,6 +46,7 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
         encoded(picture(), "WEBP", quality=95),
         encoded(picture(), "GIF"),
         encoded(picture(), "BMP"),
+        encoded(picture(), "AVIF", quality=90),
     ],
     ids=[
         "jpeg",
@@ -61,6 +63,7 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
         "webp",
         "gif",
         "bmp",
+        "avif",
     ],
 )
 def test_every_format_shows_the_same_picture(data: bytes) -> None:
@@ -82,10 +85,10 @@ def test_every_orientation(orientation: int) -> None:
         Image.Transpose.TRANSVERSE,
     ]  # fmt: skip
     stored = picture().transpose(transposes[undo[orientation]]) if orientation in undo else picture()
-    for format_name in ("JPEG", "PNG", "WEBP"):
+    for format_name in ("JPEG", "PNG", "WEBP", "AVIF"):
         data = encoded(stored, format_name, exif=exif)
         assert (read_header(data).width, read_header(data).height) == (160, 120)
-        assert_quarters(decode_rgb(data), tolerance=40)
+        assert_quarters(decode_rgb(data, formats=ALL), tolerance=40)
 
 
 XMP_6 = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -200,6 +203,22 @@ def peak_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
+@pytest.mark.parametrize(("mode", "frames"), [("RGB", 1), ("L", 1), ("RGBA", 2)])
+@pytest.mark.parametrize("size", [(64, 64), (101, 37)])
+def test_frames_inside_an_avif_are_counted(mode: str, frames: int, size: tuple[int, int]) -> None:
+    image = Image.effect_noise(size, 64).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.effect_noise(size, 64))
+    assert frame_pixels(encoded(image, "AVIF", speed=10)) == frames * size[0] * size[1]
+
+
+def test_an_avif_whose_frames_are_larger_than_it_says_is_not_decoded() -> None:
+    header = read_header(hostile.lying_avif())
+    assert (header.width, header.height) == (100, 100)
+    with pytest.raises(ImageError, match="too_many_pixels: 99,969,800 in the frames of 10,000"):
+        decode_rgb(hostile.lying_avif(), formats=ALL)
+
+
 def test_formats_outside_the_config_are_refused() -> None:
     with pytest.raises(ImageError, match="format_refused: GIF"):
         check(
@@ -236,7 +255,8 @@ def test_a_thumbnails_end_is_not_the_pictures() -> None:
 def test_damage_is_never_an_exception_of_another_kind() -> None:
     noise = np.random.default_rng(0)
     originals = [JPEG, encoded(picture(), "PNG"), encoded(picture(), "WEBP"), encoded(picture(), "GIF"),
-                 encoded(picture(), "BMP"), hostile.rotated_jpeg(6), hostile.animated("GIF")]  # fmt: skip
+                 encoded(picture(), "BMP"), hostile.rotated_jpeg(6), hostile.animated("GIF"),
+                 encoded(picture().convert("RGBA"), "AVIF", speed=10)]  # fmt: skip
     for data in originals:
         for _ in range(150):
             damaged = bytearray(data[: noise.integers(1, len(data) + 1)])

@@ -14,9 +14,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from pipeline.images import jpeg, png
+from pipeline.images import avif, jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
 from schemas.config import MAX_PIXELS
 
@@ -24,11 +24,14 @@ from schemas.config import MAX_PIXELS
 # from the header. Pillow's error at 179M pixels stays.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# The caller's threads are the parallelism, and each of libavif's would hold frames of its own.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 # OpenCV's own limit of pixels, which it reads when it is imported: as Pillow's.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 _THUMBNAIL_QUALITY = 80
+_THUMBNAIL_PIXELS = 1_000_000
 
 # 56 bits of ones, each byte stuffed: as many as libjpeg may read ahead of the last block. No Huffman code is all ones,
 # and an attempt to decode them takes 17 bits.
@@ -43,7 +46,7 @@ _UNSUPPORTED = {
     "SVG": re.compile(
         rb"(?:\xef\xbb\xbf)?\s*(?:<\?.*?\?>\s*|<!--.*?-->\s*)*+(?:<!DOCTYPE\s+|<)(?:\w+:)?svg\b", re.I | re.S
     ),
-    "AVIF or HEIF": re.compile(rb"....ftyp(?:avi|hei|hev|mif|msf)", re.S),
+    "HEIF": re.compile(rb"....ftyp(?:hei|hev|mif|msf)", re.S),
     "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
     "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "),
     "ICO": re.compile(rb"\0\0[\1\2]\0(?!\0\0)"),
@@ -51,12 +54,13 @@ _UNSUPPORTED = {
     "TGA": re.compile(rb".\0[\2\3\x0a\x0b]\0\0\0\0.{9}[\x08\x10\x18\x20][\0-\x3f]", re.S),
     "PSD": re.compile(rb"8BPS"),
 }
-_KNOWN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a", re.S)
+_KNOWN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|....ftypavi[fs]", re.S)
 _SNIFFED_BYTES = 4096
 _GZIP = b"\x1f\x8b\x08"
 _TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 # What Pillow raises on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error)
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError,
+           struct.error)  # fmt: skip
 
 # What turns an image with an EXIF orientation upright.
 _UPRIGHT = {
@@ -253,6 +257,9 @@ def _load(image: ImageFile.ImageFile, format_name: str, data: bytes) -> Image.Im
             _load_jpeg(image, data, _read_scans(data))
         case "WEBP":
             return _load_webp(image, data)
+        case "AVIF":
+            _check_frames(avif.frame_pixels(data), image.width * image.height)
+            image.load()
         case "PNG":
             image.load()
             # Pillow leaves missing rows zero: a zero last row may be real or missing, which the data decides.
@@ -350,6 +357,12 @@ def _feed_several_scans(feed: _JpegFeed, data: bytes) -> None:
     feed.feed(jpeg.END_OF_IMAGE)
 
 
+def _check_frames(frame_pixels: int, image_pixels: int) -> None:
+    """Raise ImageError where the frames inside a file exceed what the image, its alpha and a gain map account for."""
+    if frame_pixels > 3 * image_pixels + _THUMBNAIL_PIXELS:
+        raise ImageError("too_many_pixels", f"{frame_pixels:,} in the frames of {image_pixels:,}")
+
+
 def _load_webp(image: Image.Image, data: bytes) -> Image.Image:
     # Pillow's WebP decoder takes 16 bytes a pixel, 0.8 GB within our limit; OpenCV's takes 4.
     import cv2
@@ -378,7 +391,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     """Convert to RGB as a browser would show it on a white page."""
     if image.mode not in ("LA", "RGBA"):
         return image if image.mode == "RGB" else image.convert("RGB")
-    image = image.convert("RGBA")
+    # Converted only if need be: the copy of a big image counts.
+    image = image.convert("RGBA") if image.mode == "LA" else image
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
     return white
