@@ -6,6 +6,7 @@ become spaces.
 
 import base64
 import hashlib
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,13 @@ class Pages:
             undefined=jinja2.StrictUndefined,
             finalize=_printable,
         )
-        environment.filters |= {"brief": brief, "query": urlencode, "score": _score, "signed": _signed}
+        environment.filters |= {
+            "brief": brief,
+            "query": urlencode,
+            "metrics": _metrics,
+            "score": _score,
+            "signed": _signed,
+        }
         environment.globals |= {
             "base": base,
             "name": corpus.rstrip("/").rpartition("/")[2] or corpus,
@@ -168,6 +175,14 @@ def _note(snapshot: Snapshot, scope: Scope) -> str:
 
 def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _metrics(row: Row) -> Row:
+    """Return the row of a checkpoint with its metrics as people read them."""
+    try:
+        return row | {"metrics": cell(json.loads(row["metrics"]))}
+    except (TypeError, ValueError):
+        return row
 
 
 def _score(value: float | None) -> str:
