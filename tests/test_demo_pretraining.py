@@ -36,6 +36,7 @@ from training.data.snapshot import take_snapshot
 from training.evaluate.annotations import read_captioned_images
 from training.evaluate.images import BenchmarkImages
 from training.models.language import load_language
+from training.models.tokenizer import CaptionTokenizer
 
 pytestmark = pytest.mark.training
 
@@ -136,6 +137,12 @@ def test_the_image_encoder_is_an_eva_that_sees_what_the_ranker_sees() -> None:
     ids_BL = tokenize(AutoTokenizer.from_pretrained(TOWER_DIR), texts)
     losses = distillation_losses(tower, ranker, to_input(pictures.pixels_NHWC), ids_BL)
     assert losses["features"] < 0.03 and losses["image"] < 0.01 and losses["text"] < 0.1
+
+
+def test_the_tokenizer_has_as_many_words_as_the_recipe_says() -> None:
+    shape = stage1_config(Path("/nowhere"), "curated").qformer
+    tokenizer = CaptionTokenizer(Path(shape.tokenizer), shape)
+    assert len(tokenizer.tokenizer) == shape.vocab_size > tokenizer.begin_id + 1
 
 
 # -- the language models -------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class CaptionTokenizer:
     def __init__(self, folder: Path, config: BertShape, section: str = "qformer", num_added: int = 1) -> None:
         self.tokenizer = load_tokenizer(folder, f"{section}.tokenizer", BertTokenizer)
         self.tokenizer.add_special_tokens({"bos_token": _BEGIN_CAPTION})
-        vocab_size = self.begin_id + num_added
+        # A folder's own vocabulary may hold [DEC] in any place, and then further words.
+        vocab_size = max(len(self.tokenizer), self.begin_id + num_added)
         if vocab_size != config.vocab_size:
             raise CapfiltError(
                 f"{section}.tokenizer = {config.tokenizer!r} has {vocab_size} words with {_BEGIN_CAPTION}"
