@@ -198,6 +198,51 @@ def test_parquet_lists_of_captions(folder: Path, captions: pa.Array) -> None:
     ]
 
 
+_BLANK = ["", " ", "\t\n", "\u00a0", "\u2003\u3000", "\x1c\x1f", "\x85"]
+_ODD_TEXTS = [None, *_BLANK, "\u200b", "\u732b", "\U0001f408", " a ", "0", "\x00"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_texts_that_stay_in_arrow_give_the_shards_that_objects_give(folder: Path, dtype: pa.DataType) -> None:
+    """What is a missing or a blank URL or caption, and what is hashed, is the same on both ways."""
+    urls = [text and f"http://h/{number % 9}{text}" for number, text in enumerate(_ODD_TEXTS)] + _ODD_TEXTS
+    captions = _ODD_TEXTS[::-1] + _ODD_TEXTS
+    columns = {name: pa.array(cells, pa.string()) for name, cells in (("url", urls), ("caption", captions))}
+    pq.write_table(
+        pa.table(
+            {
+                name: cells.dictionary_encode() if pa.types.is_dictionary(dtype) else cells.cast(dtype)
+                for name, cells in columns.items()
+            }
+        ),
+        folder / "lists" / "a.parquet",
+    )
+    in_arrow = configured(folder, inputs="lists/a.parquet")
+    # A further column takes the rows through Python.
+    pq.write_table(pa.table(columns | {"more": columns["url"]}), folder / "lists" / "b.parquet")
+    as_objects = configured(folder, 'extra_columns = ["more"]', inputs="lists/b.parquet")
+    as_objects = as_objects.model_copy(
+        update={"corpus": as_objects.corpus.model_copy(update={"path": str(folder / "other")})}
+    )
+    for config in (in_arrow, as_objects):
+        take_in(config)
+    shards, others = (
+        [
+            pq.read_table(
+                file.path if "://" in file.path else f"{config.corpus.path}/{file.path}"
+            ).drop_columns("extra")
+            for batch in records_of(config).intakes()
+            for file in batch.shards.values()
+        ]
+        for config in (in_arrow, as_objects)
+    )
+    assert shards == others and len(shards) > 3
+    counted = [records_of(config).intakes()[0].rows_without_url for config in (in_arrow, as_objects)]
+    assert counted[0] == counted[1] > 6
+
+
 def test_parquet_column_without_any_caption(folder: Path) -> None:
     """What pandas writes of a column of missing texts: NaN, or no type at all."""
     for name, captions in (("a", pa.array([float("nan"), None])), ("b", pa.nulls(2))):

@@ -18,7 +18,12 @@ PackedUids = NDArray[np.uint64]
 
 def sample_uid(source: str, url: str) -> str:
     """Return the 128-bit hex identity of a sample: stable across re-crawls and re-sharding."""
-    return hashlib.sha256(f"{source}\n{url}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{uid_prefix(source)}{url}".encode()).hexdigest()[:32]
+
+
+def uid_prefix(source: str) -> str:
+    """Return what stands before the URL in the text whose digest is a sample's identity."""
+    return f"{source}\n"
 
 
 def pack_uids(uids: Iterable[str]) -> PackedUids:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.fingerprint import sample_uid, uid_prefix
 from pipeline.intake.lists.columns import (
     TEXT_KINDS,
     Rows,
@@ -26,7 +26,8 @@ from pipeline.intake.lists.columns import (
     distinct_texts,
     finite_json,
 )
-from pipeline.intake.lists.files import read_columns, require_columns
+from pipeline.intake.lists.files import read_columns, read_texts, require_columns
+from pipeline.intake.lists.text_columns import TextRows
 from pipeline.intake.pictures.formats import PictureSource
 from pipeline.intake.pictures.places import SCHEME
 from pipeline.storage.storage import Storage
@@ -50,11 +51,17 @@ _ROW = pa.schema(
     ]
 )
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
-    "memory_limit": "1GB",
+    # Each thread wants its share of the memory; what does not fit lies in the scratch folder.
+    "memory_limit": "400MB",
+    "threads": 4,
     "preserve_insertion_order": False,
 }
 _FETCHED_ROWS = 65_536
 
+# A list of texts alone: DuckDB hashes what ``sample_uid`` hashes.
+_INSERT_TEXTS = """
+    INSERT INTO listed
+        SELECT number, file, NULL, left(sha256($prefix || url), 32), url, captions, NULL, NULL FROM batch"""
 _GROUPS = """
     CREATE TABLE firsts AS
         SELECT uid, min(number) AS number, count(*)::INTEGER AS input_rows
@@ -87,6 +94,23 @@ class _Batch:
     start: int
     rows_in: int
     rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows.numbers)
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for an error message."""
+        return f"{self.file}: {self.rows.place(row)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TextBatch:
+    """As a ``_Batch``, of rows whose URLs and captions are Arrow's texts."""
+
+    file: str
+    start: int
+    rows_in: int
+    rows: TextRows
 
     def __len__(self) -> int:
         return len(self.rows.numbers)
@@ -184,8 +208,12 @@ class SourcePairs:
         for batch in self._batches():
             if batch.start == 0:
                 self._require_urls(batch)
-            connection.register("batch", self._table(batch))
-            connection.execute("INSERT INTO listed FROM batch")
+            if isinstance(batch, _TextBatch):
+                connection.register("batch", self._text_table(batch))
+                connection.execute(_INSERT_TEXTS, {"prefix": uid_prefix(self.source.name)})
+            else:
+                connection.register("batch", self._table(batch))
+                connection.execute("INSERT INTO listed FROM batch")
             rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch)
         if not rows_with_url:
             raise self._no_urls(rows_in)
@@ -217,10 +245,15 @@ class SourcePairs:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self) -> Iterator[_Batch | _TextBatch]:
         url_column, start = self.source.url_column, 0
         for file in self.files:
             for rows in self._rows(file):
+                if isinstance(rows, TextRows):
+                    with_urls = rows.with_urls()
+                    yield _TextBatch(file=file, start=start, rows_in=len(rows.numbers), rows=with_urls)
+                    start += len(with_urls.numbers)
+                    continue
                 urls = rows.columns[url_column] = column_texts(rows, url_column, file)
                 # Whether it is a good URL, the crawl finds out.
                 kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
@@ -228,18 +261,26 @@ class SourcePairs:
                 yield _Batch(file=file, start=start, rows_in=len(urls), rows=batch)
                 start += len(kept)
 
-    def _rows(self, file: str) -> Iterator[Rows]:
+    def _rows(self, file: str) -> Iterator[Rows] | Iterator[Rows | TextRows]:
         if self._pictures is not None:
             return self._pictures.rows(file, self._wanted)
+        if (
+            set(self._wanted.columns) <= {self._wanted.url, self._wanted.caption}
+            and not self.source.uid_column
+        ):
+            return read_texts(self.storage, file, self.source.format, self._wanted)
         return read_columns(self.storage, file, self.source.format, self._wanted)
 
     def _no_urls(self, rows: int) -> CapfiltError:
         reason = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
         return CapfiltError(f"source.{self.source.name}.input: {reason} ({', '.join(self.files[:3])})")
 
-    def _require_urls(self, batch: _Batch) -> None:
+    def _require_urls(self, batch: _Batch | _TextBatch) -> None:
         """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be stored for ever."""
-        urls = batch.rows.columns[self.source.url_column]
+        if isinstance(batch, _TextBatch):
+            urls = batch.rows.urls.to_pylist()
+        else:
+            urls = batch.rows.columns[self.source.url_column]
         if urls and not self._may_hold_paths and not any(map(SCHEME.match, urls)):
             raise CapfiltError(
                 f"{batch.place(0)}: {self.source.url_column} is {shown(urls[0])!r}, which is not a URL, and no other "
@@ -282,6 +323,16 @@ class SourcePairs:
             distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
             for row, cell in enumerate(cells)
         ]
+
+    def _text_table(self, batch: _TextBatch) -> pa.Table:
+        return pa.table(
+            {
+                "number": pa.array(range(batch.start, batch.start + len(batch)), pa.int64()),
+                "file": pa.repeat(pa.scalar(self.files.index(batch.file), pa.int32()), len(batch)),
+                "url": batch.rows.urls,
+                "captions": batch.rows.caption_lists(),
+            }
+        )
 
     def _table(self, batch: _Batch) -> pa.Table:
         rows, columns = range(len(batch)), batch.rows.columns

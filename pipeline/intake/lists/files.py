@@ -8,9 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, Literal, TypeVar
 
+import pyarrow as pa
+
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
+from pipeline.intake.lists.text_columns import TextRows
+from pipeline.intake.lists.text_columns import text_rows as arrow_text_rows
 from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
 from pipeline.regular_files import NotRegularFileError, require_regular
 from pipeline.storage.file_info import FileInfo
@@ -102,6 +106,16 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
             yield from _batches(rows, wanted, unit)
 
 
+def read_texts(storage: Storage, path: str, form: str, wanted: Wanted) -> Iterator[Rows | TextRows]:
+    """Yield URLs and captions of one list as ``read_columns`` does, of Parquet as Arrow's texts where they are that."""
+    if format_of(path, form) != "parquet":
+        yield from read_columns(storage, path, form, wanted)
+        return
+    with opened_list(storage, path) as file:
+        for pieces, first in _parquet_pieces(file, path, wanted):
+            yield arrow_text_rows(pieces, wanted, first) or _rows_of(pieces, path, wanted, first)
+
+
 def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
     """Look at the beginning of a list: raise CapfiltError if it cannot be read or lacks a column."""
     form = format_of(path, form)
@@ -188,15 +202,26 @@ def open_parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
 
 
 def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
+    for pieces, first in _parquet_pieces(file, path, wanted):
+        yield _rows_of(pieces, path, wanted, first)
+
+
+def _parquet_pieces(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[tuple[list[pa.RecordBatch], int]]:
+    """Yield consecutive pieces of a Parquet file that are one batch, and the number of their first row."""
     with open_parquet(file, path) as parquet:
         require(wanted, parquet.names, path)
-        start = 1
+        first = 1
         pieces_read = parquet.pieces(wanted.columns)
         for pieces in _grouped((piece, piece.num_rows, piece.nbytes) for piece in pieces_read):
-            batch: Columns = {name: [] for name in wanted.columns}
-            first = start
-            for piece in pieces:
-                for name, cells in batch.items():
-                    cells.extend(cells_of(piece, name, path, start))
-                start += piece.num_rows
-            yield Rows(columns=batch, numbers=range(first, start), unit="row")
+            yield pieces, first
+            first += sum(piece.num_rows for piece in pieces)
+
+
+def _rows_of(pieces: Sequence[pa.RecordBatch], path: str, wanted: Wanted, first: int) -> Rows:
+    batch: Columns = {name: [] for name in wanted.columns}
+    start = first
+    for piece in pieces:
+        for name, cells in batch.items():
+            cells.extend(cells_of(piece, name, path, start))
+        start += piece.num_rows
+    return Rows(columns=batch, numbers=range(first, start), unit="row")

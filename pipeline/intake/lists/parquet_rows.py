@@ -136,7 +136,7 @@ class ParquetList:
 
 def _divided(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """Yield a batch in parts that are not too large as Python objects."""
-    if max(map(_decoded_bytes, batch.columns)) <= _PIECE_BYTES or batch.num_rows == 1:
+    if max(map(decoded_bytes, batch.columns)) <= _PIECE_BYTES or batch.num_rows == 1:
         yield batch
         return
     half = batch.num_rows // 2
@@ -144,12 +144,12 @@ def _divided(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     yield from _divided(batch.slice(half))
 
 
-def _decoded_bytes(column: pa.Array) -> int:
+def decoded_bytes(column: pa.Array) -> int:
     """Return the bytes of a column's values, each one counted however often its dictionary gives it out."""
     if isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        return _decoded_bytes(column.flatten())
+        return decoded_bytes(column.flatten())
     if isinstance(column, pa.StructArray):
-        return sum(map(_decoded_bytes, column.flatten()))
+        return sum(map(decoded_bytes, column.flatten()))
     if not isinstance(column, pa.DictionaryArray):
         return column.nbytes
     try:
@@ -166,7 +166,7 @@ def cells_of(piece: pa.RecordBatch, name: str, path: str, first_row: int) -> lis
         first_row: number of the piece's first row in the file, for the error message about a cell.
     """
     column = piece.column(name)
-    if _decoded_bytes(column) > MAX_ROW_BYTES:
+    if decoded_bytes(column) > MAX_ROW_BYTES:
         _reject_large(column, name, path, first_row)
     try:
         return column.to_pylist()
@@ -176,7 +176,7 @@ def cells_of(piece: pa.RecordBatch, name: str, path: str, first_row: int) -> lis
 
 def _reject_large(column: pa.Array, name: str, path: str, first_row: int) -> None:
     for row in range(len(column)):
-        if _decoded_bytes(column.slice(row, 1)) > MAX_ROW_BYTES:
+        if decoded_bytes(column.slice(row, 1)) > MAX_ROW_BYTES:
             raise CapfiltError(
                 f"{path}: row {first_row + row:,}: {name} has more than {MAX_ROW_BYTES >> 20} MiB; leave the row out"
             )
