@@ -24,6 +24,9 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForI
 from jobs.bench.fixtures.s3 import S3Server
 from jobs.demo.run import demo_config
 from jobs.docs import answers, ask
+from pipeline.lineage.checkpoint_trace import trace_checkpoint
+from pipeline.lineage.sample_trace import trace
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
 from tests.notebooks import assert_shown, outputs_of
@@ -88,6 +91,20 @@ def test_demo_makes_captions_true_and_training_better(demo: tuple[Path, dict]) -
     assert curated["itm_accuracy"] > 0.80
     for corpus_figures in figures["stage2"].values():
         assert corpus_figures["caption_loss"] < corpus_figures["text_only_loss"]
+
+
+def test_an_image_and_the_four_trainings_know_each_other(demo: tuple[Path, dict]) -> None:
+    manifest = Manifest(Storage(str(demo[0] / "demo-corpus")))
+    [(uid,)] = manifest.query("SELECT min(uid) FROM trained_on").rows
+    in_sql = manifest.query(f"SELECT checkpoint FROM trained_on WHERE uid = '{uid}' ORDER BY checkpoint").rows
+    runs = {checkpoint.split("/")[2] for (checkpoint,) in in_sql}
+    assert runs == {"demo-stage1", "demo-stage1-web", "demo-stage2-opt", "demo-stage2-t5"}
+    [traced] = trace(manifest, uid)
+    used = sorted(row["path"] for row in traced["checkpoints"] if row["use"] == "trained on")
+    assert used == [checkpoint for (checkpoint,) in in_sql]
+    for path in used:
+        shards = trace_checkpoint(f"{manifest.storage.root}/{path}")["shards"]
+        assert (traced["source"], traced["shard"]) in {(shard["source"], shard["shard"]) for shard in shards}
 
 
 def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None:

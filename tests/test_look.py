@@ -1,5 +1,6 @@
 """``capfilt look``: what the page and the file show is what SQL says, text is text, and nothing else is served."""
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
 from pipeline.corpus.shard_files import write_parquet
-from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.manifest import Manifest, Query
 from pipeline.marks.marking import Verdict, mark
 from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.tables import CANDIDATES, CAPTIONS, SAMPLES_FILE
 from tests.corpora import Corpus, make_corpus
@@ -46,9 +48,17 @@ def site(corpus: Corpus):
         yield site
 
 
-def answers(corpus: Corpus, sql: str) -> list[dict]:
-    """Return what ``capfilt sql`` answers."""
-    return corpus.manifest.query(sql).dicts()
+@functools.cache
+def sandbox(corpus: str) -> Query:
+    """Return the connection in which ``capfilt sql`` would answer, kept open for a corpus that stays as it is."""
+    query = Manifest(Storage(corpus)).open()
+    query.sealed()
+    return query
+
+
+def answers(corpus: Corpus, sql: str, *, now: bool = False) -> list[dict]:
+    """Return what ``capfilt sql`` answers; ``now``: anew, of a corpus that changes."""
+    return corpus.manifest.query(sql).dicts() if now else sandbox(corpus.root).rows(sql)
 
 
 def numbers_of(rows: list[dict], names: tuple[str, ...]) -> list[float]:
@@ -449,17 +459,19 @@ def test_a_mark_is_made_and_taken_back(tmp_path: Path) -> None:
         assert site.page("grid?marked=yes").parts[0].numbers == [0.0]
         status, headers, _ = site.post("mark", form | {"what": "drop", "back": "status=kept&sort=-score"})
         assert (status, headers["Location"]) == (303, f"grid?status=kept&sort=-score#u{uid}")
-        assert answers(corpus, holding) == [
+        assert answers(corpus, holding, now=True) == [
             {"what": "drop", "value": uid, "caption": None, "reason": "seen on the page"}
         ]
         page = site.page("grid?marked=yes")
         assert page.parts[0].numbers == [1.0] and "marked: drop" in page.text and "Take back" in page.text
         assert "marked: drop" in site.page(f"sample/{uid}").text
         assert site.post("mark", form | {"what": "drop", "undo": "yes"})[0] == 303
-        assert answers(corpus, holding) == [] and "marked: drop" not in site.page(f"sample/{uid}").text
+        assert (
+            answers(corpus, holding, now=True) == [] and "marked: drop" not in site.page(f"sample/{uid}").text
+        )
         other = form | {"what": "not-this-caption", "reason": "<b>wrong</b>"}
         assert site.post("mark", other)[1]["Location"] == f"sample/{uid}"
-        assert answers(corpus, holding)[0]["caption"] == row["captions"][0]
+        assert answers(corpus, holding, now=True)[0]["caption"] == row["captions"][0]
         assert "<b>wrong</b>" in site.page(f"sample/{uid}").text
 
 
@@ -493,7 +505,7 @@ def test_a_mark_by_another_name_is_taken_back_once_it_is_said_what_that_frees(
             if tag == "input" and "value" in values
         }
         assert site.post("mark", form)[1]["Location"] == f"grid?marked=yes#u{row['uid']}"
-        holding = answers(corpus, "SELECT what, value FROM marks WHERE undone_at IS NULL")
+        holding = answers(corpus, "SELECT what, value FROM marks WHERE undone_at IS NULL", now=True)
         assert holding == [{"what": "not-this-caption", "value": row[named_by]}]
         assert site.post("mark", form)[0] == 400 and site.get(drop)[0] == 400
 
@@ -513,7 +525,7 @@ def test_a_mark_from_elsewhere_is_refused(tmp_path: Path) -> None:
         ):
             assert site.post("mark", form | wrong)[0] == 400, wrong
         assert site.post("mark", form | {"reason": "x" * 70_000})[0] == 413
-    assert answers(corpus, "SELECT * FROM marks") == []
+    assert answers(corpus, "SELECT * FROM marks", now=True) == []
 
 
 # -- another selection -------------------------------------------------------------------------------------------------
