@@ -22,6 +22,7 @@ from transformers import (
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import BlipKind, PretrainConfig
+from training.blip.cost import flops_saved_per_sample
 from training.blip.initial import copy_text, copy_vit, read_vit
 from training.blip.stage import BlipStage
 from training.blip.vision import resize_positions
@@ -189,7 +190,7 @@ def test_operations_follow_from_the_shapes() -> None:
         ("blip-filter", "all", 4 * embedded + 3 * (itm + projection), 2),
     ):
         counted = meta_stage(full_size(stage, share=share, **small))
-        assert (counted.flops_per_sample(), counted.flops_saved_per_sample()) == (
+        assert (counted.flops_per_sample(), flops_saved_per_sample(counted)) == (
             flops,
             saved * 3 * projection,
         )

@@ -2,8 +2,8 @@
 
 Both change in training without a gradient, and belong to a run's checkpoint.
 
-The legend of the names: B images and texts, N of the step over all ranks, K of the queue, M = N + K candidates,
-C width of the contrastive embeddings.
+The legend of the names: B images and texts, N of the step over all ranks, K of the queue, P tokens of an image,
+E its width, L text tokens, C width of the contrastive embeddings.
 """
 
 import copy
@@ -84,16 +84,3 @@ class EmbeddingQueue(nn.Module):
         for stored, values in ((self.image_KC, image_NC), (self.text_KC, text_NC), (self.id_K, id_N)):
             stored[places_N] = values.to(stored.dtype)
         self.pointer.add_(len(id_N)).remainder_(len(self.id_K))
-
-
-def soft_targets(momentum_logits_BM: Tensor, same_BM: Tensor, alpha: float) -> Tensor:
-    """Return ITC's targets: alpha of the momentum encoders' distribution, the rest even over true pairs."""
-    # y = alpha softmax(s_m / tau) + (1 - alpha) 1[same] / number of same (ALBEF, equation 6; BLIP, blip_retrieval.py).
-    true_BM = same_BM.to(momentum_logits_BM.dtype)
-    true_BM = true_BM / true_BM.sum(dim=1, keepdim=True)
-    return alpha * momentum_logits_BM.softmax(dim=1) + (1 - alpha) * true_BM
-
-
-def soft_cross_entropy(logits_BM: Tensor, targets_BM: Tensor) -> Tensor:
-    """Return the cross-entropy with soft targets, summed over the rows."""
-    return -(targets_BM * logits_BM.log_softmax(dim=1)).sum()

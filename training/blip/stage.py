@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
+from training.blip.cost import flops_per_sample
+from training.blip.losses import draw_negatives, soft_contrastive_loss
 from training.blip.model import Med
-from training.blip.momentum import EmbeddingQueue, MomentumEncoders, soft_cross_entropy, soft_targets
+from training.blip.momentum import EmbeddingQueue, MomentumEncoders
 from training.distributed import World
-from training.losses import IGNORED, MASKED_LOGIT, captioning_loss, draw_columns, matching_loss
-from training.models.flops import FORWARD, TRAINED, count_flops
+from training.losses import IGNORED, captioning_loss, matching_loss
 from training.models.layers import KeyValue, leaves_of, select_images, send_to_projection
 from training.models.micro_batches import (
     MicroBatch,
@@ -44,9 +45,8 @@ from training.models.tokenizer import CaptionTokenizer, Texts
 if TYPE_CHECKING:
     from training.data.loader import Batch
 
-# blip_pretrain.py: the temperature's bounds, and what every negative's probability has at least.
+# The temperature's bounds (blip_pretrain.py).
 _TEMPERATURES = (0.001, 0.5)
-_LEAST_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +112,12 @@ class BlipStage(Med):
             for part, module in parts.items()
             for name, tensor in module.state_dict().items()
         }
+
+    # -- cost ----------------------------------------------------------------------------------------------------
+
+    def flops_per_sample(self) -> float:
+        """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
+        return flops_per_sample(self, self.momentum if self.encodes_text else None)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -208,9 +214,10 @@ class BlipStage(Med):
         # An image's other texts, and texts equal to its own, are not negatives.
         same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
         uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2)).to(device)
+        apart_NN = self._apart(0, len(same_NN), len(same_NN))
         drawn = (
-            draw_columns(self._negative_weights(image_NC, momentum_text_NC, same_NN), uniforms_2N[0]),
-            draw_columns(self._negative_weights(text_NC, momentum_image_NC, same_NN), uniforms_2N[1]),
+            draw_negatives(image_NC, momentum_text_NC, self.temp, same_NN, apart_NN, uniforms_2N[0]),
+            draw_negatives(text_NC, momentum_image_NC, self.temp, same_NN, apart_NN, uniforms_2N[1]),
         )
         return GlobalBatch(
             image_NC=momentum_image_NC,
@@ -228,12 +235,6 @@ class BlipStage(Med):
             self.momentum.embed_images(features_BPE),
             self.momentum.embed_texts(part.texts.ids_BL, part.texts.mask_BL),
         )
-
-    def _negative_weights(self, own_NC: Tensor, other_NC: Tensor, same_NN: Tensor) -> Tensor:
-        """Return the probability of each negative, up to a factor: softmax + 1e-4 among the samples of a group."""
-        apart_NN = self._apart(0, len(own_NC), len(own_NC))
-        logits_NN = (own_NC @ other_NC.T / self.temp).masked_fill(apart_NN, MASKED_LOGIT)
-        return (logits_NN.softmax(dim=1) + _LEAST_WEIGHT).masked_fill(same_NN | apart_NN, 0.0)
 
     def _apart(self, first: int, size: int, num_samples: int) -> Tensor:
         """Return where samples ``first`` and following of the step are in another group than each sample: (B, N)."""
@@ -277,19 +278,15 @@ class BlipStage(Med):
         apart_BN = self._apart(part.first, part.size, num_samples)
         apart_BM = torch.cat((apart_BN, apart_BN.new_zeros(part.size, len(queue.id_K))), dim=1)
         same_BM = (batch.id_N[rows, None] == torch.cat((batch.id_N, queue.id_K))) & ~apart_BM
-
-        def logits(own_BC: Tensor, candidates_MC: Tensor) -> Tensor:
-            return (own_BC @ candidates_MC.T / self.temp).masked_fill(apart_BM, MASKED_LOGIT)
-
-        loss = torch.zeros_like(self.temp)
-        for own_BC, momentum_NC, candidates in (
-            (encoded.image_BC, batch.image_NC, (batch.text_NC, queue.text_KC)),
-            (encoded.text_BC, batch.text_NC, (batch.image_NC, queue.image_KC)),
-        ):
-            candidates_MC = torch.cat(candidates)
-            with torch.no_grad():
-                targets_BM = soft_targets(logits(momentum_NC[rows], candidates_MC), same_BM, batch.alpha)
-            loss = loss + soft_cross_entropy(logits(own_BC, candidates_MC), targets_BM)
+        loss = sum(
+            soft_contrastive_loss(
+                own_BC, slow_NC[rows], torch.cat(candidates), self.temp, same_BM, apart_BM, batch.alpha
+            )
+            for own_BC, slow_NC, candidates in (
+                (encoded.image_BC, batch.image_NC, (batch.text_NC, queue.text_KC)),
+                (encoded.text_BC, batch.text_NC, (batch.image_NC, queue.image_KC)),
+            )
+        )
         loss = loss / (2 * num_samples)
         (self.config.objective.itc * loss).backward()
         return {"itc": loss.detach()}
@@ -316,44 +313,3 @@ class BlipStage(Med):
         ).div(num_tokens)
         (objective.itg * loss).backward()
         return {"lm": loss.detach()}
-
-    # -- cost ----------------------------------------------------------------------------------------------------
-
-    def flops_per_sample(self) -> float:
-        """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
-        momentum = FORWARD * count_flops(self._embed_sample) if self.encodes_text else 0
-        return momentum + TRAINED * count_flops(self._compute_sample)
-
-    def flops_saved_per_sample(self) -> float:
-        """Return the FLOP that BLIP's own step has beyond: an image's keys and values projected for each pair."""
-        here = self.encodes_text + self.decodes_text - self.shares_projection * self.encodes_text
-        more = 3 * self.encodes_text + self.decodes_text - here
-        bert = self.text_encoder if self.encodes_text else self.text_decoder.bert
-        num_tokens, width = self.visual_encoder.pos_embed.shape[1:]
-        image_1PE = torch.empty(1, num_tokens, width, device=self.device, dtype=self.visual_encoder.dtype)
-        return more and more * TRAINED * count_flops(lambda: bert.project_image(image_1PE))
-
-    def _sample(self) -> tuple[Tensor, Texts]:
-        size, shape = self.config.data.image_size_px, (3, self.shape.text.max_text_tokens)
-        texts = Texts(
-            ids_BL=torch.zeros(shape, dtype=torch.long, device=self.device),
-            mask_BL=torch.ones(shape, dtype=torch.bool, device=self.device),
-        )
-        return torch.empty(1, 3, size, size, dtype=torch.uint8, device=self.device), texts
-
-    def _embed_sample(self) -> None:
-        pixels_1CHW, texts = self._sample()
-        self.momentum.embed_images(self.momentum.visual_encoder(pixels_1CHW))
-        self.momentum.embed_texts(texts.ids_BL[:1], texts.mask_BL[:1])
-
-    def _compute_sample(self) -> None:
-        """Compute one sample without the losses: its text for ITC and LM, three pairs for ITM."""
-        pixels_1CHW, texts = self._sample()
-        features_1PE = self.visual_encoder(pixels_1CHW)
-        for_encoder, for_decoder = self.project(features_1PE)
-        if self.encodes_text:
-            self.encoders.embed_images(features_1PE)
-            self.encoders.embed_texts(texts.ids_BL[:1], texts.mask_BL[:1])
-            self.match(for_encoder, texts)
-        if self.decodes_text:
-            self.text_decoder.logits(self.text_decoder(texts.ids_BL[:1], for_decoder)[0, 1:])

@@ -4,10 +4,12 @@ from typing import Any
 
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
+from training.blip.cost import activation_bytes_per_sample, flops_saved_per_sample
 from training.blip.stage import BlipStage
 from training.blip2.stage1 import Stage1
 from training.build import Blip2Stage, Stage, meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
+from training.models.flops import ACTIVATION_BYTES
 from training.trainer.optim import fill_preset
 
 # The rate that an estimate assumes: half of what an H200 reaches in a large bf16 matrix product.
@@ -17,8 +19,6 @@ ASSUMED_UTILISATION = 0.5
 # fp32 master, gradient and AdamW's two moments; and the bf16 copy for matrix products.
 _TRAINED_BYTES = 4 + 4 + 8 + 2
 _FROZEN_BYTES = 2
-# Of one token in one layer of width W: 34 W bytes in bf16 where attention keeps no scores (arXiv 2205.05198, eq. 2).
-_ACTIVATION_BYTES = 34
 
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     assert steps is not None
     samples = steps * config.optim.batch_size
     flops = stage.flops_per_sample()
-    saved = stage.flops_saved_per_sample() if isinstance(stage, BlipStage) else 0
+    saved = flops_saved_per_sample(stage) if isinstance(stage, BlipStage) else 0
     gpu_hours = samples * flops / (ASSUMED_MATMUL_FLOPS * ASSUMED_UTILISATION) / 3600
     return {
         "name": config.run.name,
@@ -82,7 +82,7 @@ def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) 
     image_bytes = 3 * config.data.image_size_px**2
     state_bytes = trained * _TRAINED_BYTES
     if isinstance(stage, BlipStage):
-        activation_bytes = _blip_activation_bytes(stage)
+        activation_bytes = activation_bytes_per_sample(stage)
         # Momentum encoders have fp32 masters, of which a bf16 copy is made.
         state_bytes += frozen * (4 + _FROZEN_BYTES) + 4 * sum(
             tensor.numel() for name, tensor in stage.named_buffers() if name.startswith("queue.")
@@ -100,24 +100,12 @@ def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) 
     return {name: round(value / 1e9, 1) for name, value in memory.items()}
 
 
-def _blip_activation_bytes(stage: BlipStage) -> int:
-    """Return what an image of a micro-batch keeps from the forward to the backward pass."""
-    vision, text = stage.shape.vision, stage.shape.text
-    image_tokens = stage.visual_encoder.pos_embed.shape[1]
-    # Once for ITC, for each of ITM's three pairs, and for LM.
-    num_texts = 4 * stage.encodes_text + stage.decodes_text
-    text_bytes = num_texts * text.max_text_tokens * text.width * text.layers * _ACTIVATION_BYTES
-    # The keys and values of every text layer, bf16, and their gradients.
-    projected_bytes = image_tokens * 2 * text.width * text.layers * 2 * 2
-    return image_tokens * vision.width * vision.layers * _ACTIVATION_BYTES + text_bytes + projected_bytes
-
-
 def _blip2_bytes(config: PretrainConfig, stage: Blip2Stage, frozen: int, ranks: int) -> tuple[int, int, int]:
     """Return the bytes stored of an image, those of its activations, and the frozen parameters of a rank."""
     shape, vision = config.qformer, stage.visual_encoder
     queries, texts = shape.num_queries, shape.max_text_tokens
     # Kept of each image of a micro-batch from the forward to the backward pass, by the Q-Former's layers.
-    token_bytes = shape.width * shape.layers * _ACTIVATION_BYTES
+    token_bytes = shape.width * shape.layers * ACTIVATION_BYTES
     if isinstance(stage, Stage1):
         stored_bytes = vision.num_tokens * vision.width * 2
         # ITC's queries and text, three pairs for ITM, and ITG's text.
@@ -129,5 +117,5 @@ def _blip2_bytes(config: PretrainConfig, stage: Blip2Stage, frozen: int, ranks: 
             in_blocks = sum(p.numel() for block in language.blocks for p in block.parameters())
             frozen -= in_blocks - in_blocks // ranks
         activation_bytes = queries * token_bytes
-        activation_bytes += (queries + texts) * language.width * len(language.blocks) * _ACTIVATION_BYTES
+        activation_bytes += (queries + texts) * language.width * len(language.blocks) * ACTIVATION_BYTES
     return stored_bytes, activation_bytes, frozen

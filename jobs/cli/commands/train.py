@@ -69,12 +69,13 @@ def _plan_text(plan: dict) -> str:
     # BLIP's own code projects an image's keys and values once for each of its pairs.
     gflop = plan["gflop_per_sample_published"]
     published = f" ({gflop:,.1f} as BLIP's code computes it)" if gflop else ""
+    untrained = "momentum encoders" if isinstance(plan["stage"], str) else "frozen"
     stage = plan["stage"] if isinstance(plan["stage"], str) else f"stage {plan['stage']}"
     return "\n".join(
         [
             f"{stage}: {plan['name']}",
             f"data        {images}",
-            f"trained     {plan['trainable_parameters']:,} parameters; frozen {plan['frozen_parameters']:,}",
+            f"trained     {plan['trainable_parameters']:,} parameters; {untrained} {plan['frozen_parameters']:,}",
             f"steps       {plan['steps']:,} of {plan['batch_size']:,} images: {plan['samples']:,} samples",
             f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample{published}: {plan['gpu_hours']:,.2f} "
             f"GPU-hours at {plan['gpu_hours_at']} (estimate)",
