@@ -129,6 +129,7 @@ class ViTConfig(Section):
     width: int = Field(768, ge=1)
     heads: int = Field(12, ge=1)
     patch_px: int = Field(16, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0, description="inner width of the feed-forward networks, by width")
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="share of images that skip the last block; less before it; ViT-L: 0.1"
     )
@@ -148,7 +149,7 @@ class TextConfig(BertShape):
         "", description="BERT to begin with, hub id or local folder; empty: at random, or run.init_from"
     )
     max_text_tokens: int = Field(30, ge=4, description="of a caption, special tokens and prompt included")
-    vocab_size: int = Field(30524, ge=6, description="the tokenizer's words, [DEC] and [ENC]")
+    vocab_size: int = Field(30524, ge=6, description="the tokenizer's words, [DEC] and, last, [ENC]")
 
 
 class BlipConfig(Section):

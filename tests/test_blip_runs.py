@@ -23,7 +23,7 @@ from schemas.config import CaptionConfig, FilterConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import BlipKind, PretrainConfig
 from tests.corpora import make_corpus
-from tests.test_blip_model import spread_stage
+from tests.test_blip_model import normalised, spread_stage
 from tests.tiny_training import tiny_blip_config
 from training.blip.stage import BlipStage
 from training.checkpoint import State, read_model
@@ -287,3 +287,32 @@ def test_an_own_export_of_a_med_holds_each_tensor_once(workspace: Path, tmp_path
     assert load_file(tmp_path / "own" / "model.safetensors").keys() == stage.trainable_state().keys()
     external = read_external(str(tmp_path / "own"))
     assert external is not None and external.method == "blip"
+
+
+DEMO_CAPTIONER = Path(__file__).parent.parent / "jobs" / "demo" / "weights" / "captioner"
+
+
+@torch.no_grad()
+def test_a_hugging_face_captioner_is_trained_on(workspace: Path, tmp_path: Path) -> None:
+    shape = {
+        "vision": {"layers": 4, "width": 128, "heads": 4, "patch_px": 8, "mlp_ratio": 3.0},
+        "text": {
+            "tokenizer": str(DEMO_CAPTIONER), "layers": 3, "width": 128, "heads": 4, "ffn_width": 384,
+            "max_text_tokens": 14, "vocab_size": 86, "max_positions": 64, "dropout": 0.0,
+        },
+    }  # fmt: skip
+    config = config_of(workspace, "blip-captioner", tmp_path, blip=shape, data={"image_size_px": 64})
+    stage = load_trained(str(DEMO_CAPTIONER), config)
+    reference = BlipForConditionalGeneration.from_pretrained(DEMO_CAPTIONER).eval()
+    texts = stage.tokenize(["a large red circle on a blue background"]).beginning_with(stage.begin_id)
+    assert stage.begin_id == reference.config.text_config.bos_token_id
+    pixels_BCHW = pictures(1, 64)
+    expected = reference(
+        pixel_values=normalised(pixels_BCHW, stage),
+        input_ids=texts.ids_BL,
+        attention_mask=texts.mask_BL.long(),
+    )
+    image = stage.project(stage.visual_encoder(pixels_BCHW))[1]
+    logits_BLV = stage.text_decoder.logits(stage.text_decoder(texts.ids_BL, image))
+    # Hugging Face's image encoder has norms of epsilon 1e-5, BLIP's own of 1e-6.
+    assert torch.allclose(logits_BLV[texts.mask_BL], expected.logits[texts.mask_BL], atol=2e-3)

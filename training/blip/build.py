@@ -22,7 +22,8 @@ def build_blip(config: PretrainConfig, world: World, device: torch.device) -> Bl
     assert config.blip is not None, "a model of BLIP has [blip]"
     text = config.blip.text
     folder = tokenizer_folder(text.tokenizer, "main", "blip.text.tokenizer")
-    tokenizer = CaptionTokenizer(folder, text, "blip.text", num_added=2)
+    num_added = 1 if config.run.stage == "blip-captioner" else 2
+    tokenizer = CaptionTokenizer(folder, text, "blip.text", num_added, exact=False)
     torch.manual_seed(seed_for("weights", config.run.seed))
     return BlipStage(config, tokenizer, world, compute_dtype(config.performance.precision, device)).to(device)
 

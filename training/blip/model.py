@@ -52,8 +52,8 @@ class Med(PartlyTrained):
         self.decodes_text = config.run.stage != "blip-filter"
         text, width = self.shape.text, self.shape.text.width
         self.begin_id = tokenizer.begin_id if tokenizer else text.vocab_size - 2
-        # [ENC] is the token behind [DEC].
-        self.match_id = self.begin_id + 1
+        # [ENC] is the last token.
+        self.match_id = text.vocab_size - 1
         self.visual_encoder = ViT(self.shape.vision, config.data.image_size_px, dtype)
         if self.encodes_text:
             self.text_encoder = TextModel(text, self.visual_encoder.width, dtype)

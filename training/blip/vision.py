@@ -15,7 +15,6 @@ from training.models.layers import LayerNorm, Linear
 
 # The epsilon of BLIP's norms; transformers' BlipVisionConfig has another default.
 VIT_NORM_EPS = 1e-6
-_MLP_RATIO = 4
 # Of the pixels, as CLIP's.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -49,10 +48,10 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, _MLP_RATIO * width)
-        self.fc2 = Linear(_MLP_RATIO * width, width)
+        self.fc1 = Linear(width, inner_width)
+        self.fc2 = Linear(inner_width, width)
 
     def forward(self, hidden_BPE: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(hidden_BPE)))
@@ -61,11 +60,11 @@ class _FeedForward(nn.Module):
 class ViTBlock(nn.Module):
     """One block, with its norms before the branches: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (LayerNorm(width, eps=VIT_NORM_EPS) for _ in range(2))
-        self.attn = _Attention(width, heads)
-        self.mlp = _FeedForward(width)
+        self.norm1, self.norm2 = (LayerNorm(config.width, eps=VIT_NORM_EPS) for _ in range(2))
+        self.attn = _Attention(config.width, config.heads)
+        self.mlp = _FeedForward(config.width, round(config.mlp_ratio * config.width))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_BPE: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": patch})
         # From 0 at the first block to drop_path at the last one, as in DeiT.
         rates = torch.linspace(0, config.drop_path, config.layers, device="cpu").tolist()
-        self.blocks = nn.ModuleList(ViTBlock(config.width, config.heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(ViTBlock(config, rate) for rate in rates)
         self.norm = LayerNorm(config.width, eps=VIT_NORM_EPS)
         # (p / 255 - mean) / std = p * scale + shift for uint8 pixels p.
         mean, std = torch.tensor(_MEAN), torch.tensor(_STD)

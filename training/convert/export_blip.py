@@ -76,7 +76,7 @@ def blip_config(stage: BlipStage) -> PretrainedConfig:
     return BlipConfig(
         vision_config={
             "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
+            "intermediate_size": round(vision.mlp_ratio * vision.width),
             "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads,
             "image_size": config.data.image_size_px,
@@ -94,7 +94,8 @@ def blip_config(stage: BlipStage) -> PretrainedConfig:
             "layer_norm_eps": NORM_EPS,
             "hidden_dropout_prob": text.dropout,
             "attention_probs_dropout_prob": text.dropout,
-            "bos_token_id": stage.begin_id,
+            # Readers of a filter take [ENC] to be the token behind this one.
+            "bos_token_id": stage.begin_id if stage.decodes_text else stage.match_id - 1,
             "eos_token_id": end_id,
             "sep_token_id": end_id,
             "pad_token_id": stage.tokenizer.tokenizer.pad_token_id,

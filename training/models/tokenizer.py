@@ -50,15 +50,23 @@ class CaptionTokenizer:
         folder: of BERT's tokenizer.
         config: the model's shape.
         section: of the config, for messages.
-        num_added: tokens that the model has beside BERT's: [DEC]; BLIP also [ENC], behind it.
+        num_added: tokens that the model has beside BERT's: [DEC]; BLIP's text encoder also [ENC], the last one.
+        exact: the model has no further ones.
     """
 
-    def __init__(self, folder: Path, config: BertShape, section: str = "qformer", num_added: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: BertShape,
+        section: str = "qformer",
+        num_added: int = 1,
+        exact: bool = True,
+    ) -> None:
         self.tokenizer = load_tokenizer(folder, f"{section}.tokenizer", BertTokenizer)
         self.tokenizer.add_special_tokens({"bos_token": _BEGIN_CAPTION})
-        # A folder's own vocabulary may hold [DEC] in any place, and then further words.
-        vocab_size = max(len(self.tokenizer), self.begin_id + num_added)
-        if vocab_size != config.vocab_size:
+        # [DEC] may be among the words of the folder already, in any place.
+        vocab_size = len(self.tokenizer) + num_added - 1
+        if config.vocab_size < vocab_size or (exact and config.vocab_size > vocab_size):
             raise CapfiltError(
                 f"{section}.tokenizer = {config.tokenizer!r} has {vocab_size} words with {_BEGIN_CAPTION}"
                 f"{' and [ENC]' if num_added > 1 else ''}; set {section}.vocab_size = {vocab_size}"
