@@ -61,10 +61,9 @@ def config_text(findings: Findings) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Return the recipes of corpora; the demo's serves its own world."""
-    return sorted(
-        path.stem for path in RECIPES.glob("*.toml") if "-stage" not in path.stem and path.stem != "demo"
-    )
+    """Return the recipes of corpora, not those of trainings; the demo's serves its own world."""
+    recipes = [path for path in RECIPES.glob("*.toml") if path.stem != "demo"]
+    return sorted(path.stem for path in recipes if "\n[[source]]" in path.read_text())
 
 
 def recipe_text(

@@ -47,6 +47,8 @@ class LocalFiles:
 
         Raises OSError for a folder that cannot be read: leaving it out would make live files look like orphans.
         """
+        if not Path(path).is_dir():
+            return [self.info(path)] if Path(path).is_file() else []
         files: list[FileInfo] = []
         folders = [path]
         while folders:
