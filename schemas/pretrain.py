@@ -179,7 +179,7 @@ class LanguageConfig(Section):
     model: str = Field(description="hub id or local folder: facebook/opt-2.7b, google/flan-t5-xl, ...")
     revision: str = Field("main", description="hub commit or tag")
     family: Literal["opt", "t5"] = Field(description="opt: decoder, LM loss; t5: prefix-LM loss")
-    prompt: str = Field("", description="begins every caption and stays out of the loss")
+    prompt: str = Field("", description="begins every caption, parted by a blank, and stays out of the loss")
     max_text_tokens: int = Field(32, ge=4)
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="of its frozen weights")
 

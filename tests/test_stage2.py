@@ -20,6 +20,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage2 import Stage2
 from training.build import meta_stage
 from training.distributed import World
+from training.evaluate.generation import Decoding, Stage2Generator
 from training.models.language import load_language, split_caption
 
 pytestmark = pytest.mark.training
@@ -110,6 +111,44 @@ def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:
         and target.labels_BT.shape == (2, 8)
     )
     assert target.num_tokens == 5 + 6
+
+
+@pytest.mark.parametrize("prompt", ["a photo of ", "a photo of"])
+def test_a_prompt_of_byte_level_bpe_hides_no_word_of_the_caption(tmp_path: Path, prompt: str) -> None:
+    model = save_opt(tmp_path / "opt", bpe=True)
+    config = exact_config(tmp_path, "opt", language={"model": str(model), "prompt": prompt})
+    language = load_language(config.language)
+    # The layout of OPT's tokenizer: the blank belongs to the word behind it, and a blank alone is a token of its own.
+    tokens = language.tokenizer.tokenize("a photo of dog")
+    assert tokens == ["a", "Ġphoto", "Ġof", "Ġdog"] and language.tokenizer.tokenize("a photo of ")[-1] == "Ġ"
+    target = language.target(["dog", "red circle"], ["0", "1"], 0)
+    read = [
+        language.tokenizer.decode(ids[mask])
+        for ids, mask in zip(target.inputs_BL, target.mask_BL, strict=True)
+    ]
+    assert read == ["</s>a photo of dog\n", "</s>a photo of red circle\n"]
+    predicted = [language.tokenizer.decode(labels[labels != -100]) for labels in target.labels_BT]
+    assert predicted == [" dog\n", " red circle\n"]
+
+
+def test_generation_continues_a_prompt_as_it_was_trained(tmp_path: Path) -> None:
+    model = save_opt(tmp_path / "opt", bpe=True)
+    stage = begun_stage(exact_config(tmp_path, "opt", language={"model": str(model)}))
+    read: list[Tensor] = []
+    words = stage.language.model.get_input_embeddings()
+    words.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    Stage2Generator(stage).caption(
+        batch().pixels_BCHW, "a photo of ", Decoding(beams=1, max_tokens=1, min_tokens=0)
+    )
+    # The first words that are read are the prompt's, which ends before the blank.
+    assert stage.language.tokenizer.decode(read[0][0]) == "</s>a photo of"
+
+
+@pytest.mark.parametrize("prompt", ["a photo of ", "a photo of"])
+def test_a_prompt_of_t5_is_parted_from_the_caption(folder: Path, prompt: str) -> None:
+    language = load_language(exact_config(folder, "t5", language={"prompt": prompt}).language)
+    target = language.target(["red circle"], ["0"], 0)
+    assert target.inputs_BL[0][target.mask_BL[0]].tolist() == language.tokenizer("a photo of red").input_ids
 
 
 def test_t5_loss_is_transformers_own(folder: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tiny_models import IMAGE_PX, SPECIAL, WORDS, save_ranker, tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -49,10 +49,13 @@ def save_bert(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_opt(folder: Path, *, seed: int = 0, width: int = 24) -> Path:
-    """Save an OPT and its tokenizer, which puts ``</s>`` first, as the published one does."""
+def save_opt(folder: Path, *, seed: int = 0, width: int = 24, bpe: bool = False) -> Path:
+    """Save an OPT and its tokenizer, which puts ``</s>`` first, as the published one does.
+
+    With ``bpe`` it is byte-level BPE, also as the published one: a blank belongs to the word that follows.
+    """
     torch.manual_seed(seed)
-    words = _word_level(_OPT_TOKENS, "<unk>")
+    words = _byte_level_bpe() if bpe else _word_level(_OPT_TOKENS, "<unk>")
     words.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     config = OPTConfig(
         vocab_size=words.get_vocab_size(),
@@ -210,6 +213,21 @@ def _word_level(first: tuple[str, ...], unknown: str) -> Tokenizer:
             pre_tokenizers.Punctuation(),
         ]
     )
+    return words
+
+
+def _byte_level_bpe() -> Tokenizer:
+    """Return a byte-level BPE over the vocabulary of ``tiny_models`` in which each word behind a blank is one token."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        show_progress=False,
+        special_tokens=list(_OPT_TOKENS[:4]),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    words.train_from_iterator([" ".join(["", *WORDS])] * 2, trainer)
     return words
 
 

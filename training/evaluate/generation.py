@@ -100,8 +100,13 @@ class Stage2Generator:
         language = self.stage.language
         tokenizer, shape = language.tokenizer, language.model.config
         soft_BQW = self.stage.soft_prompt(pixels_BCHW.to(self.stage.query_tokens.device))
+        # Byte-level BPE joins a blank to the word that follows, so a prompt that ends in one would end in a token that
+        # was never trained on.
         encoded = tokenizer(
-            list(prompts), padding="longest", padding_side=language.padding_side, return_tensors="pt"
+            [prompt.rstrip(" ") for prompt in prompts],
+            padding="longest",
+            padding_side=language.padding_side,
+            return_tensors="pt",
         ).to(soft_BQW.device)
         # The model's input is the soft prompt and then the text prompt; every query is attended to.
         inputs_BSW = torch.cat([soft_BQW, language.embed(encoded.input_ids)], dim=1)

@@ -10,6 +10,7 @@ width, V its vocabulary.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,12 @@ class FrozenLanguage(nn.Module):
         """Return the embeddings (B, L, W) of tokens."""
         return self.model.get_input_embeddings()(ids_BL)
 
+    @property
+    def prompt(self) -> str:
+        """Return what stands before every caption: ``language.prompt``, parted from the caption by white space."""
+        prompt = self.config.prompt
+        return f"{prompt} " if prompt and not prompt[-1].isspace() else prompt
+
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the tokens of texts and where they are, padded on the right."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_text_tokens).input_ids
@@ -133,12 +140,27 @@ class DecoderOnly(FrozenLanguage):
 
     def target(self, captions: Sequence[str], uids: Sequence[str], seed: int) -> Target:
         """Tokenise captions, each ended by a line break. The text prompt is input only, not predicted."""
-        prompt = self.config.prompt
-        ids_BL, mask_BL = self._tokens([f"{prompt}{caption}\n" for caption in captions])
+        texts = [f"{self.prompt}{caption}\n" for caption in captions]
+        ids_BL, mask_BL = self._tokens(texts)
         labels_BL = ids_BL.masked_fill(~mask_BL, IGNORED)
-        if prompt:
-            labels_BL[:, : len(self.tokenizer(prompt).input_ids)] = IGNORED
+        if self.prompt:
+            for row, length in enumerate(self._prompt_lengths(texts)):
+                labels_BL[row, :length] = IGNORED
         return Target(inputs_BL=ids_BL, mask_BL=mask_BL, labels_BT=labels_BL)
+
+    def _prompt_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each text, the leading ``</s>`` included, end within the prompt.
+
+        Counted by characters: byte-level BPE joins the blank behind the prompt to the caption's first word, so the
+        tokens of the prompt alone are not the first tokens of the text.
+        """
+        offsets = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.config.max_text_tokens,
+            return_offsets_mapping=True,
+        ).offset_mapping
+        return [sum(1 for _ in takewhile(lambda span: span[1] <= len(self.prompt), row)) for row in offsets]
 
     def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
         """Return the cross-entropy summed over the tokens."""
@@ -193,7 +215,7 @@ class EncoderDecoder(FrozenLanguage):
         split depends on ``seed``, the image and the caption alone.
         """
         prefixes, suffixes = zip(*map(split_caption, captions, uids, [seed] * len(uids)), strict=True)
-        ids_BL, mask_BL = self._tokens([f"{self.config.prompt}{prefix}" for prefix in prefixes])
+        ids_BL, mask_BL = self._tokens([f"{self.prompt}{prefix}" for prefix in prefixes])
         labels_BT, suffix_mask_BT = self._tokens(suffixes)
         return Target(
             inputs_BL=ids_BL, mask_BL=mask_BL, labels_BT=labels_BT.masked_fill(~suffix_mask_BT, IGNORED)
