@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from tests.processes import ROOT
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
+from training.distributed import World
 from training.trainer.loop import Loop, TrainingStopped
 from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
 
@@ -238,11 +240,26 @@ def test_a_missing_library_is_named(
 def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 102.0])
     monkeypatch.setattr("training.trainer.metrics.time.perf_counter", lambda: next(clock))
-    speed = Throughput(torch.device("cpu"), 1e9, 1)
+    speed = Throughput(World(), 1e9)
     speed.add(30, 0.5)
     speed.add(30, 0.5)
     report = speed.report()
     assert (report["samples_per_s"], report["data_wait_share"], report["mfu"]) == (30.0, 0.5, None)
+
+
+def report_of_rank(world: World) -> dict[str, float]:
+    """Return a report of ten seconds, in which rank 0 waits one second for data and rank 1 four."""
+    clock = iter([100.0, 110.0, 110.0])
+    time.perf_counter = lambda: next(clock)
+    speed = Throughput(world, 1e9)
+    speed.add(30, (1.0, 4.0)[world.rank])
+    return speed.report()
+
+
+def test_the_rank_that_waits_longest_for_data_is_reported() -> None:
+    first, second = on_ranks(2, report_of_rank)
+    assert first["data_wait_share"] == second["data_wait_share"] == 0.4
+    assert first["peak_memory_gb"] == second["peak_memory_gb"] > 0
 
 
 # -- kills ---------------------------------------------------------------------------------------------------

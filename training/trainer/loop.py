@@ -138,7 +138,7 @@ class Loop:
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
         config = self.config
-        throughput = Throughput(self.world.device, self.stage.flops_per_sample(), self.world.size)
+        throughput = Throughput(self.world, self.stage.flops_per_sample())
         self.stage.train()
         values: dict[str, float | None] = {}
         while self.step < self.schedule.steps:

@@ -17,6 +17,7 @@ from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
+from training.distributed import World
 
 FILE = "metrics.jsonl"
 
@@ -155,10 +156,10 @@ def require_libraries(config: MetricsConfig) -> None:
 class Throughput:
     """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data."""
 
-    def __init__(self, device: torch.device, flops_per_sample: float, num_devices: int) -> None:
-        self._device = device
+    def __init__(self, world: World, flops_per_sample: float) -> None:
+        self._world = world
         self._flops_per_sample = flops_per_sample
-        self._peak_flops = _peak_flops(device) * num_devices
+        self._peak_flops = _peak_flops(world.device) * world.size
         self._reset()
 
     def _reset(self) -> None:
@@ -172,16 +173,24 @@ class Throughput:
         self._waited_s += waited_s
 
     def report(self) -> dict[str, float | None]:
-        """Return the rates since the last report, and reset."""
+        """Return the rates since the last report, and reset; every rank calls it, at the same step."""
         seconds = time.perf_counter() - self._start
         rate = self._samples / seconds
         # Model FLOP utilisation (arXiv 2204.02311, appendix B): the achieved share of the devices' peak rate.
         mfu = rate * self._flops_per_sample / self._peak_flops
+        # The largest of all ranks: the others wait for that rank in the gradients' sum, which no rank counts.
+        wait_share, peak_memory_bytes = self._world.max(
+            torch.tensor(
+                (min(1.0, self._waited_s / seconds), _peak_memory_bytes(self._world.device)),
+                dtype=torch.float64,
+                device=self._world.device,
+            )
+        ).tolist()
         rates = {
             "samples_per_s": rate,
             "mfu": mfu if math.isfinite(mfu) else None,
-            "data_wait_share": min(1.0, self._waited_s / seconds),
-            "peak_memory_gb": _peak_memory_bytes(self._device) / 1e9,
+            "data_wait_share": wait_share,
+            "peak_memory_gb": peak_memory_bytes / 1e9,
         }
         self._reset()
         return rates
