@@ -373,15 +373,23 @@ def test_evaluate_retrieval_and_caption(stage1: Stage1, benchmark: dict[str, str
     assert metrics["published"]["ViT-g"]["text_r1"] == 97.6
 
     answers_path = tmp_path / "said" / "captions.json"
-    metrics = invoke(
-        "caption", model, *where, "--beams", "2", "--min-tokens", "1", "--predictions", str(answers_path)
-    )
+    beams = ["--beams", "2", "--min-tokens", "1"]
+    metrics = invoke("caption", model, *where, *beams, "--predictions", str(answers_path))
     rows = json.loads(answers_path.read_text())
     references = [[TEXTS[n], TEXTS[n + IMAGES]] for n in range(IMAGES)]
     assert metrics["metrics"] == pytest.approx(
         caption_scores([row["caption"] for row in rows], references), abs=1e-3
     )
     assert [row["image_id"] for row in rows] == list(range(IMAGES))
+
+    assert metrics["protocol"]["not_computed"] == "SPICE"
+    penalised = invoke(
+        "caption", model, *where, *beams, "--repetition-penalty", "5", "--predictions", str(answers_path)
+    )
+    assert penalised["protocol"]["repetition_penalty"] == 5.0
+    assert json.loads(answers_path.read_text()) != rows
+    wrong = CliRunner().invoke(evaluate, ["caption", model, *where, "--repetition-penalty", "0"])
+    assert wrong.exit_code == 2 and "0 is not a number over 0" in wrong.output
 
     text = CliRunner().invoke(evaluate, ["retrieval", model, *where, "--dataset", "coco"]).stdout
     assert "published: ViT-g, fine-tuned" in text

@@ -39,6 +39,19 @@ def test_blip2_names_the_six_sources() -> None:
     assert (config.rank.model, config.rank.pretrained) == ("ViT-L-14", "openai")
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("blip2-stage*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_of_blip2_has_the_weights_by_pairs_as_a_comment(recipe: Path, tmp_path: Path) -> None:
+    assert load_config(recipe, kind=PretrainConfig).data.corpus[0].weights == {}
+    chosen = tmp_path / recipe.name
+    chosen.write_text(recipe.read_text().replace("# weights =", "weights ="))
+    weights = load_config(chosen, kind=PretrainConfig).data.corpus[0].weights
+    human = [source.name for source in load_config(RECIPES / "blip2.toml").source if source.kind == "human"]
+    assert list(weights) == human
+    # Their images: 113K and 100K.
+    assert weights["coco"] / 113_000 == pytest.approx(5, abs=0.05)
+    assert weights["visual-genome"] / 100_000 == pytest.approx(7.7, abs=0.05)
+
+
 def test_laion_coco_ranks_twice() -> None:
     config = load_config(RECIPES / "laion-coco.toml")
     assert config.rank.rerank is not None

@@ -87,7 +87,8 @@ class Evaluation:
         _write_predictions(predictions, ("image_id", "caption"), zip(ids, captions, strict=True))
         metrics = score_captions(captioned, captions, java=java)
         tokenizer = "Stanford's PTBTokenizer 3.4.1" if java else "capfilt's port of PTBTokenizer"
-        protocol = {"prompt": prompt, **asdict(decoding), "tokenizer": tokenizer}
+        # Of the scores that papers print, SPICE alone is missing: it needs Stanford's parser in Java.
+        protocol = {"prompt": prompt, **asdict(decoding), "tokenizer": tokenizer, "not_computed": "SPICE"}
         return _result(self, "caption", len(captioned), metrics, protocol)
 
     def answers(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 # The recalls before ITM reranked, in a result's metrics.
 _BY_ITC = "itc_"
+
+
+def _over_zero(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is not a number over 0")
+    return value
+
 
 evaluate = typer.Typer(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
@@ -90,18 +98,29 @@ def caption(
     min_tokens: Annotated[int, typer.Option("--min-tokens", min=0, metavar="N")] = 8,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N")] = 30,
     length_penalty: Annotated[float, typer.Option("--length-penalty")] = 1.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option("--repetition-penalty", help="Over 1: fewer tokens come twice.", callback=_over_zero),
+    ] = 1.0,
     java: Annotated[bool, typer.Option("--java", help="Count words by Stanford's tokenizer itself.")] = False,
     predictions: Predictions = "",
     batch_size: BatchSize = 32,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Caption images and score the captions by CIDEr and BLEU-4: the language model's, in stage 1 the Q-Former's."""
+    """Caption images and score the captions by CIDEr and BLEU-4: the language model's, in stage 1 the Q-Former's.
+
+    SPICE is not computed: it needs Stanford's parser in Java. pycocoevalcap scores the FILE of --predictions.
+    """
     recipe = _recipe(config, set_)
     captioned = _captioned(annotations, split, images)
     from training.evaluate.generation import Decoding
 
     decoding = Decoding(
-        beams=beams, min_tokens=min_tokens, max_tokens=max_tokens, length_penalty=length_penalty
+        beams=beams,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        length_penalty=length_penalty,
+        repetition_penalty=repetition_penalty,
     )
     with _evaluation(model, recipe, json_, images, dataset, batch_size) as evaluation:
         result = evaluation.captions(
