@@ -1,4 +1,4 @@
-"""BLIP's pretraining step written down from blip_pretrain.py and ALBEF's equations, on transformers' modules.
+"""BLIP's steps written down from blip_pretrain.py, blip_retrieval.py and ALBEF's equations, on transformers' modules.
 
 Nothing is shared with ``training/``: sums over single samples, groups as the GPUs that BLIP computes them on, the image
 given to each pair. What it has in common is the distribution's random numbers, since a draw cannot be compared else.
@@ -25,7 +25,7 @@ def seed_for(*parts: Any) -> int:
 
 
 class Reference:
-    """A MED all of whose parameters but the decoder's self-attention are shared."""
+    """A MED all of whose parameters but the decoder's self-attention are shared, or a filter, which has no LM."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class Reference:
         for row in range(size):
             group = [n for n in range(size) if n // s["group"] == row // s["group"]]
             drawn = []
-            for own, own_slow, slow, queue, uniform in (
-                (image_feat, image_slow, text_slow, self.texts, uniforms[0][row]),
-                (text_feat, text_slow, image_slow, self.images, uniforms[1][row]),
+            for own, own_slow, other, slow, queue, uniform in (
+                (image_feat, image_slow, text_feat, text_slow, self.texts, uniforms[0][row]),
+                (text_feat, text_slow, image_feat, image_slow, self.images, uniforms[1][row]),
             ):
                 candidates = torch.stack([*(slow[n] for n in group), *(entry for entry, _ in queue)])
                 true = torch.tensor(
@@ -113,7 +113,10 @@ class Reference:
                 with torch.no_grad():
                     target = (1 - alpha) * true / true.sum()
                     target += alpha * torch.softmax(candidates @ own_slow[row] / self.temp, dim=0)
-                    weights = torch.softmax(logits[: len(group)], dim=0) + 1e-4
+                    if s["filter"]:
+                        weights = torch.softmax(other[group] @ own[row] / self.temp, dim=0)
+                    else:
+                        weights = torch.softmax(logits[: len(group)], dim=0) + 1e-4
                     for place, n in enumerate(group):
                         if identity[n] == identity[row] or ids[n].tolist() == ids[row].tolist():
                             weights[place] = 0
@@ -121,14 +124,15 @@ class Reference:
                     drawn.append(group[next(place for place, share in enumerate(shares) if share > uniform)])
                 itc = itc - (target * torch.log_softmax(logits, dim=0)).sum() / (2 * size)
             pairs += [(row, row, 1), (row, drawn[0], 0), (drawn[1], row, 0)]
-        itm = self._itm(image, ids, mask, pairs)
-        lm = self._lm(image, ids, mask)
+        losses = {"itc": itc, "itm": self._itm(image, ids, mask, pairs)}
+        if not s["filter"]:
+            losses["lm"] = self._lm(image, ids, mask)
         for parameter in self.parameters:
             parameter.grad = None
-        (itc + itm + lm).backward()
+        sum(losses.values()).backward()
         self.images = self.images[size:] + list(zip(image_slow, identity, strict=True))
         self.texts = self.texts[size:] + list(zip(text_slow, identity, strict=True))
-        return {"itc": itc.detach(), "itm": itm.detach(), "lm": lm.detach()}
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _itm(self, image: Tensor, ids: Tensor, mask: Tensor, pairs: Sequence[tuple[int, int, int]]) -> Tensor:
         images, texts, labels = (list(column) for column in zip(*pairs, strict=True))

@@ -13,7 +13,7 @@ from tiny_training import tiny_blip_config
 from torch import Tensor
 from trained import pictures
 
-from schemas.pretrain import PretrainConfig
+from schemas.pretrain import BlipKind, PretrainConfig
 from tests.test_blip_model import normalised, spread_stage
 from training.blip.momentum import EmbeddingQueue
 from training.blip.stage import BlipStage
@@ -42,11 +42,10 @@ CAPTIONS = [
 IMAGES = 20
 
 
-def exact_config(folder: Path, **overrides: Any) -> PretrainConfig:
+def exact_config(folder: Path, kind: BlipKind = "blip-pretrain", **overrides: Any) -> PretrainConfig:
     """Return a run without dropout, whose momentum encoders move enough to be seen."""
-    config = tiny_blip_config(
-        folder, folder, optim={"batch_size": N, "epoch_steps": EPOCH_STEPS, "peak_lr": 1e-3}, **overrides
-    )
+    optim = {"batch_size": N, "epoch_steps": EPOCH_STEPS, "peak_lr": 1e-3}
+    config = tiny_blip_config(folder, folder, kind, optim=optim, **overrides)
     text = config.blip.text.model_copy(update={"dropout": 0.0})
     blip = config.blip.model_copy(update={"text": text, "momentum": 0.9, "negatives_of": GROUP})
     return fill_preset(config.model_copy(update={"blip": blip}), 100)
@@ -56,8 +55,9 @@ def exact_stage(config: PretrainConfig, world: World) -> BlipStage:
     stage = spread_stage(config, world).double()
     stage.visual_encoder.dtype = torch.float64
     stage.momentum.visual_encoder.dtype = stage.momentum.text_encoder.dtype = torch.float64
-    for model in (stage.text_encoder, stage.text_decoder.bert):
-        model.dtype = torch.float64
+    stage.text_encoder.dtype = torch.float64
+    if stage.decodes_text:
+        stage.text_decoder.bert.dtype = torch.float64
     stage.begin()
     return stage.train()
 
@@ -76,10 +76,14 @@ def batch(step: int, rows: slice = slice(0, N)) -> SimpleNamespace:
 
 
 def trained(
-    world: World, folder: Path, micro_batch_size: int, steps: int = STEPS
+    world: World,
+    folder: Path,
+    micro_batch_size: int,
+    steps: int = STEPS,
+    kind: BlipKind = "blip-pretrain",
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train this rank's part of fifty steps; return all losses and the last parameters."""
-    config = exact_config(folder)
+    config = exact_config(folder, kind)
     stage = exact_stage(config, world)
     parameters = list(stage.trainable_named_parameters())
     optimizer, size = make_optimizer(parameters, config.optim), N // world.size
@@ -104,7 +108,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> tuple[list[dict[str, float]], Reference]:
-    config = exact_config(folder)
+    return defined(folder)
+
+
+def defined(
+    folder: Path, kind: BlipKind = "blip-pretrain", steps: int = STEPS
+) -> tuple[list[dict[str, float]], Reference]:
+    """Return the losses of each step by the definition, and what it ends with."""
+    config = exact_config(folder, kind)
     stage = exact_stage(config, World())
     shape = config.blip
     mapped, unmapped = blip_to_hf(stage.trainable_state())
@@ -112,12 +123,13 @@ def expected(folder: Path) -> tuple[list[dict[str, float]], Reference]:
     reference = Reference(
         blip_config(stage), mapped | unmapped, stage.begin_id, queue, momentum=shape.momentum, group=GROUP,
         alpha=shape.alpha, alpha_epochs=shape.alpha_epochs, epoch_steps=EPOCH_STEPS, seed=config.run.seed,
+        filter=kind == "blip-filter",
     )  # fmt: skip
     optimizer = torch.optim.AdamW(
         reference.parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05
     )
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         samples = batch(step)
         texts = stage.tokenize(samples.captions)
         values = reference.step(
@@ -168,6 +180,14 @@ def test_micro_batches_are_exact(folder: Path, expected: tuple) -> None:
 def test_two_ranks_equal_the_definition(folder: Path, expected: tuple) -> None:
     for actual in on_ranks(2, trained, folder, N // 2):
         assert_as_defined(actual, expected)
+
+
+def test_a_filter_equals_the_definition_on_two_ranks(folder: Path) -> None:
+    # Its negatives are drawn by the online encoders' similarities alone, where pretraining's are not.
+    expected = defined(folder, "blip-filter", steps=25)
+    for actual in on_ranks(2, trained, folder, 3, 25, "blip-filter"):
+        assert_as_defined(actual, expected)
+    assert expected[0][0].keys() == {"itc", "itm"}
 
 
 def test_the_prompt_stays_out_of_the_loss(folder: Path) -> None:

@@ -61,6 +61,8 @@ def draw_negatives(
 ) -> Tensor:
     """Draw a negative for each sample with probability softmax(similarity / temperature) + 1e-4 among its group.
 
+    This is the rule of pretraining (blip_pretrain.py); a filter's is that of ``training.losses.draw_negatives``.
+
     Args:
         own_NC: embeddings of images or texts.
         momentum_NC: the momentum encoders' of the other modality, from which is drawn.

@@ -30,6 +30,7 @@ from training.blip.model import Med
 from training.blip.momentum import EmbeddingQueue, MomentumEncoders
 from training.distributed import World
 from training.losses import IGNORED, captioning_loss, matching_loss
+from training.losses import draw_negatives as draw_online_negatives
 from training.models.layers import KeyValue, leaves_of, select_images, send_to_projection
 from training.models.micro_batches import (
     MicroBatch,
@@ -215,10 +216,17 @@ class BlipStage(Med):
         same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
         uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2)).to(device)
         apart_NN = self._apart(0, len(same_NN), len(same_NN))
-        drawn = (
-            draw_negatives(image_NC, momentum_text_NC, self.temp, same_NN, apart_NN, uniforms_2N[0]),
-            draw_negatives(text_NC, momentum_image_NC, self.temp, same_NN, apart_NN, uniforms_2N[1]),
-        )
+        if self.decodes_text:
+            drawn = (
+                draw_negatives(image_NC, momentum_text_NC, self.temp, same_NN, apart_NN, uniforms_2N[0]),
+                draw_negatives(text_NC, momentum_image_NC, self.temp, same_NN, apart_NN, uniforms_2N[1]),
+            )
+        else:
+            # A filter's negatives come from the online encoders alone, without a least weight (blip_retrieval.py), as
+            # in stage 1 of BLIP-2, where an image has several embeddings: here it has one.
+            drawn = draw_online_negatives(
+                image_NC[:, None], text_NC, self.temp, same_NN | apart_NN, uniforms_2N
+            )
         return GlobalBatch(
             image_NC=momentum_image_NC,
             text_NC=momentum_text_NC,
