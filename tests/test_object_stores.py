@@ -1,5 +1,6 @@
 """Object storage as its own tools find it: credentials, endpoints, proxies, refusals, on S3, GCS and Azure."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -11,6 +12,7 @@ from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.object_stores import open_store
 from pipeline.storage.storage import Storage
+from schemas.errors import CapfiltError
 from tests.azure_server import serving_azure
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
@@ -90,6 +92,36 @@ def test_a_proxy_is_used(s3_root: str, s3_server: S3Server, monkeypatch: pytest.
     assert s3_server.requests[-1].headers["host"] == "storage.invalid"
 
 
+@pytest.mark.parametrize(
+    ("settings", "config", "reason"),
+    [
+        ({"AWS_PROFILE": "nosuch"}, "", "profile .nosuch. could not be found"),
+        ({"AWS_ACCESS_KEY_ID": "alone"}, "", "missing: AWS_SECRET_ACCESS_KEY"),
+        ({}, "not a config", "Unable to parse config file"),
+        ({}, "[default]\ncredential_process = /nowhere/tool", "No such file or directory: '/nowhere/tool'"),
+        ({}, "[default]\ncredential_process = false", "retrieving credentials from custom-process"),
+        ({}, "[default]\ncredential_process = echo hello", "Expecting value"),
+        ({"AWS_SKIP_SIGNATURE": "true", "AWS_CA_BUNDLE": "/nowhere.pem"}, "", "'/nowhere.pem'"),
+        ({"AWS_SKIP_SIGNATURE": "true", "AWS_CA_BUNDLE": os.devnull}, "", "No certificates found"),
+        ({"AWS_SKIP_SIGNATURE": "true", "AWS_ENDPOINT_URL": "localhost:9000"}, "", "'localhost:9000' is not"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_no_missing_file(
+    no_aws: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, str],
+    config: str,
+    reason: str,
+) -> None:
+    (tmp_path / "config").write_text(config)
+    for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), **settings}.items():
+        monkeypatch.setenv(name, value)
+    for call in (Storage(no_aws).list, Storage(no_aws).exists):
+        with pytest.raises(ObjectStorageError, match=f"^S3 cannot be used: .*{reason}.*; check AWS_"):
+            call("x")
+
+
 # -- what a server refuses -----------------------------------------------------------------------------------
 
 
@@ -123,6 +155,27 @@ def test_a_create_whose_answer_is_lost_was_ours(
     assert Storage(s3_root).create("lock", b"mine") and not Storage(s3_root).create("lock", b"another")
 
 
+def test_a_create_beside_another_one_is_tried_again(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # S3 answers 409 to all but one of the creates under way, and that one may still fail.
+    conflicts = ["409 Conflict"] * 2
+    monkeypatch.setattr(
+        s3_server, "refuse", lambda request: conflicts.pop() if request.kind == "PUT" and conflicts else None
+    )
+    assert Storage(s3_root).create("lock", b"mine") and not conflicts
+    assert Storage(s3_root).read("lock") == b"mine"
+
+
+def test_an_upload_that_is_answered_with_404_is_no_missing_file(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_server, "refuse", lambda _: "404 Not Found")
+    for call in (Storage(s3_root).write, Storage(s3_root).create):
+        with pytest.raises(ObjectStorageError, match="refused s3://.*404 Not Found"):
+            call("x", b"1")
+
+
 def test_no_permission_is_one_line(
     s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +201,47 @@ def test_names_that_urls_are_made_of(s3_root: str) -> None:
         storage.write(name, name.encode())
     assert [info.path for info in storage.list("")] == sorted(names)
     assert [storage.read(name).decode() for name in names] == names
+
+
+@pytest.mark.parametrize("name", ["a//b", "./a", "a/../b"])
+def test_names_that_no_object_can_have(s3_root: str, name: str) -> None:
+    with pytest.raises(
+        ObjectStorageError, match="cannot be the name of an object: .*; name one without empty"
+    ):
+        Storage(s3_root).read(name)
+    with pytest.raises(ObjectStorageError, match="cannot be the name of an object"):
+        Storage(f"{s3_root}/{name}").list("x")
+
+
+@pytest.mark.parametrize(
+    "root", ["s3://", "s3:///corpus", "s3://a bucket/corpus", "gs://a?b/corpus", "az://@host"]
+)
+def test_names_that_no_bucket_can_have(root: str) -> None:
+    with pytest.raises(CapfiltError, match="is not the name of a bucket; name a folder, s3://"):
+        Storage(root)
+
+
+def test_an_object_whose_name_cannot_be_read_is_named(s3_root: str, s3_server: S3Server) -> None:
+    _put(s3_server, f"{s3_root}/a//b")
+    with pytest.raises(ObjectStorageError, match="here/a//b.*; rename or delete that object"):
+        Storage(s3_root).list("")
+
+
+def test_folders_that_a_console_made_are_not_files(s3_root: str, s3_server: S3Server) -> None:
+    storage = Storage(s3_root)
+    storage.write("records/crawl/web/00000.json", b"{}")
+    storage.write("records/attempts/empty", b"")
+    for folder in ("", "records/", "records/crawl/", "records/attempts/"):
+        _put(s3_server, f"{s3_root}/{folder}")
+    listed = ["records/attempts/empty", "records/crawl/web/00000.json"]
+    assert [info.path for info in storage.list("")] == listed
+    assert [info.path for info in storage.list("records")] == listed
+    files, base = filesystem_of(f"{s3_root}/records")
+    assert files.ls(base, detail=False) == [f"{base}/attempts", f"{base}/crawl"]
+
+
+def _put(server: S3Server, url: str) -> None:
+    urlopen(Request(f"{server.url}/{url.removeprefix('s3://')}", method="PUT", data=b"")).close()
 
 
 def test_globs_and_folders(s3_root: str) -> None:
@@ -203,6 +297,7 @@ def test_a_corpus_may_lie_there(name: str, request: pytest.FixtureRequest, tmp_p
     ]
     assert storage.is_corpus() and storage.read("records/crawl/x.json") == b"first"
     assert storage.read_range("raw/00000.tar", 256 * 500 + 3, 4) == bytes([3, 4, 5, 6])
+    assert storage.read_range("raw/00000.tar", 140 << 18, 4) == b""
     with storage.local_copy("raw/00000.tar") as copy:
         assert copy.read_bytes() == large.read_bytes()
     assert storage.info("raw/00000.tar").version == storage.list("raw")[0].version

@@ -57,6 +57,26 @@ def test_version_changes_with_content(root: str) -> None:
     assert storage.list("")[0].version == storage.info("x").version
 
 
+def test_ranges_end_where_the_file_does(root: str) -> None:
+    storage = Storage(root)
+    storage.write("ten", b"0123456789")
+    storage.write("empty", b"")
+    ranges = [(0, 4), (8, 4), (10, 4), (20, 4), (3, 0)]
+    assert [storage.read_range("ten", *each) for each in ranges] == [b"0123", b"89", b"", b"", b""]
+    assert storage.read_range("empty", 0, 4) == storage.read("empty", 100) == b""
+    assert storage.read("ten", 4) == b"01234"
+
+
+def test_a_link_has_its_own_version(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"content")
+    (tmp_path / "list.parquet").symlink_to("blob")
+    os.utime(tmp_path / "list.parquet", (1000, 1000), follow_symlinks=False)
+    (listed,) = (info for info in Storage(str(tmp_path)).list("") if info.path == "list.parquet")
+    assert Storage(str(tmp_path)).info("list.parquet") == listed
+    # What signatures of lists hold since the first corpora.
+    assert (listed.version, listed.bytes) == ("1000.0", 7)
+
+
 def test_create_is_exclusive(root: str) -> None:
     storage = Storage(root)
     assert storage.create("lock", b"first")

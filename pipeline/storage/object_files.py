@@ -2,18 +2,27 @@
 
 import contextlib
 import io
+import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import obstore
 
+from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.object_reader import ObjectReader
-from pipeline.storage.object_stores import ObjectStore, explained, open_store
+from pipeline.storage.object_stores import ObjectStore, explained, open_store, refused
 
 _PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
 _COPY_BYTES, _BUFFER_BYTES = 1 << 20, 4 << 20
+# Seconds between the tries of a create that another writer was in the way of.
+_CREATE_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+# The object ends before the range, or is empty: the server says so, or the client where the server does not.
+_BEYOND_END = re.compile("status code: 416|Wanted range starting at")
+# Of Azure the account's host may follow.
+_CONTAINER = re.compile(r"[\w$][\w.$-]*(@[\w.-]+)?", re.ASCII)
 
 
 class ObjectFiles:
@@ -26,7 +35,9 @@ class ObjectFiles:
     takes_commits = True
 
     def __init__(self, scheme: str, container: str, store: ObjectStore | None = None) -> None:
-        """Open a bucket at its first request, or take a store that is open."""
+        """Open a bucket at its first request, or take a store that is open. Raises ValueError for no bucket's name."""
+        if not _CONTAINER.fullmatch(container):
+            raise ValueError(f"{container!r} is not the name of a bucket")
         self.scheme, self.container, self._given = scheme, container, store
 
     @property
@@ -61,13 +72,17 @@ class ObjectFiles:
     def find(self, key: str) -> list[FileInfo]:
         """Return all objects below a key: a request for every thousand."""
         with explained(self.url(key)):
-            return [_info(meta) for chunk in self._store.list(key or None, chunk_size=1000) for meta in chunk]
+            listed = [
+                _info(meta) for chunk in self._store.list(key or None, chunk_size=1000) for meta in chunk
+            ]
+        return _without_folder_markers(listed, key)
 
     def list_folder(self, key: str) -> tuple[list[str], list[FileInfo]]:
         """Return the keys of the folders and the objects right below a key."""
         with explained(self.url(key)):
             listed = self._store.list_with_delimiter(key or None)
-        return list(listed["common_prefixes"]), [_info(meta) for meta in listed["objects"]]
+        objects = [_info(meta) for meta in listed["objects"]]
+        return list(listed["common_prefixes"]), _without_folder_markers(objects, key)
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """Return an object whole, or its first ``max_bytes`` and one: one request."""
@@ -78,9 +93,16 @@ class ObjectFiles:
 
     def read_range(self, key: str, start: int, size: int) -> bytes:
         """Return ``size`` bytes from ``start`` on, fewer where the object ends: one request."""
+        if size <= 0:
+            return b""
+        options: Any = {"range": (start, start + size)}
         with explained(self.url(key)):
-            options: Any = {"range": (start, start + size)}
-            return self._store.get(key, options=options).bytes().to_bytes()
+            try:
+                return self._store.get(key, options=options).bytes().to_bytes()
+            except obstore.exceptions.BaseError as error:
+                if _BEYOND_END.search(str(error)):
+                    return b""
+                raise
 
     def open(self, key: str) -> BinaryIO:
         """Open an object for reading, buffered ahead."""
@@ -104,11 +126,20 @@ class ObjectFiles:
 
     def create(self, key: str, data: bytes) -> bool:
         """Upload bytes unless the key is taken, in one conditional request."""
-        try:
-            self._put(key, data, mode="create", use_multipart=False)
-        except FileExistsError:
-            return self.read(key) == data
-        return True
+        for wait_s in (*_CREATE_WAITS_S, None):
+            try:
+                self._put(key, data, mode="create", use_multipart=False)
+            except FileExistsError:
+                # No object yet: S3 answers so (409) while another create is under way, which may still fail.
+                with contextlib.suppress(FileNotFoundError):
+                    return self.read(key) == data
+            else:
+                return True
+            if wait_s is not None:
+                time.sleep(wait_s)
+        raise ObjectStorageError(
+            f"{self.url(key)} cannot be created: other writers were in the way at every try; run the command again"
+        )
 
     def _put(self, key: str, content: bytes | IO[bytes], **how: Any) -> None:
         with explained(self.url(key)):
@@ -116,12 +147,28 @@ class ObjectFiles:
                 self._store.put(key, content, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE, **how)
             except obstore.exceptions.AlreadyExistsError as error:
                 raise FileExistsError(17, "exists", self.url(key)) from error
+            except FileNotFoundError as error:
+                # There is no bucket, or an upload in parts is gone: no file is missing.
+                raise refused(self.url(key), error) from error
 
     def delete(self, key: str) -> None:
         """Remove an object; absent is fine."""
         # S3 says nothing of an absent object, the others do.
         with contextlib.suppress(FileNotFoundError), explained(self.url(key)):
             self._store.delete(key)
+
+
+def _without_folder_markers(listed: list[FileInfo], key: str) -> list[FileInfo]:
+    """Leave out the empty objects called ``folder/`` by which consoles make folders: the client drops their slash."""
+    if all(info.bytes for info in listed):
+        return listed
+    folders = {key.rstrip("/")}
+    for info in listed:
+        folder = info.path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return [info for info in listed if info.bytes or info.path not in folders]
 
 
 def _info(meta: Any) -> FileInfo:

@@ -36,6 +36,7 @@ _MAX_RETRIES, _RETRY_FOR = 15, timedelta(seconds=60)
 _CREDENTIALS_LAST = timedelta(minutes=10)
 
 
+_URL = re.compile(r"https?://[^\s/]")
 _MESSAGE = re.compile("<Message>(.*?)</Message>", re.DOTALL)
 # "Error performing GET http://host/key?query in 2ms, after 3 retries, ... - Server returned non-2xx status code: 500"
 _FAILED = re.compile(
@@ -52,10 +53,17 @@ def open_store(scheme: str, container: str) -> ObjectStore:
         scheme: a key of ``SCHEMES``.
         container: the bucket; for Azure the container, or ``container@account.dfs.core.windows.net``.
 
-    Raises ObjectStorageError where there are no credentials.
+    Raises ObjectStorageError where there are no credentials, or the settings cannot be used.
     """
     openers: dict[str, Callable[[str], ObjectStore]] = {"s3": _s3, "gs": _gcs, "az": _azure}
-    return openers[SCHEMES[scheme]](container)
+    kind = SCHEMES[scheme]
+    try:
+        return openers[kind](container)
+    except ObjectStorageError:
+        raise
+    # OSError too: a file of certificates that is missing must not look like a missing object.
+    except (BaseError, OSError, ValueError) as error:
+        raise _unusable(kind, _reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -68,18 +76,28 @@ def explained(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         if "<Code>NoSuchBucket<" in str(error) or "ContainerNotFound" in str(error):
-            raise _refused(url, error) from error
+            raise refused(url, error) from error
         raise FileNotFoundError(2, "no such object", url) from error
     except BaseError as error:
         if "status code: 4" in str(error):
-            raise _refused(url, error) from error
-        kind = SCHEMES[url.partition("://")[0]]
+            raise refused(url, error) from error
+        if "object with invalid path" in str(error):
+            raise ObjectStorageError(
+                f"{url} cannot be listed: {_reason(error)}; rename or delete that object"
+            ) from error
+        raise _unusable(SCHEMES[url.partition("://")[0]], _reason(error)) from error
+    except ValueError as error:
         raise ObjectStorageError(
-            f"{_NAMES[kind]} cannot be used: {_reason(error)}; {_CHECKS[kind]}"
+            f"{url} cannot be the name of an object: {_reason(error)}; name one without empty parts, . and .."
         ) from error
 
 
-def _refused(url: str, error: Exception) -> ObjectStorageError:
+def _unusable(kind: str, reason: str) -> ObjectStorageError:
+    return ObjectStorageError(f"{_NAMES[kind]} cannot be used: {reason}; {_CHECKS[kind]}")
+
+
+def refused(url: str, error: Exception) -> ObjectStorageError:
+    """Return the error of a request that the storage answered with a refusal."""
     kind = SCHEMES[url.partition("://")[0]]
     return ObjectStorageError(
         f"{_NAMES[kind]} refused {url}: {_reason(error)}; check that the bucket exists, and that these credentials "
@@ -120,23 +138,31 @@ def _s3(bucket: str) -> S3Store:
 
     Anonymous with AWS_SKIP_SIGNATURE=true, requester pays with AWS_REQUEST_PAYER=true: the client reads both.
     """
-    environment, profile = os.environ, _AwsProfile()
+    from botocore.exceptions import BotoCoreError
+
+    environment = os.environ
+    try:
+        profile = _AwsProfile()
+        is_signed = environment.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true")
+        options: dict[str, Any] = {"credential_provider": profile.credentials()} if is_signed else {}
+    except BotoCoreError as error:
+        raise _unusable("s3", _reason(error)) from error
     endpoint = (
         environment.get("AWS_ENDPOINT_URL_S3")
         or environment.get("AWS_ENDPOINT_URL")
         or profile.endpoint
         or ""
     )
-    options: dict[str, Any] = {
-        "region": environment.get("AWS_REGION")
+    options["region"] = (
+        environment.get("AWS_REGION")
         or environment.get("AWS_DEFAULT_REGION")
         or profile.region
         or "us-east-1"
-    }
+    )
     if endpoint:
+        if not _URL.match(endpoint):
+            raise _unusable("s3", f"the endpoint {endpoint!r} is not a URL")
         options |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
-    if environment.get("AWS_SKIP_SIGNATURE", "").lower() not in ("1", "true"):
-        options["credential_provider"] = profile.credentials()
     return S3Store(bucket, client_options=_client(endpoint), retry_config=_retries(), **options)
 
 
