@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from tests.tiny_training import tiny_blip_config
 from training.blip.stage import BlipStage
 from training.checkpoint import State, read_model
 from training.convert.export import export_model
+from training.convert.export_blip import blip_config
+from training.convert.key_map import blip_from_hf
 from training.convert.load import load_blip2, load_trained
 from training.convert.read import read_external
 from training.distributed import World
@@ -210,6 +213,27 @@ def test_exports_come_back_bit_equal(workspace: Path, tmp_path: Path, stage: Bli
     assert_same(*files)
     with pytest.raises(CapfiltError, match="is there already"):
         export_model(model, tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("stage", ["blip-captioner", "blip-filter"])
+def test_a_file_has_what_blips_own_loaders_ask_for(workspace: Path, tmp_path: Path, stage: BlipKind) -> None:
+    model = spread_stage(config_of(workspace, stage, tmp_path))
+    export_model(model, tmp_path / "model.pth")
+    tensors = torch.load(tmp_path / "model.pth")["model"]
+    if stage == "blip-captioner":
+        # blip_decoder asserts that no key is missing.
+        wanted = set(blip_from_hf(BlipForConditionalGeneration(blip_config(model)).state_dict(), "there"))
+        assert tensors.keys() == wanted | {"text_decoder.bert.embeddings.position_ids"}
+        return
+    # blip_retrieval begins with the file's momentum encoders, and resizes their position embeddings.
+    wanted = set(blip_from_hf(BlipForImageTextRetrieval(blip_config(model)).state_dict(), "there"))
+    encoders = (wanted | {"text_encoder.embeddings.position_ids"}) - {"itm_head.weight", "itm_head.bias"}
+    momentum = {name: re.sub(r"^(\w+)\.", r"\1_m.", name) for name in encoders}
+    assert tensors.keys() == wanted | {"temp"} | momentum.keys() | set(momentum.values())
+    assert "visual_encoder_m.pos_embed" in momentum.values()
+    assert all(torch.equal(tensors[name], tensors[second]) for name, second in momentum.items())
+    trained = sum(tensor.nbytes for tensor in model.trainable_state().values())
+    assert (tmp_path / "model.pth").stat().st_size < 1.3 * trained
 
 
 def released(stage: BlipStage) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ takes as ``caption.model`` and ``filter.model``. Hugging Face has no class of a 
 models: it is exported in capfilt's own format, under BLIP's names.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from training.models.pretrained import tokenizer_folder
 
 _HEAD = "text_decoder.cls.predictions"
 _EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"
+# The parts that have momentum encoders.
+_OF_ITC = re.compile(r"(visual_encoder|text_encoder|vision_proj|text_proj)\.(.+)")
 
 
 def write_hugging_face(stage: BlipStage, folder: Path) -> dict[str, Tensor] | None:
@@ -52,10 +55,28 @@ def write_hugging_face(stage: BlipStage, folder: Path) -> dict[str, Tensor] | No
 
 
 def write_repository_file(stage: BlipStage, path: Path) -> None:
-    """Write ``{"model": {name: tensor}}`` as BLIP's repository reads it; shared tensors stand under both names."""
+    """Write ``{"model": {name: tensor}}`` with all that BLIP's loaders ask for (models/blip.py, blip_retrieval.py).
+
+    Shared tensors stand under both names, but are stored once. So are the encoders: BLIP's retrieval training begins
+    with the momentum encoders of the file, and here they are the encoders themselves.
+    """
     parts = ("momentum.", "queue.")
-    tensors = {name: tensor for name, tensor in stage.state_dict().items() if not name.startswith(parts)}
-    torch.save({"model": {name: t.cpu() for name, t in _with_second_names(tensors).items()}}, path)
+    tensors = {name: t.cpu() for name, t in stage.state_dict().items() if not name.startswith(parts)}
+    tensors = _with_second_names(tensors) | _position_ids(stage)
+    torch.save({"model": tensors | _momentum_encoders(stage, tensors)}, path)
+
+
+def _position_ids(stage: BlipStage) -> dict[str, Tensor]:
+    """Return the buffer of BLIP's text models that numbers positions; its captioner is not loaded without."""
+    ids_1L = torch.arange(stage.shape.text.max_positions)[None]
+    prefixes = ["text_encoder"] * stage.encodes_text + ["text_decoder.bert"] * stage.decodes_text
+    return {f"{prefix}.embeddings.position_ids": ids_1L for prefix in prefixes}
+
+
+def _momentum_encoders(stage: BlipStage, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of ITC's encoders under the names of the momentum encoders."""
+    names = {name: _OF_ITC.fullmatch(name) for name in tensors} if stage.encodes_text else {}
+    return {f"{match[1]}_m.{match[2]}": tensors[name] for name, match in names.items() if match}
 
 
 def _with_second_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
