@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,9 +21,11 @@ from jobs.bench.fixtures.s3 import S3Server
 from pipeline.corpus.records import CorpusState
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
+from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
+from schemas.errors import CorruptShardError
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
 from schemas.tables import TABLES
@@ -525,6 +528,61 @@ def test_many_committed_records_come_from_the_parts(s3_root: str, s3_server: S3S
     assert state.committed["crawl", "new", "00000"].rows_in == 4
     assert one_by_one.committed["rank", "cc", "00003"].images == 1
     assert state.committed["rank", "cc", "00003"].images == 11
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("shard", "00007", "is not a file of this shard"),
+        ("stage", "nosuch", "stage: "),
+        ("started_at", None, "isoformat"),
+        ("paths", [("tar", "../../etc/passwd"), ("parquet", "/etc/passwd")], "is not a file of this shard"),
+        ("files", "[]", "items"),
+        ("files", "[" * 100_000, "recursion"),
+        ("rows_in", -1, "rows_in: "),
+    ],
+)
+def test_a_part_that_contradicts_its_records_is_named(
+    local_root: str, column: str, value: object, reason: str
+) -> None:
+    corpus = make_corpus(local_root, shards=1, images=4)
+    corpus.manifest.compact()
+    (part,) = corpus.storage.list("manifest/shards")
+    path = Path(corpus.storage.url(part.path))
+    table = pq.read_table(path)
+    rows = [
+        row | ({column: value} if row["record"] == "records/crawl/cc/00000.json" else {})
+        for row in table.to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(CorruptShardError, match=rf"{part.path} is not a part .*{reason}.*manifest rebuild"):
+        Manifest(corpus.storage).compacted.shard_records(corpus.records.list_shards())
+
+
+def test_a_part_that_gives_a_record_another_shards_row_is_named(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=1, images=4)
+    corpus.manifest.compact()
+    (part,) = corpus.storage.list("manifest/shards")
+    path = Path(corpus.storage.url(part.path))
+    table = pq.read_table(path)
+    rows = {row["record"]: row for row in table.to_pylist()}
+    crawl, rank = rows["records/crawl/cc/00000.json"], rows["records/rank/cc/00000.json"]
+    crawl |= rank | {name: crawl[name] for name in ("record", "version")}
+    pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=table.schema), path)
+    with pytest.raises(CorruptShardError, match="its row of records/crawl/cc/00000.json is of another shard"):
+        Manifest(corpus.storage).compacted.shard_records(corpus.records.list_shards())
+
+
+def test_a_part_that_may_not_be_read_is_not_damaged(
+    s3_root: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(s3_root, shards=1, images=4)
+    corpus.manifest.compact()
+    monkeypatch.setattr(
+        s3_server, "refuse", lambda request: "403 Forbidden" if ".parquet" in request.key else None
+    )
+    with pytest.raises(ObjectStorageError, match="refused s3://.*manifest/"):
+        Manifest(corpus.storage).compacted.tables()
 
 
 def test_parts_of_an_earlier_version_are_read_and_their_records_too(local_root: str) -> None:

@@ -3,7 +3,7 @@
     manifest/<table>/<time>-<id>.parquet      rows with the record file, and its version, that each came from
 
 A part is never changed. Rows may be in two parts (any number of processes compact at once): the views keep
-one. CompactedRecords of about one size are merged into one of the next, so that a row is rewritten a logarithmic number
+one. Parts of about one size are merged into one of the next, so that a row is rewritten a logarithmic number
 of times; the merged part names those it replaces, which go only after a while, so that a reader that has
 already listed them still finds them.
 """
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import read_bounded, read_record
 from pipeline.manifest.record_rows import Row, rows_of, shard_record_of, table_of
 from pipeline.regular_files import NotRegularFileError
+from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
@@ -34,11 +35,9 @@ _BIG_PART_ROWS = 1_000_000
 _REPLACES = b"replaces"
 
 _RECORD_COLUMNS = [
-    *(
-        name
-        for name in record_row_schema("shards").names
-        if name not in ("histograms", "state", "bytes", "error")
-    )
+    name
+    for name in record_row_schema("shards").names
+    if name not in ("histograms", "state", "bytes", "error")
 ]
 
 Seen = frozenset[tuple[str, str]]
@@ -92,18 +91,21 @@ class CompactedRecords:
         """Return those of the listed records of shards that a part holds in this very version, by path.
 
         Without histograms. Nothing is asked of the storage for each record. Parts of an earlier version lack what a
-        record says of its files: their records are left out.
+        record says of its files: their records are left out. Raises CorruptShardError, naming the part, where a row
+        cannot come from its record.
         """
-        wanted = {(info.path, info.version) for info in files}
+        wanted = frozenset((info.path, info.version) for info in files)
         with self._lock:
+            paths = self._live_parts()["shards"]
             try:
-                tables = self._read("shards", self._live_parts()["shards"], _RECORD_COLUMNS)
+                tables = self._read("shards", paths, _RECORD_COLUMNS)
             except FileNotFoundError:  # a rebuild deleted a part that was just listed
                 return {}
-        rows = (row for table in tables for row in table.filter(pc.is_valid(table["files"])).to_pylist())
-        return {
-            row["record"]: shard_record_of(row) for row in rows if (row["record"], row["version"]) in wanted
-        }
+        records: dict[str, ShardRecord] = {}
+        for path, table in zip(paths, tables, strict=True):
+            with _naming_damage(path):
+                records |= _records_in(table, wanted)
+        return records
 
     def compact(self) -> int:
         """Write the records that no part holds as one part a table, merge small ones; return the new rows."""
@@ -253,14 +255,36 @@ def _naming_damage(path: str) -> Iterator[None]:
     """Turn what Arrow raises for a file that is not a part into an error that names the file and the remedy."""
     try:
         yield
-    except (pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
+    except ObjectStorageError:
+        raise
+    except (
+        pa.ArrowException,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+    ) as error:
         is_irregular = isinstance(error, NotRegularFileError)
         if isinstance(error, OSError) and error.errno is not None and not is_irregular:
-            raise  # the storage's error, not Arrow's
+            raise  # the disk's error, not Arrow's
         reason = error.strerror if isinstance(error, NotRegularFileError) else first_line(error)
         raise CorruptShardError(
             f"{path} is not a part of the manifest ({reason}); `capfilt manifest rebuild CORPUS` makes it anew"
         ) from error
+
+
+def _records_in(table: pa.Table, wanted: Seen) -> dict[str, ShardRecord]:
+    """Return the wanted records of shards in a part's rows, by path. Raises ValueError for a row of another shard."""
+    rows = table.filter(pc.is_valid(table["files"])).to_pylist()
+    records = {
+        row["record"]: shard_record_of(row) for row in rows if (row["record"], row["version"]) in wanted
+    }
+    for path, record in records.items():
+        if record.path != path:
+            raise ValueError(f"its row of {path} is of another shard, {record.path}")
+    return records
 
 
 def _to_table(table: str, rows: list[Row]) -> pa.Table:
