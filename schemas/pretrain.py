@@ -238,7 +238,19 @@ class CheckpointConfig(Section):
 
     every_steps: int = tuning(1000, ge=1)
     keep_last: int = tuning(3, ge=1, description="older ones are removed; the last one of a run stays")
+    keep_every: int = tuning(
+        0, ge=0, description="those of every so many steps stay too, a multiple of every_steps; 0: none"
+    )
+    keep_best: Literal["", "probe_cider"] = tuning(
+        "", description="the one with the highest CIDEr stays too: the probe looks at each; empty: none"
+    )
     asynchronous: bool = tuning(True, description="written while training goes on")
+
+    @model_validator(mode="after")
+    def _kept_ones_are_written(self) -> "CheckpointConfig":
+        if self.keep_every % self.every_steps:
+            raise ConfigKeyError(f"must be a multiple of every_steps ({self.every_steps})", ("keep_every",))
+        return self
 
 
 class MetricsConfig(Section):
@@ -252,7 +264,9 @@ class MetricsConfig(Section):
 class ProbeConfig(Section):
     """``[probe]``: a cheap look at held-out images while training."""
 
-    every_steps: int = tuning(0, ge=0, description="0: never")
+    every_steps: int = tuning(
+        0, ge=0, description="and at each checkpoint that is kept for good; 0: only for checkpoint.keep_best"
+    )
     images: int = tuning(500, ge=2, description="of data.held_out")
 
 

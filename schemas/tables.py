@@ -211,7 +211,7 @@ CHECKPOINTS = pa.schema(
         _column("snapshot", pa.string(), "digest of the curated shards it ate"),
         _column("models", pa.list_(pa.string()), "digests of the models it loads or began from"),
         _column("sha256", pa.map_(pa.string(), pa.string()), "sha256 of each file"),
-        _column("metrics", pa.string(), "JSON: losses at this step"),
+        _column("metrics", pa.string(), "JSON: losses at this step, and the probe's values if it was probed"),
         _column("created_at", pa.timestamp("us", tz="UTC"), "when it was complete"),
     ]
 )

@@ -91,6 +91,26 @@ def test_the_last_k_are_kept(root: str) -> None:
     assert folders(checkpoints) == {record.path for record in checkpoints.committed()}
 
 
+def test_the_best_one_and_those_of_every_so_many_steps_are_kept(root: str) -> None:
+    checkpoints = Checkpoints(root)
+    options = {"asynchronous": False, "keep_last": 2, "keep_every": 20, "keep_best": "probe_cider"}
+    # The collapse comes behind step 15; step 50 was not probed.
+    for step, cider in (
+        (5, 1.0),
+        (10, 30.0),
+        (15, 60.0),
+        (20, 40.0),
+        (30, 9.0),
+        (40, 8.0),
+        (50, None),
+        (55, 7.0),
+    ):
+        metrics = {"loss": 1.0 / step} | ({} if cider is None else {"probe_cider": cider})
+        checkpoints.save(state(step), run_id="r", metrics=metrics, **options, committed=lambda record: None)
+    assert [record.step for record in checkpoints.committed()] == [15, 20, 40, 50, 55]
+    assert folders(checkpoints) == {record.path for record in checkpoints.committed()}
+
+
 def test_a_step_made_again_is_another_attempt(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     (first,), (second,) = save(checkpoints, 5), save(checkpoints, 5)

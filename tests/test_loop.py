@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from ranks import on_ranks
 
 from schemas.errors import CapfiltError
@@ -131,6 +132,47 @@ def test_a_probe_reports_and_changes_nothing(tmp_path: Path) -> None:
     looks = [line for line in probed.lines if "probe_itm_accuracy" in line]
     assert [line["step"] for line in looks] == [4, 8]
     assert [line["loss"] for line in probed.lines if "loss" in line] == plain.of("loss")
+
+
+def run_probed(
+    output: Path, stop_after: int = -1, **sections: dict
+) -> tuple[list[tuple[int, float | None]], list[int]]:
+    """Return steps and CIDEr of the checkpoints of ten steps, and the steps of the probes; CIDEr falls from 4 on."""
+    sink = Kept()
+    loop = make_loop(config(output, **sections), sinks=[sink])
+    loop.probe = lambda: {"cider": 10.0 - abs(loop.step - 4)}
+    loop.stop_asked = lambda: loop.step == stop_after
+    loop.run(batches())
+    kept = [(record.step, record.metrics.get("probe_cider")) for record in loop.checkpoints.committed()]
+    return kept, [line["step"] for line in sink.lines if "probe_cider" in line]
+
+
+def test_the_checkpoint_before_a_collapse_stays(tmp_path: Path) -> None:
+    often = {"every_steps": 2, "keep_last": 1}
+    # Every checkpoint is probed, so the best of all stays.
+    assert run_probed(tmp_path / "a", checkpoint=often | {"keep_best": "probe_cider"}) == (
+        [(4, 10.0), (10, 4.0)],
+        [2, 4, 6, 8, 10],
+    )
+    # Those that stay for good are probed too, beside the steps of the probe's own.
+    kept, probed = run_probed(tmp_path / "b", checkpoint=often | {"keep_every": 4}, probe={"every_steps": 3})
+    assert kept == [(4, 10.0), (8, 6.0), (10, None)] and probed == [3, 4, 6, 8, 9]
+    assert run_probed(tmp_path / "c", checkpoint=often | {"keep_every": 4}) == (
+        [(4, None), (8, None), (10, None)],
+        [],
+    )
+
+
+def test_a_checkpoint_that_is_never_written_cannot_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"must be a multiple of every_steps \(1000\)"):
+        config(tmp_path, checkpoint={"every_steps": 1000, "keep_every": 1500})
+
+
+def test_a_run_that_is_asked_to_stop_saves_without_a_probe(tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 2, "keep_last": 2, "keep_best": "probe_cider"}
+    # Asked in the step behind the third one.
+    kept, probed = run_probed(tmp_path, stop_after=3, checkpoint=checkpoint)
+    assert kept == [(2, 8.0), (4, None)] and probed == [2]
 
 
 def test_metrics_and_checkpoints_as_seldom_as_told(tmp_path: Path) -> None:

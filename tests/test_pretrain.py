@@ -654,6 +654,10 @@ def _broken_shard(corpus: Path) -> None:
             {"probe": {"every_steps": 4}},
             "probe.every_steps: there are no images for the probe; set data.held_out",
         ),
+        (
+            {"checkpoint": {"keep_best": "probe_cider"}},
+            "checkpoint.keep_best: there are no images for the probe; set data.held_out",
+        ),
         ({"cluster": {"gpus": 64}}, "cluster.gpus = 64, and this machine has"),
         ({"corpus": "broken"}, "00000.tar"),
         ({"corpus": "empty"}, "has no curated shards"),

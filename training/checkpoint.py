@@ -13,7 +13,7 @@ import contextlib
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,13 +101,16 @@ class Checkpoints(SavedCheckpoints):
         metrics: Mapping[str, float],
         asynchronous: bool,
         keep_last: int,
+        keep_every: int = 0,
+        keep_best: str = "",
         committed: Callable[[CheckpointRecord], None],
     ) -> None:
-        """Write a state and commit it by its record; then remove the oldest checkpoints but ``keep_last``.
+        """Write a state and commit it by its record; then remove the checkpoints that ``kept_paths`` does not name.
 
         Args:
             run_id, metrics: for the record.
             asynchronous: return once the state is copied; else when it is committed.
+            keep_last, keep_every, keep_best: which checkpoints stay.
             committed: called with the record, before older checkpoints are removed.
 
         Raises:
@@ -143,7 +146,7 @@ class Checkpoints(SavedCheckpoints):
                 raise _os_error(error) from error
             scratch.close()
             committed(record)
-            self._remove_all_but(keep_last)
+            self._remove_others(keep_last, keep_every, keep_best)
 
         self._pending = self._writer.submit(finish)
         if not asynchronous:
@@ -184,11 +187,14 @@ class Checkpoints(SavedCheckpoints):
         created = self.storage.create(f"{record.path}.json", record.to_json().encode())
         assert created, f"{record.path} was there already"
 
-    def _remove_all_but(self, keep_last: int) -> None:
-        for record in self.committed()[:-keep_last]:
-            # The record is deleted first: a reader must never find one whose files are gone.
-            self.storage.delete(f"{record.path}.json")
-            self._remove(record.path)
+    def _remove_others(self, keep_last: int, keep_every: int, keep_best: str) -> None:
+        records = self.committed()
+        kept = kept_paths(records, keep_last, keep_every, keep_best)
+        for record in records:
+            if record.path not in kept:
+                # The record is deleted first: a reader must never find one whose files are gone.
+                self.storage.delete(f"{record.path}.json")
+                self._remove(record.path)
 
     def _remove(self, name: str) -> None:
         assert CHECKPOINT_FOLDER.fullmatch(name), f"{name} is not a checkpoint's folder"
@@ -197,6 +203,25 @@ class Checkpoints(SavedCheckpoints):
             return
         for info in self.storage.list(name):
             self.storage.delete(info.path)
+
+
+def kept_paths(
+    records: Sequence[CheckpointRecord], keep_last: int, keep_every: int = 0, keep_best: str = ""
+) -> set[str]:
+    """Return which checkpoints stay.
+
+    Args:
+        records: of all checkpoints of a run, oldest first.
+        keep_last: so many of the newest.
+        keep_every: those of every so many steps; 0: none.
+        keep_best: the one that has the highest value of this metric in its record, the newest of equals; empty: none.
+    """
+    kept = [*records[-keep_last:]]
+    if keep_every:
+        kept += [record for record in records if record.step % keep_every == 0]
+    if measured := [record for record in records if keep_best in record.metrics]:
+        kept.append(max(reversed(measured), key=lambda record: record.metrics[keep_best]))
+    return {record.path for record in kept}
 
 
 def read_model(path: str) -> tuple[CheckpointRecord, State]:

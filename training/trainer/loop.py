@@ -149,14 +149,32 @@ class Loop:
                 values = {"samples": self.samples, **losses, **throughput.report()}
                 self._write(values)
                 self.log(progress_line(self.step, self.schedule.steps, values))
-            if self.probe and config.probe.every_steps and self.step % config.probe.every_steps == 0:
-                self._write({f"probe_{name}": value for name, value in self.probe().items()})
-                self.stage.train()
-            if is_last or self.step % config.checkpoint.every_steps == 0:
-                self._save(losses)
+            saves = is_last or self.step % config.checkpoint.every_steps == 0
+            # A rank that is asked to stop has little time: its checkpoint is written without a probe.
+            measured = self._probed() if self._probe_is_due(saves and not asked) else {}
+            if saves:
+                self._save({**losses, **measured})
             if asked:
                 return "interrupted", values
         return "done", values
+
+    def _probe_is_due(self, before_checkpoint: bool) -> bool:
+        """Return whether this step has a probe: the same on every rank."""
+        options, every_steps = self.config.checkpoint, self.config.probe.every_steps
+        is_kept = options.keep_every and self.step % options.keep_every == 0
+        return bool(
+            (every_steps and (self.step % every_steps == 0 or (before_checkpoint and is_kept)))
+            or (before_checkpoint and options.keep_best)
+        )
+
+    def _probed(self) -> dict[str, float]:
+        """Return and write what the probe measures; nothing on a rank without one."""
+        if self.probe is None:
+            return {}
+        values = {f"probe_{name}": value for name, value in self.probe().items()}
+        self._write(values)
+        self.stage.train()
+        return values
 
     def _one_step(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float], bool]:
         """Do one step; return the seconds without data, the losses, and whether some rank was asked to stop."""
@@ -259,6 +277,8 @@ class Loop:
                 metrics=dict(losses),
                 asynchronous=options.asynchronous,
                 keep_last=options.keep_last,
+                keep_every=options.keep_every,
+                keep_best=options.keep_best,
                 committed=self._committed,
             )
 
