@@ -188,7 +188,7 @@ class ObjectiveConfig(Section):
     """``[objective]``: weights and smoothing of the losses of stage 1 and of BLIP."""
 
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="of ITC and ITG; of BLIP's LM alone")
-    temperature: float = Field(0.07, gt=0, description="of ITC at the start; learnt")
+    temperature: float = Field(0.07, gt=0, description="of ITC at the start; learnt, at least 0.001")
     itc: float = Field(1.0, ge=0, description="weight of the contrastive loss")
     itm: float = Field(1.0, ge=0, description="weight of the matching loss")
     itg: float = Field(1.0, ge=0, description="weight of the captioning loss, which BLIP calls LM")

@@ -219,6 +219,17 @@ def test_compiled_dropout_is_repeated(folder: Path) -> None:
     assert not torch.allclose(first.image_BQC, eager.image_BQC, atol=0.01)
 
 
+@pytest.mark.parametrize("value", [0.0, -0.02])
+def test_a_temperature_that_would_cross_zero_stays_above_it(folder: Path, value: float) -> None:
+    stage = exact_stage(exact_config(folder), World())
+    with torch.no_grad():
+        stage.temp.fill_(value)
+    losses = stage.training_step(batch(), 4)
+    assert losses["temperature"].item() == stage.temp.item() == 0.001
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(gradient.isfinite().all() for gradient in gradients(stage).values())
+
+
 def test_weights_of_the_losses(folder: Path, whole: tuple) -> None:
     config = exact_config(folder, objective={"itc": 0.5, "itm": 0.0, "itg": 2.0})
     stage = exact_stage(config, World())

@@ -19,6 +19,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage2 import Stage2
 from training.build import meta_stage
+from training.convert.export import export_model
 from training.distributed import World
 from training.evaluate.generation import Decoding, Stage2Generator
 from training.models.language import load_language, split_caption
@@ -77,10 +78,13 @@ def gradients(stage: Stage2) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in stage.trainable_named_parameters()}
 
 
-def test_opt_loss_is_transformers_own(folder: Path) -> None:
-    stage = exact_stage(exact_config(folder, "opt", language={"prompt": "a photo of "}), World())
+@pytest.mark.parametrize("embeddings_width", [0, 12])
+def test_opt_loss_is_transformers_own(folder: Path, tmp_path: Path, embeddings_width: int) -> None:
+    saved = save_opt(tmp_path / "opt", embeddings_width=embeddings_width)
+    language = {"prompt": "a photo of ", "model": str(saved)}
+    stage = exact_stage(exact_config(folder, "opt", language=language), World())
     actual = stage.training_step(batch(), N)["loss"]
-    model = OPTForCausalLM.from_pretrained(folder / "opt").double().eval()
+    model = OPTForCausalLM.from_pretrained(saved).double().eval()
     total, words = 0.0, 0
     with torch.no_grad():
         prompts = stage.soft_prompt(batch().pixels_BCHW)
@@ -96,6 +100,22 @@ def test_opt_loss_is_transformers_own(folder: Path) -> None:
             words += predicted
     # transformers computes it in float32.
     assert actual.item() == pytest.approx(total / words, abs=1e-6)
+
+
+def test_an_opt_with_narrow_embeddings_is_planned_and_generates_but_is_not_exported(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = exact_config(
+        folder, "opt", language={"model": str(save_opt(tmp_path / "opt", embeddings_width=12))}
+    )
+    assert meta_stage(config).flops_per_sample() > 0
+    stage = begun_stage(config)
+    assert stage.opt_proj.out_features == 12
+    decoding = Decoding(beams=2, max_tokens=4, min_tokens=4)
+    assert all(Stage2Generator(stage).caption(batch().pixels_BCHW, "a photo of", decoding))
+    with pytest.raises(CapfiltError, match=r"embeddings of width 12 .* blocks of width 24"):
+        export_model(stage, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_opt_predicts_every_token_of_a_caption(folder: Path) -> None:

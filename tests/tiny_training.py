@@ -49,10 +49,13 @@ def save_bert(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_opt(folder: Path, *, seed: int = 0, width: int = 24, bpe: bool = False) -> Path:
+def save_opt(
+    folder: Path, *, seed: int = 0, width: int = 24, embeddings_width: int = 0, bpe: bool = False
+) -> Path:
     """Save an OPT and its tokenizer, which puts ``</s>`` first, as the published one does.
 
-    With ``bpe`` it is byte-level BPE, also as the published one: a blank belongs to the word that follows.
+    With ``bpe`` it is byte-level BPE, also as the published one: a blank belongs to the word that follows. OPT-350m
+    alone has an ``embeddings_width`` other than its width, and its norms behind the residual branches.
     """
     torch.manual_seed(seed)
     words = _byte_level_bpe() if bpe else _word_level(_OPT_TOKENS, "<unk>")
@@ -60,7 +63,8 @@ def save_opt(folder: Path, *, seed: int = 0, width: int = 24, bpe: bool = False)
     config = OPTConfig(
         vocab_size=words.get_vocab_size(),
         hidden_size=width,
-        word_embed_proj_dim=width,
+        word_embed_proj_dim=embeddings_width or width,
+        do_layer_norm_before=not embeddings_width,
         ffn_dim=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -48,6 +48,10 @@ from training.models.vision import FrozenVision
 if TYPE_CHECKING:
     from training.data.loader import Batch
 
+# The lower bound of BLIP's temperature (models/blip_pretrain.py): at 0 the logits are infinite, and below it ITC would
+# push each image and its own text apart.
+_MIN_TEMPERATURE = 0.001
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalBatch:
@@ -149,6 +153,8 @@ class Stage1(QFormerStage):
             uids: of the images: no caption of an image is its negative.
             position: a number that no other step of the run has.
         """
+        with torch.no_grad():
+            self.temp.clamp_(min=_MIN_TEMPERATURE)
         micro_batches = list(self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
         if len(micro_batches) == 1:
             encoded = self.encode(micro_batches[0])

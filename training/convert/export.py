@@ -34,6 +34,7 @@ from training.build import Blip2Stage, Stage
 from training.convert.export_blip import write_hugging_face, write_repository_file
 from training.convert.key_map import to_hf
 from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMATS, OWN_VERSION, OWN_WEIGHTS_FILE
+from training.models.language import FrozenLanguage
 from training.models.layers import NORM_EPS
 from training.models.vision import FrozenVision
 
@@ -48,13 +49,15 @@ def export_model(stage: Stage, folder: Path) -> Format:
         folder: must be absent or empty; with the ending ``.pth`` the file of BLIP's own repository.
 
     Raises:
-        CapfiltError: the folder has files, or there is a file.
+        CapfiltError: the folder has files, or there is a file, or Hugging Face's classes cannot hold the model.
     """
     if folder.suffix == ".pth":
         _export_file(stage, folder)
         return "blip"
     if folder.is_dir() and any(folder.iterdir()):
         raise CapfiltError(f"{folder} is not empty; name a new folder")
+    if isinstance(stage, Stage2):
+        _require_one_width(stage.language)
     folder.mkdir(parents=True, exist_ok=True)
     kind = _write_blip(stage, folder) if isinstance(stage, BlipStage) else _write_blip2(stage, folder)
     description = {
@@ -65,6 +68,17 @@ def export_model(stage: Stage, folder: Path) -> Format:
     }
     (folder / OWN_CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
     return kind
+
+
+def _require_one_width(language: FrozenLanguage) -> None:
+    """Refuse OPT-350m, whose embeddings are narrower than its blocks: Blip2 projects queries to the blocks' width."""
+    width = language.model.config.hidden_size
+    if language.width != width:
+        raise CapfiltError(
+            f"language.model = {language.config.model!r} has embeddings of width {language.width} "
+            f"(word_embed_proj_dim) and blocks of width {width} (hidden_size); Hugging Face's Blip2 has no place for a "
+            "projection to the former. capfilt evaluate reads the run itself"
+        )
 
 
 def _export_file(stage: Stage, path: Path) -> None:

@@ -3,8 +3,8 @@
 Both take the projected queries as a soft prompt (BLIP-2, section 3.3; lavis/models/blip2_models/blip2_{opt,t5}.py).
 They are never trained and have no dropout; a gradient passes through them to the prompt.
 
-The legend of the names: B images, Q queries, L text tokens, S = Q + L, T tokens to predict, W the language model's
-width, V its vocabulary.
+The legend of the names: B images, Q queries, L text tokens, S = Q + L, T tokens to predict, W the width of the
+language model's embeddings, V its vocabulary.
 """
 
 import random
@@ -87,7 +87,8 @@ class FrozenLanguage(nn.Module):
         self.config = config
         self.model = model
         self.tokenizer: Any = tokenizer
-        self.width = model.config.hidden_size
+        # Of the embeddings: in OPT-350m narrower than the blocks (word_embed_proj_dim), which project them themselves.
+        self.width = model.get_input_embeddings().embedding_dim
         # Over the ranks (FSDP): every call then needs all of them.
         self.is_sharded = False
         self.requires_grad_(False)

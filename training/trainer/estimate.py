@@ -117,5 +117,6 @@ def _blip2_bytes(config: PretrainConfig, stage: Blip2Stage, frozen: int, ranks: 
             in_blocks = sum(p.numel() for block in language.blocks for p in block.parameters())
             frozen -= in_blocks - in_blocks // ranks
         activation_bytes = queries * token_bytes
-        activation_bytes += (queries + texts) * language.width * len(language.blocks) * ACTIVATION_BYTES
+        token_bytes = language.model.config.hidden_size * len(language.blocks) * ACTIVATION_BYTES
+        activation_bytes += (queries + texts) * token_bytes
     return stored_bytes, activation_bytes, frozen
