@@ -124,6 +124,13 @@ def test_parquet_dictionary_with_one_long_entry(tmp_path: Path) -> None:
     assert read_in_child(path) == "301 rows"
 
 
+def test_parquet_dictionary_with_an_entry_that_only_its_rows_make_large(tmp_path: Path) -> None:
+    """100 kB in each of 8000 rows, out of one entry: no row is large, and a batch of them is not either."""
+    urls = dictionary(["http://a/1", "http://a/" + "x" * 100_000], 8000)
+    path = write(tmp_path / "a.parquet", urls, dictionary_pagesize_limit=1 << 30)
+    assert read_in_child(path) == "8001 rows"
+
+
 def test_parquet_dictionary_entry_that_is_not_a_url(tmp_path: Path) -> None:
     urls = dictionary(["http://a/1", "x" * (20 << 20)], 5000)
     path = write(tmp_path / "a.parquet", urls, dictionary_pagesize_limit=1 << 30)

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline.intake.lists.columns import Wanted
 from pipeline.intake.lists.files import BATCH_ROWS, find_files, read_columns
+from pipeline.intake.lists.text_columns import not_blank
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
@@ -431,6 +433,14 @@ TEXT_COLUMNS = [
 def test_parquet_text_columns(tmp_path: Path, urls: pa.Array, stored: bool) -> None:
     pq.write_table(pa.table({"url": urls}), tmp_path / "a.parquet", store_schema=stored)
     assert read(tmp_path / "a.parquet", "url") == [{"url": "http://a/1"}, {"url": None}]
+
+
+def test_a_text_is_blank_where_python_says_so() -> None:
+    letters = [chr(number) for number in range(sys.maxunicode + 1) if not 0xD800 <= number < 0xE000]
+    texts = [*letters, "", None, " \u3000\n", " \0", "\u2003a"]
+    expected = [bool(text) and not text.isspace() for text in texts]
+    assert not_blank(pa.array(texts)).tolist() == expected
+    assert not_blank(pa.array([], pa.string())).tolist() == []
 
 
 def test_parquet_bytes_that_are_not_text_are_named_by_the_row(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.intake.lists.columns import Columns, Rows, Unit, Wanted, require
 from pipeline.intake.lists.lines import MAX_ROW_BYTES, UNREADABLE, content_of
-from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
+from pipeline.intake.lists.parquet_rows import ParquetList, cells_of, decoded_bytes
 from pipeline.intake.lists.text_columns import TextRows
 from pipeline.intake.lists.text_columns import text_rows as arrow_text_rows
 from pipeline.intake.lists.text_rows import Cells, captions_beside, text_rows
@@ -211,8 +211,12 @@ def _parquet_pieces(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[tuple
     with open_parquet(file, path) as parquet:
         require(wanted, parquet.names, path)
         first = 1
-        pieces_read = parquet.pieces(wanted.columns)
-        for pieces in _grouped((piece, piece.num_rows, piece.nbytes) for piece in pieces_read):
+        # By what they take as objects: a dictionary's long entry may stand in every row.
+        sized = (
+            (piece, piece.num_rows, sum(map(decoded_bytes, piece.columns)))
+            for piece in parquet.pieces(wanted.columns)
+        )
+        for pieces in _grouped(sized):
             yield pieces, first
             first += sum(piece.num_rows for piece in pieces)
 

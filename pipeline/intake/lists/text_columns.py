@@ -79,10 +79,5 @@ def _is_text(dtype: pa.DataType) -> bool:
 
 def not_blank(texts: pa.StringArray) -> np.ndarray:
     """Tell of each text whether there is one: neither missing nor blank, as ``str.isspace`` has it."""
-    # Nearly every text has a letter of ASCII; the others Python is asked about.
-    kept = pc.fill_null(pc.match_substring_regex(texts, "[!-~]"), False).to_numpy(zero_copy_only=False)
-    kept = np.array(kept)
-    for row in np.flatnonzero(~kept):
-        text = texts[row].as_py()
-        kept[row] = bool(text) and not text.isspace()
-    return kept
+    is_blank = pc.or_(pc.equal(texts, ""), pc.utf8_is_space(texts))
+    return np.asarray(pc.invert(pc.fill_null(is_blank, True)).to_numpy(zero_copy_only=False))
