@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from schemas.names import name_server
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Precision = Literal["auto", "fp32", "bf16"]
 # Of a model that is run as it is, not trained.
@@ -72,6 +74,12 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
+def _name_server(entry: str) -> str:
+    name_server(entry)
+    return entry
+
+
+NameServer = Annotated[str, AfterValidator(_name_server)]
 HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
 
 
@@ -167,6 +175,9 @@ class CrawlConfig(Section):
     allow_hosts: tuple[HostAndPort, ...] = tuning(
         (),
         description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address',
+    )
+    nameservers: tuple[NameServer, ...] = tuning(
+        (), description="IP addresses of DNS servers, with a port or without, to ask instead of the system's"
     )
     allow_files: tuple[str, ...] = tuning(
         (), description="folders whose files a list may name, by file:// or a path relative to one of them"

@@ -1,6 +1,8 @@
 """Names that somebody else wrote: confined to the folder they belong to, and safe to print."""
 
+import contextlib
 import re
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote
 
@@ -114,3 +116,13 @@ def depth_of(value: Any) -> int:
         depth += 1
         level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
     return depth
+
+
+def name_server(text: str) -> tuple[str, int]:
+    """Return address and port of a DNS server: ``10.0.0.2``, ``10.0.0.2:5353``, ``[::1]:5353``. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    has_port = port.isascii() and port.isdigit() and 0 < int(port) < 65_536
+    for address, number in ((text, 53), (host, int(port))) if has_port else ((text, 53),):
+        with contextlib.suppress(ValueError):
+            return str(ip_address(address.removeprefix("[").removesuffix("]"))), number
+    raise ValueError(f"{text!r} is not the IP address of a DNS server, such as 10.0.0.2 or 10.0.0.2:5353")

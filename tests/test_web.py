@@ -17,6 +17,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -28,6 +32,7 @@ from hypothesis import strategies as st
 from pipeline.web.client import Fetch, Web
 from pipeline.web.dns import Resolver, is_forbidden
 from pipeline.web.host_limits import HostHealth, HostLimits
+from pipeline.web.nameservers import NameServers
 from pipeline.web.robots import RobotRules, RobotsTxt, reserved_by_robots_tag
 from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
@@ -277,6 +282,83 @@ def test_an_exempt_host_is_exempt_at_its_port_only(site: HostileSite) -> None:
     assert end(fetcher.fetch(f"http://127.0.0.1:{site.canary.port}/")) == ("refused", "forbidden_address")
     assert end(fetcher.fetch(f"http://localhost:{site.port}/plain.jpg")) == ("refused", "forbidden_address")
     assert site.canary.requests == 0
+
+
+class NameServerOnLoopback:
+    """A DNS server: ``good`` has an address, ``absent`` is not there, of anything else it says nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data, client = self._socket.recvfrom(4096)
+                query = dns.message.from_wire(data)
+                name, kind = query.question[0].name, query.question[0].rdtype
+                self.asked.append(name.to_text())
+                answer = dns.message.make_response(query)
+                if name.to_text().startswith("absent"):
+                    answer.set_rcode(dns.rcode.NXDOMAIN)
+                elif not name.to_text().startswith("good"):
+                    continue
+                elif kind == dns.rdatatype.A:
+                    answer.answer.append(dns.rrset.from_text(name, 60, "IN", "A", "127.0.0.1"))
+                self._socket.sendto(answer.to_wire(), client)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def name_server() -> Iterator[NameServerOnLoopback]:
+    server = NameServerOnLoopback()
+    yield server
+    server.close()
+
+
+def test_chosen_name_servers_are_asked_instead_of_the_systems(
+    site: HostileSite, name_server: NameServerOnLoopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_of_system: list[str] = []
+    system = socket.getaddrinfo
+
+    def noted(host: str, *rest: object, **options: object) -> list[tuple]:
+        asked_of_system.append(host)
+        return system(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", noted)
+    fetcher = web(site, nameservers=(name_server.address,), allow_hosts=(f"good.example:{site.port}",))
+    for _ in range(3):
+        assert end(fetcher.fetch(f"http://good.example:{site.port}/plain.jpg")) == ("ok", None)
+    assert name_server.asked == ["good.example."] * 2  # A and AAAA, once
+    assert end(fetcher.fetch("http://absent.example/plain.jpg")) == ("failed", "dns")
+    # Its address is checked as the system's would be.
+    assert end(fetcher.fetch("http://good.other/plain.jpg")) == ("refused", "forbidden_address")
+    assert not [host for host in asked_of_system if host.endswith((".example", ".other"))]
+
+
+def test_a_silent_name_server_is_passed_over(name_server: NameServerOnLoopback) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        servers = NameServers(
+            [f"127.0.0.1:{silent.getsockname()[1]}", name_server.address], seconds_a_server=0.2
+        )
+        for _ in range(4):
+            assert servers.addresses("good.example", 80) == [(socket.AF_INET, ("127.0.0.1", 80))]
+        with pytest.raises(socket.gaierror) as failed:
+            NameServers([f"127.0.0.1:{silent.getsockname()[1]}"], seconds=0.3).addresses("good.example", 80)
+    assert failed.value.errno == socket.EAI_AGAIN
+
+
+@pytest.mark.parametrize("server", ["dns.example", "10.0.0.2:0", "10.0.0.2:99999", "", "10.0.0"])
+def test_a_name_server_is_an_address(server: str) -> None:
+    with pytest.raises(ValueError, match="is not the IP address of a DNS server"):
+        CrawlConfig(nameservers=(server,))
 
 
 class Names:

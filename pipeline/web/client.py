@@ -87,7 +87,7 @@ class Web:
         self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
-        self._resolver = Resolver(config.allow_hosts, config.threads + spare_lookups)
+        self._resolver = Resolver(config.allow_hosts, config.threads + spare_lookups, config.nameservers)
         self._limits = HostLimits(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
         self._health = HostHealth()
         self._robots = RobotsTxt(self._token) if config.robots_txt else None

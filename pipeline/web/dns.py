@@ -12,13 +12,14 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from pipeline.web.urls import FetchError, WebUrl, encode_host
 
 SocketAddress = tuple[socket.AddressFamily, Any]
+Ask = Callable[[str, int], list[SocketAddress]]
 
 _ANSWER_FRESH_S = 300.0
 _FAILURE_FRESH_S = 60.0
@@ -43,6 +44,32 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
+def _ask_system(host: str, port: int) -> list[SocketAddress]:
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in infos]
+
+
+def _ask_servers(servers: Sequence[str]) -> Ask:
+    # Imported where it is wanted.
+    from pipeline.web.nameservers import NameServers
+
+    asked = NameServers(servers).addresses
+
+    def ask(host: str, port: int) -> list[SocketAddress]:
+        # An address is no name: nobody need be asked.
+        return _ask_system(host, port) if _is_address(host) else asked(host, port)
+
+    return ask
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class Lookup:
     """The look-up of one name, shared by all fetches that need it."""
 
@@ -51,16 +78,16 @@ class Lookup:
         self._started = time.monotonic()
         self._seconds = 0.0
 
-    def run(self, host: str, port: int) -> None:
-        """Ask the system's resolver."""
+    def run(self, ask: Ask, host: str, port: int) -> None:
+        """Ask for the addresses."""
         try:
-            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = ask(host, port)
         except Exception as error:
             self._seconds = time.monotonic() - self._started
             self._answer.set_exception(error)
         else:
             self._seconds = time.monotonic() - self._started
-            self._answer.set_result([(family, address) for family, _, _, _, address in infos])
+            self._answer.set_result(addresses)
 
     def result(self, timeout_s: float) -> list[SocketAddress]:
         """Return the addresses.
@@ -100,9 +127,13 @@ class Resolver:
     Args:
         allow_hosts: ``host:port`` entries whose addresses are not checked.
         at_once: how many look-ups may be under way, those that every fetch has given up included.
+        nameservers: DNS servers to ask instead of the system's resolver.
     """
 
-    def __init__(self, allow_hosts: Collection[str] = (), at_once: int = 320) -> None:
+    def __init__(
+        self, allow_hosts: Collection[str] = (), at_once: int = 320, nameservers: Sequence[str] = ()
+    ) -> None:
+        self._ask = _ask_servers(nameservers) if nameservers else _ask_system
         self._allowed = {_allowed_site(entry) for entry in allow_hosts}
         self._at_once = at_once
         self._room = threading.Semaphore(at_once)
@@ -134,7 +165,7 @@ class Resolver:
 
     def _run(self, lookup: Lookup, host: str, port: int) -> None:
         try:
-            lookup.run(host, port)
+            lookup.run(self._ask, host, port)
         finally:
             self._room.release()
 
