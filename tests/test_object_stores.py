@@ -8,6 +8,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from jobs.bench.fixtures.s3 import S3Request, S3Server
+from pipeline.intake.lists.files import expand
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.object_stores import open_store
@@ -219,6 +220,14 @@ def test_names_that_no_object_can_have(s3_root: str, name: str) -> None:
 def test_names_that_no_bucket_can_have(root: str) -> None:
     with pytest.raises(CapfiltError, match="is not the name of a bucket; name a folder, s3://"):
         Storage(root)
+
+
+def test_two_slashes_after_the_bucket_are_refused() -> None:
+    # The client drops one of them, where others do not.
+    with pytest.raises(CapfiltError, match="'s3://bucket//corpus' cannot be opened: there are two slashes"):
+        Storage("s3://bucket//corpus")
+    with pytest.raises(CapfiltError, match=r"s3://bucket//\*.csv cannot be listed: there are two slashes"):
+        expand("s3://bucket//*.csv", "source.web.input")
 
 
 def test_an_object_whose_name_cannot_be_read_is_named(s3_root: str, s3_server: S3Server) -> None:

@@ -67,6 +67,12 @@ def test_ranges_end_where_the_file_does(root: str) -> None:
     assert storage.read("ten", 4) == b"01234"
 
 
+def test_colons_are_part_of_a_path(tmp_path: Path) -> None:
+    Storage(str(tmp_path / "a::b")).write("x::y", b"content")
+    assert (tmp_path / "a::b" / "x::y").read_bytes() == b"content"
+    assert Storage("/").read(f"{tmp_path}/a::b/x::y") == b"content"
+
+
 def test_a_link_has_its_own_version(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"content")
     (tmp_path / "list.parquet").symlink_to("blob")

@@ -8,7 +8,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.object_files import ObjectFiles
+from pipeline.storage.object_files import ObjectFiles, split_name
 from pipeline.storage.object_stores import SCHEMES
 
 
@@ -20,6 +20,8 @@ def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:
     scheme, is_url, name = url.partition("://")
     if is_url and scheme in SCHEMES:
         return ObjectFileSystem(SCHEMES[scheme]), name.rstrip("/")
+    if not is_url:  # fsspec would cut a path at ``::``, which parts the URLs of a chain
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     filesystem, name = fsspec.core.url_to_fs(url)
     return filesystem, name
 
@@ -49,7 +51,7 @@ class ObjectFileSystem(AbstractFileSystem):
         return f"{self.protocol}://{self._strip_protocol(name)}"
 
     def _locate(self, path: str) -> tuple[ObjectFiles, str]:
-        container, _, key = self._strip_protocol(path).partition("/")
+        container, key = split_name(self._strip_protocol(path))
         return self._files or ObjectFiles(self.protocol, container), key
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:

@@ -158,6 +158,14 @@ class ObjectFiles:
             self._store.delete(key)
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Split ``bucket/key``. Raises ValueError for a key that begins with a slash: the client would leave it out."""
+    container, _, key = name.partition("/")
+    if key.startswith("/"):
+        raise ValueError("there are two slashes after the bucket's name")
+    return container, key
+
+
 def _without_folder_markers(listed: list[FileInfo], key: str) -> list[FileInfo]:
     """Leave out the empty objects called ``folder/`` by which consoles make folders: the client drops their slash."""
     if all(info.bytes for info in listed):

@@ -16,7 +16,7 @@ from pipeline.regular_files import require_regular
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.filesystem import filesystem_of, is_local
 from pipeline.storage.local_files import LocalFiles
-from pipeline.storage.object_files import ObjectFiles
+from pipeline.storage.object_files import ObjectFiles, split_name
 from pipeline.storage.object_stores import SCHEMES
 from pipeline.storage.other_files import OtherFiles
 from pipeline.storage.scratch import temporary_folder
@@ -233,7 +233,7 @@ def files_of(url: str) -> tuple[Files, str]:
     """Return where a path or URL lies, and its name there. Raises ValueError or ImportError where nothing opens it."""
     scheme, is_url, rest = url.partition("://")
     if is_url and scheme in SCHEMES:
-        container, _, key = rest.partition("/")
+        container, key = split_name(rest)
         return ObjectFiles(SCHEMES[scheme], container), key
     filesystem, name = filesystem_of(url)
     return (
