@@ -160,7 +160,7 @@ class BlipConfig(Section):
     share: Share = Field("all-but-self-attention", description="of text encoder and decoder (BLIP, table 3)")
     tied_head: bool = Field(
         True,
-        description="the decoder's output matrix is its word embeddings; false: as in BLIP's model_base.pth",
+        description="the decoder's output matrix is its word embeddings, as BLIP's; false: a parameter of its own",
     )
     projection_width: int = Field(256, ge=1, description="of the contrastive embeddings")
     prompt: str = Field("", description="begins every caption of the decoder and stays out of the loss")

@@ -237,7 +237,7 @@ def test_a_file_has_what_blips_own_loaders_ask_for(workspace: Path, tmp_path: Pa
 
 
 def released(stage: BlipStage) -> dict[str, Tensor]:
-    """Return a pretrained model as BLIP's repository releases it: momentum encoders, queues, a head of its own."""
+    """Return a pretrained model as BLIP's repository releases it, with a head that is not the word embeddings."""
     tensors = {n: t for n, t in stage.state_dict().items() if not n.startswith(("momentum.", "queue."))}
     tensors |= {
         n.removeprefix("momentum.").replace("encoder.", "encoder_m.", 1): t

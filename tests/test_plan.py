@@ -50,7 +50,7 @@ def test_recipe_trains_what_the_paper_trains(name: str) -> None:
     assert estimate["samples"] == pytest.approx(samples * 1e6)
     assert estimate["gflop_per_sample"] == pytest.approx(gflop, rel=0.03)
     seconds = samples * 1e6 * estimate["gflop_per_sample"] * 1e9 / (0.5 * 790e12)
-    assert estimate["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3)
+    assert estimate["gpu_hours"] == pytest.approx(seconds / 3600, rel=1e-3, abs=0.005)
     assert estimate["memory_gb"]["total"] < 80
     assert not estimate["data"]["found"]
     # What the file's opening says is what the plan says.

@@ -39,8 +39,12 @@ def test_blip2_names_the_six_sources() -> None:
     assert (config.rank.model, config.rank.pretrained) == ("ViT-L-14", "openai")
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("blip2-stage*.toml")), ids=lambda path: path.stem)
-def test_a_recipe_of_blip2_has_the_weights_by_pairs_as_a_comment(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    sorted([*RECIPES.glob("blip2-stage*.toml"), *RECIPES.glob("blip-pretrain-*.toml")]),
+    ids=lambda path: path.stem,
+)
+def test_a_pretraining_recipe_has_the_weights_by_pairs_as_a_comment(recipe: Path, tmp_path: Path) -> None:
     assert load_config(recipe, kind=PretrainConfig).data.corpus[0].weights == {}
     chosen = tmp_path / recipe.name
     chosen.write_text(recipe.read_text().replace("# weights =", "weights ="))
