@@ -1,6 +1,6 @@
 """A stage of a few numbers that keeps the protocol of the real ones: for tests of the loop, not of what it trains."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,10 +20,10 @@ BATCH_SIZE = 4
 class SmallStage(PartlyTrained):
     """Fit a sum of pixels through a layer, dropout and a temperature.
 
-    ``explode_at``: the loss is not a number at that step; ``unused``: a parameter that no loss reaches.
+    ``explode_at``: the loss is not a number at these steps; ``unused``: a parameter that no loss reaches.
     """
 
-    def __init__(self, explode_at: int = -1, world_size: int = 1) -> None:
+    def __init__(self, explode_at: Collection[int] = (), world_size: int = 1) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.layer = nn.Linear(12, 8)
@@ -39,7 +39,7 @@ class SmallStage(PartlyTrained):
             features = pixels.flatten(1).float() / 255
             hidden = nn.functional.dropout(self.layer(features).relu(), 0.2, self.training)
             loss = ((self.head(hidden)[:, 0] - features.sum(1)) ** 2 + self.temp**2).sum()
-            if batch.position // BATCH_SIZE == self.explode_at:
+            if batch.position // BATCH_SIZE in self.explode_at:
                 loss = loss * float("nan")
             loss = loss / len(batch.uids)
             (loss / self.world_size).backward()

@@ -209,6 +209,18 @@ def test_the_prompt_stays_out_of_the_loss(folder: Path) -> None:
     assert losses.keys() == {"loss", "lm"}
 
 
+def test_embeddings_that_are_not_finite_stay_out_of_the_queue() -> None:
+    queue = EmbeddingQueue(4, 2)
+    queue.push(torch.ones(4, 2), torch.ones(4, 2), torch.arange(4))
+    images, texts = torch.full((3, 2), 2.0), torch.full((3, 2), 3.0)
+    images[0, 1], texts[2, 0] = torch.nan, torch.inf
+    queue.push(images, texts, torch.arange(10, 13))
+    # The sample in the middle alone is whole; the pointer has passed all three.
+    assert queue.image_KC.tolist() == [[1, 1], [2, 2], [1, 1], [1, 1]]
+    assert queue.text_KC.tolist() == [[1, 1], [3, 3], [1, 1], [1, 1]]
+    assert queue.id_K.tolist() == [0, 11, 2, 3] and queue.pointer == 3
+
+
 def test_the_queue_replaces_its_oldest_embeddings() -> None:
     queue = EmbeddingQueue(6, 2)
     queue.reset(1)

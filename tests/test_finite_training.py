@@ -187,7 +187,7 @@ def test_captions_of_logits_that_are_not_finite_are_refused(
 
 
 def test_a_first_step_that_is_not_finite_does_not_blame_the_learning_rate(tmp_path: Path) -> None:
-    loop = make_loop(config(tmp_path), SmallStage(explode_at=1))
+    loop = make_loop(config(tmp_path), SmallStage(explode_at={1}))
     with pytest.raises(TrainingStopped, match=r"step 1: loss is nan.*, before any weight.*precision") as told:
         loop.run(batches())
     assert "peak_lr" not in str(told.value)

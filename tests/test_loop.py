@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from ranks import on_ranks
 
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from tests.processes import ROOT
@@ -21,6 +22,7 @@ from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, mak
 from training.distributed import World
 from training.trainer.loop import Loop, TrainingStopped
 from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
+from training.trainer.skipped_steps import SkippedSteps
 
 pytestmark = pytest.mark.training
 
@@ -76,16 +78,83 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, asynchronous: b
     assert_equal(states[0].optimizer, states[1].optimizer)
 
 
-def test_a_loss_that_is_not_a_number_stops_before_the_weights_take_it(tmp_path: Path) -> None:
-    loop = make_loop(config(tmp_path), SmallStage(explode_at=8))
+def test_a_step_whose_loss_is_not_a_number_is_skipped(tmp_path: Path) -> None:
+    told: list[str] = []
+    sink = Kept()
+    loop = make_loop(config(tmp_path), SmallStage(explode_at={8}), sinks=[sink], log=told.append)
+    taken: list[dict[str, torch.Tensor]] = []
+    loop.stop_asked = lambda: bool(taken.append(weights(loop)))
+    summary = loop.run(batches())
+    assert (summary.outcome, summary.step, summary.samples) == ("done", 10, 10 * BATCH_SIZE)
+    # What step 9 began with is what step 8 began with; step 9 changes it.
+    assert_equal(taken[8], taken[7])
+    assert not torch.equal(taken[9]["head.weight"], taken[8]["head.weight"])
+    assert sink.of("skipped_steps") == [0] * 7 + [1] * 3
+    assert [line["step"] for line in sink.lines if line["loss"] is None] == [8]
+    # Its samples are named, in the log and whole in a file.
+    (line,) = [line for line in told if "skipped" in line]
+    uids = [f"{number:032x}" for number in range(7 * BATCH_SIZE, 8 * BATCH_SIZE)]
+    assert line.startswith("step 8: loss is nan, gradient_norm is nan; skipped, ") and uids[0] in line
+    written = json.loads((tmp_path / "run" / "skipped-00000008.json").read_text())
+    assert (written["step"], written["uids"], written["values"]["loss"]) == (8, uids, "nan")
+
+
+def test_a_checkpoint_of_a_skipped_step_is_as_any_other(tmp_path: Path) -> None:
+    """Step 5 is skipped and saved; the count goes on behind it."""
+    bad = {3, 5, 7}
+    whole, rest = Kept(), Kept()
+    make_loop(config(tmp_path / "a"), SmallStage(explode_at=bad), sinks=[whole]).run(batches())
+    stops = iter([False] * 4 + [True])
+    settings = config(tmp_path / "b")
+    make_loop(settings, SmallStage(explode_at=bad), stop_asked=lambda: next(stops)).run(batches())
+    second = make_loop(settings, SmallStage(explode_at=bad), sinks=[rest])
+    record = second.checkpoints.newest_good(print)
+    assert record.step == 5 and "loss" not in record.metrics and record.metrics["lr"] > 0
+    second.resume(second.checkpoints.read(record), record)
+    second.run(batches(second.samples))
+    for name in ("loss", "gradient_norm", "skipped_steps"):
+        assert rest.of(name) == whole.of(name)[5:]
+    assert rest.of("skipped_steps")[-1] == 3
+
+
+def test_too_many_skipped_steps_end_the_run_with_their_samples(tmp_path: Path) -> None:
+    settings = config(tmp_path, optim={"steps": 40}, checkpoint={"every_steps": 5})
+    loop = make_loop(settings, SmallStage(explode_at=range(8, 40)))
     with pytest.raises(
-        TrainingStopped, match=r"step 8: loss is nan, gradient_norm is nan; stopped"
+        TrainingStopped, match=r"step 18: loss is nan, .*; stopped.* \(8, 9, .*, 18\)\."
     ) as stopped:
         loop.run(batches())
-    (kept,) = loop.checkpoints.committed()
-    assert kept.step == 5
-    assert loop.checkpoints.storage.url(kept.path) in str(stopped.value)
+    assert f"{17 * BATCH_SIZE:032x}" in str(stopped.value)
+    last = loop.checkpoints.committed()[-1]
+    assert last.step == 15 and loop.checkpoints.storage.url(last.path) in str(stopped.value)
     assert all(tensor.isfinite().all() for tensor in loop.stage.trainable_state().values())
+
+
+@pytest.mark.parametrize(("step", "too_many"), [(1000, True), (1001, False)])
+def test_ten_of_a_thousand_steps_may_be_skipped(tmp_path: Path, step: int, too_many: bool) -> None:
+    skipped = SkippedSteps(Storage(str(tmp_path)), range(1, 11))
+    skipped.forget(999)
+    assert len(skipped.steps) == 10 and not skipped.too_many
+    skipped.add(step)
+    assert skipped.too_many is too_many
+
+
+def train_rank(world: World, output: Path) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Train on one of two ranks, the second of which alone meets a number that overflows."""
+    stage = SmallStage(explode_at={4} if world.rank else (), world_size=world.size)
+    sink = Kept()
+    loop = make_loop(config(output), stage, world=world, sinks=[sink])
+    loop.run(batches(0, world.rank, world.size))
+    return sink.of("skipped_steps"), weights(loop)
+
+
+def test_all_ranks_skip_a_step_that_overflows_on_one(tmp_path: Path) -> None:
+    (first, first_weights), (second, second_weights) = on_ranks(2, train_rank, tmp_path)
+    assert first == second == [0] * 3 + [1] * 7
+    assert_equal(first_weights, second_weights)
+    # Those of both ranks.
+    uids = json.loads((tmp_path / "run" / "skipped-00000004.json").read_text())["uids"]
+    assert uids == [f"{number:032x}" for number in range(3 * BATCH_SIZE, 4 * BATCH_SIZE)]
 
 
 def test_a_bug_of_capfilt_keeps_its_traceback(tmp_path: Path) -> None:
@@ -204,8 +273,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_json_lines_hold_each_step_once(folder: str) -> None:
-    from pipeline.storage.storage import Storage
-
     storage = Storage(folder)
     lines = JsonLines(storage, after_step=0)
     for step in range(1, 8):
@@ -224,8 +291,6 @@ def test_json_lines_hold_each_step_once(folder: str) -> None:
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
-    from pipeline.storage.storage import Storage
-
     lines = JsonLines(Storage(str(tmp_path)), after_step=0)
     with pytest.raises(CapfiltError, match="another process trains this run"):
         JsonLines(Storage(str(tmp_path)), after_step=0)

@@ -48,7 +48,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingProgress(Json):
-    """The progress of a run: with the seed in its config, all that sampling, crops and dropout depend on."""
+    """The progress of a run: with the seed in its config, all that sampling, crops and dropout depend on.
+
+    ``skipped_steps``: of the last steps, those whose loss or gradient was not finite.
+    """
 
     step: Count
     samples: Count
@@ -56,6 +59,7 @@ class TrainingProgress(Json):
     config: Mapping[str, Any]
     world_size: Count
     models: tuple[ModelRecord, ...] = ()
+    skipped_steps: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,7 +102,7 @@ class World:
             if self.size == 1:
                 raise
             own_error = error
-        messages = self._exchanged(own_error and str(own_error))
+        messages = self.gather_objects(own_error and str(own_error))
         if own_error is not None:
             raise own_error
         if errors := [message for message in messages if message is not None]:
@@ -115,10 +115,10 @@ class World:
         Raises CapfiltError on every rank if rank 0 does.
         """
         value = self.all_or_raise(find if self.rank == 0 else lambda: None)
-        return self._exchanged(cast(T, value))[0]
+        return self.gather_objects(cast(T, value))[0]
 
-    def _exchanged(self, value: T) -> list[T]:
-        """Return an object of each rank, in order."""
+    def gather_objects(self, value: T) -> list[T]:
+        """Return an object of each rank, in order; slow, since it needs a process group of its own."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size

@@ -79,8 +79,11 @@ class EmbeddingQueue(nn.Module):
         self.pointer.zero_()
 
     def push(self, image_NC: Tensor, text_NC: Tensor, id_N: Tensor) -> None:
-        """Put the step's embeddings in the place of the oldest ones."""
+        """Put the step's embeddings in the place of the oldest ones; rows that are not finite leave those in place."""
         places_N = self.pointer + torch.arange(len(id_N), device=id_N.device)
+        # A step that is not finite is skipped; in the queue, its NaN would spoil the steps after it.
+        finite_N = image_NC.isfinite().all(dim=1) & text_NC.isfinite().all(dim=1)
         for stored, values in ((self.image_KC, image_NC), (self.text_KC, text_NC), (self.id_K, id_N)):
-            stored[places_N] = values.to(stored.dtype)
+            kept = finite_N.view(-1, *(1,) * (values.ndim - 1))
+            stored[places_N] = torch.where(kept, values.to(stored.dtype), stored[places_N])
         self.pointer.add_(len(id_N)).remainder_(len(self.id_K))

@@ -30,6 +30,7 @@ from training.trainer.optim import (
     optimizer_state,
     set_lr,
 )
+from training.trainer.skipped_steps import MAX_SKIPPED, WINDOW_STEPS, SkippedSteps, not_finite
 from training.trainer.summary import Summary
 
 _ADVICE = (
@@ -72,6 +73,7 @@ class Loop:
         self.optimizer = make_optimizer(self.parameters, self.config.optim)
         self.schedule = Schedule.of(self.config.optim)
         self.step = 0
+        self.skipped = SkippedSteps(self.checkpoints.storage)
         self._last: CheckpointRecord | None = None
 
     @property
@@ -91,6 +93,7 @@ class Loop:
         self.stage.load_auxiliary_state(state.auxiliary)
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer)
         self.step = state.progress.step
+        self.skipped = SkippedSteps(self.checkpoints.storage, state.progress.skipped_steps)
         self._last = record
         if self.samples != state.progress.samples:
             raise CapfiltError(
@@ -105,8 +108,8 @@ class Loop:
             batches: the data from sample ``self.samples`` on.
 
         Raises:
-            TrainingStopped: a loss or gradient is not finite, the storage takes no checkpoint, or the device's
-                memory is full. The last committed checkpoint remains.
+            TrainingStopped: the first loss or gradient is not finite, or too many are; the storage takes no
+                checkpoint; or the device's memory is full. The last committed checkpoint remains.
             LostRankError: another rank has died.
         """
         started = self.step
@@ -146,7 +149,8 @@ class Loop:
             throughput.add(config.optim.batch_size, waited_s)
             is_last = asked or self.step == self.schedule.steps
             if self.step % config.metrics.every_steps == 0 or is_last:
-                values = {"samples": self.samples, **losses, **throughput.report()}
+                counts = {"samples": self.samples, "skipped_steps": len(self.skipped.steps)}
+                values = {**counts, **losses, **throughput.report()}
                 self._write(values)
                 self.log(progress_line(self.step, self.schedule.steps, values))
             saves = is_last or self.step % config.checkpoint.every_steps == 0
@@ -176,8 +180,11 @@ class Loop:
         self.stage.train()
         return values
 
-    def _one_step(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float], bool]:
-        """Do one step; return the seconds without data, the losses, and whether some rank was asked to stop."""
+    def _one_step(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float | None], bool]:
+        """Do one step; return the seconds without data, the losses, and whether some rank was asked to stop.
+
+        A loss that is not finite is None: the step has changed no weight.
+        """
         before = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - before
@@ -193,12 +200,16 @@ class Loop:
         # The norm before clipping, over all parameters: sqrt(sum of g^2).
         norm = clip_gradients(gradients, self.config.optim.clip_norm)
         values, asked = self._agree({**losses, "gradient_norm": norm})
-        # Checked on the mean over the ranks, so that all of them stop, and before the update.
-        self._require_finite(values)
-        self.optimizer.step()
+        # Decided by the mean over the ranks, so that all of them skip the step, and before the update.
+        if not_finite(values):
+            self._skip(values, batch)
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return waited_s, {**values, "lr": lr}, asked
+        self.skipped.forget(self.step)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return waited_s, {**finite, "lr": lr}, asked
 
     def _agree(self, values: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
         """Return the means over the ranks, and whether any rank was asked to stop, by one all-reduce.
@@ -223,18 +234,32 @@ class Loop:
         means = (number / self.world.size for number in numbers[:-2])
         return dict(zip(values, means, strict=True)), bool(numbers[-2])
 
-    def _require_finite(self, values: Mapping[str, float]) -> None:
-        named = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
-        if not named:
-            return
+    def _skip(self, values: Mapping[str, float], batch: Batch) -> None:
+        """Count a step and write down its samples. Raises TrainingStopped at the first step, or at too many."""
+        named = not_finite(values)
         if self.step == 0:
             raise TrainingStopped(
                 f"step 1: {named}, before any weight was changed: a number overflows in the frozen models or in the "
                 'weights of run.init_from. Set performance.precision = "fp32" (stage 2: language.precision too), or '
                 "use other weights"
             )
-        raise TrainingStopped(
-            f"step {self.step + 1}: {named}; stopped before it reached the weights. {self._last_good()} {_ADVICE}"
+        step = self.step + 1
+        self.skipped.add(step)
+        uids = [uid for part in self.world.gather_objects(batch.uids) for uid in part]
+        samples = ""
+        if self.world.rank == 0:
+            with self._writing():
+                samples = self.skipped.write(step, values, uids)
+        if self.skipped.too_many:
+            raise TrainingStopped(
+                f"step {step}: {named}; stopped before it reached the weights: more than {MAX_SKIPPED} of the last "
+                f"{WINDOW_STEPS:,} steps had to be skipped ({', '.join(map(str, self.skipped.steps))}). This one has "
+                f"{samples}. "
+                f"{self._last_good()} {_ADVICE}"
+            )
+        self.log(
+            f"step {step}: {named}; skipped, the weights stay as they are ({len(self.skipped.steps)} of at most "
+            f"{MAX_SKIPPED} in {WINDOW_STEPS:,} steps). This one has {samples}"
         )
 
     def _write(self, values: Mapping[str, float | None]) -> None:
@@ -244,7 +269,7 @@ class Loop:
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
-    def _save(self, losses: Mapping[str, float]) -> None:
+    def _save(self, losses: Mapping[str, float | None]) -> None:
         """Have rank 0 write a checkpoint; its error is raised here or, written in the background, at a later step."""
         model = self.stage.trainable_state()
         # On every rank, whose values are the same: whether the last update overflowed.
@@ -262,6 +287,7 @@ class Loop:
             config=self.config.model_dump(mode="json"),
             world_size=self.world.size,
             models=tuple(self.models),
+            skipped_steps=self.skipped.steps,
         )
         state = State(
             progress=progress,
@@ -274,7 +300,7 @@ class Loop:
             self.checkpoints.save(
                 state,
                 run_id=self.run_id,
-                metrics=dict(losses),
+                metrics={name: value for name, value in losses.items() if value is not None},
                 asynchronous=options.asynchronous,
                 keep_last=options.keep_last,
                 keep_every=options.keep_every,
@@ -346,7 +372,9 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def progress_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
     """Return one line for people."""
     shown = [
-        f"{name} {values[name]:.4g}" for name in ("loss", "itc", "itm", "itg", "lm", "lr") if name in values
+        f"{name} {'not finite' if values[name] is None else format(values[name], '.4g')}"
+        for name in ("loss", "itc", "itm", "itg", "lm", "lr")
+        if name in values
     ]
     rate = values.get("samples_per_s") or 0.0
     # Seconds left = steps left * samples a step / samples a second.
