@@ -355,7 +355,7 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], again: str, s3_server:
     ran = {line.strip() for line in again.partition("try next:")[2].splitlines()}
     failed = {}
     for command in (command for command in commands if command not in ran):
-        if "s3://bucket/corpus" in command and not Storage("s3://bucket/corpus").exists("records"):
+        if "s3://bucket/corpus" in command and not Storage("s3://bucket/corpus").is_corpus():
             _upload(folder / "demo-corpus", "records")
             for stage in ("raw", "captions", "scores", "curated"):
                 _upload(folder / "demo-corpus", stage)
