@@ -83,6 +83,16 @@ def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> Non
     assert "183,165,758 parameters" in text and "is not there yet" in text
 
 
+@pytest.mark.parametrize("name", ["blip-pretrain-vitl", "blip-captioner-vitb", "blip2-stage2-vitg-flant5xxl"])
+def test_the_text_fits_80_columns_and_names_what_there_is(tmp_path: Path, name: str) -> None:
+    recipe = RECIPES / f"{name}.toml"
+    lines = cli_here(
+        "pretrain", "-c", str(recipe), "--dry-run", "--set", "data.corpus.path=/none"
+    ).stdout.splitlines()
+    assert len(lines) == 8 and max(map(len, lines)) <= 80
+    assert ("momentum encoders" in lines[2]) == (name == "blip-pretrain-vitl")
+
+
 def test_the_corpus_is_looked_at_when_it_is_there(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path / "corpus")
     assert plan(config)["data"] == {"found": False, "paths": [str(tmp_path / "corpus")]}

@@ -69,18 +69,19 @@ def _plan_text(plan: dict) -> str:
     # BLIP's own code projects an image's keys and values once for each of its pairs.
     gflop = plan["gflop_per_sample_published"]
     published = f" ({gflop:,.1f} as BLIP's code computes it)" if gflop else ""
-    untrained = "momentum encoders" if isinstance(plan["stage"], str) else "frozen"
-    stage = plan["stage"] if isinstance(plan["stage"], str) else f"stage {plan['stage']}"
+    is_blip, number = isinstance(plan["stage"], str), plan["frozen_parameters"]
+    untrained = f"; {'momentum encoders' if is_blip else 'frozen'} {number:,}" if number else ""
+    stage = plan["stage"] if is_blip else f"stage {plan['stage']}"
     return "\n".join(
         [
             f"{stage}: {plan['name']}",
             f"data        {images}",
-            f"trained     {plan['trainable_parameters']:,} parameters; {untrained} {plan['frozen_parameters']:,}",
+            f"trained     {plan['trainable_parameters']:,} parameters{untrained}",
             f"steps       {plan['steps']:,} of {plan['batch_size']:,} images: {plan['samples']:,} samples",
-            f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample{published}: {plan['gpu_hours']:,.2f} "
-            f"GPU-hours at {plan['gpu_hours_at']} (estimate)",
-            f"memory      {memory['total']:,.1f} GB a rank (estimate): weights and optimiser "
-            f"{memory['weights_and_optimizer']:,.1f}, batch {memory['batch']:,.1f}, micro-batch "
-            f"{memory['micro_batch']:,.1f}",
+            f"cost        {plan['gflop_per_sample']:,.1f} GFLOP a sample{published}",
+            f"            {plan['gpu_hours']:,.2f} GPU-hours at {plan['gpu_hours_at']} (estimate)",
+            f"memory      {memory['total']:,.1f} GB a rank (estimate)",
+            f"            weights and optimiser {memory['weights_and_optimizer']:,.1f}, "
+            f"batch {memory['batch']:,.1f}, micro-batch {memory['micro_batch']:,.1f}",
         ]
     )
