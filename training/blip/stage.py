@@ -25,21 +25,18 @@ from torch import Tensor, nn
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
 from training.blip.cost import flops_per_sample
-from training.blip.losses import draw_negatives, soft_contrastive_loss
+from training.blip.global_batch import GlobalBatch, gather_step, other_groups
+from training.blip.losses import soft_contrastive_loss
 from training.blip.model import Med
 from training.blip.momentum import EmbeddingQueue, MomentumEncoders
 from training.distributed import World
 from training.losses import IGNORED, captioning_loss, matching_loss
-from training.losses import draw_negatives as draw_online_negatives
 from training.models.layers import KeyValue, leaves_of, select_images, send_to_projection
 from training.models.micro_batches import (
     MicroBatch,
     Negatives,
     itm_pairs,
     micro_batches,
-    negative_uniforms,
-    same_on_all_ranks,
-    sample_hashes,
 )
 from training.models.tokenizer import CaptionTokenizer, Texts
 
@@ -62,17 +59,6 @@ class Encoded:
     leaf_BPE: Tensor
     image_BC: Tensor | None = None
     text_BC: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GlobalBatch:
-    """What each rank knows of the whole step: momentum embeddings, ids and negatives. None of it has a gradient."""
-
-    image_NC: Tensor
-    text_NC: Tensor
-    id_N: Tensor
-    negatives: Negatives
-    alpha: float
 
 
 class BlipStage(Med):
@@ -205,35 +191,7 @@ class BlipStage(Med):
         ]
         self.momentum.follow(self.encoders, self.shape.momentum)
         momentum = [self._embed_by_momentum(part) for part in parts]
-        gather, device = self.world.all_gather, self.device
-        image_NC, text_NC = (gather(torch.cat(parts_BC)) for parts_BC in zip(*online, strict=True))
-        momentum_image_NC, momentum_text_NC = (
-            gather(torch.cat(parts_BC)) for parts_BC in zip(*momentum, strict=True)
-        )
-        hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
-        all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
-        # An image's other texts, and texts equal to its own, are not negatives.
-        same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
-        uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2)).to(device)
-        apart_NN = self._apart(0, len(same_NN), len(same_NN))
-        if self.decodes_text:
-            drawn = (
-                draw_negatives(image_NC, momentum_text_NC, self.temp, same_NN, apart_NN, uniforms_2N[0]),
-                draw_negatives(text_NC, momentum_image_NC, self.temp, same_NN, apart_NN, uniforms_2N[1]),
-            )
-        else:
-            # A filter's negatives come from the online encoders alone, without a least weight (blip_retrieval.py), as
-            # in stage 1 of BLIP-2, where an image has several embeddings: here it has one.
-            drawn = draw_online_negatives(
-                image_NC[:, None], text_NC, self.temp, same_NN | apart_NN, uniforms_2N
-            )
-        return GlobalBatch(
-            image_NC=momentum_image_NC,
-            text_NC=momentum_text_NC,
-            id_N=hashes_N2[:, 0],
-            negatives=same_on_all_ranks(all_texts, drawn, self.world),
-            alpha=self._alpha(position),
-        )
+        return gather_step(self, online, momentum, texts, uids, position)
 
     def _embed_by_momentum(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         # In training mode as BLIP's, with dropout of its own.
@@ -243,18 +201,6 @@ class BlipStage(Med):
             self.momentum.embed_images(features_BPE),
             self.momentum.embed_texts(part.texts.ids_BL, part.texts.mask_BL),
         )
-
-    def _apart(self, first: int, size: int, num_samples: int) -> Tensor:
-        """Return where samples ``first`` and following of the step are in another group than each sample: (B, N)."""
-        group_N = torch.arange(num_samples, device=self.device) // (self.shape.negatives_of or num_samples)
-        return group_N[first : first + size, None] != group_N
-
-    def _alpha(self, position: int) -> float:
-        """Return alpha in the step that ends at ``position``: it rises from 0 over the first ``alpha_epochs``."""
-        optim = self.config.optim
-        assert optim.epoch_steps is not None, "a preset did not fill optim.epoch_steps"
-        done = (position // optim.batch_size - 1) / max(1.0, self.shape.alpha_epochs * optim.epoch_steps)
-        return self.shape.alpha * min(1.0, done)
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
@@ -283,7 +229,7 @@ class BlipStage(Med):
         assert encoded.image_BC is not None and encoded.text_BC is not None, "a text encoder gives embeddings"
         rows = slice(part.first, part.first + part.size)
         queue, num_samples = self.queue, len(batch.id_N)
-        apart_BN = self._apart(part.first, part.size, num_samples)
+        apart_BN = other_groups(self.shape, part.first, part.size, batch.id_N)
         apart_BM = torch.cat((apart_BN, apart_BN.new_zeros(part.size, len(queue.id_K))), dim=1)
         same_BM = (batch.id_N[rows, None] == torch.cat((batch.id_N, queue.id_K))) & ~apart_BM
         loss = sum(

@@ -1,0 +1,97 @@
+"""What each rank knows of a whole step of BLIP: momentum embeddings, ids of images, hard negatives and alpha.
+
+ITC and ITM compare within groups of ``blip.negatives_of`` samples that follow each other in the step.
+
+The legend of the names: N images of the step over all ranks, and as many texts; B of a micro-batch, C the width of the
+contrastive embeddings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from schemas.pretrain import BlipConfig, PretrainConfig
+from training.blip.losses import draw_negatives
+from training.blip.model import Med
+from training.losses import draw_negatives as draw_online_negatives
+from training.models.micro_batches import Negatives, negative_uniforms, same_on_all_ranks, sample_hashes
+from training.models.tokenizer import Texts
+
+# Embeddings of a micro-batch's images and of its texts, each (B, C).
+Embeddings = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalBatch:
+    """What each rank knows of the whole step: momentum embeddings, ids and negatives. None of it has a gradient."""
+
+    image_NC: Tensor
+    text_NC: Tensor
+    id_N: Tensor
+    negatives: Negatives
+    alpha: float
+
+
+@torch.no_grad()
+def gather_step(
+    model: Med,
+    online: Sequence[Embeddings],
+    momentum: Sequence[Embeddings],
+    texts: Texts,
+    uids: Sequence[str],
+    position: int,
+) -> GlobalBatch:
+    """Gather the step from all ranks, and draw its negatives, the same on every rank.
+
+    Args:
+        model: whose temperature and ranks these are.
+        online: embeddings of each micro-batch of this rank.
+        momentum: the momentum encoders' of the same micro-batches.
+        texts: of this rank.
+        uids: of this rank's images.
+        position: samples that the run has consumed after this step.
+    """
+    gather, device, seed = model.world.all_gather, model.device, model.config.run.seed
+    image_NC, text_NC = (gather(torch.cat(parts_BC)) for parts_BC in zip(*online, strict=True))
+    momentum_image_NC, momentum_text_NC = (
+        gather(torch.cat(parts_BC)) for parts_BC in zip(*momentum, strict=True)
+    )
+    hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
+    all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
+    # An image's other texts, and texts equal to its own, are not negatives.
+    same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
+    uniforms_2N = negative_uniforms(seed, position, len(hashes_N2)).to(device)
+    apart_NN = other_groups(model.shape, 0, len(hashes_N2), hashes_N2)
+    if model.decodes_text:
+        drawn = (
+            draw_negatives(image_NC, momentum_text_NC, model.temp, same_NN, apart_NN, uniforms_2N[0]),
+            draw_negatives(text_NC, momentum_image_NC, model.temp, same_NN, apart_NN, uniforms_2N[1]),
+        )
+    else:
+        # A filter's negatives come from the online encoders alone, without a least weight (blip_retrieval.py), as in
+        # stage 1 of BLIP-2, where an image has several embeddings: here it has one.
+        drawn = draw_online_negatives(image_NC[:, None], text_NC, model.temp, same_NN | apart_NN, uniforms_2N)
+    return GlobalBatch(
+        image_NC=momentum_image_NC,
+        text_NC=momentum_text_NC,
+        id_N=hashes_N2[:, 0],
+        negatives=same_on_all_ranks(all_texts, drawn, model.world),
+        alpha=alpha_at(model.config, model.shape, position),
+    )
+
+
+def other_groups(shape: BlipConfig, first: int, size: int, samples_N: Tensor) -> Tensor:
+    """Return where samples ``first`` and following of the step are in another group than each sample: (B, N)."""
+    num_samples = len(samples_N)
+    group_N = torch.arange(num_samples, device=samples_N.device) // (shape.negatives_of or num_samples)
+    return group_N[first : first + size, None] != group_N
+
+
+def alpha_at(config: PretrainConfig, shape: BlipConfig, position: int) -> float:
+    """Return alpha in the step that ends at ``position``: it rises from 0 over the first ``alpha_epochs``."""
+    optim = config.optim
+    assert optim.epoch_steps is not None, "a preset did not fill optim.epoch_steps"
+    done = (position // optim.batch_size - 1) / max(1.0, shape.alpha_epochs * optim.epoch_steps)
+    return shape.alpha * min(1.0, done)
