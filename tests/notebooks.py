@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,13 @@ def text_of(outputs: list[dict[str, Any]]) -> list[str]:
 def outputs_of(file: Path, folder: Path) -> list[list[dict[str, Any]]]:
     """Run a notebook or a page in a process of its own, in a folder; return the outputs of each cell."""
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.notebooks", str(file), "--print"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": binaries}, capture_output=True, text=True,
-    )  # fmt: skip
+    # A folder for Ray, too: a cell that starts Ray would join the cluster that another test runs on this machine.
+    with tempfile.TemporaryDirectory(prefix="ray") as ray_folder:
+        own = {"PYTHONPATH": str(ROOT), "PATH": binaries, "RAY_TMPDIR": ray_folder}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.notebooks", str(file), "--print"],
+            cwd=folder, env=os.environ | own, capture_output=True, text=True,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
