@@ -88,13 +88,13 @@ _PAIRS = """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
+class _AnyBatch:
     """Consecutive rows of a file, those without a URL left out; ``start`` numbers the first among all."""
 
     file: str
     start: int
     rows_in: int
-    rows: Rows
+    rows: Rows | TextRows
 
     def __len__(self) -> int:
         return len(self.rows.numbers)
@@ -105,20 +105,17 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _TextBatch:
-    """As a ``_Batch``, of rows whose URLs and captions are Arrow's texts."""
+class _Batch(_AnyBatch):
+    """Rows whose cells are Python objects."""
 
-    file: str
-    start: int
-    rows_in: int
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TextBatch(_AnyBatch):
+    """Rows whose URLs and captions are Arrow's texts."""
+
     rows: TextRows
-
-    def __len__(self) -> int:
-        return len(self.rows.numbers)
-
-    def place(self, row: int) -> str:
-        """Return where a row is, for an error message."""
-        return f"{self.file}: {self.rows.place(row)}"
 
 
 class SourcePairs:

@@ -167,7 +167,7 @@ def _s3(bucket: str) -> S3Store:
 
 
 class _AwsProfile:
-    """What the files of the AWS tools say; read only where the environment leaves something open."""
+    """What the AWS tools find in their files and elsewhere: keys, and what the environment leaves open besides."""
 
     def __init__(self) -> None:
         import botocore.session
