@@ -239,9 +239,17 @@ def stage2(
 @bench.command()
 def loader(
     images: Annotated[int, typer.Option(min=64, help="A round's.", metavar="N")] = 1024,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Count what so many ranks, 8 on a node, read of the shards.", metavar="N"),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Load curated shards, in turn with a plain WebDataset loop: rate per core, memory, ratio."""
+    if ranks:
+        from jobs.bench.shard_reads import measure_shard_reads
+
+        return _report(json_, (), measure_shard_reads, ranks)
     from jobs.bench.loader import measure_loader
 
     _report(json_, ("capfilt", "webdataset"), measure_loader, images)

@@ -1,9 +1,11 @@
 """Scratch folders on local disk: removed when a block ends, and swept later where a process was killed."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,31 @@ def sweep_temporary_folders() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             swept += 1
     return swept
+
+
+def shared_folder() -> Path | None:
+    """Return this user's scratch folder that all processes of the machine share; None where there can be none.
+
+    Files in it can be locked.
+    """
+    folder = Path(tempfile.gettempdir(), f"{_scratch_prefix()}shared-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        # Not a link or a folder that somebody else has made in a place where all may write.
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            _require_locks(folder)
+            return folder
+    return None
+
+
+def _require_locks(folder: Path) -> None:
+    """Raise OSError where the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
 
 
 def _scratch_prefix() -> str:

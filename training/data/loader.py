@@ -5,7 +5,8 @@ how far ahead they read. The whole state is the number of samples consumed.
 
 Memory of a rank: the batches in flight (3 * size_px**2 bytes an image, three batches or a few images a thread),
 one decoded image a thread, and about 100 bytes for each sample of the open shards: those of the current
-``shuffle_shards`` of each source and ``read_ahead`` more. From S3 these lie in temporary files.
+``shuffle_shards`` of each source and ``read_ahead`` more. From S3 these lie in temporary files, which the ranks of a
+node share.
 
 B: images of one rank's batch; C, H, W: channels, rows, columns.
 """
@@ -28,7 +29,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.data.rand_augment import rand_augment
 from training.data.sampler import SampleIndex, Sampler
-from training.data.shard_cache import ShardCache
+from training.data.shard_cache import ShardCache, require_scratch
 from training.data.shard_index import OpenShard, StoredSample
 from training.data.snapshot import Snapshot
 from training.data.transforms import NoCaptionError, decode, random_crop, sample_random, usable_captions
@@ -116,10 +117,16 @@ class TrainingData:
         self._unusable: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches without end. Raises CorruptShardError for a shard that is not what its record says."""
+        """Yield batches without end.
+
+        Raises:
+            CorruptShardError: a shard is not what its record says.
+            CapfiltError: the scratch space cannot hold the shards that are open at once.
+        """
         threads = self._config.workers
         chunks_per_batch = -(-self._rank_batch_size // _CHUNK)
         chunks_ahead = max(2 * chunks_per_batch, _CHUNKS_AHEAD_PER_THREAD * threads)
+        require_scratch(self.snapshot, self._config.shuffle_shards, self._config.read_ahead)
         with ShardCache(self.snapshot) as cache:
             filled = prefetch_map(partial(self._fill, cache), self._chunks(cache), chunks_ahead, threads)
             # Closed before the cache, whose shards its threads read.

@@ -9,8 +9,9 @@ Nothing here has a state and nothing is as long as the corpus, so that a run res
   n to within about one sample. Weights that are the sources' numbers of images therefore give each image exactly once
   in every ``num_images`` samples; with other weights a source goes through its epochs faster or slower than the others.
 
-The samples of a step come sorted by source and shard. A step's loss does not depend on the order within it, and each
-rank's contiguous part of it then needs few shards.
+The samples of a step come sorted by source, and by the place of their shard in its group. A step's loss does not depend
+on the order within it; each rank's contiguous part of it then needs few shards, and where a group ends, the shards of
+the next one take the places, and so the ranks, of those that end.
 """
 
 import math
@@ -18,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from pipeline.rng import permutation
@@ -53,7 +54,7 @@ class Sampler:
         )
 
     def indices(self, start: int, stop: int) -> list[SampleIndex]:
-        """Return the samples at positions ``start`` to ``stop`` of the stream, sorted by source and shard."""
+        """Return the samples at positions ``start`` to ``stop`` of the stream, by source and place in a group."""
         firsts, lasts = apportion(start, self._weights), apportion(stop, self._weights)
         return [
             index
@@ -82,17 +83,19 @@ class _SourceStream:
         self._permutation = lru_cache(2 * shuffle_shards)(permutation)
 
     def indices(self, first: int, last: int) -> list[SampleIndex]:
-        indices: list[SampleIndex] = []
+        # By the place of a shard in its group: the samples of each group that the range crosses.
+        by_place: list[list[SampleIndex]] = [[] for _ in range(self._shuffle_shards)]
         while first < last:
             epoch, position = divmod(first, self._num_images)
             self._begin(epoch)
             group = bisect_right(self._starts, position) - 1
+            start = self._starts[group]
             stop = min(position + last - first, self._starts[group + 1])
-            indices += self._of_group(
-                epoch, group, position - self._starts[group], stop - self._starts[group]
-            )
+            shares = self._of_group(epoch, group, position - start, stop - start)
+            for samples, share in zip(by_place, shares, strict=False):
+                samples += share
             first += stop - position
-        return indices
+        return list(chain.from_iterable(by_place))
 
     def _begin(self, epoch: int) -> None:
         """Lay out an epoch: its shards permuted and cut into groups."""
@@ -108,17 +111,17 @@ class _SourceStream:
         self._starts = list(accumulate(sizes, initial=0))
         self._epoch = epoch
 
-    def _of_group(self, epoch: int, group: int, start: int, stop: int) -> list[SampleIndex]:
-        """Return the samples at positions ``start`` to ``stop`` of a group: from each shard its share of them."""
+    def _of_group(self, epoch: int, group: int, start: int, stop: int) -> list[list[SampleIndex]]:
+        """Return the samples at positions ``start`` to ``stop`` of a group: of each shard its share of them."""
         sizes = [samples for *_, samples in self._groups[group]]
         firsts, lasts = apportion(start, sizes), apportion(stop, sizes)
         group_number = epoch * self._groups_per_epoch + group
-        indices = []
+        shares = []
         for shard, first, last in zip(self._groups[group], firsts, lasts, strict=True):
             number, name, num_samples = shard
             samples = self._permutation(f"{self._key}/{epoch}/{name}", num_samples)[first:last].tolist()
-            indices += [SampleIndex(number, sample, epoch, group_number) for sample in samples]
-        return indices
+            shares.append([SampleIndex(number, sample, epoch, group_number) for sample in samples])
+        return shares
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:

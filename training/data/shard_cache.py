@@ -1,16 +1,35 @@
 """The shards that one rank has open: fetched and checked before they are needed, closed after their last sample."""
 
+import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
+from schemas.errors import CapfiltError
+from training.data.node_files import remove_unused
 from training.data.sampler import SampleIndex
 from training.data.shard_index import OpenShard, ShardRef, open_shard
 from training.data.snapshot import Snapshot
 
 _OPENERS = 4
+
+
+def require_scratch(snapshot: Snapshot, shuffle_shards: int, read_ahead: int) -> None:
+    """Raise CapfiltError where the scratch space cannot hold the shards of remote corpora that are open at once."""
+    remote = [source for source in snapshot.sources if not Storage(source.shards[0].corpus).is_local]
+    # Of each source its largest group, and the shards that are fetched ahead.
+    sizes = [sorted((shard.tar.bytes for shard in source.shards), reverse=True) for source in remote]
+    needed = sum(sum(largest[:shuffle_shards]) for largest in sizes)
+    needed += read_ahead * max((largest[0] for largest in sizes), default=0)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise CapfiltError(
+            f"TMPDIR: {tempfile.gettempdir()} has {free / 1e9:,.1f} GB free, and the shards that are open at once take "
+            f"up to {needed / 1e9:,.1f} GB of each node; name a larger disk, or lower data.shuffle_shards"
+        )
 
 
 class ShardCache:
@@ -28,6 +47,7 @@ class ShardCache:
         self._last_group: dict[int, int] = {}
 
     def __enter__(self) -> "ShardCache":
+        remove_unused()
         self._openers = ThreadPoolExecutor(_OPENERS)
         return self
 

@@ -16,15 +16,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_file, committed_table
+from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
 from schemas.errors import CorruptShardError
 from schemas.records import SnapshotShard
+from training.data.node_files import node_file
 
 _ABSENT = -1
+# In the place of a size: the member's header, which says it, is at the offset.
+_IN_HEADER = -2
+_PLACES = ("offset", "image_bytes")
 # Where an object has its captions: img2dataset's and their like; LAION's.
 _CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
 
@@ -128,7 +134,23 @@ class OpenShard:
 
     def _member(self, place: int, kind: int) -> bytes | None:
         offset, size = self._places_NM2[place, kind].tolist()
-        return None if offset == _ABSENT else os.pread(self._descriptor, size, offset)
+        if offset == _ABSENT:
+            return None
+        if size == _IN_HEADER:
+            offset, size = self._after_header(offset)
+        return os.pread(self._descriptor, size, offset)
+
+    def _after_header(self, offset: int) -> tuple[int, int]:
+        """Return offset and size of the member whose header is at ``offset``."""
+        header = os.pread(self._descriptor, tarfile.BLOCKSIZE, offset)
+        try:
+            return offset + tarfile.BLOCKSIZE, tarfile.TarInfo.frombuf(
+                header, "utf-8", "surrogateescape"
+            ).size
+        except tarfile.HeaderError as error:
+            raise CorruptShardError(
+                f"{self.ref.tar.path} has no member at byte {offset:,}, where its Parquet says that an image ends"
+            ) from error
 
 
 def _texts(values: list[Any]) -> list[str]:
@@ -142,15 +164,43 @@ def open_shard(records: Records, ref: ShardRef) -> Iterator[OpenShard]:
     Raises:
         CorruptShardError: it is not what its record says.
     """
-    with committed_file(records, ref.tar) as path:
+    with node_file(records, ref.tar) as path:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            yield _indexed(records, ref, path, descriptor)
+            listed = _listed(records, ref, descriptor)
+            yield _indexed(records, ref, path, descriptor) if listed is None else listed
         finally:
             os.close(descriptor)
 
 
+def _listed(records: Records, ref: ShardRef, descriptor: int) -> OpenShard | None:
+    """Return a shard whose Parquet says where each image is; None where it does not, as before its column came in.
+
+    ``select`` writes each image's json behind it.
+    """
+    if ref.parquet is None:
+        return None
+    with node_file(records, ref.parquet) as path, pq.ParquetFile(path) as parquet:
+        if not set(_PLACES) <= set(parquet.schema_arrow.names):
+            return None
+        table = parquet.read(["uid", *_PLACES, "status"])
+    kept = table.filter(pc.equal(table["status"], "kept")).sort_by("offset")
+    if any(kept[name].null_count for name in _PLACES):
+        return None
+    _require_rows(ref, len(kept))
+    image_N2 = np.stack([kept[name].to_numpy() for name in _PLACES], axis=-1)
+    places_NM2 = np.full((len(kept), 3, 2), (_ABSENT, 0), dtype=np.int64)
+    places_NM2[:, IMAGE] = image_N2
+    # A member's content is padded to whole blocks; the next header follows.
+    blocks_N = -(-image_N2.sum(axis=-1) // tarfile.BLOCKSIZE)
+    places_NM2[:, JSON] = np.stack(
+        [blocks_N * tarfile.BLOCKSIZE, np.full_like(blocks_N, _IN_HEADER)], axis=-1
+    )
+    return OpenShard(ref, places_NM2, kept["uid"].to_pylist(), descriptor)
+
+
 def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> OpenShard:
+    """Return a shard whose tar is walked, header by header."""
     try:
         index = index_tar(path, adjacent=ref.parquet is not None)
         if ref.parquet is None and len(index.keys) != ref.tar.rows:
@@ -158,12 +208,16 @@ def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> Op
             index = index_tar(path, adjacent=True)
     except tarfile.ReadError as error:
         raise CorruptShardError(f"{ref.tar.path} is not a readable tar ({error})") from error
-    if len(index.keys) != ref.tar.rows:
+    _require_rows(ref, len(index.keys))
+    return OpenShard(ref, index.places_NM2, _uids(records, ref, index.keys), descriptor)
+
+
+def _require_rows(ref: ShardRef, samples: int) -> None:
+    if samples != ref.tar.rows:
         raise CorruptShardError(
-            f"{ref.tar.path} holds {len(index.keys):,} samples with image and captions where its record says "
+            f"{ref.tar.path} holds {samples:,} samples with image and captions where its record says "
             f"{ref.tar.rows:,}"
         )
-    return OpenShard(ref, index.places_NM2, _uids(records, ref, index.keys), descriptor)
 
 
 def _uids(records: Records, ref: ShardRef, keys: Iterable[str]) -> list[str]:
