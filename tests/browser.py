@@ -63,12 +63,13 @@ class Browser:
         """Return what the browser wrote to its console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
-    def serious_faults(self) -> list[str]:
-        """Return what axe calls serious or critical on the page: rule, and the elements."""
+    def serious_faults(self, *rules: str) -> list[str]:
+        """Return what axe calls serious or critical on the page, by these rules or by all: rule, and the elements."""
         self.driver.execute_script(
             files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
         )
-        report = self.driver.execute_async_script("axe.run().then(arguments[0])")
+        script = "axe.run(document, arguments[0]).then(arguments[1])"
+        report = self.driver.execute_async_script(script, {"runOnly": list(rules)} if rules else {})
         return [
             f"{fault['id']}: {[node['html'][:120] for node in fault['nodes'][:3]]}"
             for fault in report["violations"]
