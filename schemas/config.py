@@ -91,6 +91,10 @@ class CorpusConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of every random choice, with the sample's uid")
     samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, for new shards")
+    order: Literal["list", "shuffled"] = Field(
+        "list",
+        description="of the URLs in new shards. shuffled: those of a host spread over all shards that its list becomes",
+    )
 
 
 class SourceConfig(Section):

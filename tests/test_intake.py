@@ -364,6 +364,32 @@ def test_unchanged_lists_are_not_read_and_grown_ones_add_shards(folder: Path) ->
     assert rows_of(config) == rows
 
 
+def test_shuffled_lists_spread_each_host_over_all_shards_the_same_way_each_time(tmp_path: Path) -> None:
+    rows = [(f"http://host{host}.example/{number}", "a") for host in range(10) for number in range(30)]
+    taken = []
+    for name in ("first", "again"):
+        folder = tmp_path / name
+        (folder / "lists").mkdir(parents=True)
+        write_list(folder, "a.parquet", rows[:200])
+        write_list(folder, "b.parquet", rows[100:])
+        config = configured(folder, samples_per_shard=30)
+        config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"order": "shuffled"})})
+        batch = take_in(config)
+        assert batch is not None and (batch.rows_new, batch.rows_duplicate) == (300, 100)
+        shards: dict[str, list[str]] = {}
+        for row in rows_of(config):
+            shards.setdefault(row["shard"], []).append(row["url"])
+        assert len(shards) == 10
+        taken.append(list(shards.values()))
+        write_list(folder, "c.parquet", [("http://later.example/1", "b")])
+        later = take_in(config)
+        assert later is not None and list(later.shards) == ["00010"]
+    assert taken[0] == taken[1]
+    assert sorted(url for shard in taken[0] for url in shard) == sorted(url for url, _ in rows)
+    # In the lists' order each shard has one host.
+    assert all(len({url.split("/")[2] for url in shard}) >= 6 for shard in taken[0])
+
+
 def test_sources_do_not_share_identities(folder: Path) -> None:
     write_list(folder, "a.parquet", [("http://a/1", "x")])
     config = configured(folder, '[[source]]\nname = "t"\ninput = ["lists/*"]\ncaption_column = ""')

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -84,7 +84,9 @@ _CONFLICTS = """
 _PAIRS = """
     SELECT file, uid, $source AS source, url, coalesce(merged.captions, listed.captions, []) AS captions, input_rows,
         extra, key
-    FROM firsts JOIN listed USING (number, uid) LEFT JOIN merged USING (number) ORDER BY number"""
+    FROM firsts JOIN listed USING (number, uid) LEFT JOIN merged USING (number) ORDER BY """
+# A uid is a digest: in its order, neighbours have nothing in common.
+_ORDER_BY = {"list": "number", "shuffled": "uid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,7 @@ class SourcePairs:
             format: their keys are kept; of a source of pictures its ``lists``.
         pictures: of a source of pictures, what reads its ``files``.
         may_hold_paths: lists may name files instead of URLs.
+        order: of the pairs that ``read`` yields. Pictures and imported shards keep their own.
     """
 
     def __init__(
@@ -136,12 +139,14 @@ class SourcePairs:
         *,
         pictures: PictureSource | None,
         may_hold_paths: bool,
+        order: Literal["list", "shuffled"] = "list",
     ) -> None:
         self.source = source
         self.storage = storage
         self.files = files
         self.keeps_keys = source.format == "img2dataset"
         self._may_hold_paths = may_hold_paths
+        self._order = "list" if self.keeps_keys or pictures else order
         self._pictures = pictures
         url, caption = source.url_column, source.caption_column or None
         key = _KEY if self.keeps_keys else None
@@ -183,7 +188,7 @@ class SourcePairs:
 
         Yields:
             What became of the rows: all numbers but ``rows_in`` sum up to it. And (file, new pairs), in order: columns
-            of URLS, without shard, retry_of and a list's key.
+            of URLS, without shard, retry_of and a list's key. Shuffled pairs all come under the first file.
         """
         with duckdb.connect(config={**_SETTINGS, "temp_directory": str(folder)}) as connection:
             try:
@@ -234,9 +239,12 @@ class SourcePairs:
 
     def _new_pairs(self, connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, pa.Table]]:
         dropped = ["file"] if self.keeps_keys else ["file", "key"]
-        pairs = connection.sql(_PAIRS, params={"source": self.source.name})
+        pairs = connection.sql(_PAIRS + _ORDER_BY[self._order], params={"source": self.source.name})
         for batch in pairs.to_arrow_reader(_FETCHED_ROWS):
             table = pa.Table.from_batches([batch])
+            if self._order == "shuffled":
+                yield self.files[0], table.drop_columns(dropped)
+                continue
             for number in table["file"].unique().to_pylist():
                 rows = table.filter(pc.equal(table["file"], number)).drop_columns(dropped)
                 yield self.files[number], rows

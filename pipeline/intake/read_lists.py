@@ -118,6 +118,7 @@ def _pairs(
         lists,
         pictures=source_lists.pictures,
         may_hold_paths=bool(config.crawl.allow_files),
+        order=config.corpus.order,
     )
 
 
