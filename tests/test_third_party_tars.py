@@ -319,3 +319,18 @@ def test_an_index_of_an_earlier_rule_is_not_believed(tmp_path: Path, cache: Path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     entry.write_text(json.dumps({"sha256": digest, "samples": 1, "left_out": {"no image": 1}}))
     assert captions(tmp_path / "f") == words("img.0", "img.1", "b")
+
+
+def test_a_tar_on_s3_that_the_scratch_space_cannot_hold_is_refused_before_it_is_fetched(
+    tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = write(tmp_path / "f", sample("a"))
+    Storage(s3_root).put(tar, "all.tar")
+    data = DataConfig(corpus=[{"path": s3_root}])
+    monkeypatch.setattr("training.data.webdataset_folder.free_scratch", lambda: 1000)
+    with pytest.raises(
+        CapfiltError, match=r"all\.tar has 0\.0 GB, .* Split it into tars of some thousand samples"
+    ):
+        take_snapshot(data)
+    monkeypatch.undo()
+    assert take_snapshot(data).num_images == 1

@@ -33,6 +33,11 @@ def sweep_temporary_folders() -> int:
     return swept
 
 
+def free_scratch() -> int:
+    """Return the free bytes of the scratch space."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
+
+
 def shared_folder() -> Path | None:
     """Return this user's scratch folder that all processes of the machine share; None where there can be none.
 

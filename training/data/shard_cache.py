@@ -1,12 +1,12 @@
 """The shards that one rank has open: fetched and checked before they are needed, closed after their last sample."""
 
-import shutil
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from pipeline.corpus.records import Records
+from pipeline.storage.scratch import free_scratch
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from training.data.node_files import remove_unused
@@ -24,8 +24,7 @@ def require_scratch(snapshot: Snapshot, shuffle_shards: int, read_ahead: int) ->
     sizes = [sorted((shard.tar.bytes for shard in source.shards), reverse=True) for source in remote]
     needed = sum(sum(largest[:shuffle_shards]) for largest in sizes)
     needed += read_ahead * max((largest[0] for largest in sizes), default=0)
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if needed > free:
+    if needed > (free := free_scratch()):
         raise CapfiltError(
             f"TMPDIR: {tempfile.gettempdir()} has {free / 1e9:,.1f} GB free, and the shards that are open at once take "
             f"up to {needed / 1e9:,.1f} GB of each node; name a larger disk, or lower data.shuffle_shards"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tarfile
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TypedDict
 
 from pipeline.digests import sha256_file
 from pipeline.storage.file_info import FileInfo
+from pipeline.storage.scratch import free_scratch
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, printable
@@ -88,6 +90,12 @@ def _entry(storage: Storage, info: FileInfo) -> _Entry:
     name = f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads((cache / name).read_bytes())
+    if not storage.is_local and info.bytes > (free := free_scratch()):
+        raise CapfiltError(
+            f"{storage.url(info.path)} has {info.bytes / 1e9:,.1f} GB, and a remote tar is copied whole before its "
+            f"samples are read: {tempfile.gettempdir()} has {free / 1e9:,.1f} GB free. Split it into tars of some "
+            "thousand samples (webdataset.ShardWriter writes such), or let TMPDIR name a larger disk"
+        )
     with storage.local_copy(info.path) as local:
         try:
             index = index_tar(local)
