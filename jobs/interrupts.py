@@ -29,11 +29,12 @@ class Interrupts:
         first: what becomes of the work, and what a second signal does: for the line that the first one prints.
         second: what the second signal prints.
         quiet: print nothing: another process does.
+        once: only the first signal counts: a launcher and its scheduler may both send it, and end what takes too long.
     """
 
-    def __init__(self, first: str = "", second: str = "", quiet: bool = False) -> None:
+    def __init__(self, first: str = "", second: str = "", quiet: bool = False, once: bool = False) -> None:
         self._words = (first, second)
-        self._is_quiet = quiet
+        self._is_quiet, self._is_once = quiet, once
         self.count = 0
         self.number = int(signal.SIGINT)
         self._is_ignored = False
@@ -123,6 +124,8 @@ class Interrupts:
         if self._again is not None:
             self._again = None
             self._raise()
+            return
+        if self._is_once and self.count:
             return
         self.count += 1
         if self._is_delayed:

@@ -23,6 +23,8 @@ import torch
 
 from jobs.interrupts import Interrupts
 from jobs.rank_outcome import RankOutcome, log, worst_outcome
+from jobs.restarts import Restarts
+from pipeline.corpus.checkpoint_files import newest_step
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord
@@ -44,13 +46,10 @@ def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -
         from jobs.rank import device_of, train_rank
 
         return train_rank(config, run, device_of(0), interrupts)
+    restarts = Restarts(config.cluster.max_restarts, newest_step(config))
     outcome = _attempt(config, run, size, interrupts)
-    for restart in range(config.cluster.max_restarts):
-        if outcome.kind != "lost":
-            break
-        log(
-            f"{outcome.text}; restart {restart + 1} of {config.cluster.max_restarts}, from the last checkpoint"
-        )
+    while outcome.kind == "lost" and (number := restarts.take(newest_step(config))):
+        log(f"{outcome.text}; restart {number}, from the last checkpoint")
         outcome = _attempt(config, run, size, interrupts)
     return outcome
 

@@ -1,8 +1,12 @@
-"""A training run as a command: on this machine or on a Ray cluster, noted in the manifests from start to end."""
+"""A training run as a command: on this machine, on a Ray cluster, or as one of the ranks that torchrun or srun started.
+
+It is noted in the manifests from start to end.
+"""
 
 import os
 
 from jobs.interrupts import Interrupts
+from jobs.launched_rank import LaunchedRank
 from jobs.launcher import train_here
 from jobs.rank_outcome import RankOutcome
 from jobs.run_record import begin_run
@@ -23,6 +27,12 @@ class TrainingInterruptedError(TrainingFailedError):
     """Report a training that a signal ended before it could make a checkpoint."""
 
 
+def is_first_rank() -> bool:
+    """Return whether this process speaks for the run: it is not one of the later ranks of torchrun or srun."""
+    launched = LaunchedRank.of(os.environ)
+    return launched is None or launched.rank == 0
+
+
 def pretrain(config: PretrainConfig, interrupts: Interrupts | None = None) -> Summary:
     """Train until the last step, from the newest good checkpoint of ``run.name``. Safe to repeat and to kill.
 
@@ -41,6 +51,8 @@ def pretrain(config: PretrainConfig, interrupts: Interrupts | None = None) -> Su
 
 def training_interrupts() -> Interrupts:
     """Return what takes a training's signals."""
+    if LaunchedRank.of(os.environ) is not None:
+        return Interrupts("after the step under way, with a checkpoint", quiet=not is_first_rank(), once=True)
     return Interrupts(
         "after the step under way, with a checkpoint; a second signal does not wait for them",
         "at the last checkpoint",
@@ -57,8 +69,11 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
         outcome = RankOutcome(kind="interrupted")
     finally:
         with interrupts.ignored():
-            _note_end(config, run, outcome)
+            if is_first_rank():
+                _note_end(config, run, outcome)
     if outcome.kind == "refused":
+        if not is_first_rank():
+            raise SystemExit(2)  # the first rank says the same
         raise CapfiltError(outcome.text)
     if outcome.kind == "interrupted":
         raise TrainingInterruptedError(
@@ -71,6 +86,10 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
 
 
 def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
+    if (launched := LaunchedRank.of(os.environ)) is not None:
+        from jobs.rank import train_launched
+
+        return train_launched(config, run, launched, interrupts)
     # Ray sets the address of a submitted job.
     if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
         from jobs.cluster.train import train_on_ray

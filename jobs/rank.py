@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 
 from jobs.interrupts import Interrupts
+from jobs.launched_rank import LaunchedRank
 from jobs.rank_outcome import TIMEOUT_S, RankOutcome, log
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -18,8 +19,32 @@ from training.trainer.run import pretrain
 
 
 def device_of(local_rank: int) -> torch.device:
-    """Return the device of a rank of this machine."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the device of a rank of this machine. Raises CapfiltError where there are more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A task of Slurm may be shown one GPU, its own.
+    number = local_rank if torch.cuda.device_count() > 1 else 0
+    if number >= torch.cuda.device_count():
+        raise CapfiltError(
+            f"this is rank {local_rank} of this machine, counted from 0, and it has {torch.cuda.device_count()} GPUs; "
+            "start one rank for each"
+        )
+    return torch.device("cuda", number)
+
+
+def train_launched(
+    config: PretrainConfig, run: RunRecord, launched: LaunchedRank, interrupts: Interrupts
+) -> RankOutcome:
+    """Train as the rank that another launcher has started this process for.
+
+    Raises CapfiltError where the config names another number of GPUs.
+    """
+    if config.cluster.gpus not in (0, launched.size):
+        raise CapfiltError(
+            f"cluster.gpus = {config.cluster.gpus}, and {launched.size} ranks were started; set {launched.size}, or 0"
+        )
+    os.environ |= launched.variables()
+    return train_rank(config, run, device_of(launched.local), interrupts)
 
 
 def train_rank(

@@ -280,7 +280,14 @@ class TrainingResources(Section):
     requirements: Literal["pinned", "installed"] = tuning(
         "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
     )
-    max_restarts: int = tuning(3, ge=0, description="from the last checkpoint, when a rank dies")
+    max_restarts: int = tuning(
+        3,
+        ge=0,
+        description="from the last checkpoint, when a rank dies; counted anew after the next checkpoint",
+    )
+    min_ranks: int = tuning(
+        0, ge=0, description="on a Ray cluster that loses nodes: so many ranks go on; 0: as many as began"
+    )
 
 
 class PretrainConfig(Section):

@@ -21,8 +21,10 @@ def collectives(world: World) -> dict[str, object]:
     world.all_reduce_sum_(tensors)
     world.barrier()
     return {
-        "gathered": world.all_gather(mine.requires_grad_()),
-        "mask": world.all_gather(torch.tensor([[True, world.rank == 0]])),
+        "gathered": world.all_gather(mine.requires_grad_(), [3, 3]),
+        "mask": world.all_gather(torch.tensor([[True, world.rank == 0]]), [1, 1]),
+        "counts": world.gather_counts(2 - world.rank),
+        "uneven": world.all_gather(mine[: 2 - world.rank], [2, 1]),
         "broadcast_object": world.broadcast(mine.long()),
         "sum": world.sum(mine),
         "sums": tensors,
@@ -33,6 +35,7 @@ def test_two_ranks() -> None:
     for results in on_ranks(2, collectives):
         assert results["gathered"].tolist() == [0, 1, 2, 10, 11, 12] and not results["gathered"].requires_grad
         assert results["mask"].tolist() == [[True, True], [True, False]]
+        assert results["counts"] == [2, 1] and results["uneven"].tolist() == [0, 1, 10]
         assert results["broadcast_object"].tolist() == [0, 1, 2]
         assert results["sum"].tolist() == [10, 12, 14]
         assert [tensor.tolist() for tensor in results["sums"]] == [[3, 3], [[5, 5, 5], [5, 5, 5]], 10]
@@ -85,5 +88,5 @@ def test_alone_needs_no_process_group() -> None:
     world.close()
     assert (world.all_or_raise(lambda: 3), world.broadcast_object(lambda: 4)) == (3, 4)
     assert tensors[0].tolist() == [1, 1]
-    assert world.all_gather(tensors[0]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]
+    assert world.all_gather(tensors[0], [2]).tolist() == world.sum(tensors[0]).tolist() == [1, 1]
     assert world.broadcast(tensors[0]).tolist() == [1, 1]

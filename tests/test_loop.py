@@ -290,14 +290,6 @@ def test_json_lines_hold_each_step_once(folder: str) -> None:
     lines.close()
 
 
-def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
-    lines = JsonLines(Storage(str(tmp_path)), after_step=0)
-    with pytest.raises(CapfiltError, match="another process trains this run"):
-        JsonLines(Storage(str(tmp_path)), after_step=0)
-    lines.close()
-    JsonLines(Storage(str(tmp_path)), after_step=0).close()
-
-
 def test_tensorboard_gets_every_value(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401 (its format is TFRecord)

@@ -168,9 +168,11 @@ def test_texts_of_the_same_image_and_equal_texts_are_not_negatives(folder: Path)
         batch_.position = position
         with torch.no_grad():
             texts = stage.tokenizer(batch_.captions)
-            [micro_batch] = stage.micro_batches(batch_.pixels_BCHW, texts, position, N)
+            [micro_batch] = stage.micro_batches(batch_.pixels_BCHW, texts, position, N, [N])
             encoded = stage.encode(micro_batch)
-            actual = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, batch_.uids, position)
+            actual = stage.global_batch(
+                [(encoded.image_BQC, encoded.text_BC)], texts, batch_.uids, position, [N]
+            )
         for drawn in (actual.negatives.text_of_image_N.tolist(), actual.negatives.image_of_text_N.tolist()):
             for own, other in enumerate(drawn):
                 assert batch_.captions[own] != batch_.captions[other]
@@ -182,7 +184,7 @@ def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None
     stage = exact_stage(config, World())
     stage.train()
     texts = stage.tokenizer(CAPTIONS)
-    micro_batches = list(stage.micro_batches(batch().pixels_BCHW, texts, 8, 4))
+    micro_batches = list(stage.micro_batches(batch().pixels_BCHW, texts, 8, 4, [N]))
     with torch.no_grad():
         first = [stage.encode(micro_batch) for micro_batch in micro_batches]
     torch.rand(3)
@@ -207,7 +209,7 @@ def test_compiled_dropout_is_repeated(folder: Path) -> None:
         .train()
     )
     stage.visual_encoder.dtype = stage.Qformer.dtype = torch.float32
-    (micro_batch,) = stage.micro_batches(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N)
+    (micro_batch,) = stage.micro_batches(batch().pixels_BCHW, stage.tokenizer(CAPTIONS), 8, N, [N])
     with torch.no_grad():
         eager = stage.encode(micro_batch)
         for block in stage.Qformer.bert.encoder.layer:

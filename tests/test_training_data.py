@@ -465,8 +465,8 @@ def test_a_shard_without_one_usable_sample_is_said(tmp_path: Path) -> None:
 def test_ranks_and_positions_must_fit_the_batch(corpus: str) -> None:
     config = config_of(corpus)
     snapshot = take_snapshot(config.data)
-    with pytest.raises(CapfiltError, match="optim.batch_size: 8 images do not divide among 3 ranks"):
-        TrainingData(config, snapshot, 0, 3)
+    with pytest.raises(CapfiltError, match="optim.batch_size: 8 images are too few for 9 ranks"):
+        TrainingData(config, snapshot, 0, 9)
     with pytest.raises(CapfiltError, match="optim.batch_size: 12 samples consumed"):
         TrainingData(config, snapshot, consumed=12)
 

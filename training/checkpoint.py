@@ -38,6 +38,7 @@ from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Count, FileName, Json, first_error, utc_now
 from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord, ModelRecord
+from training.lease import Lease
 
 _PROGRESS = "training.json"
 _MODEL, _OPTIMIZER, _AUXILIARY = "model.", "optimizer.", "auxiliary."
@@ -50,7 +51,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 class TrainingProgress(Json):
     """The progress of a run: with the seed in its config, all that sampling, crops and dropout depend on.
 
-    ``skipped_steps``: of the last steps, those whose loss or gradient was not finite.
+    ``skipped_steps``: of the last steps, those whose loss or gradient was not finite. ``lease``: the number
+    of the lease that its writer held.
     """
 
     step: Count
@@ -60,6 +62,7 @@ class TrainingProgress(Json):
     world_size: Count
     models: tuple[ModelRecord, ...] = ()
     skipped_steps: tuple[Count, ...] = ()
+    lease: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +80,16 @@ class Checkpoints(SavedCheckpoints):
 
     One process saves at a time: ``save`` may return as soon as the state is copied, while a thread writes it;
     ``wait`` (or the next ``save``) then raises the thread's error.
+
+    Attributes:
+        lease: of the run's folder, while this process trains the run.
     """
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.lease: Lease | None = None
 
     def read(self, record: CheckpointRecord) -> State:
         """Return a checkpoint's state, on the CPU. Raises DamagedCheckpointError."""
@@ -120,6 +127,7 @@ class Checkpoints(SavedCheckpoints):
         Raises:
             OSError: the storage did not take it (full disk): what was written of it is removed, and the
                 checkpoints before it stand.
+            LostLeaseError: another process trains the run now; nothing was published or deleted.
         """
         self.wait()
         progress = state.progress
@@ -150,6 +158,7 @@ class Checkpoints(SavedCheckpoints):
                 raise _os_error(error) from error
             scratch.close()
             committed(record)
+            self._require_lease()
             self._remove_others(keep_last, keep_every, keep_best)
 
         self._pending = self._writer.submit(finish)
@@ -188,8 +197,13 @@ class Checkpoints(SavedCheckpoints):
         if not self.storage.is_local:
             for file in record.sha256:
                 self.storage.put(folder / file, f"{record.path}/{file}")
+        self._require_lease()
         created = self.storage.create(f"{record.path}.json", record.to_json().encode())
         assert created, f"{record.path} was there already"
+
+    def _require_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.require()
 
     def _remove_others(self, keep_last: int, keep_every: int, keep_best: str) -> None:
         records = self.committed()

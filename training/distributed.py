@@ -5,7 +5,7 @@ Every rank calls the methods of ``World``, in the same order. None of them carri
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -25,6 +25,22 @@ _BUCKET_ELEMENTS = 32 * 2**20
 _PREPARATION_TIMEOUT = timedelta(days=1)
 
 _LOOPBACK = "127.0.0.1"
+
+
+def rank_rows(batch_size: int, rank: int, size: int) -> slice:
+    """Return the rows of a batch that one of ``size`` ranks takes, in order of rank: the first ranks one row more.
+
+    Raises CapfiltError where there are more ranks than rows.
+    """
+    if batch_size < size:
+        raise CapfiltError(
+            f"optim.batch_size: {batch_size} images are too few for {size} ranks, each of which takes one at least; "
+            f"set cluster.gpus (or cpu_ranks) to {batch_size} or less"
+        )
+    # batch_size = fewest * size + more: ranks 0 .. more - 1 take fewest + 1 rows.
+    fewest, more = divmod(batch_size, size)
+    start = rank * fewest + min(rank, more)
+    return slice(start, start + fewest + (rank < more))
 
 
 def _loopback_store(timeout: timedelta) -> dist.TCPStore:
@@ -68,7 +84,9 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             timeout = timedelta(seconds=timeout_s)
-            on_this_machine = os.environ["MASTER_ADDR"] == _LOOPBACK
+            # torchrun's agent has a store of its own there.
+            is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            on_this_machine = os.environ["MASTER_ADDR"] == _LOOPBACK and not is_served
             dist.init_process_group(
                 backend,
                 store=_loopback_store(timeout) if on_this_machine else None,
@@ -127,14 +145,30 @@ class World:
         dist.destroy_process_group(group)
         return values
 
-    def all_gather(self, local: Tensor) -> Tensor:
-        """Return the ranks' tensors, of one shape, joined along the first dimension in order of rank."""
+    def gather_counts(self, count: int) -> list[int]:
+        """Return a number of each rank, in order: over the CPU, so that no device is waited for."""
+        if self.size == 1:
+            return [count]
+        counts = [torch.empty(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([count]))
+        return [int(number) for number in counts]
+
+    def all_gather(self, local: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the ranks' tensors joined along the first dimension, in order of rank.
+
+        Args:
+            local: this rank's rows.
+            counts: how many rows each rank has.
+        """
         local = local.detach().contiguous()
         if self.size == 1:
             return local
-        parts = [torch.empty_like(local) for _ in range(self.size)]
-        dist.all_gather(parts, local)
-        return torch.cat(parts)
+        # A collective takes tensors of one shape: the shorter ones are padded, and cut again.
+        padding = local.new_zeros(max(counts) - len(local), *local.shape[1:])
+        padded = torch.cat((local, padding)) if len(padding) else local
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's tensor; the others give one of the same shape and dtype."""

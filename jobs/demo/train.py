@@ -28,13 +28,13 @@ from jobs.demo.training_configs import (
 )
 from jobs.launcher import stop_without_parent
 from jobs.pretrain import TrainingFailedError, pretrain
+from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.convert.load import load_trained
 from training.data.snapshot import take_snapshot
-from training.trainer.run import run_folder
 
 
 def begin_process() -> None:

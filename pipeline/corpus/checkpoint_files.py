@@ -21,6 +21,7 @@ from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_one_part
+from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord
 
 SNAPSHOT_FILE = re.compile(r".+/snapshot-[0-9a-f]{16}\.json")
@@ -87,6 +88,26 @@ class SavedCheckpoints:
                         f"{self.storage.url(path)} has another sha256 than its record"
                     )
             yield folder
+
+
+def run_folder(config: PretrainConfig) -> str:
+    """Return the folder or URL of a run's checkpoints and metrics."""
+    root = config.run.output
+    if not root:
+        corpus = Storage(config.data.corpus[0].path)
+        if not corpus.is_corpus():
+            raise CapfiltError(
+                f"run.output: not set, and the first of data.corpus ({corpus.root}) is not a corpus that "
+                "checkpoints could be stored in; set run.output"
+            )
+        root = f"{corpus.root}/checkpoints"
+    return f"{root}/{stage_folder(config.run.stage)}/{config.run.name}"
+
+
+def newest_step(config: PretrainConfig) -> int:
+    """Return the step of a run's newest checkpoint; 0 before the first."""
+    records = SavedCheckpoints(run_folder(config)).committed()
+    return records[-1].step if records else 0
 
 
 def find_checkpoint(path: str) -> tuple[SavedCheckpoints, CheckpointRecord]:

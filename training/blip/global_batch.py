@@ -8,6 +8,7 @@ contrastive embeddings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def gather_step(
     texts: Texts,
     uids: Sequence[str],
     position: int,
+    counts: Sequence[int],
 ) -> GlobalBatch:
     """Gather the step from all ranks, and draw its negatives, the same on every rank.
 
@@ -52,8 +54,9 @@ def gather_step(
         texts: of this rank.
         uids: of this rank's images.
         position: samples that the run has consumed after this step.
+        counts: images of each rank.
     """
-    gather, device, seed = model.world.all_gather, model.device, model.config.run.seed
+    gather, device, seed = partial(model.world.all_gather, counts=counts), model.device, model.config.run.seed
     image_NC, text_NC = (gather(torch.cat(parts_BC)) for parts_BC in zip(*online, strict=True))
     momentum_image_NC, momentum_text_NC = (
         gather(torch.cat(parts_BC)) for parts_BC in zip(*momentum, strict=True)

@@ -123,12 +123,14 @@ class BlipStage(Med):
             position: samples that the run has consumed after this step.
         """
         device, labels_BL = self.device, self.labels(texts)
+        counts = self.world.gather_counts(len(uids))
         parts = list(
             micro_batches(
                 lambda rows: pixels_BCHW[rows].to(device, non_blocking=True),
                 texts,
                 labels_BL,
                 size=micro_batch_size or len(uids),
+                first=sum(counts[: self.world.rank]),
                 world=self.world,
                 seed=self.config.run.seed,
                 position=position,
@@ -136,7 +138,9 @@ class BlipStage(Med):
         )
         # The activations of all images would not fit: those of several micro-batches are computed again.
         kept = [self.encode(parts[0])] if len(parts) == 1 else [None] * len(parts)
-        global_batch = self._global_batch(parts, kept, texts, uids, position) if self.encodes_text else None
+        global_batch = (
+            self._global_batch(parts, kept, texts, uids, position, counts) if self.encodes_text else None
+        )
         num_tokens = self.world.sum((labels_BL != IGNORED).sum().to(device))
         losses: dict[str, Tensor] = {}
         for part, encoded in zip(parts, kept, strict=True):
@@ -182,6 +186,7 @@ class BlipStage(Med):
         texts: Texts,
         uids: Sequence[str],
         position: int,
+        counts: Sequence[int],
     ) -> GlobalBatch:
         """Let the momentum encoders follow and embed the step; gather all ranks' embeddings; draw the negatives."""
         self.temp.clamp_(*_TEMPERATURES)
@@ -191,7 +196,7 @@ class BlipStage(Med):
         ]
         self.momentum.follow(self.encoders, self.shape.momentum)
         momentum = [self._embed_by_momentum(part) for part in parts]
-        return gather_step(self, online, momentum, texts, uids, position)
+        return gather_step(self, online, momentum, texts, uids, position, counts)
 
     def _embed_by_momentum(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         # In training mode as BLIP's, with dropout of its own.

@@ -16,6 +16,7 @@ of them with a label, P tokens of an image, E its width, D the Q-Former's, C the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -155,7 +156,10 @@ class Stage1(QFormerStage):
         """
         with torch.no_grad():
             self.temp.clamp_(min=_MIN_TEMPERATURE)
-        micro_batches = list(self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids)))
+        counts = self.world.gather_counts(len(uids))
+        micro_batches = list(
+            self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids), counts)
+        )
         if len(micro_batches) == 1:
             encoded = self.encode(micro_batches[0])
             kept: list[Encoded | None] = [encoded]
@@ -167,7 +171,7 @@ class Stage1(QFormerStage):
                 embeddings = [
                     (encoded.image_BQC, encoded.text_BC) for encoded in map(self.encode, micro_batches)
                 ]
-        global_batch = self.global_batch(embeddings, texts, uids, position)
+        global_batch = self.global_batch(embeddings, texts, uids, position, counts)
         parts = [
             self._backward(micro_batch, encoded or self.encode(micro_batch), global_batch)
             for micro_batch, encoded in zip(micro_batches, kept, strict=True)
@@ -185,15 +189,19 @@ class Stage1(QFormerStage):
         }
 
     def micro_batches(
-        self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int
+        self, pixels_BCHW: Tensor, texts: Texts, position: int, size: int, counts: Sequence[int]
     ) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of this rank, each with the features of its images."""
+        """Yield the micro-batches of this rank, each with the features of its images.
+
+        ``counts``: images of each rank.
+        """
         device = self.device
         return micro_batches(
             lambda rows: self.visual_encoder(pixels_BCHW[rows].to(device, non_blocking=True)),
             texts,
             next_tokens(texts.ids_BL, texts.mask_BL),
             size=size,
+            first=sum(counts[: self.world.rank]),
             world=self.world,
             seed=self.config.run.seed,
             position=position,
@@ -216,10 +224,15 @@ class Stage1(QFormerStage):
 
     @torch.no_grad()
     def global_batch(
-        self, embeddings: list[tuple[Tensor, Tensor]], texts: Texts, uids: Sequence[str], position: int
+        self,
+        embeddings: list[tuple[Tensor, Tensor]],
+        texts: Texts,
+        uids: Sequence[str],
+        position: int,
+        counts: Sequence[int],
     ) -> GlobalBatch:
         """Gather the embeddings and tokens of all ranks, and draw ITM's negatives from them."""
-        device, gather = self.device, self.world.all_gather
+        device, gather = self.device, partial(self.world.all_gather, counts=counts)
         image_NQC, text_NC = (gather(torch.cat(parts)) for parts in zip(*embeddings, strict=True))
         all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
         # Two images may have equal captions, and two samples the same image: neither's text is a negative of the other.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.rng import seed_for
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage import QFormerStage
-from training.distributed import World
+from training.distributed import World, rank_rows
 from training.models.flops import THROUGH, count_flops
 from training.models.language import DecoderOnly, EncoderDecoder, Target, empty_language
 from training.models.layers import Linear
@@ -61,14 +61,24 @@ class Stage2(QFormerStage):
 
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
         """Compute the language model's loss, the mean over the step's tokens, and its gradient; see the base class."""
-        size = micro_batch_size or len(batch.uids)
         seed = seed_for(self.config.run.seed, batch.position)
-        micro_batches = [slice(start, start + size) for start in range(0, len(batch.uids), size)]
+        micro_batches = self._micro_batches(len(batch.uids), micro_batch_size)
         targets = [
             self.language.target(batch.captions[rows], batch.uids[rows], seed) for rows in micro_batches
         ]
         pixels = [batch.pixels_BCHW[rows] for rows in micro_batches]
         return self.step(pixels, targets, batch.position)
+
+    def _micro_batches(self, count: int, micro_batch_size: int) -> list[slice]:
+        """Return the rows of this rank's micro-batches: as many on every rank where a forward pass needs all ranks."""
+        size = micro_batch_size or count
+        slices = [slice(start, start + size) for start in range(0, count, size)]
+        if not self.language.is_sharded:
+            return slices
+        # A rank may have an image fewer than others, and so a micro-batch fewer: its images are divided anew.
+        largest = max(self.world.gather_counts(count))
+        number = -(-largest // (micro_batch_size or largest))
+        return slices if len(slices) == number else [rank_rows(count, part, number) for part in range(number)]
 
     def step(self, pixels: Sequence[Tensor], targets: Sequence[Target], position: int) -> dict[str, Tensor]:
         """Do ``training_step`` on tokens, which are on the CPU; one entry for each micro-batch.

@@ -33,6 +33,7 @@ from training.data.shard_cache import ShardCache, require_scratch
 from training.data.shard_index import OpenShard, StoredSample
 from training.data.snapshot import Snapshot
 from training.data.transforms import NoCaptionError, decode, random_crop, sample_random, usable_captions
+from training.distributed import rank_rows
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class TrainingData:
     """The batches of one rank, from any position on.
 
     Global step k takes the samples ``[k * batch_size, (k + 1) * batch_size)`` of the sampler, and rank r the r-th
-    contiguous part of them.
+    contiguous part of them (``rank_rows``).
 
     A sample that cannot be used (its image does not decode, or its captions have no word) is replaced by the next
     usable one of its shard; each is logged once.
@@ -81,7 +82,7 @@ class TrainingData:
         consumed: ``position`` of the last batch trained on.
 
     Raises:
-        CapfiltError: the batch does not divide among the ranks, or ``consumed`` is not a whole number of batches.
+        CapfiltError: there are more ranks than images, or ``consumed`` is not a whole number of batches.
     """
 
     def __init__(
@@ -93,11 +94,6 @@ class TrainingData:
         consumed: int = 0,
     ) -> None:
         batch_size = config.optim.batch_size
-        if batch_size % world_size:
-            raise CapfiltError(
-                f"optim.batch_size: {batch_size} images do not divide among {world_size} ranks; take a multiple of "
-                f"{world_size}, or another cluster.gpus"
-            )
         if consumed % batch_size:
             raise CapfiltError(
                 f"optim.batch_size: {consumed:,} samples consumed are not a whole number of batches of {batch_size}; "
@@ -108,8 +104,7 @@ class TrainingData:
         self._config = config.data
         self._seed = config.run.seed
         self._batch_size = batch_size
-        self._rank_batch_size = batch_size // world_size
-        self._rank = rank
+        self._rows = rank_rows(batch_size, rank, world_size)
         self._sampler = Sampler(snapshot, config.run.seed, config.data.shuffle_shards)
         self._first_captions = [
             source.first_captions(config.data) for source in snapshot.sources for _ in source.shards
@@ -124,7 +119,7 @@ class TrainingData:
             CapfiltError: the scratch space cannot hold the shards that are open at once.
         """
         threads = self._config.workers
-        chunks_per_batch = -(-self._rank_batch_size // _CHUNK)
+        chunks_per_batch = -(-(self._rows.stop - self._rows.start) // _CHUNK)
         chunks_ahead = max(2 * chunks_per_batch, _CHUNKS_AHEAD_PER_THREAD * threads)
         require_scratch(self.snapshot, self._config.shuffle_shards, self._config.read_ahead)
         with ShardCache(self.snapshot) as cache:
@@ -144,8 +139,7 @@ class TrainingData:
         for step in count(self.consumed // self._batch_size):
             # This rank's contiguous part of the step's samples.
             start = step * self._batch_size
-            indices = self._sampler.indices(start, start + self._batch_size)
-            indices = indices[self._rank * self._rank_batch_size : (self._rank + 1) * self._rank_batch_size]
+            indices = self._sampler.indices(start, start + self._batch_size)[self._rows]
             planned.append((step, indices))
             first_uses.extend([step] * cache.prefetch(indices))
             while planned:

@@ -45,6 +45,7 @@ def micro_batches(
     labels_BL: Tensor,
     *,
     size: int,
+    first: int,
     world: World,
     seed: int,
     position: int,
@@ -55,6 +56,7 @@ def micro_batches(
         images: returns those of some rows of the rank's batch, on the device.
         texts, labels_BL: of the whole batch, on the CPU.
         size: images of a micro-batch; the last one may be smaller.
+        first: index in N of the rank's first image.
         world: the ranks.
         seed: of the run.
         position: a number that no other step of the run has.
@@ -70,7 +72,7 @@ def micro_batches(
             texts=texts[rows].to(device),
             target_positions_T=target_positions_T.to(device, non_blocking=True),
             labels_T=labels[target_positions_T].to(device, non_blocking=True),
-            first=world.rank * local + start,
+            first=first + start,
             seed=seed_for("dropout", seed, position, world.rank, index),
         )
 

@@ -9,6 +9,7 @@ from training.blip.stage import BlipStage
 from training.blip2.stage1 import Stage1
 from training.build import Blip2Stage, Stage, meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
+from training.distributed import rank_rows
 from training.models.flops import ACTIVATION_BYTES
 from training.trainer.optim import fill_preset
 
@@ -77,7 +78,9 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> di
 def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
     """Estimate the memory of one rank from counted elements, without the kernels' own buffers."""
     ranks = config.cluster.gpus or 1
-    rank_batch = config.optim.batch_size // ranks
+    # Rank 0 has the most images.
+    rows = rank_rows(config.optim.batch_size, 0, ranks)
+    rank_batch = rows.stop - rows.start
     # Kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features.
     image_bytes = 3 * config.data.image_size_px**2
     state_bytes = trained * _TRAINED_BYTES

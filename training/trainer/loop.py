@@ -19,6 +19,7 @@ from schemas.records import CheckpointRecord, ModelRecord
 from training.checkpoint import Checkpoints, State, TrainingProgress
 from training.data.loader import Batch
 from training.distributed import World
+from training.lease import LostLeaseError
 from training.models.parameters import PartlyTrained
 from training.trainer.metrics import Sink, Throughput
 from training.trainer.optim import (
@@ -74,6 +75,7 @@ class Loop:
         self.schedule = Schedule.of(self.config.optim)
         self.step = 0
         self.skipped = SkippedSteps(self.checkpoints.storage)
+        self.last_lease = 0
         self._last: CheckpointRecord | None = None
 
     @property
@@ -94,6 +96,7 @@ class Loop:
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer)
         self.step = state.progress.step
         self.skipped = SkippedSteps(self.checkpoints.storage, state.progress.skipped_steps)
+        self.last_lease = state.progress.lease
         self._last = record
         if self.samples != state.progress.samples:
             raise CapfiltError(
@@ -220,6 +223,8 @@ class Loop:
         try:
             with self._writing():
                 self.checkpoints.wait(block=False)
+                if self.checkpoints.lease is not None:
+                    self.checkpoints.lease.check()
         except TrainingStopped as error:
             write_error = error
         flags = [float(self.stop_asked()), float(write_error is not None)]
@@ -288,6 +293,7 @@ class Loop:
             world_size=self.world.size,
             models=tuple(self.models),
             skipped_steps=self.skipped.steps,
+            lease=self.checkpoints.lease.number if self.checkpoints.lease else 0,
         )
         state = State(
             progress=progress,
@@ -315,9 +321,11 @@ class Loop:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn an error of the storage, most often a full disk, into TrainingStopped."""
+        """Turn an error of the storage, most often a full disk, into TrainingStopped; a lost lease too."""
         try:
             yield
+        except LostLeaseError as error:
+            raise TrainingStopped(f"step {self.step}: {error}") from error
         except Exception as error:
             what = storage_error_message(error) or (str(error) if isinstance(error, OSError) else "")
             if not what:
@@ -331,7 +339,7 @@ class Loop:
         """Wait until the last checkpoint is committed, however training ended."""
         try:
             self.checkpoints.wait()
-        except OSError as error:
+        except (OSError, LostLeaseError) as error:
             self.log(f"the last checkpoint was not written: {error}")
 
     def _last_good(self) -> str:

@@ -1,6 +1,5 @@
 """Metrics of a run: JSON lines always, TensorBoard and wandb if configured, and the rates that are reported."""
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -18,6 +17,7 @@ from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from training.distributed import World
+from training.lease import Lease
 
 FILE = "metrics.jsonl"
 
@@ -51,11 +51,14 @@ class JsonLines:
     A resumed run first drops the lines after its checkpoint, since those steps are repeated. On remote storage, where
     nothing can be appended, the whole file is uploaded at each ``flush``.
 
-    Raises CapfiltError if another process writes to the same run.
+    Args:
+        storage: the run's folder.
+        after_step: the step of the checkpoint.
+        lease: of the folder: once it is lost, nothing is uploaded.
     """
 
-    def __init__(self, storage: Storage, after_step: int) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, after_step: int, lease: Lease | None = None) -> None:
+        self._storage, self._lease = storage, lease
         self._stack = ExitStack()
         if storage.is_local:
             path = Path(storage.url(FILE))
@@ -66,14 +69,6 @@ class JsonLines:
                 path.write_bytes(storage.read(FILE))
         self._path = path
         self._file = self._stack.enter_context(path.open("a+"))
-        try:
-            # The kernel unlocks it however the process ends.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._stack.close()
-            raise CapfiltError(
-                f"{path.parent}: another process trains this run; wait for it, or set run.name to another"
-            ) from error
         self._file.seek(0)
         kept = [line for line in self._file if _step_of(line) <= after_step]
         self._file.truncate(0)
@@ -91,11 +86,11 @@ class JsonLines:
 
     def flush(self) -> None:
         """Upload the file to remote storage."""
-        if not self._storage.is_local:
+        if not self._storage.is_local and not (self._lease and self._lease.is_lost()):
             self._storage.put(self._path, FILE)
 
     def close(self) -> None:
-        """Flush and unlock."""
+        """Flush and close the file."""
         self.flush()
         self._stack.close()
 

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.fingerprint import output_fields
 from pipeline.digests import digest_json
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
-from schemas.pretrain import PretrainConfig, stage_folder
+from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord, SnapshotRecord
 from training.blip2.stage2 import Stage2
 from training.build import build_stage
@@ -21,6 +22,7 @@ from training.data.loader import Batch, TrainingData
 from training.data.snapshot import Snapshot, parse_snapshot, snapshot_file, take_snapshot
 from training.distributed import World
 from training.evaluate.validation import validate
+from training.lease import Lease, wait_until_free
 from training.trainer.base_models import (
     base_models,
     begin_training,
@@ -75,7 +77,10 @@ def pretrain(
     require_libraries(config.metrics)
     if world.rank != 0:
         log = _ignore
-    Storage(run_folder(config)).require_place("run.output")
+    storage = Storage(run_folder(config))
+    storage.require_place("run.output")
+    # Before models are read, which may take minutes; it is taken when outputs are opened.
+    world.broadcast_object(lambda: wait_until_free(storage, run.run_id, log=log))
     log(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
     loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stop_asked, log))
     if loop.step == loop.schedule.steps:
@@ -137,20 +142,6 @@ def _key_of_probe(config: PretrainConfig) -> str:
     if config.probe.every_steps:
         return "probe.every_steps"
     return "checkpoint.keep_best" if config.checkpoint.keep_best else ""
-
-
-def run_folder(config: PretrainConfig) -> str:
-    """Return the folder or URL of a run's checkpoints and metrics."""
-    root = config.run.output
-    if not root:
-        corpus = Storage(config.data.corpus[0].path)
-        if not corpus.is_corpus():
-            raise CapfiltError(
-                f"run.output: not set, and the first of data.corpus ({corpus.root}) is not a corpus that "
-                "checkpoints could be stored in; set run.output"
-            )
-        root = f"{corpus.root}/checkpoints"
-    return f"{root}/{stage_folder(config.run.stage)}/{config.run.name}"
 
 
 def require_same_config(before: PretrainConfig, after: PretrainConfig) -> None:
@@ -218,7 +209,10 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
     """Open what rank 0 alone writes: metrics, the run's files, the records in the corpora."""
     config, storage = loop.config, loop.checkpoints.storage
     resolved = config.model_dump(mode="json")
-    lines = JsonLines(storage, after_step=loop.step)
+    lease = Lease.take(storage, run.run_id, above=loop.last_lease, log=loop.log)
+    stack.callback(lease.release)
+    loop.checkpoints.lease = lease
+    lines = JsonLines(storage, loop.step, lease)
     stack.callback(lines.close)
     loop.checkpoints.remove_unfinished()
     storage.write("config.json", json.dumps(resolved, indent=1).encode())

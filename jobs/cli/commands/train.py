@@ -1,13 +1,16 @@
 """The commands of the training room: pretrain. Libraries are imported inside, so that --help stays quick."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.cli.groups import TRAIN
 from jobs.cli.options import JsonObjectOption, SetOption
 from jobs.output.render import complain
+
+if TYPE_CHECKING:
+    from training.trainer.summary import Summary
 
 training = typer.Typer()
 
@@ -34,26 +37,31 @@ def pretrain(
         planned = plan(loaded)
         print(json.dumps(planned) if json_ else _plan_text(planned))
         return
-    from jobs.pretrain import TrainingFailedError, TrainingInterruptedError, training_interrupts
+    from jobs.pretrain import (
+        TrainingFailedError,
+        TrainingInterruptedError,
+        is_first_rank,
+        training_interrupts,
+    )
     from jobs.pretrain import pretrain as train
 
     interrupts = training_interrupts()
     try:
         summary = train(loaded, interrupts)
     except TrainingFailedError as error:
-        complain(error)
-        raise typer.Exit(
-            interrupts.exit_code if isinstance(error, TrainingInterruptedError) else 1
-        ) from error
-    if json_:
-        print(summary.to_json())
-    else:
-        print(
-            f"{summary.outcome}: step {summary.step:,} of {summary.steps:,}; {summary.folder}/{summary.checkpoint}"
-        )
-        if summary.outcome == "interrupted":
-            print("the same command goes on where this one stopped")
+        is_interrupted = isinstance(error, TrainingInterruptedError)
+        if is_first_rank() or not is_interrupted:
+            complain(error)
+        raise typer.Exit(interrupts.exit_code if is_interrupted else 1) from error
+    if is_first_rank():
+        print(summary.to_json() if json_ else _end_text(summary))
     raise typer.Exit(0 if summary.outcome == "done" else interrupts.exit_code)
+
+
+def _end_text(summary: "Summary") -> str:
+    ended = f"{summary.outcome}: step {summary.step:,} of {summary.steps:,}; {summary.folder}/{summary.checkpoint}"
+    more = "\nthe same command goes on where this one stopped" if summary.outcome == "interrupted" else ""
+    return ended + more
 
 
 def _plan_text(plan: dict) -> str:
