@@ -95,13 +95,41 @@ def test_lower_precision_keeps_the_norms(folder: Path) -> None:
     others = {
         parameter.dtype
         for module in half.modules()
-        if not isinstance(module, LayerNorm)
+        if not isinstance(module, LayerNorm) and module is not half.tower
         for parameter in module.parameters(recurse=False)
     }
     assert others == {torch.bfloat16}
     actual, expected = half(pixels()), whole(pixels())
     assert actual.dtype == torch.bfloat16
     assert (actual.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["clip", "eva"])
+def test_lower_precision_keeps_the_residual_stream(folder: Path, kind: str) -> None:
+    """Real towers have a few channels of hundreds, beside which the others would be lost in bfloat16's 8 bits."""
+    features = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tower = open_clip.create_model(f"local-dir:{folder}").visual if kind == "clip" else small_eva()
+        positions = tower.positional_embedding if kind == "clip" else tower.trunk.pos_embed
+        norm = tower.ln_pre if kind == "clip" else nn.Identity()
+        with torch.no_grad():
+            positions[..., 3] += 300
+            if kind == "clip":  # behind the first norm
+                norm.bias[3] += 300
+        vision = FrozenVision(tower, 1, dtype, (0.5,) * 3, (0.25,) * 3)
+        token, position = (
+            (vision.tower.class_embedding, vision.tower.positional_embedding)
+            if kind == "clip"
+            else (vision.tower.cls_token, vision.tower.pos_embed)
+        )
+        assert token.dtype == position.dtype == torch.float32
+        features.append(vision(pixels(vision.image_size_px)).float())
+        assert vision(pixels(vision.image_size_px)).dtype == dtype
+    expected, actual = features
+    assert expected[..., 3].abs().min() > 100
+    others = [channel for channel in range(vision.width) if channel != 3]
+    error = (actual - expected)[..., others].norm() / expected[..., others].norm()
+    assert error < 0.004
 
 
 def test_quick_gelu_comes_with_the_tag() -> None:

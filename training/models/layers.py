@@ -54,7 +54,9 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """A normalisation computed in the dtype of its weights, with the dtype of its input."""
+    """A normalisation computed in the dtype of its weights; it returns ``output_dtype``, or the dtype of its input."""
+
+    output_dtype: torch.dtype | None = None
 
     @classmethod
     def like(cls, norm: nn.LayerNorm) -> "LayerNorm":
@@ -68,7 +70,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise in the dtype of the weights."""
         precise = input.to(self.weight.dtype)
-        return F.layer_norm(precise, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
+        normalised = F.layer_norm(precise, self.normalized_shape, self.weight, self.bias, self.eps)
+        return normalised.to(self.output_dtype or input.dtype)
 
 
 class Projections(nn.Module):

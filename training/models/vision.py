@@ -32,7 +32,8 @@ class FrozenVision(nn.Module):
     Args:
         tower: open_clip's ``visual`` of a CLIP; it is modified.
         drop_blocks: blocks removed at the end.
-        dtype: of the matrix products; norms stay in the dtype of the tower.
+        dtype: of the matrix products. Norms, class token, positions and the sums of the residual branches stay in the
+            dtype of the tower, as under autocast in LAVIS.
         mean, std: of the pixels, per channel, as the tower was trained.
     """
 
@@ -53,7 +54,7 @@ class FrozenVision(nn.Module):
         shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
         self.register_buffer("scale_C", scale, persistent=False)
         self.register_buffer("shift_C", shift, persistent=False)
-        _lower_precision(self.tower, dtype)
+        _lower_precision(self.tower, self.blocks, dtype)
         self.requires_grad_(False)
         self.train(False)
 
@@ -79,12 +80,23 @@ class FrozenVision(nn.Module):
         )
         pixels_BCHW = pixels_BCHW.to(self.dtype)
         if not isinstance(self.tower, VisionTransformer):
-            return self.tower.forward_features(pixels_BCHW)
+            return self.tower.forward_features(pixels_BCHW).to(self.dtype)
         # Section 3.3: patch and position embeddings, then all blocks that are left; no final norm, no projection.
-        features_BPE = self.tower._embeds(pixels_BCHW)
+        features_BPE = self._embeds(pixels_BCHW)
         for block in self.blocks:
             features_BPE = block(features_BPE)
-        return features_BPE
+        return features_BPE.to(self.dtype)
+
+    def _embeds(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the patches behind the class token, with their positions, in the dtype of those (B, P, E).
+
+        open_clip's own rounds the sum to the dtype of the patches.
+        """
+        tower = self.tower
+        patches_BPE = tower.conv1(pixels_BCHW).flatten(2).transpose(1, 2)
+        class_B1E = tower.class_embedding.expand(len(patches_BPE), 1, -1)
+        tokens_BPE = torch.cat((class_B1E, patches_BPE.to(class_B1E.dtype)), dim=1)
+        return tower.ln_pre(tokens_BPE + tower.positional_embedding)
 
 
 class PackedAttention(nn.Module):
@@ -168,12 +180,23 @@ def _without_end(tower: nn.Module, drop_blocks: int) -> tuple[nn.Module, nn.Modu
     return tower, blocks, width
 
 
-def _lower_precision(tower: nn.Module, dtype: torch.dtype) -> None:
-    """Convert all but the norms to another dtype; LAVIS keeps the norms in float32 too."""
+def _lower_precision(tower: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
+    """Convert all but norms, class token and positions to another dtype, which norms in the blocks then return.
+
+    A residual branch is then computed in that dtype, while the sum of the branches, x + branch(norm(x)), keeps the
+    dtype of x: in bfloat16 a channel of 200 would be rounded to whole numbers in every block.
+    """
+    in_blocks = set(blocks.modules())
+    is_lower = any(parameter.dtype != dtype for parameter in tower.parameters())
     for name, module in list(tower.named_modules()):
         if isinstance(module, nn.LayerNorm):
-            tower.set_submodule(name, LayerNorm.like(module))
+            norm = LayerNorm.like(module)
+            if is_lower and module in in_blocks:
+                norm.output_dtype = dtype
+            tower.set_submodule(name, norm)
             continue
+        if module is tower:
+            continue  # its own parameters are the class token and the positions
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         for buffer_name, buffer in module.named_buffers(recurse=False):
