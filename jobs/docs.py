@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config_messages import section_class
+from schemas.bootstrap import BootstrapConfig
 from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.config import CapfiltConfig
 from schemas.pretrain import PretrainConfig
@@ -91,6 +92,7 @@ PAGES = {
     "cli.md": commands,
     "config.md": lambda: config_tables(CapfiltConfig),
     "pretrain.md": lambda: config_tables(PretrainConfig),
+    "bootstrap.md": lambda: config_tables(BootstrapConfig),
     "manifest.md": manifest_tables,
     "crawl.md": statuses,
 }

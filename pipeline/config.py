@@ -1,4 +1,4 @@
-"""The TOML file of a corpus or a training run: read, overridden by ``--set``, checked whole, its paths resolved.
+"""The TOML file of a corpus, a training or a bootstrapping: read, overridden by ``--set``, checked, paths resolved.
 
 Relative paths are relative to the file's folder; in a ``--set``, to the current directory. What can be a path
 or a name (caption.model, rank.pretrained, language.model) is a path if it starts with ``./``, ``../``, ``~`` or
@@ -28,6 +28,7 @@ from pipeline.config_text import (
 )
 from pipeline.digests import digest_json
 from pipeline.toml_lines import KeyPath, key_lines
+from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import shown
@@ -37,9 +38,10 @@ from schemas.pretrain import PretrainConfig
 _KINDS: dict[type[BaseModel], tuple[str, str, str]] = {
     CapfiltConfig: ("a corpus", "[corpus] and [[source]]", "capfilt run"),
     PretrainConfig: ("a training run", "[run], [data] and [optim]", "capfilt pretrain"),
+    BootstrapConfig: ("a bootstrapping", "[bootstrap]", "capfilt bootstrap"),
 }
 
-C = TypeVar("C", CapfiltConfig, PretrainConfig)
+C = TypeVar("C", CapfiltConfig, PretrainConfig, BootstrapConfig)
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
@@ -48,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] =
     """Read a config file (TOML, or a run's resolved copy as JSON) and apply ``section.key=value`` overrides.
 
     Args:
-        kind: the tree to read: a corpus's, or a training run's.
+        kind: the tree to read: a corpus's, a training run's, or a bootstrapping's.
 
     Raises CapfiltError that names every error, each on a line of its own with the line of the file or the
     ``--set`` it is in.
@@ -95,14 +97,19 @@ def parse_config(
         raise CapfiltError("\n".join(errors))
     if isinstance(config, PretrainConfig):
         return _resolve_training_paths(config, places, Path(base_folder))
+    if isinstance(config, BootstrapConfig):
+        return _resolve_bootstrap_paths(config, places, Path(base_folder))
     return _resolve_paths(config, places, Path(base_folder))
 
 
 def _reject_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:
     """Raise CapfiltError that names the command, where every section is of the other kind of config."""
-    (other,) = _KINDS.keys() - {kind}
-    own, others = (set(tree.model_fields) - {"cluster"} for tree in (kind, other))
-    if values.keys() & others and not values.keys() & own:
+
+    def has_sections_of(tree: type[BaseModel]) -> bool:
+        return bool(values.keys() & (set(tree.model_fields) - {"cluster"}))
+
+    other = next((tree for tree in _KINDS if has_sections_of(tree)), kind)
+    if other is not kind and not has_sections_of(kind):
         described, _, command = _KINDS[other]
         expected, sections, _ = _KINDS[kind]
         raise CapfiltError(
@@ -236,7 +243,9 @@ def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> 
         source["input"] = tuple(_anchored(text, folder) for text in source["input"])
     folder = base("crawl", "allow_files")
     values["crawl"]["allow_files"] = tuple(_anchored(text, folder) for text in values["crawl"]["allow_files"])
-    values["caption"]["model"] = _path_or_name(values["caption"]["model"], base("caption", "model"))
+    for section in ("caption", "filter"):
+        if values[section] is not None:
+            values[section]["model"] = _path_or_name(values[section]["model"], base(section, "model"))
     for clip, path in ((values["rank"], ("rank",)), (values["rank"]["rerank"], ("rank", "rerank"))):
         if clip is not None:
             clip["model"] = _local_dir(clip["model"], base(*path, "model"))
@@ -261,7 +270,20 @@ def _resolve_training_paths(config: PretrainConfig, places: Origin, base_folder:
         models.append(("language", "model"))
     for section, name in models:
         values[section][name] = _path_or_name(values[section][name], base(section, name))
+    if config.blip is not None:
+        for part, name in (("vision", "init"), ("text", "init"), ("text", "tokenizer")):
+            section = values["blip"][part]
+            section[name] = _path_or_name(section[name], base("blip", part, name))
     return PretrainConfig.model_validate(values)
+
+
+def _resolve_bootstrap_paths(config: BootstrapConfig, places: Origin, base_folder: Path) -> BootstrapConfig:
+    section = config.bootstrap.model_dump()
+    for name, value in section.items():
+        if isinstance(value, str) and value:
+            is_given = places.override_of(("bootstrap", name))
+            section[name] = _anchored(value, Path() if is_given else base_folder)
+    return BootstrapConfig.model_validate({"bootstrap": section})
 
 
 def _anchored(text: str, base: Path) -> str:

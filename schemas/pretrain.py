@@ -48,6 +48,10 @@ class CorpusSlice(Section):
         min_length=1, description="a corpus, or a folder of WebDataset shards from another program"
     )
     snapshot: str = Field("", description="digest of the curated shards, to pin them; empty: all there are")
+    captions: Literal["curated", "web"] = Field(
+        "curated",
+        description="curated: what the selection kept; web: every crawled image with its list's own text",
+    )
     sources: tuple[str, ...] = Field((), description="only these sources; empty: all")
     weights: dict[str, float] = Field(
         {}, description="mixing weight by source; without one: its source.weight, else its number of images"

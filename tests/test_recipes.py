@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs.bootstrap.rounds import load_rounds
 from jobs.docs import FOLDER, PAGES, page
 from pipeline.config import load_config
 from pipeline.config_messages import section_class
 from pipeline.runs.plan import stages_of
+from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
 
@@ -16,12 +18,19 @@ RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_recipe_is_valid_and_opens_with_what_it_needs(recipe: Path) -> None:
-    is_training = "\n[run]\n" in recipe.read_text()
-    load_config(recipe, kind=PretrainConfig if is_training else CapfiltConfig)
+    kinds = {"\n[run]\n": PretrainConfig, "\n[bootstrap]\n": BootstrapConfig}
+    kind = next((kind for header, kind in kinds.items() if header in recipe.read_text()), CapfiltConfig)
+    load_config(recipe, kind=kind)
     opening = recipe.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in opening.splitlines())
     for word in ("What", "Hardware", "Expected"):
         assert f"# {word}" in opening
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*-bootstrap.toml")), ids=lambda path: path.stem)
+def test_the_recipes_that_a_bootstrapping_names_fit_each_other(recipe: Path) -> None:
+    rounds = load_rounds(str(recipe))
+    assert {"clean", "coco"} & set(rounds.sources("human"))
 
 
 def test_blip2_names_the_six_sources() -> None:
@@ -94,4 +103,4 @@ def test_every_key_is_described() -> None:
                 missing.append(path + name)
         return missing
 
-    assert undescribed(CapfiltConfig, "") == []
+    assert undescribed(CapfiltConfig, "") == undescribed(BootstrapConfig, "") == []

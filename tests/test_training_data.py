@@ -49,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(path: str | Path, batch_size: int = BATCH_SIZE, **data: Any) -> PretrainConfig:
-    slice_keys = {"snapshot", "sources", "weights"}
+    slice_keys = {"snapshot", "sources", "weights", "captions"}
     corpus_slice = {"path": str(path)} | {key: data.pop(key) for key in slice_keys & data.keys()}
     return PretrainConfig.model_validate(
         {
@@ -450,6 +450,9 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
     crawled = make_corpus(str(tmp_path / "crawled"), shards=1, stages=("crawl",))
     with pytest.raises(CapfiltError, match="has no curated shards.*capfilt run"):
         take_snapshot(config_of(crawled.root).data)
+    listed = make_corpus(str(tmp_path / "listed"), shards=1, stages=())
+    with pytest.raises(CapfiltError, match="has no crawled shards.*capfilt run"):
+        take_snapshot(config_of(listed.root, captions="web").data)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(CapfiltError, match=r"x\.tar is not a readable tar"):

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
+from pipeline.lineage.taught_by import taught_by
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.text import same_text_key
@@ -29,7 +30,7 @@ def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
 
     Keys of a trace: ``uid, source, url, captions, extra``; ``fetches``, oldest first; ``shard, key, tar``;
     ``candidates``, best first, with ``outcome``; ``selection``; ``marks``, taken back or not; ``checkpoints`` that
-    had it, with ``use``; ``stages``, ``runs`` and ``models``.
+    had it, with ``use``; ``stages``, ``runs`` and ``models``; ``taught_by``: what these learnt from.
 
     Raises CapfiltError where no list has it.
     """
@@ -81,6 +82,7 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
     stages = [row for row in stages if row["stage"] in ("urls", "crawl") or row["shard"] == reached]
     runs = query.rows("SELECT * FROM runs WHERE run_id = ANY($1)", ([row["run_id"] for row in stages],))
     used = sorted({digest for row in stages for digest in row["models"] or ()})
+    models = query.rows("SELECT * FROM models WHERE digest = ANY($1) ORDER BY kind, digest", (used,))
     crawl = _committed(stages, "crawl", last["shard"])
     marks = query.rows(_MARKS, (uid, last["url"], last["sha256"]))
     return {
@@ -103,7 +105,8 @@ def _trace(query: Query, source: str, uid: str, shards: list[str]) -> Row:
         ],
         "stages": stages,
         "runs": [{name: value for name, value in row.items() if name != "config"} for row in runs],
-        "models": query.rows("SELECT * FROM models WHERE digest = ANY($1) ORDER BY kind, digest", (used,)),
+        "models": models,
+        "taught_by": taught_by(models),
     }
 
 

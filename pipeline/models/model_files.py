@@ -39,6 +39,8 @@ _WRONG_FILES = (
 )
 _WRAPPERS = ("module.", "_orig_mod.")
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What capfilt's own exports say of themselves.
+OWN_CONFIG_FILE = "capfilt.json"
 
 
 class TensorEntry(NamedTuple):
@@ -70,6 +72,15 @@ def read_object(path: Path, where: str = "", max_bytes: int = MAX_CONFIG_BYTES) 
     if not isinstance(value, dict):
         raise CapfiltError(f"{what} is not a JSON object")
     return value
+
+
+def exported_from(folder: Path) -> str | None:
+    """Return the path of the checkpoint that capfilt exported to a folder; None where it names none."""
+    try:
+        checkpoint = read_object(folder / OWN_CONFIG_FILE).get("checkpoint")
+    except CapfiltError:
+        return None
+    return checkpoint if isinstance(checkpoint, str) else None
 
 
 def _read_bounded(path: Path, what: str, max_bytes: int) -> bytes:

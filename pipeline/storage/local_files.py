@@ -91,6 +91,15 @@ class LocalFiles:
         with _beside(target, partial(shutil.copyfile, local)) as temporary:
             temporary.replace(target)
 
+    def share(self, local: Path, path: str) -> None:
+        """Publish a file as a hard link; as a copy where the filesystem has none, or it is another one."""
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.hardlink_to(local)
+        except OSError:
+            self.put(local, path)
+
     def write(self, path: str, data: bytes) -> None:
         """Publish bytes in one step."""
         target = Path(path)

@@ -205,6 +205,13 @@ class Storage:
         """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
         self._files.put(local, self._own(path))
 
+    def share(self, local: Path, path: str) -> None:
+        """Publish, as ``put`` does, a file that nobody changes: on local disk as a hard link where it can be one."""
+        if isinstance(self._files, LocalFiles):
+            self._files.share(local, self._own(path))
+        else:
+            self.put(local, path)
+
     def write(self, path: str, data: bytes) -> None:
         """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
         self._files.write(self._own(path), data)

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.models.model_files import OWN_CONFIG_FILE
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip.stage import BlipStage
@@ -33,7 +34,7 @@ from training.blip2.stage2 import Stage2
 from training.build import Blip2Stage, Stage
 from training.convert.export_blip import write_hugging_face, write_repository_file
 from training.convert.key_map import to_hf
-from training.convert.read import EXTRA_FILE, OWN_CONFIG_FILE, OWN_FORMATS, OWN_VERSION, OWN_WEIGHTS_FILE
+from training.convert.read import EXTRA_FILE, OWN_FORMATS, OWN_VERSION, OWN_WEIGHTS_FILE
 from training.models.language import FrozenLanguage
 from training.models.layers import NORM_EPS
 from training.models.vision import FrozenVision
@@ -41,12 +42,13 @@ from training.models.vision import FrozenVision
 Format = Literal["huggingface", "capfilt", "blip"]
 
 
-def export_model(stage: Stage, folder: Path) -> Format:
+def export_model(stage: Stage, folder: Path, checkpoint: str = "") -> Format:
     """Write a model as a new folder, or a model of BLIP as a file; return which format it is.
 
     Args:
         stage: with its frozen models in full precision, on the CPU.
         folder: must be absent or empty; with the ending ``.pth`` the file of BLIP's own repository.
+        checkpoint: path of the checkpoint that the model is, by which ``capfilt trace`` finds what it learnt from.
 
     Raises:
         CapfiltError: the folder has files, or there is a file, or Hugging Face's classes cannot hold the model.
@@ -65,6 +67,7 @@ def export_model(stage: Stage, folder: Path) -> Format:
         "version": OWN_VERSION,
         "stage": stage.config.run.stage,
         "config": stage.config.model_dump(mode="json"),
+        **({"checkpoint": checkpoint} if checkpoint else {}),
     }
     (folder / OWN_CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
     return kind

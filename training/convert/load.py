@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pipeline.corpus.checkpoint_files import find_checkpoint
 from pipeline.models.checks import require_finite_weights
 from schemas.config import Precision
 from schemas.errors import CapfiltError
@@ -68,6 +69,14 @@ def load_trained(
     if external is not None and external.vision and not isinstance(stage, BlipStage):
         _load_vision(stage.visual_encoder, external)
     return stage.eval()
+
+
+def checkpoint_of(path: str) -> str:
+    """Return the path of the checkpoint that ``load_trained`` reads; empty for an export or weights from elsewhere."""
+    if read_external(path) is not None:
+        return ""
+    run, record = find_checkpoint(path)
+    return run.storage.url(record.path)
 
 
 def load_blip2(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.model_files import (
+    OWN_CONFIG_FILE,
     read_object,
     unwrapped_names,
     wrong_file,
@@ -32,7 +33,7 @@ EXTRA_FILE = "capfilt_extra.safetensors"
 # capfilt's own format.
 OWN_FORMATS: dict[Method, str] = {"blip2": "capfilt-blip2", "blip": "capfilt-blip"}
 OWN_VERSION = 1
-OWN_CONFIG_FILE, OWN_WEIGHTS_FILE = "capfilt.json", "model.safetensors"
+OWN_WEIGHTS_FILE = "model.safetensors"
 
 # In files but not trained: buffers, second names of tied tensors, and the frozen models.
 _NOT_TRAINED = re.compile(

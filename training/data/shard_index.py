@@ -25,6 +25,7 @@ from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
 from schemas.errors import CorruptShardError
 from schemas.records import SnapshotShard
+from schemas.stages import STAGE_FOLDERS
 from training.data.node_files import node_file
 
 _ABSENT = -1
@@ -174,11 +175,11 @@ def open_shard(records: Records, ref: ShardRef) -> Iterator[OpenShard]:
 
 
 def _listed(records: Records, ref: ShardRef, descriptor: int) -> OpenShard | None:
-    """Return a shard whose Parquet says where each image is; None where it does not, as before its column came in.
+    """Return a curated shard whose Parquet says where each image is; None where it does not, as before its column came.
 
-    ``select`` writes each image's json behind it.
+    ``select`` writes each image's json behind it. A crawl writes the text there: its tars are indexed.
     """
-    if ref.parquet is None:
+    if ref.parquet is None or not ref.tar.path.startswith(f"{STAGE_FOLDERS['select']}/"):
         return None
     with node_file(records, ref.parquet) as path, pq.ParquetFile(path) as parquet:
         if not set(_PLACES) <= set(parquet.schema_arrow.names):

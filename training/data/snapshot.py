@@ -1,4 +1,4 @@
-"""What a run trains on: the curated shards that the records commit at one moment, and how sources are mixed.
+"""What a run trains on: the curated or crawled shards that the records commit at one moment, and how sources are mixed.
 
 A snapshot is small (a few hundred bytes a shard) and pickles: taken once, it is handed to every rank. It also says
 which images are held out from training.
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,13 +21,17 @@ from pipeline.digests import digest_json
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.json_record import first_error
-from schemas.names import is_confined, printable
+from schemas.names import is_confined, is_outside_tar, printable
 from schemas.pretrain import CorpusSlice, DataConfig
+from schemas.stages import Stage
 from training.data.shard_index import ShardRef, open_shard
 from training.data.webdataset_folder import webdataset_shards
 
 Kind = Literal["web", "human"]
 
+# The stage whose shards hold the captions of ``data.corpus.captions``, and what it makes of them.
+_STAGES: dict[str, Stage] = {"curated": "select", "web": "crawl"}
+_MADE_BY = {"select": "curated", "crawl": "crawled"}
 # Held-out images are chosen from shards that hold so many times as many: no need to read a whole corpus.
 _HELD_OUT_POOL = 4
 
@@ -131,7 +136,7 @@ def take_snapshot(config: DataConfig) -> Snapshot:
 
 def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
     """Return the sources of one ``[[data.corpus]]`` and the digest of its shards."""
-    sources = _chosen(config, _curated(config.path) or _webdataset(config.path))
+    sources = _chosen(config, _committed(config) or _webdataset(config.path))
     digest = digest_json(
         {
             name: {
@@ -144,7 +149,7 @@ def _slice(number: int, config: CorpusSlice) -> tuple[list[Source], str]:
     )
     if config.snapshot and config.snapshot != digest:
         raise CapfiltError(
-            f"data.corpus: {config.path} is not at the pinned snapshot: its curated shards have the digest {digest}, "
+            f"data.corpus: {config.path} is not at the pinned snapshot: its shards have the digest {digest}, "
             f"[[data.corpus]] says {config.snapshot}; shards were added or rebuilt since. Take "
             f'snapshot = "{digest}" to train on what is there now'
         )
@@ -159,8 +164,9 @@ def _chosen(config: CorpusSlice, sources: Mapping[str, Source]) -> dict[str, Sou
     for key, names in (("sources", config.sources), ("weights", config.weights)):
         for name in names:
             if name not in sources:
+                made = _MADE_BY[_STAGES[config.captions]]
                 raise CapfiltError(
-                    f"data.corpus.{key}: {config.path} has no source {name!r} with curated shards; it has "
+                    f"data.corpus.{key}: {config.path} has no source {name!r} with {made} shards; it has "
                     f"{', '.join(sorted(sources))}"
                 )
     for name, weight in config.weights.items():
@@ -172,19 +178,26 @@ def _chosen(config: CorpusSlice, sources: Mapping[str, Source]) -> dict[str, Sou
     return {name: sources[name] for name in sorted(sources) if not config.sources or name in config.sources}
 
 
-def _curated(path: str) -> dict[str, Source]:
-    """Return a corpus's sources with curated images by name; none where the folder is not a corpus."""
+def _committed(config: CorpusSlice) -> dict[str, Source]:
+    """Return a corpus's sources with curated, or crawled, images by name; none where the folder is not a corpus."""
+    path, stage = config.path, _STAGES[config.captions]
     storage = Storage(path)
     records = Records(storage)
     shards: dict[str, list[ShardRef]] = {}
-    for (_, source, name), record in sorted(records.shards(("select",)).items()):
+    for (_, source, name), record in sorted(records.shards((stage,)).items()):
         tar, parquet = record.outputs["tar"], record.outputs["parquet"]
+        if is_outside_tar(tar.path):
+            raise CapfiltError(
+                f'data.corpus: captions = "web", and {source}/{name} of {path} is {tar.path}, which was imported: name '
+                "the folder of such tars as data.corpus.path, and leave the source out with data.corpus.sources"
+            )
         if tar.rows:
             ref = ShardRef(corpus=path, source=source, shard=name, tar=tar, parquet=parquet)
             shards.setdefault(source, []).append(ref)
     if not shards and storage.is_corpus():
         raise CapfiltError(
-            f"data.corpus: {path} has no curated shards; `capfilt plan` shows what is missing, `capfilt run` makes it"
+            f"data.corpus: {path} has no {_MADE_BY[stage]} shards; `capfilt plan` shows what is missing, `capfilt run` "
+            "makes it"
         )
     # Kind and weight of each source, as the config of the latest run that names it has them.
     runs = records.runs() if shards else ()
@@ -254,7 +267,9 @@ def _uids(shard: ShardRef) -> list[str]:
         with open_shard(records, shard) as opened:
             return opened.uids
     table = committed_table(records, shard.parquet, ("uid", "status"))
-    return table.filter(pc.equal(table["status"], "kept"))["uid"].to_pylist()
+    # Of a curated shard and of a crawled one.
+    is_stored = pc.is_in(table["status"], pa.array(["kept", "ok"]))
+    return table.filter(is_stored)["uid"].to_pylist()
 
 
 def _hash(text: str) -> str:

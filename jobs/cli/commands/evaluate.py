@@ -198,10 +198,10 @@ def export(
 
     recipe = _recipe(config, set_)
     from training.convert.export import export_model
-    from training.convert.load import load_trained
+    from training.convert.load import checkpoint_of, load_trained
 
     stage = load_trained(model, recipe, precision="fp32")
-    kind = export_model(stage, Path(folder))
+    kind = export_model(stage, Path(folder), checkpoint_of(model))
     how = _how_to_load(kind, folder, stage.config)
     if json_:
         print_json({"folder": folder, "format": kind, "load": how})

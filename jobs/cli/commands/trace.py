@@ -27,8 +27,10 @@ _STAGES = (
 _RUNS = ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at")
 _MODELS = ("digest", "kind", "name", "revision", "parameters")
 _CHECKPOINTS = ("use", "path", "stage", "step", "run_id", "created_at")
+_TAUGHT_BY = ("model", "checkpoint", "corpus", "source", "images", "urls")
 _MARKS = ("what", "named_by", "value", "caption", "reason", "made_at", "undone_at")
 # What a narrow screen does without first.
+_SPARE_TAUGHT_BY = ("corpus",)
 _SPARE_CHECKPOINTS = ("run_id", "created_at")
 _SPARE_MARKS = ("value", "made_at", "undone_at")
 _SPARE_CANDIDATES = ("rerank_score", "truncated", "candidate")
@@ -131,6 +133,14 @@ def _print_sample_trace(traced: dict[str, Any], wide: bool) -> None:
         print_table(traced["marks"], _MARKS, title="\nmarks", spare=_SPARE_MARKS, wide=wide)
     print_table(traced["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
     _print_models(traced["models"], "models", wide)
+    if traced["taught_by"]:
+        print_table(
+            traced["taught_by"],
+            _TAUGHT_BY,
+            title="\ntaught by, nearest first",
+            spare=_SPARE_TAUGHT_BY,
+            wide=wide,
+        )
     print_table(traced["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)
 
 

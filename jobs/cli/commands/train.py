@@ -1,4 +1,4 @@
-"""The commands of the training room: pretrain. Libraries are imported inside, so that --help stays quick."""
+"""The commands of the training room, pretrain and bootstrap. Libraries are imported inside: --help stays quick."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +7,7 @@ import typer
 
 from jobs.cli.groups import TRAIN
 from jobs.cli.options import JsonObjectOption, SetOption
-from jobs.output.render import complain
+from jobs.output.render import complain, print_json, print_table
 
 if TYPE_CHECKING:
     from training.trainer.summary import Summary
@@ -62,6 +62,50 @@ def _end_text(summary: "Summary") -> str:
     ended = f"{summary.outcome}: step {summary.step:,} of {summary.steps:,}; {summary.folder}/{summary.checkpoint}"
     more = "\nthe same command goes on where this one stopped" if summary.outcome == "interrupted" else ""
     return ended + more
+
+
+@training.command(rich_help_panel=TRAIN)
+def bootstrap(
+    config: Annotated[
+        str, typer.Option("-c", "--config", help="The bootstrapping's TOML file.", metavar="FILE")
+    ],
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="In place of bootstrap.rounds.", metavar="N")
+    ] = None,
+    set_: SetOption = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Work on the corpora in this process, without Ray.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which steps are done; do nothing.")] = False,
+    json_: JsonObjectOption = False,
+) -> None:
+    """Caption and filter a corpus with BLIP models trained on it, round by round. Safe to kill and to repeat.
+
+    A round pretrains BLIP on the corpus of the round before, fine-tunes captioner and filter on its human captions, and
+    makes the next corpus of the same images. Round 1 begins with the web's own captions.
+    """
+    from jobs.bootstrap.rounds import load_rounds
+
+    loaded = load_rounds(config, set_ or (), rounds)
+    from rich.console import Console
+
+    from jobs.bootstrap.run import BootstrapStopped, steps
+    from jobs.bootstrap.run import bootstrap as do_missing
+    from jobs.pretrain import TrainingFailedError
+
+    console = Console(stderr=json_, soft_wrap=True)
+    if not dry_run:
+        try:
+            for step in do_missing(loaded, console, local):
+                console.print(f"{step.name}: {step.place}", highlight=False, markup=False)
+        except (BootstrapStopped, TrainingFailedError) as error:
+            complain(error)
+            raise typer.Exit(error.exit_code if isinstance(error, BootstrapStopped) else 1) from error
+    rows = [
+        {"step": step.name, "state": "done" if step.is_done() else "to do", "place": step.place}
+        for step in steps(loaded, console)
+    ]
+    print_json({"steps": rows}) if json_ else print_table(rows)
 
 
 def _plan_text(plan: dict) -> str:

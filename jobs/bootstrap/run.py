@@ -1,0 +1,210 @@
+"""The steps of a bootstrapping, in their order: which are done, and what does the others."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from jobs.bootstrap.rounds import Model, Rounds
+from jobs.pretrain import TrainingInterruptedError, pretrain, training_interrupts
+from jobs.run import RunOptions, run
+from pipeline.corpus.checkpoint_files import SavedCheckpoints
+from pipeline.corpus.records import Records
+from pipeline.corpus.take_over import take_over_crawl
+from pipeline.models.model_files import exported_from
+from pipeline.storage.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.stages import STAGES, Stage
+from training.convert.export import export_model
+from training.convert.load import load_trained
+from training.trainer.run import require_same_config
+
+EXPORTED: tuple[Model, ...] = ("captioner", "filter")
+
+
+class BootstrapStopped(Exception):
+    """Report a step that did not come to its end; ``exit_code`` is the step's."""
+
+    def __init__(self, step: str, exit_code: int) -> None:
+        super().__init__(f"{step} is not done; the same command goes on with it")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step: ``place`` is what it makes, ``do`` makes what of it is missing."""
+
+    name: str
+    place: str
+    is_done: Callable[[], bool]
+    do: Callable[[], None]
+
+
+def steps(rounds: Rounds, console: Console, local: bool = False) -> Iterator[Step]:
+    """Yield the steps in their order, the last one the model that is pretrained on the last round's corpus.
+
+    Args:
+        local: the stages of the corpora run in this process, without Ray.
+    """
+    base, human = rounds.corpus, rounds.human_config()
+    crawl = partial(_run_stages, base, ("crawl",), console, local)
+    yield Step(name="crawl", place=base.corpus.path, is_done=partial(_is_crawled, base), do=crawl)
+    yield Step(
+        name="human captions",
+        place=base.corpus.path,
+        is_done=partial(_is_selected, human),
+        do=partial(_run_stages, human, STAGES, console, local),
+    )
+    for number in range(1, rounds.count + 1):
+        yield _training_step(rounds, "pretrain", number)
+        for model in EXPORTED:
+            yield _training_step(rounds, model, number)
+            yield _export_step(rounds, model, number)
+        config = rounds.round_config(number)
+        yield Step(
+            name=f"round {number}: corpus",
+            place=config.corpus.path,
+            is_done=partial(_is_selected, config),
+            do=partial(_make_corpus, base, config, console, local),
+        )
+    yield _training_step(rounds, "pretrain", rounds.count + 1)
+
+
+def bootstrap(rounds: Rounds, console: Console, local: bool = False) -> Iterator[Step]:
+    """Do the steps that are missing, each after it was yielded. Safe to repeat and to kill at any time.
+
+    Raises:
+        CapfiltError: the input of a step is at fault.
+        BootstrapStopped: a step was interrupted, or some of its shards failed.
+    """
+    for step in steps(rounds, console, local):
+        if not step.is_done():
+            yield step
+            step.do()
+
+
+# -- corpora -------------------------------------------------------------------------------------------------
+
+
+def _run_stages(config: CapfiltConfig, stages: tuple[Stage, ...], console: Console, local: bool) -> None:
+    options = RunOptions(command="bootstrap", stages=stages, local=local, only_named=True)
+    result = run(config, options, console)
+    if result.exit_code:
+        raise BootstrapStopped(config.corpus.path, result.exit_code)
+
+
+def _make_corpus(base: CapfiltConfig, config: CapfiltConfig, console: Console, local: bool) -> None:
+    storage = Storage(config.corpus.path)
+    storage.require_conditional_puts()
+    storage.require_place("bootstrap.path")
+    take_over_crawl(Records(Storage(base.corpus.path)), Records(storage))
+    _run_stages(config, tuple(stage for stage in STAGES if stage != "crawl"), console, local)
+
+
+def _is_crawled(config: CapfiltConfig) -> bool:
+    return _all_committed(config, "crawl")
+
+
+def _is_selected(config: CapfiltConfig) -> bool:
+    return _all_committed(config, "select")
+
+
+def _all_committed(config: CapfiltConfig, stage: Literal["crawl", "select"]) -> bool:
+    """Tell whether every url shard of every source has the record of a stage."""
+    storage = Storage(config.corpus.path)
+    if not storage.is_corpus():
+        return False
+    records = Records(storage)
+    for source in config.source:
+        shards = {shard for batch in records.intakes(source.name) for shard in batch.shards}
+        committed = {info.path for info in storage.list(f"records/{stage}/{source.name}")}
+        if not shards or any(
+            f"records/{stage}/{source.name}/{shard}.json" not in committed for shard in shards
+        ):
+            return False
+    return True
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def _training_step(rounds: Rounds, model: Model, number: int) -> Step:
+    config, folder = rounds.training(model, number), rounds.run_folder(model, number)
+    return Step(
+        name=f"round {number}: {model}",
+        place=folder,
+        is_done=partial(_is_trained, config, folder),
+        do=partial(_train, config),
+    )
+
+
+def _is_trained(config: PretrainConfig, folder: str) -> bool:
+    """Tell whether a run has its last checkpoint. Raises CapfiltError where it began with another config."""
+    storage = Storage(folder)
+    if not storage.exists("config.json"):
+        return False
+    begun = PretrainConfig.model_validate_json(storage.read("config.json"))
+    # What a preset filled at the start, this config has not said.
+    filled = {
+        name: value for name, value in begun.optim.model_dump().items() if getattr(config.optim, name) is None
+    }
+    require_same_config(begun, config.model_copy(update={"optim": config.optim.model_copy(update=filled)}))
+    saved = SavedCheckpoints(folder).committed()
+    return bool(saved) and saved[-1].step == begun.optim.steps
+
+
+def _train(config: PretrainConfig) -> None:
+    interrupts, name = training_interrupts(), f"{config.run.stage} {config.run.name}"
+    try:
+        summary = pretrain(config, interrupts)
+    except TrainingInterruptedError as error:
+        raise BootstrapStopped(name, interrupts.exit_code) from error
+    if summary.outcome != "done":
+        raise BootstrapStopped(name, interrupts.exit_code)
+
+
+def _export_step(rounds: Rounds, model: Model, number: int) -> Step:
+    run_folder, folder = rounds.run_folder(model, number), Path(rounds.model_folder(model, number))
+    return Step(
+        name=f"round {number}: {model} for the corpus",
+        place=str(folder),
+        is_done=partial(_is_exported, run_folder, folder),
+        do=partial(_export, run_folder, folder),
+    )
+
+
+def _is_exported(run_folder: str, folder: Path) -> bool:
+    checkpoint, last = exported_from(folder), _last_checkpoint(run_folder)
+    # By name, which no other checkpoint has: the folders may have been moved.
+    return checkpoint is not None and last is not None and _name(checkpoint) == _name(last)
+
+
+def _name(checkpoint: str) -> str:
+    return checkpoint.rpartition("/")[2]
+
+
+def _last_checkpoint(run_folder: str) -> str | None:
+    """Return the path of a run's last checkpoint."""
+    saved = SavedCheckpoints(run_folder)
+    records = saved.committed()
+    return saved.storage.url(records[-1].path) if records else None
+
+
+def _export(run_folder: str, folder: Path) -> None:
+    """Write the model beside its place, then move it there: a folder that is there is whole."""
+    if folder.exists():
+        raise CapfiltError(
+            f"{folder} is there, and is not the export of {run_folder}; remove it, or set another bootstrap.models"
+        )
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    checkpoint = _last_checkpoint(run_folder)
+    assert checkpoint is not None, "the step before trained it"
+    export_model(load_trained(checkpoint, precision="fp32"), unfinished, checkpoint)
+    unfinished.replace(folder)

@@ -1,0 +1,44 @@
+"""A corpus begins with the lists and the crawled images of another one, so that no URL is fetched again."""
+
+from pipeline.corpus.records import Records
+from pipeline.storage.file_info import FileInfo
+from schemas.records import OutputFile
+
+# Verdicts on samples hold in every corpus that has them.
+_MARKS = ("records/marks", "records/mark-searches")
+
+
+def take_over_crawl(base: Records, records: Records) -> None:
+    """Give a corpus the url shards, crawled shards and marks of another one, under the same names.
+
+    Safe to repeat and to kill: files come before the crawl's records, and these before the lists', without which
+    nothing is planned. What the corpus has already stays as it is. On local disk files are shared as hard links;
+    imported tars stay where they lie.
+    """
+    # Listed first: a list that is read meanwhile is not taken over with shards that are not.
+    of_lists, of_crawl = base.storage.list("records/intake"), base.list_shards(("crawl",))
+    lists, shards = base.intakes(), base.read_shards(of_crawl).values()
+    files = [file for batch in lists for file in batch.shards.values()]
+    files += [file for shard in shards for file in shard.outputs.values()]
+    records.storage.map(lambda file: _copy_file(base, records, file), files)
+    makers = {batch.run_id for batch in lists} | {shard.run_id for shard in shards}
+    runs = [info for info in base.storage.list("records/runs") if _run_id(info) in makers]
+    marks = [info for folder in _MARKS for info in base.storage.list(folder)]
+    for infos in (runs, marks, of_crawl, of_lists):
+        records.storage.map(lambda info: _copy_record(base, records, info), infos)
+
+
+def _run_id(info: FileInfo) -> str:
+    return info.path.rpartition("/")[2].partition(".")[0]
+
+
+def _copy_file(base: Records, records: Records, file: OutputFile) -> None:
+    is_imported = base.storage.url(file.path) == file.path
+    if is_imported or records.storage.exists(file.path):
+        return
+    with base.storage.local_copy(file.path) as local:
+        records.storage.share(local, file.path)
+
+
+def _copy_record(base: Records, records: Records, info: FileInfo) -> None:
+    records.storage.create(info.path, base.storage.read(info.path))
