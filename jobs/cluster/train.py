@@ -144,7 +144,7 @@ def _fit(trainer: TorchTrainer, actor: Any, interrupts: Interrupts) -> None:
             is_last = bool(wait([ended], _POLL_S).done)
             for line in ray.get(actor.new_lines.remote()):
                 log(line)
-            if interrupts.count and (interrupts.count > 1 or not ray.get(actor.stop.remote())):
+            if interrupts.asked() and (interrupts.count > 1 or not ray.get(actor.stop.remote())):
                 raise KeyboardInterrupt
     ended.result()
 
