@@ -72,7 +72,14 @@ def batches(consumed: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[B
         pixels = [_pixels(number) for number in range(start, start + share)]
         consumed += BATCH_SIZE
         uids = [f"{number:032x}" for number in range(start, start + share)]
-        yield Batch(pixels_BCHW=torch.stack(pixels), captions=["a"] * share, uids=uids, position=consumed)
+        yield Batch(
+            pixels_BCHW=torch.stack(pixels),
+            captions=["a"] * share,
+            uids=uids,
+            image_hashes=[0] * share,
+            kept_captions=[["a"]] * share,
+            position=consumed,
+        )
 
 
 def make_loop(config: PretrainConfig, stage: SmallStage | None = None, **options: object) -> Loop:

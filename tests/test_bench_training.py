@@ -32,7 +32,15 @@ def test_stage1_steps_are_measured(tmp_path: Path) -> None:
     )
     assert figures["samples_per_s"] == pytest.approx(4 / figures["step_s"], rel=0.2)
     assert 0 < figures["mfu"] < 1
-    assert set(figures["losses"]) == {"loss", "itc", "itm", "itg", "itm_accuracy", "temperature"}
+    assert set(figures["losses"]) == {
+        "loss",
+        "itc",
+        "itm",
+        "itg",
+        "itm_accuracy",
+        "temperature",
+        "false_negative_share",
+    }
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])

@@ -71,6 +71,8 @@ def batch(step: int, rows: slice = slice(0, N)) -> SimpleNamespace:
         pixels_BCHW=pictures(IMAGES, IMAGE_PX)[numbers][rows],
         captions=[CAPTIONS[number % len(CAPTIONS)] for number in numbers][rows],
         uids=[f"{number:032x}" for number in numbers][rows],
+        image_hashes=numbers[rows],
+        kept_captions=[[CAPTIONS[number % len(CAPTIONS)]] for number in numbers][rows],
         position=(step + 1) * N,
     )
 
@@ -202,7 +204,12 @@ def test_the_prompt_stays_out_of_the_loss(folder: Path) -> None:
     assert labels[0][3] == texts.ids_BL[0, 4]
     losses = stage.training_step(
         SimpleNamespace(
-            pixels_BCHW=pictures(2, IMAGE_PX), captions=["dog", "red cat"], uids=["0", "1"], position=8
+            pixels_BCHW=pictures(2, IMAGE_PX),
+            captions=["dog", "red cat"],
+            uids=["0", "1"],
+            image_hashes=[0, 1],
+            kept_captions=[["dog"], ["red cat"]],
+            position=8,
         ),
         1,
     )

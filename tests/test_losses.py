@@ -61,13 +61,28 @@ def test_negatives_follow_the_similarities_and_are_never_of_their_own() -> None:
     uniforms = torch.rand(num_draws, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     counts = torch.zeros(2, 5, 5)
     for uniform in uniforms:
-        for direction, drawn in enumerate(draw_negatives(image, text, temperature, same, uniform)):
+        for direction, drawn in enumerate(draw_negatives(image, text, temperature, same, uniform)[:2]):
             counts[direction, torch.arange(5), drawn] += 1
     to_text = similarity(image, text) / temperature
     for direction, logits in enumerate((to_text, to_text.T)):
         wanted = logits.masked_fill(same, -torch.inf).softmax(1)
         assert (counts[direction] / num_draws - wanted).abs().max() < 0.035
         assert counts[direction][same].sum() == 0
+
+
+def test_the_share_of_false_negatives_is_what_would_be_drawn_without_the_mask() -> None:
+    image, text, temperature = embeddings(5)
+    same = torch.eye(5, dtype=torch.bool)
+    same[1, 3] = True
+    uniforms = torch.rand(2, 5, dtype=torch.float64)
+    *_, share = draw_negatives(image, text, temperature, same, uniforms)
+    # Image 1 would get text 3, and text 3 image 1, each as often as the softmax over the other four says.
+    logits = (similarity(image, text) / temperature).fill_diagonal_(-torch.inf)
+    expected = (logits.softmax(1)[1, 3] + logits.T.softmax(1)[3, 1]) / (2 * 5)
+    assert share.item() == pytest.approx(expected.item()) and share > 0
+    apart = torch.zeros(5, 5, dtype=torch.bool)
+    apart[1, 3] = apart[3, 1] = True
+    assert draw_negatives(image, text, temperature, same, uniforms, apart)[2] == 0
 
 
 def test_negatives_depend_on_their_numbers_alone() -> None:
@@ -78,7 +93,7 @@ def test_negatives_depend_on_their_numbers_alone() -> None:
     torch.manual_seed(99)
     assert all(map(torch.equal, drawn, draw_negatives(image, text, temperature, same, uniforms)))
     edge = torch.full((2, 6), 1 - 1e-16, dtype=torch.float64)
-    assert all((uniform < 6).all() for uniform in draw_negatives(image, text, temperature, same, edge))
+    assert all((uniform < 6).all() for uniform in draw_negatives(image, text, temperature, same, edge)[:2])
 
 
 def test_matching_takes_the_mean_of_the_queries_logits_and_leaves_out_what_fills_up() -> None:

@@ -18,7 +18,7 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.build import meta_stage
 from training.distributed import World
-from training.models.micro_batches import padded_parts
+from training.models.micro_batches import SampleKeys, padded_parts
 
 pytestmark = pytest.mark.training
 
@@ -58,6 +58,8 @@ def batch(rows: slice = slice(0, N), position: int = N) -> SimpleNamespace:
     return SimpleNamespace(
         pixels_BCHW=pixels.to(torch.uint8)[rows],
         captions=CAPTIONS[rows],
+        image_hashes=list(range(N))[rows],
+        kept_captions=[[caption] for caption in CAPTIONS][rows],
         uids=[f"{index:032x}" for index in range(N)][rows],
         position=position,
     )
@@ -164,19 +166,32 @@ def test_texts_of_the_same_image_and_equal_texts_are_not_negatives(folder: Path)
     batch_ = batch()
     batch_.captions = ["a red circle"] * 4 + ["a red dog"] * 2 + ["the cat", "the tree"]
     batch_.uids[6] = batch_.uids[0]
+    # Two addresses of one image; and a text that another image has beside its own.
+    batch_.image_hashes[7] = batch_.image_hashes[3]
+    batch_.kept_captions = [[caption] for caption in batch_.captions]
+    batch_.kept_captions[1] += ["the cat", "the tree"]
     for position in range(20):
         batch_.position = position
         with torch.no_grad():
             texts = stage.tokenizer(batch_.captions)
+            keys = SampleKeys.of(
+                batch_.uids, batch_.image_hashes, batch_.captions, batch_.kept_captions, texts.ids_BL
+            )
             [micro_batch] = stage.micro_batches(batch_.pixels_BCHW, texts, position, N, [N])
             encoded = stage.encode(micro_batch)
-            actual = stage.global_batch(
-                [(encoded.image_BQC, encoded.text_BC)], texts, batch_.uids, position, [N]
-            )
-        for drawn in (actual.negatives.text_of_image_N.tolist(), actual.negatives.image_of_text_N.tolist()):
+            actual = stage.global_batch([(encoded.image_BQC, encoded.text_BC)], texts, keys, position, [N])
+        texts_of, images_of = (
+            actual.negatives.text_of_image_N.tolist(),
+            actual.negatives.image_of_text_N.tolist(),
+        )
+        for drawn in (texts_of, images_of):
             for own, other in enumerate(drawn):
                 assert batch_.captions[own] != batch_.captions[other]
-                assert {own, other} != {0, 6}
+                assert {own, other} not in ({0, 6}, {3, 7})
+        # The captions "the cat" and "the tree" belong to image 1; its own text may be wrong for their images.
+        assert texts_of[1] not in (6, 7) and 1 not in (images_of[6], images_of[7])
+        # Among the negatives of "a red circle" the three of the same words would be frequent.
+        assert 0.05 < actual.negatives.false_share < 0.9
 
 
 def test_dropout_is_repeated_and_depends_on_the_step_alone(folder: Path) -> None:

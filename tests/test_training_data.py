@@ -77,6 +77,7 @@ def require_equal(read_batches: list[Batch], expected: list[Batch]) -> None:
     assert [batch.position for batch in read_batches] == [batch.position for batch in expected]
     for actual, wanted in zip(read_batches, expected, strict=True):
         assert (actual.uids, actual.captions) == (wanted.uids, wanted.captions)
+        assert actual.image_hashes == wanted.image_hashes and actual.kept_captions == wanted.kept_captions
         assert torch.equal(actual.pixels_BCHW, wanted.pixels_BCHW)
 
 
@@ -89,6 +90,15 @@ def test_a_batch_is_what_the_trainer_takes(corpus: str) -> None:
     assert first.pixels_BCHW.dtype == torch.uint8 and first.pixels_BCHW.is_contiguous()
     assert len(first.captions) == len(set(first.uids)) == BATCH_SIZE
     assert (first.position, second.position) == (BATCH_SIZE, 2 * BATCH_SIZE)
+    # Of a later epoch the images are the same, and so are their keys.
+    hashes: dict[str, int] = {}
+    for batch in batches(config_of(corpus, captions_per_image=1), 20):
+        for caption, kept, uid, image in zip(
+            batch.captions, batch.kept_captions, batch.uids, batch.image_hashes, strict=True
+        ):
+            assert caption == kept[0]
+            assert hashes.setdefault(uid, image) == image
+    assert len(set(hashes.values())) == len(hashes) == 54
 
 
 def test_resumed_anywhere_is_uninterrupted(corpus: str) -> None:
@@ -108,6 +118,8 @@ def test_ranks_share_the_same_sequence(corpus: str, world_size: int) -> None:
             pixels_BCHW=torch.cat([share.pixels_BCHW for share in shares]),
             captions=[caption for share in shares for caption in share.captions],
             uids=[uid for share in shares for uid in share.uids],
+            image_hashes=[number for share in shares for number in share.image_hashes],
+            kept_captions=[captions for share in shares for captions in share.kept_captions],
             position=shares[0].position,
         )
         for shares in zip(*ranks, strict=True)
@@ -539,6 +551,8 @@ def shares(read_batches: list[Batch], rank: int, world_size: int) -> list[Batch]
             pixels_BCHW=batch.pixels_BCHW[row],
             captions=batch.captions[row],
             uids=batch.uids[row],
+            image_hashes=batch.image_hashes[row],
+            kept_captions=batch.kept_captions[row],
             position=batch.position,
         )
         for batch, row in zip(read_batches, rows, strict=True)

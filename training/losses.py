@@ -63,8 +63,13 @@ def contrastive_loss(
 
 @torch.no_grad()
 def draw_negatives(
-    all_image_NQC: Tensor, all_text_NC: Tensor, temperature: Tensor, same_NN: Tensor, uniforms_2N: Tensor
-) -> tuple[Tensor, Tensor]:
+    all_image_NQC: Tensor,
+    all_text_NC: Tensor,
+    temperature: Tensor,
+    same_NN: Tensor,
+    uniforms_2N: Tensor,
+    apart_NN: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw hard negatives from the whole step with probability softmax(similarity / temperature).
 
     Args:
@@ -72,18 +77,37 @@ def draw_negatives(
         temperature: of ITC.
         same_NN: True where image i and text j belong together, so that they are not negatives: at least i = j.
         uniforms_2N: a number of [0, 1) for each draw; the result depends on no other random number.
+        apart_NN: True where they are not compared at all; symmetric.
 
     Returns:
-        A text for each image and an image for each text, as indices of N.
+        A text for each image and an image for each text, as indices of N; and ``false_share`` of these draws.
     """
     similarity_NN = torch.cat(
         [similarity(rows, all_text_NC) for rows in all_image_NQC.split(_ROWS_OF_SIMILARITIES)]
     )
-    logits_NN = (similarity_NN / temperature).masked_fill(same_NN, MASKED_LOGIT)
+    logits_NN = similarity_NN / temperature
+    if apart_NN is not None:
+        logits_NN = logits_NN.masked_fill(apart_NN, MASKED_LOGIT)
     of_images, of_texts = uniforms_2N
-    return draw_columns(logits_NN.softmax(dim=1), of_images), draw_columns(
-        logits_NN.T.softmax(dim=1), of_texts
+    share = (
+        false_share(logits_NN.softmax(dim=1), same_NN) + false_share(logits_NN.T.softmax(dim=1), same_NN.T)
+    ) / 2
+    logits_NN = logits_NN.masked_fill(same_NN, MASKED_LOGIT)
+    return (
+        draw_columns(logits_NN.softmax(dim=1), of_images),
+        draw_columns(logits_NN.T.softmax(dim=1), of_texts),
+        share,
     )
+
+
+def false_share(weights_NN: Tensor, same_NN: Tensor) -> Tensor:
+    """Return which share of negatives, drawn by weights from all other samples, would belong together after all."""
+    others_NN = weights_NN.clone().fill_diagonal_(0)
+    # Of row i: sum of the weights of j != i that belong to i / sum of the weights of j != i; then the mean over rows.
+    shares_N = (others_NN * same_NN).sum(dim=1) / others_NN.sum(dim=1).clamp(
+        min=torch.finfo(others_NN.dtype).tiny
+    )
+    return shares_N.mean()
 
 
 def draw_columns(weights_NN: Tensor, uniforms_N: Tensor) -> Tensor:

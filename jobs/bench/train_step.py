@@ -25,6 +25,7 @@ from training.build import Blip2Stage, compile_stage
 from training.distributed import World
 from training.losses import IGNORED
 from training.models.language import Target
+from training.models.micro_batches import SampleKeys
 from training.models.tokenizer import Texts
 
 Arch = Literal["vitg", "vitl"]
@@ -75,7 +76,8 @@ def synthetic_step(stage: Blip2Stage, batch: int) -> Step:
         ids_BL = torch.randint(1, qformer.vocab_size, (batch, qformer.max_text_tokens), generator=generator)
         texts = Texts(ids_BL=ids_BL, mask_BL=torch.ones_like(ids_BL, dtype=torch.bool))
         uids = [f"{index:032x}" for index in range(batch)]
-        return lambda position, micro_batch: stage.step(pixels_BCHW, texts, uids, position, micro_batch)
+        keys = SampleKeys.of(uids, range(batch), uids, [[uid] for uid in uids], ids_BL)
+        return lambda position, micro_batch: stage.step(pixels_BCHW, texts, keys, position, micro_batch)
     tokens = _random_target(stage, batch, generator)
 
     def stage2_step(position: int, micro_batch: int) -> dict[str, Tensor]:

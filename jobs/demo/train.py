@@ -28,7 +28,7 @@ from jobs.demo.training_configs import (
 )
 from jobs.launcher import stop_without_parent
 from jobs.pretrain import TrainingFailedError, pretrain
-from pipeline.corpus.checkpoint_files import run_folder
+from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.storage.storage import Storage
@@ -53,8 +53,12 @@ def prepare(corpus: Path) -> None:
 
 
 def train_stage1(corpus: Path, captions: Captions) -> dict[str, float]:
-    """Train stage 1 on these captions; return what it has learnt."""
-    return evaluate_retrieval(_trained(stage1_config(corpus, captions)), held_out_scenes(NUM_HELD_OUT))
+    """Train stage 1 on these captions; return what it has learnt, and ``false_negative_share`` of its last step."""
+    config = stage1_config(corpus, captions)
+    learnt = evaluate_retrieval(_trained(config), held_out_scenes(NUM_HELD_OUT))
+    *_, last = SavedCheckpoints(run_folder(config)).committed()
+    # A checkpoint of an earlier version has no such figure.
+    return learnt | {name: last.metrics[name] for name in ("false_negative_share",) if name in last.metrics}
 
 
 def train_stage2(corpus: Path, family: Family) -> dict[str, float]:

@@ -17,7 +17,13 @@ from schemas.pretrain import BlipConfig, PretrainConfig
 from training.blip.losses import draw_negatives
 from training.blip.model import Med
 from training.losses import draw_negatives as draw_online_negatives
-from training.models.micro_batches import Negatives, negative_uniforms, same_on_all_ranks, sample_hashes
+from training.models.micro_batches import (
+    Negatives,
+    SampleKeys,
+    belonging,
+    negative_uniforms,
+    same_on_all_ranks,
+)
 from training.models.tokenizer import Texts
 
 # Embeddings of a micro-batch's images and of its texts, each (B, C).
@@ -41,7 +47,7 @@ def gather_step(
     online: Sequence[Embeddings],
     momentum: Sequence[Embeddings],
     texts: Texts,
-    uids: Sequence[str],
+    keys: SampleKeys,
     position: int,
     counts: Sequence[int],
 ) -> GlobalBatch:
@@ -52,7 +58,7 @@ def gather_step(
         online: embeddings of each micro-batch of this rank.
         momentum: the momentum encoders' of the same micro-batches.
         texts: of this rank.
-        uids: of this rank's images.
+        keys: of this rank's samples.
         position: samples that the run has consumed after this step.
         counts: images of each rank.
     """
@@ -61,25 +67,28 @@ def gather_step(
     momentum_image_NC, momentum_text_NC = (
         gather(torch.cat(parts_BC)) for parts_BC in zip(*momentum, strict=True)
     )
-    hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
+    id_N = gather(keys.uid_B.to(device))
     all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
     # An image's other texts, and texts equal to its own, are not negatives.
-    same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
-    uniforms_2N = negative_uniforms(seed, position, len(hashes_N2)).to(device)
-    apart_NN = other_groups(model.shape, 0, len(hashes_N2), hashes_N2)
+    same_NN = belonging(keys, gather, device)
+    uniforms_2N = negative_uniforms(seed, position, len(id_N)).to(device)
+    apart_NN = other_groups(model.shape, 0, len(id_N), id_N)
     if model.decodes_text:
-        drawn = (
-            draw_negatives(image_NC, momentum_text_NC, model.temp, same_NN, apart_NN, uniforms_2N[0]),
-            draw_negatives(text_NC, momentum_image_NC, model.temp, same_NN, apart_NN, uniforms_2N[1]),
+        texts_N, texts_share = draw_negatives(
+            image_NC, momentum_text_NC, model.temp, same_NN, apart_NN, uniforms_2N[0]
         )
+        images_N, images_share = draw_negatives(
+            text_NC, momentum_image_NC, model.temp, same_NN.T, apart_NN, uniforms_2N[1]
+        )
+        drawn = texts_N, images_N, (texts_share + images_share) / 2
     else:
         # A filter's negatives come from the online encoders alone, without a least weight (blip_retrieval.py), as in
         # stage 1 of BLIP-2, where an image has several embeddings: here it has one.
-        drawn = draw_online_negatives(image_NC[:, None], text_NC, model.temp, same_NN | apart_NN, uniforms_2N)
+        drawn = draw_online_negatives(image_NC[:, None], text_NC, model.temp, same_NN, uniforms_2N, apart_NN)
     return GlobalBatch(
         image_NC=momentum_image_NC,
         text_NC=momentum_text_NC,
-        id_N=hashes_N2[:, 0],
+        id_N=id_N,
         negatives=same_on_all_ranks(all_texts, drawn, model.world),
         alpha=alpha_at(model.config, model.shape, position),
     )

@@ -9,7 +9,7 @@ The legend of the names: B rows of the step's N samples, K embeddings of the que
 import torch
 from torch import Tensor
 
-from training.losses import MASKED_LOGIT, draw_columns
+from training.losses import MASKED_LOGIT, draw_columns, false_share
 
 # What every negative's probability has at least (blip_pretrain.py).
 _LEAST_WEIGHT = 1e-4
@@ -58,8 +58,10 @@ def draw_negatives(
     same_NN: Tensor,
     apart_NN: Tensor,
     uniforms_N: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Draw a negative for each sample with probability softmax(similarity / temperature) + 1e-4 among its group.
+
+    Returns the drawn ones, as indices of N, and ``false_share`` of these draws.
 
     This is the rule of pretraining (blip_pretrain.py); a filter's is that of ``training.losses.draw_negatives``.
 
@@ -67,12 +69,14 @@ def draw_negatives(
         own_NC: embeddings of images or texts.
         momentum_NC: the momentum encoders' of the other modality, from which is drawn.
         temperature: of ITC.
-        same_NN: True where image i and text j belong together, so that they are not negatives: at least i = j.
+        same_NN: True where row i and candidate j belong together, so that they are not negatives: at least i = j.
         apart_NN: True where they are of different groups.
         uniforms_N: a number of [0, 1) for each draw; the result depends on no other random number.
     """
     weights_NN = _logits(own_NC, momentum_NC, temperature, apart_NN).softmax(dim=1) + _LEAST_WEIGHT
-    return draw_columns(weights_NN.masked_fill(same_NN | apart_NN, 0.0), uniforms_N)
+    weights_NN = weights_NN.masked_fill(apart_NN, 0.0)
+    drawn_N = draw_columns(weights_NN.masked_fill(same_NN, 0.0), uniforms_N)
+    return drawn_N, false_share(weights_NN, same_NN)
 
 
 def _logits(own_BC: Tensor, candidates_MC: Tensor, temperature: Tensor, apart_BM: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from training.models.layers import KeyValue, leaves_of, select_images, send_to_p
 from training.models.micro_batches import (
     MicroBatch,
     Negatives,
+    SampleKeys,
     itm_pairs,
     micro_batches,
 )
@@ -111,25 +112,28 @@ class BlipStage(Med):
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
         """Compute the losses over the step and their gradient; see the base class."""
         texts = self.tokenize(batch.captions)
-        return self.step(batch.pixels_BCHW, texts, batch.uids, batch.position, micro_batch_size)
+        keys = SampleKeys.of(
+            batch.uids, batch.image_hashes, batch.captions, batch.kept_captions, texts.ids_BL
+        )
+        return self.step(batch.pixels_BCHW, texts, keys, batch.position, micro_batch_size)
 
     def step(
-        self, pixels_BCHW: Tensor, texts: Texts, uids: Sequence[str], position: int, micro_batch_size: int
+        self, pixels_BCHW: Tensor, texts: Texts, keys: SampleKeys, position: int, micro_batch_size: int
     ) -> dict[str, Tensor]:
         """Do ``training_step`` on tokens, which are on the CPU.
 
         Args:
-            uids: of the images: no caption of an image is its negative.
+            keys: of the samples: no caption of an image is its negative.
             position: samples that the run has consumed after this step.
         """
         device, labels_BL = self.device, self.labels(texts)
-        counts = self.world.gather_counts(len(uids))
+        counts = self.world.gather_counts(len(pixels_BCHW))
         parts = list(
             micro_batches(
                 lambda rows: pixels_BCHW[rows].to(device, non_blocking=True),
                 texts,
                 labels_BL,
-                size=micro_batch_size or len(uids),
+                size=micro_batch_size or len(pixels_BCHW),
                 first=sum(counts[: self.world.rank]),
                 world=self.world,
                 seed=self.config.run.seed,
@@ -139,7 +143,7 @@ class BlipStage(Med):
         # The activations of all images would not fit: those of several micro-batches are computed again.
         kept = [self.encode(parts[0])] if len(parts) == 1 else [None] * len(parts)
         global_batch = (
-            self._global_batch(parts, kept, texts, uids, position, counts) if self.encodes_text else None
+            self._global_batch(parts, kept, texts, keys, position, counts) if self.encodes_text else None
         )
         num_tokens = self.world.sum((labels_BL != IGNORED).sum().to(device))
         losses: dict[str, Tensor] = {}
@@ -150,7 +154,10 @@ class BlipStage(Med):
                 losses[name] = losses.get(name, 0.0) + value
         if global_batch is not None:
             self.queue.push(global_batch.image_NC, global_batch.text_NC, global_batch.id_N)
-        return self._summed(losses)
+        negatives = (
+            {"false_negative_share": global_batch.negatives.false_share} if global_batch is not None else {}
+        )
+        return self._summed(losses) | negatives
 
     def _summed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of all ranks, and their weighted sum (equation of section 3.2: weights 1)."""
@@ -184,7 +191,7 @@ class BlipStage(Med):
         parts: Sequence[MicroBatch],
         kept: Sequence[Encoded | None],
         texts: Texts,
-        uids: Sequence[str],
+        keys: SampleKeys,
         position: int,
         counts: Sequence[int],
     ) -> GlobalBatch:
@@ -196,7 +203,7 @@ class BlipStage(Med):
         ]
         self.momentum.follow(self.encoders, self.shape.momentum)
         momentum = [self._embed_by_momentum(part) for part in parts]
-        return gather_step(self, online, momentum, texts, uids, position, counts)
+        return gather_step(self, online, momentum, texts, keys, position, counts)
 
     def _embed_by_momentum(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
         # In training mode as BLIP's, with dropout of its own.

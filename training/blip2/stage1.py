@@ -37,11 +37,12 @@ from training.models.layers import KeyValue, Linear, leaves_of, select_images, s
 from training.models.micro_batches import (
     MicroBatch,
     Negatives,
+    SampleKeys,
+    belonging,
     itm_pairs,
     micro_batches,
     negative_uniforms,
     same_on_all_ranks,
-    sample_hashes,
 )
 from training.models.tokenizer import CaptionTokenizer, Texts
 from training.models.vision import FrozenVision
@@ -143,22 +144,26 @@ class Stage1(QFormerStage):
         """Compute ITC, ITM and ITG over the step and their gradient; see the base class."""
         assert self.tokenizer is not None, "a stage that is trained has a tokenizer"
         texts = self.tokenizer(batch.captions)
-        return self.step(batch.pixels_BCHW, texts, batch.uids, batch.position, micro_batch_size)
+        keys = SampleKeys.of(
+            batch.uids, batch.image_hashes, batch.captions, batch.kept_captions, texts.ids_BL
+        )
+        return self.step(batch.pixels_BCHW, texts, keys, batch.position, micro_batch_size)
 
     def step(
-        self, pixels_BCHW: Tensor, texts: Texts, uids: Sequence[str], position: int, micro_batch_size: int
+        self, pixels_BCHW: Tensor, texts: Texts, keys: SampleKeys, position: int, micro_batch_size: int
     ) -> dict[str, Tensor]:
         """Do ``training_step`` on tokens, which are on the CPU.
 
         Args:
-            uids: of the images: no caption of an image is its negative.
+            keys: of the samples: no caption of an image is its negative.
             position: a number that no other step of the run has.
         """
         with torch.no_grad():
             self.temp.clamp_(min=_MIN_TEMPERATURE)
-        counts = self.world.gather_counts(len(uids))
+        size = len(pixels_BCHW)
+        counts = self.world.gather_counts(size)
         micro_batches = list(
-            self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or len(uids), counts)
+            self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or size, counts)
         )
         if len(micro_batches) == 1:
             encoded = self.encode(micro_batches[0])
@@ -171,7 +176,7 @@ class Stage1(QFormerStage):
                 embeddings = [
                     (encoded.image_BQC, encoded.text_BC) for encoded in map(self.encode, micro_batches)
                 ]
-        global_batch = self.global_batch(embeddings, texts, uids, position, counts)
+        global_batch = self.global_batch(embeddings, texts, keys, position, counts)
         parts = [
             self._backward(micro_batch, encoded or self.encode(micro_batch), global_batch)
             for micro_batch, encoded in zip(micro_batches, kept, strict=True)
@@ -186,6 +191,7 @@ class Stage1(QFormerStage):
             "itg": itg,
             "itm_accuracy": itm_accuracy,
             "temperature": self.temp.detach().clone(),
+            "false_negative_share": global_batch.negatives.false_share,
         }
 
     def micro_batches(
@@ -227,7 +233,7 @@ class Stage1(QFormerStage):
         self,
         embeddings: list[tuple[Tensor, Tensor]],
         texts: Texts,
-        uids: Sequence[str],
+        keys: SampleKeys,
         position: int,
         counts: Sequence[int],
     ) -> GlobalBatch:
@@ -235,10 +241,8 @@ class Stage1(QFormerStage):
         device, gather = self.device, partial(self.world.all_gather, counts=counts)
         image_NQC, text_NC = (gather(torch.cat(parts)) for parts in zip(*embeddings, strict=True))
         all_texts = Texts(ids_BL=gather(texts.ids_BL.to(device)), mask_BL=gather(texts.mask_BL.to(device)))
-        # Two images may have equal captions, and two samples the same image: neither's text is a negative of the other.
-        hashes_N2 = gather(sample_hashes(uids, texts.ids_BL).to(device))
-        same_NN = (hashes_N2[:, None] == hashes_N2).any(dim=2)
-        uniforms_2N = negative_uniforms(self.config.run.seed, position, len(hashes_N2))
+        same_NN = belonging(keys, gather, device)
+        uniforms_2N = negative_uniforms(self.config.run.seed, position, len(same_NN))
         drawn = draw_negatives(image_NQC, text_NC, self.temp, same_NN, uniforms_2N.to(device))
         return GlobalBatch(
             image_NQC=image_NQC,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from itertools import count
 from typing import NamedTuple
 
@@ -52,12 +53,16 @@ class Batch:
         pixels_BCHW: uint8, cropped and mirrored; normalised on the device.
         captions: one a sample, cleaned by ``blip_caption``.
         uids: the samples' identities.
+        image_hashes: of the stored bytes of each image; of equal images the same.
+        kept_captions: all of each sample, cleaned, of which one is in ``captions``.
         position: samples that all ranks have consumed once this batch is trained on: the loader's whole state.
     """
 
     pixels_BCHW: Tensor
     captions: list[str]
     uids: list[str]
+    image_hashes: list[int]
+    kept_captions: list[list[str]]
     position: int
 
 
@@ -156,6 +161,8 @@ class TrainingData:
             pixels_BCHW=torch.empty((len(indices), 3, size_px, size_px), dtype=torch.uint8),
             captions=[""] * len(indices),
             uids=[""] * len(indices),
+            image_hashes=[0] * len(indices),
+            kept_captions=[[]] * len(indices),
             position=(step + 1) * self._batch_size,
         )
         for start in range(0, len(indices), _CHUNK):
@@ -169,6 +176,8 @@ class TrainingData:
             sample, pixels_CHW, captions = self._usable(cache.get(index.shard), index)
             numbers = sample_random(self._seed, sample.uid, index.epoch)
             batch.uids[row] = sample.uid
+            batch.image_hashes[row] = _hash(sample.image)
+            batch.kept_captions[row] = usable_captions(sample.captions, None, self._config.max_words)
             batch.captions[row] = captions[int(numbers.random() * len(captions))]
             crop_CHW = random_crop(
                 pixels_CHW,
@@ -198,3 +207,8 @@ class TrainingData:
             f"{shard.ref.tar.path} of {shard.ref.corpus}: no sample has both an image that decodes and a caption of "
             "words; take the shard out, or leave its source out with data.corpus.sources"
         )
+
+
+def _hash(image: bytes) -> int:
+    """Return 63 bits of an image's bytes."""
+    return int.from_bytes(blake2b(image, digest_size=8).digest()) >> 1

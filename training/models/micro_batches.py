@@ -6,6 +6,7 @@ of them with a label, P tokens of an image, E its width, C the contrastive one.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from pipeline.rng import seed_for
 from training.distributed import World
 from training.losses import IGNORED
 from training.models.tokenizer import Texts
+
+# Where an image has fewer captions than another.
+_NO_HASH = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +85,14 @@ def micro_batches(
 class Negatives:
     """The texts of the whole step, and the negative drawn for each of its images and texts, as indices of N.
 
-    ``image_of_text_N`` is on the CPU, where the pairs are formed.
+    ``image_of_text_N`` is on the CPU, where the pairs are formed. ``false_share`` is that of the negatives that would
+    belong together, if such pairs could be drawn.
     """
 
     texts: Texts
     text_of_image_N: Tensor
     image_of_text_N: np.ndarray
+    false_share: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +105,63 @@ class ItmPairs:
     weights_R: Tensor
 
 
-def sample_hashes(uids: Sequence[str], ids_BL: Tensor) -> Tensor:
-    """Return hashes of each uid and of each text's tokens, (B, 2), since ranks can only gather tensors of one shape."""
-    hashes = [(seed_for(uid), seed_for(*ids)) for uid, ids in zip(uids, ids_BL.tolist(), strict=True)]
-    return torch.tensor(hashes)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleKeys:
+    """What tells which texts belong to which images: for each sample of a rank, hashes that equal ones share.
+
+    ``sample_B4``: of its uid, its image's bytes, its text's tokens and its text. ``kept_BK``: of all captions of the
+    image, of which the text is one; -1 where an image has fewer than K. Hashes are not negative.
+    """
+
+    sample_B4: Tensor
+    kept_BK: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        uids: Sequence[str],
+        image_hashes: Sequence[int],
+        captions: Sequence[str],
+        kept_captions: Sequence[Sequence[str]],
+        ids_BL: Tensor,
+    ) -> Self:
+        """Return the keys of a rank's samples.
+
+        Args:
+            image_hashes: of the stored bytes of each image.
+            captions: the text of each sample.
+            kept_captions: all captions of each sample.
+            ids_BL: the tokens of ``captions``.
+        """
+        rows = zip(uids, image_hashes, captions, ids_BL.tolist(), strict=True)
+        sample = [(seed_for(uid), image, seed_for(*ids), seed_for(text)) for uid, image, text, ids in rows]
+        most = max(map(len, kept_captions))
+        kept = [[*map(seed_for, texts), *[_NO_HASH] * (most - len(texts))] for texts in kept_captions]
+        return cls(sample_B4=torch.tensor(sample), kept_BK=torch.tensor(kept))
+
+    @property
+    def uid_B(self) -> Tensor:
+        """Return the hashes of the uids."""
+        return self.sample_B4[:, 0]
+
+
+def belonging(keys: SampleKeys, gather: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """Return where image i of the step and text j belong together, (N, N): they are not negatives of each other.
+
+    They do where the samples have one uid, one image or equal texts, or where the text is one of the image's captions.
+
+    Args:
+        keys: of this rank's samples.
+        gather: returns the rows of all ranks.
+        device: of the result.
+    """
+    own_B4 = keys.sample_B4.to(device)
+    all_N4 = gather(own_B4)
+    # In the first three hashes equality goes both ways.
+    same_BN = (own_B4[:, None, :3] == all_N4[:, :3]).any(dim=2)
+    # The text of sample j is among the captions of image i.
+    is_kept_BN = (keys.kept_BK.to(device)[:, :, None] == all_N4[:, 3]).any(dim=1)
+    return gather(same_BN | is_kept_BN)
 
 
 def negative_uniforms(seed: int, position: int, size: int) -> Tensor:
@@ -111,11 +170,17 @@ def negative_uniforms(seed: int, position: int, size: int) -> Tensor:
     return torch.from_numpy(generator.random((2, size)))
 
 
-def same_on_all_ranks(texts: Texts, drawn: tuple[Tensor, Tensor], world: World) -> Negatives:
-    """Return rank 0's negatives on every rank: the last bit of a similarity may differ between devices."""
-    text_of_image_N, image_of_text_N = world.broadcast(torch.stack(drawn))
+def same_on_all_ranks(texts: Texts, drawn: tuple[Tensor, Tensor, Tensor], world: World) -> Negatives:
+    """Return rank 0's negatives on every rank: the last bit of a similarity may differ between devices.
+
+    ``drawn``: a text for each image, an image for each text, and ``false_share``.
+    """
+    text_of_image_N, image_of_text_N = world.broadcast(torch.stack(drawn[:2]))
     return Negatives(
-        texts=texts, text_of_image_N=text_of_image_N, image_of_text_N=image_of_text_N.cpu().numpy()
+        texts=texts,
+        text_of_image_N=text_of_image_N,
+        image_of_text_N=image_of_text_N.cpu().numpy(),
+        false_share=world.broadcast(drawn[2]),
     )
 
 
