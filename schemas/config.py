@@ -276,6 +276,10 @@ class StageResources(Section):
 
     cpus: float = Field(1.0, ge=0, description="per worker")
     gpus: float = Field(0.0, ge=0, description="per worker; fractions share a GPU")
+    memory_gb: float = Field(0.0, ge=0, description="per worker, taken from a node's; 0: not counted")
+    labels: dict[str, str] = Field(
+        {}, description="that a node must have to run the workers, as `ray start --labels` gives them"
+    )
     min_workers: int = Field(1, ge=1, description="kept while there is work")
     max_workers: int = Field(1, ge=1, description="as many as work and cluster allow")
 
@@ -298,6 +302,12 @@ class ClusterConfig(Section):
     requirements: Literal["pinned", "installed"] = Field(
         "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
     )
+    image: str = Field("", description="container image with capfilt, for `submit --print rayjob`")
+    env: tuple[str, ...] = Field(
+        (), description="names of environment variables that a job hands on: credentials, endpoint, proxies"
+    )
+    driver_cpus: float = Field(0.0, ge=0, description="of the process that leads a job; 0: not counted")
+    driver_memory_gb: float = Field(0.0, ge=0, description="likewise")
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
     stall_timeout_s: float = Field(
         21_600.0,

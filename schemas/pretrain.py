@@ -284,6 +284,12 @@ class TrainingResources(Section):
     requirements: Literal["pinned", "installed"] = tuning(
         "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
     )
+    image: str = tuning("", description="container image with capfilt, for `submit --print rayjob`")
+    env: tuple[str, ...] = tuning(
+        (), description="names of environment variables that a job hands on: credentials, endpoint, proxies"
+    )
+    driver_cpus: float = tuning(0.0, ge=0, description="of the process that leads a job; 0: not counted")
+    driver_memory_gb: float = tuning(0.0, ge=0, description="likewise")
     max_restarts: int = tuning(
         3,
         ge=0,

@@ -30,6 +30,7 @@ def main() -> None:
             # Not the usual port, which another Ray of this machine may have: without it no job can be submitted.
             "dashboard_agent_listen_port": 0,
             "object_store_memory": 100 << 20,
+            "labels": {"capfilt-kind": "head"},
         },
     )
     nodes = [cluster.head_node]

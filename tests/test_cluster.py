@@ -1,7 +1,7 @@
 """A submitted job on three nodes, one of which dies: the corpus equals the one that this machine makes alone."""
 
+import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster.submit import pinned_requirements, runtime_environment, submission_id
+from jobs.cluster.job_environment import runtime_environment
+from jobs.cluster.submit import submission_id
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
@@ -44,7 +45,9 @@ def config(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltCo
     folder = tmp_path_factory.mktemp("cluster")
     config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, 96, 12)
     pool = {"cpus": 1, "min_workers": 3, "max_workers": 3}
-    return with_values(config, cluster={"caption": pool, "requirements": "installed"})
+    # The crawl belongs on the head, by its label.
+    crawl = {"labels": {"capfilt-kind": "head"}, "memory_gb": 0.1}
+    return with_values(config, cluster={"crawl": crawl, "caption": pool, "requirements": "installed"})
 
 
 def test_wrong_token_is_refused(cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path) -> None:
@@ -77,6 +80,7 @@ def test_a_node_dies_while_captioning(
     deadline = time.monotonic() + 120
     while victim is None and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)
+        assert not any(stage_workers(cluster.raylets[node], "crawl") for node in (1, 2))
         captioning = [node for node in (1, 2) if stage_workers(cluster.raylets[node], "caption")]
         if captioning and records.shards(("caption",)):
             victim = captioning[0]
@@ -97,7 +101,7 @@ def test_a_node_dies_while_captioning(
     assert cli_here("verify", config.corpus.path).returncode == 0
 
 
-def test_ray_job_stop_records_an_interrupted_run(
+def test_a_stopped_job_is_recorded_as_interrupted_and_listed_with_its_log(
     cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
@@ -116,17 +120,22 @@ def test_ray_job_stop_records_an_interrupted_run(
     deadline = time.monotonic() + 120
     while not records.shards(("crawl",)) and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)
-    ray = str(Path(sys.executable).parent / "ray")
     job_id = submission_id(stopped, ["crawl"])
-    asked = subprocess.run(
-        [ray, "job", "stop", "--address", cluster.address, job_id], capture_output=True, text=True
-    )
-    assert asked.returncode == 0, asked.stdout + asked.stderr
+    asked = cli_here("stop", job_id, "--address", cluster.address)
+    assert (asked.returncode, asked.stdout) == (0, f"{job_id}: STOPPED\n"), asked.stderr
     output, errors = job.communicate(timeout=60)
     assert "SIGTERM: stopping" in output, output + errors
     [ended] = records.runs()
     assert ended.outcome == "interrupted"
     assert 0 < ended.shards_done <= len(records.shards())
+    listed = json.loads(cli_here("jobs", "--address", cluster.address, "--json").stdout)
+    [row] = [row for row in listed if row["job"] == job_id]
+    assert (row["status"], row["corpus"]) == ("STOPPED", stopped.corpus.path)
+    assert row["started_at"] < row["ended_at"] and row == listed[0]
+    log = cli_here("logs", job_id, "--address", cluster.address)
+    assert log.returncode == 0 and "SIGTERM: stopping" in log.stdout
+    unknown = cli_here("logs", "capfilt-run-0", "--address", cluster.address)
+    assert unknown.returncode == 2 and "no such job; `capfilt jobs` lists them" in unknown.stderr
 
 
 def test_exit_code_is_passed_on(
@@ -165,28 +174,3 @@ def test_a_training_is_a_job_too(
     assert done.returncode == 0, done.stdout + done.stderr
     [committed] = Checkpoints(f"{training.run.output}/stage1/tiny").committed()
     assert committed.step == 4
-
-
-def test_submission_id_follows_config_and_arguments(config: CapfiltConfig) -> None:
-    ids = {
-        submission_id(config, ["run"]),
-        submission_id(config, ["crawl"]),
-        submission_id(config, ["run", "--limit", "1"]),
-        submission_id(with_values(config, select={"top_k": 1}), ["run"]),
-    }
-    assert len(ids) == 4 and submission_id(config, ["run"]) in ids
-    assert all(job_id.startswith("capfilt-") for job_id in ids)
-
-
-def test_requirements_are_pinned_unless_installed(config: CapfiltConfig, tmp_path: Path) -> None:
-    assert "pip" not in runtime_environment(config, tmp_path)
-    pinned = runtime_environment(with_values(config, cluster={"requirements": "pinned"}), tmp_path)
-    assert pinned["working_dir"] == str(tmp_path)
-    assert pinned["pip"]["packages"] == pinned_requirements()
-    eight_bits = with_values(config, cluster={"requirements": "pinned"}, rank={"precision": "fp8"})
-    packages = runtime_environment(eight_bits, tmp_path)["pip"]["packages"]
-    assert packages == pinned_requirements(["fp8"])
-    assert [pin.split("==")[0] for pin in set(packages) - set(pinned_requirements())] == ["torchao"]
-    assert all("==" in pin for pin in pinned_requirements()) and any(
-        "ray[" in pin for pin in pinned_requirements()
-    )

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.bench.commands import bench
+from jobs.cli.commands.cluster import cluster
 from jobs.cli.commands.evaluate import evaluate, export
 from jobs.cli.commands.init import initial
 from jobs.cli.commands.look import looking
@@ -190,23 +191,7 @@ def plan(
     print(json.dumps(planned)) if json_ else print_plan(planned)
 
 
-@app.command(rich_help_panel=BUILD)
-def submit(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(help=f"After --: run, {', '.join(STAGES)} or pretrain, with options."),
-    ],
-    config: Config,
-    set_: SetOption = None,
-    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.", metavar="URL")] = "",
-    follow: Annotated[
-        bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
-    ] = True,
-) -> None:
-    """Run a command as a job on a Ray cluster. Submitting the same twice is harmless."""
-    from jobs.cluster.submit import submit_job
-
-    raise typer.Exit(submit_job(config, set_ or [], arguments, address, follow))
+app.registered_commands.extend(cluster.registered_commands)
 
 
 @app.command(rich_help_panel=BUILD)

@@ -97,6 +97,7 @@ def build_dataset(job: "StageJob", counter: ray.actor.ActorHandle) -> Dataset:
             fn_constructor_args=(stage, job.settings, counter),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
+            **placement(resources),
             compute=ActorPoolStrategy(
                 min_size=resources.min_workers,
                 max_size=resources.max_workers,
@@ -108,6 +109,12 @@ def build_dataset(job: "StageJob", counter: ray.actor.ActorHandle) -> Dataset:
             ),
         )
     return dataset
+
+
+def placement(resources: StageResources) -> dict[str, Any]:
+    """Return the options of Ray that say on which nodes a stage's workers may run, beside CPUs and GPUs."""
+    options: dict[str, Any] = {"memory": int(resources.memory_gb * 1e9)} if resources.memory_gb else {}
+    return options | ({"label_selector": dict(resources.labels)} if resources.labels else {})
 
 
 def _row(kind: Kind, urls: ShardRecord) -> dict[str, str]:

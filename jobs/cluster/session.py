@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -13,7 +13,7 @@ from ray._private import ray_constants
 
 from jobs.environment import WORKER_ENVIRONMENT, variables
 from jobs.interrupts import Interrupts
-from schemas.config import CapfiltConfig
+from schemas.config import CapfiltConfig, StageResources
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
 
@@ -104,21 +104,36 @@ def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: 
 
     Pools whose smallest sizes do not fit together run one after the other: that is said as well.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    pools = {stage: getattr(config.cluster, stage) for stage in stages}
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    pools: dict[str, StageResources] = {stage: getattr(config.cluster, stage) for stage in stages}
     for resource, key in (("CPU", "cpus"), ("GPU", "gpus")):
         wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools.values())
-        there = sum(node.get(resource, 0) for node in nodes)
+        there = sum(node["Resources"].get(resource, 0) for node in nodes)
         if wanted > there:
             _log.warning(
                 "the stages want %g %ss at once, the cluster has %g: some will wait", wanted, resource, there
             )
     for stage, pool in pools.items():
-        if not any(node.get("CPU", 0) >= pool.cpus and node.get("GPU", 0) >= pool.gpus for node in nodes):
+        if not any(_has_room(node, pool) for node in nodes):
+            labels = "".join(f", {name}={value}" for name, value in pool.labels.items())
+            memory = f", {pool.memory_gb:g} GB" if pool.memory_gb else ""
             message = (
-                f"cluster.{stage}: a worker wants {pool.cpus:g} CPUs and {pool.gpus:g} GPUs, and no node of "
-                f"the cluster has that many; lower cluster.{stage}.cpus or .gpus, or add a node"
+                f"cluster.{stage}: a worker wants {pool.cpus:g} CPUs and {pool.gpus:g} GPUs{memory}{labels}, and no "
+                f"node of the cluster has that; lower what cluster.{stage} asks for, or add a node"
             )
             if not growing:
                 raise CapfiltError(message)
             _log.warning("%s", message)
+
+
+def _has_room(node: Mapping[str, Any], pool: StageResources) -> bool:
+    """Tell whether an empty node could run one worker of a pool."""
+    resources, labels = node["Resources"], node.get("Labels", {})
+    wanted = {"CPU": pool.cpus, "GPU": pool.gpus, "memory": pool.memory_gb * 1e9}
+    if any(resources.get(name, 0) < amount for name, amount in wanted.items()):
+        return False
+    # Ray also takes conditions, such as in(a, b) and !a, which it alone judges.
+    return all(
+        "(" in value or value.startswith("!") or labels.get(name) == value
+        for name, value in pool.labels.items()
+    )

@@ -4,22 +4,22 @@ What travels is a working directory: the capfilt packages and the resolved confi
 be where every node can reach them (shared folders, S3, the hub).
 """
 
-import asyncio
-import json
-import logging
-import os
-import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.environment import WORKER_ENVIRONMENT, send_token_if_there_is_one
+from jobs.cluster.job_environment import (
+    CONFIG_NAME,
+    Config,
+    make_working_directory,
+    require_pinned_weights,
+    runtime_environment,
+)
+from jobs.cluster.jobs_api import jobs_client, require_closed, show_log
 from pipeline.config import dump_config, load_config
 from pipeline.digests import digest_json
 from pipeline.storage.storage import Storage
@@ -29,46 +29,47 @@ from schemas.pretrain import PretrainConfig
 from schemas.stages import STAGES
 
 _COMMANDS = ("run", *STAGES, "pretrain")
-_PACKAGES = ("pipeline", "training", "jobs", "schemas")
-_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_CONFIG_NAME = "config.json"
 _AGENT_WAIT_S = 60.0
 
-Config = CapfiltConfig | PretrainConfig
 
-
-def submit_job(
-    config_path: str, overrides: Sequence[str], arguments: Sequence[str], address: str, follow: bool
-) -> int:
-    """Submit ``capfilt ARGUMENTS`` for a config; follow its log and return its exit code.
-
-    The submission id is made from the config and the arguments: while such a job is pending or running, a
-    second submission attaches to it; after its end, the same command runs again under the next number, and
-    does only what is missing. Raises CapfiltError for a command that cannot be submitted or a cluster that
-    refuses us.
-    """
+def load_job(config_path: str, overrides: Sequence[str], arguments: Sequence[str]) -> Config:
+    """Return the config of ``capfilt ARGUMENTS``. Raises CapfiltError for what cannot run as a job."""
     if not arguments or arguments[0] not in _COMMANDS:
         raise CapfiltError(
             f"submit -- {' '.join(arguments)}: the command must be one of {', '.join(_COMMANDS)}"
         )
     if {"-c", "--config"} & set(arguments):
         raise CapfiltError("submit: give the config before --, as capfilt submit -c FILE -- COMMAND")
-    config: CapfiltConfig | PretrainConfig
     if arguments[0] == "pretrain":
-        config = load_config(config_path, overrides, PretrainConfig)
-    else:
-        config = load_config(config_path, overrides, CapfiltConfig)
+        return load_config(config_path, overrides, PretrainConfig)
+    config = load_config(config_path, overrides, CapfiltConfig)
+    require_pinned_weights(config, STAGES if arguments[0] == "run" else (arguments[0],))
+    return config
+
+
+def submit_job(
+    config: Config,
+    arguments: Sequence[str],
+    *,
+    address: str,
+    headers: Mapping[str, str],
+    allow_open: bool,
+    follow: bool,
+) -> int:
+    """Submit ``capfilt ARGUMENTS`` for a config; follow its log and return its exit code.
+
+    The submission id is made from the config and the arguments: while such a job is pending or running, a
+    second submission attaches to it; after its end, the same command runs again under the next number, and
+    does only what is missing. Raises CapfiltError for a cluster that refuses us, or that refuses nobody.
+    """
+    if isinstance(config, CapfiltConfig):
         Storage(config.corpus.path).require_place("corpus.path")
-    client = _client(address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS)
+    client = jobs_client(address, headers)
+    if not allow_open:
+        require_closed(client)
     job_id, attached = _start(client, config, list(arguments))
     print(f"{'attached to' if attached else 'submitted'} {job_id}", file=sys.stderr)
-    if not follow:
-        return 0
-    try:
-        return asyncio.run(_follow(client, job_id))
-    except KeyboardInterrupt:
-        print(f"{job_id} goes on; submit the same again to follow it", file=sys.stderr)
-        return 130
+    return show_log(client, job_id, follow=True) if follow else 0
 
 
 def submission_id(config: Config, arguments: Sequence[str]) -> str:
@@ -77,65 +78,23 @@ def submission_id(config: Config, arguments: Sequence[str]) -> str:
     return f"capfilt-{arguments[0]}-{digest[:16]}"
 
 
-def pinned_requirements(extras: Collection[str] = ()) -> list[str]:
-    """Return capfilt's direct requirements, and those of some extras, at the versions installed here."""
-    pins = []
-    for requirement in requires("capfilt") or []:
-        extra = re.search(r"extra == ['\"](\w+)", requirement)
-        if extra and extra[1] not in extras:
-            continue
-        name = re.match(r"[A-Za-z0-9_.-]+(\[[^]]*\])?", requirement)
-        assert name is not None, requirement
-        try:
-            pins.append(f"{name[0]}=={version(re.sub(r'[[].*', '', name[0]))}")
-        except PackageNotFoundError as error:
-            raise CapfiltError(f"{name[0]} is not installed here, so its version cannot be pinned") from error
-    return pins
-
-
-def runtime_environment(config: Config, folder: Path) -> dict[str, Any]:
-    """Return the job's Ray runtime environment: the working directory and, unless installed there, the pins."""
-    environment: dict[str, Any] = {
-        "working_dir": str(folder),
-        "env_vars": WORKER_ENVIRONMENT,
+def job_of(config: Config, arguments: Sequence[str], job_id: str, folder: Path) -> dict[str, Any]:
+    """Return what is sent to the Jobs API; ``folder`` holds the working directory."""
+    corpus = config.data.corpus[0].path if isinstance(config, PretrainConfig) else config.corpus.path
+    cluster = config.cluster
+    return {
+        "entrypoint": entrypoint(arguments, CONFIG_NAME),
+        "submission_id": job_id,
+        "runtime_env": runtime_environment(config, folder),
+        "metadata": {"corpus": corpus},
+        "entrypoint_num_cpus": cluster.driver_cpus or None,
+        "entrypoint_memory": int(cluster.driver_memory_gb * 1e9) or None,
     }
-    if config.cluster.requirements == "pinned":
-        stages = () if isinstance(config, PretrainConfig) else (config.caption, config.rank)
-        extras = {"fp8"} & {stage.precision for stage in stages}
-        environment["pip"] = {"packages": pinned_requirements(extras), "pip_check": False}
-    return environment
 
 
-def make_working_directory(config: Config, folder: Path) -> None:
-    """Copy the packages and the resolved config into ``folder``."""
-    root = Path(__file__).resolve().parent.parent.parent
-    for package in _PACKAGES:
-        shutil.copytree(
-            root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-        )
-    (folder / _CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
-
-
-def _corpus(config: Config) -> str:
-    return config.data.corpus[0].path if isinstance(config, PretrainConfig) else config.corpus.path
-
-
-def _client(address: str) -> Any:
-    send_token_if_there_is_one()
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    # Its progress lines (uploads, closed sockets) are not the job's.
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise CapfiltError(
-            f"--address {address}: the cluster refused us: {str(error).splitlines()[0]}; put its token into "
-            "RAY_AUTH_TOKEN, or into a file that RAY_AUTH_TOKEN_PATH names"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapfiltError(f"--address {address}: the Jobs API did not answer: {error}") from error
+def entrypoint(arguments: Sequence[str], config_file: str) -> str:
+    """Return the command that a job runs."""
+    return shlex.join(["python", "-m", "jobs.cli", arguments[0], "-c", config_file, *arguments[1:]])
 
 
 def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool]:
@@ -149,15 +108,8 @@ def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool
             return name, True
     job_id = base if not jobs else f"{base}-{len(jobs) + 1}"
     with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
+        job = job_of(config, arguments, job_id, Path(folder))
         make_working_directory(config, Path(folder))
-        job = {
-            "entrypoint": shlex.join(
-                ["python", "-m", "jobs.cli", arguments[0], "-c", _CONFIG_NAME, *arguments[1:]]
-            ),
-            "submission_id": job_id,
-            "runtime_env": runtime_environment(config, Path(folder)),
-            "metadata": {"corpus": _corpus(config)},
-        }
         deadline = time.monotonic() + _AGENT_WAIT_S
         while True:
             try:
@@ -171,40 +123,3 @@ def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise CapfiltError(f"the cluster refused the job: {error}") from error
                 time.sleep(1)
-
-
-async def _follow(client: Any, job_id: str) -> int:
-    """Print the job's log as it grows; return the driver's exit code."""
-    import aiohttp
-
-    printed = 0
-    while True:
-        try:
-            received = 0
-            async for lines in client.tail_job_logs(job_id):
-                # After a reconnection the log comes again from its start.
-                fresh = lines[max(printed - received, 0) :]
-                received += len(lines)
-                printed = max(printed, received)
-                print(fresh, end="", flush=True)
-            info = client.get_job_info(job_id)
-        except (RuntimeError, aiohttp.ClientError, ConnectionError):
-            await asyncio.sleep(2)  # the connection broke; the job may go on
-            info = _job_info(client, job_id)
-        if info.status.is_terminal():
-            break
-        await asyncio.sleep(1)
-    if info.driver_exit_code is not None:
-        return info.driver_exit_code
-    print(f"capfilt: {job_id} ended as {info.status}: {info.message}", file=sys.stderr)
-    return 0 if str(info.status) == "SUCCEEDED" else 1
-
-
-def _job_info(client: Any, job_id: str) -> Any:
-    try:
-        return client.get_job_info(job_id)
-    except (RuntimeError, ConnectionError) as error:
-        raise CapfiltError(
-            f"{job_id}: the cluster does not answer any more ({error}); submit the same again to attach to the job, or "
-            "to go on where it stopped"
-        ) from error
