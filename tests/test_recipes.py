@@ -1,5 +1,6 @@
 """The recipes that ship are valid as they stand and say what the papers say; docs/config.md is up to date."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.runs.plan import stages_of
 from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
+from schemas.stages import STAGES
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 
@@ -31,6 +33,17 @@ def test_recipe_is_valid_and_opens_with_what_it_needs(recipe: Path) -> None:
 def test_the_recipes_that_a_bootstrapping_names_fit_each_other(recipe: Path) -> None:
     rounds = load_rounds(str(recipe))
     assert {"clean", "coco"} & set(rounds.sources("human"))
+
+
+@pytest.mark.parametrize("recipe", ["blip2", "laion-coco", "blip-capfilt"])
+def test_all_pools_fit_the_hardware_that_the_recipe_names(recipe: str) -> None:
+    path = RECIPES / f"{recipe}.toml"
+    config = load_config(path)
+    pools = [getattr(config.cluster, stage) for stage in STAGES if stage != "filter" or config.filter]
+    numbers = re.search(r"(\d+) H200 GPUs and (\d+) CPU cores", path.read_text())
+    assert numbers is not None
+    assert sum(pool.gpus * pool.max_workers for pool in pools) <= int(numbers[1])
+    assert sum(pool.cpus * pool.max_workers for pool in pools) <= int(numbers[2])
 
 
 def test_blip2_names_the_six_sources() -> None:

@@ -127,9 +127,9 @@ def test_stages_of_other_labels_get_pods_of_their_own() -> None:
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     [outside] = [group for group in groups if "labels" in group]
     assert outside["labels"] == {"zone": "outside"} and outside["groupName"] == "cpu-0"
-    # 64 workers of one CPU and 9 GB, sixteen a pod.
+    # 32 workers of one CPU and 9 GB, sixteen a pod.
     assert (outside["maxReplicas"], outside["template"]["spec"]["containers"][0]["resources"]["limits"]) == (
-        4,
+        2,
         {"cpu": "16", "memory": "144G"},
     )
 
