@@ -72,6 +72,14 @@ def test_of_many_shards_the_same_ones_are_read_each_time(corpus: Corpus) -> None
     [first], [second] = asked
     assert first == second and (first.shards, first.of_shards) == (2, 3)
     assert 0 < first.kept <= first.images
+    # By images: the first shard of that sample, and no further one once there are so many.
+    images = asked[0][0].images
+    [few] = preview_selection(corpus.config, corpus.records, state, {}, max_shards=2, max_images=images // 2)
+    assert (few.shards, few.of_shards) == (1, asked[0][0].of_shards)
+    assert (
+        preview_selection(corpus.config, corpus.records, state, {}, max_shards=2, max_images=images)
+        == asked[0]
+    )
 
 
 def test_the_command_takes_a_selection_by_set_and_prints_it(corpus: Corpus, tmp_path: Path) -> None:

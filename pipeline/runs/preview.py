@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import pyarrow.compute as pc
 
@@ -67,11 +68,13 @@ def preview_selection(
     state: CorpusState,
     marks: ShardMarks,
     max_shards: int = PREVIEW_SHARDS,
+    max_images: int | None = None,
 ) -> list[SourcePreview]:
     """Return what ``[select]`` would keep, by source.
 
     Args:
         max_shards: of more ranked shards, so many are read: the same ones each time, of all sources alike.
+        max_images: no further shard is read once those read hold so many.
 
     Raises CapfiltError where no shard is ranked.
     """
@@ -86,7 +89,11 @@ def preview_selection(
     previews = {source: SourcePreview(source=source) for source, _ in inputs}
     for source, _ in inputs:
         previews[source].of_shards += 1
-    for place in sorted(random.Random(0).sample(list(inputs), min(max_shards, len(inputs)))):
+    sample = random.Random(0).sample(list(inputs), min(max_shards, len(inputs)))
+    images_before = accumulate((inputs[place]["crawl"].images for place in sample), initial=0)
+    for place, before in zip(sample, images_before, strict=False):
+        if max_images is not None and before >= max_images:
+            break
         preview, rules = previews[place[0]], RuleBook(marks.get(place, ()))
         for selection in _selections(config.select, kinds[place[0]], records, inputs[place], rules):
             preview.add(selection)
