@@ -1,11 +1,11 @@
-"""The floating-point operations of a step of BLIP, for one sample, and the memory of its activations."""
+"""The floating-point operations of a step of BLIP, for one sample."""
 
 import torch
 from torch import Tensor
 
 from training.blip.model import Med
 from training.blip.momentum import Encoders
-from training.models.flops import ACTIVATION_BYTES, FORWARD, TRAINED, count_flops
+from training.models.flops import FORWARD, TRAINED, count_flops
 from training.models.tokenizer import Texts
 
 # ITM's pairs of an image, each of which BLIP's own code projects the image for.
@@ -26,18 +26,6 @@ def flops_saved_per_sample(model: Med) -> float:
     num_tokens, width = model.visual_encoder.pos_embed.shape[1:]
     image_1PE = torch.empty(1, num_tokens, width, device=model.device, dtype=model.visual_encoder.dtype)
     return more and more * TRAINED * count_flops(lambda: bert.project_image(image_1PE), model.device)
-
-
-def activation_bytes_per_sample(model: Med) -> int:
-    """Return what an image of a micro-batch keeps from the forward to the backward pass."""
-    vision, text = model.shape.vision, model.shape.text
-    image_tokens = model.visual_encoder.pos_embed.shape[1]
-    # A text for ITC, one for each of ITM's pairs, and one for LM.
-    num_texts = (1 + _PAIRS) * model.encodes_text + model.decodes_text
-    text_bytes = num_texts * text.max_text_tokens * text.width * text.layers * ACTIVATION_BYTES
-    # The keys and values of every text layer, bf16, and their gradients.
-    projected_bytes = image_tokens * 2 * text.width * text.layers * 2 * 2
-    return image_tokens * vision.width * vision.layers * ACTIVATION_BYTES + text_bytes + projected_bytes
 
 
 def _sample(model: Med) -> tuple[Tensor, Texts]:

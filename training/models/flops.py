@@ -13,9 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 FORWARD, THROUGH, TRAINED = 1, 2, 3
-# Kept of one token in one layer of width W from the forward to the backward pass: 34 W bytes in bf16 where attention
-# keeps no scores (arXiv 2205.05198, eq. 2).
-ACTIVATION_BYTES = 34
 
 
 def count_flops(call: Callable[[], object], device: torch.device | str = "cpu") -> int:

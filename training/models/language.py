@@ -204,6 +204,12 @@ class EncoderDecoder(FrozenLanguage):
     model_class = T5ForConditionalGeneration
     padding_side = "right"
 
+    def __init__(
+        self, config: LanguageConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        super().__init__(config, model, tokenizer)
+        _use_exact_gelu(model)
+
     @property
     def end_of_text_id(self) -> int:
         """Return the token that ends a text."""
@@ -286,8 +292,6 @@ def load_language(config: LanguageConfig) -> DecoderOnly | EncoderDecoder:
     _require_family(config, config_file(config.model, config.revision, where).get("model_type"))
     folder = model_folder(config.model, config.revision, where)
     model = load_model(family.model_class, folder, where, dtype=DTYPES[config.precision])
-    if config.family == "t5":
-        _use_exact_gelu(model)
     tokenizer = load_tokenizer(tokenizer_folder(config.model, config.revision, where), where)
     return family(config, model, tokenizer)
 
@@ -328,7 +332,7 @@ def _require_family(config: LanguageConfig, family: object) -> None:
         )
 
 
-def _use_exact_gelu(model: T5ForConditionalGeneration) -> None:
+def _use_exact_gelu(model: nn.Module) -> None:
     """Replace the tanh approximation by GELU, as LAVIS does and BLIP-2 was trained."""
     model.config.dense_act_fn = "gelu"
     for block in (*model.encoder.block, *model.decoder.block):

@@ -173,13 +173,16 @@ def negative_uniforms(seed: int, position: int, size: int) -> Tensor:
 def same_on_all_ranks(texts: Texts, drawn: tuple[Tensor, Tensor, Tensor], world: World) -> Negatives:
     """Return rank 0's negatives on every rank: the last bit of a similarity may differ between devices.
 
+    On "meta", where nothing is drawn, each text's is the image before its own.
     ``drawn``: a text for each image, an image for each text, and ``false_share``.
     """
     text_of_image_N, image_of_text_N = world.broadcast(torch.stack(drawn[:2]))
     return Negatives(
         texts=texts,
         text_of_image_N=text_of_image_N,
-        image_of_text_N=image_of_text_N.cpu().numpy(),
+        image_of_text_N=np.roll(np.arange(len(image_of_text_N)), 1)
+        if image_of_text_N.is_meta
+        else image_of_text_N.cpu().numpy(),
         false_share=world.broadcast(drawn[2]),
     )
 

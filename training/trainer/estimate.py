@@ -4,21 +4,23 @@ from typing import Any
 
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
-from training.blip.cost import activation_bytes_per_sample, flops_saved_per_sample
+from training.blip.cost import flops_saved_per_sample
 from training.blip.stage import BlipStage
 from training.blip2.stage1 import Stage1
-from training.build import Blip2Stage, Stage, meta_stage
+from training.blip2.stage2 import Stage2
+from training.build import Stage, meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import rank_rows
-from training.models.flops import ACTIVATION_BYTES
 from training.trainer.optim import fill_preset
+from training.trainer.step_memory import step_bytes
 
 # The rate that an estimate assumes: half of what an H200 reaches in a large bf16 matrix product.
 ASSUMED_MATMUL_FLOPS = 790e12
 ASSUMED_UTILISATION = 0.5
 
-# fp32 master, gradient and AdamW's two moments; and the bf16 copy for matrix products.
-_TRAINED_BYTES = 4 + 4 + 8 + 2
+# fp32 weights, their gradient and AdamW's two moments. The bf16 copies for matrix products live in the step.
+_GRADIENT_BYTES = 4
+_TRAINED_BYTES = 4 + _GRADIENT_BYTES + 8
 _FROZEN_BYTES = 2
 
 
@@ -32,7 +34,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     exists = all(storage.is_there() for storage in storages)
     snapshot = take_snapshot(config.data) if exists else None
     config = fill_preset(config, snapshot.num_images if snapshot else None)
-    stage = meta_stage(config)
+    stage = meta_stage(_counted(config))
     trained = sum(parameter.numel() for _, parameter in stage.trainable_named_parameters())
     # Of BLIP the momentum encoders.
     frozen = sum(parameter.numel() for parameter in stage.parameters() if not parameter.requires_grad)
@@ -60,6 +62,18 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
+def _counted(config: PretrainConfig) -> PretrainConfig:
+    """Return a config as a run on a GPU reads it, without what needs the data or a tokenizer."""
+    precision = "bf16" if config.performance.precision == "auto" else config.performance.precision
+    changed: dict[str, Any] = {
+        "performance": config.performance.model_copy(update={"precision": precision}),
+        "optim": config.optim.model_copy(update={"epoch_steps": config.optim.epoch_steps or 1}),
+    }
+    if config.blip is not None:
+        changed["blip"] = config.blip.model_copy(update={"prompt": ""})
+    return config.model_copy(update=changed)
+
+
 def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> dict[str, Any]:
     if snapshot is None:
         return {"found": False, "paths": [corpus.path for corpus in config.data.corpus]}
@@ -76,50 +90,44 @@ def _data(config: PretrainConfig, snapshot: Snapshot | None, samples: int) -> di
 
 
 def _memory_gb(config: PretrainConfig, stage: Stage, trained: int, frozen: int) -> dict[str, float]:
-    """Estimate the memory of one rank from counted elements, without the kernels' own buffers."""
+    """Estimate the memory of one rank: its state, and what lives in a step, counted on tensors without data."""
     ranks = config.cluster.gpus or 1
+    batch_size = config.optim.batch_size
     # Rank 0 has the most images.
-    rows = rank_rows(config.optim.batch_size, 0, ranks)
+    rows = rank_rows(batch_size, 0, ranks)
     rank_batch = rows.stop - rows.start
-    # Kept of each image of a rank's batch: its pixels and, in stage 1, its bf16 features.
-    image_bytes = 3 * config.data.image_size_px**2
-    state_bytes = trained * _TRAINED_BYTES
-    if isinstance(stage, BlipStage):
-        activation_bytes = activation_bytes_per_sample(stage)
-        # Momentum encoders have fp32 masters, of which a bf16 copy is made.
-        state_bytes += frozen * (4 + _FROZEN_BYTES) + 4 * sum(
-            tensor.numel() for name, tensor in stage.named_buffers() if name.startswith("queue.")
-        )
-    else:
-        stored_bytes, activation_bytes, frozen = _blip2_bytes(config, stage, frozen, ranks)
-        image_bytes += stored_bytes
-        state_bytes += frozen * _FROZEN_BYTES
+    micro_batch = min(config.performance.micro_batch_size or rank_batch, rank_batch)
+    image_bytes = kept_bytes(stage)
+    peak_bytes = step_bytes(stage, micro_batch, batch_size, is_one_of_many=micro_batch < rank_batch)
     memory = {
-        "weights_and_optimizer": state_bytes,
+        "weights_and_optimizer": _state_bytes(config, stage, trained, frozen, ranks),
         "batch": rank_batch * image_bytes,
-        "micro_batch": min(config.performance.micro_batch_size or rank_batch, rank_batch) * activation_bytes,
+        "micro_batch": peak_bytes - trained * _GRADIENT_BYTES - micro_batch * image_bytes,
     }
     memory["total"] = sum(memory.values())
     return {name: round(value / 1e9, 1) for name, value in memory.items()}
 
 
-def _blip2_bytes(config: PretrainConfig, stage: Blip2Stage, frozen: int, ranks: int) -> tuple[int, int, int]:
-    """Return the bytes stored of an image, those of its activations, and the frozen parameters of a rank."""
-    shape, vision = config.qformer, stage.visual_encoder
-    queries, texts = shape.num_queries, shape.max_text_tokens
-    # Kept of each image of a micro-batch from the forward to the backward pass, by the Q-Former's layers.
-    token_bytes = shape.width * shape.layers * ACTIVATION_BYTES
+def kept_bytes(stage: Stage) -> int:
+    """Return the bytes kept on the device of each image of a rank, from its first micro-batch to its last."""
     if isinstance(stage, Stage1):
-        stored_bytes = vision.num_tokens * vision.width * 2
-        # ITC's queries and text, three pairs for ITM, and ITG's text.
-        activation_bytes = (queries + texts + 3 * (queries + texts) + texts) * token_bytes
-    else:
-        stored_bytes = 0
-        language = stage.language
-        if config.performance.shard_language:
-            in_blocks = sum(p.numel() for block in language.blocks for p in block.parameters())
-            frozen -= in_blocks - in_blocks // ranks
-        activation_bytes = queries * token_bytes
-        token_bytes = language.model.config.hidden_size * len(language.blocks) * ACTIVATION_BYTES
-        activation_bytes += (queries + texts) * token_bytes
-    return stored_bytes, activation_bytes, frozen
+        vision = stage.visual_encoder
+        return vision.num_tokens * vision.width * vision.dtype.itemsize
+    # BLIP's pixels; stage 2 brings those of a micro-batch alone.
+    return 3 * stage.config.data.image_size_px**2 if isinstance(stage, BlipStage) else 0
+
+
+def _state_bytes(config: PretrainConfig, stage: Stage, trained: int, frozen: int, ranks: int) -> int:
+    """Return the bytes of the weights, the gradients and the optimiser's moments."""
+    state_bytes = trained * _TRAINED_BYTES
+    if isinstance(stage, BlipStage):
+        # Momentum encoders have fp32 weights.
+        return (
+            state_bytes
+            + frozen * 4
+            + 4 * sum(tensor.numel() for name, tensor in stage.named_buffers() if name.startswith("queue."))
+        )
+    if isinstance(stage, Stage2) and config.performance.shard_language:
+        in_blocks = sum(p.numel() for block in stage.language.blocks for p in block.parameters())
+        frozen -= in_blocks - in_blocks // ranks
+    return state_bytes + frozen * _FROZEN_BYTES
