@@ -390,6 +390,20 @@ def test_shuffled_lists_spread_each_host_over_all_shards_the_same_way_each_time(
     assert all(len({url.split("/")[2] for url in shard}) >= 6 for shard in taken[0])
 
 
+@pytest.mark.slow
+def test_a_list_larger_than_the_memory_it_begins_with_is_taken_in_whole(folder: Path) -> None:
+    texts = [f"{number} " + "x" * 2000 for number in range(40_000)]
+    # Each URL in two rows, far from each other, with a caption each: joined, grouped and sorted.
+    write_list(
+        folder, "a.parquet", [(f"http://a.example/{n % 20_000}", text) for n, text in enumerate(texts)]
+    )
+    batch = take_in(configured(folder, samples_per_shard=10_000))
+    assert batch is not None and (batch.rows_new, batch.rows_duplicate) == (20_000, 20_000)
+    rows = rows_of(configured(folder, samples_per_shard=10_000))
+    assert [row["url"] for row in rows] == [f"http://a.example/{number}" for number in range(20_000)]
+    assert all(row["captions"] == [texts[n], texts[n + 20_000]] for n, row in enumerate(rows))
+
+
 def test_sources_do_not_share_identities(folder: Path) -> None:
     write_list(folder, "a.parquet", [("http://a/1", "x")])
     config = configured(folder, '[[source]]\nname = "t"\ninput = ["lists/*"]\ncaption_column = ""')

@@ -51,13 +51,15 @@ _ROW = pa.schema(
     ]
 )
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
-    # Each thread wants its share: 400 MB were too few for 1.5 million URLs of two rows each. What does not fit lies
-    # in the scratch folder.
-    "memory_limit": "1GB",
-    "threads": 4,
     "preserve_insertion_order": False,
 }
 _FETCHED_ROWS = 65_536
+# DuckDB's memory: what it begins with, more for each row, and at most. What does not fit lies in the scratch folder.
+_LEAST_MB, _ROWS_PER_MB, _MOST_MB = 64, 20_000, 1024
+# To join and sort, which spill.
+_STREAM_MB = 200
+# Each thread wants its share of it.
+_MB_PER_THREAD, _MOST_THREADS = 256, 4
 
 # A list of texts alone: DuckDB hashes what ``sample_uid`` hashes.
 _INSERT_TEXTS = """
@@ -191,44 +193,43 @@ class SourcePairs:
             of URLS, without shard, retry_of and a list's key. Shuffled pairs all come under the first file.
         """
         with duckdb.connect(config={**_SETTINGS, "temp_directory": str(folder)}) as connection:
+            tables = _Tables(connection)
             try:
-                yield self._read(connection, known), self._new_pairs(connection)
+                yield self._read(tables, known), self._new_pairs(tables)
             except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
                 raise CapfiltError(
                     f"source.{self.source.name}.input: the lists do not fit in {folder.parent} ({first_line(error)}); "
                     "make room there, or set TMPDIR"
                 ) from error
 
-    def _read(self, connection: duckdb.DuckDBPyConnection, known: Sequence[str]) -> dict[str, int]:
+    def _read(self, tables: "_Tables", known: Sequence[str]) -> dict[str, int]:
         """Read the lists into tables; return what became of the rows."""
-        connection.register("batch", _ROW.empty_table())
-        connection.execute("CREATE TABLE listed AS FROM batch; CREATE TABLE known (uid VARCHAR)")
+        tables.execute(
+            "CREATE TABLE listed AS FROM batch; CREATE TABLE known (uid VARCHAR)", _ROW.empty_table()
+        )
         for path in known:
             with self.storage.open(path) as file:
-                connection.register("batch", pq.read_table(file, columns=["uid"]))
-            connection.execute("INSERT INTO known FROM batch")
+                tables.execute("INSERT INTO known FROM batch", pq.read_table(file, columns=["uid"]))
         rows_in = rows_with_url = 0
         for batch in self._batches():
             if batch.start == 0:
                 self._require_urls(batch)
             if isinstance(batch, _TextBatch):
-                connection.register("batch", self._text_table(batch))
-                connection.execute(_INSERT_TEXTS, {"prefix": uid_prefix(self.source.name)})
+                tables.execute(_INSERT_TEXTS, self._text_table(batch), prefix=uid_prefix(self.source.name))
             else:
-                connection.register("batch", self._table(batch))
-                connection.execute("INSERT INTO listed FROM batch")
+                tables.execute("INSERT INTO listed FROM batch", self._table(batch))
             rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch)
         if not rows_with_url:
             raise self._no_urls(rows_in)
-        connection.execute(_GROUPS)
-        if self.source.uid_column and (conflict := connection.execute(_CONFLICTS).fetchone()):
+        tables.execute(_GROUPS)
+        if self.source.uid_column and (conflict := tables.execute(_CONFLICTS).fetchone()):
             place, first, second = conflict
             raise CapfiltError(
                 f"{place}: two URLs share one {self.source.uid_column}: {shown(first)} and {shown(second)}"
             )
-        connection.execute(_MERGED)
+        tables.execute(_MERGED)
         totals = "SELECT count(*), coalesce(sum(input_rows), 0)::BIGINT FROM firsts"
-        [(new, rows_of_new)] = connection.execute(totals).fetchall()
+        [(new, rows_of_new)] = tables.execute(totals).fetchall()
         return {
             "rows_in": rows_in,
             "rows_new": new,
@@ -237,10 +238,9 @@ class SourcePairs:
             "rows_without_url": rows_in - rows_with_url,
         }
 
-    def _new_pairs(self, connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, pa.Table]]:
+    def _new_pairs(self, tables: "_Tables") -> Iterator[tuple[str, pa.Table]]:
         dropped = ["file"] if self.keeps_keys else ["file", "key"]
-        pairs = connection.sql(_PAIRS + _ORDER_BY[self._order], params={"source": self.source.name})
-        for batch in pairs.to_arrow_reader(_FETCHED_ROWS):
+        for batch in tables.batches(_PAIRS + _ORDER_BY[self._order], source=self.source.name):
             table = pa.Table.from_batches([batch])
             if self._order == "shuffled":
                 yield self.files[0], table.drop_columns(dropped)
@@ -360,3 +360,36 @@ class SourcePairs:
             return None
         values = {name: batch.rows.columns[name][row] for name in self.source.extra_columns}
         return json.dumps(finite_json(values), ensure_ascii=False, default=str)
+
+
+class _Tables:
+    """The tables of one reading, in a DuckDB whose memory grows with the rows and with what a statement needs."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self._connection = connection
+        self._rows = 0
+        self._take(_LEAST_MB)
+
+    def execute(self, sql: str, batch: pa.Table | None = None, **values: str) -> duckdb.DuckDBPyConnection:
+        """Execute a statement, of which ``batch`` is a table; again with more memory where it has too little."""
+        if batch is not None:
+            self._connection.register("batch", batch)
+            self._rows += batch.num_rows
+            self._take(max(self._megabytes, _LEAST_MB + self._rows // _ROWS_PER_MB))
+        while True:
+            try:
+                return self._connection.execute(sql, values)
+            except duckdb.OutOfMemoryException:
+                if self._megabytes == _MOST_MB:
+                    raise
+            self._take(2 * self._megabytes)
+
+    def batches(self, sql: str, **values: str) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a query. It cannot be asked again from its middle, so it gets enough memory at once."""
+        self._take(max(self._megabytes, _STREAM_MB))
+        yield from self._connection.sql(sql, params=values).to_arrow_reader(_FETCHED_ROWS)
+
+    def _take(self, megabytes: int) -> None:
+        self._megabytes = min(megabytes, _MOST_MB)
+        threads = min(max(self._megabytes // _MB_PER_THREAD, 1), _MOST_THREADS)
+        self._connection.execute(f"SET memory_limit = '{self._megabytes}MB'; SET threads = {threads}")
