@@ -25,15 +25,18 @@ _LONGEST = (
     "demo",
     "pretrain",
     "cluster",
-    "kills",
-    "cli",
-    "s3_run",
-    "local",
     "run",
+    "local",
+    "kills",
     "plan",
-    "wheel",
     "bench",
+    "wheel",
+    "cli",
     "weights",
+    "quickstart",
+    "queries_during_run",
+    "start",
+    "loop",
 )
 
 

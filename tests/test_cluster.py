@@ -164,7 +164,7 @@ def test_a_training_is_a_job_too(
     training = tiny_config(
         tmp_path,
         tmp_path / "corpus",
-        cluster={"cpu_ranks": 2, "requirements": "installed"},
+        cluster={"cpu_ranks": 1, "requirements": "installed"},
         optim={"steps": 4},
     )
     assert "pip" not in runtime_environment(training, tmp_path)

@@ -253,6 +253,7 @@ _INSTEAD = {
     "capfilt export blip/checkpoints": None,
     "capfilt evaluate retrieval blip2_pretrained.pth": None,
     "capfilt export blip2_pretrained.pth": None,
+    "capfilt pretrain -c recipe.toml": None,
     "capfilt init downloads": "--demo-weights",
     "capfilt run -c mine.toml": "--local",
     "capfilt run -c own.toml": "--dry-run",
