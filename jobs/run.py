@@ -220,6 +220,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
             run_id=work.started.run_id,
             recompute=options.recompute,
             marks=work.marks,
+            retried=work.state.retried,
         ),
         stages=options.stages,
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
@@ -265,7 +266,7 @@ def _interrupted(
         records.write_run(result.record)
     if interrupts.count == 1:
         with contextlib.suppress(KeyboardInterrupt):  # readers find the records without it
-            Manifest(records.storage).compact()
+            Manifest(records.storage).compacted.compact()
     return result
 
 
@@ -325,8 +326,12 @@ def _ended(started: RunRecord, outcome: Literal["interrupted", "error"], shards_
 def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     """Return what became of the run, from the records that are committed now."""
     config, options, state, started = work.config, work.options, work.state, work.started
-    state.refresh()
-    after = survey(config, digests_of(work.weights), state, options.stages, marks=work.marks)
+    after = work.before
+    if work.todo:
+        state.refresh()
+        after = survey(config, digests_of(work.weights), state, options.stages, marks=work.marks)
+    with contextlib.suppress(OSError):  # it is repeated at the end of the next run
+        work.records.forget_settled(state.committed)
     blocking = _blocking_quarantine(work)
     undone = set(work.todo) & set(after.todo)
     failed = outcome != "interrupted" and bool(blocking or undone or outcome == "gave up")

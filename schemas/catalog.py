@@ -8,6 +8,7 @@ where a record commits it (``file_relations``: the catalog that anyone opens), o
 registers (the sandbox of ``capfilt sql``). Everything else is the same SQL on both.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -53,6 +54,9 @@ STAGE_ORDER = f"list_position({['urls', *STAGES]}, stage)"
 # The catalog's file in a corpus.
 CATALOG = "manifest.duckdb"
 
+# Columns of the parts of shards alone.
+HISTOGRAM_BINS, HISTOGRAM_COUNTS = "histogram_bins", "histogram_counts"
+
 # A folder no source can be called: its empty file keeps a glob from matching nothing, an error in DuckDB.
 # It sorts last, since DuckDB takes the first file's rows for every file's: an empty one makes it join the
 # wrong way round.
@@ -62,10 +66,16 @@ EMPTY_FOLDER = "~empty"
 def record_row_schema(table: str) -> pa.Schema:
     """Return a part's columns: a table's, the record that each row was read from, and that file's version.
 
-    Of shards also ``files``, which SQL does not show: bytes and rows of each output, as JSON. Old parts lack it.
+    Of shards also columns that SQL does not show, and that old parts lack: bytes and rows of each output as JSON
+    (``files``), and the histograms as the names and edges of their bins, which most records share, and a list of all
+    counts.
     """
-    names = ["files", "record", "version"] if table == "shards" else ["record", "version"]
-    more = [pa.field(name, pa.string()) for name in names]
+    hidden = [pa.field("files", pa.string()), pa.field(HISTOGRAM_BINS, pa.string()),
+              pa.field(HISTOGRAM_COUNTS, pa.list_(pa.int64()))]  # fmt: skip
+    more = [
+        *(hidden if table == "shards" else ()),
+        *(pa.field(name, pa.string()) for name in ("record", "version")),
+    ]
     return pa.schema([*(field.remove_metadata() for field in RECORD_TABLES[table]), *more])
 
 
@@ -243,7 +253,8 @@ _TABLES: dict[str, str] = {
         FROM base.marks_events GROUP BY mark, value HAVING max(what) IS NOT NULL""",
     # One row a uid: the row of its latest retry stands for all its tries.
     "samples": f"""
-        WITH last_try AS (SELECT source, uid, max(shard) AS shard FROM base.retried GROUP BY source, uid)
+        WITH last_try AS (
+            SELECT source, uid, max_by(shard, shard::BIGINT) AS shard FROM base.retried GROUP BY source, uid)
         SELECT {", ".join(f'raw."{name}"' for name in SAMPLES.names)} FROM base.raw AS raw
         LEFT JOIN last_try ON raw.source = last_try.source AND raw.uid = last_try.uid
         WHERE last_try.shard IS NULL OR raw.shard = last_try.shard""",
@@ -400,3 +411,26 @@ TABLE_MACROS: dict[str, tuple[str, str]] = {
         "SELECT * FROM samples WHERE uid = who OR url = who",
     ),
 }
+
+# What each name in a statement stands for.
+_DEFINITIONS: dict[str, str] = {
+    **_TABLES,
+    **{name: sql for name, (_, sql) in VIEWS.items()},
+    **{call.partition("(")[0]: body for call, (_, body) in (FUNCTIONS | TABLE_MACROS).items()},
+    "committed_files": _COMMITTED_FILES,
+}
+
+
+def names_in(sql: str) -> set[str]:
+    """Return every word of a statement, and every relation that the views and macros among them read."""
+    names, new = set[str](), set(re.findall(r"\w+", sql.lower()))
+    while new:
+        names |= new
+        new = set().union(*(_relations_of(name) for name in new & _DEFINITIONS.keys())) - names
+    return names
+
+
+@functools.cache
+def _relations_of(name: str) -> set[str]:
+    """Return the relations that a definition reads: of our own SQL they stand behind FROM and JOIN alone."""
+    return set(re.findall(r"\b(?:FROM|JOIN)\s+(?:\w+\.)?(\w+)", _DEFINITIONS[name]))

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from schemas.names import is_one_part, printable
 
 # The manifest sums over the shards into int64: half a million shards of this many are held.
-_MOST = 2**44
+MOST = 2**44
 
 
 def utc_now() -> str:
@@ -51,7 +51,7 @@ def _as_written(number: Any, check: Callable[[Any], float]) -> Any:
     return number
 
 
-Count = Annotated[int, Field(ge=0, lt=_MOST)]
+Count = Annotated[int, Field(ge=0, lt=MOST)]
 Number = Annotated[float, WrapValidator(_as_written)]
 Finite = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
 # Checked where a record is read, not where one is made.
@@ -68,7 +68,11 @@ class Json:
 
     def to_json(self) -> str:
         """Return canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(self.json_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def json_fields(self) -> dict[str, Any]:
+        """Return what ``to_json`` writes."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

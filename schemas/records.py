@@ -1,7 +1,7 @@
 """The records: what a stage promises about a shard once it is committed, and the task that leads to it."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -132,6 +132,7 @@ class ShardTask(Json):
     ``inputs`` are the upstream records by stage name: ``urls`` for crawl; ``crawl`` for caption; ``crawl`` and,
     for a web source, ``caption`` for rank; these and ``rank`` for filter; ``crawl``, ``rank`` and ``filter`` for
     select, as far as the source goes through them. ``marks``, of select alone: those that concern samples of the shard.
+    ``has_retries``: later shards may try URLs of this one again; a crawl then looks which.
     """
 
     corpus: str
@@ -145,6 +146,7 @@ class ShardTask(Json):
     replaces: ShardRecord | None = None
     max_attempts: int = 3
     marks: tuple[MarkRule, ...] = ()
+    has_retries: bool = True
 
     def input_digests(self) -> dict[str, str]:
         """Return the sha256 of each input file, by ``stage.name``; where there are marks, the digest of their rules."""
@@ -163,7 +165,8 @@ class IntakeRecord(Json):
     ``batch`` counts from 0 per source. A batch is atomic: its url files exist before its record does.
     ``signature`` digests (path, bytes, version) of every input file: equal signature, nothing to read.
     rows_in = rows_new + rows_duplicate + rows_known + rows_without_url. ``adopted`` and ``adopted_bytes`` give,
-    by shard, the tars of img2dataset's that stay where they lie.
+    by shard, the tars of img2dataset's that stay where they lie. ``taken_over`` gives, by shard that URLs failed in,
+    the shards of this batch that try them again; batches of earlier versions do not say so.
     """
 
     source: FileName
@@ -182,6 +185,7 @@ class IntakeRecord(Json):
     rows_without_url: Count = 0
     adopted: Mapping[ShardName, str] = field(default_factory=dict)
     adopted_bytes: Mapping[ShardName, Count] = field(default_factory=dict)
+    taken_over: Mapping[ShardName, tuple[ShardName, ...]] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -217,8 +221,28 @@ class IntakeRecord(Json):
             finished_at=self.finished_at,
         )
 
+    def json_fields(self) -> dict[str, Any]:
+        """Return the fields; without ``taken_over`` where there is none, as earlier versions wrote and read them."""
+        fields = Json.json_fields(self)
+        return (
+            fields
+            if self.taken_over
+            else {key: value for key, value in fields.items() if key != "taken_over"}
+        )
+
+    def retries_of(self, shard: str) -> Iterable[str]:
+        """Return the shards of this batch that try URLs of another shard again, or may, where it does not say which."""
+        if self.kind != "retry":
+            return ()
+        return self.taken_over.get(shard, ()) if self.taken_over else self.shards
+
     def require_valid(self) -> None:
         """Raise ValueError unless the url shards lie in the corpus, and each imported tar outside it."""
+        for shard, retries in self.taken_over.items():
+            if not self.shards.keys() >= set(retries):
+                raise ValueError(
+                    f"taken_over.{shard}: {sorted(retries)} are not all shards of this batch"[:200]
+                )
         for shard, file in self.shards.items():
             if not is_own_file(file.path, "urls", self.source, shard):
                 raise ValueError(

@@ -101,7 +101,8 @@ def test_storage_is_compared_with_s3fs_and_its_requests_counted() -> None:
     requests = {(row["work"], row["for"]): row for row in figures["requests"]}
     for stage, data_files in {"caption": 1, "rank": 1, "select": 2}.items():
         row = requests[stage, "a shard"]
-        assert row["PUT"] - data_files + row["POST"] + row["DELETE"] <= 3
+        assert row["PUT"] - data_files == 2 and row["POST"] + row["DELETE"] == 1
+    assert {row["LIST"] for (_, of), row in requests.items() if of == "a shard"} == {0}
     assert requests["nothing to do", "a shard"]["PUT"] == 0
 
 
@@ -118,6 +119,13 @@ def test_manifest_asks_a_whole_corpus_both_ways() -> None:
     assert queries["one uid"]["rows"] == 11 and queries["by shard and origin"]["rows"] == 2
     assert queries["trace"]["rows"] == 1 and queries["trace"].pop("duckdb_s") is None
     assert all(value > 0 for row in queries.values() for name, value in row.items() if name != "query")
+
+
+def test_scale_asks_a_corpus_of_many_shards() -> None:
+    figures = bench("scale", "--shards", "2", "--s3", "--only", "status")
+    [row] = figures["commands"]
+    assert (figures["shards"], row["command"]) == (2, "status")
+    require_positive(row, "cpu_s", "peak_mib", "requests")
 
 
 def test_select_keeps_every_image() -> None:

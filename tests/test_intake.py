@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import sample_uid
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import CorpusState, Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
+from pipeline.digests import digest_json
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
 from pipeline.storage.storage import Storage
@@ -700,6 +701,52 @@ def test_a_retried_row_leaves_the_decision_to_its_retry(folder: Path) -> None:
     crawl(config, "00003", {})
     crawl_anew("00001", {"http://a/1": "retried"})
     assert queue(config) is None
+
+
+class CountedOpens(Storage):
+    """Counts the files that are opened."""
+
+    opens = 0
+
+    def open(self, path: str):
+        self.opens += 1
+        return super().open(path)
+
+
+def test_a_batch_of_retries_says_which_shards_it_takes_over(folder: Path) -> None:
+    write_list(folder, "a.parquet", [(f"http://a/{n}", "x") for n in range(12)])
+    config = configured(folder)
+    take_in(config)
+    for number in range(4):
+        crawl(
+            config, f"{number:05d}", {f"http://a/{n}": "timeout" for n in range(3 * number, 3 * number + 2)}
+        )
+    batch = queue(config)
+    assert batch is not None and batch.taken_over == {
+        "00000": ("00004",),
+        "00001": ("00004", "00005"),
+        "00002": ("00005",),
+        "00003": ("00006",),
+    }
+    assert batch.signature == digest_json(
+        [
+            [row["uid"] for row in rows_of(config)[12:]],
+            [row["retry_of"] for row in rows_of(config)[12:]],
+        ]
+    )
+    storage = CountedOpens(config.corpus.path)
+    retries = [f"{number:05d}" for number in range(4, 7)]
+    assert [retried_elsewhere(Records(storage), "s", shard) for shard in retries] == [set()] * 3
+    assert storage.opens == 0
+    assert len(retried_elsewhere(Records(storage), "s", "00001")) == 2 and storage.opens == 2
+    state = CorpusState(Records(storage))
+    assert state.retried == {("s", f"{number:05d}") for number in range(4)}
+
+    # A batch of an earlier version does not say it: every file of it may have any URL.
+    path = batch.path
+    older = {name: value for name, value in json.loads(storage.read(path)).items() if name != "taken_over"}
+    storage.write(path, json.dumps(older).encode())
+    assert len(retried_elsewhere(Records(storage), "s", "00001")) == 2 and storage.opens == 2 + 3
 
 
 def test_drivers_that_queue_at_once_queue_once(folder: Path) -> None:

@@ -19,12 +19,15 @@ import pytest
 
 from jobs.bench.fixtures.s3 import S3Server
 from pipeline.corpus.records import CorpusState
+from pipeline.lineage.sample_trace import trace
+from pipeline.manifest import status
 from pipeline.manifest.compaction import CompactedRecords
-from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.manifest import Manifest, Query
+from pipeline.manifest.verify import verify
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
-from schemas.catalog import CATALOG, FUNCTIONS, TABLE_MACROS, VIEWS
+from schemas.catalog import CATALOG, FUNCTIONS, HISTOGRAM_BINS, HISTOGRAM_COUNTS, TABLE_MACROS, VIEWS
 from schemas.errors import CorruptShardError
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile, QuarantineRecord, ShardRecord
@@ -156,6 +159,52 @@ def test_the_latest_retry_stands_for_a_sample(root: str) -> None:
         with duckdb.connect(f"{root}/{CATALOG}", read_only=True) as plain:
             assert plain.execute(ask).fetchall() == [("ok", "00001", "00000")]
             assert plain.execute("SELECT count(*), count(DISTINCT uid) FROM samples").fetchone() == (12, 12)
+
+
+def test_shard_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"))
+    corpus.add_urls("cc", ["99999"], images=12)
+    corpus.make("cc", "99999", ("crawl",))
+    (uid,) = corpus.add_retry("cc", of="99999", shard="100000", batch=1)
+    corpus.make("cc", "100000", ("crawl",))
+    corpus.manifest.compact()
+    ask = f"SELECT status, shard FROM samples WHERE uid = '{uid}'"
+    assert corpus.manifest.query(ask).rows == [("ok", "100000")]
+    with duckdb.connect(f"{corpus.root}/{CATALOG}", read_only=True) as plain:
+        assert plain.execute(ask).fetchall() == [("ok", "100000")]
+    [found] = trace(corpus.manifest, uid)
+    assert found["shard"] == "100000" and len(found["fetches"]) == 2
+
+
+def test_questions_open_what_they_name_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"))
+    corpus.manifest.compact()
+    opened: list[str] = []
+    add = Query._add_files
+    monkeypatch.setattr(
+        Query, "_add_files", lambda self, name, *rest: opened.append(name) or add(self, name, *rest)
+    )
+    asked = {
+        "SELECT stage, state, count(*) FROM shards GROUP BY ALL": set(),
+        "FROM shards": set(),
+        "FROM outcomes": set(),
+        "SELECT * FROM histogram_of('kept_score')": set(),
+        "SELECT status, count(*) FROM Samples GROUP BY ALL": {"raw_data", "retries_data"},
+        "SELECT max(score) FROM candidates": {"captions_data", "matches_data", "scores_data"},
+        'SELECT count(*) FROM "dropped"': {"curated_data"},
+    }
+    for sql, names in asked.items():
+        opened.clear()
+        assert corpus.manifest.query(sql).rows
+        assert set(opened) == names, sql
+    whole = pa.concat_tables(map(pq.read_table, Path(corpus.root).glob("manifest/shards/*.parquet")))
+    texts = sorted(text for text in whole["histograms"].to_pylist() if text)
+    for sql in (
+        "SELECT histograms FROM shards",
+        "SELECT s.histograms FROM shards s",
+        "SELECT COLUMNS('hist.*') FROM shards",
+    ):
+        assert sorted(text for (text,) in corpus.manifest.query(sql).rows if text) == texts, sql
 
 
 def test_a_quarantine_vanishes_once_its_shard_is_committed(local_root: str) -> None:
@@ -535,7 +584,7 @@ def test_many_committed_records_come_from_the_parts(s3_root: str, s3_server: S3S
     [
         ("shard", "00007", "is not a file of this shard"),
         ("stage", "nosuch", "stage: "),
-        ("started_at", None, "isoformat"),
+        ("started_at", None, "started_at: a value is NULL"),
         ("paths", [("tar", "../../etc/passwd"), ("parquet", "/etc/passwd")], "is not a file of this shard"),
         ("files", "[]", "items"),
         ("files", "[" * 100_000, "recursion"),
@@ -607,3 +656,44 @@ def test_parts_of_an_earlier_version_are_read_and_their_records_too(local_root: 
     ]
     manifest.rebuild()
     assert len(manifest.compacted.shard_records(corpus.records.list_shards())) == len(expected) + 1
+
+
+def test_parts_with_a_column_more_and_fewer_give_the_same_answers(local_root: str) -> None:
+    corpus = make_corpus(local_root, shards=20, images=4)
+    corpus.manifest.compact()
+    ask = "SELECT * EXCLUDE (device) FROM shards ORDER BY ALL"
+    answer, sums = corpus.manifest.query(ask).rows, status.stats(corpus.manifest)["histograms"]
+    expected = CorpusState(corpus.records).committed
+    assert len(sums) > 1
+    for info in corpus.storage.list("manifest/shards"):
+        path = Path(corpus.storage.url(info.path))
+        rows = pq.read_table(path).drop_columns(["device", HISTOGRAM_BINS, HISTOGRAM_COUNTS])
+        pq.write_table(rows.append_column("tomorrow", pa.array([1] * len(rows))), path)
+    manifest = Manifest(Storage(local_root))
+    assert manifest.query(ask).rows == answer
+    assert status.stats(manifest)["histograms"] == sums
+    assert manifest.query("SELECT count(device) FROM shards").rows == [(0,)]
+    assert CorpusState(corpus.records, compacted=manifest.compacted.shard_records).committed == expected
+    manifest.compact()
+    with duckdb.connect(corpus.storage.url(CATALOG), read_only=True) as plain:
+        assert plain.execute(ask).fetchall() == answer
+    assert manifest.compact() == 0 and len(part_files(corpus)) == 2
+
+
+@pytest.mark.parametrize("folder", ["raw", "captions", "scores", "curated"])
+def test_an_empty_file_in_a_data_folder_changes_no_answer(tmp_path: Path, folder: str) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"))
+    corpus.manifest.compact()
+    asked = [
+        "SELECT count(*), max(url) FROM samples",
+        "SELECT count(*), max(text) FROM candidates",
+        "FROM curated ORDER BY ALL",
+    ]
+    answers = [corpus.manifest.query(sql).rows for sql in asked]
+    corpus.storage.write(f"{folder}/cc/00000.0123456789ab.parquet", b"")
+    manifest = Manifest(Storage(corpus.root))
+    assert [manifest.query(sql).rows for sql in asked] == answers
+    with manifest.open(in_place=True) as query:
+        assert [[tuple(row.values()) for row in query.rows(sql)] for sql in asked] == answers
+    assert manifest.compact() == 0
+    assert verify(manifest, quick=True).differences == []

@@ -3,9 +3,11 @@
 import io
 import json
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,9 @@ from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerp
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
 from pipeline.digests import sha256_file
-from pipeline.manifest.histograms import sum_histograms
+from pipeline.manifest.histograms import HistogramSums, histogram_cells
 from pipeline.storage.storage import Storage
+from schemas.catalog import record_row_schema
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.json_record import utc_now
 from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
@@ -69,26 +72,35 @@ def test_loser_takes_its_files_back(root: str) -> None:
     assert [info.path for info in storage.list("captions")] == [first.outputs["parquet"].path]
 
 
-def test_commit_ends_attempts_and_quarantine(root: str) -> None:
+def test_what_is_left_of_attempts_and_quarantine_goes_once_the_shard_is_committed(root: str) -> None:
     records = Records(Storage(root))
-    assert records.begin_attempt("caption", "s", "00000", "a", "r") == 1
-    assert records.begin_attempt("caption", "s", "00000", "b", "r") == 2
-    assert records.begin_attempt("caption", "s", "00000", "c", "another-run") == 1
-    records.quarantine(
-        QuarantineRecord(
-            stage="caption",
-            source="s",
-            shard="00000",
-            run_id="r",
-            attempts=3,
-            error="e",
-            finished_at=utc_now(),
-        )
+    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=False) == 1
+    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=False) == 0, "one has begun before"
+    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=True) == 2
+    assert records.begin_attempt("caption", "s", "00000", "another-run", is_retry=False) == 1
+    quarantine = QuarantineRecord(
+        stage="caption",
+        source="s",
+        shard="00000",
+        run_id="r",
+        attempts=3,
+        error="e",
+        finished_at=utc_now(),
     )
+    records.quarantine(quarantine)
+    records.forget_settled(records.shards())
     assert ("caption", "s", "00000") in records.quarantined()
+    time.sleep(1.1 if root.startswith("s3") else 0.01)  # S3 has whole seconds
     make(records, b"abc", root)
-    assert records.quarantined() == {}
-    assert records.storage.list("records/attempts") == []
+    records.begin_attempt("caption", "s", "00001", "r", is_retry=False)
+    records.quarantine(replace(quarantine, shard="00001"))
+    records.end_attempts("caption", "s", "00000", "r", 2)
+    assert len(records.storage.list("records/attempts")) == 2
+    records.forget_settled(records.shards())
+    assert [shard for _, _, shard in records.quarantined()] == ["00001"]
+    assert [info.path for info in records.storage.list("records/attempts")] == [
+        "records/attempts/caption/s/00001/r.1"
+    ]
 
 
 def test_retired_record_is_out_of_sight_but_kept(root: str) -> None:
@@ -266,10 +278,26 @@ def test_run_is_its_end_once_it_has_one(root: str) -> None:
     assert [run.outcome for run in records.runs()] == ["done"]
 
 
-def test_histograms_are_summed_whatever_their_spaces() -> None:
-    one = {"score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 0]}, "words": {"edges": [0, 9], "counts": [3]}}
+def test_histograms_are_summed_from_texts_and_lists_alike_each_commit_once() -> None:
+    one = {
+        "score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 0]},
+        "words": {"edges": [0.0, 9.0], "counts": [3]},
+    }
     texts = [json.dumps(one), json.dumps(one, separators=(",", ":")), json.dumps(one, sort_keys=True), "{}"]
-    assert sum_histograms(("rank", text) for text in texts) == [
-        {"stage": "rank", "name": "score", "low": 0.0, "high": 0.5, "count": 3},
-        {"stage": "rank", "name": "words", "low": 0, "high": 9, "count": 9},
+    cells = histogram_cells(
+        {name: Histogram(edges=tuple(h["edges"]), counts=tuple(h["counts"])) for name, h in one.items()}
+    )
+    schema = record_row_schema("shards")
+    rows = [
+        *({"histograms": text, "shard": f"{number}"} for number, text in enumerate(texts)),
+        *({"shard": f"{number}", **cells} for number in (4, 5, 5, 6)),
+    ]
+    names = {"source": "s", "stage": "rank", "attempt": "a"}
+    table = pa.Table.from_pylist([row | names for row in rows], schema=schema)
+    sums = HistogramSums(pa.array([f"rank/s/{number}/a" for number in range(6)]))
+    sums.add(table)
+    sums.add(table)  # as of two parts that hold the same rows
+    assert sums.rows() == [
+        {"source": "s", "stage": "rank", "name": "score", "low": 0.0, "high": 0.5, "count": 5},
+        {"source": "s", "stage": "rank", "name": "words", "low": 0.0, "high": 9.0, "count": 15},
     ]

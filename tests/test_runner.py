@@ -60,7 +60,7 @@ def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: C
     assert (outcome.state, loads) == ("done", 3)
     record = corpus.records.read("select", "cc", "00000")
     assert record is not None and (outcome.rows_in, outcome.rows_out) == (record.rows_in, record.rows_out)
-    assert corpus.records.attempts_begun("select", "cc", "00000", RUN) == 0, "the commit ends the attempts"
+    assert corpus.storage.list("records/attempts") == [], "the commit ends the attempts"
 
 
 def test_a_shard_that_fails_every_attempt_is_quarantined_with_its_last_error(corpus: Corpus) -> None:
@@ -71,10 +71,60 @@ def test_a_shard_that_fails_every_attempt_is_quarantined_with_its_last_error(cor
 
 
 def test_attempts_of_killed_workers_count(corpus: Corpus) -> None:
-    for attempt in range(corpus.config.cluster.max_attempts):
-        corpus.records.begin_attempt("select", "cc", "00000", f"killed{attempt}", RUN)
+    for _ in range(corpus.config.cluster.max_attempts):
+        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True)
     outcome, loads = select(corpus)
     assert (outcome.state, outcome.error, loads) == ("quarantined", "the worker died on every attempt", 0)
+
+
+def test_a_storage_that_refuses_to_clean_up_undoes_no_commit(corpus: Corpus) -> None:
+    class NoDeletes(Records):
+        def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
+            raise OSError("503 SlowDown")
+
+    outcomes: list[ShardOutcome] = []
+    calls: list[str] = []
+
+    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
+        worker = load_worker(stage, config, records)
+        return lambda task: calls.append(task.shard) or worker(task)
+
+    runner = ShardRunner(
+        "select",
+        RunSettings(config=corpus.config, models={}, run_id=RUN),
+        note=outcomes.append,
+        report_state=lambda stage, state: None,
+        load=load,
+    )
+    runner.records = NoDeletes(corpus.storage)
+    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
+    assert ([outcome.state for outcome in outcomes], calls) == (["done"], ["00000"])
+
+
+def test_a_commit_whose_answer_was_lost_is_not_worked_on_again(corpus: Corpus) -> None:
+    calls: list[str] = []
+
+    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
+        worker = load_worker(stage, config, records)
+
+        def call(task: ShardTask) -> ShardRecord:
+            calls.append(task.shard)
+            worker(task)
+            raise OSError("connection reset")
+
+        return call
+
+    outcomes: list[ShardOutcome] = []
+    runner = ShardRunner(
+        "select",
+        RunSettings(config=corpus.config, models={}, run_id=RUN),
+        note=outcomes.append,
+        report_state=lambda stage, state: None,
+        load=load,
+    )
+    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
+    assert ([outcome.state for outcome in outcomes], calls) == (["done"], ["00000"])
+    assert corpus.storage.list("records/attempts") == []
 
 
 def test_an_error_of_the_run_is_raised_and_quarantines_nothing(corpus: Corpus) -> None:

@@ -252,10 +252,10 @@ def test_every_table_function_of_the_database_is_known(corpus: Corpus) -> None:
     functions = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE function_type = 'table'"
     home = str(Path.home())
     with corpus.manifest.open() as query:
-        connection = query.sealed()
+        sealed = query.sealed()
 
         def rows_of(sql: str) -> list[tuple]:
-            with stream_answer(connection, sql, timeout_s=60, find_damage=query.find_damage) as stream:
+            with stream_answer(sealed, sql, timeout_s=60) as stream:
                 return list(stream.rows)
 
         for (name,) in rows_of(functions):

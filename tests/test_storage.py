@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_one_of_many_creators_wins(root: str) -> None:
     for creator in creators:
         creator.join()
     assert sorted(won) == [False] * 5 + [True]
+
+
+def test_one_of_many_swaps_wins(root: str) -> None:
+    storage = Storage(root)
+    storage.write("a/one", b"old")
+
+    def swap(number: int) -> bool:
+        return storage.swap("a/one", b"old", b"new %d" % number)
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = list(pool.map(swap, range(8)))
+    assert sum(winners) == 1
+    assert storage.read("a/one") == b"new %d" % winners.index(True)
+    assert not storage.swap("a/one", b"old", b"other") and not storage.swap("a/none", b"", b"other")
+    assert [info.path for info in storage.list("a")] == ["a/one"]
 
 
 def test_failed_put_leaves_nothing(root: str, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.corpus.fingerprint import sample_uid
 from pipeline.lineage.sample_trace import trace
+from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError
 from tests.corpora import CAPTIONER, NUM_CAPTIONS, RANKER, RUN, Corpus, make_corpus, score_of
 
@@ -116,3 +118,34 @@ def test_a_damaged_file_is_named(local_root: str) -> None:
     corpus.storage.write(path, b"not Parquet")
     with pytest.raises(CapfiltError, match=rf"{path}.*capfilt verify"):
         trace(corpus.manifest, "0" * 32)
+
+
+def test_a_trace_finds_what_the_index_does_not_cover(root: str) -> None:
+    corpus = make_corpus(root)
+    corpus.manifest.compact()
+
+    def found(shard: str) -> list[str]:
+        with Manifest(corpus.storage).open() as query:
+            url = query.rows(f"SELECT max(url) AS url FROM base.raw WHERE shard = '{shard}'")[0]["url"]
+        return [traced["shard"] for traced in trace(Manifest(corpus.storage), url)]
+
+    def index() -> list[str]:
+        return [info.path for info in corpus.storage.list("manifest/uids")]
+
+    assert len(index()) == 1 and found("00001") == ["00001"]
+    corpus.add_urls("cc", ["00002"], 4, batch=1)
+    corpus.make("cc", "00002", ("crawl",))
+    assert found("00002") == ["00002"], "of a batch since"
+    assert corpus.manifest.compact() > 0 and len(index()) == 2
+    covered = Manifest(corpus.storage).uids
+    batches = corpus.records.intakes()
+    uid = sample_uid("cc", rows(corpus, "shard = '00002'")[0]["url"])
+    assert covered.shards_of([uid], batches) == {("cc", "00002")}
+    assert covered.shards_of(["0" * 32], batches) == set()
+    with pytest.raises(CapfiltError, match="no sample of"):
+        trace(corpus.manifest, "0" * 32)
+    for path in index():
+        corpus.storage.write(path, b"torn")
+    assert found("00001") == ["00001"] and found("00002") == ["00002"]
+    corpus.manifest.rebuild()
+    assert len(index()) == 1 and found("00001") == ["00001"] and found("00002") == ["00002"]

@@ -94,6 +94,21 @@ def storage(
 
 
 @bench.command()
+def scale(
+    shards: Annotated[int, typer.Option(min=1, help="Of the corpus.", metavar="N")] = 500,
+    s3: Annotated[bool, typer.Option("--s3", help="On a local S3 server; requests are counted too.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Commands that have this in their names.", metavar="TEXT", show_default=False)
+    ] = "",
+    json_: Json = False,
+) -> None:
+    """Ask a corpus of very many shards: CPU seconds, start included, and peak memory of each command."""
+    from jobs.bench.scale import measure_scale
+
+    _report(json_, ("commands",), measure_scale, shards, s3, only)
+
+
+@bench.command()
 def select(
     images: Annotated[int, typer.Option(min=1, max=70_000, help="A shard's.", metavar="N")] = 2_000,
     json_: Json = False,

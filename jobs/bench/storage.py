@@ -1,6 +1,5 @@
 """Object storage: small writes and reads beside s3fs, on one local S3 server, and the requests of a small run."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,16 +10,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.request import Request, urlopen
 
 from rich.console import Console
 
 from jobs.bench.fixtures.machine import Stopwatch
-from jobs.bench.fixtures.s3 import S3Request, serving_objects, serving_s3
+from jobs.bench.fixtures.s3 import S3Request, bucket_on, serving_objects, serving_s3
 from jobs.demo.run import demo_config
 from jobs.demo.world.site import serving, write_url_list
 from jobs.run import RunOptions, run
-from pipeline.storage.object_stores import open_store
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
@@ -54,8 +51,7 @@ def measure_storage(operations: int, shards: int, rounds: int) -> dict[str, Any]
 
 def _rates(operations: int, rounds: int) -> list[dict[str, Any]]:
     """Return objects a second and CPU time an object; the server is another process."""
-    with _served_elsewhere() as url, _environment(url):
-        _make_bucket(url)
+    with _served_elsewhere() as url, bucket_on(url, _BUCKET):
         ways = {"capfilt": _capfilt_way(), "s3fs": _s3fs_way()}
         stopwatches: dict[tuple[str, str], list[Stopwatch]] = {}
         for number in range(rounds + 1):
@@ -109,8 +105,7 @@ def _s3fs_way() -> dict[str, Callable[[str], object]]:
 def _counted_runs(folder: Path, shards: int) -> list[dict[str, Any]]:
     """Make a corpus stage by stage, then run once more; return the requests of each, for a shard and for the run."""
     rows = []
-    with serving_s3() as server, _environment(server.url), serving(flaky=False) as world:
-        _make_bucket(server.url)
+    with serving_s3() as server, bucket_on(server.url, _BUCKET), serving(flaky=False) as world:
         config = _config_on_bucket(folder, world, shards)
         for stages in (
             *((stage,) for stage in STAGES if stage != "filter"),
@@ -167,22 +162,3 @@ def _serve(connection: Connection) -> None:
         # Until the other end is closed.
         with suppress(EOFError):
             connection.recv()
-
-
-@contextmanager
-def _environment(url: str) -> Iterator[None]:
-    """Point every S3 client of this process at a server."""
-    keys = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
-    before = dict(os.environ)
-    os.environ.update(keys, AWS_ENDPOINT_URL_S3=url)
-    open_store.cache_clear()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        open_store.cache_clear()
-
-
-def _make_bucket(url: str) -> None:
-    urlopen(Request(f"{url}/{_BUCKET}", method="PUT")).close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import ray
 from ray.data.exceptions import ExecutionTimeoutError
@@ -23,7 +24,7 @@ class RayExecutor:
     """Executor that joins the Ray cluster of the config, or starts one on this machine."""
 
     def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
-        """Run the job; an execution that breaks, as when a node dies with its actors, is started again.
+        """Run the job; an execution that breaks, as when a node dies with its actors, goes on with what is left.
 
         Every execution skips what is committed.
         """
@@ -45,11 +46,11 @@ class RayExecutor:
 
 
 def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle) -> ExecutorOutcome:
-    broken = 0
+    broken, left = 0, job
     while True:
         finished = monitor.progress.finished
         try:
-            outcome = _run_once(job, monitor, counter)
+            outcome = _run_once(left, monitor, counter)
             if refusal := ray.get(counter.snapshot.remote()).refusal:
                 raise CapfiltError(refusal)
             return outcome
@@ -58,10 +59,20 @@ def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.Actor
             if broken == _MAX_BROKEN_EXECUTIONS:
                 raise
             _log.warning("the execution broke and is started again: %s", error)
+            left = _left(job, counter)
+
+
+def _left(job: StageJob, counter: ray.actor.ActorHandle) -> StageJob:
+    """Return the job without the shards that came out of its last stage; all of it where the counter forgot them."""
+    passed: set[tuple[str, str]] = ray.get(counter.passed.remote(job.stages[-1]))
+    shards = [(kind, urls) for kind, urls in job.shards if (urls.source, urls.shard) not in passed]
+    return replace(job, shards=shards)
 
 
 def _run_once(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle) -> ExecutorOutcome:
     """Pass every shard through the stages once; end early where the monitor sees a reason to."""
+    if not job.shards:
+        return "done"
     for _ in build_dataset(job, counter).iter_batches(batch_size=None, prefetch_batches=0):
         if monitor.progress.refusal:
             break

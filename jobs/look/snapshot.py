@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from jobs.look import questions
@@ -55,9 +56,9 @@ class _Connection:
     def num_shards(self) -> int:
         return self._query.num_shards
 
-    def take_histograms(self) -> list[Row]:
+    def histogram_sums(self) -> list[Row]:
         with self._lock:
-            return self._query.take_histograms()
+            return self._query.histogram_sums()
 
     def reread_marks(self) -> None:
         with self._lock:
@@ -96,11 +97,11 @@ class Snapshot:
 
     @property
     def histograms(self) -> dict[tuple[str, str], list[Row]]:
-        """The histograms of all records, by stage and name: the bins that count anything, in order."""
+        """The histograms of all records, by stage and name: the bins that count anything, in order, of each source."""
         with self._lock:
             if self._histograms is None:
                 self._histograms = {}
-                for row in self._records.take_histograms():
+                for row in sorted(self._records.histogram_sums(), key=itemgetter("low")):
                     self._histograms.setdefault((row["stage"], row["name"]), []).append(row)
             return self._histograms
 
@@ -161,7 +162,6 @@ class Snapshot:
         if scope not in self._cards:
             # All shards of a large corpus are read anew for each question: their cards would not fit.
             start = time.perf_counter()
-            _ = self.histograms  # their memory is needed
             query = self.manifest.open(
                 in_place=True, shards=scope.shards, memory=_MEMORY, records=self._tables
             )

@@ -1,5 +1,6 @@
 """Digests that decide what is done, what is missing and what is stale; and the identity of a sample."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pipeline.digests import digest_json
+from pipeline.digests import canonical_json
 from schemas.config import CapfiltConfig
 from schemas.stages import STAGE_INFO, Stage
 
@@ -85,17 +86,38 @@ def stage_fingerprint(
         models: digests of the weights that the stage loads.
         marks: the digest of the marks that select obeys (``rules_digest``); None where none concern the shard.
     """
-    section = deciding_fields(config, stage, kind)
-    return digest_json(
-        {
-            "stage": stage,
-            "version": STAGE_INFO[stage].version,
-            "kind": kind if stage in ("rank", "select") else "",
-            "seed": config.corpus.seed if stage == "caption" else 0,
-            "config": section,
-            "models": list(models),
-            "inputs": {name: dict(files) for name, files in inputs.items()},
-            # Left out where there are none, so that shards without marks keep their fingerprints.
-            **({"marks": marks} if marks else {}),
-        }
+    before, kind_text, after = _fixed_parts(_Same(config), stage, kind, tuple(models))
+    # As ``digest_json`` of one object with the keys config, inputs, kind, marks, models, seed, stage and version; marks
+    # are left out where there are none, so that shards without marks keep their fingerprints.
+    marks_text = f',"marks":{canonical_json(marks)}' if marks else ""
+    files = canonical_json({name: dict(digests) for name, digests in inputs.items()})
+    text = f"{before}{files}{kind_text}{marks_text}{after}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Same:
+    """A config as a key that equals itself alone: to compare configs field by field takes as long as a fingerprint."""
+
+    __slots__ = ("config",)
+
+    def __init__(self, config: CapfiltConfig) -> None:
+        self.config = config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.config is self.config
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_parts(same: _Same, stage: Stage, kind: str, models: tuple[str, ...]) -> tuple[str, str, str]:
+    """Return the JSON of what all shards of a stage share: before the inputs, and before and after the marks."""
+    config = same.config
+    before = f'{{"config":{canonical_json(deciding_fields(config, stage, kind))},"inputs":'
+    kind_text = f',"kind":{canonical_json(kind if stage in ("rank", "select") else "")}'
+    seed = config.corpus.seed if stage == "caption" else 0
+    after = canonical_json(
+        {"models": list(models), "seed": seed, "stage": stage, "version": STAGE_INFO[stage].version}
     )
+    return before, kind_text, f",{after[1:]}"

@@ -11,7 +11,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pipeline.corpus.records import Records, ShardId, parse_record, read_record
+from pipeline.corpus.records import (
+    CompactedShards,
+    Records,
+    ShardId,
+    committed_shards,
+    none_compacted,
+    parse_record,
+    read_record,
+)
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.catalog import EMPTY_FOLDER
@@ -37,19 +45,26 @@ class OrphanFile:
     modified: datetime
 
 
-def find_orphans(records: Records, *, older_than: timedelta, retired: bool = False) -> list[OrphanFile]:
+def find_orphans(
+    records: Records,
+    *,
+    older_than: timedelta,
+    retired: bool = False,
+    compacted: CompactedShards = none_compacted,
+) -> list[OrphanFile]:
     """Return the files that nothing needs and that are older than any commit under way can be.
 
     Args:
         older_than: an upload waits for its record at most as long as its shard takes; a day is plenty.
         retired: also the files of records that a recomputation replaced; the records themselves stay.
+        compacted: see ``CorpusState``.
     """
     storage = records.storage
     before = datetime.now(UTC) - older_than
     # Files first, records second: whatever is committed in between is then known to be needed.
     files = [info for folder in STAGE_FOLDERS.values() for info in storage.list(folder)]
     others = [info for folder in ("records", "manifest", "checkpoints") for info in storage.list(folder)]
-    needed = _outputs(records.shards()) | {
+    needed = _outputs(committed_shards(records, records.list_shards(), compacted)) | {
         file.path for intake in records.intakes() for file in intake.shards.values()
     }
     replaced = {file.path for record in records.retired() for file in record.outputs.values()} - needed

@@ -1,9 +1,9 @@
 """The records on storage: reading, committing, retiring, quarantining. The record is the commit.
 
-records/<stage>/<source>/<shard>.json                         committed
+records/<stage>/<source>/<shard>.json                         committed, or a note that its record was retired
 records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
 records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
-records/attempts/<stage>/<source>/<shard>/<run>.<attempt>     begun; removed at commit
+records/attempts/<stage>/<source>/<shard>/<run>.<number>      begun; removed after the commit
 records/marks/<mark>.json                                     a verdict on samples, or what takes some back
 records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
@@ -14,9 +14,13 @@ A corpus may be somebody else's. What is read here has the declared types, is ab
 name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import errno
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from datetime import datetime
+from typing import TypeVar, cast
 
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.file_info import FileInfo
@@ -44,6 +48,7 @@ R = TypeVar("R", bound=Json)
 _MAX_BYTES = 64 * 2**20
 # So many are read as quickly as the manifest's parts.
 _FEW_RECORDS = 64
+_RETIRED = b"retired "
 
 
 def parse_record(kind: type[R], path: str, text: bytes) -> R:
@@ -72,7 +77,11 @@ class Records:
 
     def commit(self, record: ShardRecord) -> bool:
         """Create the shard's record if it has none; False: another commit came first."""
-        return self.storage.create(record.path, record.to_json().encode())
+        data = record.to_json().encode()
+        if self.storage.create(record.path, data):
+            return True
+        standing = _read_file(self.storage, record.path)
+        return is_retired_note(standing) and self.storage.swap(record.path, standing, data)
 
     def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
         """Return the committed record of a shard, or None."""
@@ -103,12 +112,19 @@ class Records:
         return self._read_all(ShardRecord, self.storage.list("records/retired"))
 
     def retire(self, record: ShardRecord) -> None:
-        """Move a committed record to records/retired, where readers do not look, before its shard is recomputed."""
-        committed = self.read(record.stage, record.source, record.shard)
-        if committed is None or committed.attempt != record.attempt:
+        """Move a committed record to records/retired, where readers do not look, before its shard is recomputed.
+
+        A note takes its place, which the shard's next record replaces: nothing is deleted, so that an attempt that is
+        slow here cannot remove a record that another one has committed meanwhile.
+        """
+        try:
+            text = read_record(self.storage, record.path)
+        except FileNotFoundError:
             return
-        self.storage.create(record.retired_path, committed.to_json().encode())
-        self.storage.delete(record.path)
+        if parse_record(ShardRecord, record.path, text).attempt != record.attempt:
+            return
+        self.storage.create(record.retired_path, text)
+        self.storage.swap(record.path, text, _retired_note(record))
 
     def require_imported(self, records: Iterable[ShardRecord]) -> None:
         """Reject a tar outside the corpus that the source's lists did not import for that shard."""
@@ -131,22 +147,38 @@ class Records:
 
     # -- attempts and quarantine -----------------------------------------------------------------------------
 
-    def begin_attempt(self, stage: Stage, source: str, shard: str, attempt: str, run_id: str) -> int:
-        """Note that an attempt begins; return how many of this run have begun, this one included."""
-        self.storage.create(f"{_attempts_folder(stage, source, shard)}/{run_id}.{attempt}", b"")
-        return self.attempts_begun(stage, source, shard, run_id)
+    def begin_attempt(self, stage: Stage, source: str, shard: str, run_id: str, *, is_retry: bool) -> int:
+        """Note that an attempt of a run begins; return its number, from 1 on.
 
-    def attempts_begun(self, stage: Stage, source: str, shard: str, run_id: str) -> int:
-        """Return how many attempts of this run have begun and not committed."""
-        begun = self.storage.list(_attempts_folder(stage, source, shard))
-        return sum(info.path.split("/")[-1].startswith(f"{run_id}.") for info in begun)
+        Args:
+            is_retry: an attempt before it is known to have begun. Where that is not known and turns out to be so,
+                nothing is noted, and the answer is 0.
+        """
+        for number in itertools.count(1):
+            path = _attempt_path(stage, source, shard, run_id, number)
+            # Its own bytes, so that exactly one attempt has the number.
+            if self.storage.create(path, os.urandom(8).hex().encode()):
+                return number
+            if not is_retry:
+                return 0
+        raise AssertionError
 
-    def end_attempts(self, stage: Stage, source: str, shard: str) -> None:
-        """Forget the shard's attempts and its quarantine: it is committed."""
-        for info in self.storage.list(_attempts_folder(stage, source, shard)):
-            self.storage.delete(info.path)
-        if self.storage.exists(quarantine := f"records/quarantine/{stage}/{source}/{shard}.json"):
-            self.storage.delete(quarantine)
+    def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
+        """Forget the attempts of a run, up to a number that ``begin_attempt`` gave."""
+        for number in range(1, begun + 1):
+            self.storage.delete(_attempt_path(stage, source, shard, run_id, number))
+
+    def forget_settled(self, committed: Mapping[ShardId, ShardRecord]) -> None:
+        """Delete the attempts and quarantines of shards that were committed since, as killed runs leave them."""
+        for info in self.storage.list("records/attempts"):
+            _, _, stage, source, shard, _ = info.path.split("/")
+            record = committed.get((cast(Stage, stage), source, shard))
+            if record is not None and info.modified < datetime.fromisoformat(record.finished_at):
+                self.storage.delete(info.path)
+        for place, quarantine in self.quarantined().items():
+            record = committed.get(place)
+            if record is not None and quarantine.finished_at < record.finished_at:
+                self.storage.delete(quarantine.path)
 
     def quarantine(self, record: QuarantineRecord) -> None:
         """Note that a shard failed every attempt."""
@@ -170,8 +202,7 @@ class Records:
 
     def url_shards(self) -> dict[tuple[str, str], ShardRecord]:
         """Return every url shard, by (source, shard), as a record of the stage ``urls``."""
-        records = [record for batch in self.intakes() for record in batch.shard_records()]
-        return {(record.source, record.shard): record for record in records}
+        return _url_shards(self.intakes())
 
     def write_run(self, record: RunRecord) -> None:
         """Write the start (outcome None) or the end of a run."""
@@ -242,8 +273,21 @@ class Records:
 CompactedShards = Callable[[list[FileInfo]], dict[str, ShardRecord]]
 
 
-def _none_compacted(_: list[FileInfo]) -> dict[str, ShardRecord]:
+def none_compacted(_: list[FileInfo]) -> dict[str, ShardRecord]:
+    """Return no record: all are read."""
     return {}
+
+
+def committed_shards(
+    records: Records, files: list[FileInfo], compacted: CompactedShards
+) -> dict[ShardId, ShardRecord]:
+    """Return the records in listed files as ``Records.read_shards`` does; of many, the compacted ones from parts."""
+    if len(files) < _FEW_RECORDS:
+        return records.read_shards(files)
+    held = compacted(files)
+    records.require_imported(held.values())
+    read = records.read_shards([info for info in files if info.path not in held])
+    return {(record.stage, record.source, record.shard): record for record in held.values()} | read
 
 
 class CorpusState:
@@ -261,7 +305,7 @@ class CorpusState:
         records: Records,
         *,
         within: Collection[tuple[str, str]] | None = None,
-        compacted: CompactedShards = _none_compacted,
+        compacted: CompactedShards = none_compacted,
     ) -> None:
         self._records = records
         self._within = within
@@ -269,6 +313,8 @@ class CorpusState:
         # By path of a record's file.
         self._versions: dict[str, str] = {}
         self.urls: dict[tuple[str, str], ShardRecord] = {}
+        # Shards of which later ones try URLs again, or may.
+        self.retried: frozenset[tuple[str, str]] = frozenset()
         self.committed: dict[ShardId, ShardRecord] = {}
         self.quarantined: dict[ShardId, QuarantineRecord] = {}
         self.refresh_urls()
@@ -279,28 +325,31 @@ class CorpusState:
         files = [info for info in self._records.list_shards() if self._is_within(*_place(info.path))]
         versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
-        read = self._read(changed)
+        read = committed_shards(self._records, changed, self._compacted)
+        unchanged = versions.keys() - {info.path for info in changed}
         kept = {
-            shard: record for shard, record in self.committed.items() if shard_record_path(*shard) in versions
+            shard: record
+            for shard, record in self.committed.items()
+            if shard_record_path(*shard) in unchanged
         }
         self.committed = kept | read
         # Last, so that a refresh that is interrupted above is repeated whole.
         self._versions = versions
         self.quarantined = self._records.quarantined()
 
-    def _read(self, files: list[FileInfo]) -> dict[ShardId, ShardRecord]:
-        """Return the records in listed files: of many, those that are compacted come from there."""
-        if len(files) < _FEW_RECORDS:
-            return self._records.read_shards(files)
-        held = self._compacted(files)
-        self._records.require_imported(held.values())
-        read = self._records.read_shards([info for info in files if info.path not in held])
-        return {(record.stage, record.source, record.shard): record for record in held.values()} | read
-
     def refresh_urls(self) -> None:
         """Bring the url shards up to date, after an intake."""
-        urls = self._records.url_shards()
-        self.urls = {place: record for place, record in urls.items() if self._is_within(*place)}
+        batches = self._records.intakes()
+        self.urls = {
+            place: record for place, record in _url_shards(batches).items() if self._is_within(*place)
+        }
+        self.retried = frozenset(
+            (source, shard)
+            for batch in batches
+            if batch.kind == "retry"
+            for source, shard in self.urls
+            if source == batch.source and any(batch.retries_of(shard))
+        )
 
     def _is_within(self, source: str, shard: str) -> bool:
         return self._within is None or (source, shard) in self._within
@@ -308,6 +357,11 @@ class CorpusState:
     def committed_by(self, run_id: str) -> list[ShardRecord]:
         """Return the records that a run has committed."""
         return [record for record in self.committed.values() if record.run_id == run_id]
+
+
+def _url_shards(batches: Iterable[IntakeRecord]) -> dict[tuple[str, str], ShardRecord]:
+    records = [record for batch in batches for record in batch.shard_records()]
+    return {(record.source, record.shard): record for record in records}
 
 
 def _place(path: str) -> tuple[str, str]:
@@ -326,7 +380,27 @@ def read_bounded(storage: Storage, info: FileInfo) -> bytes:
 
 
 def read_record(storage: Storage, path: str) -> bytes:
-    """Return a record's text. Raises FileNotFoundError; CapfiltError where the file is not a record."""
+    """Return a record's text. Raises FileNotFoundError, also where a note stands for a record that was retired.
+
+    Raises CapfiltError where the file is not a record.
+    """
+    text = _read_file(storage, path)
+    if is_retired_note(text):
+        raise FileNotFoundError(errno.ENOENT, "its record was retired", path)
+    return text
+
+
+def _retired_note(record: ShardRecord) -> bytes:
+    """Return what stands in the place of a retired record until its shard is committed anew."""
+    return _RETIRED + record.attempt.encode()
+
+
+def is_retired_note(text: bytes) -> bool:
+    """Tell whether a file is such a note."""
+    return text.startswith(_RETIRED)
+
+
+def _read_file(storage: Storage, path: str) -> bytes:
     try:
         text = storage.read(path, _MAX_BYTES)
     except NotRegularFileError as error:
@@ -359,5 +433,5 @@ def _has_name_of(record: Json, path: str) -> bool:
     raise AssertionError(type(record))
 
 
-def _attempts_folder(stage: Stage, source: str, shard: str) -> str:
-    return f"records/attempts/{stage}/{source}/{shard}"
+def _attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int) -> str:
+    return f"records/attempts/{stage}/{source}/{shard}/{run_id}.{number}"

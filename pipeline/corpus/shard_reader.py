@@ -125,10 +125,7 @@ def open_crawled(records: Records, record: ShardRecord) -> Iterator[CrawledShard
 def retried_elsewhere(records: Records, source: str, shard: str) -> set[str]:
     """Return the uids of a shard that later shards, queued to try them again, hold now."""
     paths = [
-        file.path
-        for batch in records.intakes(source)
-        if batch.kind == "retry"
-        for file in batch.shards.values()
+        batch.shards[retry].path for batch in records.intakes(source) for retry in batch.retries_of(shard)
     ]
 
     def read(path: str) -> list[str]:

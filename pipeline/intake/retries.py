@@ -1,19 +1,24 @@
 """URLs to try again: further url shards of the URLs whose last try ended with one of some reasons."""
 
-from collections.abc import Collection, Sequence
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.digests import digest_json
 from pipeline.intake.url_shard_writer import IntakeOutcome, UrlShardWriter
+from pipeline.prefetch import prefetch_map
 from pipeline.storage.scratch import temporary_folder
 from schemas.config import CapfiltConfig
-from schemas.records import IntakeRecord, ShardRecord
+from schemas.records import IntakeRecord, OutputFile, ShardRecord
 from schemas.statuses import TRANSIENT
 from schemas.tables import URLS
+
+# Shards read ahead: object storage answers late, and ten thousand rows take some megabytes.
+_AHEAD = 4
 
 
 def queue_retries(
@@ -30,12 +35,10 @@ def queue_retries(
 
 def count_retries(config: CapfiltConfig, records: Records, reasons: Collection[str]) -> dict[str, int]:
     """Return, by source, how many URLs ``queue_retries`` would queue; changes nothing."""
-    crawled = _crawled(config, records)
-    rows = {
-        name: _failed_rows(shards, records.intakes(name), records, reasons)
-        for name, shards in crawled.items()
+    return {
+        name: sum(rows.num_rows for rows in _failed_rows(shards, records.intakes(name), records, reasons))
+        for name, shards in _crawled(config, records).items()
     }
-    return {name: table.num_rows for name, table in rows.items()}
 
 
 def _crawled(config: CapfiltConfig, records: Records) -> dict[str, dict[str, ShardRecord]]:
@@ -57,19 +60,21 @@ def _queue_source(
 ) -> IntakeOutcome:
     while True:
         earlier = records.intakes(name)
-        rows = _failed_rows(crawled, earlier, records, reasons)
-        if not rows.num_rows:
-            return IntakeOutcome(source=name, record=None)
+        signature = _Signature()
         with temporary_folder() as folder:
             writer = UrlShardWriter(records, name, earlier, folder, config.corpus.samples_per_shard)
-            writer.add(rows)
+            for rows in _failed_rows(crawled, earlier, records, reasons):
+                signature.add(rows)
+                writer.add(rows)
             writer.cut()
+        if not writer.shards:
+            return IntakeOutcome(source=name, record=None)
         batch = writer.commit(
             kind="retry",
             run_id=run_id,
-            signature=digest_json([rows["uid"].to_pylist(), rows["retry_of"].to_pylist()]),
-            rows_in=rows.num_rows,
-            rows_new=rows.num_rows,
+            signature=signature.digest(),
+            rows_in=signature.rows,
+            rows_new=signature.rows,
             rows_duplicate=0,
             rows_known=0,
         )
@@ -77,36 +82,67 @@ def _queue_source(
             return IntakeOutcome(source=name, record=batch)
 
 
+class _Signature:
+    """The digest of [all uids, all shards that they failed in], as ``digest_json`` gives it, of rows that stream."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._uids = hashlib.sha256(b"[[")
+        # The shards come in runs: each with its number of rows.
+        self._failed_in: list[tuple[str, int]] = []
+
+    def add(self, rows: pa.Table) -> None:
+        """Append rows of one shard."""
+        if not rows.num_rows:
+            return
+        uids = ",".join(f'"{uid}"' for uid in rows["uid"].to_pylist())
+        self._uids.update(f"{',' if self.rows else ''}{uids}".encode())
+        self._failed_in.append((rows["retry_of"][0].as_py(), rows.num_rows))
+        self.rows += rows.num_rows
+
+    def digest(self) -> str:
+        """Return the digest of all rows."""
+        digest = self._uids.copy()
+        shards = ",".join(",".join([f'"{shard}"'] * rows) for shard, rows in self._failed_in)
+        digest.update(f"],[{shards}]]".encode())
+        return digest.hexdigest()
+
+
 def _failed_rows(
     crawled: dict[str, ShardRecord],
     earlier: Sequence[IntakeRecord],
     records: Records,
     reasons: Collection[str],
-) -> pa.Table:
-    """Return the rows to try again: columns of URLS without shard and key, ``retry_of`` set."""
-    retries = [batch.shards for batch in earlier if batch.kind == "retry"]
-    queued = {shard: file for shards in retries for shard, file in shards.items()}
-    # The shards of a URL's tries are numbered in their order, so the last one read decides about it; a row that
-    # an earlier one left to it (``retried``) says nothing.
-    latest: dict[str, str] = {}
-    failed: list[pa.Table] = []
-    for shard in sorted(crawled.keys() | queued.keys(), key=int):
-        if shard not in crawled:
-            waiting = _read(records, queued[shard].path, ["uid"])
-            latest.update(dict.fromkeys(waiting["uid"].to_pylist(), ""))
-        elif shard in queued or _counts_any(crawled[shard], reasons):
-            table = _read(records, crawled[shard].outputs["parquet"].path, [*URLS.names, "reason"])
-            if shard in queued:
-                latest.update(dict.fromkeys(table["uid"].to_pylist(), ""))
-            table = table.filter(pc.is_in(table["reason"], pa.array(sorted(reasons))))
-            latest.update(dict.fromkeys(table["uid"].to_pylist(), shard))
-            failed.append(table)
-    rows = pa.concat_tables(failed) if failed else URLS.empty_table()
-    tries = zip(rows["uid"].to_pylist(), rows["shard"].to_pylist(), strict=True)
-    rows = rows.filter(pa.array([latest[uid] == shard for uid, shard in tries], pa.bool_()))
-    return rows.select(["uid", "source", "url", "captions", "input_rows", "extra"]).append_column(
-        "retry_of", rows["shard"]
-    )
+) -> Iterator[pa.Table]:
+    """Yield the rows to try again, by shard: columns of URLS without shard and key, ``retry_of`` set."""
+    retries = {
+        shard: file for batch in earlier if batch.kind == "retry" for shard, file in batch.shards.items()
+    }
+    last_retry = _last_retries(records, retries)
+    wanted = pa.array(sorted(reasons))
+
+    def failed(shard: str) -> pa.Table:
+        table = _read(records, crawled[shard].outputs["parquet"].path, [*URLS.names, "reason"])
+        table = table.filter(pc.is_in(table["reason"], wanted))
+        # The last try of a URL decides about it: that of the last retry that has it, else that of its first shard.
+        is_last = [last_retry.get(uid, shard) == shard for uid in table["uid"].to_pylist()]
+        table = table.filter(pa.array(is_last, pa.bool_()))
+        return table.select(["uid", "source", "url", "captions", "input_rows", "extra"]).append_column(
+            "retry_of", table["shard"]
+        )
+
+    shards = [shard for shard in sorted(crawled, key=int) if _counts_any(crawled[shard], reasons)]
+    with contextlib.closing(prefetch_map(failed, shards, ahead=_AHEAD, threads=_AHEAD)) as tables:
+        yield from tables
+
+
+def _last_retries(records: Records, retries: dict[str, OutputFile]) -> dict[str, str]:
+    """Return by uid the last retry shard that has it."""
+    last: dict[str, str] = {}
+    for shard in sorted(retries, key=int):
+        uids = _read(records, retries[shard].path, ["uid"])["uid"]
+        last.update(dict.fromkeys(uids.to_pylist(), shard))
+    return last
 
 
 def _counts_any(record: ShardRecord, reasons: Collection[str]) -> bool:

@@ -62,6 +62,8 @@ class UrlShardWriter:
         self.next = max((int(shard) for batch in earlier for shard in batch.shards), default=-1) + 1
         self.rows_per_shard = rows_per_shard
         self.shards: dict[str, OutputFile] = {}
+        # By shard that URLs failed in, the shards of this batch that try them again.
+        self.taken_over: dict[str, list[str]] = {}
         self._waiting: list[pa.Table] = []
         self._rows = 0
 
@@ -97,6 +99,7 @@ class UrlShardWriter:
             batch=self.batch,
             attempt=self.attempt,
             shards=self.shards,
+            taken_over={shard: tuple(retries) for shard, retries in self.taken_over.items()},
             finished_at=utc_now(),
             **fields,
         )
@@ -119,6 +122,8 @@ class UrlShardWriter:
             columns["key"] = pa.array([f"{name}{index:05d}" for index in range(rows.num_rows)], pa.string())
         if "retry_of" not in columns:
             columns["retry_of"] = pa.nulls(rows.num_rows, pa.string())
+        for shard in columns["retry_of"].unique().drop_null().to_pylist():
+            self.taken_over.setdefault(shard, []).append(name)
         local = self.folder / f"{name}.parquet"
         write_parquet(local, pa.table(columns), URLS)
         path = f"urls/{self.source}/{name}.{self.attempt}.parquet"

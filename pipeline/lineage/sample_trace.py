@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
+from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.records import Records
 from pipeline.lineage.taught_by import taught_by
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
@@ -34,25 +36,39 @@ def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
 
     Raises CapfiltError where no list has it.
     """
-    with manifest.open(in_place=True) as query:
-        crawled = _find(query, uid_or_url)
-        if not crawled:
-            kind = "uid" if _UID.fullmatch(uid_or_url) else "URL"
-            raise CapfiltError(
-                f"no sample of {manifest.storage.root} has the {kind} {uid_or_url!r}; it is compared letter by letter, "
-                "and only what was crawled is listed: `capfilt status` shows what is not yet"
-            )
-        shards: dict[tuple[str, str], list[str]] = {}
-        for row in crawled:
-            shards.setdefault((row["source"], row["uid"]), []).append(row["shard"])
-        return [_trace(query, source, uid, sorted(names)) for (source, uid), names in shards.items()]
+    indexed = _indexed_shards(manifest, uid_or_url)
+    # What the index does not know may be there all the same: it is looked for in every shard.
+    for shards in [indexed, None] if indexed is not None else [None]:
+        with manifest.open(in_place=True, shards=shards) as query:
+            if traces := _traces(query, uid_or_url):
+                return traces
+    kind = "uid" if _UID.fullmatch(uid_or_url) else "URL"
+    raise CapfiltError(
+        f"no sample of {manifest.storage.root} has the {kind} {uid_or_url!r}; it is compared letter by letter, "
+        "and only what was crawled is listed: `capfilt status` shows what is not yet"
+    )
+
+
+def _indexed_shards(manifest: Manifest, uid_or_url: str) -> set[tuple[str, str]] | None:
+    """Return the shards that may have the sample; None where that may be any."""
+    batches = Records(manifest.storage).intakes()
+    is_uid = _UID.fullmatch(uid_or_url) is not None
+    sources = {batch.source for batch in batches}
+    uids = [uid_or_url] if is_uid else [sample_uid(source, uid_or_url) for source in sources]
+    return manifest.uids.shards_of(uids, batches)
+
+
+def _traces(query: Query, uid_or_url: str) -> list[Row]:
+    shards: dict[tuple[str, str], list[str]] = {}
+    for row in _find(query, uid_or_url):
+        shards.setdefault((row["source"], row["uid"]), []).append(row["shard"])
+    return [_trace(query, source, uid, sorted(names, key=int)) for (source, uid), names in shards.items()]
 
 
 def _find(query: Query, uid_or_url: str) -> list[Row]:
     """Return source, uid and shard of every crawled row of a sample, those a retry replaced included.
 
-    The uid alone says nothing about the shard: this reads one column of every raw Parquet, and no other
-    step does.
+    This reads one column of the raw Parquet of every shard that the query looks at, and no other step does.
     """
     column = "uid" if _UID.fullmatch(uid_or_url) else "url"
     return query.rows(

@@ -9,10 +9,11 @@ already listed them still finds them.
 """
 
 import contextlib
+import io
 import json
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -21,35 +22,49 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import read_bounded, read_record
-from pipeline.manifest.record_rows import Row, rows_of, shard_record_of, table_of
+from pipeline.manifest.histograms import SUM_COLUMNS
+from pipeline.manifest.record_rows import Row, rows_of, shard_records_of, table_of
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
-from schemas.catalog import RECORD_TABLES, record_row_schema
+from schemas.catalog import HISTOGRAM_BINS, HISTOGRAM_COUNTS, RECORD_TABLES, record_row_schema
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import ShardRecord, shard_record_path
 
 _BIG_PART_ROWS = 1_000_000
 _REPLACES = b"replaces"
 
-_RECORD_COLUMNS = [
-    name
-    for name in record_row_schema("shards").names
-    if name not in ("histograms", "state", "bytes", "error")
-]
+# Most of a part's bytes.
+_HISTOGRAMS = ("histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)
+_NOT_IN_RECORDS = (*_HISTOGRAMS, "state", "bytes", "error")
+# What tells which rows count; the other columns of the shards are read where they are asked for.
+LIGHT_COLUMNS = frozenset({"stage", "source", "shard", "state", "attempt", "finished_at"})
+# Rows of a part whose histograms are in memory at once.
+_BATCH_ROWS = 4096
 
 Seen = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What is remembered of a part: the record versions it holds, its rows, and the parts it replaces."""
+    """What is remembered of a part: the record versions it holds, its rows, columns, and the parts it replaces."""
 
     seen: Seen
     rows: int
+    columns: frozenset[str]
     replaces: frozenset[str]
+
+
+class RecordTables(dict[str, pa.Table]):
+    """The rows of the records by table, as they were at one moment; of the shards only ``LIGHT_COLUMNS`` are filled.
+
+    ``parts`` are the parts of the shards; ``new_shards`` the rows of shards that none of them holds, whole.
+    """
+
+    parts: list[str]
+    new_shards: pa.Table
 
 
 class CompactedRecords:
@@ -68,10 +83,12 @@ class CompactedRecords:
         self.storage = storage
         self.merge_at = merge_at
         self.grace = grace
+        # Whether the last compaction met url shards that no part had.
+        self.has_new_lists = False
         self._known: dict[str, _Part] = {}
         self._lock = threading.Lock()
 
-    def tables(self) -> dict[str, pa.Table]:
+    def tables(self) -> RecordTables:
         """Return each table's rows as of now: all parts, and the records in none. Writes nothing."""
         with self._lock:
             try:
@@ -79,32 +96,53 @@ class CompactedRecords:
             except FileNotFoundError:  # a rebuild deleted a part that was just listed
                 return self._tables()
 
-    def _tables(self) -> dict[str, pa.Table]:
+    def _tables(self) -> RecordTables:
         parts = self._live_parts()
-        new_rows = self._new_rows(parts)
-        return {
-            table: pa.concat_tables([*self._read(table, parts[table]), _to_table(table, new_rows[table])])
-            for table in RECORD_TABLES
-        }
+        new_rows = {table: _to_table(table, rows) for table, rows in self._new_rows(parts).items()}
+        tables = RecordTables()
+        for table, rows in new_rows.items():
+            if table != "shards":
+                tables[table] = pa.concat_tables([*self._read(table, parts[table]), rows])
+        tables.parts, tables.new_shards = parts["shards"], new_rows["shards"]
+        tables["shards"] = self.shards(tables, LIGHT_COLUMNS)
+        return tables
+
+    def shards(self, tables: RecordTables, columns: Collection[str]) -> pa.Table:
+        """Return the rows of the shards with these columns filled, and NULL in the others.
+
+        Raises FileNotFoundError where parts were merged and swept, or made anew, since.
+        """
+        without = [name for name in record_row_schema("shards").names if name not in columns]
+        new_rows = _completed(tables.new_shards.drop_columns(without), tables.new_shards.schema)
+        return pa.concat_tables([*self._read("shards", tables.parts, without), new_rows])
+
+    def histogram_batches(self, tables: RecordTables) -> Iterator[pa.Table]:
+        """Yield the columns that ``HistogramSums`` adds up, some thousand rows at a time. Raises as ``shards``."""
+        for path in tables.parts:
+            # As text where there are no lists.
+            unread = "histograms" if HISTOGRAM_COUNTS in self._known[path].columns else ""
+            for rows in self._batches(path, [name for name in SUM_COLUMNS if name != unread]):
+                yield rows.select(SUM_COLUMNS)
+        yield tables.new_shards.select(SUM_COLUMNS)
 
     def shard_records(self, files: Sequence[FileInfo]) -> dict[str, ShardRecord]:
         """Return those of the listed records of shards that a part holds in this very version, by path.
 
-        Without histograms. Nothing is asked of the storage for each record. Parts of an earlier version lack what a
-        record says of its files: their records are left out. Raises CorruptShardError, naming the part, where a row
+        Without histograms. Nothing is asked of the storage for each record. The records of parts that lack a column,
+        as those of an earlier version do, are left out. Raises CorruptShardError, naming the part, where a row
         cannot come from its record.
         """
-        wanted = frozenset((info.path, info.version) for info in files)
+        wanted = pa.array([f"{info.path}\n{info.version}" for info in files], pa.string())
+        needed = {*record_row_schema("shards").names} - {*_NOT_IN_RECORDS}
         with self._lock:
-            paths = self._live_parts()["shards"]
-            try:
-                tables = self._read("shards", paths, _RECORD_COLUMNS)
-            except FileNotFoundError:  # a rebuild deleted a part that was just listed
-                return {}
-        records: dict[str, ShardRecord] = {}
-        for path, table in zip(paths, tables, strict=True):
-            with _naming_damage(path):
-                records |= _records_in(table, wanted)
+            paths = [path for path in self._live_parts()["shards"] if needed <= self._known[path].columns]
+            records: dict[str, ShardRecord] = {}
+            # Suppressed where a rebuild deleted a part that was just listed: its records are read one by one.
+            with contextlib.suppress(FileNotFoundError):
+                for path in paths:
+                    for rows in self._batches(path, sorted(needed)):
+                        with _naming_damage(path):
+                            records |= _records_in(rows, wanted)
         return records
 
     def compact(self) -> int:
@@ -115,9 +153,12 @@ class CompactedRecords:
     def _compact(self) -> int:
         parts = self._live_parts()
         new_rows = self._new_rows(parts)
+        self.has_new_lists = any(row["stage"] == "urls" for row in new_rows["shards"])
         for table, rows in new_rows.items():
-            # Always one part, though empty: in DuckDB a glob that matches nothing is an error.
-            if rows or not parts[table]:
+            # Always one part with all columns, though empty: in DuckDB a glob that matches nothing is an error, and so
+            # is a column that none of the files has.
+            columns = {*record_row_schema(table).names}
+            if rows or not any(columns <= self._known[path].columns for path in parts[table]):
                 self._write(table, _to_table(table, rows))
             self._merge(table, parts[table])
         self._sweep()
@@ -163,13 +204,22 @@ class CompactedRecords:
 
     def _inspect(self, path: str) -> _Part | None:
         try:
-            with _naming_damage(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
+            with self._opened(path) as parquet:
                 table = parquet.read(["record", "version"])
+                columns = frozenset(parquet.schema_arrow.names)
                 replaces = frozenset(json.loads((parquet.schema_arrow.metadata or {}).get(_REPLACES, b"[]")))
         except FileNotFoundError:
             return None
         seen = frozenset(zip(table["record"].to_pylist(), table["version"].to_pylist(), strict=True))
-        return _Part(seen=seen, rows=table.num_rows, replaces=replaces)
+        return _Part(seen=seen, rows=table.num_rows, columns=columns, replaces=replaces)
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[pq.ParquetFile]:
+        """Yield a part, opened: of object storage in one request. Raises as ``_naming_damage`` says."""
+        with _naming_damage(path), contextlib.ExitStack() as stack:
+            storage = self.storage
+            file = storage.open(path) if storage.is_local else io.BytesIO(storage.read(path))
+            yield stack.enter_context(pq.ParquetFile(stack.enter_context(file)))
 
     def _new_rows(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
@@ -203,22 +253,27 @@ class CompactedRecords:
             return False
         return committed["attempt"] == row["attempt"]
 
-    def _read(self, table: str, paths: list[str], columns: Sequence[str] | None = None) -> list[pa.Table]:
+    def _read(self, table: str, paths: list[str], without: Sequence[str] = ()) -> list[pa.Table]:
+        """Return the rows of parts; the columns ``without`` are not read, and NULL."""
         schema = record_row_schema(table)
-        schema = pa.schema([schema.field(name) for name in columns or schema.names])
 
         def read(path: str) -> pa.Table:
-            with _naming_damage(path), self.storage.open(path) as file, pq.ParquetFile(file) as parquet:
-                # A column that is younger than the part is NULL.
-                there = [
-                    name for name in schema.names if name in parquet.schema_arrow.names or name != "files"
+            with self._opened(path) as parquet:
+                names = [
+                    name
+                    for name in schema.names
+                    if name in parquet.schema_arrow.names and name not in without
                 ]
-                rows = parquet.read(columns=there)
-                if "files" in schema.names and "files" not in there:
-                    rows = rows.append_column("files", pa.nulls(len(rows), pa.string()))
-                return rows.select(schema.names).cast(schema)
+                return _completed(parquet.read(columns=names), schema)
 
         return self.storage.map(read, paths)
+
+    def _batches(self, path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the rows of a part of shards, some thousand at a time; columns that are not asked for are NULL."""
+        with self._opened(path) as parquet:
+            names = [name for name in columns if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+                yield _completed(pa.Table.from_batches([batch]), record_row_schema("shards"))
 
     def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
         path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
@@ -275,16 +330,26 @@ def _naming_damage(path: str) -> Iterator[None]:
         ) from error
 
 
-def _records_in(table: pa.Table, wanted: Seen) -> dict[str, ShardRecord]:
+def _records_in(table: pa.Table, wanted: pa.Array) -> dict[str, ShardRecord]:
     """Return the wanted records of shards in a part's rows, by path. Raises ValueError for a row of another shard."""
-    rows = table.filter(pc.is_valid(table["files"])).to_pylist()
-    records = {
-        row["record"]: shard_record_of(row) for row in rows if (row["record"], row["version"]) in wanted
-    }
-    for path, record in records.items():
-        if record.path != path:
-            raise ValueError(f"its row of {path} is of another shard, {record.path}")
+    versions = pc.binary_join_element_wise(table["record"], table["version"], "\n")
+    table = table.filter(pc.and_(pc.is_valid(table["files"]), pc.is_in(versions, value_set=wanted)))
+    records: dict[str, ShardRecord] = {}
+    for batch in table.combine_chunks().to_batches():
+        for path, record in zip(batch["record"].to_pylist(), shard_records_of(batch), strict=True):
+            if record.path != path:
+                raise ValueError(f"its row of {path} is of another shard, {record.path}")
+            records[path] = record
     return records
+
+
+def _completed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return rows of a part under today's columns: those that it lacks are NULL."""
+    columns = {
+        field.name: rows[field.name] if field.name in rows.column_names else pa.nulls(len(rows), field.type)
+        for field in schema
+    }
+    return pa.table(columns).cast(schema)
 
 
 def _to_table(table: str, rows: list[Row]) -> pa.Table:

@@ -6,11 +6,13 @@ use ``Manifest.open``; a user's SQL is answered in a sandbox without access to f
 
 import contextlib
 import itertools
+import re
 import tempfile
 import threading
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import duckdb
@@ -21,21 +23,32 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
-from pipeline.manifest.compaction import CompactedRecords
-from pipeline.manifest.histograms import sum_histograms
-from pipeline.manifest.sandbox import FILE_ERRORS, Stream, column_names, seal, stream_answer, table_answer
+from pipeline.manifest.compaction import LIGHT_COLUMNS, CompactedRecords, RecordTables
+from pipeline.manifest.histograms import KEY_COLUMNS, HistogramSums
+from pipeline.manifest.sandbox import (
+    FILE_ERRORS,
+    Sealed,
+    Stream,
+    column_names,
+    seal,
+    stream_answer,
+    table_answer,
+)
+from pipeline.manifest.uid_index import UidIndex
 from pipeline.regular_files import NotRegularFileError, require_regular
 from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.storage import Storage
 from schemas.catalog import (
     DATA_STAGES,
     DATA_TABLES,
+    RECORD_TABLES,
     data_views,
+    names_in,
     parquet_files,
     record_views,
     registered_relations,
 )
-from schemas.errors import CapfiltError, CorruptShardError
+from schemas.errors import CapfiltError, CorruptShardError, first_line
 from schemas.records import is_own_file
 from schemas.stages import Stage
 
@@ -68,6 +81,7 @@ class Manifest:
     def __init__(self, storage: Storage, compacted: CompactedRecords | None = None) -> None:
         self.storage = storage
         self.compacted = compacted or CompactedRecords(storage)
+        self.uids = UidIndex(storage)
         # The catalog is made over the parts: no rebuild of another thread may take them away meanwhile.
         self._writing = threading.Lock()
 
@@ -76,6 +90,8 @@ class Manifest:
         with self._writing:
             rows = self.compacted.compact()
             write_catalog(self.storage)
+            if self.compacted.has_new_lists or self.uids.is_empty():
+                self.uids.update()
         return rows
 
     def rebuild(self) -> dict[str, int]:
@@ -83,6 +99,7 @@ class Manifest:
         with self._writing:
             rows = self.compacted.rebuild()
             write_catalog(self.storage)
+            self.uids.rebuild()
         return rows
 
     def rewrite_copied_catalog(self) -> str | None:
@@ -96,12 +113,12 @@ class Manifest:
         in_place: bool = False,
         shards: Collection[tuple[str, str]] | None = None,
         memory: str = "50%",
-        records: Mapping[str, pa.Table] | None = None,
+        records: RecordTables | None = None,
     ) -> "Query":
         """Return a connection for this package's own questions, as of now; use it as a context manager.
 
         Args:
-            in_place: see ``Query``; for questions that search samples, not for those to the records alone.
+            in_place: see ``Query``; for questions that search samples.
             shards: see ``Query``.
             memory: what DuckDB may take, such as 4GB or 50%.
             records: see ``Query``.
@@ -129,10 +146,11 @@ class Manifest:
 
         ``timeout_s`` counts until the last of them; errors come up wherever they are taken.
         """
-        with Query(self.storage, self.compacted, memory=memory) as query:
-            connection = query.sealed()
-            with stream_answer(connection, sql, timeout_s=timeout_s, find_damage=query.find_damage) as stream:
-                yield stream
+        with (
+            Query(self.storage, self.compacted, memory=memory) as query,
+            stream_answer(query.sealed(), sql, timeout_s=timeout_s) as stream,
+        ):
+            yield stream
 
     def table(
         self,
@@ -144,14 +162,13 @@ class Manifest:
     ) -> pa.Table:
         """Answer as ``query`` does, with typed columns; ``parameters``: see ``table_answer``."""
         with Query(self.storage, self.compacted, memory=memory) as query:
-            connection = query.sealed()
-            return table_answer(
-                connection, sql, parameters, timeout_s=timeout_s, find_damage=query.find_damage
-            )
+            return table_answer(query.sealed(), sql, parameters, timeout_s=timeout_s)
 
 
 class Query:
     """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened.
+
+    Files of samples, and most columns of the shards, are read once a statement asks for them.
 
     Args:
         in_place: DuckDB may open the files itself where they are local, and so has access to files. Faster at
@@ -168,11 +185,12 @@ class Query:
         memory: str = "50%",
         in_place: bool = False,
         shards: Collection[tuple[str, str]] | None = None,
-        records: Mapping[str, pa.Table] | None = None,
+        records: RecordTables | None = None,
     ) -> None:
         self._storage = storage
         self._compacted = compacted
         self._in_place = in_place and storage.is_local
+        self._shards = shards
         # Variables of the calling Python code must not be tables.
         config: dict[str, str | bool | int | float | list[str]] = {
             "python_enable_replacements": False,
@@ -185,35 +203,67 @@ class Query:
         except duckdb.Error as error:
             raise CapfiltError(f"--memory {memory!r}: {error}; give a size such as 4GB or 50%") from error
         self._connection.execute("SET TimeZone = 'UTC'")
-        self._files: dict[str, dict[tuple[str, str], str]] = {}
         relations = registered_relations()
-        # The rows of the records, by table.
-        self.records = dict(records or compacted.tables())
+        self.records = records or compacted.tables()
         for table, rows in self.records.items():
             self._connection.register(f"{table}_data", rows)
         self._run(record_views(relations))
-        self._files = self._committed_files(shards)
-        for kind, files in self._files.items():
-            self._add_files(f"{kind}_data", files, _SCHEMAS[kind])
+        for kind, schema in _SCHEMAS.items():
+            self._connection.register(f"{kind}_data", schema.empty_table())
         self._run(data_views(relations))
+        # What no statement has asked for yet.
+        self._unopened = set(_SCHEMAS)
+        self._columns = {*LIGHT_COLUMNS, "record", "version"}
 
     def _run(self, statements: list[str]) -> None:
         for statement in statements:
             self._connection.execute(statement)
 
-    def _committed_files(
-        self, shards: Collection[tuple[str, str]] | None
-    ) -> dict[str, dict[tuple[str, str], str]]:
-        """Return the committed files of each kind by source and shard; of some shards, and what was retried of all."""
+    def prepare(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
+        """Open the files, and read the columns of the records, that a statement needs and none before it did."""
+        names = names_in(sql)
+        if "shards_events" in names:
+            self._read_columns(self._columns_of(sql, parameters) - self._columns)
+        # The SQL calls the rows of retries by another name than their files.
+        for kind in sorted(self._unopened & ({*names, "retries"} if "retried" in names else names)):
+            self._add_files(f"{kind}_data", self._files[kind], _SCHEMAS[kind])
+            self._unopened.remove(kind)
+
+    def _columns_of(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any]) -> set[str]:
+        """Return the columns of the shards that a statement reads: DuckDB's plan of it names those of each scan."""
+        try:
+            plan = self._connection.execute(f"EXPLAIN (FORMAT JSON) {sql}", parameters).fetchall()
+        except duckdb.Error:  # it cannot be answered, or needs no rows
+            return set()
+        return {*re.findall(r"\w+", " ".join(text for _, text in plan))} & {*RECORD_TABLES["shards"].names}
+
+    def _read_columns(self, more: set[str]) -> None:
+        if not more:
+            return
+        self._columns |= more
+        try:
+            rows = self._compacted.shards(self.records, self._columns)
+        except FileNotFoundError:
+            self._renew_records()
+            rows = self._compacted.shards(self.records, self._columns)
+        self._connection.register("shards_data", rows)
+
+    def _renew_records(self) -> None:
+        """Take the rows of the shards as they are now: parts that they came from are gone."""
+        self.records = self._compacted.tables()
+        self._connection.register("shards_data", self._compacted.shards(self.records, self._columns))
+
+    @cached_property
+    def _files(self) -> dict[str, dict[tuple[str, str], str]]:
+        """The committed files of each kind by source and shard: of some shards, and what was retried of all."""
         files: dict[str, dict[tuple[str, str], str]] = {kind: {} for kind in _SCHEMAS}
-        wanted = None if shards is None else [f"{source}/{shard}" for source, shard in shards]
-        committed = self.rows(
+        wanted = None if self._shards is None else [f"{source}/{shard}" for source, shard in self._shards]
+        sql = (
             "SELECT kind, source, shard, path FROM base.committed_files "
-            "WHERE $1 IS NULL OR kind = 'retries' OR list_contains($1, source || '/' || shard)",
-            (wanted,),
+            "WHERE $1 IS NULL OR kind = 'retries' OR list_contains($1, source || '/' || shard)"
         )
-        for row in committed:
-            kind, source, shard, path = row.values()
+        self._read_columns(self._columns_of(sql, (wanted,)) - self._columns)
+        for kind, source, shard, path in self._connection.execute(sql, (wanted,)).fetchall():
             stage = _STAGES.get(kind)
             if stage is None or path is None or not is_own_file(path, stage, source, shard):
                 raise CorruptShardError(
@@ -225,12 +275,15 @@ class Query:
         return files
 
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
-        if not (self._in_place and files):
-            self._connection.register(name, self._dataset(files, schema))
+        if not files:
             return
         self._require_regular(files.values())
+        if not self._in_place:
+            self._connection.register(name, self._dataset(files, schema))
+            return
         paths = [self._storage.url(path) for _, path in sorted(files.items())]
-        self._execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
+        self._connection.unregister(name)
+        self._connection.execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
         if self._connection.view(name).types != self._connection.from_arrow(schema.empty_table()).types:
             self.find_damage()
 
@@ -267,37 +320,27 @@ class Query:
         """Of how many shards files may be opened; shards of retries, of which the uids are read, do not count."""
         return len({place for kind, files in self._files.items() if kind != "retries" for place in files})
 
-    def take_histograms(self) -> list[dict[str, Any]]:
-        """Return the histograms of all records, summed by stage and name: a row for each bin that counts anything.
+    def histogram_sums(self) -> list[dict[str, Any]]:
+        """Return the histograms of the committed shards as ``HistogramSums.rows`` does."""
+        try:
+            return self._histogram_sums()
+        except FileNotFoundError:
+            self._renew_records()
+            return self._histogram_sums()
 
-        Most of the records' memory is theirs: it is given back, their column is NULL from now on.
-        """
-        rows, column = self.records["shards"], "histograms"
-        committed, texts = set(self._committed_rows()), rows.select(["stage", column])
-        nulls = pa.nulls(rows.num_rows, rows[column].type)
-        self.records["shards"] = rows.set_column(rows.column_names.index(column), column, nulls)
-        self._connection.register("shards_data", self.records["shards"])
-        batches = texts.to_batches(max_chunksize=1000)
-        pairs = (
-            pair for batch in batches for pair in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)
-        )
-        return sum_histograms(
-            (stage, text) for number, (stage, text) in enumerate(pairs) if text and number in committed
-        )
-
-    def _committed_rows(self) -> list[int]:
-        """Return where in ``records`` the committed shards are; of those that two parts have, the first."""
-        key = ("stage", "source", "shard", "attempt")
-        committed = {
-            tuple(row.values())
-            for row in self.rows(f"SELECT {', '.join(key)} FROM shards WHERE state = 'committed'")
-        }
-        columns = (self.records["shards"][name].to_pylist() for name in key)
-        first: dict[tuple[Any, ...], int] = {}
-        for number, values in enumerate(zip(*columns, strict=True)):
-            if values in committed:
-                first.setdefault(values, number)
-        return list(first.values())
+    def _histogram_sums(self) -> list[dict[str, Any]]:
+        key = f"concat_ws('/', {', '.join(KEY_COLUMNS)})"
+        committed = self._connection.sql(f"SELECT {key} AS key FROM shards WHERE state = 'committed'")
+        sums = HistogramSums(committed.to_arrow_table()["key"].combine_chunks())
+        for rows in self._compacted.histogram_batches(self.records):
+            try:
+                sums.add(rows)
+            except ValueError as error:
+                raise CorruptShardError(
+                    f"manifest/shards has histograms whose counts do not fit their bins ({first_line(error)}); "
+                    "`capfilt manifest rebuild CORPUS` makes it anew"
+                ) from error
+        return sums.rows()
 
     def reread_marks(self) -> None:
         """Take the marks as they are now; all else stays as it was when the connection was opened."""
@@ -316,6 +359,7 @@ class Query:
 
     def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
         try:
+            self.prepare(sql, list(parameters))
             return self._connection.execute(sql, list(parameters))
         except _OWN_SQL_ERRORS as error:
             self.find_damage()
@@ -339,11 +383,10 @@ class Query:
             except NotRegularFileError as error:
                 raise _damaged(f"{path} cannot be read: {error.strerror}") from error
 
-    def sealed(self) -> duckdb.DuckDBPyConnection:
+    def sealed(self) -> Sealed:
         """Forbid the connection every access outside the database, permanently; return it, for a user's SQL."""
-        self._require_regular(path for files in self._files.values() for path in files.values())
         seal(self._connection)
-        return self._connection
+        return Sealed(connection=self._connection, prepare=self.prepare, find_damage=self.find_damage)
 
 
 def _damaged(what: str) -> CorruptShardError:

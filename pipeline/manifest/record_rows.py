@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.corpus.checkpoint_files import SNAPSHOT_FILE
 from pipeline.corpus.records import parse_record
+from pipeline.manifest.histograms import histogram_cells
 from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError
-from schemas.json_record import Json
+from schemas.json_record import MOST, Json
 from schemas.marks import MarkRecord
+from schemas.names import is_one_part
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
@@ -26,7 +30,7 @@ from schemas.records import (
     SnapshotRecord,
     SnapshotShard,
 )
-from schemas.stages import STAGES
+from schemas.stages import STAGE_INFO, STAGES
 
 Row = dict[str, Any]
 
@@ -79,25 +83,106 @@ def rows_of(path: str, text: bytes) -> list[Row]:
 def _shard_row(record: ShardRecord, state: str) -> Row:
     files = {name: [file.bytes, file.rows] for name, file in record.outputs.items()}
     row = _row("shards", _fields(record) | _files(record.outputs) | {"state": state})
-    return row | {"files": json.dumps(files, sort_keys=True)}
+    cells = histogram_cells(record.histograms) if record.histograms else {}
+    return row | cells | {"files": json.dumps(files, sort_keys=True)}
 
 
-def shard_record_of(row: Row) -> ShardRecord:
-    """Return the committed record that a row of a part was made of, without its histograms.
+def shard_records_of(rows: pa.RecordBatch) -> Iterator[ShardRecord]:
+    """Yield the committed record that each row of a part was made of, without its histograms.
 
-    Raises ValueError where the row cannot come from a record.
+    Column by column, and texts that many records share only once: there may be 50,000. Raises ValueError where a row
+    cannot come from a record.
     """
-    paths, sha256 = dict(row["paths"]), dict(row["sha256"])
-    outputs = {
-        name: {"path": paths.get(name), "sha256": sha256.get(name), "bytes": size, "rows": rows}
-        for name, (size, rows) in json.loads(row["files"]).items()
-    }
-    values = {field.name: row[field.name] for field in dataclasses.fields(ShardRecord) if field.name in row}
-    values |= {name: dict(values[name]) for name in ("inputs", "counts", "seconds", "versions")}
-    values |= {
-        name: values[name].isoformat(timespec="microseconds") for name in ("started_at", "finished_at")
-    }
-    return ShardRecord.from_json(json.dumps(values | {"outputs": outputs, "histograms": {}}))
+    _require_numbers(rows)
+    columns = {name: _values_of(rows[name]) for name in _RECORD_FIELDS}
+    files = map(json.loads, rows["files"].to_pylist())
+    outputs = map(_outputs, files, _values_of(rows["paths"]), _values_of(rows["sha256"]))
+    for values, output_files in zip(zip(*columns.values(), strict=True), outputs, strict=True):
+        record = ShardRecord(**dict(zip(columns, values, strict=True)), outputs=output_files)
+        _require_names(record)
+        yield record
+
+
+# Fields that a row holds as they are.
+_RECORD_FIELDS = [
+    field.name for field in dataclasses.fields(ShardRecord) if field.name not in ("outputs", "histograms")
+]
+_TIME = "%Y-%m-%dT%H:%M:%S+00:00"
+
+
+def _require_numbers(rows: pa.RecordBatch) -> None:
+    """Raise ValueError for a count that no record may have, and for a missing value."""
+    for name in _RECORD_FIELDS:
+        column = rows[name]
+        if column.null_count or (pa.types.is_map(column.type) and _entries(column)[1].null_count):
+            raise ValueError(f"{name}: a value is NULL")
+    counts = {name: rows[name] for name in ("rows_in", "rows_out", "images")}
+    for name, values in (counts | {"counts": _entries(rows["counts"])[1]}).items():
+        if len(values) and not (pc.min(values).as_py() >= 0 and pc.max(values).as_py() < MOST):
+            raise ValueError(f"{name}: a count is negative or too large")
+    if not pc.all(pc.is_finite(_entries(rows["seconds"])[1]), min_count=0).as_py():
+        raise ValueError("seconds: a number is not finite")
+
+
+def _values_of(column: pa.Array) -> Iterable[Any]:
+    """Return a column's values as a record has them."""
+    if pa.types.is_timestamp(column.type):
+        # Without its zone, which is UTC: Arrow would look for a database of zones.
+        return cast(list[str], pc.strftime(column.view(pa.timestamp("us")), _TIME).to_pylist())
+    if pa.types.is_map(column.type):
+        keys, items = map(_shared, _entries(column))
+        places = pc.subtract(column.offsets, column.offsets[0]).to_pylist()
+        return [
+            dict(zip(keys[start:end], items[start:end], strict=True))
+            for start, end in itertools.pairwise(places)
+        ]
+    if pa.types.is_list(column.type):
+        return map(tuple, column.to_pylist())
+    return _shared(column)
+
+
+def _entries(column: pa.MapArray) -> tuple[pa.Array, pa.Array]:
+    """Return all keys and all items of a column of maps; Arrow's own are those of the array that it is a slice of."""
+    start, end = column.offsets[0].as_py(), column.offsets[-1].as_py()
+    return column.keys.slice(start, end - start), column.items.slice(start, end - start)
+
+
+def _shared(column: pa.Array) -> list[Any]:
+    """Return values; equal texts are one object."""
+    if not pa.types.is_string(column.type):
+        return column.to_pylist()
+    encoded = column.dictionary_encode()
+    texts = encoded.dictionary.to_pylist()
+    return [None if code is None else texts[code] for code in encoded.indices.to_pylist()]
+
+
+def _outputs(
+    sizes: Mapping[str, tuple[int, int]], paths: Mapping[str, str], sha256: Mapping[str, str]
+) -> dict[str, OutputFile]:
+    outputs = {}
+    for name, (size, rows) in sizes.items():
+        if not (type(size) is type(rows) is int and 0 <= size < MOST and 0 <= rows < MOST):
+            raise ValueError(f"files.{name}: sizes and rows are counts")
+        outputs[name] = OutputFile(path=paths[name], bytes=size, sha256=sha256[name], rows=rows)
+    return outputs
+
+
+_OUTPUTS = {stage: set(STAGE_INFO[stage].outputs) for stage in STAGES}
+_is_one_part = functools.lru_cache(is_one_part)
+
+
+def _require_names(record: ShardRecord) -> None:
+    """Raise ValueError unless the outputs are the stage's own files, under names that ``ShardCommit`` gives them."""
+    if record.stage not in STAGES:
+        raise ValueError(f"stage: {record.stage!r} is none")
+    if not (_is_one_part(record.source) and _is_one_part(record.run_id)):
+        raise ValueError("source, run_id: not usable in a file's name")
+    folder = f"{STAGE_INFO[record.stage].folder}/{record.source}/{record.shard}."
+    is_usual = record.attempt.isalnum() and record.outputs.keys() == _OUTPUTS[record.stage]
+    for name, file in record.outputs.items():
+        is_usual &= file.path in (f"{folder}{record.attempt}.{name}", f"{folder}{name}")
+    if not (is_usual and record.shard.isdigit()):
+        record.require_valid()
 
 
 def _url_shard_rows(batch: IntakeRecord) -> list[Row]:

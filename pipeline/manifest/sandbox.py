@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
@@ -67,6 +67,26 @@ class Stream:
     rows: Iterator[tuple[Any, ...]]
 
 
+class Prepare(Protocol):
+    """Opens what a checked statement reads."""
+
+    def __call__(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
+        """Prepare for a statement and the values of its parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """A connection without access to anything outside the database.
+
+    ``prepare`` opens what a statement reads, once it is known to be a read. ``find_damage`` is called where an error
+    may come from a committed file; it raises CorruptShardError if it does.
+    """
+
+    connection: duckdb.DuckDBPyConnection
+    prepare: Prepare
+    find_damage: Callable[[], None]
+
+
 def seal(connection: duckdb.DuckDBPyConnection) -> None:
     """Forbid a connection every access outside the database, permanently."""
     for statement in _SANDBOX:
@@ -74,12 +94,10 @@ def seal(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 @contextlib.contextmanager
-def stream_answer(
-    connection: duckdb.DuckDBPyConnection, sql: str, *, timeout_s: float, find_damage: Callable[[], None]
-) -> Iterator[Stream]:
-    """Answer a user's SQL on a sealed connection; the rows are made as they are taken. See ``_checked``."""
-    with _checked(connection, sql, timeout_s, find_damage) as statement:
-        result = connection.execute(statement)
+def stream_answer(sealed: Sealed, sql: str, *, timeout_s: float) -> Iterator[Stream]:
+    """Answer a user's SQL; the rows are made as they are taken. See ``_checked``."""
+    with _checked(sealed, sql, (), timeout_s) as statement:
+        result = sealed.connection.execute(statement)
         # Most errors come with the first rows: before the caller has printed any.
         first = result.fetchmany(_BATCH_ROWS)
         rest = itertools.chain.from_iterable(iter(lambda: result.fetchmany(_BATCH_ROWS), []))
@@ -87,41 +105,36 @@ def stream_answer(
 
 
 def table_answer(
-    connection: duckdb.DuckDBPyConnection,
-    sql: str,
-    parameters: Sequence[Any] | Mapping[str, Any],
-    *,
-    timeout_s: float,
-    find_damage: Callable[[], None],
+    sealed: Sealed, sql: str, parameters: Sequence[Any] | Mapping[str, Any], *, timeout_s: float
 ) -> pa.Table:
-    """Answer a user's SQL on a sealed connection, all its rows as an Arrow table. See ``_checked``.
+    """Answer a user's SQL, all its rows as an Arrow table. See ``_checked``.
 
     Args:
         parameters: values of ``?`` and ``$1`` in order, or of ``$name`` by name.
     """
-    with _checked(connection, sql, timeout_s, find_damage) as statement:
+    with _checked(sealed, sql, parameters, timeout_s) as statement:
         # A relation: DuckDB makes Arrow of it without a copy.
-        answer = connection.sql(statement, params=parameters or None)
+        answer = sealed.connection.sql(statement, params=parameters or None)
         return answer.to_arrow_table().rename_columns(list(column_names(answer)))
 
 
 @contextlib.contextmanager
 def _checked(
-    connection: duckdb.DuckDBPyConnection, sql: str, timeout_s: float, find_damage: Callable[[], None]
+    sealed: Sealed, sql: str, parameters: Sequence[Any] | Mapping[str, Any], timeout_s: float
 ) -> Iterator[str]:
     """Yield the statement that answers a user's SQL; it may take ``timeout_s`` until the block ends.
 
-    Args:
-        find_damage: called where an error may come from a committed file; raises CorruptShardError if it does.
-
     Raises CapfiltError for anything that is not a single read, for errors in the SQL, and after ``timeout_s``.
     """
+    connection = sealed.connection
     timer = threading.Timer(timeout_s, connection.interrupt)
     try:
         _require_read(connection, sql)
+        statement = _with_comments(sql)
+        sealed.prepare(statement, parameters)
         timer.daemon = True
         timer.start()
-        yield _with_comments(sql)
+        yield statement
     except duckdb.InterruptException as error:
         raise CapfiltError(f"the query took over {timeout_s:g} s: narrow it, or give --timeout") from error
     except duckdb.OutOfMemoryException as error:
@@ -133,7 +146,7 @@ def _checked(
         ) from error
     except (duckdb.Error, UnicodeDecodeError) as error:
         if isinstance(error, FILE_ERRORS):
-            find_damage()
+            sealed.find_damage()
         raise CapfiltError(f"SQL: {error}") from error
     finally:
         timer.cancel()

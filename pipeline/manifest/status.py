@@ -15,7 +15,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Retried URLs are in two shards: counted once as URLs, and at most once as images.
 _CRAWLED = """
     SELECT crawl.source, sum(crawl.rows_in) FILTER (again IS NULL)::BIGINT AS urls,
-        sum(crawl.rows_in) FILTER (again)::BIGINT AS retried, sum(crawl.images)::BIGINT AS images
+        sum(crawl.rows_in) FILTER (again)::BIGINT AS tried_again, sum(crawl.images)::BIGINT AS images
     FROM shards AS crawl LEFT JOIN (
         SELECT source, shard, true AS again FROM shards WHERE stage = 'urls' AND counts['retry'] > 0
     ) AS retry ON crawl.source = retry.source AND crawl.shard = retry.shard
@@ -60,14 +60,10 @@ def status(manifest: Manifest) -> dict[str, Any]:
 def stats(manifest: Manifest) -> dict[str, list[Row]]:
     """Return success, outcomes, quantiles of every histogram, rates: sums over records, no sample is read."""
     with manifest.open() as query:
-        bins = query.rows(
-            """SELECT source, stage, name, low, high, sum("count")::BIGINT AS "count" FROM bins
-            GROUP BY ALL ORDER BY ALL"""
-        )
         return {
             "sources": [_success(row) for row in query.rows(_CRAWLED)],
             "outcomes": query.rows("SELECT * FROM outcomes"),
-            "histograms": _summaries(bins),
+            "histograms": _summaries(query.histogram_sums()),
             "throughput": query.rows("SELECT * FROM throughput"),
         }
 
@@ -160,7 +156,7 @@ def _success(row: Row) -> Row:
     return {
         "source": row["source"],
         "urls": urls,
-        "retried": row["retried"] or 0,
+        "retried": row["tried_again"] or 0,
         "images": row["images"],
         "success_share": round(row["images"] / urls, 6) if urls else None,
     }

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.fingerprint import pack_uids, unpack_uids
-from pipeline.corpus.records import Records, ShardId
+from pipeline.corpus.records import CorpusState, Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
@@ -30,6 +30,7 @@ from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.storage import Storage
 from schemas.catalog import DATA_TABLES
 from schemas.errors import CorruptShardError, first_line
+from schemas.names import is_outside_tar
 from schemas.records import MARKS_INPUT, OutputFile, ShardRecord
 from schemas.stages import STAGE_FOLDERS, STAGES, Stage
 from schemas.tables import URLS
@@ -61,18 +62,24 @@ def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = Non
     """Compare a whole corpus with its records.
 
     Args:
-        quick: sizes only, nothing is read.
+        quick: sizes only, as listings have them; nothing is read but the records that no part of the manifest holds.
     """
-    records = Records(manifest.storage)
-    committed = records.shards() | {
-        ("urls", *shard): record for shard, record in records.url_shards().items()
-    }
+    committed = _committed(manifest, quick)
     shards: dict[tuple[str, str], dict[Stage, ShardRecord]] = {}
     for (stage, source, shard), record in sorted(committed.items()):
         shards.setdefault((source, shard), {})[stage] = record
     checks = [_ShardCheck(manifest.storage, by_stage) for _, by_stage in sorted(shards.items())]
-    with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as workers:
-        list(workers.map(lambda check: check.sizes() if quick else check.contents(), checks))
+    if quick:
+        listed = {
+            info.path: info.bytes
+            for folder in STAGE_FOLDERS.values()
+            for info in manifest.storage.list(folder)
+        }
+        for check in checks:
+            check.sizes(listed)
+    else:
+        with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as workers:
+            list(workers.map(_ShardCheck.contents, checks))
     verification = Verification(
         shards=len(checks),
         files=sum(check.files for check in checks),
@@ -83,6 +90,17 @@ def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = Non
         verification.differences += _doubled_uids(checks)
     verification.differences += _manifest_discrepancies(manifest, committed)
     return verification
+
+
+def _committed(manifest: Manifest, quick: bool) -> dict[ShardId, ShardRecord]:
+    """Return the committed records, url shards included: where all is read, from the records themselves."""
+    records = Records(manifest.storage)
+    if quick:
+        state = CorpusState(records, compacted=manifest.compacted.shard_records)
+        committed, urls = state.committed, state.urls
+    else:
+        committed, urls = records.shards(), records.url_shards()
+    return committed | {("urls", *shard): record for shard, record in urls.items()}
 
 
 class _ShardCheck:
@@ -100,15 +118,20 @@ class _ShardCheck:
     def report(self, path: str, what: str) -> None:
         self.discrepancies.append(Discrepancy(path=path, what=what))
 
-    def sizes(self) -> None:
-        """Compare the sizes of the files."""
+    def sizes(self, listed: Mapping[str, int]) -> None:
+        """Compare the sizes of the files with those of the listed ones, by path."""
         for file in self._outputs().values():
-            try:
-                size = self.storage.info(file.path).bytes
-            except FileNotFoundError:
+            size = self._outside_size(file.path) if is_outside_tar(file.path) else listed.get(file.path)
+            if size is None:
                 self.report(file.path, "missing")
             else:
                 self._compare_size(file, size)
+
+    def _outside_size(self, path: str) -> int | None:
+        try:
+            return self.storage.info(path).bytes
+        except FileNotFoundError:
+            return None
 
     def contents(self) -> None:
         """Read every file, then compare the stages with one another."""

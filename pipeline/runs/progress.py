@@ -89,12 +89,14 @@ class ProgressCounter:
     def __init__(self) -> None:
         self._seen: set[tuple[str, str, str]] = set()
         self._stages: dict[Stage, StageProgress] = {}
+        self._passed: dict[Stage, set[tuple[str, str]]] = {}
         self._refusal = ""
 
     def note(self, outcome: ShardOutcome) -> None:
         """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
         if outcome.state == "refused":
             self._refusal = outcome.error
+        self._passed.setdefault(outcome.stage, set()).add((outcome.source, outcome.shard))
         shard = (outcome.stage, outcome.source, outcome.shard)
         if outcome.state not in ("done", "quarantined") or shard in self._seen:
             return
@@ -106,6 +108,10 @@ class ProgressCounter:
         stage.rows_out += outcome.rows_out
         if outcome.state == "quarantined":
             stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
+
+    def passed(self, stage: Stage) -> set[tuple[str, str]]:
+        """Return the shards, by source and name, that a stage has handed on, whatever became of them."""
+        return self._passed.get(stage, set())
 
     def report_state(self, stage: Stage, state: StageState) -> None:
         """Note what a worker of a stage does now; of several workers, the one that is furthest counts."""

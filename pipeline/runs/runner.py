@@ -3,13 +3,12 @@
 Knows nothing of Ray: an actor of a cluster and the local executor call the same ``ShardRunner``.
 """
 
-import os
+import contextlib
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
 from typing import Any
 
@@ -65,7 +64,7 @@ class RWLock:
         self._readers = 0
         self._waiting_writers = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Hold the lock beside other readers, once no writer holds it or waits for it."""
         with self._changed:
@@ -78,7 +77,7 @@ class RWLock:
                 self._readers -= 1
                 self._changed.notify_all()
 
-    @contextmanager
+    @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the lock alone, once all other holders have released it."""
         # The condition's own lock is held for the whole block, so that neither a reader nor another writer begins.
@@ -98,6 +97,7 @@ class RunSettings:
 
     ``models`` are the digests of the weights that the fingerprints name: a worker that loads others is refused.
     ``recompute``: replace stale shards. ``marks``: those that concern samples of a shard, by source and shard.
+    ``retried``: the shards of which later ones may try URLs again.
     """
 
     config: CapfiltConfig
@@ -105,6 +105,7 @@ class RunSettings:
     run_id: str
     recompute: bool = False
     marks: ShardMarks = field(default_factory=dict)
+    retried: frozenset[tuple[str, str]] = frozenset()
 
 
 class ShardRunner:
@@ -187,7 +188,7 @@ class ShardRunner:
         )
         if step.task is None or (step.state == "stale" and not run.recompute):
             return self._outcome(urls, "skipped" if step.state == "done" else step.state)
-        return self._run_task(step.task)
+        return self._run_task(replace(step.task, has_retries=(source, shard) in run.retried))
 
     def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> ShardOutcome:
         return ShardOutcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
@@ -195,15 +196,19 @@ class ShardRunner:
     def _run_task(self, task: ShardTask) -> ShardOutcome:
         """Try until the shard is committed or its attempts are used up."""
         error = "the worker died on every attempt"
-        shard_id = (task.stage, task.source, task.shard)
+        is_retry = False
         while True:
-            is_retry = self.records.attempts_begun(*shard_id, task.run_id) > 0
             with self._lock.exclusive() if is_retry else self._lock.shared():
-                begun = self.records.begin_attempt(*shard_id, os.urandom(6).hex(), task.run_id)
+                begun = self.records.begin_attempt(
+                    task.stage, task.source, task.shard, task.run_id, is_retry=is_retry
+                )
                 if begun > task.max_attempts:
                     break
                 try:
-                    return ShardOutcome.committed(self._ready_worker()(task))
+                    if begun:
+                        record = self._attempt(task, is_retry)
+                        self._end_attempts(task, begun)
+                        return ShardOutcome.committed(record)
                 except (CorruptShardError, NotFiniteError) as failure:
                     error = str(failure)
                     break  # another try reads the same bytes, and computes the same
@@ -211,15 +216,29 @@ class ShardRunner:
                     raise
                 except Exception as failure:
                     error = "".join(traceback.format_exception(failure, limit=-4)).strip()
-            # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
-            with self._lock.exclusive():
-                self._worker = None
+            if begun:
+                # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
+                with self._lock.exclusive():
+                    self._worker = None
+            is_retry = True
         return self._give_up(task, min(begun, task.max_attempts), error)
+
+    def _attempt(self, task: ShardTask, is_retry: bool) -> ShardRecord:
+        """Do the task, unless an attempt before this one has committed it without learning so."""
+        return (is_retry and self._committed(task)) or self._ready_worker()(task)
+
+    def _committed(self, task: ShardTask) -> ShardRecord | None:
+        committed = self.records.read(task.stage, task.source, task.shard)
+        return committed if committed is not None and committed.fingerprint == task.fingerprint else None
+
+    def _end_attempts(self, task: ShardTask, begun: int) -> None:
+        """Forget the attempts of a committed shard; what a storage refuses of it, the end of a run makes up for."""
+        with contextlib.suppress(OSError):
+            self.records.end_attempts(task.stage, task.source, task.shard, task.run_id, begun)
 
     def _give_up(self, task: ShardTask, attempts: int, error: str) -> ShardOutcome:
         """Quarantine the shard, unless another runner has committed it meanwhile."""
-        committed = self.records.read(task.stage, task.source, task.shard)
-        if committed is not None and committed.fingerprint == task.fingerprint:
+        if committed := self._committed(task):
             return ShardOutcome.committed(committed)
         self.records.quarantine(
             QuarantineRecord(

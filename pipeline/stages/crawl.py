@@ -86,7 +86,8 @@ class CrawlWorker:
         stats, folder, task = commit.stats, commit.folder, commit.task
         # A failure of this shard that was queued again belongs to a later shard now: where this shard is crawled
         # anew, it must not fetch that URL too, or the corpus would hold it twice.
-        retried = retried_elsewhere(self._records, task.source, task.shard)
+        may_be_retried = task.has_retries or task.replaces is not None
+        retried = retried_elsewhere(self._records, task.source, task.shard) if may_be_retried else ()
         passed_on = [{**row, **_RETRIED} for row in rows if row["uid"] in retried]
         rows = [row for row in rows if row["uid"] not in retried]
         with self._fetcher(task.source) as fetcher:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -120,6 +121,23 @@ class LocalFiles:
                 return _create_exclusively(target, data)
         return True
 
+    def swap(self, path: str, old: bytes, new: bytes) -> bool:
+        """Replace a file if it has just these bytes; of many who want to, one may at a time: who holds its lock."""
+        target = Path(path)
+        try:
+            require_regular(path)
+            file = target.open("r+b")
+        except FileNotFoundError:
+            return False
+        with file:
+            _lock(file)
+            # A file that was replaced while this waited for its lock is not the one under the name any more.
+            is_there = os.path.samestat(os.fstat(file.fileno()), target.stat())
+            if not is_there or file.read() != old:
+                return False
+            self.write(path, new)
+        return True
+
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
         Path(path).unlink(missing_ok=True)
@@ -143,6 +161,15 @@ def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
         return replace(info, bytes=entry.stat().st_size)
     except OSError:
         return replace(info, bytes=0)
+
+
+def _lock(file: BinaryIO) -> None:
+    """Wait for the lock on a file, which closing it gives back; some network filesystems have none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 @contextlib.contextmanager

@@ -137,15 +137,33 @@ class ObjectFiles:
                 return True
             if wait_s is not None:
                 time.sleep(wait_s)
-        raise ObjectStorageError(
-            f"{self.url(key)} cannot be created: other writers were in the way at every try; run the command again"
-        )
+        raise _in_the_way(self.url(key))
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        """Replace an object if it has just these bytes: one request to read it, and a conditional one."""
+        for wait_s in (*_CREATE_WAITS_S, None):
+            try:
+                with explained(self.url(key)):
+                    read = self._store.get(key)
+                    data, meta = read.bytes().to_bytes(), read.meta
+            except FileNotFoundError:
+                return False
+            if data != old:
+                # A put whose answer was lost is sent again, and refused by what it made itself.
+                return data == new
+            how = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
+            with contextlib.suppress(FileExistsError):
+                self._put(key, new, mode=how, use_multipart=False)
+                return True
+            if wait_s is not None:
+                time.sleep(wait_s)
+        raise _in_the_way(self.url(key))
 
     def _put(self, key: str, content: bytes | IO[bytes], **how: Any) -> None:
         with explained(self.url(key)):
             try:
                 self._store.put(key, content, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE, **how)
-            except obstore.exceptions.AlreadyExistsError as error:
+            except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
                 raise FileExistsError(17, "exists", self.url(key)) from error
             except FileNotFoundError as error:
                 # There is no bucket, or an upload in parts is gone: no file is missing.
@@ -156,6 +174,12 @@ class ObjectFiles:
         # S3 says nothing of an absent object, the others do.
         with contextlib.suppress(FileNotFoundError), explained(self.url(key)):
             self._store.delete(key)
+
+
+def _in_the_way(url: str) -> ObjectStorageError:
+    return ObjectStorageError(
+        f"{url} cannot be written: other writers were in the way at every try; run the command again"
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

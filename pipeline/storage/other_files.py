@@ -72,6 +72,10 @@ class OtherFiles:
         """Refuse: nothing is known of how many writers would win."""
         raise NotImplementedError(f"{self.url(name)}: create-if-absent is not known to hold there")
 
+    def swap(self, name: str, old: bytes, new: bytes) -> bool:
+        """Refuse, as ``create`` does."""
+        raise NotImplementedError(f"{self.url(name)}: a conditional put is not known to hold there")
+
     def delete(self, name: str) -> None:
         """Remove a file."""
         self._filesystem.rm_file(name)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -192,7 +193,11 @@ class Storage:
         except FileNotFoundError:
             return []
         start = len(self._base) + 1 if self._base or self.is_local else 0
-        return sorted((replace(info, path=info.path[start:]) for info in listed), key=lambda info: info.path)
+        infos = [
+            FileInfo(path=info.path[start:], bytes=info.bytes, version=info.version, modified=info.modified)
+            for info in listed
+        ]
+        return sorted(infos, key=attrgetter("path"))
 
     def info(self, path: str) -> FileInfo:
         """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
@@ -225,6 +230,10 @@ class Storage:
         not both win write different bytes (a record holds the id of its commit).
         """
         return self._files.create(self._own(path), data)
+
+    def swap(self, path: str, old: bytes, new: bytes) -> bool:
+        """Replace a file only if its content is ``old``; of many writers at most one gets True. Absent gives False."""
+        return self._files.swap(self._own(path), old, new)
 
     def delete(self, path: str) -> None:
         """Remove a file of the corpus; absent is fine."""

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.corpus.records import Records
+from pipeline.corpus.records import Records, committed_shards
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.digests import digest_json
+from pipeline.manifest.compaction import CompactedRecords
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.json_record import first_error
@@ -184,7 +185,9 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
     storage = Storage(path)
     records = Records(storage)
     shards: dict[str, list[ShardRef]] = {}
-    for (_, source, name), record in sorted(records.shards((stage,)).items()):
+    compacted = CompactedRecords(storage).shard_records
+    committed = committed_shards(records, records.list_shards((stage,)), compacted)
+    for (_, source, name), record in sorted(committed.items()):
         tar, parquet = record.outputs["tar"], record.outputs["parquet"]
         if is_outside_tar(tar.path):
             raise CapfiltError(

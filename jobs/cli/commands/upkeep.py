@@ -58,12 +58,17 @@ def gc(
     json_: JsonOption = False,
 ) -> None:
     """Remove the files of killed attempts, which no record refers to."""
-    storage = open_manifest(corpus).storage
+    manifest = open_manifest(corpus)
     from pipeline.corpus.garbage_collection import find_orphans, remove
     from pipeline.corpus.records import Records
 
-    records = Records(storage)
-    orphans = find_orphans(records, older_than=_age(older_than), retired=retired)
+    records = Records(manifest.storage)
+    orphans = find_orphans(
+        records,
+        older_than=_age(older_than),
+        retired=retired,
+        compacted=manifest.compacted.shard_records,
+    )
     if not dry_run:
         orphans = remove(records, orphans)
     size = sum(file.bytes for file in orphans)

@@ -1,0 +1,103 @@
+"""What is asked of a corpus of very many shards: each command's CPU seconds, peak memory and, on S3, requests.
+
+Every command is a process of its own, so that its start counts.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.fixtures.machine import Stopwatch
+from jobs.bench.fixtures.many_shards import SOURCE, make_many_shards, recipe_options
+from jobs.bench.fixtures.s3 import S3Server, bucket_on, serving_s3
+from pipeline.manifest.manifest import Manifest
+from pipeline.storage.scratch import temporary_folder
+from pipeline.storage.storage import Storage
+
+# Runs a command of capfilt, then says what it took. The CPU seconds are those since the process was started.
+_MEASURED = """
+import json, sys, time
+from jobs.bench.fixtures.machine import peak_bytes
+from jobs.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    code = end.code or 0
+print(json.dumps({"exit": code, "cpu_s": time.process_time(), "peak": peak_bytes()}), file=sys.stderr)
+"""
+# Questions to the records alone.
+_RECORD_QUERIES: dict[str, str] = {
+    "shards by state": "SELECT stage, state, count(*), sum(rows_out) FROM shards GROUP BY ALL ORDER BY ALL",
+    "progress": "SELECT * FROM progress",
+    "outcomes": "SELECT * FROM outcomes",
+    "throughput": "SELECT * FROM throughput",
+}
+
+
+def measure_scale(shards: int, on_s3: bool, only: str = "") -> dict[str, Any]:
+    """Make a corpus of so many shards, and run each command on it that reads records, listings or one shard.
+
+    Args:
+        only: those commands alone whose name has this in it.
+    """
+    with temporary_folder() as folder, _place(folder, on_s3) as (corpus, server):
+        with Stopwatch() as made:
+            make_many_shards(folder, corpus, shards)
+        commands = [
+            _measured(name, arguments, server)
+            for name, arguments in _commands(corpus, recipe_options(folder, corpus), shards).items()
+            if only in name
+        ]
+    return {
+        "shards": shards,
+        "make_cpu_s": round(made.cpu_s, 1),
+        "commands": commands,
+    }
+
+
+def _commands(corpus: str, recipe: list[str], shards: int) -> dict[str, list[str]]:
+    """Return the arguments of each command, by the name that the table has for it."""
+    last = f"{shards - 1:05d}"
+    with Manifest(Storage(corpus)).open(shards=[(SOURCE, last)]) as query:
+        [row] = query.rows("SELECT url FROM base.raw ORDER BY key LIMIT 1")
+    of_shard = (
+        f"SELECT uid, max(score) FROM candidates WHERE source = '{SOURCE}' AND shard = '{last}' GROUP BY uid"
+    )
+    return {
+        "status": ["status", corpus],
+        "runs": ["runs", corpus],
+        "shards": ["shards", corpus],
+        "stats": ["stats", corpus],
+        **{f"sql: {name}": ["sql", corpus, sql] for name, sql in _RECORD_QUERIES.items()},
+        "plan": ["plan", *recipe],
+        "run, nothing to do": ["run", *recipe, "--local", "--json"],
+        "verify --quick": ["verify", corpus, "--quick"],
+        "sql: one shard's candidates": ["sql", corpus, of_shard],
+        "trace by URL": ["trace", corpus, row["url"]],
+    }
+
+
+def _measured(name: str, arguments: list[str], server: S3Server | None) -> dict[str, Any]:
+    if server is not None:
+        server.requests.clear()
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *arguments], capture_output=True, text=True, check=False
+    )
+    figures = json.loads(done.stderr.splitlines()[-1])
+    assert figures["exit"] == 0, done.stdout + done.stderr
+    row = {"command": name, "cpu_s": round(figures["cpu_s"], 2), "peak_mib": figures["peak"] >> 20}
+    return row if server is None else row | {"requests": len(server.requests)}
+
+
+@contextmanager
+def _place(folder: Path, on_s3: bool) -> Iterator[tuple[str, S3Server | None]]:
+    """Yield where the corpus goes, and the S3 server that counts requests, if there is one."""
+    if not on_s3:
+        yield str(folder / "corpus"), None
+        return
+    with serving_s3() as server, bucket_on(server.url, "bench-scale") as root:
+        yield f"{root}/corpus", server
