@@ -67,7 +67,7 @@ class LeaseHolder(Json):
         return _process_start(self.pid) == self.process_start
 
     def __str__(self) -> str:
-        return f"process {self.pid} of {self.host}, run {self.run_id}, since {self.since[:19]} UTC"
+        return f"process {self.pid} of {self.host}, run {self.run_id}, since {self.since[:19].replace('T', ' ')} UTC"
 
 
 class Lease:
