@@ -16,6 +16,8 @@ from rich.console import Console
 
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import bootstrap, steps
+from jobs.demo.bootstrap import demo_rounds, true_share
+from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
@@ -188,8 +190,33 @@ def test_trace_walks_from_a_caption_of_round_2_to_the_urls_that_taught_its_capti
     assert all(row["images"] == row["urls"] == 12 for row in rows)
     shown = cli_here("trace", corpus, uid).stdout
     assert "taught by, nearest first" in shown and "checkpoints/blip-captioner/round-1" in shown
+    # What is left of a checkpoint that was removed is its path.
+    folder = Path(rows[0]["checkpoint"])
+    for path in (folder, Path(f"{folder}.json")):
+        path.rename(f"{path}.away")
+    left = trace(manifest, uid)[0]["taught_by"]
+    for path in (folder, Path(f"{folder}.json")):
+        Path(f"{path}.away").rename(path)
+    assert left[0] == dict.fromkeys(rows[0], None) | {"model": "captioner", "checkpoint": str(folder)}
     with Manifest(Storage(crawled)).open() as query:
         assert query.rows("SELECT count(*) AS urls FROM samples WHERE source = 'web'") == [{"urls": 12}]
+
+
+def test_the_demo_world_has_a_part_with_true_captions(tmp_path: Path) -> None:
+    with serving() as base_url:
+        rounds = demo_rounds(tmp_path, base_url, 1, num_web=40, num_human=40, overrides=[])
+        names = []
+        for step in bootstrap(rounds, SILENT, local=True):
+            names.append(step.name)
+            if len(names) == 3:
+                break
+    assert names == ["crawl", "human captions", "round 1: pretrain"]
+    human = true_share(rounds.corpus_path(0), "clean")
+    assert human["true"] == human["images_kept"] == 1.0
+    assert {source.kind for source in take_snapshot(rounds.training("pretrain", 1).data).sources} == {
+        "web",
+        "human",
+    }
 
 
 # -- kills ---------------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def config_text(findings: Findings) -> str:
 
 
 def recipe_names() -> list[str]:
-    """Return the recipes of corpora, not those of trainings; the demo's serves its own world."""
-    recipes = [path for path in RECIPES.glob("*.toml") if path.stem != "demo"]
+    """Return the recipes of corpora, not those of trainings; the demo's two serve its own world."""
+    recipes = [path for path in RECIPES.glob("*.toml") if path.stem.partition("-")[0] != "demo"]
     return sorted(path.stem for path in recipes if "\n[[source]]" in path.read_text())
 
 

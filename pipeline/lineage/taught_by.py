@@ -27,7 +27,8 @@ def taught_by(models: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Return what taught these models, nearest first: a row for each checkpoint and source that it was trained on.
 
     Columns: ``model``: captioner, filter or blip (what these began with); ``checkpoint``; ``corpus`` and ``source``;
-    ``images`` trained on, and the ``urls`` in the lists they come from. Models that capfilt did not train have no row.
+    ``images`` trained on, and the ``urls`` in the lists they come from. Models that capfilt did not train have no row,
+    and of a checkpoint that was removed all but its path is None.
 
     Args:
         models: rows of the table ``models``.
@@ -43,10 +44,9 @@ def taught_by(models: Iterable[Mapping[str, Any]]) -> list[Row]:
         try:
             traced = trace_checkpoint(checkpoint)
         except CapfiltError:  # it was removed since
-            rows.append({"model": model["kind"], "checkpoint": checkpoint})
-            continue
+            traced = {"sources": [{}], "loaded": [], "models": []}
         for source in traced["sources"]:
-            named = {name: source[name] for name in ("corpus", "source", "images", "urls")}
+            named = {name: source.get(name) for name in ("corpus", "source", "images", "urls")}
             rows.append({"model": model["kind"], "checkpoint": checkpoint, **named})
         todo += [*traced["loaded"], *traced["models"]]
     return rows
