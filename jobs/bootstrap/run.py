@@ -121,14 +121,10 @@ def _all_committed(config: CapfiltConfig, stage: Literal["crawl", "select"]) -> 
     if not storage.is_corpus():
         return False
     records = Records(storage)
-    for source in config.source:
-        shards = {shard for batch in records.intakes(source.name) for shard in batch.shards}
-        committed = {info.path for info in storage.list(f"records/{stage}/{source.name}")}
-        if not shards or any(
-            f"records/{stage}/{source.name}/{shard}.json" not in committed for shard in shards
-        ):
-            return False
-    return True
+    names = {source.name for source in config.source}
+    listed = {place for place in records.url_shards() if place[0] in names}
+    committed = {(source, shard) for _, source, shard in records.shards((stage,))}
+    return {source for source, _ in listed} == names and listed <= committed
 
 
 # -- models --------------------------------------------------------------------------------------------------

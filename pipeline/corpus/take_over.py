@@ -1,7 +1,6 @@
 """A corpus begins with the lists and the crawled images of another one, so that no URL is fetched again."""
 
 from pipeline.corpus.records import Records
-from pipeline.storage.file_info import FileInfo
 from schemas.records import OutputFile
 
 # Verdicts on samples hold in every corpus that has them.
@@ -16,20 +15,19 @@ def take_over_crawl(base: Records, records: Records) -> None:
     imported tars stay where they lie.
     """
     # Listed first: a list that is read meanwhile is not taken over with shards that are not.
-    of_lists, of_crawl = base.storage.list("records/intake"), base.list_shards(("crawl",))
-    lists, shards = base.intakes(), base.read_shards(of_crawl).values()
+    lists, shards = base.intakes(), base.shards(("crawl",)).values()
     files = [file for batch in lists for file in batch.shards.values()]
     files += [file for shard in shards for file in shard.outputs.values()]
     records.storage.map(lambda file: _copy_file(base, records, file), files)
     makers = {batch.run_id for batch in lists} | {shard.run_id for shard in shards}
-    runs = [info for info in base.storage.list("records/runs") if _run_id(info) in makers]
-    marks = [info for folder in _MARKS for info in base.storage.list(folder)]
-    for infos in (runs, marks, of_crawl, of_lists):
-        records.storage.map(lambda info: _copy_record(base, records, info), infos)
+    runs = [info.path for info in base.storage.list("records/runs") if _run_id(info.path) in makers]
+    marks = [info.path for folder in _MARKS for info in base.storage.list(folder)]
+    for paths in (runs, marks, [shard.path for shard in shards], [batch.path for batch in lists]):
+        records.storage.map(lambda path: _copy_record(base, records, path), paths)
 
 
-def _run_id(info: FileInfo) -> str:
-    return info.path.rpartition("/")[2].partition(".")[0]
+def _run_id(path: str) -> str:
+    return path.rpartition("/")[2].partition(".")[0]
 
 
 def _copy_file(base: Records, records: Records, file: OutputFile) -> None:
@@ -40,5 +38,5 @@ def _copy_file(base: Records, records: Records, file: OutputFile) -> None:
         records.storage.share(local, file.path)
 
 
-def _copy_record(base: Records, records: Records, info: FileInfo) -> None:
-    records.storage.create(info.path, base.storage.read(info.path))
+def _copy_record(base: Records, records: Records, path: str) -> None:
+    records.storage.create(path, base.storage.read(path))
