@@ -171,6 +171,13 @@ def test_what_is_not_a_record_is_named(corpus: Corpus, path: str, text: bytes) -
     assert path in refused(corpus, "status")
 
 
+def test_a_record_of_a_newer_version_is_not_to_be_deleted(corpus: Corpus) -> None:
+    path = "records/rank/cc/00000.json"
+    plant(corpus, path, lambda values: values.update(tomorrow=1))
+    told = refused(corpus, "status")
+    assert path in told and "tomorrow" in told and "upgrade capfilt" in told and "delete" not in told
+
+
 def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
     with Path(corpus.root, "records/crawl/cc/00000.json").open("r+b") as file:
         file.truncate(10 * 2**30)
@@ -181,13 +188,14 @@ def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.parquet", "raw/other/00000.a.parquet", None])
 def test_the_manifests_parts_name_the_shards_own_files(corpus: Corpus, path: str | None) -> None:
     corpus.manifest.compact()
-    rows = corpus.manifest.compacted.tables()["shards"].to_pylist()
+    [part] = Path(corpus.root, "manifest/shards").glob("*.parquet")
+    rows = pq.read_table(part).to_pylist()
     for row in rows:
         row["paths"] = [(name, path if row["stage"] == "crawl" else own) for name, own in row["paths"]]
-    for part in Path(corpus.root, "manifest/shards").glob("*.parquet"):
-        pq.write_table(pa.Table.from_pylist(rows, schema=record_row_schema("shards")), part)
-    for command in (("sql", "SELECT count(*) FROM samples"), ("status",), ("trace", "http://x/")):
+    pq.write_table(pa.Table.from_pylist(rows, schema=record_row_schema("shards")), part)
+    for command in (("sql", "SELECT count(*) FROM samples"), ("failures",), ("trace", "http://x/")):
         assert "manifest rebuild" in refused(corpus, *command)
+    assert CliRunner().invoke(app, ["status", corpus.root]).exit_code == 0, "it opens no file"
     assert CliRunner().invoke(app, ["manifest", "rebuild", corpus.root]).exit_code == 0
     assert CliRunner().invoke(app, ["sql", corpus.root, "SELECT count(*) FROM samples"]).exit_code == 0
 
