@@ -41,8 +41,8 @@ _HISTOGRAMS = ("histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)
 _NOT_IN_RECORDS = (*_HISTOGRAMS, "state", "bytes", "error")
 # What tells which rows count; the other columns of the shards are read where they are asked for.
 LIGHT_COLUMNS = frozenset({"stage", "source", "shard", "state", "attempt", "finished_at"})
-# Rows of a part whose histograms are in memory at once.
-_BATCH_ROWS = 4096
+# Rows of a part that are in memory at once, with their histograms.
+_BATCH_ROWS = 1024
 
 Seen = frozenset[tuple[str, str]]
 
@@ -272,14 +272,15 @@ class CompactedRecords:
         """Yield the rows of a part of shards, some thousand at a time; columns that are not asked for are NULL."""
         with self._opened(path) as parquet:
             names = [name for name in columns if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
                 yield _completed(pa.Table.from_batches([batch]), record_row_schema("shards"))
 
     def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
         path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
         rows = rows.replace_schema_metadata({_REPLACES: json.dumps(replaces)})
         with temporary_folder() as folder:
-            pq.write_table(rows, folder / "part.parquet", compression="zstd")
+            # In groups of as many rows as are read at once.
+            pq.write_table(rows, folder / "part.parquet", compression="zstd", row_group_size=_BATCH_ROWS)
             self.storage.put(folder / "part.parquet", path)
 
     def _merge(self, table: str, paths: list[str]) -> None:
