@@ -1,15 +1,19 @@
-"""The command lines and the printed answers of README, docs and recipes."""
+"""The command lines of README, docs and recipes, how they are run, and the answers that are printed with them."""
 
+import contextlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer.main
 
 from jobs.cli.main import app
+from tests.processes import ROOT, cli_here
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -57,6 +61,26 @@ def unknown_words(line: str) -> list[str]:
             if word.partition("=")[0] not in options | {"-h", "--help"} and words[position - 1] != "--set":
                 unknown.append(word)
     return unknown
+
+
+def shell(line: str, folder: Path, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Run a line as it is printed, in a folder that stands for the checkout: ``capfilt`` on PATH, the recipes there."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", _with_recipes(line)],
+        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def run_line(line: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a ``capfilt`` line as ``shell`` does, but in this process, which has its libraries already."""
+    with contextlib.chdir(folder):
+        return cli_here(*shlex.split(_with_recipes(line), comments=True)[1:])
+
+
+def _with_recipes(line: str) -> str:
+    # By their own place, since a run keeps the absolute paths of its models.
+    return line.replace("jobs/recipes/", f"{ROOT}/jobs/recipes/")
 
 
 def answer_of(page: Path, command: str) -> list[str]:

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -53,6 +54,34 @@ def cli_here(*arguments: str) -> subprocess.CompletedProcess:
     ):
         main()
     return subprocess.CompletedProcess(arguments, ended.value.code or 0, output.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Call a function in a thread while the block runs a command in this process, which it may send signals.
+
+    A signal that comes after the command's end has no effect. If the function fails, the command is asked to stop.
+    """
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert failures == []
 
 
 def what_comes(terminal: int) -> Iterator[bytes]:

@@ -1,10 +1,12 @@
-"""Functions run on several ranks: a process each, gloo on loopback, what they return handed back."""
+"""Functions in processes of their own, which a server forks that has imported the trainer once for all tests."""
 
 import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -12,15 +14,26 @@ import torch
 from training.distributed import World
 
 
+def _server() -> ForkServerContext:
+    context = get_context("forkserver")
+    # torch and transformers take seconds to import.
+    context.set_forkserver_preload(["jobs.rank", "tests.tiny_training"])
+    return context
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """Start a function in a process of its own, which may be killed."""
+    process = _server().Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what ``function(world, *arguments)`` returns on each rank, in order."""
+    """Return what ``function(world, *arguments)`` returns on each rank, in order: over gloo on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = get_context("forkserver")
-    # Imported once for all ranks of a session: torch and transformers take seconds.
-    context.set_forkserver_preload(["training.build", "tests.tiny_training"])
-    with ProcessPoolExecutor(size, context) as pool:
+    with ProcessPoolExecutor(size, _server()) as pool:
         futures = [pool.submit(_run, rank, size, port, function, arguments) for rank in range(size)]
         return [future.result(timeout=240) for future in futures]
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import CheckpointRecord
-from tests.processes import ROOT
+from tests.ranks import on_ranks
 from training.checkpoint import Checkpoints, DamagedCheckpointError, State, TrainingProgress, read_model
+from training.distributed import World
 
 FOR_RECORD = {"run_id": "r", "metrics": {"loss": 1.5}}
 
@@ -273,26 +274,20 @@ def test_files_that_no_record_names_are_not_read(tmp_path: Path) -> None:
     assert "planted" not in checkpoints.read(record).model
 
 
-_TOO_LARGE = """
-import resource, sys, torch
-from dataclasses import replace
-from tests.test_checkpoint import *
-checkpoints = Checkpoints(sys.argv[1])
-save(checkpoints, 5)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk with so much room
-large = replace(state(10), model={"w": torch.zeros(100_000)})
-try:
-    checkpoints.save(large, **FOR_RECORD, asynchronous=True, keep_last=1, committed=print)
-    checkpoints.wait()
-except OSError as error:
-    print(type(error).__name__, error.strerror)
-"""
+def save_on_a_full_disk(_: World, folder: Path) -> str | None:
+    """Save a checkpoint, and another one that finds no room for files of over 100,000 bytes; return the error."""
+    checkpoints = Checkpoints(str(folder))
+    save(checkpoints, 5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    large = replace(state(10), model={"w": torch.zeros(100_000)})
+    with pytest.raises(OSError) as error:
+        checkpoints.save(large, **FOR_RECORD, asynchronous=True, keep_last=1, committed=print)
+        checkpoints.wait()
+    return error.value.strerror
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", _TOO_LARGE, str(tmp_path)]
-    printed = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert printed.strip() == "OSError File too large"
+    assert on_ranks(1, save_on_a_full_disk, tmp_path) == ["File too large"]
     checkpoints = Checkpoints(str(tmp_path))
     assert [record.step for record in checkpoints.committed()] == [5]
     assert folders(checkpoints) == {checkpoints.committed()[0].path}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,71 +156,62 @@ def test_no_name_reaches_the_terminal_as_a_control_sequence(command: str, tmp_pa
     assert done.stderr.replace("\n", "").isprintable() and "[31mred" in done.stderr
 
 
-@pytest.mark.slow
-def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(base_url: str, tmp_path: Path) -> None:
-    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 60, 6)
-    file = str(config_file(config, tmp_path / "c.json"))
-    # The first stage, which loads no model: what follows it is stopped in the same way (the next test).
-    run = start_cli("crawl", "-c", file)
-    records = Records(Storage(config.corpus.path))
-    deadline = time.monotonic() + 120
-    while not records.shards(("crawl",)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    output, errors = run.communicate(timeout=60)
-    assert run.returncode == 130, output + errors
-    assert "the same command goes on" in output and "Traceback" not in errors
-    assert [record.outcome for record in records.runs()] == ["interrupted"]
-    again = cli("crawl", "-c", file)
-    assert again.returncode == 0, again.stderr
-    assert re.search(r"crawl\s+[1-9]\d* of 10 shards done", again.stdout)
-
-
 def catches_sigterm(pid: int) -> bool:
     """Tell whether a process has a handler for SIGTERM."""
     [caught] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["python's start", "ray's start", "streaming", "streaming, twice"])
-def test_sigterm_is_recorded_as_interrupted_with_the_right_counts(
-    moment: str, base_url: str, tmp_path: Path
-) -> None:
-    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 60, 6)
-    command = "crawl" if moment.endswith("twice") else "run"
-    run = start_cli(command, "-c", str(config_file(config, tmp_path / "c.json")))
-    records = Records(Storage(config.corpus.path))
-    reached = {
-        "python's start": lambda: catches_sigterm(run.pid),
-        "ray's start": records.runs,
-        "streaming": lambda: records.shards(("crawl",)),
-        "streaming, twice": lambda: records.shards(("crawl",)),
-    }[moment]
+def signalled(
+    run: subprocess.Popen, reached: Callable[[], bool], *numbers: signal.Signals
+) -> tuple[str, str]:
+    """Send a command some signals once it has come so far; return what it printed."""
     deadline = time.monotonic() + 120
     while not reached() and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    if moment.endswith("twice"):
+        time.sleep(0.02)
+    for number in numbers:
+        run.send_signal(number)
         time.sleep(0.1)
-        run.send_signal(signal.SIGTERM)
     output, errors = run.communicate(timeout=60)
-    assert run.returncode == 143, output + errors
-    assert "SIGTERM: stopping" in errors and "Traceback" not in errors and "***" not in errors
-    if moment == "python's start":
-        assert not (tmp_path / "corpus").exists()
-        return
-    assert "the same command goes on" in output
-    [ended] = records.runs()
-    committed = records.shards()
-    assert ended.outcome == "interrupted"
-    # The second signal does not wait for Ray: until that is down, a worker may commit what it has at hand.
-    late = range(4) if moment.endswith("twice") else [0]
-    assert len(committed) - ended.shards_done in late
-    assert moment == "ray's start" or committed
+    assert run.returncode == 128 + numbers[0], output + errors
+    assert "Traceback" not in errors and "***" not in errors, errors
+    return output, errors
+
+
+def test_sigterm_at_pythons_start_leaves_nothing(base_url: str, tmp_path: Path) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 60, 6)
+    run = start_cli("run", "-c", str(config_file(config, tmp_path / "c.json")))
+    _, errors = signalled(run, lambda: catches_sigterm(run.pid), signal.SIGTERM)
+    assert "SIGTERM: stopping" in errors and not (tmp_path / "corpus").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_signals_end_a_run_on_ray_in_order_and_the_same_command_goes_on(
+    base_url: str, tmp_path: Path
+) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 90, 6)
+    # The first stage, which loads no model: what follows it is stopped in the same way.
+    command = ("crawl", "-c", str(config_file(config, tmp_path / "c.json")))
+    records = Records(Storage(config.corpus.path))
+    output, errors = signalled(start_cli(*command), records.shards, signal.SIGTERM)
+    assert "SIGTERM: stopping" in errors and "the same command goes on" in output
+    [ended] = records.runs()
+    first = records.shards()
+    assert (ended.outcome, ended.shards_done) == ("interrupted", len(first)) and first
+
+    goes_on = start_cli(*command)
+    output, errors = signalled(goes_on, lambda: records.shards() != first, signal.SIGINT, signal.SIGINT)
+    assert f"crawl    {len(first)} of 15 shards done" in output and "the same command goes on" in output
+    assert "Ctrl-C: stopping" in errors and "Ctrl-C again: stopping" in errors
+    ended = records.runs()[-1]
+    # The second signal does not wait for Ray: until that is down, a worker may commit what it has at hand.
+    assert ended.outcome == "interrupted"
+    assert len(records.shards()) - len(first) - ended.shards_done in range(4)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_terminal_is_left_as_it_was_where_ray_is_interrupted_at_its_start(
     base_url: str, tmp_path: Path
 ) -> None:
@@ -235,14 +227,16 @@ def test_a_terminal_is_left_as_it_was_where_ray_is_interrupted_at_its_start(
     for part in what_comes(main):
         printed += part
         if b"starting Ray" in printed:
-            run.send_signal(signal.SIGINT)
+            run.send_signal(signal.SIGTERM)
             break
     printed += b"".join(what_comes(main))
     os.close(main)
-    assert run.wait(60) == 130
+    assert run.wait(60) == 143
     assert printed.rindex(b"\x1b[?25h") > printed.rindex(b"\x1b[?25l"), "the cursor stays hidden"
-    after = printed.partition(b"Ctrl-C: stopping")[2].decode()
+    after = printed.partition(b"SIGTERM: stopping")[2].decode()
     assert "the same command goes on" in after and "starting Ray" not in after
+    [ended] = Records(Storage(config.corpus.path)).runs()
+    assert (ended.outcome, ended.shards_done) == ("interrupted", 0)
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """``capfilt demo`` as a newcomer runs it, judged by the world's own truth; and all that README and docs print of it."""
 
 import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -28,7 +28,7 @@ from pipeline.lineage.checkpoint_trace import trace_checkpoint
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
-from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines
+from tests.documented import PAGES, ROOT, agrees, answer_of, block_lines, run_line, shell
 from tests.notebooks import assert_shown, outputs_of
 from tests.processes import cli_here
 from tests.runs import config_file
@@ -41,17 +41,6 @@ from training.evaluate.retrieval import Stage1Matcher
 
 pytestmark = pytest.mark.ray
 README = ROOT / "README.md"
-
-
-def shell(line: str, folder: Path, timeout: float = 600) -> subprocess.CompletedProcess:
-    """Run a line as it is printed, in a folder that stands for the checkout: ``capfilt`` on PATH, the recipes there."""
-    # By their own place, since a run keeps the absolute paths of its models.
-    line = line.replace("jobs/recipes/", f"{ROOT}/jobs/recipes/")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", line],
-        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 @pytest.fixture(scope="module")
 def again(demo: tuple[Path, dict]) -> str:
     """Return what the demo prints over a corpus that is done."""
-    done = shell("capfilt demo", demo[0])
+    with pytest.MonkeyPatch.context() as patch:
+        # The program is called capfilt where it is on PATH.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        done = run_line("capfilt demo", demo[0])
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -122,7 +114,7 @@ def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None
     assert len(commands) >= 5 and len(lines) == 3
     printed = {}
     for line in commands:
-        done = shell(line, folder)
+        done = run_line(line, folder)
         assert done.returncode == 0 and done.stdout, (line, done.stderr)
         printed[line] = done.stdout
     # Evaluated by hand, the trained model has the figures of the demo's table.
@@ -132,18 +124,16 @@ def test_demo_runs_again_in_no_time(demo: tuple[Path, dict], again: str) -> None
         shares = re.findall(r"[\d.]+%", re.search(rf"^{row}  .*$", table, re.MULTILINE)[0])
         assert (shares[0], shares[3]) == tuple(f"{curated[side + kind]:.1%}" for side in ("text", "image"))
     # So do its lines of Python.
-    python = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert python.returncode == 0 and python.stdout.startswith("a picture of a "), python.stderr
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as python:
+        exec("\n".join(lines), {})
+    assert python.getvalue().startswith("a picture of a ")
     shutil.rmtree(folder / "demo-corpus-blip2")
-    assert shell("capfilt verify demo-corpus", folder).returncode == 0
+    assert run_line("capfilt verify demo-corpus", folder).returncode == 0
 
 
 def exported(folder: Path, stage: int, name: str) -> tuple[Stage1 | Stage2, Path]:
     """Return a model of the demo as capfilt loads it, and the folder that ``capfilt export`` made of it."""
     run, path = folder / f"demo-corpus/checkpoints/stage{stage}/{name}", folder / f"{name}-hf"
-    # In this process: test_demo_runs_again_in_no_time starts the command.
     done = cli_here("export", str(run), str(path))
     assert done.returncode == 0 and "written in the Hugging Face format" in done.stdout, done.stderr
     return load_trained(str(run)), path
@@ -285,9 +275,7 @@ def _outcome(line: str, folder: Path) -> tuple[int, str]:
     if ">" in shlex.split(line, comments=True):
         done = shell(line, folder)
         return done.returncode, done.stdout + done.stderr or "into a file"
-    words = shlex.split(line.replace("jobs/recipes/", f"{ROOT}/jobs/recipes/"), comments=True)
-    with contextlib.chdir(folder):
-        done = cli_here(*words[1:])
+    done = run_line(line, folder)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -373,7 +361,7 @@ def test_the_python_page_shows_what_comes(demo: tuple[Path, dict]) -> None:
 
 def test_demo_without_training(demo: tuple[Path, dict]) -> None:
     folder, figures = demo
-    corpus = shell("capfilt demo --corpus-only --json", folder)
+    corpus = run_line("capfilt demo --corpus-only --json", folder)
     assert corpus.returncode == 0, corpus.stderr
     expected = {
         name: figures[name] for name in figures.keys() - {"training_seconds", "stage1", "stage2", "seconds"}
@@ -384,6 +372,6 @@ def test_demo_without_training(demo: tuple[Path, dict]) -> None:
 
 def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    refused = shell(f"capfilt demo --out {tmp_path}", tmp_path)
+    refused = run_line(f"capfilt demo --out {tmp_path}", tmp_path)
     assert refused.returncode == 2 and "something other than a demo corpus" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

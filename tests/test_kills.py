@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from schemas.config import CapfiltConfig
-from tests.processes import cli, cli_here, descendants, kill, stage_workers, start_cli
+from tests.processes import cli_here, descendants, kill, stage_workers, start_cli
 from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
 
 pytestmark = pytest.mark.ray
 
 KILLS = 20
-DRIVERS = 3
-# Enough shards for twenty kills: twenty of twelve URLs, each with something of every kind to lose.
-URLS, PER_SHARD = 240, 12
+DRIVERS = 2
+# Enough shards for twenty kills: twenty of six URLs, each with something of every kind to lose.
+URLS, PER_SHARD = 120, 6
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +66,6 @@ def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, t
                 kill(pid)
         driver.communicate()
     assert kills == {"worker": KILLS - DRIVERS, "driver": DRIVERS}
-    clean = cli("run", "-c", file)
-    assert clean.returncode == 0, clean.stderr
-    _assert_same(corpus, undisturbed)
-
-
-def test_two_drivers_on_one_corpus(undisturbed: CapfiltConfig, tmp_path: Path) -> None:
-    corpus = str(tmp_path / "corpus")
-    config = with_values(undisturbed, corpus={"path": corpus})
-    file = str(config_file(config, tmp_path / "corpus.json"))
-    drivers = [start_cli("run", "-c", file) for _ in range(2)]
-    for driver in drivers:
-        _, errors = driver.communicate(timeout=300)
-        assert driver.returncode == 0, errors
+    # Whatever executor goes on.
+    assert do_run(config).exit_code == 0
     _assert_same(corpus, undisturbed)

@@ -1,6 +1,7 @@
-"""``capfilt run --local``: the corpus of a run on Ray, made in one process that may be stopped and killed."""
+"""``capfilt run --local``: the corpus of a run on Ray and S3, made in one process that may be stopped and killed."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,13 +10,17 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
+from jobs.bench.fixtures.s3 import S3Server
 from pipeline.corpus.records import Records
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.processes import ROOT, cli, cli_here, descendants, kill, start_cli
+from tests.processes import ROOT, cli, cli_here, descendants, meanwhile, start_cli
+from tests.ranks import start
 from tests.runs import committed_uids, config_file, do_run, small_config, with_values
 from tests.tiny_models import save_matcher
 
@@ -25,10 +30,11 @@ STAGES = ("crawl", "caption", "rank", "filter", "select")
 
 
 @pytest.fixture(scope="module")
-def on_ray(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
-    """A corpus of six small shards that Ray has made, its captions chosen by CLIP and by the filter."""
+def on_ray(base_url: str, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    """A corpus on S3 of six small shards that Ray has made, its captions chosen by CLIP and by the filter."""
     folder = tmp_path_factory.mktemp("on-ray")
-    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, 36, 6)
+    urlopen(Request(f"{s3_server.url}/on-ray", method="PUT")).close()
+    config = small_config("s3://on-ray/corpus", folder / "urls.parquet", base_url, 36, 6)
     matcher = save_matcher(folder / "matcher")
     config = CapfiltConfig.model_validate(config.model_dump() | {"filter": {"model": str(matcher)}})
     config = with_values(config, select={"by": "both"})
@@ -69,8 +75,27 @@ def test_a_local_run_gives_the_corpus_of_ray_and_does_not_import_it(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 30, False]
     assert_same(config, on_ray)
-    verified = cli_here("verify", config.corpus.path)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    # What holds in the files holds in SQL and for verify, on local disk and on S3.
+    counts = []
+    for corpus in (config.corpus.path, on_ray.corpus.path):
+        verified = cli_here("verify", corpus)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        counts += Manifest(Storage(corpus)).query("SELECT count(*) FROM curated").rows
+    assert counts[0] == counts[1] > (0,)
+
+
+def test_two_runs_at_once_make_one_corpus(on_ray: CapfiltConfig, tmp_path: Path) -> None:
+    config, _ = local_config(on_ray, tmp_path)
+    records = Records(Storage(config.corpus.path))
+    other = start(do_run, config)
+    while not records.shards() and other.is_alive():
+        time.sleep(0.01)
+    assert do_run(config).exit_code == 0
+    other.join()
+    assert other.exitcode == 0
+    done = [run.shards_done for run in records.runs()]
+    assert min(done) > 0 and sum(done) == 30
+    assert_same(config, on_ray)
 
 
 def test_a_stage_runs_locally_by_itself(on_ray: CapfiltConfig, tmp_path: Path) -> None:
@@ -90,15 +115,18 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     number: signal.Signals, on_ray: CapfiltConfig, tmp_path: Path
 ) -> None:
     config, file = local_config(on_ray, tmp_path)
-    run = start_cli("run", "-c", file, "--local")
     records = Records(Storage(config.corpus.path))
-    deadline = time.monotonic() + 120
-    while not records.shards(("caption",)) and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.send_signal(number)
-    output, errors = run.communicate(timeout=60)
-    assert run.returncode == 128 + number, output + errors
-    assert "the same command goes on" in output and "Traceback" not in errors
+
+    def stop() -> None:
+        deadline = time.monotonic() + 120
+        while not records.shards(("caption",)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    with meanwhile(stop):
+        stopped = cli_here("run", "-c", file, "--local")
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert "the same command goes on" in stopped.stdout and "Traceback" not in stopped.stderr
     [ended] = records.runs()
     assert (ended.outcome, ended.shards_done) == ("interrupted", len(records.shards()))
     assert 0 < ended.shards_done < 30
@@ -146,16 +174,16 @@ def test_a_signal_does_not_wait_for_the_urls_that_are_not_fetched_yet(tmp_path: 
 
 
 def test_kill_9_leaves_no_trace(on_ray: CapfiltConfig, tmp_path: Path) -> None:
-    config, file = local_config(on_ray, tmp_path)
+    config, _ = local_config(on_ray, tmp_path)
     records, chance = Records(Storage(config.corpus.path)), random.Random(4)
     for shards in (1, 8, 16):
-        run = start_cli("run", "-c", file, "--local")
-        while run.poll() is None and len(records.shards()) < shards:
+        run = start(do_run, config)
+        while run.is_alive() and len(records.shards()) < shards:
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 0.5))
-        assert run.poll() is None, run.communicate()
+        assert run.is_alive()
         assert descendants(run.pid) == [], "it works in one process"
-        kill(run.pid)
-        run.communicate()
+        run.kill()
+        run.join()
     assert do_run(config).exit_code == 0
     assert_same(config, on_ray)

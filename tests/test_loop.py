@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
+import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from ranks import on_ranks
+from ranks import on_ranks, start
 
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
-from tests.processes import ROOT
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
 from training.distributed import World
 from training.trainer.loop import Loop, TrainingStopped
@@ -363,57 +361,40 @@ def test_the_rank_that_waits_longest_for_data_is_reported() -> None:
 
 # -- kills ---------------------------------------------------------------------------------------------------
 
-_FOREVER = """
-import sys
-from pathlib import Path
-from tests.small_stage import *
-from pipeline.storage.storage import Storage
-from training.trainer.metrics import JsonLines
-settings = config(Path(sys.argv[1]), optim={"steps": int(sys.argv[2])}, checkpoint={"every_steps": 20})
-loop = make_loop(settings)
-record = loop.checkpoints.newest_good(print)
-if record:
-    loop.resume(loop.checkpoints.read(record), record)
-loop.sinks = [JsonLines(loop.checkpoints.storage, after_step=loop.step)]
-loop.checkpoints.remove_unfinished()
-loop.run(batches(loop.samples))
-"""
+
+def train(folder: Path, steps: int) -> None:
+    """Train from the newest checkpoint to the last step."""
+    loop = make_loop(config(folder, optim={"steps": steps}, checkpoint={"every_steps": 20}))
+    if record := loop.checkpoints.newest_good(print):
+        loop.resume(loop.checkpoints.read(record), record)
+    loop.sinks = [JsonLines(loop.checkpoints.storage, after_step=loop.step)]
+    loop.checkpoints.remove_unfinished()
+    loop.run(batches(loop.samples))
 
 
-_FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from tests.small_stage import *
-from training.trainer.loop import TrainingStopped
-loop = make_loop(config(Path(sys.argv[1]), checkpoint={"every_steps": 5, "asynchronous": sys.argv[2] == "later"}))
+def train_on_a_full_disk(_: World, folder: Path, asynchronous: bool) -> str:
+    """Train, no file longer than 100 bytes from step 7 on; return what stopped it."""
+    loop = make_loop(config(folder, checkpoint={"every_steps": 5, "asynchronous": asynchronous}))
 
-def fill_disk() -> bool:
-    if loop.step == 7:
-        loop.checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    return False
+    def fill_disk() -> bool:
+        if loop.step == 7:
+            loop.checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        return False
 
-loop.stop_asked = fill_disk
-try:
-    loop.run(batches())
-except TrainingStopped as stopped:
-    print(stopped)
-"""
+    loop.stop_asked = fill_disk
+    with pytest.raises(TrainingStopped) as stopped:
+        loop.run(batches())
+    return str(stopped.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["now", "later"])
-def test_a_full_disk_stops_in_words_and_keeps_the_checkpoint(tmp_path: Path, when: str) -> None:
-    arguments = [sys.executable, "-c", _FULL_DISK, str(tmp_path), when]
-    printed = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_stops_in_words_and_keeps_the_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    [stopped] = on_ranks(1, train_on_a_full_disk, tmp_path, asynchronous)
     (kept,) = make_loop(config(tmp_path)).checkpoints.committed()
     assert kept.step == 5
-    assert f"cannot write to {tmp_path}/run (File too large" in printed
-    assert f"The last checkpoint is {tmp_path}/run/{kept.path}. Then run the same command" in printed
-
-
-def start(folder: Path, steps: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", _FOREVER, str(folder), str(steps)], cwd=ROOT)
+    assert f"cannot write to {tmp_path}/run (File too large" in stopped
+    assert f"The last checkpoint is {tmp_path}/run/{kept.path}. Then run the same command" in stopped
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -429,15 +410,16 @@ def test_kill_minus_nine_costs_only_time(tmp_path: Path) -> None:
     whole.run(batches())
     kills = 0
     for wait_s in (0.2, 0.4, 0.6):
-        process = start(tmp_path / "killed", steps)
+        process = start(train, tmp_path / "killed", steps)
         metrics = tmp_path / "killed" / "run" / FILE
         while not metrics.exists() or metrics.stat().st_size < 100:
             time.sleep(0.05)
         time.sleep(wait_s)
-        os.kill(process.pid, signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed", steps).wait() == 0
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 2
+    train(tmp_path / "killed", steps)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     ends = []
     for name in ("whole", "killed"):

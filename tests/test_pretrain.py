@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,8 @@ from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from tests.corpora import make_corpus
-from tests.processes import cli, descendants, kill, start_cli
+from tests.processes import cli_here, descendants, kill, meanwhile, start_cli
+from tests.ranks import start
 from tests.tiny_training import tiny_config
 from training.checkpoint import Checkpoints, State, read_model
 from training.trainer.metrics import FILE
@@ -90,9 +90,19 @@ def assert_equal(state: State, other: State) -> None:
 
 def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen | None = None) -> None:
     path = folder_of(config) / FILE
+    deadline = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def pretrain_meanwhile(
+    config: PretrainConfig, folder: Path, act: Callable[[], None]
+) -> subprocess.CompletedProcess:
+    """Run the command in this process, and a function in a thread beside it."""
+    with meanwhile(act):
+        return cli_here("pretrain", "-c", in_file(config, folder), "--json")
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +186,10 @@ def test_a_checkpoint_is_traced_to_lists_runs_and_models(make: Make, workspace: 
     assert len(eaten) == source["images"] and {shard for _, shard in eaten} == {"00000", "00001"}
     [traced] = trace(manifest, eaten[0][0])
     assert summary.checkpoint in {row["path"].rpartition("/")[2] for row in traced["checkpoints"]}
-    printed = cli("trace", f"{summary.folder}/{summary.checkpoint}.json")
+    printed = cli_here("trace", f"{summary.folder}/{summary.checkpoint}.json")
     assert printed.returncode == 0 and "curated/cc/00001.tar" in printed.stdout
     assert trace_checkpoint(summary.folder) == actual
-    refused = cli("trace", f"{summary.folder}/step-00000001.000000000000")
+    refused = cli_here("trace", f"{summary.folder}/step-00000001.000000000000")
     assert refused.returncode == 2 and "no checkpoint there" in refused.stderr
     with pytest.raises(CapfiltError, match="is a corpus: name one of its uids or URLs"):
         trace_checkpoint(str(workspace / "corpus"))
@@ -254,13 +264,14 @@ def test_a_run_on_s3_resumes_there(make: Make, s3_root: str) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kill_twenty_is_forty(make: Make, tmp_path: Path) -> None:
+def test_twenty_kill_twenty_is_forty(make: Make) -> None:
     settings = {"optim": {"steps": 40}, "checkpoint": {"every_steps": 10, "asynchronous": True}}
     whole, killed = make(run={"name": "whole"}, **settings), make(run={"name": "killed"}, **settings)
-    process = start_cli("pretrain", "-c", in_file(killed, tmp_path))
-    wait_for_steps(killed, 23, process)
+    process = start(pretrain, killed)
+    wait_for_steps(killed, 23)
     assert kill(process.pid)
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     pretrain(whole)
     assert pretrain(killed).resumed_from in (20, 30)
     assert losses(killed) == losses(whole)
@@ -275,10 +286,8 @@ def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
         wait_for_steps(config, 5)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    assert pretrain(config).outcome == "interrupted"
-    asking.join()
+    with meanwhile(ask):
+        assert pretrain(config).outcome == "interrupted"
     assert last_state(config).progress.step == len(losses(config)) >= 5
 
 
@@ -321,48 +330,56 @@ def test_sigterm_stops_after_the_step_and_a_second_one_at_once(
         "cluster": {"cpu_ranks": ranks},
     }
     config = make(run={"name": "asked"}, **settings)
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
-    wait_for_steps(config, 3, process)
-    process.terminate()
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 143 and "the same command goes on" in output, errors
-    assert errors.count("SIGTERM: stopping") == 1 and "Traceback" not in errors
+
+    def ask_once() -> None:
+        wait_for_steps(config, 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = pretrain_meanwhile(config, tmp_path, ask_once)
+    assert ended.returncode == 143 and json.loads(ended.stdout)["outcome"] == "interrupted", ended.stderr
+    assert ended.stderr.count("SIGTERM: stopping") == 1 and "Traceback" not in ended.stderr
     step = last_state(config).progress.step
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
-    wait_for_steps(config, step + 3, process)
-    process.terminate()
-    time.sleep(0.01)
-    process.terminate()
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 143 and "Traceback" not in errors, errors
+
+    def ask_twice() -> None:
+        wait_for_steps(config, step + 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = pretrain_meanwhile(config, tmp_path, ask_twice)
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr, ended.stderr
     assert last_state(config).progress.step >= step
 
 
 @pytest.mark.slow
 def test_sigterm_while_weights_are_read_ends_at_once_and_trains_nothing(make: Make, tmp_path: Path) -> None:
     config = make(run={"name": "early"}, optim={"steps": 40_000}, cluster={"cpu_ranks": 2})
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
-    while len(_ranks(process.pid)) < 2:
-        time.sleep(0.05)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "SIGTERM: stopping" in errors and "Traceback" not in errors, errors
+
+    def ask() -> None:
+        deadline = time.monotonic() + 60
+        while len(_ranks(os.getpid())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = pretrain_meanwhile(config, tmp_path, ask)
+    assert ended.returncode == 143, ended.stderr
+    assert "SIGTERM: stopping" in ended.stderr and "Traceback" not in ended.stderr
     assert not (folder_of(config) / FILE).exists()
 
 
 @pytest.mark.slow
-def test_ranks_whose_parent_was_killed_stop_with_a_checkpoint(make: Make, tmp_path: Path) -> None:
+def test_ranks_whose_parent_was_killed_stop_with_a_checkpoint(make: Make) -> None:
     config = make(
         run={"name": "orphans"},
         optim={"steps": 4000},
         checkpoint={"every_steps": 4000},
         cluster={"cpu_ranks": 2},
     )
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
-    wait_for_steps(config, 5, process)
+    process = start(pretrain, config)
+    wait_for_steps(config, 5)
     ranks = _ranks(process.pid)
     assert len(ranks) == 2 and kill(process.pid)
-    process.communicate()
+    process.join()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -505,28 +522,6 @@ def test_a_run_that_was_moved_goes_on(tmp_path: Path) -> None:
     assert_equal(last_state(moved), whole)
 
 
-def test_only_a_training_that_scores_captions_loads_their_scorers(make: Make, tmp_path: Path) -> None:
-    configs = [
-        make(
-            run={"name": f"scorers-{images}"},
-            optim={"steps": 1},
-            data={"held_out": images},
-            probe={"every_steps": images and 1},
-        )
-        for images in (0, 4)
-    ]
-    code = (
-        "import sys; from pathlib import Path; from jobs.pretrain import pretrain\n"
-        "from schemas.pretrain import PretrainConfig\n"
-        "for file in sys.argv[1:]:\n"
-        "    pretrain(PretrainConfig.model_validate_json(Path(file).read_text()))\n"
-        "    print('pycocoevalcap' in sys.modules)"
-    )
-    arguments = [sys.executable, "-c", code, *(in_file(config, tmp_path) for config in configs)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
-
-
 def test_keys_of_speed_may_change(make: Make) -> None:
     config = make(run={"name": "faster"}, optim={"steps": 8})
     pretrain(config)
@@ -565,13 +560,15 @@ def _parent(pid: int) -> int:
 @pytest.mark.slow
 def test_a_dead_rank_restarts_all_from_the_checkpoint(whole_of_two: PretrainConfig, tmp_path: Path) -> None:
     config = like(whole_of_two, tmp_path, "restarted")
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path), "--json")
-    wait_for_steps(config, 7, process)
-    assert kill(_ranks(process.pid)[1])
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    assert "restart 1 of 3, from the last checkpoint" in errors
-    assert json.loads(output)["step"] == 30
+
+    def kill_one() -> None:
+        wait_for_steps(config, 7)
+        assert kill(_ranks(os.getpid())[1])
+
+    done = pretrain_meanwhile(config, tmp_path, kill_one)
+    assert done.returncode == 0, done.stderr
+    assert "restart 1 of 3, from the last checkpoint" in done.stderr
+    assert json.loads(done.stdout)["step"] == 30
     assert losses(config) == losses(whole_of_two)
     assert_equal(last_state(config), last_state(whole_of_two))
 
@@ -580,14 +577,17 @@ def test_a_dead_rank_restarts_all_from_the_checkpoint(whole_of_two: PretrainConf
 def test_without_restarts_a_dead_rank_ends_the_run_in_words(make: Make, tmp_path: Path) -> None:
     cluster = {"cpu_ranks": 2, "max_restarts": 0}
     config = make(run={"name": "dead"}, optim={"steps": 400}, checkpoint={"every_steps": 5}, cluster=cluster)
-    process = start_cli("pretrain", "-c", in_file(config, tmp_path))
-    wait_for_steps(config, 12, process)
-    ranks = _ranks(process.pid)
-    assert kill(ranks[1])
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "another rank has died" in errors or "rank 1 was killed (SIGKILL)" in errors
-    assert "Traceback" not in errors
+    ranks: list[int] = []
+
+    def kill_one() -> None:
+        wait_for_steps(config, 12)
+        ranks.extend(_ranks(os.getpid()))
+        assert kill(ranks[1])
+
+    ended = pretrain_meanwhile(config, tmp_path, kill_one)
+    assert ended.returncode == 1
+    assert "another rank has died" in ended.stderr or "rank 1 was killed (SIGKILL)" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert last_state(config).progress.step >= 5
     assert not Path(f"/proc/{ranks[0]}").exists()
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from jobs.demo.world.site import image_bytes
-from tests.documented import ROOT, agrees, answer_of, block_lines
-from tests.test_demo import shell
+from tests.documented import ROOT, agrees, answer_of, block_lines, run_line
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "quickstart.md"
 
 
@@ -20,7 +19,7 @@ def test_the_page_is_what_happens(tmp_path: Path) -> None:
     assert len(lines) == 9
     output = {}
     for line in lines:
-        done = shell(line, tmp_path)
+        done = run_line(line, tmp_path)
         assert done.returncode == 0, (line, done.stderr)
         output[line] = (done.stdout + done.stderr).splitlines()
     for line in lines:
@@ -31,4 +30,4 @@ def test_the_page_is_what_happens(tmp_path: Path) -> None:
     init, *_ = lines
     # What a command suggests next runs too.
     for suggested in output[init][output[init].index("try next:") + 1 :]:
-        assert shell(suggested.strip(), tmp_path).returncode == 0, suggested
+        assert run_line(suggested.strip(), tmp_path).returncode == 0, suggested

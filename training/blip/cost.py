@@ -14,8 +14,8 @@ _PAIRS = 3
 
 def flops_per_sample(model: Med, momentum: Encoders | None) -> float:
     """Return the FLOP of one sample's step: what is trained, and the momentum encoders' forward pass."""
-    forward = FORWARD * count_flops(lambda: _embed(model, momentum)) if momentum else 0
-    return forward + TRAINED * count_flops(lambda: _compute(model))
+    forward = FORWARD * count_flops(lambda: _embed(model, momentum), model.device) if momentum else 0
+    return forward + TRAINED * count_flops(lambda: _compute(model), model.device)
 
 
 def flops_saved_per_sample(model: Med) -> float:
@@ -25,7 +25,7 @@ def flops_saved_per_sample(model: Med) -> float:
     bert = model.text_encoder if model.encodes_text else model.text_decoder.bert
     num_tokens, width = model.visual_encoder.pos_embed.shape[1:]
     image_1PE = torch.empty(1, num_tokens, width, device=model.device, dtype=model.visual_encoder.dtype)
-    return more and more * TRAINED * count_flops(lambda: bert.project_image(image_1PE))
+    return more and more * TRAINED * count_flops(lambda: bert.project_image(image_1PE), model.device)
 
 
 def _sample(model: Med) -> tuple[Tensor, Texts]:

@@ -71,7 +71,7 @@ class QFormerStage(PartlyTrained):
                 torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device)
             )
 
-        return FORWARD * count_flops(encode) + TRAINED * count_flops(train)
+        return FORWARD * count_flops(encode, device) + TRAINED * count_flops(train, device)
 
     @abstractmethod
     def compute_sample(self, features_1PE: Tensor) -> None:

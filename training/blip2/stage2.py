@@ -118,7 +118,8 @@ class Stage2(QFormerStage):
         return super().flops_per_sample() + THROUGH * count_flops(self._pass_through_language)
 
     def _pass_through_language(self) -> None:
-        # On a copy on "meta": a forward pass of a model that is sharded over the ranks needs all of them.
+        # On a copy on "meta": a forward pass of a model that is sharded over the ranks needs all of them. Its tensors
+        # count as fake ones all the same, since transformers asks a mask on "meta" for its values.
         copy = empty_language(self.language.config, "meta")
         shape = (1, self.config.qformer.num_queries, copy.width)
         copy.typical_forward(torch.empty(shape, dtype=copy.dtype, device="meta"))

@@ -6,6 +6,7 @@ where weights are trained (twice more). What is computed again to save memory do
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,12 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 FORWARD, THROUGH, TRAINED = 1, 2, 3
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    """Return the FLOP of a call, made on tensors without data, so that nothing is computed."""
+def count_flops(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Return the FLOP of a call, made on tensors without data, so that nothing is computed.
+
+    Args:
+        device: of the call's tensors. On ``meta`` they have no data as they are, and counting takes half the time.
+    """
     counter = FlopCounterMode(display=False)
+    is_empty = torch.device(device).type == "meta"
     with (
         torch.compiler.set_stance("force_eager"),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        nullcontext() if is_empty else FakeTensorMode(allow_non_fake_inputs=True),
         counter,
     ):
         call()

@@ -9,6 +9,7 @@ is coarser, so keep the batch size to reproduce a corpus.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.models.blip.generation import NO_TOKEN, NOT_FINITE, GridSampler, R
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.checks import not_finite
 from pipeline.models.device import compute_dtype, worker_device
+from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
 from pipeline.models.weights import Weights
@@ -88,11 +90,12 @@ class BlipCaptioner:
         if config.precision == "fp8":
             quantise(self.vision.blocks)
         decoder = BlipDecoder(model.text_decoder, compiled=on_gpu).eval()
-        self._sample = (
+        self._sample: GridSampler | RowSampler = (
             GridSampler(decoder, self._prompt_ids, config, config.batch_size)
             if on_gpu
             else RowSampler(decoder, self._prompt_ids, config)
         )
+        self.batch = DeviceBatch(self._take_at_most)
 
     def prepare(self, data: bytes) -> Tensor | None:
         """Return the pixels of an encoded image, uint8 (C, H, W), or None where it does not decode."""
@@ -119,14 +122,26 @@ class BlipCaptioner:
 
         Raises NotFiniteError where logits are NaN or infinite.
         """
-        # Copied from pageable memory on purpose: this waits until the device has finished the batch before.
-        uniforms_BNT = batch.uniforms_BNT.to(self.device)
-        pixels_BCHW = batch.pixels_BCHW.to(self.device, non_blocking=True)
-        image_BPE = self.vision(normalise(pixels_BCHW, self.preprocess, self.dtype))
-        tokens_BNT = self._sample(image_BPE, uniforms_BNT).cpu()
+        parts = self.batch.map(partial(self._sample_rows, batch), len(batch.seeds_BN))
+        tokens_BNT = torch.cat(parts)
         if bool((tokens_BNT == NOT_FINITE).any()):
             raise not_finite(f"the logits of caption.model = {self.name!r}")
         return TokenBatch(tokens_BNT=tokens_BNT, seeds_BN=batch.seeds_BN)
+
+    def _sample_rows(self, batch: ImageBatch, rows: slice) -> Tensor:
+        # Copied from pageable memory on purpose: this waits until the device has finished the batch before.
+        uniforms_BNT = batch.uniforms_BNT[rows].to(self.device)
+        pixels_BCHW = batch.pixels_BCHW[rows].to(self.device, non_blocking=True)
+        image_BPE = self.vision(normalise(pixels_BCHW, self.preprocess, self.dtype))
+        return self._sample(image_BPE, uniforms_BNT).cpu()
+
+    def _take_at_most(self, images: int) -> None:
+        """Give the shapes that are fixed on a GPU, and their buffers, another size."""
+        if isinstance(self._sample, GridSampler):
+            self.vision.take_at_most(images)
+            decoder = self._sample.decoder
+            del self._sample  # its buffers, before others are made
+            self._sample = GridSampler(decoder, self._prompt_ids, self.config, images)
 
     def decode_text(self, batch: TokenBatch) -> list[list[RawCaption]]:
         """Return the captions of each image as text; needs no device."""

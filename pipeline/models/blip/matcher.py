@@ -24,6 +24,7 @@ from pipeline.models.blip.text_layers import TextLayers, join_heads
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.checks import require_finite
 from pipeline.models.device import compute_dtype, worker_device
+from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
 from pipeline.models.weights import Weights
 from schemas.config import FilterConfig
@@ -152,6 +153,7 @@ class Matcher:
             model.vision_model, config.batch_size if self.device.type == "cuda" else None
         )
         self.encode = MatchEncoder(model)
+        self.batch = DeviceBatch(self.vision.take_at_most)
 
     def _first_token(self, name: Literal["encoder", "cls"], start_id: int, vocabulary: int) -> int:
         """Return the token at position 0: [ENC], which BLIP adds behind its start token [DEC], or [CLS]."""
@@ -187,6 +189,10 @@ class Matcher:
         Raises:
             NotFiniteError: a probability is NaN or infinite.
         """
+        parts = self.batch.map(lambda rows: self._match(pixels_BCHW[rows], texts[rows]), len(texts))
+        return [probabilities for part in parts for probabilities in part]
+
+    def _match(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:
         with_texts = [image for image, row in enumerate(texts) if row]
         if not with_texts:
             return [[] for _ in texts]

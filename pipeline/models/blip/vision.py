@@ -34,6 +34,10 @@ class VisionTower(nn.Module):
         """The transformer blocks, one after the other."""
         return self.model.encoder.layers
 
+    def take_at_most(self, images: int) -> None:
+        """Compute for so many images from now on; compiled code is compiled anew for them."""
+        self._batch = images if self._batch else 0
+
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the features of every position: (B, P, E)."""

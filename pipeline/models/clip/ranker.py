@@ -17,6 +17,7 @@ from pipeline.models.clip.loader import load_clip, load_clip_tokenizer
 from pipeline.models.clip.tokenizer import ClipTokenizer
 from pipeline.models.clip.towers import Encoder, ImageTower, image_encoder, text_encoder
 from pipeline.models.device import compute_dtype, worker_device
+from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.fp8 import quantise, require_fp8
 from pipeline.models.weights import Weights
 from schemas.config import InferencePrecision
@@ -67,9 +68,14 @@ class ClipRanker:
                     'blocks; set "bf16"'
                 )
             quantise(self.encode_image.blocks)
+        self.batch = DeviceBatch(self._take_at_most)
         self._encode_text = text_encoder(model, compiled=on_gpu)
         self._tokenize = ClipTokenizer(load_clip_tokenizer(weights, where))
         self.preprocess = Preprocess.of_open_clip(model.visual.preprocess_cfg)
+
+    def _take_at_most(self, images: int) -> None:
+        if isinstance(self.encode_image, ImageTower):
+            self.encode_image.take_at_most(images)
 
     @torch.inference_mode()
     def score_pixels(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
@@ -82,6 +88,10 @@ class ClipRanker:
         Raises:
             NotFiniteError: a score is NaN or infinite.
         """
+        parts = self.batch.map(lambda rows: self._score_pixels(pixels_BCHW[rows], texts[rows]), len(texts))
+        return [scores for part in parts for scores in part]
+
+    def _score_pixels(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
         distinct = list(dict.fromkeys(text for row in texts for text in row))
         if not distinct:
             return [[] for _ in texts]

@@ -195,6 +195,10 @@ class ImageTower(nn.Module):
             for block in self.blocks:
                 block.compile(dynamic=False)
 
+    def take_at_most(self, images: int) -> None:
+        """Encode so many images at once from now on; compiled code is compiled anew for them."""
+        self._at_once = min(self._at_once, images)
+
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the embeddings of shape (B, E)."""
         parts = []
