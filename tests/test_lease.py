@@ -1,4 +1,7 @@
-"""Two drivers of one run: one of them trains, on local disk and on S3; a dead one is not waited for."""
+"""Two drivers of one run: one of them trains, on local disk and on S3; a dead one is not waited for.
+
+GCS and Azure: ``tests/test_object_stores.py``.
+"""
 
 import json
 import multiprocessing
@@ -16,10 +19,8 @@ import pytest
 from jobs.run_record import begin_run
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.object_stores import open_store
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
-from tests.azure_server import serving_azure
 from tests.corpora import make_corpus
 from tests.small_stage import Kept, batches, config, make_loop
 from tests.tiny_training import tiny_config
@@ -62,20 +63,6 @@ def test_a_second_driver_is_told_who_trains_and_until_when(root: str) -> None:
     # A number above that of the checkpoint, though the files of the lease are gone.
     storage.delete("lease/00000002.json")
     assert take(storage, above=second.number).number == 3
-
-
-def test_azure_holds_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving_azure() as url:
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "devstore")
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")
-        monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", url)
-        open_store.cache_clear()
-        first = take(Storage("az://box/run"))
-        with pytest.raises(CapfiltError, match="another process trains this run"):
-            take(Storage("az://box/run"), "second")
-        first.release()
-        assert take(Storage("az://box/run"), "second").number == 2
-    open_store.cache_clear()
 
 
 def _take_and_say(root: str, said: multiprocessing.Queue) -> None:

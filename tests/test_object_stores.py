@@ -15,6 +15,7 @@ from pipeline.storage.object_stores import open_store
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from tests.azure_server import serving_azure
+from training.lease import Lease, LostLeaseError
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3")
 
@@ -314,6 +315,21 @@ def test_a_corpus_may_lie_there(name: str, request: pytest.FixtureRequest, tmp_p
     storage.delete("raw/00000.tar")
     with pytest.raises(FileNotFoundError):
         storage.read("raw/00000.tar")
+
+
+@pytest.mark.parametrize("name", ["gcs_root", "azure_root"])
+def test_one_driver_of_a_training_writes_there(name: str, request: pytest.FixtureRequest) -> None:
+    run = Storage(f"{request.getfixturevalue(name).rpartition('/')[0]}/run")
+    first = Lease.take(run, "first", log=print)
+    with pytest.raises(CapfiltError, match="another process trains this run"):
+        Lease.take(run, "second", log=print)
+    first.require()
+    first.release()
+    second = Lease.take(run, "second", log=print)
+    assert second.number == 2
+    with pytest.raises(LostLeaseError, match="run second"):
+        first.require()
+    second.release()
 
 
 @pytest.mark.parametrize(
