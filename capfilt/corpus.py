@@ -24,7 +24,8 @@ class SampleTrace(TypedDict):
 
     ``fetches``: oldest first. ``candidates``: those that were kept first, then best first, each with its ``outcome``
     in words. ``selection`` is None until the sample's shard is selected. ``marks``: taken back or not.
-    ``checkpoints``: those whose training had the image; ``use``: trained on, held out or not known.
+    ``checkpoints``: those whose training had the image; ``use``: trained on, held out or not known. ``taught_by``: the
+    checkpoints and sources that the sample's models were trained on.
     """
 
     uid: str
@@ -44,6 +45,7 @@ class SampleTrace(TypedDict):
     stages: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     models: list[dict[str, Any]]
+    taught_by: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
