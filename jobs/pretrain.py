@@ -6,9 +6,9 @@ It is noted in the manifests from start to end.
 import os
 
 from jobs.interrupts import Interrupts
-from jobs.launched_rank import LaunchedRank
-from jobs.launcher import train_here
-from jobs.rank_outcome import RankOutcome
+from jobs.ranks.launched_rank import LaunchedRank
+from jobs.ranks.launcher import train_here
+from jobs.ranks.rank_outcome import RankOutcome
 from jobs.run_record import begin_run
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.scratch import sweep_temporary_folders
@@ -87,7 +87,7 @@ def _pretrain(config: PretrainConfig, interrupts: Interrupts) -> Summary:
 
 def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
     if (launched := LaunchedRank.of(os.environ)) is not None:
-        from jobs.rank import train_launched
+        from jobs.ranks.rank import train_launched
 
         return train_launched(config, run, launched, interrupts)
     # Ray sets the address of a submitted job.

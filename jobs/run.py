@@ -15,7 +15,8 @@ from jobs.executor import Executor, ExecutorOutcome, RunMonitor, StageJob
 from jobs.interrupts import Interrupts
 from jobs.output.progress import open_progress
 from jobs.run_record import begin_run
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries

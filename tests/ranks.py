@@ -17,7 +17,7 @@ from training.distributed import World
 def _server() -> ForkServerContext:
     context = get_context("forkserver")
     # torch and transformers take seconds to import.
-    context.set_forkserver_preload(["jobs.rank", "tests.tiny_training"])
+    context.set_forkserver_preload(["jobs.ranks.rank", "tests.tiny_training"])
     return context
 
 

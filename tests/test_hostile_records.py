@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
-from pipeline.corpus.records import Records, parse_record
+from pipeline.corpus.record_files import parse_record
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import open_crawled
 from pipeline.digests import sha256_file

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.fingerprint import sample_uid
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import digest_json

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from jobs.interrupts import Interrupts
-from jobs.launched_rank import LaunchedRank
 from jobs.pretrain import pretrain
-from jobs.restarts import Restarts
+from jobs.ranks.launched_rank import LaunchedRank
+from jobs.ranks.restarts import Restarts
 from pipeline.corpus.checkpoint_files import run_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench.fixtures.s3 import S3Server
-from pipeline.corpus.records import CorpusState
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest import status
 from pipeline.manifest.compaction import CompactedRecords

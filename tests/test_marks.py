@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from jobs.cli.commands.plan import plan_corpus
 from jobs.cli.main import app
 from pipeline.candidates import Candidate
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.fingerprint import stage_fingerprint
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.records import Records
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
 from pipeline.marks.from_file import read_values

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jobs.cli.commands.preview import preview_corpus
 from jobs.cli.main import app
-from pipeline.corpus.records import CorpusState
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.marks.marking import Verdict, mark
 from pipeline.marks.search import marks_of_shards
 from pipeline.runs.preview import preview_selection

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_tar
 from pipeline.lineage.checkpoint_trace import trace_checkpoint
 from pipeline.lineage.sample_trace import trace

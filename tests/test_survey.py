@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from tests.corpora import UNFILTERED, make_corpus
 

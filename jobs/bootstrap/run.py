@@ -14,7 +14,7 @@ from jobs.pretrain import TrainingInterruptedError, pretrain, training_interrupt
 from jobs.run import RunOptions, run
 from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.records import Records
-from pipeline.corpus.take_over import take_over_crawl
+from pipeline.intake.take_over import take_over_crawl
 from pipeline.models.model_files import exported_from
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig

@@ -16,8 +16,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
 from jobs.interrupts import Interrupts
-from jobs.launcher import num_gpus
-from jobs.rank_outcome import TIMEOUT_S, RankOutcome, log, worst_outcome
+from jobs.ranks.launcher import num_gpus
+from jobs.ranks.rank_outcome import TIMEOUT_S, RankOutcome, log, worst_outcome
 from pipeline.corpus.checkpoint_files import newest_step
 from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError
@@ -155,7 +155,7 @@ def _rank(settings: dict[str, Any]) -> None:
     Where another try cannot succeed (a refusal, full memory), its ranks return at once.
     """
     # Here, in the rank: the driver needs no trainer.
-    from jobs.rank import train_as
+    from jobs.ranks.rank import train_as
     from training.distributed import World
 
     config, actor = PretrainConfig.model_validate(settings["config"]), settings["actor"]

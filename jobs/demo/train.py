@@ -26,8 +26,8 @@ from jobs.demo.training_configs import (
     stage1_config,
     stage2_config,
 )
-from jobs.launcher import stop_without_parent
 from jobs.pretrain import TrainingFailedError, pretrain
+from jobs.ranks.launcher import stop_without_parent
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from jobs.look import questions
 from jobs.look.snapshot import Answer, Snapshot
 from jobs.look.view import View
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.marks.search import marks_of_shards
 from pipeline.runs.preview import SourcePreview, preview_selection
 from schemas.config import CapfiltConfig, SelectConfig

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.corpus.records import read_bounded
+from pipeline.corpus.record_files import read_bounded
 from pipeline.digests import sha256_file
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.file_info import FileInfo

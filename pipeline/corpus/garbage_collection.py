@@ -11,15 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pipeline.corpus.records import (
-    CompactedShards,
-    Records,
-    ShardId,
-    committed_shards,
-    none_compacted,
-    parse_record,
-    read_record,
-)
+from pipeline.corpus.corpus_state import CompactedShards, committed_shards, none_compacted
+from pipeline.corpus.record_files import parse_record, read_record
+from pipeline.corpus.records import Records, ShardId
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.catalog import EMPTY_FOLDER

@@ -14,19 +14,25 @@ A corpus may be somebody else's. What is read here has the declared types, is ab
 name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
-import errno
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar, cast
 
-from pipeline.regular_files import NotRegularFileError
+from pipeline.corpus.record_files import (
+    is_retired_note,
+    parse_record,
+    read_bounded,
+    read_record,
+    read_record_file,
+    retired_note,
+)
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
-from schemas.errors import CapfiltError, first_line
-from schemas.json_record import Json, UnknownFieldError
+from schemas.errors import CapfiltError
+from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.names import is_outside_tar
 from schemas.records import (
@@ -44,33 +50,6 @@ from schemas.stages import STAGES, Stage
 ShardId = tuple[Stage, str, str]
 R = TypeVar("R", bound=Json)
 
-# An intake's record has some 300 bytes a shard: this is 200,000 shards, two billion images.
-_MAX_BYTES = 64 * 2**20
-# So many are read as quickly as the manifest's parts.
-_FEW_RECORDS = 64
-_RETIRED = b"retired "
-
-
-def parse_record(kind: type[R], path: str, text: bytes) -> R:
-    """Return the record in the file ``path`` of a corpus.
-
-    Raises CapfiltError, naming the file, where it is not a record, or not the one of its name.
-    """
-    try:
-        record = kind.from_json(text)
-        if not _has_name_of(record, path):
-            raise ValueError("it is the record of something else than its name says")
-    except UnknownFieldError as error:
-        raise CapfiltError(
-            f"{path} has a field that this version of capfilt does not know ({first_line(error)}): a newer one wrote "
-            "it, so upgrade capfilt; or restore the file, if it was damaged"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CapfiltError(
-            f"{path} is not a record ({first_line(error)}): restore it, or delete it so that its shard is made anew"
-        ) from error
-    return record
-
 
 class Records:
     """The records of one corpus. Stateless: every call asks the storage. Pickles."""
@@ -85,7 +64,7 @@ class Records:
         data = record.to_json().encode()
         if self.storage.create(record.path, data):
             return True
-        standing = _read_file(self.storage, record.path)
+        standing = read_record_file(self.storage, record.path)
         return is_retired_note(standing) and self.storage.swap(record.path, standing, data)
 
     def read(self, stage: Stage, source: str, shard: str) -> ShardRecord | None:
@@ -129,7 +108,7 @@ class Records:
         if parse_record(ShardRecord, record.path, text).attempt != record.attempt:
             return
         self.storage.create(record.retired_path, text)
-        self.storage.swap(record.path, text, _retired_note(record))
+        self.storage.swap(record.path, text, retired_note(record))
 
     def require_imported(self, records: Iterable[ShardRecord]) -> None:
         """Reject a tar outside the corpus that the source's lists did not import for that shard."""
@@ -207,7 +186,7 @@ class Records:
 
     def url_shards(self) -> dict[tuple[str, str], ShardRecord]:
         """Return every url shard, by (source, shard), as a record of the stage ``urls``."""
-        return _url_shards(self.intakes())
+        return url_shards_of(self.intakes())
 
     def write_run(self, record: RunRecord) -> None:
         """Write the start (outcome None) or the end of a run."""
@@ -275,167 +254,10 @@ class Records:
         return [record for record in records if record is not None]
 
 
-CompactedShards = Callable[[list[FileInfo]], dict[str, ShardRecord]]
-
-
-def none_compacted(_: list[FileInfo]) -> dict[str, ShardRecord]:
-    """Return no record: all are read."""
-    return {}
-
-
-def committed_shards(
-    records: Records, files: list[FileInfo], compacted: CompactedShards
-) -> dict[ShardId, ShardRecord]:
-    """Return the records in listed files as ``Records.read_shards`` does; of many, the compacted ones from parts."""
-    if len(files) < _FEW_RECORDS:
-        return records.read_shards(files)
-    held = compacted(files)
-    records.require_imported(held.values())
-    read = records.read_shards([info for info in files if info.path not in held])
-    return {(record.stage, record.source, record.shard): record for record in held.values()} | read
-
-
-class CorpusState:
-    """What is committed in a corpus: its url shards, the records of its stages, its quarantine.
-
-    Read once when it is made. ``refresh`` lists the records again, and reads only those that are new or changed.
-
-    Args:
-        within: the shards (source, shard) of which records are read; None reads all.
-        compacted: returns those of listed records that the manifest's parts hold: they need not be read.
-    """
-
-    def __init__(
-        self,
-        records: Records,
-        *,
-        within: Collection[tuple[str, str]] | None = None,
-        compacted: CompactedShards = none_compacted,
-    ) -> None:
-        self._records = records
-        self._within = within
-        self._compacted = compacted
-        # By path of a record's file.
-        self._versions: dict[str, str] = {}
-        self.urls: dict[tuple[str, str], ShardRecord] = {}
-        # Shards of which later ones try URLs again, or may.
-        self.retried: frozenset[tuple[str, str]] = frozenset()
-        self.committed: dict[ShardId, ShardRecord] = {}
-        self.quarantined: dict[ShardId, QuarantineRecord] = {}
-        self.refresh_urls()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Bring the records of the stages and the quarantine up to date."""
-        files = [info for info in self._records.list_shards() if self._is_within(*_place(info.path))]
-        versions = {info.path: info.version for info in files}
-        changed = [info for info in files if self._versions.get(info.path) != info.version]
-        read = committed_shards(self._records, changed, self._compacted)
-        unchanged = versions.keys() - {info.path for info in changed}
-        kept = {
-            shard: record
-            for shard, record in self.committed.items()
-            if shard_record_path(*shard) in unchanged
-        }
-        self.committed = kept | read
-        # Last, so that a refresh that is interrupted above is repeated whole.
-        self._versions = versions
-        self.quarantined = self._records.quarantined()
-
-    def refresh_urls(self) -> None:
-        """Bring the url shards up to date, after an intake."""
-        batches = self._records.intakes()
-        self.urls = {
-            place: record for place, record in _url_shards(batches).items() if self._is_within(*place)
-        }
-        self.retried = frozenset(
-            (source, shard)
-            for batch in batches
-            if batch.kind == "retry"
-            for source, shard in self.urls
-            if source == batch.source and any(batch.retries_of(shard))
-        )
-
-    def _is_within(self, source: str, shard: str) -> bool:
-        return self._within is None or (source, shard) in self._within
-
-    def committed_by(self, run_id: str) -> list[ShardRecord]:
-        """Return the records that a run has committed."""
-        return [record for record in self.committed.values() if record.run_id == run_id]
-
-
-def _url_shards(batches: Iterable[IntakeRecord]) -> dict[tuple[str, str], ShardRecord]:
+def url_shards_of(batches: Iterable[IntakeRecord]) -> dict[tuple[str, str], ShardRecord]:
+    """Return the url shards of batches as records, by source and shard."""
     records = [record for batch in batches for record in batch.shard_records()]
     return {(record.source, record.shard): record for record in records}
-
-
-def _place(path: str) -> tuple[str, str]:
-    """Return the source and shard that the file of a shard's record is named by."""
-    *_, source, name = path.split("/")
-    return source, name.removesuffix(".json")
-
-
-def read_bounded(storage: Storage, info: FileInfo) -> bytes:
-    """Return a listed record's text. Raises CapfiltError where it is larger than any record."""
-    if info.bytes > _MAX_BYTES:
-        raise CapfiltError(
-            f"{info.path} is not a record: it has {info.bytes:,} bytes; restore it, or delete it"
-        )
-    return read_record(storage, info.path)
-
-
-def read_record(storage: Storage, path: str) -> bytes:
-    """Return a record's text. Raises FileNotFoundError, also where a note stands for a record that was retired.
-
-    Raises CapfiltError where the file is not a record.
-    """
-    text = _read_file(storage, path)
-    if is_retired_note(text):
-        raise FileNotFoundError(errno.ENOENT, "its record was retired", path)
-    return text
-
-
-def _retired_note(record: ShardRecord) -> bytes:
-    """Return what stands in the place of a retired record until its shard is committed anew."""
-    return _RETIRED + record.attempt.encode()
-
-
-def is_retired_note(text: bytes) -> bool:
-    """Tell whether a file is such a note."""
-    return text.startswith(_RETIRED)
-
-
-def _read_file(storage: Storage, path: str) -> bytes:
-    try:
-        text = storage.read(path, _MAX_BYTES)
-    except NotRegularFileError as error:
-        raise CapfiltError(f"{path} is not a record: {error.strerror}; restore it, or delete it") from error
-    if len(text) > _MAX_BYTES:
-        raise CapfiltError(
-            f"{path} is not a record: it has more than {_MAX_BYTES:,} bytes; restore it, or delete it"
-        )
-    return text
-
-
-def _has_name_of(record: Json, path: str) -> bool:
-    """Tell whether a record's file has the name that it was written under."""
-    match record:
-        case ShardRecord():
-            return path in (record.path, record.retired_path)
-        case SnapshotRecord():  # in a run's folder, wherever that is
-            return path.endswith(f"/{record.name}")
-        case CheckpointRecord():  # its own ``path`` is the checkpoint's
-            return path.startswith(f"records/checkpoints/{record.run_id}.")
-        case (
-            QuarantineRecord()
-            | IntakeRecord()
-            | RunRecord()
-            | ModelRecord()
-            | MarkRecord()
-            | MarkSearchRecord()
-        ):
-            return path == record.path
-    raise AssertionError(type(record))
 
 
 def _attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.records import read_bounded, read_record
+from pipeline.corpus.record_files import read_bounded, read_record
 from pipeline.manifest.histograms import SUM_COLUMNS
 from pipeline.manifest.record_rows import Row, rows_of, shard_records_of, table_of
 from pipeline.regular_files import NotRegularFileError

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.corpus.checkpoint_files import SNAPSHOT_FILE
-from pipeline.corpus.records import parse_record
+from pipeline.corpus.record_files import parse_record
 from pipeline.manifest.histograms import histogram_cells
 from schemas.catalog import RECORD_TABLES
 from schemas.errors import CapfiltError

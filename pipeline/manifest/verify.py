@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.fingerprint import pack_uids, unpack_uids
-from pipeline.corpus.records import CorpusState, Records, ShardId
+from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest

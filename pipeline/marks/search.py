@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.marks.rules import ShardMarks, rules_by_shard, undone_values
 from schemas.errors import CorruptShardError, first_line
 from schemas.marks import FoundMark, MarkRecord, MarkSearchRecord, Shards

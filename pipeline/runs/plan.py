@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.fingerprint import deciding_fields, stage_fingerprint
-from pipeline.corpus.records import CorpusState, Records, ShardId
+from pipeline.corpus.records import Records, ShardId
 from schemas.config import CapfiltConfig
 from schemas.marks import MarkRule, rules_digest
 from schemas.records import MARKS_INPUT, RunRecord, ShardRecord, ShardTask

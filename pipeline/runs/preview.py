@@ -8,7 +8,8 @@ from itertools import accumulate
 
 import pyarrow.compute as pc
 
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.marks.rules import RuleBook, ShardMarks
 from pipeline.runs.plan import Kind, upstream_of

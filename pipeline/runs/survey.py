@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Literal, Self
 
-from pipeline.corpus.records import CorpusState, ShardId
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import ShardId
 from pipeline.marks.rules import ShardMarks
 from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from schemas.config import CapfiltConfig

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.corpus.records import Records, committed_shards
+from pipeline.corpus.corpus_state import committed_shards
+from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.digests import digest_json
 from pipeline.manifest.compaction import CompactedRecords

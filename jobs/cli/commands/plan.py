@@ -7,7 +7,8 @@ from typing import Any
 from jobs.output.render import print_table
 from jobs.output.values import cell, readable_bytes
 from jobs.run import digests_of, left_config_line, model_weights
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.intake.read_lists import unread_rows
 from pipeline.intake.retries import count_retries
 from pipeline.manifest.compaction import CompactedRecords

@@ -3,7 +3,8 @@
 from typing import Any
 
 from jobs.output.render import print_table
-from pipeline.corpus.records import CorpusState, Records
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.marks.search import marks_of_shards
 from pipeline.runs.preview import SourcePreview, preview_selection

@@ -8,8 +8,8 @@ import torch
 from torch import distributed
 
 from jobs.interrupts import Interrupts
-from jobs.launched_rank import LaunchedRank
-from jobs.rank_outcome import TIMEOUT_S, RankOutcome, log
+from jobs.ranks.launched_rank import LaunchedRank
+from jobs.ranks.rank_outcome import TIMEOUT_S, RankOutcome, log
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import RunRecord

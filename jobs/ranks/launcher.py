@@ -1,8 +1,8 @@
 """Starts the ranks of a training on this machine, one process each, and restarts all of them when one dies.
 
-Ranks on the CPU are forked from a server process that has imported the trainer (``jobs.rank``) once. Ranks on GPUs are
-started afresh: a library that looks for GPUs while the server imports it would leave CUDA unusable in its forks. This
-process imports the trainer only where it is the one rank.
+Ranks on the CPU are forked from a server process that has imported the trainer (``jobs.ranks.rank``) once. Ranks on
+GPUs are started afresh: a library that looks for GPUs while the server imports it would leave CUDA unusable in its
+forks. This process imports the trainer only where it is the one rank.
 """
 
 import multiprocessing
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from jobs.interrupts import Interrupts
-from jobs.rank_outcome import RankOutcome, log, worst_outcome
-from jobs.restarts import Restarts
+from jobs.ranks.rank_outcome import RankOutcome, log, worst_outcome
+from jobs.ranks.restarts import Restarts
 from pipeline.corpus.checkpoint_files import newest_step
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -43,7 +43,7 @@ def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -
     """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
     size = num_ranks(config)
     if size == 1:
-        from jobs.rank import device_of, train_rank
+        from jobs.ranks.rank import device_of, train_rank
 
         return train_rank(config, run, device_of(0), interrupts)
     restarts = Restarts(config.cluster.max_restarts, newest_step(config))
@@ -95,7 +95,7 @@ def _context() -> SpawnContext | ForkServerContext:
     if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jobs.rank"])
+    context.set_forkserver_preload(["jobs.ranks.rank"])
     # The tracker's own start would unblock SIGTERM.
     resource_tracker.ensure_running()
     # A signal to the whole process group must not end the server, and one to a new rank waits until it has handlers.
@@ -160,7 +160,7 @@ def _rank_process(config: dict, run: str, rank: int, size: int, port: int, sende
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     with Interrupts(quiet=True) as interrupts:
         try:
-            from jobs.rank import device_of, train_rank
+            from jobs.ranks.rank import device_of, train_rank
 
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             arguments = PretrainConfig.model_validate(config), RunRecord.from_json(run)
