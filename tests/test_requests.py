@@ -1,7 +1,6 @@
 """How often object storage is asked: of a corpus by its size, and by one commit."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -9,16 +8,11 @@ import pytest
 
 from jobs.bench.fixtures.many_shards import make_many_shards, recipe_options
 from jobs.bench.fixtures.s3 import S3Request, S3Server
-from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
-from pipeline.runs.progress import ShardOutcome
-from pipeline.runs.runner import RunSettings, ShardRunner, load_worker
 from pipeline.storage.storage import Storage
-from schemas.config import CapfiltConfig
-from schemas.records import ShardRecord, ShardTask
-from schemas.stages import Stage
 from tests.corpora import Corpus
 from tests.processes import cli_here
+from tests.runners import select_shards
 
 RUN = "20260102T000000-test"
 FEW, MANY = 3, 25
@@ -81,27 +75,6 @@ def test_a_trace_opens_the_files_of_the_samples_shard_alone(
         assert of_shards == {row["shard"]}
 
 
-def select_on(corpus: Corpus) -> tuple[list[ShardOutcome], list[str]]:
-    """Run the selection of a shard; return its outcomes, and the shards that its worker was called with."""
-    outcomes: list[ShardOutcome] = []
-    calls: list[str] = []
-
-    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
-        worker = load_worker(stage, config, records)
-        return lambda task: calls.append(task.shard) or worker(task)
-
-    runner = ShardRunner(
-        "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
-        note=outcomes.append,
-        report_state=lambda stage, state: None,
-        load=load,
-    )
-    for _, urls in sorted(corpus.records.url_shards().items()):
-        runner.run_shard("web", urls)
-    return outcomes, calls
-
-
 def ranked_corpus(root: str, shards: int) -> Corpus:
     corpus = Corpus(root)
     names = [f"{number:05d}" for number in range(shards)]
@@ -114,8 +87,8 @@ def ranked_corpus(root: str, shards: int) -> Corpus:
 def test_a_commit_takes_few_requests_and_no_listing(s3_root: str, s3_server: S3Server) -> None:
     corpus = ranked_corpus(s3_root, shards=1)
     s3_server.requests.clear()
-    outcomes, _ = select_on(corpus)
-    assert [outcome.state for outcome in outcomes] == ["done"]
+    selected = select_shards(corpus)
+    assert selected.states == ["done"]
     # The first are the test's own: the url shards.
     kinds = Counter(
         request.kind
@@ -137,12 +110,14 @@ def test_one_error_in_twenty_requests_changes_nothing(
         return "503 Slow Down" if len(seen) % 20 == 7 else None
 
     monkeypatch.setattr(s3_server, "refuse", refuse)
-    outcomes, calls = select_on(disturbed)
+    selected = select_shards(disturbed)
     monkeypatch.undo()
     assert len(seen) > 40
-    assert [outcome.state for outcome in outcomes] == ["done"] * 4
-    assert calls == ["00000", "00001", "00002", "00003"], "no worker works twice on a committed shard"
-    select_on(calm)
+    assert selected.states == ["done"] * 4
+    assert selected.calls == ["00000", "00001", "00002", "00003"], (
+        "no worker works twice on a committed shard"
+    )
+    select_shards(calm)
     digests = [
         {place: record.input_digests() for place, record in corpus.records.shards(("select",)).items()}
         for corpus in (calm, disturbed)

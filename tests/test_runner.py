@@ -1,6 +1,5 @@
 """One stage on one shard: what a runner does when the storage, the worker or the run is at fault."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,12 @@ import pytest
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
-from pipeline.runs.runner import RunSettings, ShardRunner, load_worker
-from schemas.config import CapfiltConfig
+from pipeline.runs.runner import RunSettings, ShardRunner
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 from tests.corpora import Corpus
+from tests.runners import Work, select_shards
 
 RUN = "20260102T000000-test"
 
@@ -29,30 +28,19 @@ def corpus(tmp_path: Path) -> Corpus:
 
 def select(corpus: Corpus, *failures: Exception) -> tuple[ShardOutcome, int]:
     """Run the selection with a worker whose first calls fail; return the outcome, and how often it was loaded."""
-    outcomes: list[ShardOutcome] = []
-    left, loads = list(failures), []
+    left = list(failures)
 
-    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
-        loads.append(stage)
-        worker = load_worker(stage, config, records)
-
+    def failing(work: Work) -> Work:
         def call(task: ShardTask) -> ShardRecord:
             if left:
                 raise left.pop(0)
-            return worker(task)
+            return work(task)
 
         return call
 
-    runner = ShardRunner(
-        "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
-        note=outcomes.append,
-        report_state=lambda stage, state: None,
-        load=load,
-    )
-    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
-    [outcome] = outcomes
-    return outcome, len(loads)
+    selected = select_shards(corpus, failing)
+    [outcome] = selected.outcomes
+    return outcome, selected.loads
 
 
 def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: Corpus) -> None:
@@ -82,48 +70,20 @@ def test_a_storage_that_refuses_to_clean_up_undoes_no_commit(corpus: Corpus) -> 
         def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
             raise OSError("503 SlowDown")
 
-    outcomes: list[ShardOutcome] = []
-    calls: list[str] = []
-
-    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
-        worker = load_worker(stage, config, records)
-        return lambda task: calls.append(task.shard) or worker(task)
-
-    runner = ShardRunner(
-        "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
-        note=outcomes.append,
-        report_state=lambda stage, state: None,
-        load=load,
-    )
-    runner.records = NoDeletes(corpus.storage)
-    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
-    assert ([outcome.state for outcome in outcomes], calls) == (["done"], ["00000"])
+    selected = select_shards(corpus, records=NoDeletes(corpus.storage))
+    assert (selected.states, selected.calls) == (["done"], ["00000"])
 
 
 def test_a_commit_whose_answer_was_lost_is_not_worked_on_again(corpus: Corpus) -> None:
-    calls: list[str] = []
-
-    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Callable[[ShardTask], ShardRecord]:
-        worker = load_worker(stage, config, records)
-
+    def answer_lost(work: Work) -> Work:
         def call(task: ShardTask) -> ShardRecord:
-            calls.append(task.shard)
-            worker(task)
+            work(task)
             raise OSError("connection reset")
 
         return call
 
-    outcomes: list[ShardOutcome] = []
-    runner = ShardRunner(
-        "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
-        note=outcomes.append,
-        report_state=lambda stage, state: None,
-        load=load,
-    )
-    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
-    assert ([outcome.state for outcome in outcomes], calls) == (["done"], ["00000"])
+    selected = select_shards(corpus, answer_lost)
+    assert (selected.states, selected.calls) == (["done"], ["00000"])
     assert corpus.storage.list("records/attempts") == []
 
 
