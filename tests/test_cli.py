@@ -46,14 +46,14 @@ def test_every_command_is_there_and_documented() -> None:
         (["stats", "{empty}"], r"is not a corpus"),
         (["sql", "{empty}", "SELECT 1"], r"is not a corpus"),
         (
-            ["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "run"],
+            ["submit", "-c", "{good}", "--address", "http://127.0.0.1:9", "--", "crawl"],
             r"--address http://127\.0\.0\.1:9",
         ),
         (["submit", "-c", "{good}", "--", "demo"], r"must be one of run, crawl"),
         (["plan", "-c", "{good}", "--set", "corpus.path={good}"], r"corpus\.path '.*good\.toml' is a file"),
         (["run", "-c", "{good}", "--set", "corpus.path={good}/x"], r"corpus\.path .* above it is a file"),
         (
-            ["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "run"],
+            ["submit", "-c", "{good}", "--set", "corpus.path={good}", "--", "crawl"],
             r"corpus\.path .* is a file",
         ),
         # What needs neither weights nor open_clip to be known is known before anything is asked for.
@@ -111,6 +111,9 @@ def test_help_groups_the_commands_each_on_one_line() -> None:
             "select",
             "plan",
             "submit",
+            "jobs",
+            "logs",
+            "stop",
             "demo",
         ],
         "Look into a corpus": [
@@ -125,7 +128,7 @@ def test_help_groups_the_commands_each_on_one_line() -> None:
             "trace",
         ],
         "Keep a corpus in order": ["mark", "verify", "gc", "manifest", "doctor"],
-        "Train": ["pretrain", "export"],
+        "Train": ["pretrain", "bootstrap", "export"],
         "Measure": ["evaluate", "bench"],
     }
 
@@ -144,7 +147,7 @@ def test_the_shell_completes_commands_and_options() -> None:
         )
         return done.stdout.split()
 
-    assert complete("capfilt st") == ["status", "stats"]
+    assert complete("capfilt st") == ["stop", "status", "stats"]
     assert "--hosts" in complete("capfilt failures --h")
 
 

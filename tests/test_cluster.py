@@ -121,20 +121,20 @@ def test_a_stopped_job_is_recorded_as_interrupted_and_listed_with_its_log(
     while not records.shards(("crawl",)) and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)
     job_id = submission_id(stopped, ["crawl"])
-    asked = cli_here("stop", job_id, "--address", cluster.address)
+    asked = cli("stop", job_id, "--address", cluster.address)
     assert (asked.returncode, asked.stdout) == (0, f"{job_id}: STOPPED\n"), asked.stderr
     output, errors = job.communicate(timeout=60)
     assert "SIGTERM: stopping" in output, output + errors
     [ended] = records.runs()
     assert ended.outcome == "interrupted"
     assert 0 < ended.shards_done <= len(records.shards())
-    listed = json.loads(cli_here("jobs", "--address", cluster.address, "--json").stdout)
+    listed = json.loads(cli("jobs", "--address", cluster.address, "--json").stdout)
     [row] = [row for row in listed if row["job"] == job_id]
     assert (row["status"], row["corpus"]) == ("STOPPED", stopped.corpus.path)
     assert row["started_at"] < row["ended_at"] and row == listed[0]
-    log = cli_here("logs", job_id, "--address", cluster.address)
+    log = cli("logs", job_id, "--address", cluster.address)
     assert log.returncode == 0 and "SIGTERM: stopping" in log.stdout
-    unknown = cli_here("logs", "capfilt-run-0", "--address", cluster.address)
+    unknown = cli("logs", "capfilt-run-0", "--address", cluster.address)
     assert unknown.returncode == 2 and "no such job; `capfilt jobs` lists them" in unknown.stderr
 
 

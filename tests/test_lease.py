@@ -34,8 +34,22 @@ from training.trainer.run import pretrain
 ELSEWHERE = replace(LeaseHolder.of_this_process("other"), machine="another", host="node7", pid=77)
 
 
-def take(storage: Storage, run_id: str = "mine", **options: float) -> Lease:
-    return Lease.take(storage, run_id, log=print, **options)
+_taken: list[Lease] = []
+
+
+@pytest.fixture(autouse=True)
+def no_heartbeats_afterwards() -> Iterator[None]:
+    """Give back what a test took: its threads would go on asking the S3 server of other tests."""
+    yield
+    while _taken:
+        _taken.pop().release()
+
+
+def take(
+    storage: Storage, run_id: str = "mine", log: Callable[[str], None] = print, **options: float
+) -> Lease:
+    _taken.append(Lease.take(storage, run_id, log=log, **options))
+    return _taken[-1]
 
 
 def hold(storage: Storage, number: int, holder: LeaseHolder = ELSEWHERE) -> None:
@@ -94,7 +108,7 @@ def test_a_driver_elsewhere_that_sends_no_heartbeat_is_succeeded(root: str) -> N
     storage = Storage(root)
     hold(storage, 4)
     told: list[str] = []
-    lease = Lease.take(storage, "mine", log=told.append, heartbeat_s=1.0, expires_s=3.0)
+    lease = take(storage, "mine", log=told.append, heartbeat_s=1.0, expires_s=3.0)
     assert lease.number == 5 and held(storage) == ["lease/00000005.json"]
     (line,) = told
     assert "process 77 of node7, run other" in line and "waiting" in line
@@ -134,11 +148,11 @@ def _stop(line: str) -> None:
 def test_only_the_clock_of_the_storage_counts(root: str) -> None:
     hold(OtherClock(root), 1)
     with pytest.raises(TimeoutError, match="(89|90) s"):
-        Lease.take(OtherClock(root), "mine", log=_stop)
+        take(OtherClock(root), "mine", log=_stop)
     with pytest.raises(TimeoutError, match="(89|90) s"):
-        Lease.take(Storage(root), "mine", log=_stop)
+        take(Storage(root), "mine", log=_stop)
     time.sleep(2)
-    assert Lease.take(OtherClock(root), "mine", log=_stop, expires_s=1).number == 2
+    assert take(OtherClock(root), "mine", log=_stop, expires_s=1).number == 2
 
 
 def test_heartbeats_are_sent_until_the_lease_is_lost(root: str) -> None:

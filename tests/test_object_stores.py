@@ -147,7 +147,8 @@ def test_a_server_under_load_is_asked_again(
         s3_server.requests.clear()
         monkeypatch.setattr(s3_server, "refuse", _first(2, status))
         call()
-        assert len(s3_server.requests) == 3
+        # Threads that earlier tests of this process left may ask for their own buckets.
+        assert sum(request.bucket in s3_root for request in s3_server.requests) == 3
 
 
 def test_a_create_whose_answer_is_lost_was_ours(

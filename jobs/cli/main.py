@@ -200,7 +200,7 @@ def demo(
     corpus_only: Annotated[bool, typer.Option("--corpus-only", help="Leave out the training.")] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Build a small corpus on this machine, train on it, and judge both.
+    """Build a small corpus here, train on it, and judge both.
 
     Its web is a small world served on loopback, so that the truth of every caption can be checked.
     """

@@ -79,7 +79,7 @@ def bootstrap(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which steps are done; do nothing.")] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Caption and filter a corpus with BLIP models trained on it, round by round. Safe to kill and to repeat.
+    """Caption and filter a corpus with models trained on it. Safe to kill and to repeat.
 
     A round pretrains BLIP on the corpus of the round before, fine-tunes captioner and filter on its human captions, and
     makes the next corpus of the same images. Round 1 begins with the web's own captions.
