@@ -26,7 +26,7 @@ def pretrain(
     ] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Train BLIP or BLIP-2 on curated shards, from the last checkpoint on. Exit code 1 if it cannot go on."""
+    """Train BLIP or BLIP-2 on curated shards; goes on where it stopped. Exit code 1 if it cannot go on."""
     from pipeline.config import load_config
     from schemas.pretrain import PretrainConfig
 
