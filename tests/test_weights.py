@@ -338,7 +338,7 @@ def test_a_network_that_swallows_everything_is_given_up(tmp_path: Path) -> None:
     assert seconds < 20
 
 
-# -- the published models ------------------------------------------------------------------------------------
+# -- the published models at full size -----------------------------------------------------------------------
 
 # As Salesforce/blip-image-captioning-large publishes them, leftovers of old versions included.
 BLIP_LARGE = {
@@ -429,21 +429,17 @@ def run_offline(code: str, hub: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_blip_large_loads_from_the_cache(tmp_path: Path) -> None:
+def test_blip_large_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
     published = tmp_path / "published"
     published.mkdir()
-    # Two layers of each tower: all of them have the same names and widths.
-    config = BLIP_LARGE | {
-        name: BLIP_LARGE[name] | {"num_hidden_layers": 2} for name in ("text_config", "vision_config")
-    }
     with torch.device("meta"):
-        model = BlipForConditionalGeneration(BlipConfig.from_dict(config))
+        model = BlipForConditionalGeneration(BlipConfig.from_dict(BLIP_LARGE))
     state = random_state(model)
     state["text_decoder.cls.predictions.bias"][102] = 5.0
     # Saved by transformers 4: tied tensors and a buffer that 5 no longer has are in the file.
     state["text_decoder.bert.embeddings.position_ids"] = torch.arange(512)[None]
     save_file(state, published / "model.safetensors", {"format": "pt"})
-    (published / "config.json").write_text(json.dumps(config))
+    (published / "config.json").write_text(json.dumps(BLIP_LARGE))
     (published / "preprocessor_config.json").write_text(json.dumps(BLIP_PREPROCESSOR))
     special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
     vocabulary = {special.get(index, f"w{index}"): index for index in range(30_522)}
@@ -484,42 +480,44 @@ print(json.dumps([weights.to_record().parameters, [[c.text, c.num_tokens] for c 
 
 
 @pytest.mark.slow
-def test_openai_clip_loads_from_the_cache(tmp_path: Path) -> None:
-    """The smallest of them; of the largest, which is the default, the cache lacks the file."""
-    published, incomplete, hub = (tmp_path / name for name in ("published", "incomplete", "hub"))
+def test_openai_clip_loads_from_the_cache_at_full_size(tmp_path: Path) -> None:
+    published, hub = tmp_path / "published", tmp_path / "hub"
     published.mkdir()
-    incomplete.mkdir()
     with torch.device("meta"):
-        model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
+        model = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14"))
     state = random_state(model)
     state["logit_scale"] = torch.tensor(4.6052)
     save_file(state, published / "open_clip_model.safetensors", {"format": "pt"})
-    (incomplete / "README.md").write_text("no part of the model")
-    save_cache(hub, "timm/vit_base_patch32_clip_224.openai", published)
-    save_cache(hub, "timm/vit_large_patch14_clip_224.openai", incomplete)
+    repository = "timm/vit_large_patch14_clip_224.openai"
+    save_cache(hub, repository, published)
     del state
-    code = """
+    snapshot = hub / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT
+    # Then again without the file.
+    code = f"""
 import json
+from pathlib import Path
 import torch
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.weights import ranker_weights
 from schemas.errors import CapfiltError
-weights = ranker_weights("ViT-B-32", "openai")
+weights = ranker_weights("ViT-L-14", "openai")
 ranker = ClipRanker(weights, "fp32")
 pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
 scores = ranker.score_pixels(pixels, [["a dog", "word " * 80]])[0]
 activation = type(ranker._encode_text._last._mlp.gelu).__name__
+record = weights.to_record()
+next(Path({str(snapshot)!r}).iterdir()).unlink()
 try:
     ranker_weights("ViT-L-14", "openai")
 except CapfiltError as error:
     refused = str(error)
-print(json.dumps([weights.to_record().parameters, activation, weights.name, weights.revision,
+print(json.dumps([record.parameters, activation, weights.name, weights.revision,
                   [[score.similarity, score.truncated] for score in scores], refused]))
 """
     parameters, activation, name, revision, scores, refused = run_offline(code, hub)
     shutil.rmtree(hub)
-    assert parameters == 151_277_313
-    assert (activation, name, revision) == ("QuickGELU", "ViT-B-32", "openai")
+    assert parameters == 427_616_513
+    assert (activation, name, revision) == ("QuickGELU", "ViT-L-14", "openai")
     assert [truncated for _, truncated in scores] == [False, True]
     assert all(-1 <= similarity <= 1 for similarity, _ in scores)
     assert "rank.pretrained: timm/vit_large_patch14_clip_224.openai" in refused
