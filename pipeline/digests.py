@@ -15,9 +15,9 @@ def sha256_file(path: Path) -> str:
 
 
 # JSON in canonical form; one encoder, since making one takes longer than it encodes.
-canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+_canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def digest_json(value: Any) -> str:
     """Return the sha256 of a JSON value in canonical form."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return hashlib.sha256(_canonical_json(value).encode()).hexdigest()

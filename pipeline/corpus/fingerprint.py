@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pipeline.digests import canonical_json
+from pipeline.digests import digest_json
 from schemas.config import CapfiltConfig
 from schemas.stages import STAGE_INFO, Stage
 
@@ -86,13 +86,14 @@ def stage_fingerprint(
         models: digests of the weights that the stage loads.
         marks: the digest of the marks that select obeys (``rules_digest``); None where none concern the shard.
     """
-    before, kind_text, after = _fixed_parts(_Same(config), stage, kind, tuple(models))
-    # As ``digest_json`` of one object with the keys config, inputs, kind, marks, models, seed, stage and version; marks
-    # are left out where there are none, so that shards without marks keep their fingerprints.
-    marks_text = f',"marks":{canonical_json(marks)}' if marks else ""
-    files = canonical_json({name: dict(digests) for name, digests in inputs.items()})
-    text = f"{before}{files}{kind_text}{marks_text}{after}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_json(
+        {
+            **_of_all_shards(_Same(config), stage, kind, tuple(models)),
+            "inputs": {name: dict(files) for name, files in inputs.items()},
+            # Left out where there are none, so that shards without marks keep their fingerprints.
+            **({"marks": marks} if marks else {}),
+        }
+    )
 
 
 class _Same:
@@ -111,13 +112,14 @@ class _Same:
 
 
 @functools.lru_cache(maxsize=64)
-def _fixed_parts(same: _Same, stage: Stage, kind: str, models: tuple[str, ...]) -> tuple[str, str, str]:
-    """Return the JSON of what all shards of a stage share: before the inputs, and before and after the marks."""
+def _of_all_shards(same: _Same, stage: Stage, kind: str, models: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the fingerprints of all shards of a stage share: to read it off the config takes most of the time."""
     config = same.config
-    before = f'{{"config":{canonical_json(deciding_fields(config, stage, kind))},"inputs":'
-    kind_text = f',"kind":{canonical_json(kind if stage in ("rank", "select") else "")}'
-    seed = config.corpus.seed if stage == "caption" else 0
-    after = canonical_json(
-        {"models": list(models), "seed": seed, "stage": stage, "version": STAGE_INFO[stage].version}
-    )
-    return before, kind_text, f",{after[1:]}"
+    return {
+        "stage": stage,
+        "version": STAGE_INFO[stage].version,
+        "kind": kind if stage in ("rank", "select") else "",
+        "seed": config.corpus.seed if stage == "caption" else 0,
+        "config": deciding_fields(config, stage, kind),
+        "models": list(models),
+    }
