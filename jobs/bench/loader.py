@@ -12,10 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.corpus import curated_corpus
 from jobs.bench.fixtures.machine import Cost, Stopwatch, cost_ratio, cost_summary, costs_by_variant
 from jobs.bench.fixtures.pictures import jpegs, mean_bytes
-from pipeline.stages.selection import SelectWorker
 from pipeline.storage.scratch import temporary_folder
 
 _SIZE_PX = (512, 512)
@@ -30,10 +29,11 @@ def measure_loader(images: int) -> dict[str, Any]:
     pictures = jpegs(_SIZE_PX, quality=_QUALITY)
     batches = max(1, images // _BATCH_SIZE)
     with temporary_folder() as folder:
-        corpus = _curated(folder, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
+        corpus, _ = curated_corpus(folder, _SHARDS, -(-batches * _BATCH_SIZE // _SHARDS), pictures)
+        path = corpus.config.corpus.path
         costs = costs_by_variant(
             {"capfilt": partial(_load, _our_batches), "webdataset": partial(_load, _plain_batches)},
-            [(corpus, batches)] * (_ROUNDS + 1),
+            [(path, batches)] * (_ROUNDS + 1),
         )
     capfilt, reference = costs["capfilt"], costs["webdataset"]
     return {
@@ -45,17 +45,6 @@ def measure_loader(images: int) -> dict[str, Any]:
         "rate_ratio": cost_ratio("seconds", reference, capfilt),
         "cpu_ratio": cost_ratio("cpu_s", reference, capfilt),
     }
-
-
-def _curated(folder: Path, images: int, pictures: list[bytes]) -> str:
-    """Make a corpus of a few curated shards of so many images; return its path."""
-    # Three images of four URLs: that is how a synthetic shard comes.
-    urls = -(-images // 3) * 4
-    corpus = SyntheticCorpus(folder, urls * _SHARDS * 3 // 4, samples_per_shard=urls, pictures=pictures)
-    for shard in corpus.shards:
-        task = corpus.task("select", shard, **corpus.crawl_to_rank(shard))
-        SelectWorker(corpus.config, corpus.records)(task)
-    return corpus.config.corpus.path
 
 
 def _load(make_batches: Callable[[str], Generator[int, None, None]], corpus: str, batches: int) -> Cost:

@@ -6,12 +6,10 @@ checked copy, and for comparison each rank by itself.
 
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-from jobs.bench.fixtures.corpus import SyntheticCorpus
+from jobs.bench.fixtures.corpus import curated_corpus
 from jobs.bench.fixtures.pictures import jpegs
-from pipeline.stages.selection import SelectWorker
 from pipeline.storage.scratch import temporary_folder
 from schemas.pretrain import DataConfig
 from schemas.records import OutputFile
@@ -94,27 +92,15 @@ def _shard(source: str, first: int, images: int) -> ShardRef:
 def _opening() -> dict[str, float]:
     """Return the CPU seconds of the thread that opens a checked shard: by its Parquet, and by walking its tar."""
     with temporary_folder() as folder:
-        corpus, shard = _curated(folder)
-        assert shard.parquet is not None
-        with node_file(corpus.records, shard.tar) as tar, node_file(corpus.records, shard.parquet):
+        corpus, [record] = curated_corpus(folder, 1, _IMAGES_OPENED, jpegs((64, 64)))
+        tar_file, parquet = record.outputs["tar"], record.outputs["parquet"]
+        path = corpus.config.corpus.path
+        shard = ShardRef(corpus=path, source=record.source, shard=record.shard, tar=tar_file, parquet=parquet)
+        with node_file(corpus.records, tar_file) as tar, node_file(corpus.records, parquet):
             start = time.thread_time()
             with open_shard(corpus.records, shard) as opened:
                 by_parquet_s = time.thread_time() - start
-                assert len(opened) == _IMAGES_OPENED
+                assert len(opened) == record.rows_out
             start = time.thread_time()
-            assert len(index_tar(tar, adjacent=True).keys) == _IMAGES_OPENED
+            assert len(index_tar(tar, adjacent=True).keys) == record.rows_out
             return {"open_cpu_s": round(by_parquet_s, 3), "walk_cpu_s": round(time.thread_time() - start, 3)}
-
-
-def _curated(folder: Path) -> tuple[SyntheticCorpus, ShardRef]:
-    """Make a corpus of one curated shard."""
-    # Three images of four URLs: that is how a synthetic shard comes.
-    urls = -(-_IMAGES_OPENED // 3) * 4
-    corpus = SyntheticCorpus(folder, _IMAGES_OPENED, samples_per_shard=urls, pictures=jpegs((64, 64)))
-    (shard,) = corpus.shards
-    record = SelectWorker(corpus.config, corpus.records)(
-        corpus.task("select", shard, **corpus.crawl_to_rank(shard))
-    )
-    tar, parquet = record.outputs["tar"], record.outputs["parquet"]
-    path = corpus.config.corpus.path
-    return corpus, ShardRef(corpus=path, source=record.source, shard=record.shard, tar=tar, parquet=parquet)

@@ -35,11 +35,16 @@ def make_working_directory(config: Config, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
 
 
-def runtime_environment(config: Config, folder: Path) -> dict[str, Any]:
-    """Return the job's Ray runtime environment: working directory, variables and, unless installed there, the pins."""
+def runtime_environment(config: Config, folder: Path, *, to_show: bool = False) -> dict[str, Any]:
+    """Return the job's Ray runtime environment: working directory, variables and, unless installed there, the pins.
+
+    ``to_show``: of the variables that ``cluster.env`` names, ``$NAME`` stands for the value.
+    """
+    names = config.cluster.env
+    variables = {name: f"${name}" for name in names} if to_show else handed_on(names)
     environment: dict[str, Any] = {
         "working_dir": str(folder),
-        "env_vars": WORKER_ENVIRONMENT | handed_on(config.cluster.env),
+        "env_vars": WORKER_ENVIRONMENT | variables,
     }
     if config.cluster.requirements == "pinned":
         stages = () if isinstance(config, PretrainConfig) else (config.caption, config.rank)

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -19,15 +19,16 @@ _STOP_WAIT_S = 60.0
 _OPEN_CHECK_S = 10.0
 
 
-def jobs_client(address: str, headers: Mapping[str, str]) -> Any:
+def jobs_client(address: str, headers: Sequence[str]) -> Any:
     """Return a client of the Jobs API at an address; "": RAY_API_SERVER_ADDRESS, or this machine.
 
     Args:
-        headers: sent with each request, as a proxy in front of the cluster may ask for.
+        headers: NAME=VALUE, sent with each request, as a proxy in front of the cluster may ask for.
 
     Raises:
-        CapfiltError: nobody answers there, or refuses us.
+        CapfiltError: a header has another form; nobody answers there, or refuses us.
     """
+    sent = parse_headers(headers)
     send_token_if_there_is_one()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -36,7 +37,7 @@ def jobs_client(address: str, headers: Mapping[str, str]) -> Any:
     logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "") or _DEFAULT_ADDRESS
     try:
-        return JobSubmissionClient(address, headers=dict(headers) or None)
+        return JobSubmissionClient(address, headers=sent or None)
     except AuthenticationError as error:
         raise CapfiltError(
             f"--address {address}: the cluster refused us: {str(error).splitlines()[0]}; put its token into "

@@ -52,7 +52,7 @@ def submit_job(
     arguments: Sequence[str],
     *,
     address: str,
-    headers: Mapping[str, str],
+    headers: Sequence[str],
     allow_open: bool,
     follow: bool,
 ) -> int:
@@ -78,14 +78,16 @@ def submission_id(config: Config, arguments: Sequence[str]) -> str:
     return f"capfilt-{arguments[0]}-{digest[:16]}"
 
 
-def job_of(config: Config, arguments: Sequence[str], job_id: str, folder: Path) -> dict[str, Any]:
-    """Return what is sent to the Jobs API; ``folder`` holds the working directory."""
+def job_of(
+    config: Config, arguments: Sequence[str], job_id: str, folder: Path, *, to_show: bool = False
+) -> dict[str, Any]:
+    """Return what is sent to the Jobs API; ``folder`` holds the working directory. ``to_show``: without secrets."""
     corpus = config.data.corpus[0].path if isinstance(config, PretrainConfig) else config.corpus.path
     cluster = config.cluster
     return {
         "entrypoint": entrypoint(arguments, CONFIG_NAME),
         "submission_id": job_id,
-        "runtime_env": runtime_environment(config, folder),
+        "runtime_env": runtime_environment(config, folder, to_show=to_show),
         "metadata": {"corpus": corpus},
         "entrypoint_num_cpus": cluster.driver_cpus or None,
         "entrypoint_memory": int(cluster.driver_memory_gb * 1e9) or None,

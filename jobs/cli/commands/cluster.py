@@ -1,7 +1,6 @@
 """The commands that work through a Ray cluster's Jobs API: submit jobs logs stop."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,14 +51,12 @@ def submit(
     if print_:
         print(_rayjob(loaded, arguments, queue) if print_ == "rayjob" else _job(loaded, arguments), end="")
         return
-    from jobs.cluster.jobs_api import parse_headers
-
     raise typer.Exit(
         submit_job(
             loaded,
             arguments,
             address=address,
-            headers=parse_headers(header or []),
+            headers=header or [],
             allow_open=allow_open,
             follow=follow,
         )
@@ -75,16 +72,10 @@ def _rayjob(config: Any, arguments: list[str], queue: str) -> str:
 
 
 def _job(config: Any, arguments: list[str]) -> str:
-    """Return what would be sent to the Jobs API, as JSON; the values of cluster.env are left out."""
+    """Return what would be sent to the Jobs API, as JSON."""
     from jobs.cluster.submit import job_of, submission_id
 
-    hidden = config.model_copy(update={"cluster": config.cluster.model_copy(update={"env": ()})})
-    with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
-        job = job_of(hidden, arguments, submission_id(config, arguments), Path(folder))
-    job["runtime_env"]["working_dir"] = "."
-    job["runtime_env"]["env_vars"] = job["runtime_env"]["env_vars"] | {
-        name: f"${name}" for name in config.cluster.env
-    }
+    job = job_of(config, arguments, submission_id(config, arguments), Path(), to_show=True)
     return json.dumps(job, indent=1) + "\n"
 
 
@@ -93,9 +84,9 @@ def jobs(
     address: _Address = "", header: _Headers = None, wide: WideOption = False, json_: JsonOption = False
 ) -> None:
     """List the jobs of a Ray cluster, the latest first."""
-    from jobs.cluster.jobs_api import jobs_client, list_jobs, parse_headers
+    from jobs.cluster.jobs_api import jobs_client, list_jobs
 
-    rows = list_jobs(jobs_client(address, parse_headers(header or [])))
+    rows = list_jobs(jobs_client(address, header or []))
     print_json(rows) if json_ else print_table(rows, wide=wide)
 
 
@@ -107,14 +98,14 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Until it ends; exit with its code.")] = False,
 ) -> None:
     """Print the log of a submitted job."""
-    from jobs.cluster.jobs_api import jobs_client, parse_headers, show_log
+    from jobs.cluster.jobs_api import jobs_client, show_log
 
-    raise typer.Exit(show_log(jobs_client(address, parse_headers(header or [])), job, follow))
+    raise typer.Exit(show_log(jobs_client(address, header or []), job, follow))
 
 
 @cluster.command(rich_help_panel=BUILD)
 def stop(job: _Job, address: _Address = "", header: _Headers = None) -> None:
     """Stop a submitted job in order; the same command goes on later."""
-    from jobs.cluster.jobs_api import jobs_client, parse_headers, stop_job
+    from jobs.cluster.jobs_api import jobs_client, stop_job
 
-    print(f"{job}: {stop_job(jobs_client(address, parse_headers(header or [])), job)}")
+    print(f"{job}: {stop_job(jobs_client(address, header or []), job)}")
