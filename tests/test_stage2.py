@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from tiny_models import IMAGE_PX
 from tiny_training import NUM_QUERIES, save_opt, save_t5, tiny_config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from trained import begun_stage
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip2.stage2 import Stage2
-from training.build import meta_stage
+from training.build import compile_stage, meta_stage
 from training.convert.export import export_model
 from training.distributed import World
 from training.evaluate.generation import Decoding, Stage2Generator
@@ -297,6 +298,29 @@ def test_a_language_model_in_half_precision_gives_nearly_the_same_gradients(fold
     assert whole.dtype == half.dtype == torch.float32
     assert not torch.equal(half, whole) and torch.cosine_similarity(half, whole, dim=0) > 0.995
     assert not torch.equal(brain, whole) and torch.cosine_similarity(brain, whole, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_compiled_after_the_first_step(folder: Path, family: str) -> None:
+    config = exact_config(folder, family, language={"max_text_tokens": 32})
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled, plain = (exact_stage(config, World()) for _ in range(2))
+    compile_stage(compiled, backend=graphs)
+    counts = []
+    # Captions of 2 to 28 words, the shortest first: T5's two texts and OPT's one would get longer with each step.
+    for step, words in enumerate((2, 10, 18, 28)):
+        given = batch()
+        given.captions = [" ".join(f"a red circle on grass {caption}".split() * 6) for caption in CAPTIONS]
+        given.captions = [" ".join(caption.split()[:words]) for caption in given.captions]
+        given.position = (step + 1) * N
+        loss, expected = (stage.training_step(given, 3)["loss"].item() for stage in (compiled, plain))
+        assert loss == pytest.approx(expected, rel=1e-7)  # T5's norms are in float32 whatever the weights are
+        counts.append(graphs.frame_count)
+    assert counts[0] > 0 and len(set(counts)) == 1
+    wanted, actual = gradients(plain), gradients(compiled)
+    for name, tensor in wanted.items():
+        assert (actual[name] - tensor).abs().max() <= 1e-6 * max(1, tensor.abs().max()), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,8 @@
 """Builds the model of a run from its config: with its weights on a device, or without any for a plan."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from schemas.pretrain import PretrainConfig
@@ -45,12 +48,18 @@ def meta_stage(config: PretrainConfig) -> Stage:
     return empty_stage(config, World("meta"), "meta")
 
 
-def compile_stage(stage: Stage) -> None:
+def compile_stage(stage: Stage, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a stage's blocks, each for the shapes it is called with; blocks of one class share the code.
 
     Those of a text model are called for queries, text, captions and pairs, with and without gradient, and not all
-    attend to images: more versions of one function than torch keeps by default.
+    attend to images: more versions of one function than torch keeps by default. The texts of a language model get one
+    length, so that nothing is compiled after the first steps.
+
+    Args:
+        backend: of ``torch.compile``.
     """
+    if isinstance(stage, Stage2):
+        stage.language.pads_to_most = True
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in stage.blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)

@@ -33,7 +33,7 @@ from training.models.pretrained import config_file, model_folder, tokenizer_fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Lengths are rounded up to a multiple of this, so that compiled code meets few shapes.
+# Lengths are rounded up to a multiple of this, as matrix products want.
 _LENGTH_MULTIPLE = 8
 
 _OPT = {
@@ -91,6 +91,9 @@ class FrozenLanguage(nn.Module):
         self.width = model.get_input_embeddings().embedding_dim
         # Over the ranks (FSDP): every call then needs all of them.
         self.is_sharded = False
+        # Every text is padded to ``max_text_tokens``: compiled code then meets one shape, and T5's encoder and decoder
+        # not each pair of lengths, the rarest of which would be compiled after thousands of steps.
+        self.pads_to_most = False
         self.requires_grad_(False)
         self.train(False)
 
@@ -116,8 +119,9 @@ class FrozenLanguage(nn.Module):
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the tokens of texts and where they are, padded on the right."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.config.max_text_tokens).input_ids
-        longest = max(map(len, rows))
-        length = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.config.max_text_tokens)
+        most = self.config.max_text_tokens
+        longest = most if self.pads_to_most else max(map(len, rows))
+        length = min(-(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, most)
         ids_BL = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask_BL = torch.zeros(len(rows), length, dtype=torch.bool)
         for index, row in enumerate(rows):
