@@ -63,44 +63,60 @@ def in_batches(
         yield batch
 
 
-def pipelined(
-    items: Sequence[T], steps: Sequence[tuple[Callable[[Any], Any], int]], ahead: int
-) -> Generator[Any, None, None]:
-    """Pass each item through the steps, each a function and its number of threads; yield results as they end.
+def run_steps(items: Sequence[Any], steps: Sequence[tuple[Callable[[Any], Any], int]], ahead: int) -> None:
+    """Pass each item through the steps, each a function and its number of threads; return when all have passed.
 
-    At most ``ahead`` items are begun and not yet yielded. An exception of a step is raised in its item's place. The
-    threads are daemons and are not waited for: a consumer that stops early leaves the calls under way to end by
-    themselves.
+    At most ``ahead`` items are begun and not yet done. The first exception of a step is raised here. The threads are
+    daemons and are not waited for: a caller that is interrupted leaves the calls under way to end by themselves.
     """
-    queues: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(len(steps) + 1)]
-    is_over = threading.Event()
-    rest = iter(items)
-    for item in islice(rest, ahead):
-        queues[0].put(item)
-    for (work, count), inbox, outbox in zip(steps, queues, queues[1:], strict=False):
-        for _ in range(count):
-            threading.Thread(target=_work, args=(work, inbox, outbox, is_over), daemon=True).start()
-    try:
-        for _ in items:
-            result = queues[-1].get()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-            for item in islice(rest, 1):
-                queues[0].put(item)
-    finally:
-        is_over.set()
-        for (_, count), inbox in zip(steps, queues, strict=False):
-            for _ in range(count):
-                inbox.put(None)
+    if items:
+        _Steps(items, steps, ahead).run()
 
 
-def _work(
-    work: Callable[[Any], Any], inbox: SimpleQueue[Any], outbox: SimpleQueue[Any], is_over: threading.Event
-) -> None:
-    """Process items until None; pass on an exception, a step's own or that of a step before it."""
-    while (item := inbox.get()) is not None and not is_over.is_set():
+class _Steps:
+    """The queues between the steps. The caller's thread waits once, not for each item: waking it costs a switch."""
+
+    def __init__(
+        self, items: Sequence[Any], steps: Sequence[tuple[Callable[[Any], Any], int]], ahead: int
+    ) -> None:
+        self._steps, self._ahead = steps, ahead
+        self._rest, self._not_done = iter(items), len(items)
+        self._lock = threading.Lock()
+        self._queues: list[SimpleQueue[Any]] = [SimpleQueue() for _ in steps]
+        # Of None, or of the exception that ended the work.
+        self._end: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._is_over = False
+
+    def run(self) -> None:
+        for item in islice(self._rest, self._ahead):
+            self._queues[0].put(item)
+        for number, (_, threads) in enumerate(self._steps):
+            for _ in range(threads):
+                threading.Thread(target=self._work, args=(number,), daemon=True).start()
         try:
-            outbox.put(item if isinstance(item, BaseException) else work(item))
+            if (fault := self._end.get()) is not None:
+                raise fault
+        finally:
+            self._is_over = True
+            for (_, threads), queue in zip(self._steps, self._queues, strict=True):
+                for _ in range(threads):
+                    queue.put(None)
+
+    def _work(self, number: int) -> None:
+        """Do one step of the items that come, until None does."""
+        work, inbox = self._steps[number][0], self._queues[number]
+        next_put = self._queues[number + 1].put if number + 1 < len(self._steps) else self._done
+        try:
+            while (item := inbox.get()) is not None and not self._is_over:
+                next_put(work(item))
         except BaseException as error:
-            outbox.put(error)
+            self._end.put(error)
+
+    def _done(self, _: Any) -> None:
+        """Begin another item in the place of one that is done."""
+        with self._lock:
+            self._not_done -= 1
+            for item in islice(self._rest, 1):
+                self._queues[0].put(item)
+            if not self._not_done:
+                self._end.put(None)

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from schemas.names import name_server
+from schemas.names import header_text, name_server
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+HeaderText = Annotated[str, AfterValidator(header_text)]
 Precision = Literal["auto", "fp32", "bf16"]
 # Of a model that is run as it is, not trained.
 InferencePrecision = Annotated[
@@ -160,8 +161,8 @@ class CrawlConfig(Section):
     tdm_reservation: bool = Field(True, description="respect TDM-Reservation: 1")
     robots_txt: bool = Field(False, description="fetch and respect robots.txt, cached per site")
     # how it is asked for: tuning
-    user_agent: str = tuning("capfilt/0.1", min_length=1, description="say truthfully who asks")
-    contact: str = tuning("", description="URL or address for a site's owner; part of the User-Agent")
+    user_agent: HeaderText = tuning("capfilt/0.1", min_length=1, description="say truthfully who asks")
+    contact: HeaderText = tuning("", description="URL or address for a site's owner; part of the User-Agent")
     threads: int = tuning(64, ge=1, le=1024, description="fetches at once in one worker")
     timeout_s: float = tuning(30.0, gt=0, description="of one URL in all, retries and waits included")
     connect_timeout_s: float = tuning(10.0, gt=0, description="of one connection or silent read")

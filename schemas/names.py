@@ -126,3 +126,10 @@ def name_server(text: str) -> tuple[str, int]:
         with contextlib.suppress(ValueError):
             return str(ip_address(address.removeprefix("[").removesuffix("]"))), number
     raise ValueError(f"{text!r} is not the IP address of a DNS server, such as 10.0.0.2 or 10.0.0.2:5353")
+
+
+def header_text(text: str) -> str:
+    """Return a text that an HTTP header may hold. Raises ValueError."""
+    if not re.fullmatch(r"[ -~\xa0-\xff]*", text):
+        raise ValueError(f"{text!r} has characters that an HTTP header cannot hold: use ASCII or Latin-1")
+    return text

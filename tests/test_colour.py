@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipeline.images import colour
-from pipeline.images.decode import FORMATS, decode_rgb, decode_srgb
+from pipeline.images.decode import EncodedImage, decode_rgb
 from tests.hostile import encoded, grey16_png, palette_png, picture, rgba_png
 from tests.profiles import WIDE, cmyk_profile, grey_profile, lab_profile, rgb_profile
 from tests.test_whole_images import chunk, with_chunks
@@ -31,7 +31,7 @@ UNFIT = {
 
 
 def decode(data: bytes) -> Image.Image:
-    return decode_srgb(data, formats=FORMATS, max_pixels=10**7)
+    return EncodedImage(data).srgb(10**7)
 
 
 def assert_colour(image: Image.Image, expected: tuple[int, ...], tolerance: int = 4) -> None:

@@ -14,7 +14,7 @@ from pipeline.storage.storage import Storage
 from schemas.records import ShardRecord
 from tests.test_records import make, task
 
-_STEPS = ("read", "create", "swap", "put", "delete")
+_STEPS = ("read", "create", "swap", "put", "share", "delete")
 
 
 class SteppedStorage(Storage):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images.decode import decode_srgb
+from pipeline.images.decode import EncodedImage
 from pipeline.images.resize import Resizer, to_bgr
 from tests.hostile import encoded, picture
 
@@ -62,7 +62,7 @@ def test_pixels_are_the_same_in_one_block_of_memory_and_in_several() -> None:
     # Pillow's blocks hold 16 MB: four million pixels.
     for size in ((400, 300), (3000, 1500)):
         image = picture(*size)
-        decoded = decode_srgb(encoded(image, "JPEG", quality=95), formats=("JPEG",), max_pixels=10_000_000)
+        decoded = EncodedImage(encoded(image, "JPEG", quality=95)).srgb(10_000_000)
         for pixels in (image, decoded):
             assert np.array_equal(to_bgr(pixels), np.asarray(pixels)[..., ::-1])
 

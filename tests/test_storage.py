@@ -1,5 +1,6 @@
 """Storage on local disk and on S3: whole objects, create-if-absent, nothing half-written."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -218,3 +219,30 @@ def test_a_folder_that_cannot_be_made_is_one_line() -> None:
     with pytest.raises(NotADirectoryError) as refused:
         Storage("/proc/capfilt").write("file", b"")
     assert storage_error_message(refused.value).startswith("No folder can be made there: /proc/capfilt; ")
+
+
+def test_a_shared_file_is_the_same_file_and_replaces_another(tmp_path: Path) -> None:
+    storage, local = Storage(str(tmp_path / "corpus")), tmp_path / "local"
+    local.write_bytes(b"new")
+    storage.write("a/x", b"old")
+    storage.share(local, "a/x")
+    storage.share(local, "a/y")
+    for name in ("a/x", "a/y"):
+        assert (tmp_path / "corpus" / name).samefile(local)
+    local.unlink()
+    assert storage.read("a/x") == b"new"
+    assert sorted(path.name for path in (tmp_path / "corpus/a").iterdir()) == ["x", "y"]
+
+
+def test_where_no_link_can_be_made_a_shared_file_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, local = Storage(str(tmp_path / "corpus")), tmp_path / "local"
+    local.write_bytes(b"new")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another filesystem")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    storage.share(local, "a/x")
+    assert storage.read("a/x") == b"new" and not (tmp_path / "corpus/a/x").samefile(local)

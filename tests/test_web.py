@@ -55,6 +55,14 @@ def end(fetch: Fetch) -> tuple[str, str | None]:
     return fetch.status, fetch.reason
 
 
+@pytest.mark.parametrize("text", ["capfilt\r\nX-Evil: 1", "爬虫", "a\0b"])
+def test_what_a_header_cannot_hold_is_refused_in_the_config(text: str) -> None:
+    for key in ("user_agent", "contact"):
+        with pytest.raises(ValueError, match="HTTP header"):
+            CrawlConfig(**{key: text})
+    assert CrawlConfig(contact="https://münchen.example").contact
+
+
 # -- fetching ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.bench.fixtures.pictures import jpeg
-from pipeline.images.decode import FORMATS, ImageError, decode_rgb, decode_srgb, is_plain_jpeg, read_header
+from pipeline.images.decode import EncodedImage, ImageError, decode_rgb, is_plain_jpeg, read_header
 from tests.hostile import encoded, picture, png
 from tests.test_images import peak_bytes
 
@@ -33,7 +33,7 @@ each_jpeg = pytest.mark.parametrize("data", JPEGS.values(), ids=JPEGS.keys())
 
 
 def decode(data: bytes) -> Image.Image:
-    return decode_srgb(data, formats=FORMATS, max_pixels=10**7)
+    return EncodedImage(data).srgb(10**7)
 
 
 def assert_truncated(data: bytes) -> None:

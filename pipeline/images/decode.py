@@ -98,10 +98,54 @@ class ImageHeader:
     animated: bool
 
 
+class EncodedImage:
+    """An image whose header is read at once, and whose pixels are decoded, once, when they are asked for.
+
+    Raises ImageError: not an image, or none of the formats.
+    """
+
+    def __init__(self, data: bytes, formats: Collection[str] = FORMATS) -> None:
+        self._data = data
+        self._image: ImageFile.ImageFile | None = _open(data, formats)
+        self.header = _header(self._image)
+
+    def rgb(self, max_pixels: int) -> Image.Image:
+        """Decode upright, as 8-bit RGB, transparency on white, and leave the ICC profile aside. Raises ImageError."""
+        image, _ = self._decode(max_pixels)
+        return _upright(_on_white(_to_8_bit(image)), self.header)
+
+    def srgb(self, max_pixels: int) -> Image.Image:
+        """Decode as ``rgb`` does, and convert to sRGB. A grey JPEG stays grey. Raises ImageError."""
+        image, profile = self._decode(max_pixels)
+        image = _to_8_bit(image)
+        if image.mode == "LA":
+            grey, alpha = image.split()
+            image = to_srgb(grey, profile).convert("RGB")
+            image.putalpha(alpha)
+        image = to_srgb(image, profile)
+        if image.mode == "L" and self.header.format == "JPEG" and self.header.orientation == 1:
+            return image
+        return _upright(_on_white(image), self.header)
+
+    def _decode(self, max_pixels: int) -> tuple[Image.Image, bytes | None]:
+        """Decode every pixel; return the image as it is stored, and its ICC profile. Raises ImageError."""
+        header, data = self.header, self._data
+        if header.width * header.height > max_pixels:
+            raise ImageError("too_many_pixels", f"{header.width} x {header.height}")
+        # Not kept: the caller converts the pixels, and two copies of a big image count.
+        image, self._image = self._image, None
+        assert image is not None, "decoded twice"
+        is_png = header.format == "PNG"
+        profile = png.read_profile(data, MAX_PROFILE_BYTES) if is_png else image.info.get("icc_profile")
+        try:
+            return _load(image, header.format, data), profile
+        except _DAMAGE as error:
+            raise ImageError("image_truncated", str(error)) from error
+
+
 def read_header(data: bytes) -> ImageHeader:
     """Read an image's header. Raises ImageError: not an image, or a format that is never decoded."""
-    with _open(data, FORMATS) as image:
-        return _header(image)
+    return EncodedImage(data).header
 
 
 def check(
@@ -142,22 +186,7 @@ def decode_rgb(
 
     The ICC profile is ignored, as other libraries do and as published results were computed.
     """
-    image, header, _ = _decode(data, formats, max_pixels)
-    return _upright(_on_white(_to_8_bit(image)), header)
-
-
-def decode_srgb(data: bytes, *, formats: Collection[str], max_pixels: int) -> Image.Image:
-    """Decode an image as ``decode_rgb`` does, and convert it to sRGB. A grey JPEG stays grey. Raises ImageError."""
-    image, header, profile = _decode(data, formats, max_pixels)
-    image = _to_8_bit(image)
-    if image.mode == "LA":
-        grey, alpha = image.split()
-        image = to_srgb(grey, profile).convert("RGB")
-        image.putalpha(alpha)
-    image = to_srgb(image, profile)
-    if image.mode == "L" and header.format == "JPEG" and header.orientation == 1:
-        return image
-    return _upright(_on_white(image), header)
+    return EncodedImage(data, formats).rgb(max_pixels)
 
 
 def thumbnail(data: bytes, side_px: int) -> bytes:
@@ -225,29 +254,15 @@ def _orientation(image: Image.Image) -> int:
 
     Pillow's own ``getexif`` falls back to XMP's. Browsers do not: image editors that rotate the pixels leave it stale.
     """
+    if not (encoded := image.info.get("exif")):
+        return 1
     exif = Image.Exif()
     try:
-        exif.load(image.info.get("exif", b""))
+        exif.load(encoded)
         orientation = exif.get(ExifTags.Base.Orientation, 1)
     except _DAMAGE:
         return 1
     return orientation if orientation in _UPRIGHT else 1
-
-
-def _decode(
-    data: bytes, formats: Collection[str], max_pixels: int
-) -> tuple[Image.Image, ImageHeader, bytes | None]:
-    """Decode every pixel; return the image as it is stored, its header and its ICC profile. Raises ImageError."""
-    with _open(data, formats) as image:
-        header = _header(image)
-        if header.width * header.height > max_pixels:
-            raise ImageError("too_many_pixels", f"{header.width} x {header.height}")
-        is_png = header.format == "PNG"
-        profile = png.read_profile(data, MAX_PROFILE_BYTES) if is_png else image.info.get("icc_profile")
-        try:
-            return _load(image, header.format, data), header, profile
-        except _DAMAGE as error:
-            raise ImageError("image_truncated", str(error)) from error
 
 
 def _load(image: ImageFile.ImageFile, format_name: str, data: bytes) -> Image.Image:

@@ -19,6 +19,7 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ARITHMETIC = frozenset(range(0xC9, 0xD0))
 _COEFFICIENTS = 64
+_ALL_BITS = 16
 
 
 class JpegError(ValueError):
@@ -62,8 +63,8 @@ class JpegScans:
     has_end_marker: bool = False
     is_one_scan: bool = False
     is_arithmetic: bool = False
-    # For each component and coefficient, how many of its low bits are still to come; None: all of them.
-    _bits_to_come: list[list[int | None]] = field(default_factory=list)
+    # For each component and coefficient, how many of its low bits are still to come.
+    _bits_to_come: list[list[int]] = field(default_factory=list)
 
     def check_complete(self) -> None:
         """Raise JpegError unless the scans hold every coefficient to its last bit (G.1.2).
@@ -72,13 +73,13 @@ class JpegScans:
         """
         if not self.count:
             raise JpegError("a JPEG without a scan")
-        if any(bits != 0 for coefficients in self._bits_to_come for bits in coefficients):
+        if any(map(any, self._bits_to_come)):
             raise JpegError(f"scans are missing behind the first {self.count}")
 
     def add(self, frame: _Frame, header: bytes) -> None:
         """Count a scan, and the coefficient bits it brings, by its header (B.2.3)."""
         self.count += 1
-        self._bits_to_come = self._bits_to_come or [[None] * _COEFFICIENTS for _ in frame.identifiers]
+        self._bits_to_come = self._bits_to_come or [[_ALL_BITS] * _COEFFICIENTS for _ in frame.identifiers]
         # Ns, then Ns pairs of (component, tables), then Ss, Se and Ah << 4 | Al.
         identifiers = header[1 : 1 + 2 * header[0] : 2]
         first, last, approximation = header[1 + 2 * header[0] : 4 + 2 * header[0]]

@@ -34,6 +34,8 @@ from schemas.tables import SAMPLES_FILE, URLS
 SIZE_EDGES = (*(float(size) for size in range(0, 1025, 16)), 2048.0, 4096.0, 8192.0)
 _META_COLUMNS = ("uid", "source", "shard", "key", "url", "sha256", "format",
                  "original_width", "original_height", "width", "height")  # fmt: skip
+# One encoder: making one takes longer than it encodes.
+_json = json.JSONEncoder(ensure_ascii=False).encode
 _RETRIED = {"status": REASONS["retried"].status, "reason": "retried", "attempts": 0, "seconds": 0.0}
 
 
@@ -101,7 +103,8 @@ class CrawlWorker:
         with stats.timed("write"):
             samples = [{**row, **images.columns[number]} for number, row in enumerate(rows)]
             tar = folder / "samples.tar"
-            offsets = write_tar(tar, tar_samples(samples, images.jpeg))
+            with images.stored() as jpeg:
+                offsets = write_tar(tar, tar_samples(samples, jpeg))
             samples = [{**sample, "offset": offsets.get(sample["key"])} for sample in samples]
         parquet = _write_rows(commit, sorted(samples + passed_on, key=operator.itemgetter("key")))
         assert len(offsets) == stats.rows_out, f"{len(offsets)} images in the tar, {stats.rows_out} rows ok"
@@ -151,5 +154,5 @@ def tar_samples(
     for key, number in sorted(stored):
         sample = samples[number]
         caption = (sample["captions"] or [""])[0]
-        meta = json.dumps({name: sample[name] for name in _META_COLUMNS}, ensure_ascii=False)
+        meta = _json({name: sample[name] for name in _META_COLUMNS})
         yield key, {"jpg": image(number), "txt": caption.encode(), "json": meta.encode()}

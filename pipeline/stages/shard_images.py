@@ -8,15 +8,14 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from pipeline.images.decode import FORMATS, ImageError, ImageHeader, check, decode_srgb, read_header
+from pipeline.images.decode import EncodedImage, ImageError, ImageHeader, check
 from pipeline.images.resize import Resizer
-from pipeline.prefetch import pipelined
+from pipeline.prefetch import run_steps
 from pipeline.web.bodies import BodyMemory
 from pipeline.web.client import Fetch
 from schemas.config import CrawlConfig
@@ -38,16 +37,6 @@ class Fetcher(Protocol):
     def fetch(self, url: str, memory: BodyMemory) -> Fetch:
         """Return how a URL ended, with its body if it was ok; a body in memory is part of ``memory``."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ended:
-    """How a row ended: the columns of SAMPLES that the crawl adds, and the image to store."""
-
-    number: int
-    columns: dict[str, Any]
-    jpeg: bytes | None
-    decode_s: float
 
 
 class ShardImages:
@@ -73,20 +62,16 @@ class ShardImages:
         self._memory, self._one_big_image = BodyMemory(), threading.Lock()
         # The columns of SAMPLES that the crawl adds to each row.
         self.columns: dict[int, dict[str, Any]] = {}
-        self._stored = folder / "images"
+        self._path, self._storing = folder / "images", threading.Lock()
         # Offset and size of each stored JPEG.
         self._places: dict[int, tuple[int, int]] = {}
 
     def download(self) -> None:
         """Fetch every URL, and store what is an image. Raises errors that no URL caused, such as a full disk."""
-        fetching, decoding = (self._fetch, self._fetcher.threads), (self._judge, self._decode_threads)
-        rows = pipelined(self._order(), [fetching, decoding], _ROWS_A_THREAD * self._fetcher.threads)
-        with self._memory, self._stored.open("wb") as file, closing(rows):
-            for row in rows:
-                self.columns[row.number] = row.columns
-                if row.jpeg is not None:
-                    self._places[row.number] = (file.tell(), file.write(row.jpeg))
-                self.decode_s += row.decode_s / self._decode_threads
+        with self._memory, self._path.open("wb") as file:
+            fetching = self._fetch, self._fetcher.threads
+            decoding = partial(self._judge, file), self._decode_threads
+            run_steps(self._order(), [fetching, decoding], _ROWS_A_THREAD * self._fetcher.threads)
 
     def _order(self) -> list[int]:
         numbers = list(range(len(self._urls)))
@@ -98,8 +83,8 @@ class ShardImages:
     def _fetch(self, number: int) -> tuple[int, Fetch]:
         return number, self._fetcher.fetch(self._urls[number], self._memory)
 
-    def _judge(self, numbered: tuple[int, Fetch]) -> _Ended:
-        """Make the row of a fetch that ended, and the image to store where it brought one."""
+    def _judge(self, file: BinaryIO, numbered: tuple[int, Fetch]) -> None:
+        """Make the row of a fetch that ended, and store the image where it brought one."""
         number, fetch = numbered
         start = time.perf_counter()
         columns: dict[str, Any] = {}
@@ -112,14 +97,19 @@ class ShardImages:
             fetch.end(error.reason, error.detail)
         finally:
             fetch.close()
-        columns |= {name: getattr(fetch, name) for name in _FETCH_COLUMNS}
-        return _Ended(number=number, columns=columns, jpeg=jpeg, decode_s=time.perf_counter() - start)
+        for name in _FETCH_COLUMNS:
+            columns[name] = getattr(fetch, name)
+        self.columns[number] = columns
+        with self._storing:
+            if jpeg is not None:
+                self._places[number] = file.tell(), file.write(jpeg)
+            self.decode_s += (time.perf_counter() - start) / self._decode_threads
 
     def _resize(self, fetch: Fetch, columns: dict[str, Any]) -> bytes:
         """Check a fetched body's header, decode it, and resize it. Raises ImageError."""
         assert fetch.body is not None
-        data, config = fetch.body.read(), self._config
-        header = read_header(data)
+        config, image = self._config, EncodedImage(fetch.body.read())
+        header = image.header
         columns.update(format=header.format, original_width=header.width, original_height=header.height)
         check(
             header,
@@ -129,8 +119,7 @@ class ShardImages:
             max_aspect_ratio=config.max_aspect_ratio,
         )
         with self._big(header):
-            image = decode_srgb(data, formats=FORMATS, max_pixels=config.max_pixels)
-            jpeg, width, height = self._resizer(image)
+            jpeg, width, height = self._resizer(image.srgb(config.max_pixels))
         columns.update(width=width, height=height, image_bytes=len(jpeg))
         return jpeg
 
@@ -138,9 +127,14 @@ class ShardImages:
         is_big = header.width * header.height > self._config.max_pixels * _BIG
         return self._one_big_image if is_big else contextlib.nullcontext()
 
-    def jpeg(self, number: int) -> bytes:
-        """Return the stored image of a row."""
-        offset, size = self._places[number]
-        with self._stored.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+    @contextlib.contextmanager
+    def stored(self) -> Iterator[Callable[[int], bytes]]:
+        """Open the stored images for the block: yield a function that returns the image of a row."""
+        with self._path.open("rb") as file:
+
+            def read(number: int) -> bytes:
+                offset, size = self._places[number]
+                file.seek(offset)
+                return file.read(size)
+
+            yield read

@@ -95,11 +95,8 @@ class LocalFiles:
     def share(self, local: Path, path: str) -> None:
         """Publish a file as a hard link; as a copy where the filesystem has none, or it is another one."""
         target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.hardlink_to(local)
-        except OSError:
-            self.put(local, path)
+        with _beside(target, partial(_link_or_copy, local)) as temporary:
+            temporary.replace(target)
 
     def write(self, path: str, data: bytes) -> None:
         """Publish bytes in one step."""
@@ -170,6 +167,13 @@ def _lock(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise
+
+
+def _link_or_copy(local: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(local)
+    except OSError:
+        shutil.copyfile(local, target)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ checked.
 """
 
 import contextlib
-import http.client
 import random
 import ssl
 import time
@@ -17,9 +16,10 @@ from email.utils import parsedate_to_datetime
 from typing import IO
 
 from pipeline.web.bodies import Body, BodyMemory
-from pipeline.web.connection import Deadline, read_body, read_start, request
+from pipeline.web.connection import read_body, read_start, request, request_headers
 from pipeline.web.dns import Resolver
 from pipeline.web.host_limits import HostHealth, HostLimits
+from pipeline.web.response import Deadline, Response
 from pipeline.web.robots import RobotsTxt, product_token, reserved_by_robots_tag, reserved_by_tdm
 from pipeline.web.urls import FetchError, WebUrl
 from schemas.config import CrawlConfig
@@ -84,7 +84,7 @@ class Web:
     def __init__(self, config: CrawlConfig, workers: int = 1, spare_lookups: int = 256) -> None:
         self._config = config
         self.is_in_order, self.threads = False, config.threads
-        self._headers = {"User-Agent": user_agent(config), "Accept": _ACCEPT}
+        self._headers = request_headers(user_agent(config), _ACCEPT)
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
         self._resolver = Resolver(config.allow_hosts, config.threads + spare_lookups, config.nameservers)
@@ -130,7 +130,7 @@ class Web:
     @contextlib.contextmanager
     def _follow(
         self, url: WebUrl, fetch: Fetch, deadline: Deadline, *, check_robots: bool
-    ) -> Iterator[http.client.HTTPResponse]:
+    ) -> Iterator[Response]:
         """Follow redirects and yield a response that delivers. Raises FetchError."""
         config, visited = self._config, set[WebUrl]()
         while True:
@@ -162,20 +162,18 @@ class Web:
                     max_header_bytes=config.max_header_bytes, tls=self._tls,
                 ) as response:  # fmt: skip
                     fetch.http_status = response.status
-                    fetch.content_type = (response.headers.get("Content-Type") or "")[
-                        :MAX_DETAIL_CHARS
-                    ] or None
+                    fetch.content_type = (response.header("content-type") or "")[:MAX_DETAIL_CHARS] or None
                     if response.status not in _REDIRECTS:
                         _check_status(response)
                         yield response
                         return
                     url = url.join(_location(response))
 
-    def _check_opt_out(self, response: http.client.HTTPResponse) -> None:
-        tags = response.headers.get_all("X-Robots-Tag", [])
+    def _check_opt_out(self, response: Response) -> None:
+        tags = response.headers("x-robots-tag")
         if directive := reserved_by_robots_tag(tags, self._token, self._directives):
             raise FetchError("x_robots_tag", directive)
-        if self._config.tdm_reservation and reserved_by_tdm(response.headers.get_all("TDM-Reservation", [])):
+        if self._config.tdm_reservation and reserved_by_tdm(response.headers("tdm-reservation")):
             raise FetchError("tdm_reservation")
 
     def _robots_txt(self, url: WebUrl, deadline: Deadline) -> bytes:
@@ -199,7 +197,7 @@ def user_agent(config: CrawlConfig) -> str:
     return f"{config.user_agent} (+{config.contact})" if config.contact else config.user_agent
 
 
-def _check_status(response: http.client.HTTPResponse) -> None:
+def _check_status(response: Response) -> None:
     """Raise FetchError unless the status is 200, or 203: a proxy's 200."""
     code, detail = response.status, f"{response.status} {response.reason}"
     if code == 429:
@@ -211,20 +209,20 @@ def _check_status(response: http.client.HTTPResponse) -> None:
         raise FetchError("http_4xx" if 400 <= code < 500 else "http_other", detail)
 
 
-def _location(response: http.client.HTTPResponse) -> str:
-    location = response.headers.get("Location")
+def _location(response: Response) -> str:
+    location = response.header("location")
     if not location:
         raise FetchError("bad_response", f"{response.status} without a Location", again=False)
     try:
-        # http.client reads headers as Latin-1; what is not ASCII in a Location is UTF-8 almost everywhere.
+        # Headers are read as Latin-1; what is not ASCII in a Location is UTF-8 almost everywhere.
         return location.encode("latin-1").decode("utf-8")
     except UnicodeError:
         return location
 
 
-def _retry_after_s(response: http.client.HTTPResponse) -> float:
+def _retry_after_s(response: Response) -> float:
     """Return the seconds that Retry-After asks for: a number or a date."""
-    value = (response.headers.get("Retry-After") or "").strip()
+    value = (response.header("retry-after") or "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
