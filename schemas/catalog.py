@@ -88,10 +88,14 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def file_relations(root: str) -> dict[str, str]:
+def file_relations(root: str, *, of_formats: bool = False) -> dict[str, str]:
     """Return ``base`` as SELECTs over the corpus's files, found by glob each time they are queried.
 
     Globs also match files that no record commits, hence the semi-joins with the committed names.
+
+    Args:
+        of_formats: files of several formats lie there, and a column that some lack is NULL in their rows. DuckDB then
+            opens every file before it answers; else it takes the columns of the first.
     """
     folder = _literal(root)
     relations = {
@@ -101,16 +105,17 @@ def file_relations(root: str) -> dict[str, str]:
         for table in RECORD_TABLES
     }
     for name, schema in DATA_TABLES.items():
-        relations[name] = _committed_rows(root, folder, name, schema.names)
-    relations["retried"] = _committed_rows(root, folder, "retries", ["source", "uid", "shard"])
+        relations[name] = _committed_rows(root, folder, name, schema.names, of_formats)
+    relations["retried"] = _committed_rows(root, folder, "retries", ["source", "uid", "shard"], of_formats)
     return relations
 
 
-def _committed_rows(root: str, folder: str, name: str, columns: list[str]) -> str:
+def _committed_rows(root: str, folder: str, name: str, columns: list[str], of_formats: bool) -> str:
     """Return the SELECT of the committed files of one kind."""
     pattern = f"{folder}/{'raw' if name == 'retries' else name}/*/*.parquet"
+    by_name = ", union_by_name = true" if of_formats else ""
     return f"""
-        SELECT {_quoted(columns)} FROM read_parquet({quote(pattern)}, filename = true)
+        SELECT {_quoted(columns)} FROM read_parquet({quote(pattern)}, filename = true{by_name})
         SEMI JOIN (
             SELECT {quote(root)} || '/' || path AS filename FROM base.committed_files WHERE kind = {quote(name)}
         ) USING (filename)"""
@@ -144,8 +149,26 @@ _COMMITTED_FILES = f"""
 
 
 def parquet_files(paths: Sequence[str], schema: pa.Schema) -> str:
-    """Return the SELECT of some Parquet files, by name."""
-    return f"SELECT {_quoted(schema.names)} FROM read_parquet([{', '.join(quote(_literal(path)) for path in paths)}])"
+    """Return the SELECT of some Parquet files, by name, that all have the columns of the schema."""
+    return f"SELECT {_quoted(schema.names)} FROM read_parquet({_list(paths)})"
+
+
+def parquet_files_of_formats(paths: Sequence[str], schema: pa.Schema, empty: str) -> str:
+    """Return the SELECT of some Parquet files, by name; a column that a file lacks is NULL in its rows.
+
+    DuckDB opens every file before it answers.
+
+    Args:
+        empty: a relation with the columns of the schema and no row, for columns that all the files lack.
+    """
+    return (
+        f"SELECT {_quoted(schema.names)} FROM (FROM read_parquet({_list(paths)}, union_by_name = true) "
+        f"UNION ALL BY NAME FROM {empty})"
+    )
+
+
+def _list(paths: Sequence[str]) -> str:
+    return f"[{', '.join(quote(_literal(path)) for path in paths)}]"
 
 
 def _literal(path: str) -> str:

@@ -60,15 +60,11 @@ ShardName = Annotated[str, AfterValidator(_shard_name)]
 Time = Annotated[str, AfterValidator(_time)]
 
 
-class UnknownFieldError(ValueError):
-    """Report a record with a field that this version does not know."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Json:
     """Base of the records: canonical JSON and back."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
 
     def to_json(self) -> str:
         """Return canonical JSON."""
@@ -80,17 +76,15 @@ class Json:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read what ``to_json`` wrote. Raises ValueError, in one line, where the text is not that.
+        """Read what ``to_json`` wrote, here or in a later version: fields that are unknown here are left out.
 
-        The error of a record whose only fault are fields that are unknown here is an UnknownFieldError.
+        Raises ValueError, in one line, where the text is not that.
         """
         try:
             # A class is hashable, which mypy does not know of Self.
             record: Self = _types(cls).validate_json(text)  # type: ignore[arg-type]
         except ValidationError as error:
-            kinds = {problem["type"] for problem in error.errors(include_url=False, include_input=False)}
-            is_newer = kinds == {"unexpected_keyword_argument"}
-            raise (UnknownFieldError if is_newer else ValueError)(first_error(error)) from None
+            raise ValueError(first_error(error)) from None
         record.require_valid()
         return record
 

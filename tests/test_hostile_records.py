@@ -137,7 +137,6 @@ def test_a_tar_outside_that_no_intake_imported_is_not_opened(corpus: Corpus, tmp
         ("outputs", []),
         ("finished_at", 7),
         ("models", "abc"),
-        ("unknown", 1),
         ("host", "\x1b[2J"),
     ],
 )
@@ -170,13 +169,6 @@ def test_records_have_the_declared_types_and_their_own_names(corpus: Corpus, key
 def test_what_is_not_a_record_is_named(corpus: Corpus, path: str, text: bytes) -> None:
     corpus.storage.write(path, text)
     assert path in refused(corpus, "status")
-
-
-def test_a_record_of_a_newer_version_is_not_to_be_deleted(corpus: Corpus) -> None:
-    path = "records/rank/cc/00000.json"
-    plant(corpus, path, lambda values: values.update(tomorrow=1))
-    told = refused(corpus, "status")
-    assert path in told and "tomorrow" in told and "upgrade capfilt" in told and "delete" not in told
 
 
 def test_a_huge_record_is_not_read(corpus: Corpus) -> None:
@@ -455,7 +447,6 @@ MARK = {
         ("shards", {"../cc": {}}),
         ("shards", {"cc": {"../00000": []}}),
         ("shards", {"cc": {"00000": ["1" * 32]}}),
-        ("unknown", 1),
     ],
 )
 def test_marks_have_the_declared_types_and_say_nothing_of_other_values(

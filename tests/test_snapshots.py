@@ -217,7 +217,6 @@ def test_a_training_on_a_copy_of_the_curated_tars_is_known_to_their_images(tmp_p
         {"digest": "../x"},
         {"sources": 7},
         {"sources": [{"name": "cc"}]},
-        {"unknown": 1},
         {"digest": "0" * 64},
     ],
 )

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.output.render import complain
+from schemas.corpus_format import FORMAT_FOLDER, require_known_format
 from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
     from pipeline.manifest.manifest import Manifest
+    from pipeline.storage.storage import Storage
 
 CorpusArgument = Annotated[
     str, typer.Argument(metavar="CORPUS", help="Folder or URL of the corpus.", show_default=False)
@@ -28,13 +30,7 @@ SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[
 
 def open_manifest(corpus: str) -> "Manifest":
     """Open a corpus that exists: a mistyped name must not read as an empty one."""
-    from pipeline.storage.storage import Storage
-
-    storage = Storage(corpus)
-    if not storage.is_corpus():
-        raise CapfiltError(
-            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
-        )
+    storage = open_corpus(corpus)
     import_arrow_alone()
     from pipeline.manifest.manifest import Manifest
 
@@ -42,6 +38,19 @@ def open_manifest(corpus: str) -> "Manifest":
     if warning := manifest.rewrite_copied_catalog():
         complain(warning)
     return manifest
+
+
+def open_corpus(corpus: str) -> "Storage":
+    """Return the storage of a corpus. Raises CapfiltError where there is none, or one of a newer format."""
+    from pipeline.storage.storage import Storage
+
+    storage = Storage(corpus)
+    if not storage.is_corpus():
+        raise CapfiltError(
+            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
+        )
+    require_known_format(corpus, (info.path for info in storage.list(FORMAT_FOLDER)))
+    return storage
 
 
 def import_arrow_alone() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 
 from pipeline.corpus.records import Records, ShardId, url_shards_of
 from pipeline.storage.file_info import FileInfo
+from schemas.corpus_format import require_known_format
 from schemas.records import QuarantineRecord, ShardRecord, shard_record_path
 
 # So many are read as quickly as the manifest's parts.
@@ -46,6 +47,7 @@ class CorpusState:
         within: Collection[tuple[str, str]] | None = None,
         compacted: CompactedShards = none_compacted,
     ) -> None:
+        require_known_format(records.storage.root, records.list_formats())
         self._records = records
         self._within = within
         self._compacted = compacted

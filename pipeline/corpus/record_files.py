@@ -7,7 +7,7 @@ from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, first_line
-from schemas.json_record import Json, UnknownFieldError
+from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.records import (
     CheckpointRecord,
@@ -35,11 +35,6 @@ def parse_record(kind: type[R], path: str, text: bytes) -> R:
         record = kind.from_json(text)
         if not _has_name_of(record, path):
             raise ValueError("it is the record of something else than its name says")
-    except UnknownFieldError as error:
-        raise CapfiltError(
-            f"{path} has a field that this version of capfilt does not know ({first_line(error)}): a newer one wrote "
-            "it, so upgrade capfilt; or restore the file, if it was damaged"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CapfiltError(
             f"{path} is not a record ({first_line(error)}): restore it, or delete it so that its shard is made anew"

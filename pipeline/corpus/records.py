@@ -8,6 +8,7 @@ records/marks/<mark>.json                                     a verdict on sampl
 records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
 records/snapshots/<run_id>/snapshot-<digest>.json             what a training elsewhere reads of this corpus
+records/format/<major>.<minor>.json                           a format that wrote here
 records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
 
 A corpus may be somebody else's. What is read here has the declared types, is about the shard that its own file's
@@ -31,6 +32,7 @@ from pipeline.corpus.record_files import (
 )
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
+from schemas.corpus_format import FORMAT, FORMAT_FOLDER
 from schemas.errors import CapfiltError
 from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
@@ -173,6 +175,12 @@ class Records:
         records = self._read_all(QuarantineRecord, self.storage.list("records/quarantine"))
         return {(record.stage, record.source, record.shard): record for record in records}
 
+    # -- format ----------------------------------------------------------------------------------------------
+
+    def list_formats(self) -> list[str]:
+        """Return the files that say which formats wrote to the corpus."""
+        return [info.path for info in self.storage.list(FORMAT_FOLDER)]
+
     # -- intake, runs, models, checkpoints -------------------------------------------------------------------
 
     def commit_intake(self, record: IntakeRecord) -> bool:
@@ -189,7 +197,9 @@ class Records:
         return url_shards_of(self.intakes())
 
     def write_run(self, record: RunRecord) -> None:
-        """Write the start (outcome None) or the end of a run."""
+        """Write the start (outcome None) or the end of a run; with its start, the format of what it writes."""
+        if record.outcome is None:
+            self.storage.create(FORMAT.path, FORMAT.to_json(record.versions.get("capfilt", "")).encode())
         self.storage.write(record.path, record.to_json().encode())
 
     def has_begun(self, run_id: str) -> bool:

@@ -182,11 +182,17 @@ def write_parquet(path: Path, rows: pa.Table | Sequence[dict[str, Any]], schema:
     return table.num_rows
 
 
-def schema_mismatch(actual: pa.Schema, expected: pa.Schema) -> str | None:
-    """Return the first column for which a Parquet file does not fit the expected schema, and why, or None."""
+def schema_mismatch(actual: pa.Schema, expected: pa.Schema, needed: Iterable[str] = ()) -> str | None:
+    """Return the first column for which a Parquet file does not fit the expected schema, and why, or None.
+
+    A file of an earlier version may lack columns, but for those that are needed.
+    """
+    for name in needed:
+        if name not in actual.names:
+            return f"the column {name} is missing"
     for column in expected:
         if column.name not in actual.names:
-            return f"the column {column.name} is missing"
+            continue
         if actual.field(column.name).type != column.type:
             return f"the column {column.name} holds {actual.field(column.name).type}, not {column.type}"
     return None

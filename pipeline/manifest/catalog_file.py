@@ -37,9 +37,9 @@ _STORAGE_VERSION = "v1.2.0"
 _PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
 
 
-def write_catalog(storage: Storage) -> None:
-    """Publish ``manifest.duckdb`` in one step, unless it is there and says the same."""
-    relations = file_relations(storage.root)
+def write_catalog(storage: Storage, *, of_formats: bool) -> None:
+    """Publish ``manifest.duckdb`` in one step, unless it is there and says the same; see ``file_relations``."""
+    relations = file_relations(storage.root, of_formats=of_formats)
     statements = [*record_views(relations), *data_views(relations)]
     text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
     if storage.exists(CATALOG) and _read(storage) == text:
@@ -79,7 +79,7 @@ def rewrite_copied_catalog(storage: Storage, compact: Callable[[], object]) -> s
     """Write ``manifest.duckdb`` anew if it came here with a copied corpus: it would answer from the original.
 
     Args:
-        compact: makes the parts of tables that the copied corpus is older than.
+        compact: makes the parts of tables that the copied corpus is older than, and writes the catalog.
 
     Returns:
         What to tell the user where that is so and it cannot be written, else None.
@@ -90,7 +90,6 @@ def rewrite_copied_catalog(storage: Storage, compact: Callable[[], object]) -> s
         return None
     try:
         compact()
-        write_catalog(storage)
     except (OSError, duckdb.Error) as error:
         return (
             f"{storage.url(CATALOG)} answers from {place}, where this corpus was copied from, and cannot be "

@@ -30,6 +30,7 @@ from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.catalog import HISTOGRAM_BINS, HISTOGRAM_COUNTS, RECORD_TABLES, record_row_schema
+from schemas.corpus_format import CorpusFormat, formats_in, require_known_format
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import ShardRecord, shard_record_path
 
@@ -85,6 +86,8 @@ class CompactedRecords:
         self.grace = grace
         # Whether the last compaction met url shards that no part had.
         self.has_new_lists = False
+        # Those that wrote to the corpus, as the last listing said.
+        self.formats: set[CorpusFormat] = set()
         self._known: dict[str, _Part] = {}
         self._lock = threading.Lock()
 
@@ -164,6 +167,32 @@ class CompactedRecords:
         self._sweep()
         return sum(len(rows) for rows in new_rows.values())
 
+    def upgrade(self) -> int:
+        """Make the rows of parts that lack columns anew from their records; return the rows that were written."""
+        with self._lock:
+            parts = self._live_parts()
+            lacking = {
+                table: [
+                    path
+                    for path in paths
+                    if not {*record_row_schema(table).names} <= self._known[path].columns
+                ]
+                for table, paths in parts.items()
+            }
+            rows = self._new_rows(
+                {
+                    table: [path for path in paths if path not in lacking[table]]
+                    for table, paths in parts.items()
+                }
+            )
+            for table, table_rows in rows.items():
+                if table_rows or lacking[table]:
+                    self._write(table, _to_table(table, table_rows))
+                # At once: a DuckDB of somebody's own would take either row.
+                for path in lacking[table]:
+                    self.storage.delete(path)
+            return sum(len(table_rows) for table_rows in rows.values())
+
     def rebuild(self) -> dict[str, int]:
         """Make the parts anew from the records alone; return the rows by table, a run counted once."""
         with self._lock:
@@ -226,6 +255,9 @@ class CompactedRecords:
         seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
         # A training saves its snapshot beside its checkpoints: in the corpus, unless its config says otherwise.
         listed = [info for folder in ("records", "checkpoints") for info in self.storage.list(folder)]
+        paths_listed = [info.path for info in listed]
+        require_known_format(self.storage.root, paths_listed)
+        self.formats = formats_in(paths_listed)
         unseen = [info for info in listed if (info.path, info.version) not in seen]
         by_table = [(table, info) for info in unseen if (table := table_of(info.path))]
         rows: dict[str, list[Row]] = {table: [] for table in RECORD_TABLES}

@@ -45,6 +45,7 @@ from schemas.catalog import (
     data_views,
     names_in,
     parquet_files,
+    parquet_files_of_formats,
     record_views,
     registered_relations,
 )
@@ -89,23 +90,37 @@ class Manifest:
         """Copy new records into the manifest's Parquet, see that the catalog exists; return the new rows."""
         with self._writing:
             rows = self.compacted.compact()
-            write_catalog(self.storage)
+            self._write_catalog()
             if self.compacted.has_new_lists or self.uids.is_empty():
                 self.uids.update()
+        return rows
+
+    def upgrade(self) -> int:
+        """Bring the Parquet parts of earlier versions, and the catalog, to this one; return the rows made anew."""
+        with self._writing:
+            rows = self.compacted.upgrade()
+            self._write_catalog()
         return rows
 
     def rebuild(self) -> dict[str, int]:
         """Make the manifest anew from the records alone; return the rows by table."""
         with self._writing:
             rows = self.compacted.rebuild()
-            write_catalog(self.storage)
+            self._write_catalog()
             self.uids.rebuild()
         return rows
+
+    def _write_catalog(self) -> None:
+        write_catalog(self.storage, of_formats=len(self.compacted.formats) > 1)
+
+    def _compact_for_catalog(self) -> None:
+        self.compacted.compact()
+        self._write_catalog()
 
     def rewrite_copied_catalog(self) -> str | None:
         """Write ``manifest.duckdb`` anew if it came here with a copied corpus; see ``catalog_file``."""
         with self._writing:
-            return rewrite_copied_catalog(self.storage, self.compacted.compact)
+            return rewrite_copied_catalog(self.storage, self._compact_for_catalog)
 
     def open(
         self,
@@ -214,6 +229,8 @@ class Query:
         # What no statement has asked for yet.
         self._unopened = set(_SCHEMAS)
         self._columns = {*LIGHT_COLUMNS, "record", "version"}
+        # Whether some file that is opened in place was found without columns that later ones have.
+        self._lacks_columns = False
 
     def _run(self, statements: list[str]) -> None:
         for statement in statements:
@@ -283,7 +300,12 @@ class Query:
             return
         paths = [self._storage.url(path) for _, path in sorted(files.items())]
         self._connection.unregister(name)
-        self._connection.execute(f"CREATE VIEW {name} AS {parquet_files(paths, schema)}")
+        if self._lacks_columns:
+            self._connection.register(f"{name}_empty", schema.empty_table())
+            relation = parquet_files_of_formats(paths, schema, f"{name}_empty")
+        else:
+            relation = parquet_files(paths, schema)
+        self._connection.execute(f"CREATE OR REPLACE VIEW {name} AS {relation}")
         if self._connection.view(name).types != self._connection.from_arrow(schema.empty_table()).types:
             self.find_damage()
 
@@ -362,16 +384,26 @@ class Query:
             self.prepare(sql, list(parameters))
             return self._connection.execute(sql, list(parameters))
         except _OWN_SQL_ERRORS as error:
-            self.find_damage()
+            if self.find_damage() and self._in_place and not self._lacks_columns:
+                self._lacks_columns = True
+                self._unopened = set(_SCHEMAS)
+                return self._execute(sql, parameters)
             raise _damaged(str(error).splitlines()[0]) from error
 
-    def find_damage(self) -> None:
-        """Raise CorruptShardError for the first committed file that does not hold its table's columns."""
+    def find_damage(self) -> bool:
+        """Tell whether some committed file lacks columns of its table: one of an earlier version may.
+
+        Raises CorruptShardError for the first that holds others in their place.
+        """
+        lacks_columns = False
         for kind, files in self._files.items():
             for _, path in sorted(files.items()):
                 with self._storage.open(path) as file, contextlib.suppress(pa.ArrowInvalid):
-                    if mismatch := schema_mismatch(pq.read_schema(file), _SCHEMAS[kind]):
+                    actual = pq.read_schema(file)
+                    lacks_columns |= not {*_SCHEMAS[kind].names} <= {*actual.names}
+                    if mismatch := schema_mismatch(actual, _SCHEMAS[kind]):
                         raise _damaged(f"{path}: {mismatch}")
+        return lacks_columns
 
     def _require_regular(self, paths: Iterable[str]) -> None:
         """Reject a FIFO in the place of a file: DuckDB and Arrow would wait for it."""

@@ -195,7 +195,7 @@ class _ShardCheck:
         return None
 
     def _rows(self, name: str, file: OutputFile, path: Path) -> pa.Table | None:
-        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name]):
+        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name], COLUMNS.get(name, ())):
             self.report(file.path, mismatch)
             return None
         return pq.read_table(path, columns=COLUMNS.get(name), memory_map=False)

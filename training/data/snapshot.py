@@ -21,6 +21,7 @@ from pipeline.corpus.shard_reader import committed_table
 from pipeline.digests import digest_json
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.storage.storage import Storage
+from schemas.corpus_format import require_known_format
 from schemas.errors import CapfiltError
 from schemas.json_record import first_error
 from schemas.names import is_confined, is_outside_tar, printable
@@ -185,6 +186,7 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
     path, stage = config.path, _STAGES[config.captions]
     storage = Storage(path)
     records = Records(storage)
+    require_known_format(path, records.list_formats())
     shards: dict[str, list[ShardRef]] = {}
     compacted = CompactedRecords(storage).shard_records
     committed = committed_shards(records, records.list_shards((stage,)), compacted)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli.groups import KEEP
-from jobs.cli.options import CorpusArgument, JsonObjectOption, import_arrow_alone
+from jobs.cli.options import CorpusArgument, JsonObjectOption, import_arrow_alone, open_corpus
 from jobs.output.render import print_json
 from schemas.errors import CapfiltError
 from schemas.names import printable
@@ -55,13 +55,8 @@ def mark(
     What is fetched stays. A mark of a URL or host also holds for what later lists bring.
     """
     from pipeline.corpus.records import Records
-    from pipeline.storage.storage import Storage
 
-    storage = Storage(corpus)
-    if not storage.is_corpus():
-        raise CapfiltError(
-            f"{corpus} is not a corpus: it has no records/ folder; give the [corpus] path of its config"
-        )
+    storage = open_corpus(corpus)
     storage.require_conditional_puts()
     import_arrow_alone()
     from pipeline.marks.marking import Verdict, take_back

@@ -92,9 +92,11 @@ def _age(text: str) -> timedelta:
 @upkeep.command(rich_help_panel=KEEP)
 def manifest(
     action: Annotated[
-        Literal["compact", "rebuild"],
+        Literal["compact", "rebuild", "upgrade"],
         typer.Argument(
-            help="compact: add new records; rebuild: make it anew from the records.", show_default=False
+            help="compact: add new records; rebuild: make it anew from the records; upgrade: bring what an earlier "
+            "version of capfilt wrote to this one.",
+            show_default=False,
         ),
     ],
     corpus: CorpusArgument,
@@ -102,7 +104,10 @@ def manifest(
 ) -> None:
     """Bring the manifest up to date with the records. Its Parquet files and manifest.duckdb."""
     manifest = open_manifest(corpus)
-    rows = manifest.rebuild() if action == "rebuild" else {"rows": manifest.compact()}
+    if action == "rebuild":
+        rows = manifest.rebuild()
+    else:
+        rows = {"rows": manifest.upgrade() if action == "upgrade" else manifest.compact()}
     print_json(rows) if json_ else print_facts(rows)
 
 
