@@ -84,7 +84,7 @@ class Sealed:
 
     connection: duckdb.DuckDBPyConnection
     prepare: Prepare
-    find_damage: Callable[[], None]
+    find_damage: Callable[[], object]
 
 
 def seal(connection: duckdb.DuckDBPyConnection) -> None:
