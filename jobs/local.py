@@ -3,12 +3,16 @@
 The records, retries and quarantine are those of a run on Ray, which is neither imported nor started.
 """
 
+import math
+
 from jobs.environment import WORKER_ENVIRONMENT, variables
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
 from pipeline.runs.progress import ProgressCounter
 from pipeline.runs.runner import ShardRunner
 from pipeline.storage.scratch import sweep_temporary_folders
+from schemas.config import StageResources
 from schemas.errors import CapfiltError
+from schemas.records import WorkerShare
 
 
 class LocalExecutor:
@@ -19,7 +23,13 @@ class LocalExecutor:
         sweep_temporary_folders()
         counter = ProgressCounter()
         runners = [
-            ShardRunner(stage, job.settings, note=counter.note, report_state=counter.report_state)
+            ShardRunner(
+                stage,
+                job.settings,
+                note=counter.note,
+                report_state=counter.report_state,
+                share=_share(getattr(job.settings.config.cluster, stage)),
+            )
             for stage in job.stages
         ]
         with variables(_worker_environment(job)), monitor.watching(lambda timeout_s: counter.snapshot()):
@@ -29,6 +39,11 @@ class LocalExecutor:
                 if monitor.has_failed_too_often(counter.snapshot()):
                     return "gave up"
         return "done"
+
+
+def _share(resources: StageResources) -> WorkerShare:
+    """Return what a stage holds of this machine: whole GPUs, since no other process is given the rest of one."""
+    return WorkerShare(cpus=resources.cpus, gpus=math.ceil(resources.gpus))
 
 
 def _worker_environment(job: StageJob) -> dict[str, str]:

@@ -332,7 +332,7 @@ def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
         state.refresh()
         after = survey(config, digests_of(work.weights), state, options.stages, marks=work.marks)
     with contextlib.suppress(OSError):  # it is repeated at the end of the next run
-        work.records.forget_settled(state.committed)
+        work.records.forget_settled(state.committed, ended_run=started.run_id)
     blocking = _blocking_quarantine(work)
     undone = set(work.todo) & set(after.todo)
     failed = outcome != "interrupted" and bool(blocking or undone or outcome == "gave up")

@@ -21,6 +21,7 @@ from schemas.tables import (
     CAPTIONS,
     CHECKPOINTS,
     CURATED,
+    LOST_ATTEMPTS,
     MARKS,
     MATCHES,
     MODELS,
@@ -37,6 +38,7 @@ from schemas.tables import (
 # Tables whose rows come from records; their Parquet parts lie under manifest/<table>/.
 RECORD_TABLES: dict[str, pa.Schema] = {
     "shards": SHARDS,
+    "lost_attempts": LOST_ATTEMPTS,
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
@@ -253,6 +255,9 @@ _TABLES: dict[str, str] = {
                 ELSE state END AS state)
             FROM seen)
         WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
+    "lost_attempts": f"""
+        SELECT {_quoted(LOST_ATTEMPTS.names)} FROM base.lost_attempts_events
+        QUALIFY row_number() OVER (PARTITION BY stage, source, shard, run_id, number ORDER BY ended_at) = 1""",
     "runs": f"""
         SELECT {_quoted(RUNS.names)} FROM base.runs_events
         QUALIFY row_number() OVER (
@@ -345,6 +350,40 @@ VIEWS: dict[str, tuple[str, str]] = {
             sum(images) / nullif(sum(seconds['total']), 0) AS images_per_second
         FROM shards WHERE state = 'committed' AND stage <> 'urls' GROUP BY stage, source, device
         ORDER BY {STAGE_ORDER}, source, device""",
+    ),
+    "costs": (
+        "worker-hours by run, stage, source, node type and outcome (committed, retired since, or lost), and their cost "
+        "by cluster.prices: the run's own, else those of the latest run that has some (records only)",
+        f"""
+        WITH spent AS (
+            SELECT run_id, stage, source, state AS outcome, coalesce(seconds['worker'], seconds['total']) AS seconds,
+                cpus, gpus, coalesce(node_type, device) AS node_type
+            FROM shards WHERE state IN ('committed', 'retired') AND stage <> 'urls'
+            UNION ALL
+            SELECT run_id, stage, source, 'lost', seconds, cpus, gpus, node_type FROM lost_attempts
+        ), summed AS (
+            SELECT run_id, stage, source, coalesce(node_type, 'cpu') AS node_type, outcome, cpus, gpus,
+                count(*) AS attempts, sum(seconds) / 3600 AS hours
+            FROM spent GROUP BY ALL
+        ), priced AS (
+            SELECT run_id, config, TRY_CAST(nullif(json_extract(config, '$.cluster.prices'), '{{}}')
+                AS MAP(VARCHAR, DOUBLE)) AS prices FROM runs
+        ), held AS (
+            -- Records of earlier versions do not say what a worker held; the config of their run does.
+            SELECT run_id, stage, source, node_type, outcome, attempts, hours,
+                hours * coalesce(cpus, json_extract_string(config, '$.cluster.' || stage || '.cpus')::DOUBLE, 1)
+                    AS cpu_hours,
+                hours * coalesce(gpus, json_extract_string(config, '$.cluster.' || stage || '.gpus')::DOUBLE, 0)
+                    AS gpu_hours,
+                coalesce(prices, (SELECT max_by(prices, run_id) FROM priced WHERE prices IS NOT NULL)) AS prices
+            FROM summed LEFT JOIN priced USING (run_id)
+        )
+        SELECT run_id, stage, source, node_type, outcome, sum(attempts)::BIGINT AS attempts,
+            sum(hours) AS worker_hours, sum(cpu_hours) AS cpu_hours, sum(gpu_hours) AS gpu_hours,
+            sum(cpu_hours * coalesce(prices['cpu'], CASE WHEN prices IS NOT NULL THEN 0 END)
+                + CASE WHEN gpu_hours > 0 THEN gpu_hours * prices[node_type] ELSE 0 END) AS cost
+        FROM held GROUP BY run_id, stage, source, node_type, outcome
+        ORDER BY run_id, {STAGE_ORDER}, source, node_type, outcome""",
     ),
     "bins": (
         "the histograms that the stages counted, a row for each shard and bin (records only)",

@@ -309,6 +309,10 @@ class ClusterConfig(Section):
     )
     driver_cpus: float = Field(0.0, ge=0, description="of the process that leads a job; 0: not counted")
     driver_memory_gb: float = Field(0.0, ge=0, description="likewise")
+    prices: dict[str, float] = Field(
+        {},
+        description="of an hour: of a GPU by node type, as `costs` has it, and of a CPU by the name `cpu`",
+    )
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
     stall_timeout_s: float = Field(
         21_600.0,

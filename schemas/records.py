@@ -67,6 +67,18 @@ class ShardRecord(Json):
     host: str = ""
     device: str = "cpu"
     versions: Mapping[str, str] = field(default_factory=dict)
+    # Of the worker; records of earlier versions do not say it.
+    cpus: Finite | None = None
+    gpus: Finite | None = None
+    node_type: str | None = None
+
+    def json_fields(self) -> dict[str, Any]:
+        """Return the fields; of a record of an earlier version those that it had."""
+        fields = Json.json_fields(self)
+        unknown = [name for name in ("cpus", "gpus", "node_type") if fields[name] is None]
+        for name in unknown:
+            del fields[name]
+        return fields
 
     @property
     def path(self) -> str:
@@ -126,6 +138,21 @@ def is_own_file(path: str, stage: Stage, source: str, shard: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerShare(Json):
+    """What a worker holds of its node: CPUs, GPUs (0.2 is a fifth of one), and the type that a price is given for.
+
+    ``node_type``: empty where it is what the worker computes on, ``cpu`` or the GPU's name.
+    """
+
+    cpus: Finite = 0.0
+    gpus: Finite = 0.0
+    node_type: str = ""
+
+
+NO_SHARE = WorkerShare()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask(Json):
     """The task of a worker: one stage on one shard. ``replaces`` is the stale record to retire, if any.
 
@@ -147,6 +174,7 @@ class ShardTask(Json):
     max_attempts: int = 3
     marks: tuple[MarkRule, ...] = ()
     has_retries: bool = True
+    share: WorkerShare = NO_SHARE
 
     def input_digests(self) -> dict[str, str]:
         """Return the sha256 of each input file, by ``stage.name``; where there are marks, the digest of their rules."""
@@ -255,6 +283,46 @@ class IntakeRecord(Json):
                 )
             if not is_outside_tar(path):
                 raise ValueError(f"adopted.{shard}: {path[:200]!r} is not the absolute path or URL of a tar")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptNote(Json):
+    """What stands under records/attempts while an attempt is under way. Its ``id`` makes the bytes its own."""
+
+    id: str
+    started_at: Time
+    host: str
+    share: WorkerShare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostAttemptRecord(Json):
+    """An attempt that did not commit its shard, and the seconds of a worker that it took.
+
+    ``cause``: failed (the worker raised ``error``), or killed (its process or node died, or the run was stopped).
+    """
+
+    stage: Stage
+    source: FileName
+    shard: ShardName
+    run_id: FileName
+    number: Count
+    cause: Literal["failed", "killed"]
+    started_at: Time
+    ended_at: Time
+    seconds: Finite
+    error: str = ""
+    host: str = ""
+    cpus: Finite | None = None
+    gpus: Finite | None = None
+    node_type: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the record is, relative to the corpus."""
+        return (
+            f"records/lost_attempts/{self.stage}/{self.source}/{self.shard}/{self.run_id}.{self.number}.json"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,6 +129,12 @@ _OFFSET = _column(
 SAMPLES_FILE = pa.schema([*SAMPLES, _OFFSET])
 CURATED_FILE = pa.schema([*CURATED, _OFFSET, _column("image_bytes", pa.int64(), "bytes of the image")])
 
+_SHARE = [
+    _column("cpus", pa.float64(), "that its worker held"),
+    _column("gpus", pa.float64(), "that its worker held; 0.2 is a fifth of one"),
+    _column("node_type", pa.string(), "Ray's label ray.io/accelerator-type, else the GPU's name, or cpu"),
+]
+
 SHARDS = pa.schema(
     [
         _column("stage", pa.string(), "urls, crawl, caption, rank, filter or select"),
@@ -155,7 +161,8 @@ SHARDS = pa.schema(
         _column(
             "seconds",
             pa.map_(pa.string(), pa.float64()),
-            "seconds by part, which overlap; 'total' is the wall clock without 'wait'",
+            "seconds by part, which overlap; 'total' is the wall clock without 'wait', 'worker' the shard's part of "
+            "the worker's time, which two shards may share",
         ),
         _column("started_at", pa.timestamp("us", tz="UTC"), "when the attempt began"),
         _column("finished_at", pa.timestamp("us", tz="UTC"), "when the record was made"),
@@ -163,6 +170,32 @@ SHARDS = pa.schema(
         _column("device", pa.string(), "cpu or the GPU's name"),
         _column("versions", pa.map_(pa.string(), pa.string()), "versions of the libraries that matter"),
         _column("error", pa.string(), "the last error of a quarantined shard"),
+        *_SHARE,
+    ]
+)
+
+LOST_ATTEMPTS = pa.schema(
+    [
+        _column("stage", pa.string(), "crawl, caption, rank, filter or select"),
+        _column("source", pa.string(), "name of the [[source]]"),
+        _column("shard", pa.string(), "shard number within the source, five digits"),
+        _column("run_id", pa.string(), "the run that made it"),
+        _column("number", pa.int64(), "which attempt at the shard in that run, from 1"),
+        _column(
+            "cause",
+            pa.string(),
+            "failed (the worker raised an error) or killed (it or its node died, or the run was stopped)",
+        ),
+        _column("error", pa.string(), "what the worker raised"),
+        _column("started_at", pa.timestamp("us", tz="UTC"), "when it began"),
+        _column(
+            "ended_at", pa.timestamp("us", tz="UTC"), "when it failed; of a killed one, when that was seen"
+        ),
+        _column(
+            "seconds", pa.float64(), "of its worker, as seconds['worker'] of a shard; of a killed one at most"
+        ),
+        _column("host", pa.string(), "machine that did it"),
+        *_SHARE,
     ]
 )
 
@@ -260,6 +293,7 @@ TABLES: dict[str, pa.Schema] = {
     "curated": CURATED,
     "dropped": CURATED,
     "shards": SHARDS,
+    "lost_attempts": LOST_ATTEMPTS,
     "runs": RUNS,
     "models": MODELS,
     "checkpoints": CHECKPOINTS,
@@ -273,6 +307,7 @@ TABLE_DOCS: dict[str, str] = {
     "curated": "One row for each image that training reads.",
     "dropped": "One row for each image that was captioned and scored, and of whose captions none was kept.",
     "shards": "One row for each shard and stage: the commits. Statistics are sums over these rows.",
+    "lost_attempts": "One row for each attempt at a shard that did not commit it, with what it cost.",
     "runs": "One row for each run.",
     "models": "One row for each set of weights that a run used.",
     "checkpoints": "One row for each checkpoint trained on this corpus, or on copies of its images.",

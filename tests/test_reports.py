@@ -308,6 +308,7 @@ def test_manifest_is_compacted_and_rebuilt(tmp_path: Path) -> None:
     assert answer("manifest", "compact", new_corpus.root) == {"rows": 0}
     assert answer("manifest", "rebuild", new_corpus.root) == {
         "shards": 5,
+        "lost_attempts": 0,
         "runs": 1,
         "models": 2,
         "checkpoints": 0,

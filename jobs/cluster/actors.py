@@ -13,7 +13,7 @@ from pipeline.runs.runner import RunSettings, ShardRunner
 from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.config import StageResources
 from schemas.errors import CapfiltError
-from schemas.records import ShardRecord
+from schemas.records import ShardRecord, WorkerShare
 from schemas.stages import Stage
 
 if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
 # Shards that one actor works on at once, where not one: of two, one computes on the device while the other is read,
 # decoded or written.
 CONCURRENT_SHARDS: dict[Stage, int] = {"caption": 2, "rank": 2, "filter": 2}
+
+# Ray's own label of a node's accelerator, such as H100.
+_NODE_TYPE_LABEL = "ray.io/accelerator-type"
 
 # State is lost when the actor restarts, and the display starts from zero; records remain authoritative.
 ProgressActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressCounter)
@@ -45,7 +48,11 @@ class StageActor:
         sweep_temporary_folders()
         self._counter = counter
         self._runner = ShardRunner(
-            stage, settings, note=counter.note.remote, report_state=counter.report_state.remote
+            stage,
+            settings,
+            note=counter.note.remote,
+            report_state=counter.report_state.remote,
+            share=_share(getattr(settings.config.cluster, stage)),
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -66,6 +73,14 @@ class StageActor:
                 error=str(error),
             )
             self._counter.note.remote(outcome)
+
+
+def _share(resources: StageResources) -> WorkerShare:
+    """Return what this actor holds of its node."""
+    labels = ray.get_runtime_context().get_node_labels()
+    return WorkerShare(
+        cpus=resources.cpus, gpus=resources.gpus, node_type=str(labels.get(_NODE_TYPE_LABEL, ""))
+    )
 
 
 def _actor_class(stage: Stage) -> type[StageActor]:

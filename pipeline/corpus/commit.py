@@ -18,6 +18,7 @@ from threading import Lock
 import numpy as np
 
 from pipeline.corpus.records import Records
+from pipeline.corpus.worker_time import WORKER_TIME
 from pipeline.digests import sha256_file
 from pipeline.storage.scratch import temporary_folder
 from schemas.json_record import utc_now
@@ -92,7 +93,7 @@ class ShardStats:
     @contextlib.contextmanager
     def gpu_lock(self, lock: Lock) -> Iterator[None]:
         """Hold the device for one shard; the part ``wait`` is the time that another shard held it."""
-        with self.timed("wait"):
+        with self.timed("wait"), WORKER_TIME.waiting():
             lock.acquire()
         try:
             yield
@@ -164,6 +165,7 @@ class ShardCommit:
         task, stats = self.task, self.stats
         # Without the time that another shard of the same worker had the device: else both would count it.
         stats.seconds["total"] = time.perf_counter() - self._start - stats.seconds.get("wait", 0.0)
+        stats.seconds["worker"] = WORKER_TIME.seconds() or stats.seconds["total"]
         stats.seconds = {part: round(seconds, 4) for part, seconds in stats.seconds.items()}
         return ShardRecord(
             stage=task.stage,
@@ -178,6 +180,9 @@ class ShardCommit:
             finished_at=utc_now(),
             host=socket.gethostname(),
             versions=library_versions(),
+            cpus=task.share.cpus,
+            gpus=task.share.gpus,
+            node_type=task.share.node_type or stats.device,
             **{part.name: getattr(stats, part.name) for part in fields(stats)},
         )
 

@@ -12,6 +12,7 @@ from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
+    LostAttemptRecord,
     ModelRecord,
     QuarantineRecord,
     RunRecord,
@@ -96,6 +97,7 @@ def _has_name_of(record: Json, path: str) -> bool:
             return path.startswith(f"records/checkpoints/{record.run_id}.")
         case (
             QuarantineRecord()
+            | LostAttemptRecord()
             | IntakeRecord()
             | RunRecord()
             | ModelRecord()

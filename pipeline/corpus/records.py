@@ -4,6 +4,7 @@ records/<stage>/<source>/<shard>.json                         committed, or a no
 records/retired/<stage>/<source>/<shard>.<attempt>.json       recomputed since; kept for lineage
 records/quarantine/<stage>/<source>/<shard>.json              failed every attempt
 records/attempts/<stage>/<source>/<shard>/<run>.<number>      begun; removed after the commit
+records/lost_attempts/<stage>/<source>/<shard>/<run>.<number>.json    did not commit; what it cost
 records/marks/<mark>.json                                     a verdict on samples, or what takes some back
 records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
@@ -16,12 +17,17 @@ name says, and names files of the corpus alone; a tar outside it only where the 
 """
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
-from typing import TypeVar, cast
+from typing import TypeVar
 
+from pipeline.corpus.lost_attempts import (
+    attempt_path,
+    keep_killed_before,
+    keep_lost,
+    new_note,
+    settle_attempts,
+)
 from pipeline.corpus.record_files import (
     is_retired_note,
     parse_record,
@@ -38,13 +44,16 @@ from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.names import is_outside_tar
 from schemas.records import (
+    NO_SHARE,
     CheckpointRecord,
     IntakeRecord,
+    LostAttemptRecord,
     ModelRecord,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
     SnapshotRecord,
+    WorkerShare,
     shard_record_path,
 )
 from schemas.stages import STAGES, Stage
@@ -133,17 +142,26 @@ class Records:
 
     # -- attempts and quarantine -----------------------------------------------------------------------------
 
-    def begin_attempt(self, stage: Stage, source: str, shard: str, run_id: str, *, is_retry: bool) -> int:
+    def begin_attempt(
+        self,
+        stage: Stage,
+        source: str,
+        shard: str,
+        run_id: str,
+        *,
+        is_retry: bool,
+        share: WorkerShare = NO_SHARE,
+    ) -> int:
         """Note that an attempt of a run begins; return its number, from 1 on.
 
         Args:
+            share: what the worker holds of its node.
             is_retry: an attempt before it is known to have begun. Where that is not known and turns out to be so,
                 nothing is noted, and the answer is 0.
         """
         for number in itertools.count(1):
-            path = _attempt_path(stage, source, shard, run_id, number)
             # Its own bytes, so that exactly one attempt has the number.
-            if self.storage.create(path, os.urandom(8).hex().encode()):
+            if self.storage.create(attempt_path(stage, source, shard, run_id, number), new_note(share)):
                 return number
             if not is_retry:
                 return 0
@@ -152,16 +170,26 @@ class Records:
     def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
         """Forget the attempts of a run, up to a number that ``begin_attempt`` gave."""
         for number in range(1, begun + 1):
-            self.storage.delete(_attempt_path(stage, source, shard, run_id, number))
+            self.storage.delete(attempt_path(stage, source, shard, run_id, number))
 
-    def forget_settled(self, committed: Mapping[ShardId, ShardRecord]) -> None:
-        """Delete the attempts and quarantines of shards that were committed since, as killed runs leave them."""
-        for info in self.storage.list("records/attempts"):
-            _, _, stage, source, shard, _ = info.path.split("/")
-            record = committed.get((cast(Stage, stage), source, shard))
-            if record is not None and info.modified < datetime.fromisoformat(record.finished_at):
-                self.storage.delete(info.path)
-        for place, quarantine in self.quarantined().items():
+    def keep_lost_attempt(self, record: LostAttemptRecord) -> None:
+        """Note what an attempt cost that did not commit its shard, once."""
+        keep_lost(self.storage, record)
+
+    def keep_killed_attempts(
+        self, stage: Stage, source: str, shard: str, run_id: str, numbers: Iterable[int]
+    ) -> list[LostAttemptRecord]:
+        """Keep as lost attempts of a run that ended without saying so; return their records."""
+        return keep_killed_before(self.storage, stage, source, shard, run_id, numbers)
+
+    def forget_settled(self, committed: Mapping[ShardId, ShardRecord], ended_run: str = "") -> None:
+        """Delete the attempts and quarantines of shards that were committed since, as killed runs leave them.
+
+        What attempts cost that did not commit stays, also those of a run that has just ended.
+        """
+        quarantined = self.quarantined()
+        settle_attempts(self.storage, committed, quarantined, ended_run)
+        for place, quarantine in quarantined.items():
             record = committed.get(place)
             if record is not None and quarantine.finished_at < record.finished_at:
                 self.storage.delete(quarantine.path)
@@ -268,7 +296,3 @@ def url_shards_of(batches: Iterable[IntakeRecord]) -> dict[tuple[str, str], Shar
     """Return the url shards of batches as records, by source and shard."""
     records = [record for batch in batches for record in batch.shard_records()]
     return {(record.source, record.shard): record for record in records}
-
-
-def _attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int) -> str:
-    return f"records/attempts/{stage}/{source}/{shard}/{run_id}.{number}"

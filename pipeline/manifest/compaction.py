@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.record_files import read_bounded, read_record
 from pipeline.manifest.histograms import SUM_COLUMNS
-from pipeline.manifest.record_rows import Row, rows_of, shard_records_of, table_of
+from pipeline.manifest.record_rows import ADDED_FIELDS, Row, rows_of, shard_records_of, table_of
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
@@ -136,14 +136,15 @@ class CompactedRecords:
         cannot come from its record.
         """
         wanted = pa.array([f"{info.path}\n{info.version}" for info in files], pa.string())
-        needed = {*record_row_schema("shards").names} - {*_NOT_IN_RECORDS}
+        read = {*record_row_schema("shards").names} - {*_NOT_IN_RECORDS}
+        needed = read - {*ADDED_FIELDS}
         with self._lock:
             paths = [path for path in self._live_parts()["shards"] if needed <= self._known[path].columns]
             records: dict[str, ShardRecord] = {}
             # Suppressed where a rebuild deleted a part that was just listed: its records are read one by one.
             with contextlib.suppress(FileNotFoundError):
                 for path in paths:
-                    for rows in self._batches(path, sorted(needed)):
+                    for rows in self._batches(path, sorted(read)):
                         with _naming_damage(path):
                             records |= _records_in(rows, wanted)
         return records

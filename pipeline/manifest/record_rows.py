@@ -22,6 +22,7 @@ from schemas.names import is_one_part
 from schemas.records import (
     CheckpointRecord,
     IntakeRecord,
+    LostAttemptRecord,
     ModelRecord,
     OutputFile,
     QuarantineRecord,
@@ -39,6 +40,7 @@ _RECORD_TYPES: dict[str, type[Json]] = {
     **dict.fromkeys(STAGES, ShardRecord),
     "retired": ShardRecord,
     "quarantine": QuarantineRecord,
+    "lost_attempts": LostAttemptRecord,
     "intake": IntakeRecord,
     "runs": RunRecord,
     "models": ModelRecord,
@@ -107,12 +109,14 @@ def shard_records_of(rows: pa.RecordBatch) -> Iterator[ShardRecord]:
 _RECORD_FIELDS = [
     field.name for field in dataclasses.fields(ShardRecord) if field.name not in ("outputs", "histograms")
 ]
+# Those that records and parts of earlier versions lack.
+ADDED_FIELDS = ("cpus", "gpus", "node_type")
 _TIME = "%Y-%m-%dT%H:%M:%S+00:00"
 
 
 def _require_numbers(rows: pa.RecordBatch) -> None:
     """Raise ValueError for a count that no record may have, and for a missing value."""
-    for name in _RECORD_FIELDS:
+    for name in set(_RECORD_FIELDS) - set(ADDED_FIELDS):
         column = rows[name]
         if column.null_count or (pa.types.is_map(column.type) and _entries(column)[1].null_count):
             raise ValueError(f"{name}: a value is NULL")
@@ -120,8 +124,9 @@ def _require_numbers(rows: pa.RecordBatch) -> None:
     for name, values in (counts | {"counts": _entries(rows["counts"])[1]}).items():
         if len(values) and not (pc.min(values).as_py() >= 0 and pc.max(values).as_py() < MOST):
             raise ValueError(f"{name}: a count is negative or too large")
-    if not pc.all(pc.is_finite(_entries(rows["seconds"])[1]), min_count=0).as_py():
-        raise ValueError("seconds: a number is not finite")
+    for values in (_entries(rows["seconds"])[1], rows["cpus"], rows["gpus"]):
+        if not pc.all(pc.is_finite(values), min_count=0).as_py():
+            raise ValueError("seconds, cpus, gpus: a number is not finite")
 
 
 def _values_of(column: pa.Array) -> Iterable[Any]:

@@ -27,6 +27,8 @@ class ShardOutcome:
     rows_in: int = 0
     rows_out: int = 0
     error: str = ""
+    # Of a shard that this run has committed; without what only SQL reads.
+    record: ShardRecord | None = None
 
     @classmethod
     def committed(cls, record: ShardRecord) -> Self:
@@ -39,6 +41,7 @@ class ShardOutcome:
             images=record.images,
             rows_in=record.rows_in,
             rows_out=record.rows_out,
+            record=replace(record, histograms={}, inputs={}, versions={}),
         )
 
     @classmethod

@@ -7,20 +7,23 @@ import contextlib
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from threading import Condition, Lock
 from typing import Any
 
 from pipeline.corpus.records import Records
+from pipeline.corpus.worker_time import WORKER_TIME
 from pipeline.marks.rules import ShardMarks
+from pipeline.runs.events import EventName, ShardEvent
 from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from pipeline.runs.progress import ShardOutcome, StageState
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 from schemas.json_record import utc_now
-from schemas.records import QuarantineRecord, ShardRecord, ShardTask
+from schemas.records import NO_SHARE, LostAttemptRecord, QuarantineRecord, ShardRecord, ShardTask, WorkerShare
 from schemas.stages import Stage
 
 Worker = Callable[[ShardTask], ShardRecord]
@@ -118,6 +121,8 @@ class ShardRunner:
     Args:
         note: receives the outcome of each shard.
         report_state: receives what the worker is doing.
+        log_event: receives what happens to the shards, when it happens.
+        share: what the worker holds of its node.
         load: makes the worker; it is called again after a failed attempt, for fresh weights and device memory.
         storage_waits_s: how long to wait before each further try of a shard whose storage does not answer.
     """
@@ -129,6 +134,8 @@ class ShardRunner:
         *,
         note: Callable[[ShardOutcome], object],
         report_state: Callable[[Stage, StageState], object],
+        log_event: Callable[[ShardEvent], object] = lambda event: None,
+        share: WorkerShare = NO_SHARE,
         load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
         storage_waits_s: Sequence[float] = _STORAGE_WAITS_S,
     ) -> None:
@@ -137,6 +144,8 @@ class ShardRunner:
         self.records = Records(Storage(settings.config.corpus.path))
         self._note = note
         self._report_state = report_state
+        self._log_event = log_event
+        self._share = share
         self._load = load
         self._storage_waits_s = storage_waits_s
         self._worker: Any = None
@@ -188,7 +197,9 @@ class ShardRunner:
         )
         if step.task is None or (step.state == "stale" and not run.recompute):
             return self._outcome(urls, "skipped" if step.state == "done" else step.state)
-        return self._run_task(replace(step.task, has_retries=(source, shard) in run.retried))
+        return self._run_task(
+            replace(step.task, has_retries=(source, shard) in run.retried, share=self._share)
+        )
 
     def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> ShardOutcome:
         return ShardOutcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
@@ -197,25 +208,28 @@ class ShardRunner:
         """Try until the shard is committed or its attempts are used up."""
         error = "the worker died on every attempt"
         is_retry = False
+        failed: set[int] = set()
         while True:
             with self._lock.exclusive() if is_retry else self._lock.shared():
-                begun = self.records.begin_attempt(
-                    task.stage, task.source, task.shard, task.run_id, is_retry=is_retry
-                )
+                begun = self._begin_attempt(task, failed, is_retry=is_retry)
                 if begun > task.max_attempts:
                     break
                 try:
                     if begun:
                         record = self._attempt(task, is_retry)
                         self._end_attempts(task, begun)
+                        self._log(task, "commit", begun, seconds=record.seconds.get("worker"))
                         return ShardOutcome.committed(record)
                 except (CorruptShardError, NotFiniteError) as failure:
                     error = str(failure)
+                    self._keep_failed(task, begun, error)
                     break  # another try reads the same bytes, and computes the same
                 except CapfiltError:
                     raise
                 except Exception as failure:
                     error = "".join(traceback.format_exception(failure, limit=-4)).strip()
+                    self._keep_failed(task, begun, error)
+                    failed.add(begun)
             if begun:
                 # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
                 with self._lock.exclusive():
@@ -223,9 +237,52 @@ class ShardRunner:
             is_retry = True
         return self._give_up(task, min(begun, task.max_attempts), error)
 
+    def _begin_attempt(self, task: ShardTask, failed: Set[int], *, is_retry: bool) -> int:
+        """Note that an attempt begins, and which ones before it were killed; return its number, as ``Records`` does."""
+        place = (task.stage, task.source, task.shard, task.run_id)
+        begun = self.records.begin_attempt(*place, is_retry=is_retry, share=self._share)
+        killed = sorted({*range(1, begun)} - failed)
+        for lost in self.records.keep_killed_attempts(*place, killed):
+            self._log_lost(lost)
+        if 0 < begun <= task.max_attempts:
+            self._log(task, "retry" if begun > 1 else "start", begun)
+        return begun
+
+    def _keep_failed(self, task: ShardTask, number: int, error: str) -> None:
+        """Keep what an attempt cost that ends now with an error."""
+        seconds = WORKER_TIME.seconds()
+        lost = LostAttemptRecord(
+            stage=task.stage,
+            source=task.source,
+            shard=task.shard,
+            run_id=task.run_id,
+            number=number,
+            cause="failed",
+            error=error[-_MAX_ERROR_CHARACTERS:],
+            started_at=(datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="microseconds"),
+            ended_at=utc_now(),
+            seconds=round(seconds, 4),
+            host=socket.gethostname(),
+            cpus=self._share.cpus,
+            gpus=self._share.gpus,
+            node_type=self._share.node_type or None,
+        )
+        self.records.keep_lost_attempt(lost)
+        self._log_lost(lost)
+
+    def _log_lost(self, lost: LostAttemptRecord) -> None:
+        event = ShardEvent.of(lost, "lost", lost.number, lost.host)
+        self._log_event(
+            replace(event, seconds=lost.seconds, gpus=lost.gpus or 0.0, cause=lost.cause, error=lost.error)
+        )
+
+    def _log(self, task: ShardTask, event: EventName, number: int, **more: Any) -> None:
+        self._log_event(replace(ShardEvent.of(task, event, number, socket.gethostname()), **more))
+
     def _attempt(self, task: ShardTask, is_retry: bool) -> ShardRecord:
         """Do the task, unless an attempt before this one has committed it without learning so."""
-        return (is_retry and self._committed(task)) or self._ready_worker()(task)
+        with WORKER_TIME.working():
+            return (is_retry and self._committed(task)) or self._ready_worker()(task)
 
     def _committed(self, task: ShardTask) -> ShardRecord | None:
         committed = self.records.read(task.stage, task.source, task.shard)
@@ -251,6 +308,7 @@ class ShardRunner:
                 finished_at=utc_now(),
             )
         )
+        self._log(task, "quarantine", attempts, error=error)
         return ShardOutcome.quarantined(task, error)
 
     def _ready_worker(self) -> Worker:
