@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.models.weights import Weights
 
 _MIN_FREE_BYTES = 20_000_000_000
-_LIBRARIES = (
+LIBRARIES = (
     "torch",
     "torchvision",
     "transformers",
@@ -52,7 +52,7 @@ _IMPORTS = (
     ("cv2", "import cv2", "pip install -c constraints.txt opencv-python-headless"),
     ("ray", "import ray", "pip install -c constraints.txt 'ray[default,data,train]'"),
 )
-_WORST_FIRST = ("fail", "warn", "ok")
+WORST_FIRST = ("fail", "warn", "ok")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,47 @@ def run_checks(corpus: str | None, config: CapfiltConfig | None) -> list[Check]:
         if config:
             checks += _lists(config)
         checks += [*models.result(), *(each.result() for each in imports)]
-    return sorted(checks, key=lambda check: _WORST_FIRST.index(check.state))
+    return sorted(checks, key=lambda check: WORST_FIRST.index(check.state))
+
+
+def node_checks(config: CapfiltConfig, gpus: int) -> list[Check]:
+    """Return what a node of a cluster is asked: libraries, devices, scratch, storage, weights. Imports no library.
+
+    Args:
+        gpus: how many the cluster says that the node has.
+    """
+    compiler = [check_compiler(asked=True)] if gpus else []
+    return [
+        _capfilt(),
+        _python(),
+        *_versions(),
+        _devices(gpus),
+        *compiler,
+        _scratch(),
+        check_storage(config.corpus.path),
+        *_weights(config),
+    ]
+
+
+def _capfilt() -> Check:
+    """Say which capfilt is installed here; a job brings its own along."""
+    try:
+        version = importlib.metadata.version("capfilt")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed: comes with each job"
+    return _judged("capfilt", True, version)
+
+
+def _devices(gpus: int) -> Check:
+    """Compare the GPUs that the driver of a node shows with those that the cluster counts on."""
+    try:
+        done = _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+        names = done.stdout.splitlines() if done.returncode == 0 else []
+    except OSError:
+        names = []
+    found = ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names))) or "no GPU"
+    fix = f"the cluster counts on {gpus} GPUs: start this node's Ray with --num-gpus {len(names)}, or mend the driver"
+    return _judged("device", len(names) >= gpus, found, fix)
 
 
 def _judged(
@@ -94,7 +134,7 @@ def _python() -> Check:
 
 def _versions() -> Iterator[Check]:
     pins = _pins()
-    for library in _LIBRARIES:
+    for library in LIBRARIES:
         try:
             version = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

@@ -68,6 +68,37 @@ def test_wrong_token_is_refused(cluster: ClusterProcess, config: CapfiltConfig, 
     assert "token" in refused.stderr and "Traceback" not in refused.stderr
 
 
+def test_every_node_is_checked(
+    cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    broken = with_values(config, rank={"model": "local-dir:/nowhere"})
+    done = cli(
+        "doctor",
+        "-c",
+        str(config_file(broken, tmp_path / "c.json")),
+        "--address",
+        cluster.address,
+        "--json",
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    rows = json.loads(done.stdout[done.stdout.index("[") :])
+    by_check = {row["check"]: row for row in rows}
+    assert {
+        "capfilt",
+        "python",
+        "torch",
+        "device",
+        "scratch",
+        "storage",
+        "captioner",
+        "ranker",
+    } <= by_check.keys()
+    assert all(len(row["nodes"]) == 3 for row in rows), "one machine, three nodes: each finding is of all"
+    assert [row["check"] for row in rows if row["state"] == "fail"] == ["ranker"]
+    assert "/nowhere" in by_check["ranker"]["found"] and rows[0]["check"] == "ranker"
+
+
 def test_a_node_dies_while_captioning(
     cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

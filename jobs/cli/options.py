@@ -26,6 +26,16 @@ SetOption = Annotated[
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="At most N lines.", metavar="N")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Show every column and every digest whole.")]
 SourceOption = Annotated[str | None, typer.Option("--source", help="Only this [[source]].", metavar="NAME")]
+AddressOption = Annotated[str, typer.Option("--address", help="Dashboard of the Ray cluster.", metavar="URL")]
+HeaderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header", help="Sent with each request, for a proxy; may be repeated.", metavar="NAME=VALUE"
+    ),
+]
+AllowOpenOption = Annotated[
+    bool, typer.Option("--allow-open", help="Also to a cluster that asks nobody for a token.")
+]
 
 
 def open_manifest(corpus: str) -> "Manifest":

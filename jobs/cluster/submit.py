@@ -28,7 +28,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.stages import STAGES
 
-_COMMANDS = ("run", *STAGES, "pretrain")
+_COMMANDS = ("run", *STAGES, "pretrain", "doctor")
 _AGENT_WAIT_S = 60.0
 
 
@@ -43,7 +43,7 @@ def load_job(config_path: str, overrides: Sequence[str], arguments: Sequence[str
     if arguments[0] == "pretrain":
         return load_config(config_path, overrides, PretrainConfig)
     config = load_config(config_path, overrides, CapfiltConfig)
-    require_pinned_weights(config, STAGES if arguments[0] == "run" else (arguments[0],))
+    require_pinned_weights(config, STAGES if arguments[0] in ("run", "doctor") else (arguments[0],))
     return config
 
 

@@ -7,18 +7,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.cli.groups import BUILD
-from jobs.cli.options import JsonOption, SetOption, WideOption
+from jobs.cli.options import AddressOption, AllowOpenOption, HeaderOption, JsonOption, SetOption, WideOption
 from jobs.output.render import print_json, print_table
 from schemas.stages import STAGES
 
 cluster = typer.Typer()
-_Address = Annotated[str, typer.Option("--address", help="Dashboard of the Ray cluster.", metavar="URL")]
-_Headers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--header", help="Sent with each request, for a proxy; may be repeated.", metavar="NAME=VALUE"
-    ),
-]
 _Job = Annotated[str, typer.Argument(help="As `capfilt jobs` lists it.", metavar="JOB", show_default=False)]
 
 
@@ -30,14 +23,12 @@ def submit(
     ],
     config: Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")],
     set_: SetOption = None,
-    address: _Address = "",
-    header: _Headers = None,
+    address: AddressOption = "",
+    header: HeaderOption = None,
     follow: Annotated[
         bool, typer.Option("--follow/--no-follow", help="Show the job's log and exit with its code.")
     ] = True,
-    allow_open: Annotated[
-        bool, typer.Option("--allow-open", help="Also to a cluster that asks nobody for a token.")
-    ] = False,
+    allow_open: AllowOpenOption = False,
     print_: Annotated[
         Literal["job", "rayjob"] | None,
         typer.Option("--print", help="Only print it: for the Jobs API (JSON), or for KubeRay (YAML)."),
@@ -81,7 +72,10 @@ def _job(config: Any, arguments: list[str]) -> str:
 
 @cluster.command(rich_help_panel=BUILD)
 def jobs(
-    address: _Address = "", header: _Headers = None, wide: WideOption = False, json_: JsonOption = False
+    address: AddressOption = "",
+    header: HeaderOption = None,
+    wide: WideOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """List the jobs of a Ray cluster, the latest first."""
     from jobs.cluster.jobs_api import jobs_client, list_jobs
@@ -93,8 +87,8 @@ def jobs(
 @cluster.command(rich_help_panel=BUILD)
 def logs(
     job: _Job,
-    address: _Address = "",
-    header: _Headers = None,
+    address: AddressOption = "",
+    header: HeaderOption = None,
     follow: Annotated[bool, typer.Option("--follow", help="Until it ends; exit with its code.")] = False,
 ) -> None:
     """Print the log of a submitted job."""
@@ -104,7 +98,7 @@ def logs(
 
 
 @cluster.command(rich_help_panel=BUILD)
-def stop(job: _Job, address: _Address = "", header: _Headers = None) -> None:
+def stop(job: _Job, address: AddressOption = "", header: HeaderOption = None) -> None:
     """Stop a submitted job in order; the same command goes on later."""
     from jobs.cluster.jobs_api import jobs_client, stop_job
 

@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.cli.groups import KEEP
-from jobs.cli.options import CorpusArgument, JsonOption, WideOption, open_manifest
+from jobs.cli.options import (
+    AddressOption,
+    AllowOpenOption,
+    CorpusArgument,
+    HeaderOption,
+    JsonOption,
+    WideOption,
+    open_manifest,
+)
 from jobs.environment import program_name
 from jobs.output.render import print_facts, print_json, print_table, printable_lines
 from jobs.output.values import readable_bytes
@@ -120,9 +128,22 @@ def doctor(
     config: Annotated[
         str | None, typer.Option("-c", "--config", help="Check what this config needs.", metavar="FILE")
     ] = None,
+    address: AddressOption = "",
+    header: HeaderOption = None,
+    allow_open: AllowOpenOption = False,
+    nodes: Annotated[
+        bool, typer.Option("--nodes", help="Each node of the Ray cluster that this machine is part of.")
+    ] = False,
+    wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Check machine, libraries, storage and weights. What stops the next command comes first; exit 2 if it fails."""
+    """Check machine, libraries, storage and weights. What stops the next command comes first; exit 2 if it fails.
+
+    With --address, or --nodes on a machine of the cluster, each of its nodes.
+    """
+    if address or nodes:
+        rows = ["--json"] if json_ else ["--wide"] if wide else []
+        return _doctor_of_nodes(config, address, header or [], allow_open, rows)
     from jobs.doctor import run_checks
 
     loaded = None
@@ -142,4 +163,41 @@ def doctor(
     for check in checks:
         fix = f"\n      {check.mend}" if check.mend else ""
         print(printable_lines(f"{check.state:<5} {check.name:<15} {check.found}{fix}"))
+    raise typer.Exit(2 if failed else 0)
+
+
+def _doctor_of_nodes(
+    config: str | None, address: str, headers: list[str], allow_open: bool, options: list[str]
+) -> None:
+    """Check the nodes of a cluster: with an address as a job there, else from this machine."""
+    if config is None:
+        raise CapfiltError("doctor: the nodes are checked for a config: give -c FILE")
+    if address:
+        from jobs.cluster.submit import load_job, submit_job
+
+        arguments = ["doctor", "--nodes", *options]
+        raise typer.Exit(
+            submit_job(
+                load_job(config, [], arguments),
+                arguments,
+                address=address,
+                headers=headers,
+                allow_open=allow_open,
+                follow=True,
+            )
+        )
+    from jobs.cluster.node_checks import check_nodes, names_of
+    from pipeline.config import load_config
+
+    rows = check_nodes(load_config(config))
+    failed = sum(row["state"] == "fail" for row in rows)
+    if "--json" in options:
+        print_json(rows)
+    else:
+        number = len({node for row in rows for node in row["nodes"]})
+        shown = [row | {"nodes": names_of(row["nodes"], number)} for row in rows]
+        print_table(shown, ["state", "check", "found", "nodes"], wide="--wide" in options)
+        for row in shown:
+            if row["mend"]:
+                print(printable_lines(f"{row['check']}: {row['mend']}"))
     raise typer.Exit(2 if failed else 0)
