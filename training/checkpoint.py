@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,6 +38,7 @@ from schemas.errors import CapfiltError, first_line
 from schemas.json_record import Count, FileName, Json, first_error, utc_now
 from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord, ModelRecord
+from training.distributed import World
 from training.lease import Lease
 
 _PROGRESS = "training.json"
@@ -73,6 +74,28 @@ class State:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the state with these ``tensors``. Raises KeyError where one is of no part of it."""
+        parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _AUXILIARY: {}}
+        for name, tensor in tensors.items():
+            part, dot, rest = name.partition(".")
+            parts[part + dot][rest] = tensor
+        return cls(
+            progress=progress,
+            model=parts[_MODEL],
+            optimizer=parts[_OPTIMIZER],
+            auxiliary=parts[_AUXILIARY],
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors, each by its name behind that of its part."""
+        parts = {_MODEL: self.model, _OPTIMIZER: self.optimizer, _AUXILIARY: self.auxiliary}
+        return {
+            f"{part}{name}": tensor for part, of_part in parts.items() for name, tensor in of_part.items()
+        }
 
 
 class Checkpoints(SavedCheckpoints):
@@ -242,6 +265,19 @@ def kept_paths(
     return {record.path for record in kept}
 
 
+def read_on_ranks(checkpoints: Checkpoints, record: CheckpointRecord | None, world: World) -> State | None:
+    """Return a checkpoint's state on the CPU of every rank; rank 0 alone reads it. None where there is no record.
+
+    Raises DamagedCheckpointError on rank 0, CapfiltError on the others.
+    """
+    if record is None or world.size == 1:
+        return checkpoints.read(record) if record else None
+    state = world.all_or_raise(lambda: checkpoints.read(record) if world.rank == 0 else None)
+    progress = world.broadcast_object(lambda: state.progress if state else None)
+    of_first = world.broadcast_tensors(state.tensors if state else {})
+    return State.of(progress, {name: tensor.cpu() for name, tensor in of_first})
+
+
 def read_model(path: str) -> tuple[CheckpointRecord, State]:
     """Return a checkpoint by its record's path (``.../step-00001000.<attempt>.json``), its folder's or its run's.
 
@@ -263,12 +299,9 @@ def recorded_config(values: Any, where: str) -> PretrainConfig:
 
 def _copied_tensors(state: State) -> dict[str, Tensor]:
     """Return every tensor of a state, copied to the CPU: training continues while these are written."""
-    tensors = {f"{_MODEL}{name}": tensor for name, tensor in state.model.items()}
-    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in state.optimizer.items()}
-    tensors |= {f"{_AUXILIARY}{name}": tensor for name, tensor in state.auxiliary.items()}
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        for name, tensor in state.tensors.items()
     }
 
 
@@ -282,27 +315,20 @@ def _write_state(tensors: Mapping[str, Tensor], progress: TrainingProgress, fold
 
 def _read_state(folder: Path, record: CheckpointRecord) -> State:
     """Read the files that the record names, and no other."""
-    parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _AUXILIARY: {}}
+    tensors: dict[str, Tensor] = {}
     if _PROGRESS not in record.sha256:
         raise ValueError(f"its record has no {_PROGRESS}")
     for name in sorted(record.sha256):
         if not name.endswith(".safetensors"):
             continue
         with safe_open(folder / name, framework="pt") as file:
-            for tensor in file.keys():  # noqa: SIM118 (not a mapping)
-                part, dot, name = tensor.partition(".")
-                # A copy: the tensor itself is memory mapped from the file, which may be deleted before it.
-                parts[part + dot][name] = file.get_tensor(tensor).clone()
+            # A copy: the tensor itself is memory mapped from the file, which may be deleted before it.
+            tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a mapping)
     try:
         progress = TrainingProgress.from_json((folder / _PROGRESS).read_bytes())
     except ValueError as error:
         raise ValueError(f"{_PROGRESS}: {error}") from error
-    return State(
-        progress=progress,
-        model=parts[_MODEL],
-        optimizer=parts[_OPTIMIZER],
-        auxiliary=parts[_AUXILIARY],
-    )
+    return State.of(progress, tensors)
 
 
 def _os_error(error: BaseException) -> BaseException:

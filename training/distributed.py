@@ -5,7 +5,7 @@ Every rank calls the methods of ``World``, in the same order. None of them carri
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -177,6 +177,22 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield rank 0's tensors with their names, one after the other on this rank's device.
+
+        Args:
+            tensors: rank 0's, which is emptied; what the others give is not looked at.
+        """
+        kinds = self.broadcast_object(
+            lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        )
+        for name, (shape, dtype) in kinds.items():
+            if self.rank == 0:
+                tensor = tensors.pop(name).to(self.device)
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            yield name, self.broadcast(tensor)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks."""
         total = tensor.detach().clone()
@@ -195,21 +211,22 @@ class World:
         """Replace tensors, of one dtype, by their sums over the ranks: a few large messages for many tensors."""
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
+        tensors = list(tensors)
+        for bucket in buckets(tensors, [tensor.numel() for tensor in tensors], _BUCKET_ELEMENTS):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    elements = 0
-    for tensor in tensors:
-        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(tensor)
-        elements += tensor.numel()
-    if bucket:
-        yield bucket
+def buckets(items: Sequence[T], sizes: Sequence[int], most: int) -> list[list[T]]:
+    """Divide items, in their order, into lists of at most a total size each; an item that is larger is alone."""
+    divided: list[list[T]] = []
+    total = most
+    for item, size in zip(items, sizes, strict=True):
+        if total + size > most or not divided:
+            divided.append([])
+            total = 0
+        divided[-1].append(item)
+        total += size
+    return divided

@@ -1,7 +1,6 @@
 """Builds a stage of BLIP-2 from its config: with its frozen models on a device, or without any weights."""
 
 import torch
-from torch.distributed.fsdp import fully_shard
 
 from pipeline.models.device import compute_dtype
 from pipeline.rng import seed_for
@@ -10,7 +9,8 @@ from schemas.pretrain import PretrainConfig
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.distributed import World
-from training.models.language import DecoderOnly, EncoderDecoder, empty_language, load_language
+from training.models.language import empty_language
+from training.models.language_on_ranks import load_on_ranks
 from training.models.pretrained import tokenizer_folder
 from training.models.tokenizer import CaptionTokenizer
 from training.models.vision import empty_vision, load_vision
@@ -25,7 +25,8 @@ def build_blip2(config: PretrainConfig, world: World, device: torch.device) -> S
         CapfiltError: weights are missing, or do not fit the config.
     """
     dtype = compute_dtype(config.performance.precision, device)
-    vision = load_vision(config.vision, config.data.image_size_px, dtype)
+    # A rank that cannot read it must not leave the others in a later collective.
+    vision = world.all_or_raise(lambda: load_vision(config.vision, config.data.image_size_px, dtype))
     torch.manual_seed(seed_for("weights", config.run.seed))
     if config.language is None:
         folder = tokenizer_folder(config.qformer.tokenizer, "main", "qformer.tokenizer")
@@ -33,9 +34,10 @@ def build_blip2(config: PretrainConfig, world: World, device: torch.device) -> S
             config, vision, CaptionTokenizer(folder, config.qformer), world, dtype
         )
     else:
-        stage = Stage2(config, vision, load_language(config.language), world, dtype)
-    if config.language is not None and config.performance.shard_language and world.size > 1:
-        shard_language(stage.language)
+        language = load_on_ranks(
+            config.language, world, device, shard=config.performance.shard_language and world.size > 1
+        )
+        stage = Stage2(config, vision, language, world, dtype)
     return stage.to(device)
 
 
@@ -57,18 +59,3 @@ def empty_blip2(config: PretrainConfig, world: World, device: torch.device) -> S
         if language is None:
             return Stage1(config, vision, None, world, dtype)
         return Stage2(config, vision, language, world, dtype)
-
-
-def shard_language(language: DecoderOnly | EncoderDecoder) -> None:
-    """Shard a frozen language model's blocks over all ranks (FSDP2); each is gathered while it computes.
-
-    Embeddings and output head are used outside the blocks' own calls, so what is not in a block is not sharded.
-    """
-    blocks = language.blocks
-    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
-    for block in blocks:
-        fully_shard(block)
-    for root in language.roots:
-        whole = {parameter for parameter in root.parameters() if parameter not in in_blocks}
-        fully_shard(root, ignored_params=whole)
-    language.is_sharded = True

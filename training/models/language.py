@@ -296,8 +296,22 @@ def load_language(config: LanguageConfig) -> DecoderOnly | EncoderDecoder:
     _require_family(config, config_file(config.model, config.revision, where).get("model_type"))
     folder = model_folder(config.model, config.revision, where)
     model = load_model(family.model_class, folder, where, dtype=DTYPES[config.precision])
-    tokenizer = load_tokenizer(tokenizer_folder(config.model, config.revision, where), where)
-    return family(config, model, tokenizer)
+    return family(config, model, language_tokenizer(config))
+
+
+def language_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the language model that ``[language]`` names; raises CapfiltError as ``load_language``."""
+    where = "language.model"
+    return load_tokenizer(tokenizer_folder(config.model, config.revision, where), where)
+
+
+def language_without_data(
+    config: LanguageConfig, shape: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> DecoderOnly | EncoderDecoder:
+    """Build a language model of a shape on ``meta``; torch's generators stay as they are."""
+    family = _FAMILIES[config.family]
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return family(config, family.model_class(shape), tokenizer)
 
 
 def empty_language(config: LanguageConfig, device: torch.device | str) -> DecoderOnly | EncoderDecoder:

@@ -16,7 +16,7 @@ from schemas.pretrain import PretrainConfig
 from schemas.records import CheckpointRecord, RunRecord, SnapshotRecord
 from training.blip2.stage2 import Stage2
 from training.build import build_stage
-from training.checkpoint import Checkpoints, State, recorded_config
+from training.checkpoint import Checkpoints, State, read_on_ranks, recorded_config
 from training.data.held_out import held_out_samples
 from training.data.loader import Batch, TrainingData
 from training.data.snapshot import Snapshot, parse_snapshot, snapshot_file, take_snapshot
@@ -96,7 +96,7 @@ def _prepare(
     """Return the loop ready to run, the snapshot it trains on, and its batches; write nothing."""
     checkpoints = Checkpoints(run_folder(config))
     newest = world.broadcast_object(lambda: checkpoints.newest_good(log))
-    state = checkpoints.read(newest) if newest else None
+    state = read_on_ranks(checkpoints, newest, world)
     # Read by rank 0 alone: shards may be added while the ranks start.
     snapshot = world.broadcast_object(lambda: _snapshot(config, checkpoints.storage, state))
     config = fill_preset(config, snapshot.num_images)
@@ -107,7 +107,7 @@ def _prepare(
         initial = world.all_or_raise(lambda: read_initial_weights(config) if world.rank == 0 else [])
         models = world.broadcast_object(lambda: base_models(config, initial))
     consumed = state.progress.samples if state else 0
-    data = TrainingData(config, snapshot, world.rank, world.size, consumed)
+    data = world.all_or_raise(lambda: TrainingData(config, snapshot, world.rank, world.size, consumed))
     stage = build_stage(config, world, world.device)
     loop = Loop(
         config=config,
