@@ -234,6 +234,10 @@ class PerformanceConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = tuning("auto", description="auto: bf16 on a GPU, else fp32")
     micro_batch_size: int = tuning(0, ge=0, description="images at once on one rank; 0: all of its share")
     compile: bool = tuning(True, description="torch.compile the blocks, on CUDA")
+    gradient_sum: Literal["after", "overlapped", "overlapped-bf16"] = tuning(
+        "after",
+        description="over the ranks: after the backward passes, or during the last ones; bf16: rounded to it",
+    )
     shard_language: bool = tuning(False, description="FSDP2 for the frozen language model, over all ranks")
 
 

@@ -35,13 +35,16 @@ class SmallStage(PartlyTrained):
     def training_step(self, batch: Batch, micro_batch_size: int) -> dict[str, Tensor]:
         torch.manual_seed(batch.position)
         total = torch.zeros(())
-        for pixels in batch.pixels_BCHW.split(micro_batch_size):
+        parts = batch.pixels_BCHW.split(micro_batch_size)
+        for number, pixels in enumerate(parts, 1):
             features = pixels.flatten(1).float() / 255
             hidden = nn.functional.dropout(self.layer(features).relu(), 0.2, self.training)
             loss = ((self.head(hidden)[:, 0] - features.sum(1)) ** 2 + self.temp**2).sum()
             if batch.position // BATCH_SIZE in self.explode_at:
                 loss = loss * float("nan")
             loss = loss / len(batch.uids)
+            if number == len(parts):
+                self.begin_last_passes()
             (loss / self.world_size).backward()
             total += loss.detach()
         return {"loss": total, "temperature": self.temp.detach().clone()}

@@ -1,4 +1,4 @@
-"""Of several ranks the first one alone reads language model, initial weights and checkpoint; the others have no files."""
+"""Of several ranks the first alone reads language model, initial weights and checkpoint; the others have no files."""
 
 import shutil
 from pathlib import Path

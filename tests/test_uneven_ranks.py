@@ -25,7 +25,7 @@ TRAININGS = [path for path in RECIPES if "\n[run]\n" in path.read_text()]
 Step = tuple[dict[str, float], dict[str, Tensor]]
 
 
-def _stage(method: str, world: World, folder: Path) -> tuple[nn.Module, Any, int]:
+def stage_of(method: str, world: World, folder: Path) -> tuple[nn.Module, Any, int]:
     """Return a model in float64, what gives some rows of its batch, and the batch's size."""
     if method == "stage 1":
         config = test_stage1.exact_config(folder)
@@ -60,7 +60,7 @@ def steps(world: World, folder: Path) -> dict[str, Step]:
     """Do a step of each training, in micro-batches of two images; return losses and the summed gradients."""
     results = {}
     for method in METHODS:
-        stage, batch, size = _stage(method, world, folder)
+        stage, batch, size = stage_of(method, world, folder)
         losses = stage.training_step(batch(rank_rows(size, world.rank, world.size)), 2)
         gradients = {name: parameter.grad for name, parameter in stage.trainable_named_parameters()}
         world.all_reduce_sum_(gradients.values())

@@ -274,6 +274,7 @@ def read_on_ranks(checkpoints: Checkpoints, record: CheckpointRecord | None, wor
         return checkpoints.read(record) if record else None
     state = world.all_or_raise(lambda: checkpoints.read(record) if world.rank == 0 else None)
     progress = world.broadcast_object(lambda: state.progress if state else None)
+    assert progress is not None, "rank 0 has read it"
     of_first = world.broadcast_tensors(state.tensors if state else {})
     return State.of(progress, {name: tensor.cpu() for name, tensor in of_first})
 

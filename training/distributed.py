@@ -212,21 +212,21 @@ class World:
         if self.size == 1:
             return
         tensors = list(tensors)
-        for bucket in buckets(tensors, [tensor.numel() for tensor in tensors], _BUCKET_ELEMENTS):
+        for bucket in divided(tensors, [tensor.numel() for tensor in tensors], _BUCKET_ELEMENTS):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
 
-def buckets(items: Sequence[T], sizes: Sequence[int], most: int) -> list[list[T]]:
+def divided(items: Sequence[T], sizes: Sequence[int], most: int) -> list[list[T]]:
     """Divide items, in their order, into lists of at most a total size each; an item that is larger is alone."""
-    divided: list[list[T]] = []
+    buckets: list[list[T]] = []
     total = most
     for item, size in zip(items, sizes, strict=True):
-        if total + size > most or not divided:
-            divided.append([])
+        if total + size > most or not buckets:
+            buckets.append([])
             total = 0
-        divided[-1].append(item)
+        buckets[-1].append(item)
         total += size
-    return divided
+    return buckets

@@ -149,7 +149,7 @@ class BlipStage(Med):
         losses: dict[str, Tensor] = {}
         for part, encoded in zip(parts, kept, strict=True):
             for name, value in self._backward(
-                part, encoded or self.encode(part), global_batch, num_tokens
+                part, encoded or self.encode(part), global_batch, num_tokens, is_last=part is parts[-1]
             ).items():
                 losses[name] = losses.get(name, 0.0) + value
         if global_batch is not None:
@@ -217,7 +217,12 @@ class BlipStage(Med):
     # -- gradients -----------------------------------------------------------------------------------------------
 
     def _backward(
-        self, part: MicroBatch, encoded: Encoded, global_batch: GlobalBatch | None, num_tokens: Tensor
+        self,
+        part: MicroBatch,
+        encoded: Encoded,
+        global_batch: GlobalBatch | None,
+        num_tokens: Tensor,
+        is_last: bool,
     ) -> dict[str, Tensor]:
         """Send a micro-batch's part of each loss backward; return the parts, detached."""
         losses: dict[str, Tensor] = {}
@@ -226,8 +231,11 @@ class BlipStage(Med):
         for_decoder = for_encoder if projected[1] is projected[0] else leaves_of(projected[1])
         if global_batch is not None:
             losses |= self._itc(part, encoded, global_batch)
-            losses |= self._itm(part, for_encoder, global_batch.negatives)
+            is_last_itm = is_last and not self.decodes_text
+            losses |= self._itm(part, for_encoder, global_batch.negatives, is_last_itm)
         if self.decodes_text:
+            if is_last:
+                self.begin_last_passes()
             losses |= self._lm(part, for_decoder, num_tokens)
         # The summed gradients of keys and values go on to their projections, and from there to the image encoder.
         send_to_projection(projected[0], for_encoder)
@@ -257,14 +265,19 @@ class BlipStage(Med):
         (self.config.objective.itc * loss).backward()
         return {"itc": loss.detach()}
 
-    def _itm(self, part: MicroBatch, image: list[KeyValue | None], negatives: Negatives) -> dict[str, Tensor]:
+    def _itm(
+        self, part: MicroBatch, image: list[KeyValue | None], negatives: Negatives, is_last: bool
+    ) -> dict[str, Tensor]:
         """Compute ITM of the pairs whose image the micro-batch holds: the mean over the step's 3 N pairs."""
         num_pairs = 3 * len(negatives.image_of_text_N)
         itm = accuracy = torch.zeros_like(self.temp.detach())
-        for pairs in itm_pairs(part, negatives):
+        all_pairs = list(itm_pairs(part, negatives))
+        for pairs in all_pairs:
             of_pairs = image if pairs.rows_R is None else select_images(image, pairs.rows_R)
             logits_R12 = self.match(of_pairs, pairs.texts)[:, None]
             loss, num_correct = matching_loss(logits_R12, pairs.labels_R, pairs.weights_R)
+            if is_last and pairs is all_pairs[-1]:
+                self.begin_last_passes()
             (self.config.objective.itm * loss / num_pairs).backward()
             itm, accuracy = itm + loss.detach() / num_pairs, accuracy + num_correct / num_pairs
         return {"itm": itm, "itm_accuracy": accuracy}

@@ -178,7 +178,12 @@ class Stage1(QFormerStage):
                 ]
         global_batch = self.global_batch(embeddings, texts, keys, position, counts)
         parts = [
-            self._backward(micro_batch, encoded or self.encode(micro_batch), global_batch)
+            self._backward(
+                micro_batch,
+                encoded or self.encode(micro_batch),
+                global_batch,
+                is_last=micro_batch is micro_batches[-1],
+            )
             for micro_batch, encoded in zip(micro_batches, kept, strict=True)
         ]
         itc, itm, itg, itm_accuracy = self.world.sum(torch.stack(parts).sum(dim=0))
@@ -252,7 +257,9 @@ class Stage1(QFormerStage):
             num_tokens=all_texts.mask_BL[:, 1:].sum(),
         )
 
-    def _backward(self, micro_batch: MicroBatch, encoded: Encoded, global_batch: GlobalBatch) -> Tensor:
+    def _backward(
+        self, micro_batch: MicroBatch, encoded: Encoded, global_batch: GlobalBatch, is_last: bool
+    ) -> Tensor:
         """Send a micro-batch's part of each loss backward; return the parts of ITC, ITM, ITG and ITM's accuracy.
 
         Its part of ITM are the pairs whose image it holds: so tokens travel between ranks, and features do not.
@@ -279,10 +286,13 @@ class Stage1(QFormerStage):
 
         # ITM: the mean over 3 N pairs: each image with its own text, each image and each text with a negative.
         itm = accuracy = torch.zeros_like(itc)
-        for pairs in itm_pairs(micro_batch, global_batch.negatives):
+        all_pairs = list(itm_pairs(micro_batch, global_batch.negatives))
+        for pairs in all_pairs:
             image = encoded.image if pairs.rows_R is None else select_images(encoded.image, pairs.rows_R)
             loss, num_correct = matching_loss(self.match(image, pairs.texts), pairs.labels_R, pairs.weights_R)
             loss = loss / (3 * global_batch.size)
+            if is_last and pairs is all_pairs[-1]:
+                self.begin_last_passes()
             (objective.itm * loss).backward()
             itm, accuracy = itm + loss.detach(), accuracy + num_correct / (3 * global_batch.size)
 

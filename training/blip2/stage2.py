@@ -100,6 +100,8 @@ class Stage2(QFormerStage):
             leaf_BQW = prompt_BQW.detach().requires_grad_()
             loss = self.language.loss(leaf_BQW.to(self.language.dtype), target)
             loss.backward()
+            if index == len(targets) - 1:
+                self.begin_last_passes()
             prompt_BQW.backward(leaf_BQW.grad / num_tokens)
             total += loss.detach() / num_tokens
         return {"loss": self.world.sum(total)}

@@ -1,7 +1,7 @@
 """What a training loop trains: a model of frozen and trained parts, whose trained parameters a checkpoint contains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,16 @@ class PartlyTrained(nn.Module, ABC):
     the state of a generator.
     """
 
+    # Called by ``training_step`` before the last backward passes, those that are the same in each step: a sum of the
+    # gradients over the ranks may begin.
+    begin_last_passes: Callable[[], None] = staticmethod(lambda: None)
+
     @abstractmethod
     def training_step(self, batch: Any, micro_batch_size: int) -> dict[str, Tensor]:
         """Add to ``.grad`` what this rank has of the gradient of the step's mean loss; set torch's generators.
 
-        ``batch`` is a ``training.data.loader.Batch``. The sum over the ranks is the gradient.
+        ``batch`` is a ``training.data.loader.Batch``. The sum over the ranks is the gradient. Calls
+        ``begin_last_passes`` once.
 
         Returns:
             The losses of the whole step, detached, the same on every rank.

@@ -21,11 +21,11 @@ from training.data.loader import Batch
 from training.distributed import World
 from training.lease import LostLeaseError
 from training.models.parameters import PartlyTrained
+from training.trainer.gradient_sum import make_gradient_sum
 from training.trainer.metrics import Sink, Throughput
 from training.trainer.optim import (
     Schedule,
     clip_gradients,
-    gradients_of,
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
@@ -73,6 +73,10 @@ class Loop:
         self.parameters = list(self.stage.trainable_named_parameters())
         self.optimizer = make_optimizer(self.parameters, self.config.optim)
         self.schedule = Schedule.of(self.config.optim)
+        self.gradient_sum = make_gradient_sum(
+            self.config.performance.gradient_sum, self.world, self.parameters
+        )
+        self.stage.begin_last_passes = self.gradient_sum.begin_last_passes
         self.step = 0
         self.skipped = SkippedSteps(self.checkpoints.storage)
         self.last_lease = 0
@@ -197,9 +201,8 @@ class Loop:
         lr = self.schedule.lr(self.step)
         set_lr(self.optimizer, lr)
         losses = self.stage.training_step(batch, self.config.performance.micro_batch_size or len(batch.uids))
-        gradients = gradients_of(self.parameters)
         # Each rank holds its part of the global batch's gradient: their sum is the gradient of the mean loss.
-        self.world.all_reduce_sum_(gradients)
+        gradients = self.gradient_sum.finish()
         # The norm before clipping, over all parameters: sqrt(sum of g^2).
         norm = clip_gradients(gradients, self.config.optim.clip_norm)
         values, asked = self._agree({**losses, "gradient_norm": norm})
