@@ -6,7 +6,7 @@ It is noted in the manifests from start to end.
 import os
 
 from jobs.interrupts import Interrupts
-from jobs.ranks.launched_rank import LaunchedRank
+from jobs.ranks.launched_rank import LaunchedRank, is_first_rank
 from jobs.ranks.launcher import train_here
 from jobs.ranks.rank_outcome import RankOutcome
 from jobs.run_record import begin_run
@@ -25,12 +25,6 @@ class TrainingFailedError(Exception):
 
 class TrainingInterruptedError(TrainingFailedError):
     """Report a training that a signal ended before it could make a checkpoint."""
-
-
-def is_first_rank() -> bool:
-    """Return whether this process speaks for the run: it is not one of the later ranks of torchrun or srun."""
-    launched = LaunchedRank.of(os.environ)
-    return launched is None or launched.rank == 0
 
 
 def pretrain(config: PretrainConfig, interrupts: Interrupts | None = None) -> Summary:

@@ -145,6 +145,14 @@ class World:
         dist.destroy_process_group(group)
         return values
 
+    def part(self, count: int) -> slice:
+        """Return which of ``count`` items are this rank's, none where they are too few; parts follow each other."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather_parts(self, part: Sequence[T]) -> list[T]:
+        """Return the items of all ranks, in order of rank."""
+        return [item for items in self.gather_objects(part) for item in items]
+
     def gather_counts(self, count: int) -> list[int]:
         """Return a number of each rank, in order: over the CPU, so that no device is waited for."""
         if self.size == 1:

@@ -4,6 +4,7 @@ torchrun and its like set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_P
 which the same five are made.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class LaunchedRank:
         if self.master is not None:
             variables["MASTER_ADDR"], variables["MASTER_PORT"] = self.master
         return variables
+
+
+def is_first_rank() -> bool:
+    """Return whether this process speaks for all ranks: it is not one of the later ones of torchrun or srun."""
+    launched = LaunchedRank.of(os.environ)
+    return launched is None or launched.rank == 0
 
 
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:

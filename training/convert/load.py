@@ -53,8 +53,9 @@ def load_trained(
             raise CapfiltError(f"{path} has no config; name its recipe with -c, as blip2-stage1-vitg.toml")
         config = recorded_config(values, path)
         config_hint = f" (from the config that came with {path}; -c RECIPE replaces it)"
-    # Not compiled: an evaluation has many shapes, and compiling each takes longer than it saves.
-    changes = {"compile": False, "precision": precision}
+    # Not compiled: an evaluation has many shapes, and compiling each takes longer than it saves. Not sharded: each rank
+    # then generates by itself.
+    changes = {"compile": False, "precision": precision, "shard_language": False}
     config = config.model_copy(update={"performance": config.performance.model_copy(update=changes)})
     try:
         if external is None or external.kind == "capfilt":

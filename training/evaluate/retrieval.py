@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.models.checks import require_finite
 from training.blip2.stage1 import Stage1
 from training.data.transforms import blip_caption
+from training.distributed import World
 from training.losses import similarity
 from training.models.layers import KeyValue, select_images
 from training.models.tokenizer import Texts
@@ -152,6 +153,7 @@ def retrieve(
     texts: Sequence[str],
     image_of_text: Sequence[int],
     rerank: int = 128,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Return recall at 1, 5 and 10 in per cent, of texts by image (``text_r1``) and of images by text (``image_r1``).
 
@@ -159,16 +161,20 @@ def retrieve(
 
     Args:
         model: what scores.
-        images: begins a pass over the images, in batches.
+        images: begins a pass over this rank's images (``World.part``), in batches.
         texts: the captions.
         image_of_text: position of the image that a text belongs to.
         rerank: candidates of each list that ITM reranks; 0: none, the lists stay as ITC gave them.
+        world: the ranks; without one, this process has all images.
     """
+    world = world or World()
     owner_M = torch.tensor(image_of_text)
     num_images = int(owner_M.max()) + 1
     candidates = max(rerank, max(_RECALL_AT))
     tokenized = model.tokenize(texts)
-    to_texts, to_images = contrastive_lists(model, images, tokenized, candidates)
+    first = world.part(num_images).start
+    of_rank = contrastive_lists(model, images, tokenized, candidates, first=first)
+    to_texts, to_images = _of_all_ranks(*of_rank, candidates, world)
 
     def recalls(to_texts: Lists, to_images: Lists) -> dict[str, float]:
         text_hits = owner_M[to_texts.positions] == torch.arange(num_images)[:, None]
@@ -179,7 +185,9 @@ def retrieve(
     by_itc = recalls(to_texts, to_images)
     if not rerank:
         return by_itc
-    reranked = _rerank(model, images, tokenized, to_texts.first(rerank), to_images.first(rerank))
+    reranked = _rerank(
+        model, images, tokenized, to_texts.first(rerank), to_images.first(rerank), first, world
+    )
     return recalls(*reranked) | {f"itc_{name}": value for name, value in by_itc.items()}
 
 
@@ -189,19 +197,22 @@ def contrastive_lists(
     texts: TokenizedTexts,
     candidates: int,
     block_elements: int = _BLOCK_ELEMENTS,
+    first: int = 0,
 ) -> tuple[Lists, Lists]:
     """Return the best texts of each image and the best images of each text, by ITC.
 
-    ``block_elements`` similarities are held at once.
+    ``block_elements`` similarities are held at once; ``first`` is the position of the first image.
     """
     texts_MC = model.embed_texts(texts)
     num_texts, device = len(texts_MC), texts_MC.device
-    to_texts: list[Lists] = []
+    # A rank may have no image.
+    none = torch.empty(0, min(candidates, num_texts))
+    to_texts = [Lists(none.to(texts_MC.dtype), none.long())]
     # The best images of each text so far.
     to_images = Lists(
         texts_MC.new_empty(num_texts, 0), torch.empty(num_texts, 0, dtype=torch.long, device=device)
     )
-    start = 0
+    start = first
     for pixels_BCHW in images():
         embeddings_BQC = model.embed_images(pixels_BCHW)
         images_at_once = max(1, block_elements // (num_texts * embeddings_BQC.shape[1]))
@@ -216,6 +227,19 @@ def contrastive_lists(
     return Lists(*map(torch.cat, zip(*to_texts, strict=True))), Lists(*(part.cpu() for part in to_images))
 
 
+def _of_all_ranks(to_texts: Lists, to_images: Lists, candidates: int, world: World) -> tuple[Lists, Lists]:
+    """Join the ranks' lists: each has the texts of its own images, and the best of these for every text."""
+    of_ranks = world.gather_objects((to_texts, to_images))
+    of_texts, of_images = (
+        [Lists(*lists) for lists in of_direction] for of_direction in zip(*of_ranks, strict=True)
+    )
+    similarities, positions = (torch.cat(parts, dim=1) for parts in zip(*of_images, strict=True))
+    # Of equals the earlier image: ranks come in the order of their images.
+    values, columns = _best(similarities, candidates)
+    joined = Lists(*(torch.cat(parts) for parts in zip(*of_texts, strict=True)))
+    return joined, Lists(values, positions.gather(1, columns))
+
+
 def _best(similarity: Tensor, candidates: int) -> Lists:
     """Return the best of each row, best first, the earlier one of equals."""
     values, columns = similarity.sort(dim=1, descending=True, stable=True)
@@ -223,9 +247,15 @@ def _best(similarity: Tensor, candidates: int) -> Lists:
 
 
 def _rerank(
-    model: Stage1Matcher, images: ImageBatches, texts: TokenizedTexts, to_texts: Lists, to_images: Lists
+    model: Stage1Matcher,
+    images: ImageBatches,
+    texts: TokenizedTexts,
+    to_texts: Lists,
+    to_images: Lists,
+    first: int,
+    world: World,
 ) -> tuple[Lists, Lists]:
-    """Sort both directions' candidates by matching logit plus similarity."""
+    """Sort both directions' candidates by matching logit plus similarity; each rank matches its own images' pairs."""
     num_texts = len(texts.lengths_M)
     rows_N = torch.arange(len(to_texts.positions))[:, None]
     rows_M = torch.arange(num_texts)[:, None]
@@ -233,7 +263,7 @@ def _rerank(
     pair_NR = rows_N * num_texts + to_texts.positions
     pair_MR = to_images.positions * num_texts + rows_M
     pair_P = torch.cat([pair_NR.flatten(), pair_MR.flatten()]).unique()
-    logit_P = _match_pairs(model, images, texts, pair_P)
+    logit_P = torch.cat(world.gather_objects(_match_pairs(model, images, texts, pair_P, first)))
 
     def sort(lists: Lists, pair: Tensor) -> Lists:
         # score = ITM logit + cosine similarity
@@ -244,15 +274,17 @@ def _rerank(
     return sort(to_texts, pair_NR), sort(to_images, pair_MR)
 
 
-def _match_pairs(model: Stage1Matcher, images: ImageBatches, texts: TokenizedTexts, pair_P: Tensor) -> Tensor:
-    """Return the matching logit of each pair; ``pair_P`` is sorted."""
+def _match_pairs(
+    model: Stage1Matcher, images: ImageBatches, texts: TokenizedTexts, pair_P: Tensor, first: int
+) -> Tensor:
+    """Return the matching logit of each pair of this rank's images; ``pair_P`` is sorted."""
     num_texts = len(texts.lengths_M)
-    logits: list[Tensor] = []
-    start = 0
+    logits = [torch.empty(0)]
+    start = first
     for pixels_BCHW in images():
         numbers = torch.arange(start, start + len(pixels_BCHW) + 1) * num_texts
         bounds = torch.searchsorted(pair_P, numbers).tolist()
-        rows = [pair_P[first:last] % num_texts for first, last in pairwise(bounds)]
+        rows = [pair_P[begin:end] % num_texts for begin, end in pairwise(bounds)]
         logits += [logits_R2[:, 1].float().cpu() for logits_R2 in model.match(pixels_BCHW, texts, rows)]
         start += len(pixels_BCHW)
     return torch.cat(logits)

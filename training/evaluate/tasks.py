@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from training.blip2.stage2 import Stage2
 from training.build import Blip2Stage
 from training.data.held_out import held_out_samples
 from training.data.snapshot import Snapshot, parse_snapshot, take_snapshot
+from training.distributed import World
 from training.evaluate.annotations import CaptionedImage, QuestionSet
 from training.evaluate.captioning import score_captions
 from training.evaluate.generation import Decoding, Stage1Generator, Stage2Generator
@@ -30,7 +31,8 @@ class Evaluation:
     """A model on the images of a benchmark; each method is one task.
 
     ``images`` is the folder that the annotations' file names begin in; ``dataset`` names the paper's numbers to compare
-    with, where it has them; ``report`` is called with the progress.
+    with, where it has them; ``report`` is called with the progress. On several ranks of a ``world`` each takes its part
+    of the images, and all return the same result; the first one writes predictions.
     """
 
     stage: Blip2Stage
@@ -39,6 +41,7 @@ class Evaluation:
     dataset: str = ""
     batch_size: int = 1
     report: ReportProgress = ignore_progress
+    world: World = field(default_factory=World)
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -60,10 +63,11 @@ class Evaluation:
         self.report("reading the texts", 0, 0)
         metrics = retrieve(
             matcher,
-            lambda: folder.batches(files, self.batch_size, next(passes)),
+            lambda: folder.batches(files[self.world.part(len(files))], self.batch_size, next(passes)),
             texts,
             image_of_text,
             rerank,
+            self.world,
         )
         protocol = {"rerank": rerank, "texts": len(texts), "max_text_tokens": matcher.max_text_tokens}
         return _result(self, "retrieval", len(files), metrics, protocol)
@@ -81,10 +85,11 @@ class Evaluation:
         stage = self.stage
         model = Stage1Generator(stage) if isinstance(stage, Stage1) else Stage2Generator(stage)
         captions: list[str] = []
-        for pixels_BCHW in self._folder.batches([image.file for image in captioned], self.batch_size):
+        files = [image.file for image in captioned[self.world.part(len(captioned))]]
+        for pixels_BCHW in self._folder.batches(files, self.batch_size):
             captions += model.caption(pixels_BCHW, prompt, decoding)
-        ids = (image.id for image in captioned)
-        _write_predictions(predictions, ("image_id", "caption"), zip(ids, captions, strict=True))
+        captions = self.world.gather_parts(captions)
+        self._write(predictions, ("image_id", "caption"), [image.id for image in captioned], captions)
         metrics = score_captions(captioned, captions, java=java)
         tokenizer = "Stanford's PTBTokenizer 3.4.1" if java else "capfilt's port of PTBTokenizer"
         # Of the scores that papers print, SPICE alone is missing: it needs Stanford's parser in Java.
@@ -101,21 +106,31 @@ class Evaluation:
         prompt = prompt or PROMPTS[self.stage.language.name]
         if "{}" not in prompt:
             raise CapfiltError(f"--prompt {prompt!r} has no {{}} for the question")
-        model, questions = Stage2Generator(self.stage), asked.questions
+        model = Stage2Generator(self.stage)
+        questions = asked.questions[self.world.part(len(asked.questions))]
         answers: list[str] = []
         for pixels_BCHW in self._folder.batches([question.file for question in questions], self.batch_size):
             batch = questions[len(answers) : len(answers) + len(pixels_BCHW)]
             prompts = [prompt.replace("{}", clean_question(question.text)) for question in batch]
             answers += map(finish, model.answer(pixels_BCHW, prompts, DECODING))
-        ids = (question.id for question in questions)
-        _write_predictions(predictions, ("question_id", "answer"), zip(ids, answers, strict=True))
+        answers = self.world.gather_parts(answers)
+        self._write(
+            predictions, ("question_id", "answer"), [question.id for question in asked.questions], answers
+        )
         metrics = score_answers(asked, answers)
-        known = sum(bool(question.answers) for question in questions)
+        known = sum(bool(question.answers) for question in asked.questions)
         scored = (
             {"accuracy": "exact match" if asked.kind == "gqa" else "VQA", "scored": known} if known else {}
         )
         protocol = {"prompt": prompt, **asdict(DECODING), "lemmatize": lemmatize, **scored}
         return _result(self, "vqa", len(answers), metrics, protocol)
+
+    def _write(self, path: str, names: tuple[str, str], ids: Sequence[Any], texts: Sequence[str]) -> None:
+        """Write predictions as the benchmarks' servers take them, if ``path`` is given."""
+        if path and self.world.rank == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            predictions = [dict(zip(names, row, strict=True)) for row in zip(ids, texts, strict=True)]
+            Path(path).write_text(json.dumps(predictions, ensure_ascii=False))
 
 
 def evaluate_probe(stage: Blip2Stage, model: str, report: ReportProgress = ignore_progress) -> Result:
@@ -174,11 +189,3 @@ def _result(
         published=published(task, evaluation.dataset),
         seconds=round(time.perf_counter() - evaluation.began, 1),
     )
-
-
-def _write_predictions(path: str, names: tuple[str, str], rows: Iterable[tuple[Any, str]]) -> None:
-    """Write predictions as the benchmarks' servers take them, if ``path`` is given."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        predictions = [dict(zip(names, row, strict=True)) for row in rows]
-        Path(path).write_text(json.dumps(predictions, ensure_ascii=False))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from schemas.errors import CapfiltError
 
 if TYPE_CHECKING:
     from schemas.pretrain import PretrainConfig
+    from training.distributed import World
     from training.evaluate.annotations import CaptionedImage
     from training.evaluate.published import Result
     from training.evaluate.tasks import Evaluation
@@ -177,7 +179,7 @@ def probe_(
     recipe = _recipe(config, set_)
     from training.evaluate.tasks import evaluate_probe
 
-    with _loaded(model, recipe, json_) as (stage, report):
+    with _loaded(model, recipe, json_) as (stage, report, _):
         result = evaluate_probe(stage, model, report)
     _show(result, model, json_)
 
@@ -247,15 +249,28 @@ def _recipe(config: str, overrides: list[str] | None) -> Any:
 
 
 @contextlib.contextmanager
-def _loaded(model: str, recipe: Any, as_json: bool) -> Iterator[tuple[Any, EvaluationProgress]]:
-    """Load a model and yield it with its progress; quiet where a program reads the answer and nobody watches."""
-    with EvaluationProgress(quiet=as_json and not sys.stderr.isatty()) as report:
+def _loaded(model: str, recipe: Any, as_json: bool) -> "Iterator[tuple[Any, EvaluationProgress, World]]":
+    """Load a model and yield it with its progress and the ranks that torchrun or srun has started.
+
+    Quiet where a program reads the answer and nobody watches.
+    """
+    from jobs.ranks.launched_rank import LaunchedRank
+
+    launched = LaunchedRank.of(os.environ)
+    is_later_rank = launched is not None and launched.rank > 0
+    with EvaluationProgress(quiet=is_later_rank or (as_json and not sys.stderr.isatty())) as report:
         report(f"loading {model}")
-        import torch
-
+        from jobs.ranks.rank import device_of
         from training.convert.load import load_blip2
+        from training.distributed import World
 
-        yield load_blip2(model, recipe, "cuda" if torch.cuda.is_available() else "cpu"), report
+        if launched is not None:
+            os.environ |= launched.variables()
+        world = World.join(device_of(launched.local if launched else 0))
+        try:
+            yield load_blip2(model, recipe, world.device), report, world
+        finally:
+            world.close()
 
 
 @contextlib.contextmanager
@@ -263,10 +278,10 @@ def _evaluation(
     model: str, recipe: Any, as_json: bool, images: str, dataset: str, batch_size: int
 ) -> "Iterator[Evaluation]":
     """Load a model and yield its evaluation, under a line of progress."""
-    with _loaded(model, recipe, as_json) as (stage, report):
+    with _loaded(model, recipe, as_json) as (stage, report, world):
         from training.evaluate.tasks import Evaluation
 
-        yield Evaluation(stage, images, dataset=dataset, batch_size=batch_size, report=report)
+        yield Evaluation(stage, images, dataset=dataset, batch_size=batch_size, report=report, world=world)
 
 
 def _captioned(annotations: str, split: str, images: str) -> "list[CaptionedImage]":
@@ -287,6 +302,10 @@ def _require_pictures(images: str, files: Sequence[str]) -> None:
 
 
 def _show(result: "Result", model: str, as_json: bool) -> None:
+    from jobs.ranks.launched_rank import is_first_rank
+
+    if not is_first_rank():
+        return
     result = dataclasses.replace(result, checkpoint=model)
     if as_json:
         print(result.to_json())

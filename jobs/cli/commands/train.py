@@ -40,10 +40,10 @@ def pretrain(
     from jobs.pretrain import (
         TrainingFailedError,
         TrainingInterruptedError,
-        is_first_rank,
         training_interrupts,
     )
     from jobs.pretrain import pretrain as train
+    from jobs.ranks.launched_rank import is_first_rank
 
     interrupts = training_interrupts()
     try:
