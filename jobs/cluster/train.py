@@ -93,7 +93,9 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
                     _fit(_trainer(config, run, actor, str(folder)), actor, interrupts)
                     is_on = False
                 except TrainingFailedError as error:
-                    log(str(error).splitlines()[0])
+                    # The first line says that a rank failed, the last one how.
+                    lines = str(error).strip().splitlines()
+                    log(" ".join(dict.fromkeys((lines[0], lines[-1]))))
                     # Ray Train counts the failures of a run. Behind another checkpoint it gets all of them again.
                     is_on = newest_step(config) > step and not ray.get(actor.is_stopping.remote())
         outcomes = ray.get(actor.outcomes.remote())
