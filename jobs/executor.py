@@ -13,10 +13,12 @@ from typing import Literal, Protocol
 
 from jobs.interrupts import Interrupts
 from jobs.output.progress import Progress
+from pipeline.faults import is_waited_for
 from pipeline.manifest.manifest import Manifest
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import RunProgress
 from pipeline.runs.runner import RunSettings
+from pipeline.text import readable_duration
 from schemas.records import ShardRecord
 from schemas.stages import Stage
 
@@ -51,6 +53,7 @@ class RunMonitor:
     note_interruption: Callable[[int], None]
     # What the thread saw last.
     progress: RunProgress = field(default_factory=RunProgress, init=False)
+    _away_since: float | None = field(default=None, init=False)
 
     @contextlib.contextmanager
     def watching(self, snapshot: Callable[[float], RunProgress | None]) -> Iterator[None]:
@@ -95,21 +98,37 @@ class RunMonitor:
 
     def _show(self, progress: RunProgress) -> None:
         """Display the progress, after the states that the stages have come to since the last time."""
-        before, self.progress = self.progress.states, progress
+        before, self.progress = self.progress, progress
         changed: dict[str, list[Stage]] = {}
         for stage in self.job.stages:
             state = progress.states.get(stage, "")
-            if state != before.get(stage, ""):
+            if state != before.states.get(stage, ""):
                 changed.setdefault(state, []).append(stage)
         if changed:
             self.display.log("; ".join(f"{', '.join(stages)}: {state}" for state, stages in changed.items()))
+        for line in progress.quarantines[len(before.quarantines) :]:
+            self.display.log(line)
+        self._show_away(progress.away)
         self.display.update(progress.stages)
+
+    def _show_away(self, error: str) -> None:
+        """Say once that the storage is away, and once that it is back."""
+        if error and self._away_since is None:
+            self._away_since = time.monotonic()
+            limit = readable_duration(self.job.settings.config.cluster.storage_patience_s)
+            self.display.log(f"{error}. Waiting for it, up to {limit}; no shard is charged with it")
+        elif not error and self._away_since is not None:
+            away = readable_duration(time.monotonic() - self._away_since)
+            self._away_since = None
+            self.display.log(f"the storage answers again, after {away}")
 
     def _compact(self) -> None:
         try:
             self.manifest.compact()
         except Exception as error:
-            _log.warning("the manifest was not refreshed: %s", error)
+            # A storage that is away is what the workers wait for and tell of.
+            if not is_waited_for(error):
+                _log.warning("the manifest was not refreshed: %s", error)
 
 
 class Executor(Protocol):

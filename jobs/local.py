@@ -28,6 +28,8 @@ class LocalExecutor:
                 job.settings,
                 note=counter.note,
                 report_state=counter.report_state,
+                report_away=counter.report_away,
+                is_stopping=lambda: monitor.interrupts.count > 0,
                 share=_share(getattr(job.settings.config.cluster, stage)),
             )
             for stage in job.stages

@@ -27,9 +27,10 @@ from pipeline.models.weights import Weights, captioner_weights, filter_weights, 
 from pipeline.runs.plan import ModelDigests, stages_in_use, stale_message
 from pipeline.runs.runner import RunSettings
 from pipeline.runs.survey import Survey, Totals, survey
+from pipeline.storage.patience import Patience
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.json_record import utc_now
 from schemas.records import RunRecord
 from schemas.stages import STAGES, Stage
@@ -193,17 +194,46 @@ def _run_stages(work: _Work, console: Console, interrupts: Interrupts) -> RunRes
     for models in work.weights.values():
         for model in models:
             work.records.register_model(model.to_record())
+    patience = Patience(
+        work.config.cluster.storage_patience_s,
+        tell=_Telling(console),
+        is_stopping=lambda: interrupts.count > 0,
+    )
     try:
         outcome = _execute(work, console, interrupts)
-        result = _end(work, outcome)
-        work.records.write_run(result.record)
-    except Exception:
-        work.state.refresh()
-        done = len(work.state.committed_by(work.started.run_id))
-        work.records.write_run(_ended(work.started, "error", done))
+        result = patience.call(lambda: _end(work, outcome))
+        patience.call(lambda: work.records.write_run(result.record))
+    except TryAgainLaterError:
+        with contextlib.suppress(OSError):  # most likely it is the storage that is away
+            _write_error(work)
         raise
-    work.manifest.compact()
+    except Exception:
+        _write_error(work)
+        raise
+    patience.call(work.manifest.compact)
     return result
+
+
+def _write_error(work: _Work) -> None:
+    work.state.refresh()
+    done = len(work.state.committed_by(work.started.run_id))
+    work.records.write_run(_ended(work.started, "error", done))
+
+
+class _Telling:
+    """Prints what a run waits for after its last shard, once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._before = console, ""
+
+    def __call__(self, away: str) -> None:
+        if away and not self._before:
+            self._console.print(
+                f"{away}. Waiting for it, to write the run's end", markup=False, highlight=False
+            )
+        elif self._before and not away:
+            self._console.print("the storage answers again", highlight=False)
+        self._before = away
 
 
 def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorOutcome:

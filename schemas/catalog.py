@@ -327,6 +327,7 @@ VIEWS: dict[str, tuple[str, str]] = {
             FROM (
                 SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
                 FROM shards WHERE state = 'committed' AND stage <> 'urls')
+            WHERE name <> 'device_batch'  -- images at a time
             GROUP BY ALL
         ), apart AS (
             -- A count under the status alone includes those under its reasons.

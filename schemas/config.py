@@ -314,6 +314,11 @@ class ClusterConfig(Section):
         description="of an hour: of a GPU by node type, as `costs` has it, and of a CPU by the name `cpu`",
     )
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
+    storage_patience_s: float = Field(
+        3600.0,
+        ge=0,
+        description="how long a storage that is away is waited for, before the run ends with exit code 4",
+    )
     stall_timeout_s: float = Field(
         21_600.0,
         gt=0,

@@ -287,12 +287,16 @@ class IntakeRecord(Json):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptNote(Json):
-    """What stands under records/attempts while an attempt is under way. Its ``id`` makes the bytes its own."""
+    """What stands under records/attempts while an attempt is under way. Its ``id`` makes the bytes its own.
+
+    ``node``: the name of the node that it runs on, which no other ever has; empty without Ray.
+    """
 
     id: str
     started_at: Time
     host: str
     share: WorkerShare
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,7 +156,12 @@ SHARDS = pa.schema(
         _column("rows_in", pa.int64(), "rows the stage was given"),
         _column("rows_out", pa.int64(), "rows it passed on (images stored, captions, scores, images kept)"),
         _column("images", pa.int64(), "images it worked on"),
-        _column("counts", pa.map_(pa.string(), pa.int64()), "rows by status and by status/reason"),
+        _column(
+            "counts",
+            pa.map_(pa.string(), pa.int64()),
+            "rows by status and by status/reason; `device_batch`: images at a time, where the device's memory allowed "
+            "no more",
+        ),
         _column("histograms", pa.string(), "JSON: {name: {edges: [...], counts: [...]}}"),
         _column(
             "seconds",

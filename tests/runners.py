@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from pipeline.corpus.records import Records
 from pipeline.runs.progress import ShardOutcome
-from pipeline.runs.runner import RunSettings, ShardRunner, load_worker
+from pipeline.runs.runner import Node, RunSettings, ShardRunner, load_worker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
@@ -28,7 +28,10 @@ class Selected:
 
 
 def select_shards(
-    corpus: Corpus, tampered: Callable[[Work], Work] = lambda work: work, records: Records | None = None
+    corpus: Corpus,
+    tampered: Callable[[Work], Work] = lambda work: work,
+    records: Records | None = None,
+    node: Node | None = None,
 ) -> Selected:
     """Select every shard of the source ``cc``; ``tampered`` returns what is called in the place of a loaded worker."""
     selected = Selected()
@@ -44,6 +47,9 @@ def select_shards(
         note=selected.outcomes.append,
         report_state=lambda stage, state: None,
         load=load,
+        node=node or Node(),
+        pauses_s=(0.01,),
+        retry_pauses_s=(0.0,),
     )
     runner.records = records or runner.records
     for _, urls in sorted(corpus.records.url_shards().items()):

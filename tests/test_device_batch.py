@@ -1,6 +1,7 @@
 """A device without memory for a whole batch: it is halved until there is room, and what comes out is the same."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.corpus.records import Records
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.blip.matcher import Matcher
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.weights import captioner_weights, filter_weights, ranker_weights
+from pipeline.stages.caption import CaptionWorker
+from pipeline.storage.storage import Storage
 from schemas.config import CaptionConfig, FilterConfig
-from tests.raw_shards import encoded, picture
+from tests.raw_shards import commit_crawl, config_of, encoded, picture, task_of
 from tests.tiny_models import save_captioner, save_matcher, save_ranker
 
 NUM_IMAGES = 20
@@ -113,3 +117,22 @@ def test_each_model_gives_the_same_on_a_device_with_less_room(
     else:
         for row, expected_row in zip(actual, expected, strict=True):
             assert row == pytest.approx(expected_row, abs=1e-6)
+
+
+def test_the_batch_that_had_room_is_noted_in_the_record_and_kept_for_the_worker(tmp_path: Path) -> None:
+    model = save_captioner(tmp_path)
+    config = config_of(
+        tmp_path / "corpus", caption={"model": str(model), "batch_size": 16, "num_captions": 2}
+    )
+    crawl = commit_crawl(
+        config, {f"{number:09d}": {"jpg": IMAGES[number]} for number in range(NUM_IMAGES)}, {}
+    )
+    records = Records(Storage(config.corpus.path))
+    worker = CaptionWorker(config, records)
+    assert "device_batch" not in worker(task_of(config, "caption", crawl=crawl)).counts
+    worker.captioner.vision = full = Full(worker.captioner.vision, 8)
+    for number in (1, 2):
+        task = replace(task_of(config, "caption", crawl=crawl), shard=f"{number:05d}")
+        record = worker(task)
+        assert (record.images, record.counts["device_batch"]) == (NUM_IMAGES, 8)
+    assert full.batches == [16, 8, 8, 4, 8, 8, 4], "the second shard begins with what had room"

@@ -1,5 +1,7 @@
 """One stage on one shard: what a runner does when the storage, the worker or the run is at fault."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
-from pipeline.runs.runner import RunSettings, ShardRunner
-from schemas.errors import CapfiltError
+from pipeline.runs.runner import Node, RunSettings, ShardRunner
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 from tests.corpora import Corpus
@@ -41,6 +44,12 @@ def select(corpus: Corpus, *failures: Exception) -> tuple[ShardOutcome, int]:
     selected = select_shards(corpus, failing)
     [outcome] = selected.outcomes
     return outcome, selected.loads
+
+
+def patient(config: CapfiltConfig, patience_s: float) -> CapfiltConfig:
+    return config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"storage_patience_s": patience_s})}
+    )
 
 
 def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: Corpus) -> None:
@@ -93,8 +102,10 @@ def test_an_error_of_the_run_is_raised_and_quarantines_nothing(corpus: Corpus) -
     assert corpus.records.quarantined() == {}
 
 
-@pytest.mark.parametrize(("outages", "state"), [(2, "done"), (3, "quarantined")])
-def test_a_storage_that_does_not_answer_is_waited_for(corpus: Corpus, outages: int, state: str) -> None:
+@pytest.mark.parametrize(("outages", "patience_s"), [(3, 60.0), (3, 0.0), (10_000, 0.2)])
+def test_a_storage_that_does_not_answer_is_waited_for(
+    corpus: Corpus, outages: int, patience_s: float
+) -> None:
     class Away(Records):
         left = outages
 
@@ -105,18 +116,64 @@ def test_a_storage_that_does_not_answer_is_waited_for(corpus: Corpus, outages: i
             return super().read(stage, source, shard)
 
     outcomes: list[ShardOutcome] = []
+    told: list[str] = []
     runner = ShardRunner(
         "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
+        RunSettings(config=patient(corpus.config, patience_s), models={}, run_id=RUN),
         note=outcomes.append,
         report_state=lambda stage, state: None,
-        storage_waits_s=(0, 0),
+        report_away=lambda _, error: told.append(error),
+        pauses_s=(0.01,),
     )
     runner.records = Away(corpus.storage)
-    runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
-    assert [outcome.state for outcome in outcomes] == [state]
-    # Not even a quarantine can be written while the storage is away: the run reports the shard as not done.
+    shard = corpus.records.url_shards()["cc", "00000"]
+    if (outages, patience_s) == (3, 60.0):
+        runner.run_shard("web", shard)
+        assert [outcome.state for outcome in outcomes] == ["done"]
+        assert told == ["TimeoutError: the bucket does not answer"] * 3 + [""]
+    else:
+        error = TryAgainLaterError if patience_s else TimeoutError
+        with pytest.raises(error, match="the bucket does not answer"):
+            runner.run_shard("web", shard)
+        assert outcomes == [] and "" not in told
     assert corpus.records.quarantined() == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE])
+def test_a_disk_that_is_full_or_away_is_waited_for_and_charges_no_shard(corpus: Corpus, number: int) -> None:
+    failures = [OSError(number, os.strerror(number)) for _ in range(corpus.config.cluster.max_attempts + 2)]
+    outcome, loads = select(corpus, *failures)
+    assert (outcome.state, loads) == ("done", 1)
+    assert corpus.storage.list("records/attempts") == []
+
+
+def test_what_a_disk_cannot_read_is_its_shards_fault(corpus: Corpus) -> None:
+    outcome, _ = select(corpus, *(OSError(errno.EIO, os.strerror(errno.EIO)) for _ in range(3)))
+    assert outcome.state == "quarantined" and "Input/output error" in outcome.error
+
+
+def test_attempts_on_nodes_that_are_gone_do_not_count(corpus: Corpus) -> None:
+    attempts = 14
+    for number in range(attempts):
+        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+    gone = {f"node{number}" for number in range(attempts)}
+    selected = select_shards(corpus, node=Node(name="here", gone=gone.intersection, noticed_s=0))
+    assert selected.states == ["done"] and corpus.storage.list("records/attempts") == []
+
+
+def test_a_node_that_is_noticed_late_does_not_count_either(corpus: Corpus) -> None:
+    for number in range(3):
+        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+    answers = iter([set(), {"node1"}])
+    selected = select_shards(corpus, node=Node(name="here", gone=lambda _: next(answers), noticed_s=0))
+    assert selected.states == ["done"]
+
+
+def test_a_shard_that_kills_its_workers_on_living_nodes_is_quarantined(corpus: Corpus) -> None:
+    for number in range(3):
+        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+    selected = select_shards(corpus, node=Node(name="here", noticed_s=0))
+    assert selected.states == ["quarantined"] and selected.calls == []
 
 
 def test_a_run_gives_up_where_too_many_shards_fail() -> None:

@@ -20,9 +20,9 @@ contact = "https://example.org"
 """
 
 
-def told(*arguments: str, **environment: str) -> str:
+def told(*arguments: str, exit_code: int = 2, **environment: str) -> str:
     result = cli(*arguments, **environment)
-    assert result.returncode == 2, result.stderr
+    assert result.returncode == exit_code, result.stderr
     assert "Traceback" not in result.stderr and "fault of capfilt" not in result.stderr
     (line,) = result.stderr.strip().splitlines()
     return line
@@ -35,9 +35,8 @@ def test_s3_without_credentials(tmp_path) -> None:
 
 
 def test_s3_that_does_not_answer() -> None:
-    line = told(
-        "status", "s3://bucket/corpus", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1"
-    )
+    nowhere = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    line = told("status", "s3://bucket/corpus", exit_code=4, **nowhere)
     assert "http://127.0.0.1:9" in line and "AWS_ENDPOINT_URL" in line
 
 

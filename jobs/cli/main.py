@@ -25,7 +25,7 @@ from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
 from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
 from jobs.interrupts import Interrupts
 from jobs.output.render import complain, printable_lines
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.stages import STAGE_INFO, STAGES, Stage
 
 _INTERRUPTED = 130
@@ -237,7 +237,10 @@ def _interruptible(command: Callable[[], Any]) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part, 130 or 143 stopped."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 our fault, 2 the user's input, 3 done in part, 4 try again later, 130 or 143 stopped.
+    """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     # The imports make 60,000 objects that stay: at the default of 700 the collector walks them over and over.
     gc.set_threshold(50_000)
@@ -245,13 +248,13 @@ def main() -> None:
         _interruptible(app)
     except CapfiltError as error:
         complain(error)
-        sys.exit(2)
+        sys.exit(4 if isinstance(error, TryAgainLaterError) else 2)
     except Exception as error:
-        from pipeline.storage.errors import storage_error_message
+        from pipeline.storage.errors import StorageAwayError, storage_error_message
 
         if message := storage_error_message(error):
             complain(message)
-            sys.exit(2)
+            sys.exit(4 if isinstance(error, StorageAwayError) else 2)
         print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
         complain("this is a fault of capfilt, not of your input; please report the lines above")
         sys.exit(1)

@@ -1,7 +1,7 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -9,10 +9,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
-from pipeline.runs.runner import RunSettings, ShardRunner
+from pipeline.runs.runner import Node, RunSettings, ShardRunner
 from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.config import StageResources
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.records import ShardRecord, WorkerShare
 from schemas.stages import Stage
 
@@ -52,7 +52,9 @@ class StageActor:
             settings,
             note=counter.note.remote,
             report_state=counter.report_state.remote,
+            report_away=counter.report_away.remote,
             share=_share(getattr(settings.config.cluster, stage)),
+            node=Node(name=ray.get_runtime_context().get_node_id(), gone=_gone_nodes),
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +71,7 @@ class StageActor:
                 stage=self._runner.stage,
                 source=urls.source,
                 shard=urls.shard,
-                state="refused",
+                state="later" if isinstance(error, TryAgainLaterError) else "refused",
                 error=str(error),
             )
             self._counter.note.remote(outcome)
@@ -81,6 +83,11 @@ def _share(resources: StageResources) -> WorkerShare:
     return WorkerShare(
         cpus=resources.cpus, gpus=resources.gpus, node_type=str(labels.get(_NODE_TYPE_LABEL, ""))
     )
+
+
+def _gone_nodes(names: Collection[str]) -> set[str]:
+    """Return those of some nodes that are not in the cluster any more."""
+    return set(names) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _actor_class(stage: Stage) -> type[StageActor]:

@@ -1,7 +1,7 @@
 """Runs a job on Ray Data: every shard streams through the actor pools of the stages, on this machine or a cluster."""
 
 import contextlib
-import logging
+import time
 from dataclasses import replace
 
 import ray
@@ -11,13 +11,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.cluster.actors import ProgressActor, build_dataset
 from jobs.cluster.session import ray_session
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
+from pipeline.faults import is_waited_for
 from pipeline.runs.progress import RunProgress
-from schemas.errors import CapfiltError
+from pipeline.storage.patience import PAUSES_S
+from schemas.errors import TryAgainLaterError, first_line
 
-# Executions (not shards) that may break in a row, with no shard committed between them.
+# Executions (not shards) that may break in a row through no node's fault, with no shard committed between them.
 _MAX_BROKEN_EXECUTIONS = 3
-
-_log = logging.getLogger(__name__)
 
 
 class RayExecutor:
@@ -46,20 +46,35 @@ class RayExecutor:
 
 
 def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle) -> ExecutorOutcome:
-    broken, left = 0, job
+    patience_s = job.settings.config.cluster.storage_patience_s
+    broken, since, left = 0, time.monotonic(), job
     while True:
         finished = monitor.progress.finished
         try:
+            left = _left(left, counter) if broken else job
             outcome = _run_once(left, monitor, counter)
             if refusal := ray.get(counter.snapshot.remote()).refusal:
-                raise CapfiltError(refusal)
+                raise refusal
             return outcome
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
-            broken = 1 if monitor.progress.finished > finished else broken + 1
-            if broken == _MAX_BROKEN_EXECUTIONS:
+            if broken == 0 or monitor.progress.finished > finished:
+                broken, since = 0, time.monotonic()
+            broken += 1
+            if is_waited_for(error):
+                if time.monotonic() - since > patience_s:
+                    raise TryAgainLaterError(
+                        f"Ray cannot work: {first_line(error)}; run the same command again later"
+                    ) from error
+            elif broken == _MAX_BROKEN_EXECUTIONS:
                 raise
-            _log.warning("the execution broke and is started again: %s", error)
-            left = _left(job, counter)
+            monitor.display.log(f"the execution broke and is started again: {_short(error)}")
+            time.sleep(PAUSES_S[min(broken, len(PAUSES_S)) - 1])
+
+
+def _short(error: BaseException) -> str:
+    """Return the first and the last line of what an error says: Ray's messages hold whole traces between them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 def _left(job: StageJob, counter: ray.actor.ActorHandle) -> StageJob:

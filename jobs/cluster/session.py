@@ -46,12 +46,19 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
         settings["object_store_memory"] = _OBJECT_STORE_BYTES
         settings["include_dashboard"] = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data.exceptions").addFilter(_for_log_file_alone)
     os.environ.update(WORKER_ENVIRONMENT)
     # Ray's C++ side would print its own warnings between our lines; its log files keep them.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with joined_ray(address or "local", interrupts, **settings):
         _check_resources(config, stages, growing=bool(address))
         yield
+
+
+def _for_log_file_alone(record: logging.LogRecord) -> bool:
+    """Keep the trace of a broken execution, 150 lines, off the terminal, by the mark that Ray Data's handler obeys."""
+    record.__dict__["hide"] = True
+    return True
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_preemption_info
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster.session import joined_ray
 from jobs.environment import WORKER_ENVIRONMENT
@@ -82,8 +83,7 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
     dashboard = False if address == "local" else None
     with joined_ray(address, interrupts, include_dashboard=dashboard):
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-        # It only waits for calls, so that no CPU is reserved for it.
-        actor = ray.remote(num_cpus=0)(_ProgressActor).remote()
+        actor = _progress_actor()
         # Ray prints workers that died on standard output, which is for --json.
         with temporary_folder() as folder, redirect_stdout(sys.stderr):
             is_on = True
@@ -105,6 +105,16 @@ def train_on_ray(config: PretrainConfig, run: RunRecord, address: str, interrupt
         return worst_outcome(
             final or ended or outcomes or [RankOutcome(kind="lost", text="every rank was killed")]
         )
+
+
+def _progress_actor() -> ray.actor.ActorHandle:
+    """Start the actor on the driver's node, so that no other node's death takes it along, and have it restarted.
+
+    It only waits for calls, so that no CPU is reserved for it. A restarted one has lost a second's lines.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_ProgressActor)
+    return kind.options(scheduling_strategy=here).remote()
 
 
 def _trainer(config: PretrainConfig, run: RunRecord, actor: Any, folder: str) -> TorchTrainer:
@@ -140,14 +150,17 @@ def _fit(trainer: TorchTrainer, actor: Any, interrupts: Interrupts) -> None:
             ended.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
-    is_last = False
+    is_last = has_ranks = False
     with interrupts.passed_on(lambda: None):
         while not is_last:
             is_last = bool(wait([ended], _POLL_S).done)
             for line in ray.get(actor.new_lines.remote()):
                 log(line)
-            if interrupts.asked() and (interrupts.count > 1 or not ray.get(actor.stop.remote())):
-                raise KeyboardInterrupt
+            if interrupts.asked():
+                # Asked at each turn: an actor that was restarted meanwhile knows of neither.
+                has_ranks = ray.get(actor.stop.remote()) or has_ranks
+                if interrupts.count > 1 or not has_ranks:
+                    raise KeyboardInterrupt
     ended.result()
 
 

@@ -81,6 +81,11 @@ class ShardStats:
             name = f"{status}/{reason}"
             self.counts[name] = self.counts.get(name, 0) + rows
 
+    def note_device_batch(self, *images: int | None) -> None:
+        """Note to how many images a device's memory has cut the batches; None of a model whose batches had room."""
+        if cut := [number for number in images if number is not None]:
+            self.counts["device_batch"] = min(cut)
+
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to a part."""

@@ -36,10 +36,19 @@ def attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int
     return f"{_FOLDER}/{stage}/{source}/{shard}/{run_id}.{number}"
 
 
-def new_note(share: WorkerShare) -> bytes:
+def new_note(share: WorkerShare, node: str) -> bytes:
     """Return the note of an attempt that begins now."""
-    note = AttemptNote(id=uuid.uuid4().hex, started_at=utc_now(), host=socket.gethostname(), share=share)
+    note = AttemptNote(
+        id=uuid.uuid4().hex, started_at=utc_now(), host=socket.gethostname(), share=share, node=node
+    )
     return note.to_json().encode()
+
+
+def node_of_note(storage: Storage, path: str) -> str:
+    """Return where an attempt ran; empty where its note does not say."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return AttemptNote.from_json(storage.read(path, _MOST_NOTE_BYTES)).node
+    return ""
 
 
 def keep_lost(storage: Storage, record: LostAttemptRecord) -> None:

@@ -26,6 +26,7 @@ from pipeline.corpus.lost_attempts import (
     keep_killed_before,
     keep_lost,
     new_note,
+    node_of_note,
     settle_attempts,
 )
 from pipeline.corpus.record_files import (
@@ -151,21 +152,29 @@ class Records:
         *,
         is_retry: bool,
         share: WorkerShare = NO_SHARE,
+        node: str = "",
     ) -> int:
         """Note that an attempt of a run begins; return its number, from 1 on.
 
         Args:
             share: what the worker holds of its node.
+            node: where it runs: a name that no other node ever has.
             is_retry: an attempt before it is known to have begun. Where that is not known and turns out to be so,
                 nothing is noted, and the answer is 0.
         """
         for number in itertools.count(1):
             # Its own bytes, so that exactly one attempt has the number.
-            if self.storage.create(attempt_path(stage, source, shard, run_id, number), new_note(share)):
+            note = new_note(share, node)
+            if self.storage.create(attempt_path(stage, source, shard, run_id, number), note):
                 return number
             if not is_retry:
                 return 0
         raise AssertionError
+
+    def attempt_nodes(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> list[str]:
+        """Return where the attempts of a run ran, up to a number that ``begin_attempt`` gave; empty where unknown."""
+        paths = [attempt_path(stage, source, shard, run_id, number) for number in range(1, begun + 1)]
+        return [node_of_note(self.storage, path) for path in paths]
 
     def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
         """Forget the attempts of a run, up to a number that ``begin_attempt`` gave."""

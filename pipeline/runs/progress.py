@@ -1,17 +1,21 @@
-"""How far a run is: the outcome of one stage of one shard, and the sums over them that are displayed.
+"""How far a run is: the outcomes of shards, the sums over them that are displayed, and what is waited for.
 
 For display alone: whether a shard is done is decided by its record.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
+from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 
 # In this order.
 StageState = Literal["waiting for a shard", "loading weights", "at work"]
 _STATES = ("", *get_args(StageState))
+# A worker that waits says so at every pause and after every request; of one that died while it waited, nothing comes.
+_FORGET_AFTER_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +25,9 @@ class ShardOutcome:
     stage: Stage
     source: str
     shard: str
-    # absent: the shard's source has no such stage. refused: a CapfiltError, which ends the run.
-    state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent", "refused"]
+    # absent: the shard's source has no such stage. refused: a CapfiltError, which ends the run; later: one that says
+    # that the same command may succeed later.
+    state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent", "refused", "later"]
     images: int = 0
     rows_in: int = 0
     rows_out: int = 0
@@ -65,10 +70,14 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """The sums by stage, and the CapfiltError that a worker met, if any did."""
+    """The sums by stage, what workers wait for, and the CapfiltError that a worker met, if any did."""
 
     stages: dict[Stage, StageProgress] = field(default_factory=dict)
-    refusal: str = ""
+    refusal: CapfiltError | None = None
+    # The storage's error that some worker waits for the end of.
+    away: str = ""
+    # One line for each shard that was quarantined, in this order.
+    quarantines: tuple[str, ...] = ()
 
     @property
     def states(self) -> dict[Stage, str]:
@@ -93,12 +102,15 @@ class ProgressCounter:
         self._seen: set[tuple[str, str, str]] = set()
         self._stages: dict[Stage, StageProgress] = {}
         self._passed: dict[Stage, set[tuple[str, str]]] = {}
-        self._refusal = ""
+        self._refusal: CapfiltError | None = None
+        self._away: dict[str, tuple[float, str]] = {}
+        self._quarantines: list[str] = []
 
     def note(self, outcome: ShardOutcome) -> None:
         """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
-        if outcome.state == "refused":
-            self._refusal = outcome.error
+        if outcome.state in ("refused", "later"):
+            kind = TryAgainLaterError if outcome.state == "later" else CapfiltError
+            self._refusal = kind(outcome.error)
         self._passed.setdefault(outcome.stage, set()).add((outcome.source, outcome.shard))
         shard = (outcome.stage, outcome.source, outcome.shard)
         if outcome.state not in ("done", "quarantined") or shard in self._seen:
@@ -111,6 +123,10 @@ class ProgressCounter:
         stage.rows_out += outcome.rows_out
         if outcome.state == "quarantined":
             stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
+            reason = outcome.error.strip().rpartition("\n")[2]
+            self._quarantines.append(
+                f"{outcome.stage} {outcome.source}/{outcome.shard} is quarantined: {reason}"
+            )
 
     def passed(self, stage: Stage) -> set[tuple[str, str]]:
         """Return the shards, by source and name, that a stage has handed on, whatever became of them."""
@@ -122,7 +138,21 @@ class ProgressCounter:
         if _STATES.index(state) > _STATES.index(progress.state):
             progress.state = state
 
+    def report_away(self, worker: str, error: str) -> None:
+        """Note the error of a storage that a worker waits for; empty: it waits no longer."""
+        if error:
+            self._away[worker] = (time.monotonic(), error)
+        else:
+            self._away.pop(worker, None)
+
     def snapshot(self) -> RunProgress:
         """Return a copy of the sums so far, which another thread may read while they grow."""
         stages = {stage: replace(progress) for stage, progress in list(self._stages.items())}
-        return RunProgress(stages=stages, refusal=self._refusal)
+        fresh_after = time.monotonic() - _FORGET_AFTER_S
+        away = [error for at, error in list(self._away.values()) if at > fresh_after]
+        return RunProgress(
+            stages=stages,
+            refusal=self._refusal,
+            away=away[0] if away else "",
+            quarantines=tuple(self._quarantines),
+        )

@@ -7,18 +7,22 @@ import contextlib
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence, Set
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from threading import Condition, Lock
 from typing import Any
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.worker_time import WORKER_TIME
+from pipeline.faults import fault_of
 from pipeline.marks.rules import ShardMarks
 from pipeline.runs.events import EventName, ShardEvent
 from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from pipeline.runs.progress import ShardOutcome, StageState
+from pipeline.storage.patience import PAUSES_S, Patience
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
@@ -28,8 +32,11 @@ from schemas.stages import Stage
 
 Worker = Callable[[ShardTask], ShardRecord]
 
-# Waits between tries of a shard while the storage does not answer.
-_STORAGE_WAITS_S = (1.0, 10.0, 60.0)
+# Between the tries of a shard that failed; the last one stays.
+_RETRY_PAUSES_S = (2.0, 15.0, 60.0)
+# Ray notices within some 20 seconds that a node is gone, and at once that a worker is: of a node that is going, the
+# workers often die first.
+_NODE_NOTICED_S = 30.0
 _MAX_ERROR_CHARACTERS = 4000
 
 
@@ -111,20 +118,36 @@ class RunSettings:
     retried: frozenset[tuple[str, str]] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """Where a runner is: a name that no other node ever has, and which of some nodes are gone."""
+
+    name: str = ""
+    gone: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+    noticed_s: float = _NODE_NOTICED_S
+
+
 class ShardRunner:
     """Runs one stage on the shards that it is given, from one thread or several.
 
     A shard is tried up to ``cluster.max_attempts`` times in a run, attempts of workers that were killed included,
-    so that a shard that kills its worker ends in quarantine too. The first attempt runs beside other shards, a
-    retry runs alone: after a crash, shards that ran beside the failing one lose at most one attempt.
+    so that a shard that kills its worker ends in quarantine too. What the storage or a node is at fault for
+    (``pipeline.faults``) is waited for and counts as no attempt, nor does one whose whole node is gone. The first
+    attempt runs beside other shards, a retry runs alone: after a crash, shards that ran beside the failing one lose
+    at most one attempt.
 
     Args:
         note: receives the outcome of each shard.
         report_state: receives what the worker is doing.
         log_event: receives what happens to the shards, when it happens.
         share: what the worker holds of its node.
+        report_away: receives this runner's id with the error of a storage that it waits for, and without it when that
+            is over.
+        is_stopping: asked while the storage is waited for.
         load: makes the worker; it is called again after a failed attempt, for fresh weights and device memory.
-        storage_waits_s: how long to wait before each further try of a shard whose storage does not answer.
+        node: where this is.
+        pauses_s: between the tries of a storage that is away.
+        retry_pauses_s: between the tries of a shard that failed.
     """
 
     def __init__(
@@ -136,18 +159,25 @@ class ShardRunner:
         report_state: Callable[[Stage, StageState], object],
         log_event: Callable[[ShardEvent], object] = lambda event: None,
         share: WorkerShare = NO_SHARE,
+        report_away: Callable[[str, str], object] = lambda runner, error: None,
+        is_stopping: Callable[[], bool] = lambda: False,
         load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
-        storage_waits_s: Sequence[float] = _STORAGE_WAITS_S,
+        node: Node = Node(),
+        pauses_s: Sequence[float] = PAUSES_S,
+        retry_pauses_s: Sequence[float] = _RETRY_PAUSES_S,
     ) -> None:
         self.stage = stage
         self.settings = settings
-        self.records = Records(Storage(settings.config.corpus.path))
+        tell = partial(report_away, uuid.uuid4().hex)
+        self._patience = Patience(settings.config.cluster.storage_patience_s, tell, is_stopping, pauses_s)
+        self.records = Records(Storage(settings.config.corpus.path, self._patience))
         self._note = note
         self._report_state = report_state
         self._log_event = log_event
         self._share = share
         self._load = load
-        self._storage_waits_s = storage_waits_s
+        self._node = node
+        self._retry_pauses_s = retry_pauses_s
         self._worker: Any = None
         self._loading = Lock()
         self._lock = RWLock()
@@ -159,20 +189,10 @@ class ShardRunner:
         Args:
             urls: the record of the shard's URLs.
 
-        Raises CapfiltError where the run is at fault, not the shard.
+        Raises CapfiltError where the run is at fault, not the shard, and TryAgainLaterError where the storage was away
+        for too long.
         """
-        self._note(self._run_despite_storage(kind, urls))
-
-    def _run_despite_storage(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
-        """Try again while the storage does not answer; after the last wait, give the shard up."""
-        for wait_s in (*self._storage_waits_s, None):
-            try:
-                return self._run_if_needed(kind, urls)
-            except OSError as error:
-                if wait_s is None:
-                    return self._outcome(urls, "quarantined", repr(error))
-                time.sleep(wait_s)
-        raise AssertionError
+        self._note(self._patience.call(partial(self._run_if_needed, kind, urls)))
 
     def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
         run = self.settings
@@ -211,8 +231,8 @@ class ShardRunner:
         failed: set[int] = set()
         while True:
             with self._lock.exclusive() if is_retry else self._lock.shared():
-                begun = self._begin_attempt(task, failed, is_retry=is_retry)
-                if begun > task.max_attempts:
+                begun, is_used_up = self._begin_attempt(task, failed, is_retry=is_retry)
+                if is_used_up:
                     break
                 try:
                     if begun:
@@ -220,13 +240,13 @@ class ShardRunner:
                         self._end_attempts(task, begun)
                         self._log(task, "commit", begun, seconds=record.seconds.get("worker"))
                         return ShardOutcome.committed(record)
-                except (CorruptShardError, NotFiniteError) as failure:
-                    error = str(failure)
-                    self._keep_failed(task, begun, error)
-                    break  # another try reads the same bytes, and computes the same
-                except CapfiltError:
-                    raise
                 except Exception as failure:
+                    if fault_of(failure) == "run":
+                        raise
+                    if isinstance(failure, CorruptShardError | NotFiniteError):
+                        error = str(failure)
+                        self._keep_failed(task, begun, error)
+                        break  # another try reads the same bytes, and computes the same
                     error = "".join(traceback.format_exception(failure, limit=-4)).strip()
                     self._keep_failed(task, begun, error)
                     failed.add(begun)
@@ -234,19 +254,27 @@ class ShardRunner:
                 # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
                 with self._lock.exclusive():
                     self._worker = None
+                if begun < task.max_attempts:
+                    time.sleep(self._retry_pauses_s[min(len(failed), len(self._retry_pauses_s)) - 1])
             is_retry = True
         return self._give_up(task, min(begun, task.max_attempts), error)
 
-    def _begin_attempt(self, task: ShardTask, failed: Set[int], *, is_retry: bool) -> int:
-        """Note that an attempt begins, and which ones before it were killed; return its number, as ``Records`` does."""
+    def _begin_attempt(self, task: ShardTask, failed: Set[int], *, is_retry: bool) -> tuple[int, bool]:
+        """Note that an attempt begins, and which ones before it were killed.
+
+        Returns its number, as ``Records`` does, and whether the shard's attempts were used up before it.
+        """
         place = (task.stage, task.source, task.shard, task.run_id)
-        begun = self.records.begin_attempt(*place, is_retry=is_retry, share=self._share)
+        begun = self.records.begin_attempt(
+            *place, is_retry=is_retry, share=self._share, node=self._node.name
+        )
         killed = sorted({*range(1, begun)} - failed)
         for lost in self.records.keep_killed_attempts(*place, killed):
             self._log_lost(lost)
-        if 0 < begun <= task.max_attempts:
+        is_used_up = begun > task.max_attempts and self._charged(task, begun) > task.max_attempts
+        if begun and not is_used_up:
             self._log(task, "retry" if begun > 1 else "start", begun)
-        return begun
+        return begun, is_used_up
 
     def _keep_failed(self, task: ShardTask, number: int, error: str) -> None:
         """Keep what an attempt cost that ends now with an error."""
@@ -280,9 +308,30 @@ class ShardRunner:
         self._log_event(replace(ShardEvent.of(task, event, number, socket.gethostname()), **more))
 
     def _attempt(self, task: ShardTask, is_retry: bool) -> ShardRecord:
-        """Do the task, unless an attempt before this one has committed it without learning so."""
+        """Do the task, as often as the storage fails it, unless a try before has committed it without learning so."""
+        may_be_committed = is_retry
+
+        def work() -> ShardRecord:
+            nonlocal may_be_committed
+            committed = self._committed(task) if may_be_committed else None
+            may_be_committed = True
+            return committed or self._ready_worker()(task)
+
         with WORKER_TIME.working():
-            return (is_retry and self._committed(task)) or self._ready_worker()(task)
+            return self._patience.call(work)
+
+    def _charged(self, task: ShardTask, begun: int) -> int:
+        """Return how many of the attempts are the shard's own: all but those whose node is gone."""
+        nodes = self.records.attempt_nodes(task.stage, task.source, task.shard, task.run_id, begun)
+        charged = begun - self._gone(nodes)
+        if charged > task.max_attempts and any(node != self._node.name for node in nodes):
+            time.sleep(self._node.noticed_s)
+            charged = begun - self._gone(nodes)
+        return charged
+
+    def _gone(self, nodes: Sequence[str]) -> int:
+        gone = self._node.gone(set(nodes))
+        return sum(node in gone for node in nodes)
 
     def _committed(self, task: ShardTask) -> ShardRecord | None:
         committed = self.records.read(task.stage, task.source, task.shard)

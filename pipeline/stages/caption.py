@@ -61,6 +61,7 @@ class CaptionWorker:
                 # While the device samples one batch, another is loaded and the text of a third is decoded.
                 rows = [row for batch in generated for row in self._rows(*batch)]
             self._count(rows, shard.samples.num_rows, stats)
+            stats.note_device_batch(self.captioner.batch.images)
             path = commit.folder / "captions.parquet"
             with stats.timed("write"):
                 written = write_parquet(path, rows, CAPTIONS)

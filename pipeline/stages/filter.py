@@ -80,6 +80,7 @@ class FilterWorker:
             else:
                 self._judge(shard, candidates, stats)
             _count(rows, shard.samples.num_rows, stats)
+            stats.note_device_batch(self.matcher.batch.images)
             path = commit.folder / "matches.parquet"
             with stats.timed("write"):
                 written = write_parquet(path, rows, MATCHES.with_metadata({_MATCH_OF: match_of}))

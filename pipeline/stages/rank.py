@@ -72,6 +72,7 @@ class RankWorker:
                 # Scores are read from a batch while the device computes the next one.
                 rows = [row for batch in scored for image in batch for row in image.candidates]
             _count(rows, shard.samples.num_rows, task.kind, stats)
+            stats.note_device_batch(*(ranker.batch.images for ranker in self.rankers))
             path = commit.folder / "scores.parquet"
             with stats.timed("write"):
                 written = write_parquet(path, rows, CANDIDATES)

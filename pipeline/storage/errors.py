@@ -26,6 +26,10 @@ class ObjectStorageError(OSError):
     """
 
 
+class StorageAwayError(ObjectStorageError):
+    """Object storage did not answer, or asked to come again later; the same request may succeed in a while."""
+
+
 def storage_error_message(error: BaseException) -> str | None:
     """Return why storage cannot be used and what to do; None where the error has another cause."""
     if isinstance(error, ObjectStorageError):

@@ -17,7 +17,7 @@ from typing import Any
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, MemoryStore, S3Store
 
-from pipeline.storage.errors import ObjectStorageError
+from pipeline.storage.errors import ObjectStorageError, StorageAwayError
 
 ObjectStore = S3Store | GCSStore | AzureStore | MemoryStore
 
@@ -30,7 +30,7 @@ _CHECKS = {
     "az": "check AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT and the network",
 }
 # A request may take as long as a shard of 1 GB on a slow line, but never stand still.
-_CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "15min"}
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _TIMEOUT = 10.0, 60.0, "15min"
 _MAX_RETRIES, _RETRY_FOR = 15, timedelta(seconds=60)
 # The client fetches credentials anew five minutes before they expire.
 _CREDENTIALS_LAST = timedelta(minutes=10)
@@ -38,6 +38,11 @@ _CREDENTIALS_LAST = timedelta(minutes=10)
 
 _URL = re.compile(r"https?://[^\s/]")
 _MESSAGE = re.compile("<Message>(.*?)</Message>", re.DOTALL)
+# Refusals that are over in a while: of too many requests, of a login that is being renewed, of a clock being set.
+_PASSING = re.compile(
+    "status code: (408|425|429)|<Code>(SlowDown|RequestTimeout|RequestTimeTooSkewed|ExpiredToken|TokenRefreshRequired|"
+    "OperationAborted)<"
+)
 # "Error performing GET http://host/key?query in 2ms, after 3 retries, ... - Server returned non-2xx status code: 500"
 _FAILED = re.compile(
     r"Error performing ([A-Z]+) ([^\s?]+)\S* in [^\n]*? - (?:Server returned non-2xx status code: |HTTP error: )?(.*)",
@@ -70,7 +75,8 @@ def open_store(scheme: str, container: str) -> ObjectStore:
 def explained(url: str) -> Iterator[None]:
     """Turn the client's errors into FileNotFoundError and ObjectStorageError, each with the URL.
 
-    A bucket that does not exist is an ObjectStorageError: it must not look like an absent file.
+    A bucket that does not exist is an ObjectStorageError: it must not look like an absent file. What may succeed in a
+    while is a StorageAwayError.
     """
     try:
         yield
@@ -79,13 +85,13 @@ def explained(url: str) -> Iterator[None]:
             raise refused(url, error) from error
         raise FileNotFoundError(2, "no such object", url) from error
     except BaseError as error:
-        if "status code: 4" in str(error):
+        if "status code: 4" in str(error) and not _PASSING.search(str(error)):
             raise refused(url, error) from error
         if "object with invalid path" in str(error):
             raise ObjectStorageError(
                 f"{url} cannot be listed: {_reason(error)}; rename or delete that object"
             ) from error
-        raise _unusable(SCHEMES[url.partition("://")[0]], _reason(error)) from error
+        raise StorageAwayError(_message(SCHEMES[url.partition("://")[0]], _reason(error))) from error
     except ValueError as error:
         raise ObjectStorageError(
             f"{url} cannot be the name of an object: {_reason(error)}; name one without empty parts, . and .."
@@ -93,7 +99,11 @@ def explained(url: str) -> Iterator[None]:
 
 
 def _unusable(kind: str, reason: str) -> ObjectStorageError:
-    return ObjectStorageError(f"{_NAMES[kind]} cannot be used: {reason}; {_CHECKS[kind]}")
+    return ObjectStorageError(_message(kind, reason))
+
+
+def _message(kind: str, reason: str) -> str:
+    return f"{_NAMES[kind]} cannot be used: {reason}; {_CHECKS[kind]}"
 
 
 def refused(url: str, error: Exception) -> ObjectStorageError:
@@ -127,7 +137,13 @@ def _retries() -> Any:
 def _client(endpoint: str) -> Any:
     bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
     certificate = {"root_certificate": Path(bundle).read_bytes()} if bundle else {}
-    return {**_CLIENT, **certificate, "allow_http": endpoint.startswith("http://")}
+    read_timeout_s = float(os.environ.get("CAPFILT_STORAGE_TIMEOUT_S") or _READ_TIMEOUT_S)
+    times = {
+        "connect_timeout": f"{min(read_timeout_s, _CONNECT_TIMEOUT_S)}s",
+        "read_timeout": f"{read_timeout_s}s",
+        "timeout": _TIMEOUT,
+    }
+    return {**times, **certificate, "allow_http": endpoint.startswith("http://")}
 
 
 # -- S3 ------------------------------------------------------------------------------------------------------

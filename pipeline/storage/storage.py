@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 
 from pipeline.regular_files import require_regular
 from pipeline.storage.file_info import FileInfo
@@ -20,11 +21,13 @@ from pipeline.storage.local_files import LocalFiles
 from pipeline.storage.object_files import ObjectFiles, split_name
 from pipeline.storage.object_stores import SCHEMES
 from pipeline.storage.other_files import OtherFiles
+from pipeline.storage.patience import NO_PATIENCE, Patience
 from pipeline.storage.scratch import temporary_folder
 from schemas.errors import CapfiltError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 Files = LocalFiles | ObjectFiles | OtherFiles
 
 _READERS, _LOCAL_FILES_A_THREAD = 32, 64
@@ -34,10 +37,14 @@ class Storage:
     """A folder or a bucket prefix, and everything that may be done to the files under it.
 
     Paths are relative to the root, with ``/``; a path with ``://`` or a leading ``/`` is taken as it is, so that
-    imported files outside the corpus are read by the same calls. Instances pickle.
+    imported files outside the corpus are read by the same calls. Instances pickle, without their patience.
+
+    Args:
+        patience: what waits while the storage is away. Every call of a storage may be repeated.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, patience: Patience = NO_PATIENCE) -> None:
+        self._patience = patience
         try:
             self._files, base = files_of(root)
         except (ValueError, ImportError) as error:
@@ -143,12 +150,17 @@ class Storage:
         with ThreadPoolExecutor(threads) as readers:
             return list(readers.map(read, items))
 
+    def _call(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        return self._patience.call(partial(function, *args, **kwargs))
+
     # -- reading ---------------------------------------------------------------------------------------------
 
     def exists(self, path: str) -> bool:
         """Tell whether the file is there."""
         files, name = self._place(path)
-        return files.exists(name)
+        return self._call(files.exists, name)
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """Return the whole file.
@@ -159,17 +171,17 @@ class Storage:
         Raises FileNotFoundError, and NotRegularFileError on local disk.
         """
         files, name = self._place(path)
-        return files.read(name, max_bytes)
+        return self._call(files.read, name, max_bytes)
 
     def open(self, path: str) -> BinaryIO:
         """Open for reading, buffered ahead on remote storage. Raises as ``read`` does."""
         files, name = self._place(path)
-        return files.open(name)
+        return self._call(files.open, name)
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
         """Return ``size`` bytes from byte ``start`` on, fewer where the file ends; one request on remote storage."""
         files, name = self._place(path)
-        return files.read_range(name, start, size)
+        return self._call(files.read_range, name, start, size)
 
     @contextlib.contextmanager
     def local_copy(self, path: str) -> Iterator[Path]:
@@ -183,13 +195,13 @@ class Storage:
             return
         with temporary_folder() as folder:
             target = folder / Path(name).name
-            files.fetch(name, target)
+            self._call(files.fetch, name, target)
             yield target
 
     def list(self, prefix: str) -> list[FileInfo]:
         """Return every file under a folder, sorted by path; an absent folder is empty."""
         try:
-            listed = self._files.find(self._full(prefix))
+            listed = self._call(self._files.find, self._full(prefix))
         except FileNotFoundError:
             return []
         start = len(self._base) + 1 if self._base or self.is_local else 0
@@ -202,24 +214,24 @@ class Storage:
     def info(self, path: str) -> FileInfo:
         """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
         files, name = self._place(path)
-        return replace(files.info(name), path=path)
+        return replace(self._call(files.info, name), path=path)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
     def put(self, local: Path, path: str) -> None:
         """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
-        self._files.put(local, self._own(path))
+        self._call(self._files.put, local, self._own(path))
 
     def share(self, local: Path, path: str) -> None:
         """Publish, as ``put`` does, a file that nobody changes: on local disk as a hard link where it can be one."""
         if isinstance(self._files, LocalFiles):
-            self._files.share(local, self._own(path))
+            self._call(self._files.share, local, self._own(path))
         else:
             self.put(local, path)
 
     def write(self, path: str, data: bytes) -> None:
         """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
-        self._files.write(self._own(path), data)
+        self._call(self._files.write, self._own(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Publish bytes only if ``path`` does not exist; of many writers exactly one gets True.
@@ -229,15 +241,15 @@ class Storage:
         by its own first try; hence a file with these very bytes counts as written by this call. Two writers that must
         not both win write different bytes (a record holds the id of its commit).
         """
-        return self._files.create(self._own(path), data)
+        return self._call(self._files.create, self._own(path), data)
 
     def swap(self, path: str, old: bytes, new: bytes) -> bool:
         """Replace a file only if its content is ``old``; of many writers at most one gets True. Absent gives False."""
-        return self._files.swap(self._own(path), old, new)
+        return self._call(self._files.swap, self._own(path), old, new)
 
     def delete(self, path: str) -> None:
         """Remove a file of the corpus; absent is fine."""
-        self._files.delete(self._own(path))
+        self._call(self._files.delete, self._own(path))
 
     def _own(self, path: str) -> str:
         if _is_absolute(path):

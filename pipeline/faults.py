@@ -1,0 +1,100 @@
+"""Whose fault an exception is: decided here for the runner of a shard, the storage, the executors and the command line.
+
+Libraries are named, not imported: this is read by processes that load neither Ray nor a storage's client. A test
+looks every name up in the installed versions.
+"""
+
+import errno
+from typing import Literal
+
+from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
+
+# storage and node: waited for, and not charged to the shard.
+# shard: tried again, then quarantined.
+# memory: the device's, for one image alone (a larger batch is halved before); tried again with fresh weights.
+# run: the config, the weights or the input; nothing is tried again.
+Fault = Literal["storage", "node", "shard", "memory", "run"]
+
+_BY_CLASS: dict[str, Fault] = {
+    "pipeline.storage.errors.ObjectStorageError": "storage",
+    "obstore.exceptions.BaseError": "storage",
+    "botocore.exceptions.BotoCoreError": "storage",
+    "botocore.exceptions.ClientError": "storage",
+    # Weights and lists that are fetched.
+    "requests.exceptions.ConnectionError": "storage",
+    "requests.exceptions.Timeout": "storage",
+    "urllib3.exceptions.TimeoutError": "storage",
+    "urllib3.exceptions.ProtocolError": "storage",
+    "httpx.TransportError": "storage",
+    "aiohttp.client_exceptions.ClientConnectionError": "storage",
+    "torch.OutOfMemoryError": "memory",
+    # A worker that dies on a node that lives. Of one whose node went, see ``_fault_of_death``.
+    "ray.exceptions.WorkerCrashedError": "shard",
+    "ray.exceptions.OutOfMemoryError": "shard",
+    "ray.exceptions.RuntimeEnvSetupError": "run",
+    "ray.exceptions.AuthenticationError": "run",
+    "ray.exceptions.NodeDiedError": "node",
+    "ray.exceptions.LocalRayletDiedError": "node",
+    "ray.exceptions.ActorUnavailableError": "node",
+    "ray.exceptions.ActorUnschedulableError": "node",
+    "ray.exceptions.TaskUnschedulableError": "node",
+    "ray.exceptions.GetTimeoutError": "node",
+    "ray.exceptions.ObjectLostError": "node",
+    "ray.exceptions.ObjectStoreFullError": "node",
+    "ray.exceptions.OutOfDiskError": "node",
+    "ray.exceptions.RaySystemError": "node",
+    "ray.exceptions.RpcError": "node",
+    "ray.data.exceptions.ExecutionTimeoutError": "node",
+}
+
+# What a network filesystem says of a server that is away, and a disk of its lack of room: the next shard would fare the
+# same. EIO is not among them: of a local disk it is one damaged file, and a server that is mounted "hard" gives none.
+_AWAY = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Return whose fault an exception is."""
+    if isinstance(error, CapfiltError):
+        return "shard" if isinstance(error, CorruptShardError | NotFiniteError) else "run"
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
+    if "ray.exceptions.RayTaskError" in names and isinstance(
+        cause := getattr(error, "cause", None), Exception
+    ):
+        return fault_of(cause)
+    if "ray.exceptions.ActorDiedError" in names:
+        return _fault_of_death(error)
+    named = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
+    if named is not None:
+        return named
+    is_away = isinstance(error, OSError) and error.errno in _AWAY
+    return "storage" if is_away or isinstance(error, ConnectionError | TimeoutError) else "shard"
+
+
+def is_waited_for(error: BaseException) -> bool:
+    """Tell whether the storage or a node is at fault, which may be over in a while."""
+    return fault_of(error) in ("storage", "node")
+
+
+def _fault_of_death(error: BaseException) -> Fault:
+    """Return whether an actor of Ray died with its node (drained, preempted or lost), or alone."""
+    return "node" if getattr(error, "preempted", False) or "node has died" in str(error) else "shard"

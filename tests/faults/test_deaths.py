@@ -1,0 +1,81 @@
+"""Deaths on a real Ray: a shard that kills its worker every time, the actor that a training's ranks talk to."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.data.exceptions import omit_traceback_stdout
+
+from jobs.cluster.session import joined_ray
+from jobs.cluster.train import _progress_actor
+from jobs.interrupts import Interrupts
+from pipeline.corpus.records import Records
+from pipeline.storage.storage import Storage
+from tests.processes import descendants, kill, meanwhile, stage_workers
+from tests.runs import do_run, small_config, with_values
+
+pytestmark = pytest.mark.ray
+
+POISONED = "00001"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    with Interrupts() as interrupts, joined_ray("local", interrupts, num_cpus=6, include_dashboard=False):
+        yield
+
+
+def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
+    base_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 12, 4)
+    config = with_values(config, cluster={"max_attempts": 2})
+    records = Records(Storage(config.corpus.path))
+    killed = 0
+
+    def poison() -> None:
+        nonlocal killed
+        deadline = time.monotonic() + 120
+        while killed < 2 and time.monotonic() < deadline:
+            attempts = records.storage.list(f"records/attempts/crawl/world/{POISONED}")
+            workers = stage_workers(os.getpid(), "crawl")
+            if len(attempts) > killed and workers:
+                killed += any(map(kill, workers))
+            time.sleep(0.002)
+
+    with meanwhile(poison):
+        result = do_run(config, local=False, stages=("crawl",))
+    assert killed == 2 and result.exit_code == 3
+    assert list(result.quarantined) == [f"crawl world/{POISONED}"]
+    assert result.quarantined[f"crawl world/{POISONED}"] == "the worker died on every attempt"
+    assert len(records.shards(("crawl",))) == 2
+    assert do_run(config, local=False).exit_code == 0, "the next run tries it again"
+
+
+def test_the_actor_of_a_training_is_restarted_where_its_driver_is() -> None:
+    actor = _progress_actor()
+    assert not ray.get(actor.is_stopping.remote())
+    [process] = [
+        pid
+        for pid in descendants(os.getpid())
+        if "_ProgressActor" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    kill(process)
+    assert ray.get(actor.new_lines.remote(), timeout=60) == []
+    ray.kill(actor)
+
+
+def test_a_broken_execution_prints_no_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    ray.data.range(1).materialize()  # sets up the handlers of Ray Data's loggers
+
+    @omit_traceback_stdout
+    def execute() -> None:
+        raise ray.exceptions.ActorDiedError
+
+    capfd.readouterr()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        execute()
+    assert capfd.readouterr().err == ""

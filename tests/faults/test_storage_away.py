@@ -1,0 +1,136 @@
+"""A run whose storage goes away and comes back: connections before a real S3 server are refused, hang, break, crawl."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.bench.fixtures.s3 import S3Request, S3Server, bucket_on
+from pipeline.corpus.records import Records
+from pipeline.storage.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.stages import Stage
+from tests.faults.proxy import Mode, Proxy, proxy_to
+from tests.processes import cli_here
+from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
+
+SHARDS, PER_SHARD = 3, 4
+STAGES: tuple[Stage, ...] = ("crawl", "caption", "rank", "select")
+# As if five minutes and two, in a hundredth of the time; then what a bad line does.
+OUTAGE: tuple[tuple[Mode, float], ...] = (("refuse", 1.5), ("hang", 1.5), ("cut", 0.7), ("slow", 0.7))
+BUCKET = "faults"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small_config(
+        str(folder / "corpus"), folder / "urls.parquet", base_url, SHARDS * PER_SHARD, PER_SHARD
+    )
+    assert do_run(config).exit_code == 0
+    return config
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the server, which this process's clients use, with a tenth of their usual patience."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    monkeypatch.setenv("CAPFILT_STORAGE_TIMEOUT_S", "0.5")
+    with proxy_to(s3_server.url) as proxy, bucket_on(proxy.url, BUCKET):
+        yield proxy
+
+
+def begins(request: S3Request) -> str:
+    """Return the stage whose first attempt of a shard a request notes; empty where it notes none."""
+    parts = request.key.split("/")
+    return parts[3] if request.kind == "PUT" and parts[1:3] == ["records", "attempts"] else ""
+
+
+def objects(folder: str) -> list[str]:
+    return [info.path for info in Storage(f"s3://{BUCKET}/corpus").list(folder)]
+
+
+def test_a_run_outlasts_a_storage_that_is_away_in_every_stage(
+    undisturbed: CapfiltConfig,
+    s3_server: S3Server,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = with_values(undisturbed, corpus={"path": f"s3://{BUCKET}/corpus"})
+    disturbed: list[str] = []
+
+    def go_away() -> None:
+        for mode, seconds in OUTAGE:
+            proxy.be(mode)
+            time.sleep(seconds)
+        proxy.be("pass")
+
+    def watch(request: S3Request) -> None:
+        stage = begins(request)
+        if stage and stage not in disturbed:
+            disturbed.append(stage)
+            threading.Thread(target=go_away).start()
+
+    monkeypatch.setattr(s3_server, "refuse", watch)
+    done = cli_here("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert disturbed == list(STAGES)
+
+    lines = done.stderr.splitlines() + done.stdout.splitlines()
+    away = [line for line in lines if "Waiting for it" in line]
+    back = [line for line in lines if "the storage answers again" in line]
+    assert len(away) == len(back) >= 2, done.stderr
+    assert len(lines) <= 20, done.stderr
+    # Nothing was done twice: what was ready waited where it was.
+    for folder, files in (("raw", 2), ("captions", 1), ("scores", 1), ("curated", 2)):
+        assert len(objects(folder)) == SHARDS * files
+    assert objects("records/quarantine") == objects("records/attempts") == []
+    assert committed_uids(config.corpus.path) == committed_uids(undisturbed.corpus.path)
+    assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
+    assert cli_here("verify", config.corpus.path).returncode == 0
+
+
+def test_patience_ends_with_exit_code_4_and_the_same_command_goes_on(
+    undisturbed: CapfiltConfig,
+    s3_server: S3Server,
+    proxy: Proxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = f"s3://{BUCKET}/impatient"
+    config = with_values(undisturbed, corpus={"path": path}, cluster={"storage_patience_s": 2.0})
+    arguments = ("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
+    refused = threading.Event()
+
+    def watch(request: S3Request) -> None:
+        if begins(request) == "caption" and not refused.is_set():
+            refused.set()
+            threading.Thread(target=proxy.be, args=("refuse",)).start()
+
+    monkeypatch.setattr(s3_server, "refuse", watch)
+    start = time.monotonic()
+    ended = cli_here(*arguments)
+    assert ended.returncode == 4, ended.stderr
+    assert "cluster.storage_patience_s = 2" in ended.stderr and "Traceback" not in ended.stderr
+    assert time.monotonic() - start < 60
+    proxy.be("pass")
+    records = Records(Storage(path))
+    before = records.shards()
+    assert Counter(stage for stage, _, _ in before) == {"crawl": 1} and records.quarantined() == {}
+    assert cli_here(*arguments).returncode == 0
+    after = records.shards()
+    assert all(after[place] == record for place, record in before.items())
+    assert len(after) == SHARDS * len(STAGES)
+
+
+def test_an_endpoint_that_refuses_before_the_work_is_said_at_once(
+    undisturbed: CapfiltConfig, proxy: Proxy, tmp_path: Path
+) -> None:
+    config = with_values(undisturbed, corpus={"path": f"s3://{BUCKET}/nowhere"})
+    proxy.be("refuse")
+    ended = cli_here("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (4, 1), ended.stderr
