@@ -42,6 +42,7 @@ class Interrupts:
         self._is_delayed = False
         self._pass_on: Callable[[], None] | None = None
         self._again: threading.Timer | None = None
+        self._grace_s = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -64,8 +65,7 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._again is not None:
-            self._again.cancel()
+        self._cancel_again()
         sys.unraisablehook = self._unraisable
         os.close(self._stderr)
 
@@ -119,10 +119,25 @@ class Interrupts:
         finally:
             self._pass_on = None
 
+    @contextlib.contextmanager
+    def graced(self, seconds: float) -> Iterator[None]:
+        """Let the first signal interrupt the block so many seconds later, and a second one at once.
+
+        The block ends by itself, before that, where it sees that ``count`` is not 0; it is interrupted then, too.
+        """
+        self._grace_s = seconds
+        try:
+            yield
+        finally:
+            self._grace_s = 0.0
+            self._cancel_again()
+        if self.count and seconds:
+            raise KeyboardInterrupt
+
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handle one signal. Raises KeyboardInterrupt."""
         if self._again is not None:
-            self._again = None
+            self._cancel_again()
             self._raise()
             return
         if self._is_once and self.count:
@@ -139,6 +154,8 @@ class Interrupts:
         self.log(f"{_NAMES[signal.Signals(number)]}{again}: stopping{f'; {words}' if words else ''}")
         if self._pass_on is not None:
             self._pass_on()
+        elif self._grace_s and self.count == 1:
+            self._send_again(self._grace_s)
         else:
             self._raise()
 
@@ -153,10 +170,19 @@ class Interrupts:
         if not issubclass(error.exc_type, KeyboardInterrupt):
             self._unraisable(error)
         elif self._before and self._again is None:
-            main = threading.main_thread().ident
-            self._again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, self.number))
-            self._again.daemon = True
-            self._again.start()
+            self._send_again(_AGAIN_S)
+
+    def _send_again(self, after_s: float) -> None:
+        """Send the signal again to the main thread, where what its handler raises is noticed."""
+        main = threading.main_thread().ident
+        self._again = threading.Timer(after_s, signal.pthread_kill, (main, self.number))
+        self._again.daemon = True
+        self._again.start()
+
+    def _cancel_again(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
 
     def log(self, text: str) -> None:
         """Print a line on standard error, whatever the process was doing."""

@@ -34,9 +34,15 @@ class LocalExecutor:
             )
             for stage in job.stages
         ]
-        with variables(_worker_environment(job)), monitor.watching(lambda timeout_s: counter.snapshot()):
+        with (
+            variables(_worker_environment(job)),
+            monitor.watching(lambda timeout_s: counter.snapshot()),
+            monitor.interrupts.graced(job.settings.config.cluster.stop_grace_s),
+        ):
             for kind, urls in job.shards:
                 for runner in runners:
+                    if monitor.interrupts.count:
+                        return "done"  # as far as it goes: the block is interrupted here
                     runner.run_shard(kind, urls)
                 if monitor.has_failed_too_often(counter.snapshot()):
                     return "gave up"

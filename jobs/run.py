@@ -29,6 +29,7 @@ from pipeline.runs.runner import RunSettings
 from pipeline.runs.survey import Survey, Totals, survey
 from pipeline.storage.patience import Patience
 from pipeline.storage.storage import Storage
+from pipeline.text import readable_duration
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.json_record import utc_now
@@ -39,6 +40,9 @@ from schemas.statuses import retried_reasons
 _FIRST_SIGNAL = (
     "committed shards stay, those under way are started again by the same command; a second signal does not wait for "
     "the workers and the manifest"
+)
+_FIRST_SIGNAL_WITH_GRACE = (
+    "those under way have {} to be committed, no other begins; a second signal waits for none"
 )
 _SECOND_SIGNAL = "not waiting for the workers and the manifest"
 
@@ -144,7 +148,9 @@ def run(config: CapfiltConfig, options: RunOptions, console: Console) -> RunResu
     records.storage.require_conditional_puts()
     records.storage.require_place("corpus.path")
     started = begin_run(options.command, config)
-    with Interrupts(_FIRST_SIGNAL, _SECOND_SIGNAL) as interrupts:
+    grace_s = config.cluster.stop_grace_s
+    first = _FIRST_SIGNAL_WITH_GRACE.format(readable_duration(grace_s)) if grace_s else _FIRST_SIGNAL
+    with Interrupts(first, _SECOND_SIGNAL) as interrupts:
         work = None
         try:
             work = _prepare(config, options, console, records, started)

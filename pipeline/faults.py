@@ -48,7 +48,8 @@ _BY_CLASS: dict[str, Fault] = {
 }
 
 # What a network filesystem says of a server that is away, and a disk of its lack of room: the next shard would fare the
-# same. EIO is not among them: of a local disk it is one damaged file, and a server that is mounted "hard" gives none.
+# same. EIO is among them where something is written; of a read it means one damaged file (a server that is mounted
+# "hard" gives none).
 _AWAY = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -90,9 +91,14 @@ def fault_of(error: BaseException) -> Fault:
     return "storage" if is_away or isinstance(error, ConnectionError | TimeoutError) else "shard"
 
 
-def is_waited_for(error: BaseException) -> bool:
-    """Tell whether the storage or a node is at fault, which may be over in a while."""
-    return fault_of(error) in ("storage", "node")
+def is_waited_for(error: BaseException, *, is_writing: bool = False) -> bool:
+    """Tell whether the storage or a node is at fault, which may be over in a while.
+
+    Args:
+        is_writing: a file of the corpus.
+    """
+    is_unwritable = is_writing and isinstance(error, OSError) and error.errno == errno.EIO
+    return is_unwritable or fault_of(error) in ("storage", "node")
 
 
 def _fault_of_death(error: BaseException) -> Fault:

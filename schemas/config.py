@@ -319,6 +319,11 @@ class ClusterConfig(Section):
         ge=0,
         description="how long a storage that is away is waited for, before the run ends with exit code 4",
     )
+    stop_grace_s: float = Field(
+        0.0,
+        ge=0,
+        description="after a signal to stop, how long shards in work may go on, to be committed; no new one begins",
+    )
     stall_timeout_s: float = Field(
         21_600.0,
         gt=0,

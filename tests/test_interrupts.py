@@ -89,6 +89,19 @@ def test_work_that_asks_is_not_interrupted_where_a_start_ends() -> None:
         assert interrupts.asked()
 
 
+def test_a_first_signal_leaves_the_grace_and_a_second_does_not() -> None:
+    with Interrupts(quiet=True) as interrupts, pytest.raises(KeyboardInterrupt), interrupts.graced(60):
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.count == 1, "the block goes on"
+    with Interrupts(quiet=True) as interrupts, pytest.raises(KeyboardInterrupt), interrupts.graced(0.2):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+    with Interrupts(quiet=True) as interrupts, pytest.raises(KeyboardInterrupt), interrupts.graced(60):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on after the second signal")
+
+
 @pytest.mark.slow
 def test_ray_does_not_abort_a_process_that_was_asked_to_stop_while_it_starts() -> None:
     code = (

@@ -47,6 +47,8 @@ class StageActor:
         gc.set_threshold(50_000)
         sweep_temporary_folders()
         self._counter = counter
+        # One more call a shard, which is made where a signal leaves time.
+        self._asks_to_begin = settings.config.cluster.stop_grace_s > 0
         self._runner = ShardRunner(
             stage,
             settings,
@@ -63,6 +65,10 @@ class StageActor:
         return batch
 
     def _run_shard(self, kind: Any, urls: ShardRecord) -> None:
+        if self._asks_to_begin and not ray.get(
+            self._counter.begin.remote(self._runner.stage, urls.source, urls.shard)
+        ):
+            return
         try:
             self._runner.run_shard(kind, urls)
         except CapfiltError as error:

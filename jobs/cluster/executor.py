@@ -38,10 +38,13 @@ class RayExecutor:
             def snapshot(timeout_s: float) -> RunProgress | None:
                 # An actor that does not answer is being restarted, or Ray is shutting down.
                 with contextlib.suppress(ray.exceptions.RayError):
+                    if monitor.interrupts.count:
+                        counter.stop.remote()
                     return ray.get(counter.snapshot.remote(), timeout=timeout_s)
                 return None
 
-            with monitor.watching(snapshot):
+            grace_s = job.settings.config.cluster.stop_grace_s
+            with monitor.watching(snapshot), monitor.interrupts.graced(grace_s):
                 return _run_until_done(job, monitor, counter)
 
 
@@ -89,7 +92,7 @@ def _run_once(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle
     if not job.shards:
         return "done"
     for _ in build_dataset(job, counter).iter_batches(batch_size=None, prefetch_batches=0):
-        if monitor.progress.refusal:
+        if monitor.progress.refusal or monitor.progress.is_stopped:
             break
         if monitor.has_failed_too_often(monitor.progress):
             return "gave up"

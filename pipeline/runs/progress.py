@@ -78,6 +78,8 @@ class RunProgress:
     away: str = ""
     # One line for each shard that was quarantined, in this order.
     quarantines: tuple[str, ...] = ()
+    # No shard begins any more, and none is in work.
+    is_stopped: bool = False
 
     @property
     def states(self) -> dict[Stage, str]:
@@ -105,6 +107,18 @@ class ProgressCounter:
         self._refusal: CapfiltError | None = None
         self._away: dict[str, tuple[float, str]] = {}
         self._quarantines: list[str] = []
+        self._in_work: set[tuple[str, str, str]] = set()
+        self._is_stopping = False
+
+    def begin(self, stage: Stage, source: str, shard: str) -> bool:
+        """Tell whether a stage may begin a shard; from then on it is in work until its outcome is noted."""
+        if not self._is_stopping:
+            self._in_work.add((stage, source, shard))
+        return not self._is_stopping
+
+    def stop(self) -> None:
+        """Let no shard begin any more."""
+        self._is_stopping = True
 
     def note(self, outcome: ShardOutcome) -> None:
         """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
@@ -113,6 +127,7 @@ class ProgressCounter:
             self._refusal = kind(outcome.error)
         self._passed.setdefault(outcome.stage, set()).add((outcome.source, outcome.shard))
         shard = (outcome.stage, outcome.source, outcome.shard)
+        self._in_work.discard(shard)
         if outcome.state not in ("done", "quarantined") or shard in self._seen:
             return
         self._seen.add(shard)
@@ -155,4 +170,5 @@ class ProgressCounter:
             refusal=self._refusal,
             away=away[0] if away else "",
             quarantines=tuple(self._quarantines),
+            is_stopped=self._is_stopping and not self._in_work,
         )

@@ -9,6 +9,7 @@ _ERRNO_HINTS = {
     errno.ENOSPC: "make room",
     errno.EFBIG: "make room, or raise the limit of a file's size",
     errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EIO: "the disk fails, or the server behind it; the system's log says more",
     errno.EROFS: "name a folder that may be written",
     errno.EACCES: "give this user the right to, or name another place",
     errno.EPERM: "give this user the right to, or name another place",

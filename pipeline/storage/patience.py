@@ -39,7 +39,7 @@ class Patience:
         self._lock = threading.Lock()
         self._waiting = 0
 
-    def call(self, function: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T], *, is_writing: bool = False) -> T:
         """Return what the function returns, once it fails through nobody else's fault; it is called again until then.
 
         Raises TryAgainLaterError at the limit, and at once what the function raises through a fault of its own.
@@ -47,12 +47,12 @@ class Patience:
         try:
             return function()
         except Exception as error:
-            if not is_waited_for(error) or not self._limit_s or self._is_stopping():
+            if not is_waited_for(error, is_writing=is_writing) or not self._limit_s or self._is_stopping():
                 raise
             away = _line(error)
-        return self._call_again(function, away)
+        return self._call_again(function, away, is_writing)
 
-    def _call_again(self, function: Callable[[], T], away: str) -> T:
+    def _call_again(self, function: Callable[[], T], away: str, is_writing: bool) -> T:
         since = time.monotonic()
         self._begin_waiting()
         for pause_s in itertools.chain(self._pauses_s, itertools.repeat(self._pauses_s[-1])):
@@ -62,7 +62,7 @@ class Patience:
             try:
                 result = function()
             except Exception as error:
-                if not is_waited_for(error):
+                if not is_waited_for(error, is_writing=is_writing):
                     self._end_waiting()
                     raise
                 away = _line(error)

@@ -155,6 +155,11 @@ class Storage:
     ) -> Result:
         return self._patience.call(partial(function, *args, **kwargs))
 
+    def _write(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        return self._patience.call(partial(function, *args, **kwargs), is_writing=True)
+
     # -- reading ---------------------------------------------------------------------------------------------
 
     def exists(self, path: str) -> bool:
@@ -220,18 +225,18 @@ class Storage:
 
     def put(self, local: Path, path: str) -> None:
         """Publish a finished local file under ``path`` in one step; an existing file is replaced whole."""
-        self._call(self._files.put, local, self._own(path))
+        self._write(self._files.put, local, self._own(path))
 
     def share(self, local: Path, path: str) -> None:
         """Publish, as ``put`` does, a file that nobody changes: on local disk as a hard link where it can be one."""
         if isinstance(self._files, LocalFiles):
-            self._call(self._files.share, local, self._own(path))
+            self._write(self._files.share, local, self._own(path))
         else:
             self.put(local, path)
 
     def write(self, path: str, data: bytes) -> None:
         """Publish bytes under ``path`` in one step; an existing file is replaced whole."""
-        self._call(self._files.write, self._own(path), data)
+        self._write(self._files.write, self._own(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Publish bytes only if ``path`` does not exist; of many writers exactly one gets True.
@@ -241,15 +246,15 @@ class Storage:
         by its own first try; hence a file with these very bytes counts as written by this call. Two writers that must
         not both win write different bytes (a record holds the id of its commit).
         """
-        return self._call(self._files.create, self._own(path), data)
+        return self._write(self._files.create, self._own(path), data)
 
     def swap(self, path: str, old: bytes, new: bytes) -> bool:
         """Replace a file only if its content is ``old``; of many writers at most one gets True. Absent gives False."""
-        return self._call(self._files.swap, self._own(path), old, new)
+        return self._write(self._files.swap, self._own(path), old, new)
 
     def delete(self, path: str) -> None:
         """Remove a file of the corpus; absent is fine."""
-        self._call(self._files.delete, self._own(path))
+        self._write(self._files.delete, self._own(path))
 
     def _own(self, path: str) -> str:
         if _is_absolute(path):

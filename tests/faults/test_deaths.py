@@ -14,8 +14,9 @@ from jobs.cluster.train import _progress_actor
 from jobs.interrupts import Interrupts
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
+from schemas.config import CapfiltConfig
 from tests.processes import descendants, kill, meanwhile, stage_workers
-from tests.runs import do_run, small_config, with_values
+from tests.runs import curated_files, do_run, with_values
 
 pytestmark = pytest.mark.ray
 
@@ -29,10 +30,9 @@ def ray_here() -> Iterator[None]:
 
 
 def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
-    base_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: CapfiltConfig, tmp_path: Path
 ) -> None:
-    config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 12, 4)
-    config = with_values(config, cluster={"max_attempts": 2})
+    config = with_values(undisturbed, corpus={"path": str(tmp_path / "corpus")}, cluster={"max_attempts": 2})
     records = Records(Storage(config.corpus.path))
     killed = 0
 
@@ -53,6 +53,7 @@ def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
     assert result.quarantined[f"crawl world/{POISONED}"] == "the worker died on every attempt"
     assert len(records.shards(("crawl",))) == 2
     assert do_run(config, local=False).exit_code == 0, "the next run tries it again"
+    assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
 
 
 def test_the_actor_of_a_training_is_restarted_where_its_driver_is() -> None:
