@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobs.demo.world.site import serving
+from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig
 from tests.runs import do_run, small_config
 
@@ -21,3 +22,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CapfiltCon
         )
         assert do_run(config).exit_code == 0
         yield config
+
+
+@pytest.fixture(scope="package")
+def ray_here() -> Iterator[None]:
+    """A Ray of this process, which its runs join."""
+    from jobs.cluster.session import joined_ray
+
+    with Interrupts() as interrupts, joined_ray("local", interrupts, num_cpus=6, include_dashboard=False):
+        yield

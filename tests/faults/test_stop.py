@@ -16,8 +16,10 @@ from tests.runs import curated_files, do_run, with_values
 
 @pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.ray)], ids=["local", "ray"])
 def test_what_is_in_work_is_committed_within_the_grace(
-    undisturbed: CapfiltConfig, tmp_path: Path, local: bool
+    undisturbed: CapfiltConfig, tmp_path: Path, local: bool, request: pytest.FixtureRequest
 ) -> None:
+    if not local:
+        request.getfixturevalue("ray_here")
     corpus = str(tmp_path / "corpus")
     config = with_values(undisturbed, corpus={"path": corpus}, cluster={"stop_grace_s": 120.0})
     records = Records(Storage(corpus))
