@@ -265,9 +265,7 @@ class ShardRunner:
         Returns its number, as ``Records`` does, and whether the shard's attempts were used up before it.
         """
         place = (task.stage, task.source, task.shard, task.run_id)
-        begun = self.records.begin_attempt(
-            *place, is_retry=is_retry, share=self._share, node=self._node.name
-        )
+        begun = self.records.begin_attempt(*place, is_retry=is_retry, share=self._share, node=self._node.name)
         killed = sorted({*range(1, begun)} - failed)
         for lost in self.records.keep_killed_attempts(*place, killed):
             self._log_lost(lost)
