@@ -17,6 +17,8 @@ from tests.runs import config_file, curated_files
 
 SHARDS = ["00000", "00001"]
 BEFORE = ("crawl", "caption", "rank")
+# Where a selection's records are written, as the last of a shard.
+COMMITS = "corpus/records/select"
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +46,25 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return curated_files(corpus.root)
 
 
-def select(corpus: Corpus, folder: Path, library: str, **faults: str) -> subprocess.CompletedProcess:
-    """Select in a process whose disk fails."""
+def select(
+    corpus: Corpus, folder: Path, library: str, call: str, number: int, times: int, faulty: str
+) -> subprocess.CompletedProcess:
+    """Select in a process in which so many calls fail on files below ``faulty``."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
     config = str(config_file(corpus.config, folder / "c.json"))
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", "select", "--local", "-c", config],
         cwd=ROOT,
-        env={**os.environ, "LD_PRELOAD": library, "FAULTY_FOLDER": f"{corpus.root}/curated", **faults},
+        env={
+            **os.environ,
+            "TMPDIR": str(scratch),
+            "LD_PRELOAD": library,
+            "FAULTY_FOLDER": str(folder / faulty),
+            "FAULTY_CALL": call,
+            "FAULTY_ERRNO": str(number),
+            "FAULTY_TIMES": str(times),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -58,22 +72,20 @@ def select(corpus: Corpus, folder: Path, library: str, **faults: str) -> subproc
 
 
 @pytest.mark.parametrize(
-    ("call", "number"),
-    [("write", errno.ENOSPC), ("write", errno.EIO), ("close", errno.EIO), ("fsync", errno.EDQUOT)],
-    ids=lambda value: errno.errorcode.get(value, value) if isinstance(value, int) else value,
+    ("call", "number", "faulty"),
+    [
+        ("write", errno.ENOSPC, "scratch/capfilt-"),
+        ("write", errno.ENOSPC, COMMITS),
+        ("close", errno.EIO, COMMITS),
+        ("fsync", errno.EDQUOT, COMMITS),
+    ],
+    ids=["write-full-scratch", "write-full", "close-fails", "sync-quota"],
 )
 def test_a_disk_that_fails_for_a_while_is_waited_for(
-    tmp_path: Path, library: str, expected: dict[str, str], call: str, number: int
+    tmp_path: Path, library: str, expected: dict[str, str], call: str, number: int, faulty: str
 ) -> None:
     corpus = unselected(tmp_path / "corpus")
-    done = select(
-        corpus,
-        tmp_path,
-        library,
-        FAULTY_CALL=call,
-        FAULTY_ERRNO=str(number),
-        FAULTY_TIMES="2",
-    )
+    done = select(corpus, tmp_path, library, call, number, 2, faulty)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Waiting for it") == done.stderr.count("answers again") == 1, done.stderr
     assert curated_files(corpus.root) == expected
@@ -90,13 +102,11 @@ def test_a_disk_that_stays_full_ends_the_run_and_damages_nothing(
     corpus.config = corpus.config.model_copy(
         update={"cluster": corpus.config.cluster.model_copy(update={"storage_patience_s": 1.0})}
     )
-    full = {"FAULTY_CALL": "write", "FAULTY_ERRNO": str(errno.ENOSPC), "FAULTY_TIMES": "1000000"}
-    ended = select(corpus, tmp_path, library, **full)
+    ended = select(corpus, tmp_path, library, "write", errno.ENOSPC, 1_000_000, COMMITS)
     assert ended.returncode == 4, ended.stderr
     assert "make room. Waited for" in ended.stderr and "Traceback" not in ended.stderr
     records = Records(Storage(corpus.root))
     assert records.shards(("select",)) == {} and records.quarantined() == {}
-    assert records.storage.list("curated/cc") == []
     assert cli_here("verify", corpus.root).returncode == 0
     again = cli_here("select", "--local", "-c", str(tmp_path / "c.json"))
     assert again.returncode == 0, again.stderr
