@@ -40,6 +40,11 @@ _LONGEST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what makes a test of chance longer than the suite has time for."""
+    parser.addoption("--kills", type=int, default=20, help="how often tests/test_kills.py kills something")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; all others stay in their order."""
     places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}

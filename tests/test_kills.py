@@ -12,16 +12,23 @@ from tests.runs import committed_uids, config_file, curated_files, do_run, small
 
 pytestmark = pytest.mark.ray
 
-KILLS = 20
-DRIVERS = 2
-# Enough shards for twenty kills: twenty of six URLs, each with something of every kind to lose.
-URLS, PER_SHARD = 120, 6
+# One driver in ten kills, else a worker.
+KILLS_A_DRIVER = 10
+# Enough shards: one for each kill, each with something of every kind to lose.
+PER_SHARD = 6
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
+def num_kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_url: str, num_kills: int, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = small_config(str(folder / "corpus"), folder / "urls.parquet", base_url, URLS, PER_SHARD)
+    config = small_config(
+        str(folder / "corpus"), folder / "urls.parquet", base_url, num_kills * PER_SHARD, PER_SHARD
+    )
     assert do_run(config).exit_code == 0
     return config
 
@@ -34,18 +41,21 @@ def _assert_same(corpus: str, undisturbed: CapfiltConfig) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, tmp_path: Path) -> None:
+def test_killed_workers_and_drivers_leave_no_trace(
+    undisturbed: CapfiltConfig, num_kills: int, tmp_path: Path
+) -> None:
     corpus = str(tmp_path / "corpus")
     # A killed worker costs its shard an attempt; here no number of them may lead to quarantine.
-    config = with_values(undisturbed, corpus={"path": corpus}, cluster={"max_attempts": KILLS + 1})
+    config = with_values(undisturbed, corpus={"path": corpus}, cluster={"max_attempts": num_kills + 1})
     file = str(config_file(config, tmp_path / "corpus.json"))
     chance = random.Random(20)
-    turns = chance.sample(["driver"] * DRIVERS + ["worker"] * (KILLS - DRIVERS), KILLS)
+    num_drivers = num_kills // KILLS_A_DRIVER
+    turns = chance.sample(["driver"] * num_drivers + ["worker"] * (num_kills - num_drivers), num_kills)
     kills = {"worker": 0, "driver": 0}
-    while sum(kills.values()) < KILLS:
+    while sum(kills.values()) < num_kills:
         driver = start_cli("run", "-c", file)
         drivers_turn = False
-        while not drivers_turn and driver.poll() is None and sum(kills.values()) < KILLS:
+        while not drivers_turn and driver.poll() is None and sum(kills.values()) < num_kills:
             workers = stage_workers(driver.pid)
             if not workers:
                 time.sleep(0.1)
@@ -59,13 +69,13 @@ def test_killed_workers_and_drivers_leave_no_trace(undisturbed: CapfiltConfig, t
                     kill(pid)
             else:
                 kills["worker"] += kill(chance.choice(workers))
-        if sum(kills.values()) < KILLS and driver.poll() == 0 and not drivers_turn:
+        if sum(kills.values()) < num_kills and driver.poll() == 0 and not drivers_turn:
             pytest.fail(f"the corpus was finished after {kills}: give it more shards")
         if driver.poll() is None:
             for pid in [driver.pid, *descendants(driver.pid)]:
                 kill(pid)
         driver.communicate()
-    assert kills == {"worker": KILLS - DRIVERS, "driver": DRIVERS}
+    assert kills == {"worker": num_kills - num_drivers, "driver": num_drivers}
     # Whatever executor goes on.
     assert do_run(config).exit_code == 0
     _assert_same(corpus, undisturbed)

@@ -1,5 +1,6 @@
-/* A disk that fails: LD_PRELOAD it, and calls on files below FAULTY_FOLDER fail as the environment says.
+/* A machine whose disk fails, or whose clock is off: LD_PRELOAD it.
  *
+ * FAULTY_CLOCK_S: seconds that the clock is ahead. FAULTY_FOLDER: calls on files below it fail as the others say.
  * FAULTY_CALL: write, fsync or close. FAULTY_ERRNO: what they fail with. FAULTY_TIMES: how many do, then all succeed.
  * A write fails after half of its bytes, as on a disk that is full. A copy within the kernel falls back to write.
  */
@@ -11,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 static atomic_int failed;
@@ -65,4 +67,12 @@ ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
 ssize_t copy_file_range(int in, off_t *in_at, int out, off_t *out_at, size_t size, unsigned flags) {
     errno = ENOSYS;
     return -1;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    const char *ahead = getenv("FAULTY_CLOCK_S");
+    int result = real(clock, now);
+    if (ahead && clock == CLOCK_REALTIME) now->tv_sec += atoi(ahead);
+    return result;
 }

@@ -1,4 +1,4 @@
-"""A disk that is full, or fails, while a real process writes a corpus: nothing is lost, torn or charged to a shard."""
+"""A disk that is full or fails, a clock that is off: real processes lose nothing, and no shard is charged with it."""
 
 import errno
 import os
@@ -23,9 +23,9 @@ COMMITS = "corpus/records/select"
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The C library that fails in the place of the disk."""
-    built = tmp_path_factory.mktemp("library") / "faulty_disk.so"
-    source = Path(__file__).with_name("faulty_disk.c")
+    """The C library that stands between a process and its machine."""
+    built = tmp_path_factory.mktemp("library") / "faulty_machine.so"
+    source = Path(__file__).with_name("faulty_machine.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", built, source, "-ldl"], check=True)
     return str(built)
 
@@ -46,13 +46,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return curated_files(corpus.root)
 
 
-def select(
-    corpus: Corpus, folder: Path, library: str, call: str, number: int, times: int, faulty: str
-) -> subprocess.CompletedProcess:
-    """Select in a process in which so many calls fail on files below ``faulty``."""
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    config = str(config_file(corpus.config, folder / "c.json"))
+def select(corpus: Corpus, tmp_path: Path, library: str, **faults: object) -> subprocess.CompletedProcess:
+    """Select in a process on a faulty machine."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    config = str(config_file(corpus.config, tmp_path / "c.json"))
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", "select", "--local", "-c", config],
         cwd=ROOT,
@@ -60,10 +58,7 @@ def select(
             **os.environ,
             "TMPDIR": str(scratch),
             "LD_PRELOAD": library,
-            "FAULTY_FOLDER": str(folder / faulty),
-            "FAULTY_CALL": call,
-            "FAULTY_ERRNO": str(number),
-            "FAULTY_TIMES": str(times),
+            **{f"FAULTY_{name.upper()}": str(value) for name, value in faults.items()},
         },
         capture_output=True,
         text=True,
@@ -85,7 +80,7 @@ def test_a_disk_that_fails_for_a_while_is_waited_for(
     tmp_path: Path, library: str, expected: dict[str, str], call: str, number: int, faulty: str
 ) -> None:
     corpus = unselected(tmp_path / "corpus")
-    done = select(corpus, tmp_path, library, call, number, 2, faulty)
+    done = select(corpus, tmp_path, library, call=call, errno=number, times=2, folder=tmp_path / faulty)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Waiting for it") == done.stderr.count("answers again") == 1, done.stderr
     assert curated_files(corpus.root) == expected
@@ -102,7 +97,15 @@ def test_a_disk_that_stays_full_ends_the_run_and_damages_nothing(
     corpus.config = corpus.config.model_copy(
         update={"cluster": corpus.config.cluster.model_copy(update={"storage_patience_s": 1.0})}
     )
-    ended = select(corpus, tmp_path, library, "write", errno.ENOSPC, 1_000_000, COMMITS)
+    ended = select(
+        corpus,
+        tmp_path,
+        library,
+        call="write",
+        errno=errno.ENOSPC,
+        times=1_000_000,
+        folder=tmp_path / COMMITS,
+    )
     assert ended.returncode == 4, ended.stderr
     assert "make room. Waited for" in ended.stderr and "Traceback" not in ended.stderr
     records = Records(Storage(corpus.root))
@@ -111,3 +114,23 @@ def test_a_disk_that_stays_full_ends_the_run_and_damages_nothing(
     again = cli_here("select", "--local", "-c", str(tmp_path / "c.json"))
     assert again.returncode == 0, again.stderr
     assert curated_files(corpus.root) == expected
+
+
+def test_clocks_that_are_an_hour_off_change_nothing(
+    tmp_path: Path, library: str, expected: dict[str, str]
+) -> None:
+    corpus = unselected(tmp_path / "corpus")
+    killed = corpus.records.begin_attempt("select", "cc", SHARDS[0], "20200101T000000-killed", is_retry=False)
+    assert killed == 1
+    for clock_s in (-3600, 3600):
+        done = select(corpus, tmp_path, library, clock_s=clock_s)
+        assert done.returncode == 0, done.stderr
+        assert curated_files(corpus.root) == expected
+        # A second run, and a look by those whose clock is right, find all of it done.
+        again = cli_here("select", "--local", "-c", str(tmp_path / "c.json"))
+        assert again.returncode == 0 and "2 of 2 shards done" in again.stdout + again.stderr
+        collected = cli_here("gc", corpus.root)
+        assert collected.returncode == 0, collected.stderr
+        assert curated_files(corpus.root) == expected
+        assert cli_here("verify", corpus.root).returncode == 0
+        corpus = unselected(tmp_path / f"corpus{clock_s}")
