@@ -47,9 +47,7 @@ def config(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> CapfiltCo
     pool = {"cpus": 1, "min_workers": 3, "max_workers": 3}
     # The crawl belongs on the head, by its label.
     crawl = {"labels": {"capfilt-kind": "head"}, "memory_gb": 0.1}
-    return with_values(
-        config, cluster={"crawl": crawl, "caption": pool, "requirements": "installed", "max_attempts": 1}
-    )
+    return with_values(config, cluster={"crawl": crawl, "caption": pool, "requirements": "installed"})
 
 
 def test_wrong_token_is_refused(cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path) -> None:
