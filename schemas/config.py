@@ -172,10 +172,14 @@ class CrawlConfig(Section):
     max_attempts: int = tuning(3, ge=1, description="tries of one URL; only transient errors are tried again")
     backoff_s: float = tuning(0.5, ge=0, description="before the second try; doubles, with jitter")
     requests_per_host: int = tuning(
-        8, ge=1, description="at once, over all workers: each takes an equal share, one at least"
+        8,
+        ge=1,
+        description="at once, over all workers at work on the corpus: each takes an equal share, one at least",
     )
     rate_per_host: float = tuning(
-        50.0, gt=0, description="requests per second to one host, over all workers: each takes an equal share"
+        50.0,
+        gt=0,
+        description="requests per second to one host, over all workers at work: each takes an equal share",
     )
     allow_hosts: tuple[HostAndPort, ...] = tuning(
         (),

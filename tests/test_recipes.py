@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from jobs.bootstrap.rounds import load_rounds
+from jobs.cli.commands.plan import worker_needs
 from jobs.docs import FOLDER, PAGES, page
 from pipeline.config import load_config
 from pipeline.config_messages import section_class
-from pipeline.runs.plan import stages_of
+from pipeline.runs.plan import stages_in_use, stages_of
 from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig, Section
 from schemas.pretrain import PretrainConfig
@@ -39,11 +40,10 @@ def test_the_recipes_that_a_bootstrapping_names_fit_each_other(recipe: Path) -> 
 def test_all_pools_fit_the_hardware_that_the_recipe_names(recipe: str) -> None:
     path = RECIPES / f"{recipe}.toml"
     config = load_config(path)
-    pools = [getattr(config.cluster, stage) for stage in STAGES if stage != "filter" or config.filter]
     numbers = re.search(r"(\d+) H200 GPUs and (\d+) CPU cores", path.read_text())
     assert numbers is not None
-    assert sum(pool.gpus * pool.max_workers for pool in pools) <= int(numbers[1])
-    assert sum(pool.cpus * pool.max_workers for pool in pools) <= int(numbers[2])
+    most = worker_needs(config.cluster, stages_in_use(config, STAGES))["most"]
+    assert most["gpus"] <= int(numbers[1]) and most["cpus"] <= int(numbers[2])
 
 
 def test_blip2_names_the_six_sources() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
 
 from jobs.cluster.actors import placement
@@ -250,3 +251,12 @@ def test_placement_says_what_ray_places_workers_by() -> None:
     assert placement(StageResources()) == {}
     pool = StageResources(memory_gb=1.5, labels={"zone": "in(a, b)"})
     assert placement(pool) == {"memory": 1_500_000_000, "label_selector": {"zone": "in(a, b)"}}
+
+
+def test_the_sample_of_a_ray_cluster_is_one_by_rays_own_schema() -> None:
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    sample = yaml.safe_load((ROOT / "docs" / "cluster" / "ray-cluster.yaml").read_text())
+    jsonschema.validate(sample, without_unknown_keys(schema))
+    assert sample["head_node_type"] in sample["available_node_types"]
+    started = [*sample["head_start_ray_commands"], *sample["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in started if "ray start" in command)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.corpus.corpus_state import CompactedShards, committed_shards, none_compacted
+from pipeline.corpus.living_workers import AT_WORK_FOLDER
 from pipeline.corpus.record_files import parse_record, read_record
 from pipeline.corpus.records import Records, ShardId
 from pipeline.storage.file_info import FileInfo
@@ -141,7 +142,7 @@ def _kind(info: FileInfo, needed: set[str], replaced: set[str], *, is_data: bool
     name = info.path.split("/")[-1]
     if name.startswith(".") and name.endswith(".tmp"):
         return "temporary"
-    if info.path.startswith("records/attempts/"):
+    if info.path.startswith(("records/attempts/", f"{AT_WORK_FOLDER}/")):
         return "attempt"
     if not is_data or info.path in needed or info.path.split("/")[1] == EMPTY_FOLDER:
         return None

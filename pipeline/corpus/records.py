@@ -9,6 +9,7 @@ records/marks/<mark>.json                                     a verdict on sampl
 records/mark-searches/<mark>.<attempt>.json                   which later shards a mark concerns
 records/intake/<source>/<batch>.json                          lists read into url shards
 records/snapshots/<run_id>/snapshot-<digest>.json             what a training elsewhere reads of this corpus
+records/at-work/crawl/<worker>                                 fresh while a worker works: see living_workers
 records/format/<major>.<minor>.json                           a format that wrote here
 records/runs/<run_id>.{start,end}.json, records/models/<digest>.json, records/checkpoints/<run_id>.<name>.json
 

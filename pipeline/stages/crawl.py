@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
+from pipeline.corpus.living_workers import LivingWorkers
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
@@ -65,6 +66,8 @@ class CrawlWorker:
         self._sources = {source.name: source for source in config.source}
         self._records = records
         self._web = Web(config.crawl, config.cluster.crawl.max_workers)
+        # Of all runs on this corpus: a host does not care which of them asks.
+        self._crawlers = LivingWorkers(records.storage, "crawl", self._web.share_limits)
         self._decode_threads = decode_threads(config.cluster.crawl.cpus, feeds_gpu=False)
         crawl = config.crawl
         self._resizer = Resizer(
@@ -82,7 +85,8 @@ class CrawlWorker:
                 rows = pq.read_table(path, schema=URLS).to_pylist()
             if "adopted" in urls:
                 return self._import(commit, rows, urls["adopted"])
-            return self._crawl(commit, rows)
+            with self._crawlers.at_work():
+                return self._crawl(commit, rows)
 
     def _crawl(self, commit: ShardCommit, rows: list[dict[str, Any]]) -> ShardRecord:
         stats, folder, task = commit.stats, commit.folder, commit.task

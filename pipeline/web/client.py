@@ -76,8 +76,8 @@ class Web:
     """Fetches URLs within the bounds of ``[crawl]``. Shared by the threads of one worker.
 
     Args:
-        workers: how many crawl at the same time. They do not talk to one another, so each keeps to an equal
-            share of a host's limits: concurrent requests (at least one) and requests per second.
+        workers: how many crawl at the same time, until ``share_limits`` is told otherwise. Each keeps to an equal part
+            of a host's limits: concurrent requests (at least one) and requests per second.
         spare_lookups: how many look-ups may still be under way after every fetch has given them up.
     """
 
@@ -88,10 +88,14 @@ class Web:
         self._token = product_token(config.user_agent)
         self._directives = {directive.lower() for directive in config.opt_out_directives}
         self._resolver = Resolver(config.allow_hosts, config.threads + spare_lookups, config.nameservers)
-        self._limits = HostLimits(max(1, config.requests_per_host // workers), config.rate_per_host / workers)
+        self._limits = HostLimits(config.requests_per_host, config.rate_per_host, workers)
         self._health = HostHealth()
         self._robots = RobotsTxt(self._token) if config.robots_txt else None
         self._tls = ssl.create_default_context()
+
+    def share_limits(self, workers: int) -> None:
+        """Keep from now on to the part of one of so many workers."""
+        self._limits.share(workers)
 
     def fetch(self, url: str, memory: BodyMemory | None = None) -> Fetch:
         """Fetch a URL. Nothing that the web does raises; the body is part of ``memory`` until it is closed."""

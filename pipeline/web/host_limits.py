@@ -18,20 +18,36 @@ _MAX_DOWN_S = 600.0
 
 
 class _Host:
-    def __init__(self, at_once: int) -> None:
-        self.slots = threading.Semaphore(at_once)
+    def __init__(self, lock: threading.Lock) -> None:
+        # Waited for by who finds all slots in use.
+        self.freed = threading.Condition(lock)
+        self.in_use = 0
         self.users = 0
         self.next_start = 0.0
 
 
 class HostLimits:
-    """Limits concurrent requests and requests per second of each host; shared by the threads of one worker."""
+    """Limits concurrent requests and requests per second of each host; shared by the threads of one worker.
 
-    def __init__(self, at_once: int, per_second: float) -> None:
-        self._at_once = at_once
-        self._interval_s = 1.0 / per_second
+    Args:
+        at_once, per_second: over all workers.
+        workers: how many there are. Each keeps to an equal part, of the concurrent requests at least one.
+    """
+
+    def __init__(self, at_once: int, per_second: float, workers: int = 1) -> None:
+        self._of_all = (at_once, per_second)
         self._lock = threading.Lock()
         self._hosts: dict[str, _Host] = {}
+        self.share(workers)
+
+    def share(self, workers: int) -> None:
+        """Keep from now on to the part of one of so many workers."""
+        at_once, per_second = self._of_all
+        with self._lock:
+            self._at_once = max(1, at_once // workers)
+            self._interval_s = workers / per_second
+            for host in self._hosts.values():
+                host.freed.notify_all()
 
     @contextlib.contextmanager
     def slot(self, name: str) -> Iterator[float]:
@@ -40,19 +56,26 @@ class HostLimits:
         with self._lock:
             if len(self._hosts) > _IDLE_HOSTS_KEPT:
                 self._hosts = {name: host for name, host in self._hosts.items() if host.users}
-            host = self._hosts.setdefault(name, _Host(self._at_once))
+            host = self._hosts.setdefault(name, _Host(self._lock))
             host.users += 1
+            try:
+                while host.in_use >= self._at_once:
+                    host.freed.wait()
+            except BaseException:
+                host.users -= 1
+                raise
+            host.in_use += 1
+            start = max(time.monotonic(), host.next_start)
+            host.next_start = start + self._interval_s
         try:
-            with host.slots:
-                with self._lock:
-                    start = max(time.monotonic(), host.next_start)
-                    host.next_start = start + self._interval_s
-                if (wait_s := start - time.monotonic()) > 0:
-                    time.sleep(wait_s)
-                yield time.monotonic() - queued
+            if (wait_s := start - time.monotonic()) > 0:
+                time.sleep(wait_s)
+            yield time.monotonic() - queued
         finally:
             with self._lock:
                 host.users -= 1
+                host.in_use -= 1
+                host.freed.notify()
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from pipeline.models.weights import require_model_names
 from pipeline.runs.plan import stages_in_use, stale_reasons
 from pipeline.runs.survey import survey as survey_corpus
 from pipeline.storage.storage import Storage
-from schemas.config import CapfiltConfig
+from schemas.config import CapfiltConfig, ClusterConfig, StageResources
 from schemas.names import printable
 from schemas.stages import STAGE_INFO, STAGES, Stage
 from schemas.statuses import retried_reasons
@@ -69,9 +69,23 @@ def plan_corpus(
         "marked": [f"{source}/{shard}" for source, shard in survey.marked],
         "trained_on_marked": checkpoints_with_marked(Manifest(records.storage), marks),
         "left_config": {} if only_named else dict(survey.left_config),
+        "workers": worker_needs(config.cluster, stages),
         "gpu_hours": sum(count.gpu_hours for count in survey.counts),
         "worker_hours": sum(count.worker_hours for count in survey.counts),
         "bytes": sum(count.bytes_left for count in survey.counts),
+    }
+
+
+def worker_needs(cluster: ClusterConfig, stages: tuple[Stage, ...]) -> dict[str, dict[str, float]]:
+    """Return the CPUs and GPUs that the workers of all stages take together, at their fewest and at their most."""
+    pools: list[StageResources] = [getattr(cluster, stage) for stage in stages]
+    counts = {"least": [pool.min_workers for pool in pools], "most": [pool.max_workers for pool in pools]}
+    return {
+        name: {
+            "cpus": sum(count * pool.cpus for count, pool in zip(workers, pools, strict=True)),
+            "gpus": sum(count * pool.gpus for count, pool in zip(workers, pools, strict=True)),
+        }
+        for name, workers in counts.items()
     }
 
 
@@ -120,6 +134,12 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
                 f"{stage}: estimated for a CPU, {STAGE_INFO[stage].cpu_images_per_s:g} images/s a core with the "
                 f"published models (capfilt bench {stage}; docs/benchmarks.md); smaller models are faster"
             )
+    most, least = plan["workers"]["most"], plan["workers"]["least"]
+    if most["gpus"] or most != least:
+        yield (
+            f"all stages at once want {cell(most['cpus'])} CPUs and {cell(most['gpus'])} GPUs with max_workers, "
+            f"{cell(least['cpus'])} and {cell(least['gpus'])} with min_workers; of what the cluster lacks, some wait"
+        )
     yield (
         f"in all: {cell(plan['worker_hours'])} worker-hours, of which {cell(plan['gpu_hours'])} GPU-hours; "
         f"{readable_bytes(plan['bytes'])} to write"
