@@ -196,7 +196,10 @@ class CrawlConfig(Section):
 class CaptionConfig(Section):
     """``[caption]``: the captioner and its sampling; BLIP's own values as defaults."""
 
-    model: str = Field("Salesforce/blip-image-captioning-large", description="hub id or local folder")
+    model: str = Field(
+        "Salesforce/blip-image-captioning-large",
+        description="hub id, local folder, or a folder on s3://, gs:// or az://",
+    )
     revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
     prompt: str = Field(
         "", description='begins every caption, then cut off; BLIP\'s COCO captioner learnt "a picture of "'
@@ -231,7 +234,8 @@ class RankConfig(Section):
     """``[rank]``: the CLIP that scores candidates."""
 
     model: str = Field(
-        "ViT-L-14", description="open_clip architecture, hf-hub:ORG/NAME[@REVISION] or local-dir:FOLDER"
+        "ViT-L-14",
+        description="open_clip architecture, hf-hub:ORG/NAME[@REVISION], local-dir:FOLDER, or s3://, gs://, az://",
     )
     pretrained: str = Field(
         "openai", description='open_clip pretrained tag or a weights file; "" for hf-hub: and local-dir:'
@@ -245,7 +249,10 @@ class RankConfig(Section):
 class FilterConfig(Section):
     """``[filter]``: BLIP's filter, which says of every candidate whether it matches the image."""
 
-    model: str = Field("Salesforce/blip-itm-large-coco", description="hub id or local folder")
+    model: str = Field(
+        "Salesforce/blip-itm-large-coco",
+        description="hub id, local folder, or a folder on s3://, gs:// or az://",
+    )
     revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
     first_token: Literal["encoder", "cls"] = Field(
         "encoder",

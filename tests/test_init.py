@@ -289,7 +289,7 @@ def _make(folder: Path) -> None:
         (["cats.csv", "--out", "cats.csv"], "is there already, and is never overwritten"),
         (["cats.csv", "--out", "nowhere/c.toml"], "there is no folder"),
         (["--recipe", "blip3"], "there is none of this name; there are blip-capfilt, blip2, laion-coco"),
-        (["cats.csv", "--model", "./nowhere"], "/nowhere': no such folder, and not a hub id"),
+        (["cats.csv", "--model", "./nowhere"], "/nowhere': no such folder, and neither a hub id"),
         (["cats.csv", "--ranker", "ViT-L-15"], "is not an architecture of open_clip"),
         (["cats.csv", "--ranker", "local-dir:nowhere"], "there is no folder"),
         (["cats.csv", "--model", "a/b", "--demo-weights"], "--demo-weights names both models"),

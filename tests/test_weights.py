@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from safetensors.torch import save_file
 from tiny_models import save_captioner, save_ranker
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
+from jobs.bench.fixtures.s3 import S3Server
 from pipeline.models.weights import captioner_weights, ranker_weights
+from pipeline.storage.storage import Storage
 from schemas.config import CaptionConfig
 from schemas.errors import CapfiltError
 
@@ -114,6 +117,53 @@ def test_a_missing_ranker_file_is_named(ranker: Path, tmp_path: Path, missing: s
 def test_what_is_neither_folder_nor_hub_id(model: str) -> None:
     with pytest.raises(CapfiltError, match=r"caption\.model = .* no such folder"):
         captioner_weights(config(model))
+
+
+def put_folder(folder: Path, root: str) -> None:
+    storage = Storage(root)
+    for file in folder.iterdir():
+        if file.is_file():
+            storage.put(file, file.name)
+
+
+def test_weights_on_object_storage_are_fetched_once_a_machine(
+    captioner: Path,
+    ranker: Path,
+    s3_root: str,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    put_folder(captioner, f"{s3_root}/blip")
+    put_folder(ranker, f"{s3_root}/clip")
+    Storage(f"{s3_root}/blip").write("other/model.safetensors", b"of another model")
+    s3_server.requests.clear()
+    with ThreadPoolExecutor(4) as workers:
+        found = list(workers.map(lambda _: captioner_weights(config(f"{s3_root}/blip")), range(4)))
+    assert {weights.digest for weights in found} == {captioner_weights(config(captioner)).digest}
+    assert (found[0].name, found[0].revision) == (f"{s3_root}/blip", "")
+    fetched = [request.key for request in s3_server.requests if request.kind == "GET"]
+    assert len(fetched) == len(set(fetched)) and any(key.endswith("model.safetensors") for key in fetched)
+    assert not any("other/" in key for key in fetched)
+    clip = ranker_weights(f"{s3_root}/clip", "")
+    assert clip.digest == ranker_weights(f"local-dir:{ranker}", "").digest
+    # What is put there in its place is another model; what was fetched in part is fetched again.
+    config_json = json.loads((captioner / "config.json").read_text()) | {"projection_dim": 7}
+    Storage(f"{s3_root}/blip").write("config.json", json.dumps(config_json).encode())
+    again = captioner_weights(config(f"{s3_root}/blip"))
+    assert again.digest != found[0].digest and again.path != found[0].path
+    Path(again.path, "config.json").rename(Path(again.path, ".config.json.part"))
+    assert captioner_weights(config(f"{s3_root}/blip")).digest == again.digest
+
+
+def test_a_place_without_weights_is_named(s3_root: str) -> None:
+    with pytest.raises(
+        CapfiltError, match=rf"caption\.model = '{s3_root}/nothing': there is none of config\.json"
+    ):
+        captioner_weights(config(f"{s3_root}/nothing"))
+    with pytest.raises(CapfiltError, match=r"rank\.model = 's3://no-such-bucket/x': "):
+        ranker_weights("s3://no-such-bucket/x", "")
 
 
 def test_other_models_are_refused(captioner: Path, ranker: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from jobs.environment import WORKER_ENVIRONMENT
 from pipeline.config import dump_config
+from pipeline.models.bucket import is_bucket
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -117,7 +118,9 @@ def require_pinned_weights(config: CapfiltConfig, stages: Collection[str]) -> No
     """Raise CapfiltError for weights of the hub whose revision can move while a job runs."""
     sections = {"caption": config.caption, "filter": config.filter}
     for name, section in sections.items():
-        if section is None or name not in stages or Path(section.model).expanduser().is_dir():
+        if section is None or name not in stages or is_bucket(section.model):
+            continue
+        if Path(section.model).expanduser().is_dir():
             continue
         if not _COMMIT.fullmatch(section.revision):
             raise CapfiltError(

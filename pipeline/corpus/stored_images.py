@@ -4,7 +4,6 @@ A shard of an earlier version names no places: its tar is read once, and the pla
 """
 
 import contextlib
-import os
 import re
 import threading
 import uuid
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import image_members
+from pipeline.storage.scratch import cache_folder
 from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord
 
@@ -33,11 +33,6 @@ Places = dict[str, tuple[int, int]]
 class _Shard:
     tar: str
     places: Places
-
-
-def cache_folder() -> Path:
-    """Return capfilt's folder in the user's cache; it may not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capfilt"
 
 
 class StoredImages:

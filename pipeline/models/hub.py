@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 
+from pipeline.models.bucket import bucket_folder, is_bucket
 from schemas.errors import CapfiltError
 
 # Returns the first file that a model's folder lacks, or None.
@@ -28,11 +29,13 @@ _TIMEOUT_S = 10.0
 def model_folder(
     name: str, revision: str, patterns: Iterable[str], first_missing_file: FirstMissingFile, where: str
 ) -> Path:
-    """Return the folder that ``name`` means, a local one or a hub id; a local one may lack files.
+    """Return the folder that ``name`` means, a local one, one on object storage, or a hub id; it may lack files.
 
     Raises:
         CapfiltError: no such folder, hub id or revision, or the hub cannot be reached and the cache lacks a file.
     """
+    if is_bucket(name):
+        return bucket_folder(name, patterns, where)
     folder = local_folder(name, where)
     return hub_folder(name, revision, patterns, first_missing_file, where) if folder is None else folder
 
@@ -43,7 +46,9 @@ def local_folder(name: str, where: str) -> Path | None:
     if path.is_dir():
         return path.absolute()
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(f"{where} = {name!r}: no such folder, and not a hub id (ORG/NAME)")
+        raise CapfiltError(
+            f"{where} = {name!r}: no such folder, and neither a hub id (ORG/NAME) nor s3://, gs:// or az://"
+        )
     return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.digests import digest_json, sha256_file
+from pipeline.models.bucket import bucket_folder, is_bucket
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import processor_config, processor_file, reject_code
 from pipeline.models.hub import FirstMissingFile, cached_folder, hub_folder, local_folder, model_folder
@@ -96,9 +97,9 @@ def model_record(
 def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> None:
     """Reject models of stages that cannot be loaded, as far as is known without the hub and without open_clip."""
     if "caption" in stages:
-        local_folder(config.caption.model, "caption.model")
+        _require_place(config.caption.model, "caption.model")
     if "filter" in stages and config.filter:
-        local_folder(config.filter.model, "filter.model")
+        _require_place(config.filter.model, "filter.model")
     if "rank" not in stages:
         return
     rankers = {"rank": config.rank.model}
@@ -106,10 +107,17 @@ def require_model_names(config: CapfiltConfig, stages: Collection[Stage]) -> Non
         rankers["rank.rerank"] = config.rank.rerank.model
     for where, model in rankers.items():
         scheme, _, rest = model.partition(":")
+        if is_bucket(model):
+            continue
         if scheme == "local-dir":
             _require_folder(Path(rest), f"{where}.model", model)
         elif scheme != "hf-hub":
             _require_architecture(model, where, _architectures())
+
+
+def _require_place(model: str, where: str) -> None:
+    if not is_bucket(model):
+        local_folder(model, where)
 
 
 def _architectures() -> list[str]:
@@ -123,7 +131,7 @@ def _require_architecture(model: str, where: str, known: Sequence[str]) -> None:
     if model not in known:
         raise CapfiltError(
             f"{where}.model = {model!r} is not an architecture of open_clip, nor hf-hub:ORG/NAME, nor "
-            f"local-dir:FOLDER{did_you_mean(model, known)}"
+            f"local-dir:FOLDER, nor s3://, gs:// or az://{did_you_mean(model, known)}"
         )
 
 
@@ -165,7 +173,8 @@ def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: st
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
     names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
-    return _weights(kind, model, "" if local_folder(model, where) else revision, folder, names)
+    is_of_hub = not is_bucket(model) and local_folder(model, where) is None
+    return _weights(kind, model, revision if is_of_hub else "", folder, names)
 
 
 def uncached_models(config: CapfiltConfig) -> dict[str, str]:
@@ -178,7 +187,7 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
         "caption.model": config.caption, "filter.model": config.filter
     }  # fmt: skip
     for key, section in blip.items():
-        if section is None or local_folder(section.model, key) is not None:
+        if section is None or is_bucket(section.model) or local_folder(section.model, key) is not None:
             continue
         if not cached_folder(section.model, section.revision, _BLIP_FILES, _first_missing_blip_file, key):
             uncached[key] = section.model
@@ -205,7 +214,8 @@ def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
     """Find a CLIP that open_clip loads.
 
     Args:
-        model: ``local-dir:FOLDER``; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``; or an architecture
+        model: ``local-dir:FOLDER``; such a folder on object storage (``s3://...``);
+            ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``; or an architecture
             of open_clip's.
         pretrained: for an architecture, a pretrained tag of its own, or a safetensors file; else empty.
         where: the config section, for messages.
@@ -213,7 +223,7 @@ def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:
     Raises:
         CapfiltError: as ``captioner_weights``.
     """
-    if model.startswith(("local-dir:", "hf-hub:")):
+    if is_bucket(model) or model.startswith(("local-dir:", "hf-hub:")):
         if pretrained:
             raise CapfiltError(
                 f'{where}.pretrained = {pretrained!r} has no effect with {model!r}; set it to ""'
@@ -228,6 +238,8 @@ def _clip_folder(model: str, where: str) -> Weights:
     if scheme == "local-dir":
         folder, revision = Path(rest).absolute(), ""
         _require_folder(folder, where, model)
+    elif is_bucket(model):
+        folder, revision = bucket_folder(model, (*_CLIP_FILES, *_CLIP_WEIGHTS), where), ""
     else:
         name, _, revision = rest.partition("@")
         revision = revision or "main"

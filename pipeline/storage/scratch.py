@@ -38,6 +38,11 @@ def free_scratch() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
+def cache_folder() -> Path:
+    """Return capfilt's folder in the user's cache; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capfilt"
+
+
 def shared_folder() -> Path | None:
     """Return this user's scratch folder that all processes of the machine share; None where there can be none.
 

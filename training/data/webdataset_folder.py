@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import tarfile
 import tempfile
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import TypedDict
 
 from pipeline.digests import sha256_file
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.scratch import free_scratch
+from pipeline.storage.scratch import cache_folder, free_scratch
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.names import is_hidden, printable
@@ -86,7 +85,7 @@ def webdataset_shards(storage: Storage) -> dict[str, OutputFile]:
 def _entry(storage: Storage, info: FileInfo) -> _Entry:
     """Return the entry of a tar, from the cache or by reading the tar."""
     signature = [_VERSION, storage.url(info.path), info.bytes, info.version]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capfilt" / "shards"
+    cache = cache_folder() / "shards"
     name = f"{hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads((cache / name).read_bytes())
