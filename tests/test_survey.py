@@ -1,11 +1,16 @@
 """The survey of a corpus: what it reads of the storage, and what it makes of the records."""
 
 from collections import Counter
+from pathlib import Path
+
+import pytest
 
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
+from pipeline.runs.survey import survey
 from pipeline.storage.storage import Storage
-from tests.corpora import UNFILTERED, make_corpus
+from tests.corpora import UNFILTERED, Corpus, make_corpus
+from tests.runs import with_values
 
 CRAWL_00000 = "records/crawl/cc/00000.json"
 
@@ -54,3 +59,19 @@ def test_a_shard_counts_for_the_run_that_committed_it(tmp_path) -> None:
     [run_id] = {record.run_id for record in state.committed.values()}
     committed = state.committed_by(run_id)
     assert {record.stage for record in committed} == set(UNFILTERED) and state.committed_by("another") == []
+
+
+@pytest.mark.parametrize(("captioner", "ranker"), [(0.8, 0.2), (0.5, 0.5), (1.0, 1.0)])
+def test_gpu_hours_do_not_depend_on_how_a_gpu_is_shared(
+    tmp_path: Path, captioner: float, ranker: float
+) -> None:
+    corpus = Corpus(str(tmp_path / "corpus"))
+    pools = {"caption": {"gpus": captioner}, "rank": {"gpus": ranker}}
+    config = with_values(corpus.config, cluster=pools)
+    planned = survey(config, {}, CorpusState(corpus.records), UNFILTERED, {"cc": 129_000_000})
+    images = {count.stage: count.images_left for count in planned.counts}
+    hours = {count.stage: count.gpu_hours for count in planned.counts if count.stage in ("caption", "rank")}
+    assert images["caption"] == images["rank"] > 0
+    more = corpus.config.caption.num_captions / 10
+    assert hours["caption"] == pytest.approx(images["caption"] * more / 500 / 3600)
+    assert hours["rank"] == pytest.approx(images["rank"] * more / 1300 / 3600)

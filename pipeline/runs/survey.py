@@ -205,11 +205,13 @@ def _estimate_cost(config: CapfiltConfig, result: Survey, committed: Mapping[Sha
 
 
 def _estimated_rate(config: CapfiltConfig, stage: Stage) -> float:
-    """Return the images per second of one worker: a GPU's, or that of the cores of one without a GPU."""
+    """Return the images per second of one worker: of its part of a GPU, or of its cores where it has no GPU."""
     resources, info = getattr(config.cluster, stage), STAGE_INFO[stage]
-    if info.cpu_images_per_s and not resources.gpus:
+    if info.cpu_images_per_s is None:
+        return info.images_per_s
+    if not resources.gpus:
         return info.cpu_images_per_s * (resources.cpus or 1.0)
-    return info.images_per_s
+    return info.images_per_s * min(resources.gpus, 1.0)
 
 
 @dataclass(slots=True, kw_only=True)
