@@ -39,6 +39,13 @@ def main() -> None:
     pids = [node.all_processes["raylet"][0].process.pid for node in nodes]
     print(json.dumps({"address": f"http://{cluster.head_node.webui_url}", "nodes": pids}), flush=True)
     for line in sys.stdin:
+        if line.strip() == "add":
+            labels = {"capfilt-kind": "added"}
+            nodes.append(
+                cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=100 << 20, labels=labels)
+            )
+            print(nodes[-1].all_processes["raylet"][0].process.pid, flush=True)
+            continue
         node = nodes[int(line.split()[1])]
         below = descendants(node.all_processes["raylet"][0].process.pid)
         cluster.remove_node(node, allow_graceful=False)
@@ -56,6 +63,13 @@ class ClusterProcess:
         self.process = process
         self.address = address
         self.raylets = raylets
+
+    def add_node(self) -> int:
+        """Add a node with the label ``capfilt-kind`` ``added``; return its number."""
+        self.process.stdin.write("add\n")
+        self.process.stdin.flush()
+        self.raylets.append(int(self.process.stdout.readline()))
+        return len(self.raylets) - 1
 
     def kill_node(self, number: int) -> None:
         """Kill a node and wait until the cluster knows."""

@@ -132,6 +132,49 @@ def test_a_node_dies_while_captioning(
     assert cli_here("verify", config.corpus.path).returncode == 0
 
 
+def test_nodes_that_die_charge_no_shard(
+    cluster: ClusterProcess,
+    config: CapfiltConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """One node after another dies under a shard: more often than the shard has attempts."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    one = {"labels": {"capfilt-kind": "added"}, "memory_gb": 0.1}
+    corpus = str(tmp_path / "corpus")
+    # Some six seconds a shard.
+    slow = with_values(
+        config,
+        corpus={"path": corpus},
+        crawl={"rate_per_host": 2.0},
+        cluster={"crawl": one, "max_attempts": 1},
+    )
+    records = Records(Storage(corpus))
+    node = cluster.add_node()
+    file = str(config_file(slow, tmp_path / "c.json"))
+    job = start_cli("submit", "-c", file, "--address", cluster.address, "--", "crawl", "--limit", "3")
+    noted: set[str] = set()
+    for _ in range(request.config.getoption("--node-kills")):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and job.poll() is None:
+            notes = {info.path for info in records.storage.list("records/attempts/crawl")}
+            if notes - noted and stage_workers(cluster.raylets[node], "crawl"):
+                break
+            time.sleep(0.05)
+        assert job.poll() is None, job.communicate()
+        noted |= notes
+        following = cluster.add_node()
+        cluster.kill_node(node)
+        node = following
+    output, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, output + errors
+    assert records.quarantined() == {} and records.storage.list("records/quarantine") == []
+    uids = committed_uids(corpus, "crawl")
+    assert len(records.shards(("crawl",))) == 3 and len(uids) == len(set(uids)) == 36
+    assert len(records.storage.list("records/lost_attempts")) == request.config.getoption("--node-kills")
+
+
 def test_a_stopped_job_is_recorded_as_interrupted_and_listed_with_its_log(
     cluster: ClusterProcess, config: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
