@@ -68,7 +68,7 @@ def test_planning_and_training_on_one_machine_import_no_ray(tmp_path: Path) -> N
 def test_pandas_can_still_be_had_after_a_reading_command(tmp_path: Path) -> None:
     """Arrow was told that there is none; it must ask again."""
     code = (
-        "from jobs.cli.options import import_arrow_alone; import_arrow_alone(); import sys; "
+        "from jobs.arrow_alone import import_arrow_alone; import_arrow_alone(); import sys; "
         "assert 'pandas' not in sys.modules; import pyarrow; "
         "print(pyarrow.table({'x': [1, 2]}).to_pandas().x.sum())"
     )

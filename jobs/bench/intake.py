@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+from jobs.arrow_alone import import_arrow_alone
 from jobs.bench.fixtures.corpus import list_config, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.records import Records
@@ -41,7 +42,8 @@ def measure_intake(rows: int) -> dict[str, Any]:
 
 
 def _read(config: CapfiltConfig) -> dict[str, Any]:
-    """Take the list in; runs in a process of its own."""
+    """Take the list in, as a run does; in a process of its own."""
+    import_arrow_alone()
     before = peak_bytes()
     with Stopwatch() as watch:
         [outcome] = read_lists(config, Records(Storage(config.corpus.path)), "bench")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.arrow_alone import import_arrow_alone
 from jobs.bench.commands import bench
 from jobs.cli.commands.cluster import cluster
 from jobs.cli.commands.evaluate import evaluate, export
@@ -22,7 +23,7 @@ from jobs.cli.commands.trace import traces
 from jobs.cli.commands.train import training
 from jobs.cli.commands.upkeep import upkeep
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
-from jobs.cli.options import JsonObjectOption, SetOption, import_arrow_alone
+from jobs.cli.options import JsonObjectOption, SetOption
 from jobs.interrupts import Interrupts
 from jobs.output.render import complain, printable_lines
 from schemas.errors import CapfiltError, TryAgainLaterError

@@ -1,11 +1,10 @@
 """What commands share: arguments and options, and how a corpus is opened that is looked into."""
 
-import sys
-from importlib.abc import MetaPathFinder
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.arrow_alone import import_arrow_alone
 from jobs.output.render import complain
 from schemas.corpus_format import FORMAT_FOLDER, require_known_format
 from schemas.errors import CapfiltError
@@ -61,26 +60,3 @@ def open_corpus(corpus: str) -> "Storage":
         )
     require_known_format(corpus, (info.path for info in storage.list(FORMAT_FOLDER)))
     return storage
-
-
-def import_arrow_alone() -> None:
-    """Import Arrow's datasets without pandas, which they load if it is installed: half of a reading command's start.
-
-    Arrow asks again where pandas is really needed (``to_pandas``), so nothing is lost.
-    """
-    if "pandas" in sys.modules:
-        return
-    finder = _NoPandas()
-    sys.meta_path.insert(0, finder)
-    try:
-        import pyarrow.dataset  # noqa: F401
-    finally:
-        sys.meta_path.remove(finder)
-
-
-class _NoPandas(MetaPathFinder):
-    """Answers ``import pandas`` as if it were not installed."""
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError("No module named 'pandas'", name=name)

@@ -53,18 +53,19 @@ _ROW = pa.schema(
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "preserve_insertion_order": False,
 }
-_FETCHED_ROWS = 65_536
+_FETCHED_ROWS = 16_384
 # DuckDB's memory: what it begins with, more for each row, and at most. What does not fit lies in the scratch folder.
-_LEAST_MB, _ROWS_PER_MB, _MOST_MB = 64, 20_000, 1024
+_LEAST_MB, _ROWS_PER_MB, _MOST_MB = 24, 24_000, 1024
+_STEP_MB = 8
 # To join and sort, which spill.
-_STREAM_MB = 200
+_STREAM_MB = 80
 # Each thread wants its share of it.
 _MB_PER_THREAD, _MOST_THREADS = 256, 4
 
 # A list of texts alone: DuckDB hashes what ``sample_uid`` hashes.
 _INSERT_TEXTS = """
-    INSERT INTO listed
-        SELECT number, file, NULL, left(sha256($prefix || url), 32), url, captions, NULL, NULL FROM batch"""
+    INSERT INTO stored BY NAME
+        SELECT number, file, left(sha256($prefix || url), 32) AS uid, url, captions FROM batch"""
 _GROUPS = """
     CREATE TABLE firsts AS
         SELECT uid, min(number) AS number, count(*)::INTEGER AS input_rows
@@ -204,9 +205,10 @@ class SourcePairs:
 
     def _read(self, tables: "_Tables", known: Sequence[str]) -> dict[str, int]:
         """Read the lists into tables; return what became of the rows."""
-        tables.execute(
-            "CREATE TABLE listed AS FROM batch; CREATE TABLE known (uid VARCHAR)", _ROW.empty_table()
-        )
+        unused = self._unused_columns()
+        tables.execute("CREATE TABLE stored AS FROM batch", _ROW.empty_table().drop_columns(unused))
+        nulls = "".join(f", NULL::VARCHAR AS {name}" for name in unused)
+        tables.execute(f"CREATE VIEW listed AS SELECT *{nulls} FROM stored; CREATE TABLE known (uid VARCHAR)")
         for path in known:
             with self.storage.open(path) as file:
                 tables.execute("INSERT INTO known FROM batch", pq.read_table(file, columns=["uid"]))
@@ -217,7 +219,9 @@ class SourcePairs:
             if isinstance(batch, _TextBatch):
                 tables.execute(_INSERT_TEXTS, self._text_table(batch), prefix=uid_prefix(self.source.name))
             else:
-                tables.execute("INSERT INTO listed FROM batch", self._table(batch))
+                tables.execute(
+                    "INSERT INTO stored BY NAME FROM batch", self._table(batch).drop_columns(unused)
+                )
             rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch)
         if not rows_with_url:
             raise self._no_urls(rows_in)
@@ -237,6 +241,12 @@ class SourcePairs:
             "rows_known": rows_with_url - rows_of_new,
             "rows_without_url": rows_in - rows_with_url,
         }
+
+    def _unused_columns(self) -> list[str]:
+        """Return the columns of _ROW that no row of this source fills: an empty one takes blocks of memory too."""
+        source = self.source
+        used = {"place": source.uid_column, "extra": source.extra_columns, "key": self.keeps_keys}
+        return [name for name, is_used in used.items() if not is_used]
 
     def _new_pairs(self, tables: "_Tables") -> Iterator[tuple[str, pa.Table]]:
         dropped = ["file"] if self.keeps_keys else ["file", "key"]
@@ -374,8 +384,11 @@ class _Tables:
         """Execute a statement, of which ``batch`` is a table; again with more memory where it has too little."""
         if batch is not None:
             self._connection.register("batch", batch)
-            self._rows += batch.num_rows
-            self._take(max(self._megabytes, _LEAST_MB + self._rows // _ROWS_PER_MB))
+            # A known row is an identity alone.
+            self._rows += batch.num_rows if batch.num_columns > 1 else batch.num_rows // 4
+            # In steps: after each change of its limit DuckDB gives its free memory back to the system.
+            if (needed := _LEAST_MB + self._rows // _ROWS_PER_MB) > self._megabytes:
+                self._take(needed + _STEP_MB)
         while True:
             try:
                 return self._connection.execute(sql, values)
@@ -385,9 +398,21 @@ class _Tables:
             self._take(2 * self._megabytes)
 
     def batches(self, sql: str, **values: str) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a query. It cannot be asked again from its middle, so it gets enough memory at once."""
+        """Yield the rows of a query that says their order; where it has too little memory, go on with more."""
         self._take(max(self._megabytes, _STREAM_MB))
-        yield from self._connection.sql(sql, params=values).to_arrow_reader(_FETCHED_ROWS)
+        rows = 0
+        while True:
+            try:
+                query = self._connection.sql(f"{sql} OFFSET {rows}", params=values)
+                for batch in query.to_arrow_reader(_FETCHED_ROWS):
+                    rows += batch.num_rows
+                    yield batch
+            except duckdb.OutOfMemoryException:
+                if self._megabytes == _MOST_MB:
+                    raise
+                self._take(2 * self._megabytes)
+            else:
+                return
 
     def _take(self, megabytes: int) -> None:
         self._megabytes = min(megabytes, _MOST_MB)

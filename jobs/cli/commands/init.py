@@ -43,7 +43,7 @@ def init(
     ] = False,
 ) -> None:
     """Write a config for pictures or lists of your own. Looks at them, at this machine and at the hub's cache."""
-    from jobs.cli.options import import_arrow_alone
+    from jobs.arrow_alone import import_arrow_alone
 
     import_arrow_alone()
     from jobs.init.command import init as write_config

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.arrow_alone import import_arrow_alone
 from jobs.cli.groups import KEEP
-from jobs.cli.options import CorpusArgument, JsonObjectOption, import_arrow_alone, open_corpus
+from jobs.cli.options import CorpusArgument, JsonObjectOption, open_corpus
 from jobs.output.render import print_json
 from schemas.errors import CapfiltError
 from schemas.names import printable

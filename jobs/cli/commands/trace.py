@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.arrow_alone import import_arrow_alone
 from jobs.cli.groups import LOOK
-from jobs.cli.options import JsonOption, WideOption, import_arrow_alone, open_manifest
+from jobs.cli.options import JsonOption, WideOption, open_manifest
 from jobs.environment import program_name
 from jobs.output.render import print_facts, print_json, print_table
 from schemas.names import printable

@@ -113,7 +113,10 @@ def read_texts(storage: Storage, path: str, form: str, wanted: Wanted) -> Iterat
         return
     with opened_list(storage, path) as file:
         for pieces, first in _parquet_pieces(file, path, wanted):
-            yield arrow_text_rows(pieces, wanted, first) or _rows_of(pieces, path, wanted, first)
+            rows = arrow_text_rows(pieces, wanted, first) or _rows_of(pieces, path, wanted, first)
+            # Copied: what the file's pieces take is free while the rows are used.
+            pieces.clear()
+            yield rows
 
 
 def require_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> None:
@@ -217,8 +220,9 @@ def _parquet_pieces(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[tuple
             for piece in parquet.pieces(wanted.columns)
         )
         for pieces in _grouped(sized):
+            rows = sum(piece.num_rows for piece in pieces)
             yield pieces, first
-            first += sum(piece.num_rows for piece in pieces)
+            first += rows
 
 
 def _rows_of(pieces: Sequence[pa.RecordBatch], path: str, wanted: Wanted, first: int) -> Rows:
