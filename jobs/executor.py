@@ -54,6 +54,8 @@ class RunMonitor:
     # What the thread saw last.
     progress: RunProgress = field(default_factory=RunProgress, init=False)
     _away_since: float | None = field(default=None, init=False)
+    # Events that it has displayed: what it passes to ``ProgressCounter.snapshot``.
+    num_events: int = field(default=0, init=False)
 
     @contextlib.contextmanager
     def watching(self, snapshot: Callable[[float], RunProgress | None]) -> Iterator[None]:
@@ -106,8 +108,9 @@ class RunMonitor:
                 changed.setdefault(state, []).append(stage)
         if changed:
             self.display.log("; ".join(f"{', '.join(stages)}: {state}" for state, stages in changed.items()))
-        for line in progress.quarantines[len(before.quarantines) :]:
-            self.display.log(line)
+        for event in progress.events:
+            self.display.event(event)
+        self.num_events = progress.events_before + len(progress.events)
         self._show_away(progress.away)
         self.display.update(progress.stages)
 

@@ -30,13 +30,14 @@ class LocalExecutor:
                 report_state=counter.report_state,
                 report_away=counter.report_away,
                 is_stopping=lambda: monitor.interrupts.count > 0,
+                log_event=counter.log_event,
                 share=_share(getattr(job.settings.config.cluster, stage)),
             )
             for stage in job.stages
         ]
         with (
             variables(_worker_environment(job)),
-            monitor.watching(lambda timeout_s: counter.snapshot()),
+            monitor.watching(lambda timeout_s: counter.snapshot(monitor.num_events)),
             monitor.interrupts.graced(job.settings.config.cluster.stop_grace_s),
         ):
             for kind, urls in job.shards:

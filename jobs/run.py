@@ -264,7 +264,14 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
     )
     # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
     with contextlib.closing(
-        open_progress(console, work.before, options.stages, options.limit, options.quiet)
+        open_progress(
+            console,
+            work.before,
+            options.stages,
+            options.limit,
+            options.quiet,
+            json_run=work.started.run_id if config.cluster.log_format == "json" else "",
+        )
     ) as display:
         monitor = RunMonitor(
             job=job,

@@ -324,6 +324,10 @@ class ClusterConfig(Section):
         {},
         description="of an hour: of a GPU by node type, as `costs` has it, and of a CPU by the name `cpu`",
     )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="of what a run says on standard error; json: an object a line, every event of every shard",
+    )
     max_attempts: int = Field(3, ge=1, description="tries of one shard before it is quarantined")
     storage_patience_s: float = Field(
         3600.0,

@@ -1,14 +1,19 @@
 """The main job on real HTTP and the demo's weights: chained, repeated, changed, damaged."""
 
+import contextlib
+import io
 import json
 import math
 import re
 import shutil
 import signal
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import ray
@@ -22,6 +27,7 @@ from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.manifest.manifest import Manifest
+from pipeline.runs.metrics import METRICS
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -32,15 +38,21 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray() -> Iterator[int]:
+    """A Ray with a GPU in name alone; yields the port of its metrics."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     ray.init(
         address="local",
         num_cpus=6,
+        num_gpus=1,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=128 << 20,
+        _metrics_export_port=port,
+        _system_config={"metrics_report_interval_ms": 500},
     )
-    yield
+    yield port
     ray.shutdown()
 
 
@@ -100,16 +112,104 @@ def overlapping(corpus: str, stage: Stage) -> int:
     return sum(later_began < ended for (_, ended), (later_began, _) in pairwise(times))
 
 
+@pytest.fixture(scope="module")
+def on_ray(
+    local_ray: int, done: CapfiltConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CapfiltConfig, list[dict]]:
+    """The same corpus stage by stage on Ray, its ranker two workers of 0.2 GPU; and the JSON lines of its log."""
+    rankers = {"cpus": 0.5, "gpus": 0.2, "max_workers": 2, "min_workers": 2}
+    config = with_values(
+        done,
+        corpus={"path": str(tmp_path_factory.mktemp("on-ray"))},
+        caption={"batch_size": 3},
+        cluster={"rank": rankers, "log_format": "json", "prices": {"cpu": 1.0}},
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        for stage in ("crawl", "caption", "rank", "select"):
+            assert do_run(config, local=False, command=stage, stages=(stage,)).exit_code == 0
+    return config, [json.loads(line) for line in said.getvalue().splitlines() if line.startswith("{")]
+
+
+def test_every_event_of_a_shard_is_found_by_its_name(on_ray: tuple[CapfiltConfig, list[dict]]) -> None:
+    config, lines = on_ray
+    of_shard = [line for line in lines if line.get("shard") == "00002"]
+    records = Records(Storage(config.corpus.path)).shards()
+    assert {(line["stage"], line["event"]) for line in of_shard} == {
+        (stage, event) for stage in ("crawl", "caption", "rank", "select") for event in ("start", "commit")
+    }
+    assert len(of_shard) == 8
+    for line in of_shard:
+        record = records[line["stage"], line["source"], "00002"]
+        assert (line["run_id"], line["attempt"], line["node"]) == (record.run_id, 1, record.host)
+        assert line["level"] == "info" and line["time"] >= record.started_at[:10]
+    assert {line["event"] for line in lines} >= {"message", "progress"}
+
+
+def scraped(port: int, corpus: str) -> dict[str, Counter]:
+    """Return a corpus's values of capfilt's metrics by name, and by stage and the metric's own label."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    sums: dict[str, Counter] = {}
+    for name, labels, value in re.findall(r"^ray_(capfilt_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        label = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))
+        own = tuple(label[key] for key in METRICS[name].labels)
+        if label["corpus"] == corpus:
+            sums.setdefault(name, Counter())[label["stage"], *own] += float(value)
+    return sums
+
+
+def sums_of_records(corpus: str) -> dict[str, Counter]:
+    """Return the same sums over the records, in SQL where it has them."""
+    sums: dict[str, Counter] = {name: Counter() for name in METRICS}
+    with Manifest(Storage(corpus)).open() as query:
+        for row in query.rows("SELECT * FROM outcomes WHERE kind = 'status'"):
+            sums["capfilt_rows_total"][row["stage"], row["status"], row["reason"] or ""] += row["rows"]
+        for row in query.rows("SELECT * FROM progress WHERE stage <> 'urls'"):
+            sums["capfilt_shards_total"][row["stage"], "committed"] += row["shards"]
+            sums["capfilt_images_total"][row["stage"],] += row["images"]
+            sums["capfilt_written_bytes_total"][row["stage"],] += row["bytes"]
+        for row in query.rows("SELECT * FROM costs"):
+            sums["capfilt_worker_seconds_total"][row["stage"], "committed"] += 3600 * row["worker_hours"]
+            sums["capfilt_gpu_seconds_total"][row["stage"], "committed"] += 3600 * row["gpu_hours"]
+    for (stage, _, _), record in Records(Storage(corpus)).shards().items():
+        for part in record.seconds.keys() - {"total", "worker"}:
+            sums["capfilt_part_seconds_total"][stage, part] += record.seconds[part]
+    return sums
+
+
+def test_the_scraped_metrics_are_the_records_sums(
+    local_ray: int, on_ray: tuple[CapfiltConfig, list[dict]]
+) -> None:
+    config, _ = on_ray
+    expected = sums_of_records(config.corpus.path)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = scraped(local_ray, config.corpus.path)
+        if found.get("capfilt_shards_total") == expected["capfilt_shards_total"]:
+            break
+        time.sleep(0.5)
+    for name, sums in expected.items():
+        wanted = {series: value for series, value in sums.items() if value}
+        assert found.get(name, {}) == pytest.approx(wanted, rel=1e-6), name
+    assert expected["capfilt_rows_total"]["crawl", "failed", "http_4xx"] > 0
+
+
+def test_a_worker_of_a_fifth_of_a_gpu_costs_a_fifth(on_ray: tuple[CapfiltConfig, list[dict]]) -> None:
+    config, _ = on_ray
+    with Manifest(Storage(config.corpus.path)).open() as query:
+        costs = {row["stage"]: row for row in query.rows("SELECT * FROM costs")}
+    assert costs["rank"]["gpu_hours"] == pytest.approx(0.2 * costs["rank"]["worker_hours"])
+    assert costs["rank"]["cpu_hours"] == pytest.approx(0.5 * costs["rank"]["worker_hours"])
+    assert costs["caption"]["gpu_hours"] == 0
+    assert costs["caption"]["cost"] == pytest.approx(costs["caption"]["cpu_hours"])
+
+
 def test_stage_by_stage_on_ray_with_overlapping_shards_equals_one_run(
-    local_ray: None, done: CapfiltConfig, tmp_path: Path
+    on_ray: tuple[CapfiltConfig, list[dict]], done: CapfiltConfig
 ) -> None:
     """One after the other, so that a stage finds all of its shards ready: two of them in an actor, or two actors."""
-    two_actors = {"cpus": 0.5, "max_workers": 2, "min_workers": 2}
-    config = with_values(
-        done, corpus={"path": str(tmp_path)}, caption={"batch_size": 3}, cluster={"rank": two_actors}
-    )
-    for stage in ("crawl", "caption", "rank", "select"):
-        assert do_run(config, local=False, command=stage, stages=(stage,)).exit_code == 0
+    config, _ = on_ray
     # Of a crawl or a selection an actor takes one shard at a time, of captions two.
     assert overlapping(config.corpus.path, "caption") > 0
     assert overlapping(config.corpus.path, "crawl") == overlapping(config.corpus.path, "select") == 0

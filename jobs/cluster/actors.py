@@ -1,12 +1,15 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
 import gc
+import json
+import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from pipeline.runs.events import ShardEvent
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
 from pipeline.runs.runner import Node, RunSettings, ShardRunner
@@ -49,12 +52,14 @@ class StageActor:
         self._counter = counter
         # One more call a shard, which is made where a signal leaves time.
         self._asks_to_begin = settings.config.cluster.stop_grace_s > 0
+        self._is_json = settings.config.cluster.log_format == "json"
         self._runner = ShardRunner(
             stage,
             settings,
             note=counter.note.remote,
             report_state=counter.report_state.remote,
             report_away=counter.report_away.remote,
+            log_event=self._log_event,
             share=_share(getattr(settings.config.cluster, stage)),
             node=Node(name=ray.get_runtime_context().get_node_id(), gone=_gone_nodes),
         )
@@ -63,6 +68,13 @@ class StageActor:
         for kind, urls in zip(batch["kind"], batch["urls"], strict=True):
             self._run_shard(str(kind), ShardRecord.from_json(str(urls)))
         return batch
+
+    def _log_event(self, event: ShardEvent) -> None:
+        """Have the driver tell of an event; of the usual ones only where its log is for programs."""
+        if self._is_json:
+            print(json.dumps(event.fields()), file=sys.stderr, flush=True)
+        if self._is_json or event.level != "info":
+            self._counter.log_event.remote(event)
 
     def _run_shard(self, kind: Any, urls: ShardRecord) -> None:
         if self._asks_to_begin and not ray.get(

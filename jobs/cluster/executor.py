@@ -9,6 +9,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster.actors import ProgressActor, build_dataset
+from jobs.cluster.metrics import RayMetrics
 from jobs.cluster.session import ray_session
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
 from pipeline.faults import is_waited_for
@@ -35,12 +36,16 @@ class RayExecutor:
             counter = ProgressActor.options(scheduling_strategy=here).remote()
             monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
 
+            metrics = RayMetrics(job.settings.config.corpus.path)
+
             def snapshot(timeout_s: float) -> RunProgress | None:
                 # An actor that does not answer is being restarted, or Ray is shutting down.
                 with contextlib.suppress(ray.exceptions.RayError):
                     if monitor.interrupts.count:
                         counter.stop.remote()
-                    return ray.get(counter.snapshot.remote(), timeout=timeout_s)
+                    progress = ray.get(counter.snapshot.remote(monitor.num_events), timeout=timeout_s)
+                    metrics.export(progress.metrics)
+                    return progress
                 return None
 
             grace_s = job.settings.config.cluster.stop_grace_s

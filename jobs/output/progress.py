@@ -1,16 +1,21 @@
 """Display of a run's progress: a live table on a terminal, else one line per interval."""
 
+import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pipeline.runs.events import Level, ShardEvent
 from pipeline.runs.progress import StageProgress
 from pipeline.runs.survey import Survey
 from pipeline.text import readable_duration
+from schemas.json_record import utc_now
 from schemas.stages import Stage
 
 _LINE_INTERVAL_S = 10.0
@@ -21,6 +26,11 @@ class Progress:
 
     def log(self, text: str) -> None:
         """Print what the run waits for now."""
+
+    def event(self, event: ShardEvent) -> None:
+        """Print what happened to a shard, where somebody should look at it."""
+        if event.level != "info":
+            self.log(str(event))
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
         """Show the sums of the stages."""
@@ -129,10 +139,74 @@ class LineProgress(Progress):
         self._print()
 
 
+class JsonProgress(Progress):
+    """One JSON object a line, for programs: what is said, what happens to each shard, and each interval the sums."""
+
+    def __init__(self, rates: _Rates, run_id: str) -> None:
+        self._rates = rates
+        self._run_id = run_id
+        self._next = time.monotonic() + _LINE_INTERVAL_S
+        self._last: Mapping[Stage, StageProgress] = {}
+        self._handler = _JsonHandler(self)
+        logging.getLogger().addHandler(self._handler)
+
+    def log(self, text: str, level: Level = "info") -> None:
+        """Print a message."""
+        self._print({"level": level, "event": "message", "message": text})
+
+    def event(self, event: ShardEvent) -> None:
+        """Print any event of a shard."""
+        self._print(event.fields())
+
+    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
+        """Print the sums when the interval is over."""
+        self._last = snapshot
+        if time.monotonic() >= self._next:
+            self._print_sums()
+            self._next = time.monotonic() + _LINE_INTERVAL_S
+
+    def _print_sums(self) -> None:
+        for stage, progress in self._last.items():
+            sums = {name: getattr(progress, name) for name in ("shards", "images", "rows_in", "rows_out")}
+            shards = {
+                "shards_quarantined": len(progress.quarantined),
+                "shards_total": self._rates.total.get(stage, 0),
+            }
+            self._print({"level": "info", "event": "progress", "stage": stage, **sums, **shards})
+
+    def _print(self, fields: dict[str, Any]) -> None:
+        line = {"time": utc_now(), "run_id": self._run_id} | fields
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print the last sums."""
+        self._print_sums()
+        logging.getLogger().removeHandler(self._handler)
+
+
+class _JsonHandler(logging.Handler):
+    """Has the warnings of capfilt and its libraries in the same log."""
+
+    def __init__(self, progress: JsonProgress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_error = record.levelno >= logging.ERROR
+        self._progress.log(record.getMessage(), "error" if is_error else "warning")
+
+
 def open_progress(
-    console: Console, before: Survey, stages: tuple[Stage, ...], limit: int | None, quiet: bool
+    console: Console,
+    before: Survey,
+    stages: tuple[Stage, ...],
+    limit: int | None,
+    quiet: bool,
+    json_run: str = "",
 ) -> Progress:
-    """Return the progress that fits where the output goes."""
+    """Return the progress that fits where the output goes; of the run ``json_run``, JSON."""
+    if json_run:
+        return JsonProgress(_Rates(before, stages, limit), json_run)
     if quiet:
         return Progress()
     rates = _Rates(before, stages, limit)

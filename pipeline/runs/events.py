@@ -64,6 +64,6 @@ class ShardEvent:
             case "lost":
                 return f"{where}: attempt {self.attempt} was lost ({self.cause}{f': {last}' if last else ''})"
             case "quarantine":
-                return f"{where}: quarantined after {self.attempt} attempts: {last}"
+                return f"{where} is quarantined: {last}"
             case _:
                 return f"{where}: {self.event}"

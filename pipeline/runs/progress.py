@@ -4,9 +4,12 @@ For display alone: whether a shard is done is decided by its record.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
+from pipeline.runs.events import ShardEvent
+from pipeline.runs.metrics import RunMetrics, Series
 from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
@@ -76,10 +79,13 @@ class RunProgress:
     refusal: CapfiltError | None = None
     # The storage's error that some worker waits for the end of.
     away: str = ""
-    # One line for each shard that was quarantined, in this order.
-    quarantines: tuple[str, ...] = ()
     # No shard begins any more, and none is in work.
     is_stopped: bool = False
+    # Of pipeline.runs.metrics.
+    metrics: Mapping[Series, float] = field(default_factory=dict)
+    # What happened that the caller has not had yet, and how many events there were before these.
+    events: tuple[ShardEvent, ...] = ()
+    events_before: int = 0
 
     @property
     def states(self) -> dict[Stage, str]:
@@ -106,9 +112,11 @@ class ProgressCounter:
         self._passed: dict[Stage, set[tuple[str, str]]] = {}
         self._refusal: CapfiltError | None = None
         self._away: dict[str, tuple[float, str]] = {}
-        self._quarantines: list[str] = []
         self._in_work: set[tuple[str, str, str]] = set()
         self._is_stopping = False
+        self._metrics = RunMetrics()
+        self._events: list[ShardEvent] = []
+        self._events_before = 0
 
     def begin(self, stage: Stage, source: str, shard: str) -> bool:
         """Tell whether a stage may begin a shard; from then on it is in work until its outcome is noted."""
@@ -119,6 +127,11 @@ class ProgressCounter:
     def stop(self) -> None:
         """Let no shard begin any more."""
         self._is_stopping = True
+
+    def log_event(self, event: ShardEvent) -> None:
+        """Keep an event for the next snapshot, and count it."""
+        self._metrics.add_event(event)
+        self._events.append(event)
 
     def note(self, outcome: ShardOutcome) -> None:
         """Add an outcome; a shard that was done twice (a killed worker's retry) counts once."""
@@ -136,12 +149,10 @@ class ProgressCounter:
         stage.images += outcome.images
         stage.rows_in += outcome.rows_in
         stage.rows_out += outcome.rows_out
+        if outcome.record is not None:
+            self._metrics.add_record(outcome.record)
         if outcome.state == "quarantined":
             stage.quarantined.append(f"{outcome.source}/{outcome.shard}")
-            reason = outcome.error.strip().rpartition("\n")[2]
-            self._quarantines.append(
-                f"{outcome.stage} {outcome.source}/{outcome.shard} is quarantined: {reason}"
-            )
 
     def passed(self, stage: Stage) -> set[tuple[str, str]]:
         """Return the shards, by source and name, that a stage has handed on, whatever became of them."""
@@ -160,8 +171,17 @@ class ProgressCounter:
         else:
             self._away.pop(worker, None)
 
-    def snapshot(self) -> RunProgress:
-        """Return a copy of the sums so far, which another thread may read while they grow."""
+    def snapshot(self, after: int = 0) -> RunProgress:
+        """Return a copy of the sums so far, which another thread may read while they grow.
+
+        Args:
+            after: how many events the caller has had; they are forgotten.
+        """
+        had = after - self._events_before
+        # A counter that was restarted has had fewer: then all of its own are new.
+        if 0 < had <= len(self._events):
+            del self._events[:had]
+            self._events_before = after
         stages = {stage: replace(progress) for stage, progress in list(self._stages.items())}
         fresh_after = time.monotonic() - _FORGET_AFTER_S
         away = [error for at, error in list(self._away.values()) if at > fresh_after]
@@ -169,6 +189,8 @@ class ProgressCounter:
             stages=stages,
             refusal=self._refusal,
             away=away[0] if away else "",
-            quarantines=tuple(self._quarantines),
             is_stopped=self._is_stopping and not self._in_work,
+            metrics=self._metrics.sums(),
+            events=tuple(self._events),
+            events_before=self._events_before,
         )
