@@ -15,6 +15,7 @@ from jobs.interrupts import Interrupts
 from jobs.output.progress import Progress
 from pipeline.faults import is_waited_for
 from pipeline.manifest.manifest import Manifest
+from pipeline.runs.limits import RunLimits
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import RunProgress
 from pipeline.runs.runner import RunSettings
@@ -22,7 +23,7 @@ from pipeline.text import readable_duration
 from schemas.records import ShardRecord
 from schemas.stages import Stage
 
-ExecutorOutcome = Literal["done", "interrupted", "gave up"]
+ExecutorOutcome = Literal["done", "interrupted", "gave up", "limit"]
 
 _POLL_S = 0.5
 # More failed shards than both this number and this share of the finished ones: a node, an install or a disk is at
@@ -39,6 +40,7 @@ class StageJob:
     settings: RunSettings
     stages: tuple[Stage, ...]
     shards: list[tuple[Kind, ShardRecord]]
+    limits: RunLimits = field(default_factory=RunLimits)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +114,8 @@ class RunMonitor:
             self.display.event(event)
         self.num_events = progress.events_before + len(progress.events)
         self._show_away(progress.away)
+        if progress.limit and not before.limit:
+            self.display.log(f"{progress.limit}: no new shard begins, those in work are finished")
         self.display.update(progress.stages)
 
     def _show_away(self, error: str) -> None:

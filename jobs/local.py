@@ -21,7 +21,7 @@ class LocalExecutor:
     def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
         """Run the job; weights are loaded at the first shard that needs them, and kept."""
         sweep_temporary_folders()
-        counter = ProgressCounter()
+        counter = ProgressCounter(job.limits)
         runners = [
             ShardRunner(
                 stage,
@@ -44,6 +44,8 @@ class LocalExecutor:
                 for runner in runners:
                     if monitor.interrupts.count:
                         return "done"  # as far as it goes: the block is interrupted here
+                    if not counter.begin(runner.stage, urls.source, urls.shard):
+                        return "limit"
                     runner.run_shard(kind, urls)
                 if monitor.has_failed_too_often(counter.snapshot()):
                     return "gave up"

@@ -24,6 +24,7 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.marks.rules import ShardMarks
 from pipeline.marks.search import marks_of_shards
 from pipeline.models.weights import Weights, captioner_weights, filter_weights, ranker_weights
+from pipeline.runs.limits import RunLimits
 from pipeline.runs.plan import ModelDigests, stages_in_use, stale_message
 from pipeline.runs.runner import RunSettings
 from pipeline.runs.survey import Survey, Totals, survey
@@ -57,6 +58,7 @@ class RunOptions:
     # Words of pipeline.intake.retries: what ended so is queued again, instead of reading the lists.
     retry: str | None = None
     limit: int | None = None
+    limits: RunLimits = field(default_factory=RunLimits)
     quiet: bool = False
     # In this process, without Ray.
     local: bool = False
@@ -261,6 +263,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
         ),
         stages=options.stages,
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
+        limits=options.limits,
     )
     # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
     with contextlib.closing(
@@ -382,7 +385,7 @@ def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     committed = state.committed_by(started.run_id)
     record = replace(
         started,
-        outcome="partial" if outcome == "gave up" or failed else outcome,
+        outcome="interrupted" if outcome == "interrupted" else "partial" if failed else "done",
         finished_at=utc_now(),
         shards_done=len(committed),
         shards_skipped=sum(count.done for count in work.before.counts),
@@ -391,7 +394,9 @@ def _end(work: _Work, outcome: ExecutorOutcome) -> RunResult:
     waiting = sum(count.waiting for count in after.counts)
     note = f"{waiting:,} shards wait for an earlier stage" if waiting and outcome == "done" else ""
     # Neither done nor quarantined: its worker could not even reach the storage.
-    if failed and (unreached := undone - {(source, shard) for _, source, shard in state.quarantined}):
+    if outcome == "limit" and undone:
+        note = f"{len(undone):,} shards were left: the run's limit is reached"
+    elif failed and (unreached := undone - {(source, shard) for _, source, shard in state.quarantined}):
         note = "not done: " + ", ".join("/".join(shard) for shard in sorted(unreached))
     if outcome == "gave up":
         note = "stopped: too many shards failed; see the errors above"

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 import jobs.run
 from jobs.cli.commands.plan import plan_corpus
-from jobs.cli.summary import result_json
+from jobs.cli.summary import result_json, result_lines
 from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.manifest.manifest import Manifest
+from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import METRICS
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
@@ -203,6 +204,34 @@ def test_a_worker_of_a_fifth_of_a_gpu_costs_a_fifth(on_ray: tuple[CapfiltConfig,
     assert costs["rank"]["cpu_hours"] == pytest.approx(0.5 * costs["rank"]["worker_hours"])
     assert costs["caption"]["gpu_hours"] == 0
     assert costs["caption"]["cost"] == pytest.approx(costs["caption"]["cpu_hours"])
+
+
+def test_a_limit_of_gpu_hours_stops_within_what_a_worker_has_in_work(
+    on_ray: tuple[CapfiltConfig, list[dict]], tmp_path: Path
+) -> None:
+    config, _ = on_ray
+    copied = shutil.copytree(config.corpus.path, tmp_path / "corpus")
+    for stage in ("rank", "select"):
+        shutil.rmtree(copied / "records" / stage)
+    one_worker = {"cpus": 0.5, "gpus": 0.2}
+    config = with_values(config, corpus={"path": str(copied)}, cluster={"rank": one_worker})
+    stopped = do_run(config, local=False, stages=("rank",), limits=RunLimits(gpu_hours=1e-9))
+    # A ranker has two shards at once.
+    assert 1 <= stopped.record.shards_done <= 2
+    assert (stopped.exit_code, stopped.record.outcome) == (3, "partial")
+    assert stopped.note == f"{4 - stopped.record.shards_done} shards were left: the run's limit is reached"
+    assert len(Records(Storage(config.corpus.path)).shards(("rank",))) == stopped.record.shards_done
+
+
+def test_a_run_in_this_process_begins_no_shard_after_its_hours(done: CapfiltConfig, tmp_path: Path) -> None:
+    copied = shutil.copytree(done.corpus.path, tmp_path / "corpus")
+    shutil.rmtree(copied / "records" / "select")
+    config = with_values(done, corpus={"path": str(copied)})
+    stopped = do_run(config, limits=RunLimits(hours=0.0))
+    assert (stopped.exit_code, stopped.record.shards_done) == (3, 0)
+    assert "the same command goes on where this one stopped" in list(result_lines(stopped, "c.toml"))
+    finished = do_run(config, limits=RunLimits(hours=1.0))
+    assert (finished.exit_code, finished.record.shards_done) == (0, 4)
 
 
 def test_stage_by_stage_on_ray_with_overlapping_shards_equals_one_run(

@@ -43,6 +43,18 @@ app = typer.Typer(
 Config = Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Replace stale shards instead of refusing.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Work on at most N shards.", metavar="N")]
+MaxGpuHours = Annotated[
+    float | None,
+    typer.Option(
+        "--max-gpu-hours",
+        min=0,
+        help="Begin no shard once the run's workers have used so many GPU-hours.",
+        metavar="X",
+    ),
+]
+MaxHours = Annotated[
+    float | None, typer.Option("--max-hours", min=0, help="Begin no shard after X hours.", metavar="X")
+]
 Source = Annotated[
     list[str] | None, typer.Option("--source", help="Only this [[source]]; may be repeated.", metavar="NAME")
 ]
@@ -105,6 +117,8 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         retry: Retry = None,
         recompute: Recompute = False,
         limit: Limit = None,
+        max_gpu_hours: MaxGpuHours = None,
+        max_hours: MaxHours = None,
         local: Local = False,
         dry_run: DryRun = False,
         json_: JsonObjectOption = False,
@@ -118,6 +132,7 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
         from jobs.cli.commands.plan import plan_corpus, print_plan
         from jobs.cli.summary import print_result, result_json
         from jobs.run import RunOptions, run
+        from pipeline.runs.limits import RunLimits
 
         if dry_run:
             planned = plan_corpus(loaded, stages, retried, only_named=bool(source))
@@ -129,6 +144,7 @@ def _stage_command(name: str, stages: tuple[Stage, ...], text: str) -> None:
             recompute=recompute,
             retry=retried,
             limit=limit,
+            limits=RunLimits(gpu_hours=max_gpu_hours, hours=max_hours),
             quiet=json_,
             local=local,
             only_named=bool(source),

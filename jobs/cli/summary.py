@@ -142,6 +142,8 @@ def _next(result: RunResult, config_file: str) -> str:
     match result.record.outcome:
         case "interrupted":
             return "the same command goes on where this one stopped"
+        case "partial" if not result.quarantined:
+            return "the same command goes on where this one stopped"
         case "partial":
             errors = f"{program} shards {corpus} --state quarantined"
             return f"the same command tries them again; {errors} shows the errors"

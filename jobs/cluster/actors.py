@@ -45,13 +45,14 @@ class StageActor:
         stage: Stage,
         settings: RunSettings,
         counter: ray.actor.ActorHandle,
+        has_limits: bool,
     ) -> None:
         # As in jobs.cli.main: a model's libraries make many objects that stay.
         gc.set_threshold(50_000)
         sweep_temporary_folders()
         self._counter = counter
-        # One more call a shard, which is made where a signal leaves time.
-        self._asks_to_begin = settings.config.cluster.stop_grace_s > 0
+        # One more call a shard, which is made where a signal leaves time, or the run has limits.
+        self._asks_to_begin = has_limits or settings.config.cluster.stop_grace_s > 0
         self._is_json = settings.config.cluster.log_format == "json"
         self._runner = ShardRunner(
             stage,
@@ -134,7 +135,7 @@ def build_dataset(job: "StageJob", counter: ray.actor.ActorHandle) -> Dataset:
         dataset = dataset.map_batches(
             _actor_class(stage),
             batch_size=1,
-            fn_constructor_args=(stage, job.settings, counter),
+            fn_constructor_args=(stage, job.settings, counter, bool(job.limits)),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
             **placement(resources),

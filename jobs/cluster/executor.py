@@ -33,7 +33,7 @@ class RayExecutor:
         with ray_session(job.settings.config, job.stages, monitor.interrupts):
             # On the driver's node, so that no other node's death takes it along.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            counter = ProgressActor.options(scheduling_strategy=here).remote()
+            counter = ProgressActor.options(scheduling_strategy=here).remote(job.limits)
             monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
 
             metrics = RayMetrics(job.settings.config.corpus.path)
@@ -61,9 +61,10 @@ def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.Actor
         try:
             left = _left(left, counter) if broken else job
             outcome = _run_once(left, monitor, counter)
-            if refusal := ray.get(counter.snapshot.remote()).refusal:
-                raise refusal
-            return outcome
+            progress = ray.get(counter.snapshot.remote())
+            if progress.refusal:
+                raise progress.refusal
+            return "limit" if progress.limit and outcome == "done" else outcome
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             if broken == 0 or monitor.progress.finished > finished:
                 broken, since = 0, time.monotonic()

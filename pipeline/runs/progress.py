@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
 from pipeline.runs.events import ShardEvent
+from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import RunMetrics, Series
 from schemas.errors import CapfiltError, TryAgainLaterError
 from schemas.records import ShardRecord, ShardTask
@@ -81,6 +82,8 @@ class RunProgress:
     away: str = ""
     # No shard begins any more, and none is in work.
     is_stopped: bool = False
+    # Which limit of the run is reached; empty where none is.
+    limit: str = ""
     # Of pipeline.runs.metrics.
     metrics: Mapping[Series, float] = field(default_factory=dict)
     # What happened that the caller has not had yet, and how many events there were before these.
@@ -106,7 +109,9 @@ class RunProgress:
 class ProgressCounter:
     """Adds up outcomes as the workers report them."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: RunLimits | None = None) -> None:
+        self._limits = limits or RunLimits()
+        self._limit = ""
         self._seen: set[tuple[str, str, str]] = set()
         self._stages: dict[Stage, StageProgress] = {}
         self._passed: dict[Stage, set[tuple[str, str]]] = {}
@@ -120,6 +125,8 @@ class ProgressCounter:
 
     def begin(self, stage: Stage, source: str, shard: str) -> bool:
         """Tell whether a stage may begin a shard; from then on it is in work until its outcome is noted."""
+        self._limit = self._limit or self._limits.reached(self._metrics.gpu_seconds)
+        self._is_stopping |= bool(self._limit)
         if not self._is_stopping:
             self._in_work.add((stage, source, shard))
         return not self._is_stopping
@@ -190,6 +197,7 @@ class ProgressCounter:
             refusal=self._refusal,
             away=away[0] if away else "",
             is_stopped=self._is_stopping and not self._in_work,
+            limit=self._limit,
             metrics=self._metrics.sums(),
             events=tuple(self._events),
             events_before=self._events_before,
