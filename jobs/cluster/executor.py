@@ -44,7 +44,7 @@ class RayExecutor:
                     if monitor.interrupts.count:
                         counter.stop.remote()
                     progress = ray.get(counter.snapshot.remote(monitor.num_events), timeout=timeout_s)
-                    metrics.export(progress.metrics)
+                    metrics.export(progress)
                     return progress
                 return None
 

@@ -3,11 +3,10 @@
 The driver exports them, not the workers: a worker's series would end with it, and its sums be lost.
 """
 
-from collections.abc import Mapping
+from ray.util.metrics import Counter, Gauge
 
-from ray.util.metrics import Counter
-
-from pipeline.runs.metrics import LABELS, METRICS, Series
+from pipeline.runs.metrics import LABELS, METRICS, STORAGE_AWAY, STORAGE_AWAY_DESCRIPTION, Series
+from pipeline.runs.progress import RunProgress
 
 
 class RayMetrics:
@@ -19,11 +18,13 @@ class RayMetrics:
             name: Counter(name, metric.description, ("corpus", *LABELS, *metric.labels))
             for name, metric in METRICS.items()
         }
+        self._storage_away = Gauge(STORAGE_AWAY, STORAGE_AWAY_DESCRIPTION, ("corpus",))
         self._exported: dict[Series, float] = {}
 
-    def export(self, sums: Mapping[Series, float]) -> None:
+    def export(self, progress: RunProgress) -> None:
         """Add to the counters by how much the sums have grown. A sum that is smaller began anew."""
-        for series, value in sums.items():
+        self._storage_away.set(1.0 if progress.away else 0.0, {"corpus": self._corpus})
+        for series, value in progress.metrics.items():
             before = self._exported.get(series, 0.0)
             grown = value - before if value >= before else value
             self._exported[series] = value

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.runs.events import ShardEvent
+from pipeline.storage.call_counts import RETRIES
 from schemas.records import ShardRecord
 from schemas.stages import STAGE_INFO, Stage
 
@@ -40,7 +41,17 @@ METRICS: dict[str, Metric] = {
     "capfilt_attempts_lost_total": Metric(
         "attempts that did not commit, by cause: failed or killed", ("cause",)
     ),
+    "capfilt_storage_calls_total": Metric(
+        "calls of the storage by workers, by operation (read, put, create, ...)", ("operation",)
+    ),
+    "capfilt_storage_retries_total": Metric(
+        "calls that workers repeated, after a pause, because the storage was away"
+    ),
 }
+
+# Beside these sums, of the corpus alone, while a run is up.
+STORAGE_AWAY = "capfilt_storage_away"
+STORAGE_AWAY_DESCRIPTION = "1 while workers wait for a storage that does not answer, else 0"
 
 # A metric's name and the values of its labels.
 Series = tuple[str, tuple[str, ...]]
@@ -77,6 +88,14 @@ class RunMetrics:
             self._add("capfilt_attempts_lost_total", place, 1, event.cause)
             self._add("capfilt_worker_seconds_total", place, seconds, "lost")
             self._add("capfilt_gpu_seconds_total", place, seconds * event.gpus, "lost")
+
+    def add_storage_calls(self, place: tuple[str, str, str], calls: Mapping[str, int]) -> None:
+        """Add what a worker asked its storage."""
+        for operation, number in calls.items():
+            if operation == RETRIES:
+                self._add("capfilt_storage_retries_total", place, number)
+            else:
+                self._add("capfilt_storage_calls_total", place, number, operation)
 
     def _add(self, name: str, place: tuple[str, ...], value: float, *labels: str) -> None:
         assert len(labels) == len(METRICS[name].labels)

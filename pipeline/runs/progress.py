@@ -38,6 +38,9 @@ class ShardOutcome:
     error: str = ""
     # Of a shard that this run has committed; without what only SQL reads.
     record: ShardRecord | None = None
+    # Calls of the storage since the worker's last outcome, by operation, and the worker's host.
+    storage_calls: Mapping[str, int] = field(default_factory=dict)
+    node: str = ""
 
     @classmethod
     def committed(cls, record: ShardRecord) -> Self:
@@ -148,6 +151,7 @@ class ProgressCounter:
         self._passed.setdefault(outcome.stage, set()).add((outcome.source, outcome.shard))
         shard = (outcome.stage, outcome.source, outcome.shard)
         self._in_work.discard(shard)
+        self._metrics.add_storage_calls((outcome.stage, outcome.source, outcome.node), outcome.storage_calls)
         if outcome.state not in ("done", "quarantined") or shard in self._seen:
             return
         self._seen.add(shard)

@@ -22,6 +22,7 @@ from pipeline.marks.rules import ShardMarks
 from pipeline.runs.events import EventName, ShardEvent
 from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from pipeline.runs.progress import ShardOutcome, StageState
+from pipeline.storage.call_counts import CALLS
 from pipeline.storage.patience import PAUSES_S, Patience
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
@@ -192,7 +193,8 @@ class ShardRunner:
         Raises CapfiltError where the run is at fault, not the shard, and TryAgainLaterError where the storage was away
         for too long.
         """
-        self._note(self._patience.call(partial(self._run_if_needed, kind, urls)))
+        outcome = self._patience.call(partial(self._run_if_needed, kind, urls))
+        self._note(replace(outcome, storage_calls=CALLS.take(), node=socket.gethostname()))
 
     def _run_if_needed(self, kind: Kind, urls: ShardRecord) -> ShardOutcome:
         run = self.settings

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pipeline.faults import is_waited_for
+from pipeline.storage.call_counts import CALLS, RETRIES
 from pipeline.storage.errors import storage_error_message
 from schemas.errors import TryAgainLaterError, first_line
 
@@ -57,6 +58,7 @@ class Patience:
         self._begin_waiting()
         for pause_s in itertools.chain(self._pauses_s, itertools.repeat(self._pauses_s[-1])):
             self._tell(away)
+            CALLS.add(RETRIES)
             # By chance, so that hundreds of workers do not come back in the same second.
             self._pause(min(pause_s * random.uniform(0.5, 1.0), since + self._limit_s - time.monotonic()))
             try:

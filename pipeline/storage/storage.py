@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
 from pipeline.regular_files import require_regular
+from pipeline.storage.call_counts import CALLS
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.filesystem import filesystem_of, is_local
 from pipeline.storage.local_files import LocalFiles
@@ -153,11 +154,13 @@ class Storage:
     def _call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
+        CALLS.add(function.__name__)
         return self._patience.call(partial(function, *args, **kwargs))
 
     def _write(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
+        CALLS.add(function.__name__)
         return self._patience.call(partial(function, *args, **kwargs), is_writing=True)
 
     # -- reading ---------------------------------------------------------------------------------------------
