@@ -305,7 +305,8 @@ class ShardRunner:
         )
 
     def _log(self, task: ShardTask, event: EventName, number: int, **more: Any) -> None:
-        self._log_event(replace(ShardEvent.of(task, event, number, socket.gethostname()), **more))
+        event_of_task = ShardEvent.of(task, event, number, socket.gethostname())
+        self._log_event(replace(event_of_task, gpus=self._share.gpus, **more))
 
     def _attempt(self, task: ShardTask, is_retry: bool) -> ShardRecord:
         """Do the task, as often as the storage fails it, unless a try before has committed it without learning so."""
