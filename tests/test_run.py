@@ -349,7 +349,8 @@ def test_weights_that_differ_on_a_worker_end_the_run(
         do_run(config, local=local, stages=("caption",))
     records = Records(Storage(config.corpus.path))
     assert records.shards(("caption",)) == {} == records.quarantined()
-    assert [run.outcome for run in records.runs()] == ["done", "error"]
+    # Of runs that start in one second the order is by chance.
+    assert {run.outcome for run in records.runs()} == {"done", "error"}
 
 
 def test_a_model_that_is_not_finite_curates_nothing(base_url: str, tmp_path: Path) -> None:
