@@ -236,7 +236,7 @@ class PerformanceConfig(Section):
     compile: bool = tuning(True, description="torch.compile the blocks, on CUDA")
     gradient_sum: Literal["after", "overlapped", "overlapped-bf16"] = tuning(
         "after",
-        description="over the ranks: after the backward passes, or during the last ones; bf16: rounded to it",
+        description="over the ranks: after the backward passes, or during them and the next encoding; bf16: rounded",
     )
     shard_language: bool = tuning(False, description="FSDP2 for the frozen language model, over all ranks")
 

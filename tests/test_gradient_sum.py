@@ -1,16 +1,22 @@
 """Sums of gradients that begin during the backward passes: the same numbers, earlier; on 2 and 3 ranks."""
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
 from torch import Tensor
 
+from schemas.pretrain import PretrainConfig
+from tests import test_stage1, test_stage2
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
 from tests.test_uneven_ranks import stage_of
 from training.distributed import World, rank_rows
 from training.trainer.gradient_sum import OverlappedSum, make_gradient_sum
+from training.trainer.optim import fill_preset
 
 pytestmark = pytest.mark.training
 
@@ -121,6 +127,53 @@ def test_a_training_and_its_resume_are_equal(tmp_path: Path, size: int) -> None:
             assert torch.equal(first["after"][key], tensor), key
         assert (first["bf16"][key] - tensor).abs().max() < 0.05
     assert not all(torch.equal(first["bf16"][key], tensor) for key, tensor in first["after"].items())
+
+
+def encoded(world: World, folder: Path, output: Path) -> dict[str, tuple[list[float], list[int], int]]:
+    """Train both stages by both kinds of sum; return losses, the sums under way at each encoding, and the buckets."""
+    results = {}
+    for method, stage_tests in (("stage 1", test_stage1), ("stage 2", test_stage2)):
+        for kind in ("after", "overlapped"):
+            made = stage_tests.exact_config(folder, *(["opt"] if method == "stage 2" else []))
+            changes = made.model_dump(mode="json")
+            changes["optim"]["steps"] = 4
+            changes["performance"] |= {"gradient_sum": kind, "micro_batch_size": 2}
+            changes["run"]["output"] = str(output / method / kind)
+            settings = fill_preset(PretrainConfig.model_validate(changes), None)
+            stage, sink, under_way = stage_tests.exact_stage(settings, world), Kept(), []
+            rows = rank_rows(stage_tests.N, world.rank, world.size)
+            loop = make_loop(settings, stage, world=world, sinks=[sink])
+            stage.visual_encoder.register_forward_hook(
+                lambda *_, loop=loop, seen=under_way: seen.append(
+                    len(getattr(loop.gradient_sum, "under_way", ()))
+                )
+            )
+            loop.run(_batches(stage_tests, rows))
+            buckets = getattr(loop.gradient_sum, "buckets", ())
+            results[f"{method} {kind}"] = (sink.of("loss"), under_way, len(buckets))
+    return results
+
+
+def _batches(stage_tests: Any, rows: slice) -> Iterator[Any]:
+    for step in count(1):
+        batch = stage_tests.batch(rows)
+        # Other images in each step.
+        batch.pixels_BCHW = batch.pixels_BCHW.roll(step, dims=3)
+        batch.position = step * stage_tests.N
+        yield batch
+
+
+def test_the_next_images_are_encoded_while_sums_are_under_way(tmp_path: Path) -> None:
+    for results in on_ranks(2, encoded, tmp_path, tmp_path / "out"):
+        for method in ("stage 1", "stage 2"):
+            losses, seen, num_buckets = results[f"{method} overlapped"]
+            expected, without, _ = results[f"{method} after"]
+            assert losses == expected and len(set(losses)) == 4
+            # Each image once, but for one whose FLOP are counted before; from the second step on those of the next step
+            # while all sums are under way.
+            assert len(seen) == len(without) and set(without) == {0} and num_buckets > 0
+            seen, per_step = seen[1:], len(seen) // 4
+            assert seen == [0] * 2 * per_step + [num_buckets] * 2 * per_step
 
 
 def changed(world: World) -> str:

@@ -4,6 +4,7 @@ The legend of the names: B images of a micro-batch, P tokens of an image, E its 
 """
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from training.models.layers import KeyValue, LayerNorm
 from training.models.parameters import PartlyTrained
 from training.models.qformer import QFormer, initial_queries
 from training.models.vision import FrozenVision
+
+if TYPE_CHECKING:
+    from training.data.loader import Batch
 
 
 class QFormerStage(PartlyTrained):
@@ -44,6 +48,8 @@ class QFormerStage(PartlyTrained):
         self.ln_vision = LayerNorm(vision.width)
         self.Qformer = QFormer(shape, vision.width, text=text, dtype=dtype)
         self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
+        # Features of the next step's micro-batches, by the position of its batch and their index.
+        self._ahead: dict[tuple[int, int], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +60,32 @@ class QFormerStage(PartlyTrained):
     def blocks(self) -> list[nn.Module]:
         """Return the blocks that are compiled, each for the shapes it is called with."""
         return [*self.visual_encoder.blocks, *self.Qformer.bert.encoder.layer]
+
+    def encode_ahead(self, batch: "Batch", micro_batch_size: int) -> None:
+        """Encode the images of the next step: the encoder is frozen, so that this waits for no weight."""
+        rows_of_each = self.micro_batch_rows(len(batch.uids), micro_batch_size)
+        self._ahead = {
+            (batch.position, index): self._encode(batch.pixels_BCHW[rows])
+            for index, rows in enumerate(rows_of_each)
+        }
+
+    def micro_batch_rows(self, count: int, micro_batch_size: int) -> list[slice]:
+        """Return the rows of each micro-batch of this rank's ``count`` images; the last one may be smaller."""
+        return [slice(start, start + micro_batch_size) for start in range(0, count, micro_batch_size)]
+
+    def features(self, pixels_BCHW: Tensor, position: int, index: int) -> Tensor:
+        """Return the features (B, P, E) of a micro-batch's images, which may have been encoded ahead.
+
+        Args:
+            pixels_BCHW: the images.
+            position: of the step's batch.
+            index: of the micro-batch.
+        """
+        known = self._ahead.pop((position, index), None)
+        return self._encode(pixels_BCHW) if known is None else known
+
+    def _encode(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.visual_encoder(pixels_BCHW.to(self.device, non_blocking=True))
 
     def project(self, features_BPE: Tensor) -> list[KeyValue | None]:
         """Return the Q-Former's keys and values of image features."""

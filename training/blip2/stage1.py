@@ -206,9 +206,8 @@ class Stage1(QFormerStage):
 
         ``counts``: images of each rank.
         """
-        device = self.device
         return micro_batches(
-            lambda rows: self.visual_encoder(pixels_BCHW[rows].to(device, non_blocking=True)),
+            lambda rows: self.features(pixels_BCHW[rows], position, rows.start // size),
             texts,
             next_tokens(texts.ids_BL, texts.mask_BL),
             size=size,

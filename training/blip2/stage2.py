@@ -62,22 +62,21 @@ class Stage2(QFormerStage):
     def training_step(self, batch: "Batch", micro_batch_size: int) -> dict[str, Tensor]:
         """Compute the language model's loss, the mean over the step's tokens, and its gradient; see the base class."""
         seed = seed_for(self.config.run.seed, batch.position)
-        micro_batches = self._micro_batches(len(batch.uids), micro_batch_size)
+        micro_batches = self.micro_batch_rows(len(batch.uids), micro_batch_size)
         targets = [
             self.language.target(batch.captions[rows], batch.uids[rows], seed) for rows in micro_batches
         ]
         pixels = [batch.pixels_BCHW[rows] for rows in micro_batches]
         return self.step(pixels, targets, batch.position)
 
-    def _micro_batches(self, count: int, micro_batch_size: int) -> list[slice]:
+    def micro_batch_rows(self, count: int, micro_batch_size: int) -> list[slice]:
         """Return the rows of this rank's micro-batches: as many on every rank where a forward pass needs all ranks."""
-        size = micro_batch_size or count
-        slices = [slice(start, start + size) for start in range(0, count, size)]
+        slices = super().micro_batch_rows(count, micro_batch_size)
         if not self.language.is_sharded:
             return slices
         # A rank may have an image fewer than others, and so a micro-batch fewer: its images are divided anew.
         largest = max(self.world.gather_counts(count))
-        number = -(-largest // (micro_batch_size or largest))
+        number = -(-largest // micro_batch_size)
         return slices if len(slices) == number else [rank_rows(count, part, number) for part in range(number)]
 
     def step(self, pixels: Sequence[Tensor], targets: Sequence[Target], position: int) -> dict[str, Tensor]:
@@ -92,7 +91,7 @@ class Stage2(QFormerStage):
         )
         total = torch.zeros((), device=device, dtype=dtype)
         for index, (pixels_BCHW, target) in enumerate(zip(pixels, targets, strict=True)):
-            features_BPE = self.visual_encoder(pixels_BCHW.to(device, non_blocking=True))
+            features_BPE = self.features(pixels_BCHW, position, index)
             torch.manual_seed(seed_for("dropout", self.config.run.seed, position, self.world.rank, index))
             prompt_BQW = self._prompt(features_BPE)
             # d(sum / n) / d(prompt) = (d(sum) / d(prompt)) / n: the sum's gradient goes through the language model and

@@ -33,6 +33,9 @@ class PartlyTrained(nn.Module, ABC):
             The losses of the whole step, detached, the same on every rank.
         """
 
+    def encode_ahead(self, batch: Any, micro_batch_size: int) -> None:
+        """Compute of the next step what no weight that is trained changes; ``training_step`` then need not."""
+
     @abstractmethod
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""

@@ -24,7 +24,12 @@ _BUCKET_ELEMENTS = 8 * 2**20
 
 
 class GradientSum(Protocol):
-    """How a rank's gradients become those of all ranks."""
+    """How a rank's gradients become those of all ranks.
+
+    ``is_overlapped``: between a step's backward passes and ``finish`` there is something to wait for.
+    """
+
+    is_overlapped: bool
 
     def begin_last_passes(self) -> None:
         """Say that from now on a step's last backward passes run."""
@@ -42,6 +47,8 @@ def make_gradient_sum(kind: GradientSumKind, world: World, parameters: NamedPara
 
 class SumAfterwards:
     """Sums all gradients once the backward passes are done."""
+
+    is_overlapped = False
 
     def __init__(self, world: World, parameters: NamedParameters) -> None:
         self._world, self._parameters = world, parameters
@@ -72,6 +79,8 @@ class OverlappedSum:
         buckets: the parameters of each sum, by index; none before the first step.
         under_way: the sums that have begun.
     """
+
+    is_overlapped = True
 
     def __init__(
         self,

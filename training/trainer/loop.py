@@ -81,6 +81,8 @@ class Loop:
         self.skipped = SkippedSteps(self.checkpoints.storage)
         self.last_lease = 0
         self._last: CheckpointRecord | None = None
+        # Read before its step, with the seconds that took.
+        self._next_batch: tuple[Batch, float] | None = None
 
     @property
     def samples(self) -> int:
@@ -192,15 +194,18 @@ class Loop:
 
         A loss that is not finite is None: the step has changed no weight.
         """
-        before = time.perf_counter()
-        batch = next(batches)
-        waited_s = time.perf_counter() - before
+        batch, waited_s = self._next_batch or _timed_next(batches)
+        self._next_batch = None
         assert batch.position == self.samples + self.config.optim.batch_size, (
             "the loader and the loop disagree"
         )
         lr = self.schedule.lr(self.step)
         set_lr(self.optimizer, lr)
-        losses = self.stage.training_step(batch, self.config.performance.micro_batch_size or len(batch.uids))
+        losses = self.stage.training_step(batch, self._micro_batch_size(batch))
+        if self.gradient_sum.is_overlapped and self.step + 1 < self.schedule.steps:
+            # While gradients are summed: what of the next step needs no weight.
+            self._next_batch = _timed_next(batches)
+            self.stage.encode_ahead(self._next_batch[0], self._micro_batch_size(self._next_batch[0]))
         # Each rank holds its part of the global batch's gradient: their sum is the gradient of the mean loss.
         gradients = self.gradient_sum.finish()
         # The norm before clipping, over all parameters: sqrt(sum of g^2).
@@ -216,6 +221,9 @@ class Loop:
         self.skipped.forget(self.step)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         return waited_s, {**finite, "lr": lr}, asked
+
+    def _micro_batch_size(self, batch: Batch) -> int:
+        return self.config.performance.micro_batch_size or len(batch.uids)
 
     def _agree(self, values: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
         """Return the means over the ranks, and whether any rank was asked to stop, by one all-reduce.
@@ -373,6 +381,12 @@ class Loop:
                 f"{self._last_good()}"
             )
         return None
+
+
+def _timed_next(batches: Iterator[Batch]) -> tuple[Batch, float]:
+    """Return the next batch and the seconds without data."""
+    before = time.perf_counter()
+    return next(batches), time.perf_counter() - before
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
