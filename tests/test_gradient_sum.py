@@ -26,7 +26,7 @@ BUCKET_ELEMENTS = 2000
 
 
 def sums(world: World, folder: Path) -> dict[str, dict[str, object]]:
-    """Do three steps of each method; return how far each kind of sum is from the plain one, and when sums began."""
+    """Do two steps of each method and kind; return how far each kind of sum is from the plain one, and when sums began."""
     results = {}
     for method in METHODS:
         stage, batch, size = stage_of(method, world, folder)
@@ -57,7 +57,7 @@ def sums(world: World, folder: Path) -> dict[str, dict[str, object]]:
                 for _, parameter in parameters
             ]
             distances = []
-            for _ in range(3):
+            for _ in range(2):
                 under_way.clear()
                 stage.load_auxiliary_state(kept)
                 step()

@@ -91,6 +91,9 @@ class OverlappedSum:
     ) -> None:
         self._world, self._parameters = world, parameters
         self._wire_dtype, self._bucket_elements = wire_dtype, bucket_elements
+        # With a communicator of its own: else what the ranks sum or gather meanwhile would wait for the gradients before
+        # it, and the device for that.
+        self._group = distributed.new_group()
         self._is_last = False
         # Parameters by index. How often each gradient arrives in the last passes, and in which order for the last time.
         self._arrivals: Counter[int] = Counter()
@@ -158,7 +161,7 @@ class OverlappedSum:
                 return
             flat = torch.cat([self._gradient(index).reshape(-1) for index in bucket])
             flat = flat if self._wire_dtype is None else flat.to(self._wire_dtype)
-            self.under_way.append((flat, distributed.all_reduce(flat, async_op=True)))
+            self.under_way.append((flat, distributed.all_reduce(flat, group=self._group, async_op=True)))
 
     def _gradient(self, index: int) -> Tensor:
         return gradients_of(self._parameters[index : index + 1])[0]
