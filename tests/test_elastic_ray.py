@@ -39,9 +39,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         up.shutdown()
 
 
-def test_ranks_save_before_their_node_goes_and_fewer_go_on(
-    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ranks_save_before_their_node_goes_and_fewer_go_on(cluster: Cluster, tmp_path: Path) -> None:
     """No restart is allowed but for progress: the checkpoint that the preempted ranks made gives it."""
     make_corpus(str(tmp_path / "corpus"))
     config = tiny_config(
@@ -81,7 +79,6 @@ def test_ranks_save_before_their_node_goes_and_fewer_go_on(
 
     with meanwhile(take_a_node_away):
         summary = pretrain(config)
-    assert "RuntimeError: a node is preempted" in capsys.readouterr().err
     saved, last = checkpoints.committed()
     assert [checkpoints.read(record).progress.world_size for record in (saved, last)] == [2, 1]
     assert (summary.outcome, summary.resumed_from, summary.step) == ("interrupted", saved.step, last.step)

@@ -26,7 +26,7 @@ BUCKET_ELEMENTS = 2000
 
 
 def sums(world: World, folder: Path) -> dict[str, dict[str, object]]:
-    """Do two steps of each method and kind; return how far each kind of sum is from the plain one, and when sums began."""
+    """Do two steps of each method and kind; return how far the sums are from the plain ones, and when they began."""
     results = {}
     for method in METHODS:
         stage, batch, size = stage_of(method, world, folder)

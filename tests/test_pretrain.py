@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.cli.main import main
 from jobs.pretrain import TrainingFailedError, pretrain
+from pipeline.digests import sha256_file
 from pipeline.lineage.checkpoint_trace import trace_checkpoint
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
@@ -520,6 +521,54 @@ def test_a_run_that_was_moved_goes_on(tmp_path: Path) -> None:
         pretrain(moved.model_copy(update={"run": changed}))
     assert pretrain(moved).resumed_from == 4
     assert_equal(last_state(moved), whole)
+
+
+# What training.json and a checkpoint's record had in the first version that trained.
+FIRST_CONFIG = {
+    "checkpoint": ("asynchronous", "every_steps", "keep_last"),
+    "cluster": ("address", "cpu_ranks", "cpus_per_gpu", "gpus", "max_restarts", "requirements"),
+    "data": (
+        "captions_per_image", "corpus", "flip", "held_out", "image_size_px", "max_words", "min_scale", "read_ahead",
+        "shuffle_shards", "workers",
+    ),
+    "metrics": ("every_steps", "tensorboard", "wandb_project"),
+    "objective": ("itc", "itg", "itm", "label_smoothing", "temperature"),
+    "optim": (
+        "batch_size", "betas", "clip_norm", "eps", "min_lr", "peak_lr", "preset", "steps", "warmup_lr", "warmup_steps",
+        "weight_decay",
+    ),
+    "performance": ("compile", "micro_batch_size", "precision", "shard_language"),
+    "probe": ("every_steps", "images"),
+    "qformer": (
+        "cross_attention_every", "dropout", "ffn_width", "heads", "initializer_range", "layers", "max_positions",
+        "max_text_tokens", "num_queries", "projection_width", "tokenizer", "vocab_size", "weights", "width",
+    ),
+    "run": ("init_from", "name", "output", "seed", "stage"),
+    "vision": ("drop_blocks", "model", "pretrained"),
+}  # fmt: skip
+FIRST_PROGRESS = ("config", "models", "samples", "snapshot", "step", "world_size")
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(make: Make) -> None:
+    config = make(run={"name": "older"}, optim={"steps": 8})
+    pretrain(config)
+    whole = last_state(config)
+    _take_back_to(config, 4)
+    [record] = folder_of(config).glob("step-00000004.*.json")
+    path = record.with_suffix("") / "training.json"
+    progress = {name: json.loads(path.read_bytes())[name] for name in FIRST_PROGRESS}
+    values = progress["config"]
+    progress["config"] = {
+        section: {name: values[section][name] for name in names} for section, names in FIRST_CONFIG.items()
+    } | {"language": None}
+    for corpus in progress["config"]["data"]["corpus"]:
+        del corpus["captions"]
+    path.write_text(json.dumps(progress))
+    written = json.loads(record.read_bytes())
+    written["sha256"]["training.json"] = sha256_file(path)
+    record.write_text(json.dumps(written))
+    assert pretrain(config).resumed_from == 4
+    assert_equal(last_state(config), whole)
 
 
 def test_keys_of_speed_may_change(make: Make) -> None:

@@ -91,8 +91,8 @@ class OverlappedSum:
     ) -> None:
         self._world, self._parameters = world, parameters
         self._wire_dtype, self._bucket_elements = wire_dtype, bucket_elements
-        # With a communicator of its own: else what the ranks sum or gather meanwhile would wait for the gradients before
-        # it, and the device for that.
+        # With a communicator of its own: else what the ranks sum or gather meanwhile would wait for the gradients
+        # before it, and the device too.
         self._group = distributed.new_group()
         self._is_last = False
         # Parameters by index. How often each gradient arrives in the last passes, and in which order for the last time.
