@@ -98,9 +98,13 @@ class Kept:
 
     def __init__(self) -> None:
         self.lines: list[dict] = []
+        self.of_ranks: list[Mapping[str, list[float]]] = []
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(
+        self, step: int, values: Mapping[str, float | None], of_ranks: Mapping[str, list[float]] | None = None
+    ) -> None:
         self.lines.append({"step": step, **values})
+        self.of_ranks += [of_ranks] if of_ranks else []
 
     def close(self) -> None:
         pass

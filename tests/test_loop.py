@@ -21,6 +21,7 @@ from training.distributed import World
 from training.trainer.loop import Loop, TrainingStopped
 from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
 from training.trainer.skipped_steps import SkippedSteps
+from training.trainer.step_seconds import StepSeconds
 
 pytestmark = pytest.mark.training
 
@@ -46,6 +47,9 @@ def test_a_run_reports_every_step_and_ends_with_a_checkpoint(tmp_path: Path) -> 
     assert all(0 <= share <= 1 for share in sink.of("data_wait_share"))
     assert sink.of("mfu") == [None] * 10  # of a CPU there is no data sheet
     assert sink.of("lr") == [loop.schedule.lr(step) for step in range(10)]
+    for step, rate in zip(sink.of_ranks, sink.of("samples_per_s"), strict=True):
+        parts_s = sum(number for name, (number,) in step.items() if name.endswith("_s"))
+        assert 0 < step["losses_s"][0] <= parts_s <= BATCH_SIZE / rate + 1e-3
     assert [record.step for record in loop.checkpoints.committed()] == [5, 10]
     assert summary.checkpoint == loop.checkpoints.committed()[-1].path
     assert sink.of("loss")[-1] < sink.of("loss")[0]
@@ -344,19 +348,36 @@ def test_rates_count_samples_and_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (report["samples_per_s"], report["data_wait_share"], report["mfu"]) == (30.0, 0.5, None)
 
 
-def report_of_rank(world: World) -> dict[str, float]:
-    """Return a report of ten seconds, in which rank 0 waits one second for data and rank 1 four."""
-    clock = iter([100.0, 110.0, 110.0])
+def report_of_rank(world: World) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return a report of ten seconds, two steps in which rank 0 waits one second for data and rank 1 four."""
+    clock = iter([100.0, 110.0, 112.0, 113.0, 114.0, 115.0, 115.0])
     time.perf_counter = lambda: next(clock)
-    speed = Throughput(world, 1e9)
-    speed.add(30, (1.0, 4.0)[world.rank])
-    return speed.report()
+    seconds = StepSeconds(world.device)
+    speed = Throughput(world, 1e9, seconds)
+    seconds.start()
+    seconds.done("losses")
+    seconds.done("sum")
+    seconds.done("losses")
+    speed.add(30, 0.0)
+    speed.add(30, (1.5, 6.0)[world.rank])
+    return speed.report(), speed.of_ranks
 
 
-def test_the_rank_that_waits_longest_for_data_is_reported() -> None:
-    first, second = on_ranks(2, report_of_rank)
+def test_the_rank_that_waits_longest_for_data_is_reported_and_each_ranks_parts() -> None:
+    (first, of_ranks), (second, as_second) = on_ranks(2, report_of_rank)
     assert first["data_wait_share"] == second["data_wait_share"] == 0.4
     assert first["peak_memory_gb"] == second["peak_memory_gb"] > 0
+    memory = of_ranks.pop("peak_memory_gb")
+    assert max(memory) == pytest.approx(first["peak_memory_gb"], abs=1e-4) and len(memory) == 2
+    # Seconds of a step: the mean over two.
+    assert of_ranks == {
+        "data_s": [0.75, 3.0],
+        "losses_s": [1.5, 1.5],
+        "ahead_s": [0, 0],
+        "sum_s": [0.5, 0.5],
+        "update_s": [0, 0],
+    }
+    assert as_second["data_s"] == of_ranks["data_s"]
 
 
 # -- kills ---------------------------------------------------------------------------------------------------

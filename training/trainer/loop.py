@@ -22,7 +22,7 @@ from training.distributed import World
 from training.lease import LostLeaseError
 from training.models.parameters import PartlyTrained
 from training.trainer.gradient_sum import make_gradient_sum
-from training.trainer.metrics import Sink, Throughput
+from training.trainer.metrics import OfRanks, Sink, Throughput
 from training.trainer.optim import (
     Schedule,
     clip_gradients,
@@ -32,6 +32,7 @@ from training.trainer.optim import (
     set_lr,
 )
 from training.trainer.skipped_steps import MAX_SKIPPED, WINDOW_STEPS, SkippedSteps, not_finite
+from training.trainer.step_seconds import StepSeconds
 from training.trainer.summary import Summary
 
 _ADVICE = (
@@ -83,6 +84,7 @@ class Loop:
         self._last: CheckpointRecord | None = None
         # Read before its step, with the seconds that took.
         self._next_batch: tuple[Batch, float] | None = None
+        self.seconds = StepSeconds(self.world.device)
 
     @property
     def samples(self) -> int:
@@ -150,7 +152,7 @@ class Loop:
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
         config = self.config
-        throughput = Throughput(self.world, self.stage.flops_per_sample())
+        throughput = Throughput(self.world, self.stage.flops_per_sample(), self.seconds)
         self.stage.train()
         values: dict[str, float | None] = {}
         while self.step < self.schedule.steps:
@@ -160,7 +162,7 @@ class Loop:
             if self.step % config.metrics.every_steps == 0 or is_last:
                 counts = {"samples": self.samples, "skipped_steps": len(self.skipped.steps)}
                 values = {**counts, **losses, **throughput.report()}
-                self._write(values)
+                self._write(values, throughput.of_ranks)
                 self.log(progress_line(self.step, self.schedule.steps, values))
             saves = is_last or self.step % config.checkpoint.every_steps == 0
             # A rank that is asked to stop has little time: its checkpoint is written without a probe.
@@ -201,13 +203,17 @@ class Loop:
         )
         lr = self.schedule.lr(self.step)
         set_lr(self.optimizer, lr)
+        self.seconds.start()
         losses = self.stage.training_step(batch, self._micro_batch_size(batch))
+        self.seconds.done("losses")
         if self.gradient_sum.is_overlapped and self.step + 1 < self.schedule.steps:
             # While gradients are summed: what of the next step needs no weight.
             self._next_batch = _timed_next(batches)
             self.stage.encode_ahead(self._next_batch[0], self._micro_batch_size(self._next_batch[0]))
+            self.seconds.done("ahead")
         # Each rank holds its part of the global batch's gradient: their sum is the gradient of the mean loss.
         gradients = self.gradient_sum.finish()
+        self.seconds.done("sum")
         # The norm before clipping, over all parameters: sqrt(sum of g^2).
         norm = clip_gradients(gradients, self.config.optim.clip_norm)
         values, asked = self._agree({**losses, "gradient_norm": norm})
@@ -217,6 +223,7 @@ class Loop:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.seconds.done("update")
         self.step += 1
         self.skipped.forget(self.step)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -278,10 +285,10 @@ class Loop:
             f"{MAX_SKIPPED} in {WINDOW_STEPS:,} steps). This one has {samples}"
         )
 
-    def _write(self, values: Mapping[str, float | None]) -> None:
+    def _write(self, values: Mapping[str, float | None], of_ranks: OfRanks | None = None) -> None:
         with self._writing():
             for sink in self.sinks:
-                sink.write(self.step, values)
+                sink.write(self.step, values, of_ranks)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 

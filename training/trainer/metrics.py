@@ -18,6 +18,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from training.distributed import World
 from training.lease import Lease
+from training.trainer.step_seconds import StepSeconds
 
 FILE = "metrics.jsonl"
 
@@ -35,11 +36,15 @@ _PEAK_FLOPS = {
 }
 
 
+# What is known of each rank: a list in order of rank, by the name of the value.
+OfRanks = Mapping[str, list[float]]
+
+
 class Sink(Protocol):
     """Where metrics go."""
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write the values of a step; None: not known here."""
+    def write(self, step: int, values: Mapping[str, float | None], of_ranks: OfRanks | None = None) -> None:
+        """Write the values of a step, None: not known here; and those of each rank, where there is room for them."""
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -75,13 +80,14 @@ class JsonLines:
         self._file.writelines(kept)
         self._file.flush()
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Mapping[str, float | None], of_ranks: OfRanks | None = None) -> None:
         """Append one line."""
         known = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
+        ranks = {"ranks": of_ranks} if of_ranks else {}
+        self._file.write(json.dumps({"step": step, **known, **ranks}) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
@@ -103,8 +109,8 @@ class TensorBoard:
 
         self._writer = SummaryWriter(folder)
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add one point to each curve."""
+    def write(self, step: int, values: Mapping[str, float | None], of_ranks: OfRanks | None = None) -> None:
+        """Add one point to each curve; ranks have none."""
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
@@ -130,8 +136,8 @@ class Wandb:
                 f"metrics.wandb_project: {error}; log in (WANDB_API_KEY), set WANDB_MODE=offline, or leave it empty"
             ) from error
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log one step."""
+    def write(self, step: int, values: Mapping[str, float | None], of_ranks: OfRanks | None = None) -> None:
+        """Log one step, without the ranks."""
         self._run.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def close(self) -> None:
@@ -149,22 +155,29 @@ def require_libraries(config: MetricsConfig) -> None:
 
 
 class Throughput:
-    """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data."""
+    """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data.
 
-    def __init__(self, world: World, flops_per_sample: float) -> None:
+    Attributes:
+        of_ranks: each rank's peak memory, and its seconds of a step by part, at the last report.
+    """
+
+    def __init__(self, world: World, flops_per_sample: float, seconds: StepSeconds | None = None) -> None:
         self._world = world
+        self._seconds = seconds or StepSeconds(world.device)
+        self.of_ranks: dict[str, list[float]] = {}
         self._flops_per_sample = flops_per_sample
         self._peak_flops = _peak_flops(world.device) * world.size
         self._reset()
 
     def _reset(self) -> None:
         self._start = time.perf_counter()
-        self._samples = 0
+        self._samples = self._steps = 0
         self._waited_s = 0.0
 
     def add(self, samples: int, waited_s: float) -> None:
         """Count a step: samples over all ranks, seconds in which this rank had no data."""
         self._samples += samples
+        self._steps += 1
         self._waited_s += waited_s
 
     def report(self) -> dict[str, float | None]:
@@ -173,19 +186,23 @@ class Throughput:
         rate = self._samples / seconds
         # Model FLOP utilisation (arXiv 2204.02311, appendix B): the achieved share of the devices' peak rate.
         mfu = rate * self._flops_per_sample / self._peak_flops
+        own = {
+            "peak_memory_gb": _peak_memory_bytes(self._world.device) / 1e9,
+            "wait_share": min(1.0, self._waited_s / seconds),
+            "data_s": self._waited_s / max(1, self._steps),
+            **{f"{part}_s": total / max(1, self._steps) for part, total in self._seconds.take().items()},
+        }
+        numbers_1K = torch.tensor([[*own.values()]], dtype=torch.float64, device=self._world.device)
+        numbers_RK = self._world.all_gather(numbers_1K, [1] * self._world.size)
+        of_ranks = dict(zip(own, numbers_RK.T.tolist(), strict=True))
         # The largest of all ranks: the others wait for that rank in the gradients' sum, which no rank counts.
-        wait_share, peak_memory_bytes = self._world.max(
-            torch.tensor(
-                (min(1.0, self._waited_s / seconds), _peak_memory_bytes(self._world.device)),
-                dtype=torch.float64,
-                device=self._world.device,
-            )
-        ).tolist()
+        wait_share, peak_memory_gb = max(of_ranks.pop("wait_share")), max(of_ranks["peak_memory_gb"])
+        self.of_ranks = {name: [round(number, 4) for number in numbers] for name, numbers in of_ranks.items()}
         rates = {
             "samples_per_s": rate,
             "mfu": mfu if math.isfinite(mfu) else None,
             "data_wait_share": wait_share,
-            "peak_memory_gb": peak_memory_bytes / 1e9,
+            "peak_memory_gb": peak_memory_gb,
         }
         self._reset()
         return rates
