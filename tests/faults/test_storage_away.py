@@ -2,37 +2,25 @@
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jobs.bench.fixtures.s3 import S3Request, S3Server, bucket_on
+from jobs.bench.fixtures.s3 import S3Request, S3Server
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.stages import STAGE_FOLDERS, Stage
-from tests.faults.conftest import SHARDS
-from tests.faults.proxy import Mode, Proxy, proxy_to
+from tests.faults.conftest import BUCKET, SHARDS
+from tests.faults.proxy import Mode, Proxy
 from tests.processes import cli_here
 from tests.runs import committed_uids, config_file, curated_files, with_values
 
 STAGES: tuple[Stage, ...] = ("crawl", "caption", "rank", "select")
 # As if five minutes and two, in a hundredth of the time; then what a bad line does.
 OUTAGE: tuple[tuple[Mode, float], ...] = (("refuse", 1.5), ("hang", 1.5), ("cut", 0.7), ("slow", 0.7))
-BUCKET = "faults"
 # Of crawl and select a tar and a Parquet, of the others a Parquet.
 FILES_A_SHARD = 6
-
-
-@pytest.fixture
-def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before the server, which this process's clients use, with a tenth of their usual patience."""
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setenv("CAPFILT_STORAGE_TIMEOUT_S", "0.5")
-    with proxy_to(s3_server.url) as proxy, bucket_on(proxy.url, BUCKET):
-        yield proxy
 
 
 def begins(request: S3Request) -> str:
@@ -88,16 +76,21 @@ def test_a_run_outlasts_a_storage_that_is_away_in_every_stage(
     assert cli_here("verify", config.corpus.path).returncode == 0
 
 
+@pytest.mark.parametrize("how", ["--local", pytest.param("", marks=pytest.mark.ray)], ids=["local", "ray"])
 def test_patience_ends_with_exit_code_4_and_the_same_command_goes_on(
     undisturbed: CapfiltConfig,
     s3_server: S3Server,
     proxy: Proxy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    how: str,
 ) -> None:
-    path = f"s3://{BUCKET}/impatient"
+    if not how:
+        request.getfixturevalue("ray_here")
+    path = f"s3://{BUCKET}/impatient{how}"
     config = with_values(undisturbed, corpus={"path": path}, cluster={"storage_patience_s": 2.0})
-    arguments = ("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
+    arguments = ("run", "-c", str(config_file(config, tmp_path / "c.json")))
     refused = threading.Event()
 
     def watch(request: S3Request) -> None:
@@ -107,15 +100,15 @@ def test_patience_ends_with_exit_code_4_and_the_same_command_goes_on(
 
     monkeypatch.setattr(s3_server, "refuse", watch)
     start = time.monotonic()
-    ended = cli_here(*arguments)
+    ended = cli_here(*arguments, *filter(None, [how]))
     assert ended.returncode == 4, ended.stderr
     assert "cluster.storage_patience_s = 2" in ended.stderr and "Traceback" not in ended.stderr
     assert time.monotonic() - start < 60
     proxy.be("pass")
     records = Records(Storage(path))
     before = records.shards()
-    assert Counter(stage for stage, _, _ in before) == {"crawl": 1} and records.quarantined() == {}
-    assert cli_here(*arguments).returncode == 0
+    assert {stage for stage, _, _ in before} == {"crawl"} and records.quarantined() == {}
+    assert cli_here(*arguments, "--local").returncode == 0
     after = records.shards()
     assert all(after[place] == record for place, record in before.items())
     assert len(after) == SHARDS * len(STAGES)
@@ -127,4 +120,5 @@ def test_an_endpoint_that_refuses_before_the_work_is_said_at_once(
     config = with_values(undisturbed, corpus={"path": f"s3://{BUCKET}/nowhere"})
     proxy.be("refuse")
     ended = cli_here("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
+    proxy.be("pass")
     assert (ended.returncode, len(ended.stderr.splitlines())) == (4, 1), ended.stderr
