@@ -129,7 +129,7 @@ def test_help_groups_the_commands_each_on_one_line() -> None:
         ],
         "Keep a corpus in order": ["mark", "verify", "gc", "manifest", "doctor"],
         "Train": ["pretrain", "bootstrap", "export"],
-        "Measure": ["evaluate", "bench"],
+        "Measure": ["experiment", "evaluate", "bench"],
     }
 
 

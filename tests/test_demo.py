@@ -247,6 +247,7 @@ _INSTEAD = {
     "capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml": "--dry-run",
     "capfilt pretrain -c jobs/recipes/blip2-stage2-vitg-opt2.7b.toml": "--dry-run",
     "capfilt bootstrap -c jobs/recipes/blip-bootstrap.toml": "--dry-run",
+    "capfilt experiment": "--help",
     "capfilt submit": None,
     "capfilt doctor -c corpus.toml": None,
     "capfilt evaluate retrieval blip2/checkpoints/stage1/blip2-stage1-vitg": None,

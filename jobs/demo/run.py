@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,7 +81,7 @@ def run_demo(out: str, as_json: bool = False, corpus_only: bool = False) -> int:
     return result.exit_code
 
 
-def demo_config(folder: Path, urls: Path, base_url: str) -> CapfiltConfig:
+def demo_config(folder: Path, urls: Path, base_url: str, overrides: Sequence[str] = ()) -> CapfiltConfig:
     """Return the demo recipe for a corpus in ``folder`` and a world served at ``base_url``."""
     return load_config(
         _RECIPE,
@@ -91,6 +91,7 @@ def demo_config(folder: Path, urls: Path, base_url: str) -> CapfiltConfig:
             f"caption.model={json.dumps(str(_WEIGHTS / 'captioner'))}",
             f"rank.model={json.dumps('local-dir:' + str(_WEIGHTS / 'ranker'))}",
             f"crawl.allow_hosts={json.dumps([urlsplit(base_url).netloc])}",
+            *overrides,
         ],
     )
 

@@ -33,13 +33,13 @@ def train_demo(corpus: Path, log: Callable[[str], None]) -> dict[str, Any]:
         corpus: the corpus's folder, its curated shards made.
         log: called with a line as each training begins.
     """
-    _at_once(partial(_prepare, corpus))
+    at_once(partial(_prepare, corpus))
     for captions in CAPTIONS:
         log(f"stage 1 on {captions} captions: {_size(stage1_config(corpus, captions))}")
-    stage1 = _at_once(*(partial(_stage1, corpus, captions) for captions in CAPTIONS))
+    stage1 = at_once(*(partial(_stage1, corpus, captions) for captions in CAPTIONS))
     for family in FAMILIES:
         log(f"stage 2 with a frozen {family.upper()}: {_size(stage2_config(corpus, family))}")
-    stage2 = _at_once(*(partial(_stage2, corpus, family) for family in FAMILIES))
+    stage2 = at_once(*(partial(_stage2, corpus, family) for family in FAMILIES))
     return {
         "training_seconds": round(sum(cpu_seconds for _, cpu_seconds in stage1 + stage2), 1),
         "stage1": dict(zip(CAPTIONS, (figures for figures, _ in stage1), strict=True))
@@ -52,7 +52,7 @@ def _size(config: PretrainConfig) -> str:
     return f"{config.optim.steps} steps of {config.optim.batch_size} images"
 
 
-def _at_once(*calls: Callable[[], Any]) -> list[tuple[Any, float]]:
+def at_once(*calls: Callable[[], Any]) -> list[tuple[Any, float]]:
     """Call functions at once, each in a process; return what they return, and the CPU seconds of each.
 
     Where one raises, or this process is interrupted, the others stop after the step under way, with a checkpoint.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.cli.groups import TRAIN
+from jobs.cli.groups import MEASURE, TRAIN
 from jobs.cli.options import JsonObjectOption, SetOption
 from jobs.output.render import complain, print_json, print_table
 
@@ -26,7 +26,7 @@ def pretrain(
     ] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Train BLIP or BLIP-2 on curated shards; goes on where it stopped. Exit code 1 if it cannot go on."""
+    """Train BLIP or BLIP-2 on curated shards, or go on with it. Exit code 1 if it cannot go on."""
     from pipeline.config import load_config
     from schemas.pretrain import PretrainConfig
 
@@ -137,3 +137,53 @@ def _plan_text(plan: dict) -> str:
             f"batch {memory['batch']:,.1f}, micro-batch {memory['micro_batch']:,.1f}",
         ]
     )
+
+
+@training.command(rich_help_panel=MEASURE)
+def experiment(
+    name: Annotated[str, typer.Argument(help="curation or captions.", metavar="NAME", show_default=False)],
+    out: Annotated[
+        str, typer.Option("--out", help="Folder of the experiments.", metavar="FOLDER")
+    ] = "experiments",
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.", metavar="NAME")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each arm.", metavar="N")] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each training.", metavar="N")] = 300,
+    urls: Annotated[int, typer.Option("--urls", min=100, help="Of the demo world.", metavar="N")] = 2400,
+    scenes: Annotated[
+        int, typer.Option("--scenes", min=20, help="New ones that a model is judged by.", metavar="N")
+    ] = 1000,
+    json_: JsonObjectOption = False,
+) -> None:
+    """Compare ways to curate on the demo world.
+
+    Trains a model on what each keeps, with several seeds; goes on where it stopped, and writes a page.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from jobs.experiments.questions import question
+    from jobs.experiments.report import shown_rows, write_page
+    from jobs.experiments.run import Extent, run_experiment
+
+    asked = question(name)
+    extent = Extent(arms=tuple(arm or ()), seeds=seeds, steps=steps, num_urls=urls, num_scenes=scenes)
+    results = run_experiment(asked, Path(out).absolute(), extent, Console(stderr=True, soft_wrap=True))
+    page = Path(out) / f"{name}.html"
+    write_page(results, page)
+    if json_:
+        print_json(
+            {
+                "experiment": name,
+                "arms": results.rows(),
+                "verdicts": list(results.verdicts()),
+                "page": str(page),
+            }
+        )
+        return
+    print_table(shown_rows(results), title=asked.asks)
+    for verdict in results.verdicts():
+        print(verdict)
+    print(page)
