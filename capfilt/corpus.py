@@ -98,6 +98,8 @@ class Corpus:
         recompute: bool = False,
         retry: str | None = None,
         limit: int | None = None,
+        max_gpu_hours: float | None = None,
+        max_hours: float | None = None,
         quiet: bool = True,
     ) -> Run:
         """Do what is missing of the corpus that a config describes, as ``capfilt run`` does.
@@ -112,6 +114,8 @@ class Corpus:
             recompute: replace stale shards.
             retry: as ``--retry``: ``"transient"``, or statuses or reasons.
             limit: work on at most so many shards.
+            max_gpu_hours: begin no shard once the run's workers have used so many.
+            max_hours: begin no shard after so many.
             quiet: show no progress on standard error.
 
         Raises:
@@ -122,6 +126,7 @@ class Corpus:
 
         from jobs.cli.summary import result_json, result_lines
         from jobs.run import RunOptions, run
+        from pipeline.runs.limits import RunLimits
 
         if unknown := set(stages) - set(STAGES):
             raise CapfiltError(f"stages: {', '.join(sorted(unknown))} is not of {', '.join(STAGES)}")
@@ -140,6 +145,7 @@ class Corpus:
             recompute=recompute,
             retry=retry,
             limit=limit,
+            limits=RunLimits(gpu_hours=max_gpu_hours, hours=max_hours),
             quiet=quiet,
         )
         result = run(loaded, options, Console(stderr=True))

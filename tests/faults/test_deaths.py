@@ -10,6 +10,7 @@ from ray.data.exceptions import omit_traceback_stdout
 
 from jobs.cluster.train import _progress_actor
 from pipeline.corpus.records import Records
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from tests.processes import descendants, kill, meanwhile, stage_workers
@@ -43,6 +44,10 @@ def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
     assert list(result.quarantined) == [f"crawl world/{POISONED}"]
     assert result.quarantined[f"crawl world/{POISONED}"] == "the worker died on every attempt"
     assert len(records.shards(("crawl",))) == 2
+    with Manifest(records.storage).open() as query:
+        costs = query.rows("SELECT outcome, attempts, cpu_hours FROM costs ORDER BY outcome")
+    assert [(row["outcome"], row["attempts"]) for row in costs] == [("committed", 2), ("lost", 2)]
+    assert all(row["cpu_hours"] > 0 for row in costs), "what the killed attempts took counts"
     assert do_run(config).exit_code == 0, "the next run tries it again"
     assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
 
