@@ -226,7 +226,11 @@ def test_a_limit_of_gpu_hours_stops_within_what_a_worker_has_in_work(
     assert 1 <= stopped.record.shards_done <= 2
     assert (stopped.exit_code, stopped.record.outcome) == (3, "partial")
     assert stopped.note == f"{4 - stopped.record.shards_done} shards were left: the run's limit is reached"
-    assert len(Records(Storage(config.corpus.path)).shards(("rank",))) == stopped.record.shards_done
+    records = Records(Storage(config.corpus.path)).shards(("rank",))
+    assert len(records) == stopped.record.shards_done
+    gpu_hours = 0.2 * sum(record.seconds["worker"] for record in records.values()) / 3600
+    assert stopped.totals.gpu_hours == pytest.approx(gpu_hours)
+    assert any(line.endswith(f"; {gpu_hours:,.3g} GPU-hours") for line in result_lines(stopped, "c.toml"))
 
 
 def test_a_run_in_this_process_begins_no_shard_after_its_hours(done: CapfiltConfig, tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def _yield_lines(totals: Totals) -> Iterator[str]:
         parts.append(f"{totals.filtered:,} filtered")
     if totals.selected:
         parts.append(f"{totals.kept:,} of {totals.selected:,} kept{_reasons(totals.dropped)}")
+    if totals.gpu_hours:
+        parts.append(f"{totals.gpu_hours:,.3g} GPU-hours")
     if parts:
         yield "; ".join(parts)
 
