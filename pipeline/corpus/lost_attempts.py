@@ -9,8 +9,8 @@ import contextlib
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
-from typing import cast
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
@@ -21,6 +21,7 @@ from schemas.records import (
     QuarantineRecord,
     RunRecord,
     ShardRecord,
+    ShardTask,
     WorkerShare,
 )
 from schemas.stages import Stage
@@ -49,6 +50,29 @@ def node_of_note(storage: Storage, path: str) -> str:
     with contextlib.suppress(FileNotFoundError, ValueError):
         return AttemptNote.from_json(storage.read(path, _MOST_NOTE_BYTES)).node
     return ""
+
+
+def failed_attempt(task: ShardTask, number: int, seconds: float, error: str) -> LostAttemptRecord:
+    """Return the record of this worker's attempt, which ends now with an error after some seconds of it."""
+    began = datetime.now(UTC) - timedelta(seconds=seconds)
+    return LostAttemptRecord(
+        stage=task.stage,
+        source=task.source,
+        shard=task.shard,
+        run_id=task.run_id,
+        number=number,
+        cause="failed",
+        error=error,
+        started_at=began.isoformat(timespec="microseconds"),
+        ended_at=utc_now(),
+        seconds=round(seconds, 4),
+        host=socket.gethostname(),
+        **_held(task.share),
+    )
+
+
+def _held(share: WorkerShare) -> dict[str, Any]:
+    return {"cpus": share.cpus, "gpus": share.gpus, "node_type": share.node_type or None}
 
 
 def keep_lost(storage: Storage, record: LostAttemptRecord) -> None:
@@ -121,9 +145,7 @@ def _keep_killed(storage: Storage, path: str, ended_at: str) -> LostAttemptRecor
             ended_at=ended_at,
             seconds=max(0.0, round((ended - began).total_seconds(), 4)),
             host=note.host,
-            cpus=note.share.cpus,
-            gpus=note.share.gpus,
-            node_type=note.share.node_type or None,
+            **_held(note.share),
         )
         return record if storage.create(record.path, record.to_json().encode()) else None
     return None

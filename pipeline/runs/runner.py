@@ -10,11 +10,11 @@ import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from threading import Condition, Lock
 from typing import Any
 
+from pipeline.corpus.lost_attempts import failed_attempt
 from pipeline.corpus.records import Records
 from pipeline.corpus.worker_time import WORKER_TIME
 from pipeline.faults import fault_of
@@ -278,23 +278,7 @@ class ShardRunner:
 
     def _keep_failed(self, task: ShardTask, number: int, error: str) -> None:
         """Keep what an attempt cost that ends now with an error."""
-        seconds = WORKER_TIME.seconds()
-        lost = LostAttemptRecord(
-            stage=task.stage,
-            source=task.source,
-            shard=task.shard,
-            run_id=task.run_id,
-            number=number,
-            cause="failed",
-            error=error[-_MAX_ERROR_CHARACTERS:],
-            started_at=(datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="microseconds"),
-            ended_at=utc_now(),
-            seconds=round(seconds, 4),
-            host=socket.gethostname(),
-            cpus=self._share.cpus,
-            gpus=self._share.gpus,
-            node_type=self._share.node_type or None,
-        )
+        lost = failed_attempt(task, number, WORKER_TIME.seconds(), error[-_MAX_ERROR_CHARACTERS:])
         self.records.keep_lost_attempt(lost)
         self._log_lost(lost)
 

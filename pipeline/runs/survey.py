@@ -218,7 +218,7 @@ def _estimated_rate(config: CapfiltConfig, stage: Stage) -> float:
 class Totals:
     """Sums over records. ``lost`` and ``dropped`` count rows by reason: of the crawl, and of the selection.
 
-    The hours are those that workers held CPUs and GPUs for the shards; attempts that were lost are not in them.
+    ``gpu_hours`` are those that workers held for these shards; attempts that were lost are not in them.
     """
 
     urls: int = 0
@@ -230,7 +230,6 @@ class Totals:
     kept: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    cpu_hours: float = 0.0
     gpu_hours: float = 0.0
 
     @classmethod
@@ -243,9 +242,7 @@ class Totals:
 
     def add(self, record: ShardRecord) -> None:
         """Add one record."""
-        hours = record.seconds.get("worker", 0.0) / 3600
-        self.cpu_hours += hours * (record.cpus or 0.0)
-        self.gpu_hours += hours * (record.gpus or 0.0)
+        self.gpu_hours += record.seconds.get("worker", 0.0) * (record.gpus or 0.0) / 3600
         match record.stage:
             case "crawl":
                 self.urls += record.rows_in
