@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.runs.events import ShardEvent
 from pipeline.runs.metrics import LABELS, METRICS, STORAGE_AWAY, RunMetrics, rows_by_reason
+from pipeline.runs.progress import ProgressCounter
 from schemas.json_record import utc_now
 from tests.processes import ROOT
 
@@ -53,22 +54,40 @@ def test_a_count_under_a_status_includes_those_under_its_reasons() -> None:
     assert rows_by_reason("crawl", counts) == {("ok", ""): 5, ("failed", "timeout"): 3, ("failed", "dns"): 1}
 
 
+def a_lost_attempt(cause: str) -> ShardEvent:
+    return ShardEvent(
+        time=utc_now(),
+        event="lost",
+        run_id="r",
+        stage="caption",
+        source="cc",
+        shard="00000",
+        attempt=1,
+        node="n",
+        seconds=10.0,
+        gpus=0.2,
+        cause=cause,
+    )
+
+
 def test_lost_attempts_count_with_their_share_of_a_gpu() -> None:
     metrics = RunMetrics()
-    metrics.add_event(
-        ShardEvent(
-            time=utc_now(),
-            event="lost",
-            run_id="r",
-            stage="caption",
-            source="cc",
-            shard="00000",
-            attempt=1,
-            node="n",
-            seconds=10.0,
-            gpus=0.2,
-            cause="killed",
-        )
-    )
+    metrics.add_event(a_lost_attempt("killed"))
     assert metrics.gpu_seconds == 2.0
     assert metrics.sums()["capfilt_attempts_lost_total", ("caption", "cc", "n", "killed")] == 1
+
+
+def test_only_sums_that_changed_since_the_last_snapshot_that_came_are_sent() -> None:
+    counter = ProgressCounter()
+    counter.log_event(a_lost_attempt("killed"))
+    first = counter.snapshot()
+    assert counter.snapshot(0, 0).metrics == first.metrics != {}, "the answer may have been lost"
+    assert counter.snapshot(0, first.number).metrics == {}
+    counter.log_event(a_lost_attempt("failed"))
+    changed = counter.snapshot(0, first.number).metrics
+    assert changed["capfilt_attempts_lost_total", ("caption", "cc", "n", "failed")] == 1
+    assert ("capfilt_attempts_lost_total", ("caption", "cc", "n", "killed")) not in changed
+    assert changed["capfilt_gpu_seconds_total", ("caption", "cc", "n", "lost")] == 4.0
+    restarted = ProgressCounter()
+    restarted.log_event(a_lost_attempt("killed"))
+    assert restarted.snapshot(0, 7).metrics == first.metrics

@@ -43,7 +43,10 @@ class RayExecutor:
                 with contextlib.suppress(ray.exceptions.RayError):
                     if monitor.interrupts.count:
                         counter.stop.remote()
-                    progress = ray.get(counter.snapshot.remote(monitor.num_events), timeout=timeout_s)
+                    progress = ray.get(
+                        counter.snapshot.remote(monitor.num_events, monitor.progress.number),
+                        timeout=timeout_s,
+                    )
                     metrics.export(progress)
                     return progress
                 return None

@@ -62,6 +62,9 @@ class RunMetrics:
 
     def __init__(self) -> None:
         self._sums: Counter[Series] = Counter()
+        # How often the sums had been asked for when each of them changed last.
+        self._changed_at: dict[Series, int] = {}
+        self.asked = 0
 
     def add_record(self, record: ShardRecord) -> None:
         """Add a shard that was committed."""
@@ -99,6 +102,7 @@ class RunMetrics:
 
     def _add(self, name: str, place: tuple[str, ...], value: float, *labels: str) -> None:
         assert len(labels) == len(METRICS[name].labels)
+        self._changed_at[name, (*place, *labels)] = self.asked
         self._sums[name, (*place, *labels)] += value  # type: ignore[assignment]  # mypy: a Counter of floats
 
     @property
@@ -106,9 +110,12 @@ class RunMetrics:
         """Return the seconds of GPUs that are spent, lost attempts included."""
         return sum(value for (name, _), value in self._sums.items() if name == "capfilt_gpu_seconds_total")
 
-    def sums(self) -> dict[Series, float]:
-        """Return a copy of all sums."""
-        return dict(self._sums)
+    def sums(self, after: int = 0) -> dict[Series, float]:
+        """Return the sums that have changed since they were asked for so often: there may be some for each node."""
+        # Those of a counter that was restarted have been asked for less often: then all of them are new.
+        after = after if after <= self.asked else 0
+        self.asked += 1
+        return {series: self._sums[series] for series, at in self._changed_at.items() if at >= after}
 
 
 def rows_by_reason(stage: Stage, counts: Mapping[str, int]) -> dict[tuple[str, str], int]:

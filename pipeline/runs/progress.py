@@ -87,8 +87,9 @@ class RunProgress:
     is_stopped: bool = False
     # Which limit of the run is reached; empty where none is.
     limit: str = ""
-    # Of pipeline.runs.metrics.
+    # Sums of pipeline.runs.metrics that have changed since the caller's last snapshot, which had this number.
     metrics: Mapping[Series, float] = field(default_factory=dict)
+    number: int = 0
     # What happened that the caller has not had yet, and how many events there were before these.
     events: tuple[ShardEvent, ...] = ()
     events_before: int = 0
@@ -182,11 +183,12 @@ class ProgressCounter:
         else:
             self._away.pop(worker, None)
 
-    def snapshot(self, after: int = 0) -> RunProgress:
+    def snapshot(self, after: int = 0, number: int = 0) -> RunProgress:
         """Return a copy of the sums so far, which another thread may read while they grow.
 
         Args:
             after: how many events the caller has had; they are forgotten.
+            number: of the last snapshot that the caller has had.
         """
         had = after - self._events_before
         # A counter that was restarted has had fewer: then all of its own are new.
@@ -202,7 +204,8 @@ class ProgressCounter:
             away=away[0] if away else "",
             is_stopped=self._is_stopping and not self._in_work,
             limit=self._limit,
-            metrics=self._metrics.sums(),
+            metrics=self._metrics.sums(number),
+            number=self._metrics.asked,
             events=tuple(self._events),
             events_before=self._events_before,
         )
