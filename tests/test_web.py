@@ -503,6 +503,18 @@ def test_urls_are_read_and_encoded_as_browsers_do(url: str, wire: str) -> None:
     assert str(WebUrl.parse(url)) == wire
 
 
+def test_spellings_of_one_url_share_the_url_that_was_fetched(site: HostileSite) -> None:
+    host = f"127.0.0.1:{site.port}"
+    spellings = [
+        f"http://{host}/plain.jpg",
+        f"http://0x7f.1:{site.port}/a/../plain.jpg#top",
+        f"http:\\\\{host}/plain.jpg",
+    ]
+    fetches = [web(site).fetch(url) for url in spellings]
+    assert [end(fetch) for fetch in fetches] == [("ok", None)] * 3
+    assert {fetch.final_url for fetch in fetches} == {site.url("/plain.jpg")}
+
+
 @given(path=st.text(max_size=50), query=st.text(max_size=50))
 def test_encoding_is_ascii_reversible_and_done_once(path: str, query: str) -> None:
     try:

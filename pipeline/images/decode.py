@@ -312,14 +312,14 @@ class _JpegFeed:
         self.unread = b""
         self.finished = False
 
-    def feed(self, piece: bytes) -> None:
+    def feed(self, piece: bytes | memoryview) -> None:
         """Decode as far as the pieces so far allow. Raises OSError."""
-        data = self.unread + piece
+        data = self.unread + piece if self.unread else piece
         consumed, error = self._decoder.decode(data)
         if error < 0:
             raise OSError("libjpeg does not decode it")
         self.finished = consumed < 0
-        self.unread = b"" if self.finished else data[consumed:]
+        self.unread = b"" if self.finished else bytes(data[consumed:])
 
     def close(self) -> None:
         self._decoder.cleanup()
@@ -339,7 +339,7 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes, scans: jpeg.JpegScans) -
             # if there is an end marker.
             feed.feed(data if scans.has_end_marker else b"")
         elif scans.is_one_scan:
-            _feed_one_scan(feed, data[: scans.data_end])
+            _feed_one_scan(feed, memoryview(data)[: scans.data_end])
         else:
             _feed_several_scans(feed, data[: scans.data_end])
         if not feed.finished:
@@ -349,10 +349,10 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes, scans: jpeg.JpegScans) -
     image.tile = []
 
 
-def _feed_one_scan(feed: _JpegFeed, data: bytes) -> None:
+def _feed_one_scan(feed: _JpegFeed, data: memoryview) -> None:
     feed.feed(data[:-_SPARE_BYTES])
     if not feed.finished:
-        feed.feed(data[-_SPARE_BYTES:] + _ONES)
+        feed.feed(bytes(data[-_SPARE_BYTES:]) + _ONES)
     elif len(set(data[-8:])) > 1:
         # The rest is not padding: blocks were decoded from wrong positions.
         raise OSError("the JPEG's data go on behind its last block")
