@@ -22,6 +22,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import digest_json
+from pipeline.intake import dedup
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
 from pipeline.storage.storage import Storage
@@ -404,6 +405,29 @@ def test_a_list_larger_than_the_memory_it_begins_with_is_taken_in_whole(folder: 
     rows = rows_of(configured(folder, samples_per_shard=10_000))
     assert [row["url"] for row in rows] == [f"http://a.example/{number}" for number in range(20_000)]
     assert all(row["captions"] == [texts[n], texts[n + 20_000]] for n, row in enumerate(rows))
+
+
+def test_the_sorted_reading_goes_on_with_more_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed: list[int] = []
+    batches = dedup._Tables.batches
+
+    def noted(tables: Any, sql: str, **values: str) -> Any:
+        tables._take(4)
+        streamed.append(tables._megabytes)
+        yield from batches(tables, sql, **values)
+        streamed.append(tables._megabytes)
+
+    monkeypatch.setattr(dedup._Tables, "batches", noted)
+    monkeypatch.setattr(dedup, "_STREAM_MB", 4)
+    texts = [f"{number} " + "x" * 700 for number in range(30_000)]
+    write_list(folder, "a.parquet", [(f"http://a.example/{n}", text) for n, text in enumerate(texts)])
+    config = configured(folder, samples_per_shard=10_000)
+    batch = take_in(config)
+    assert batch is not None and batch.rows_new == 30_000
+    assert streamed[0] == 4 < streamed[1]
+    rows = rows_of(config)
+    assert [row["url"] for row in rows] == [f"http://a.example/{n}" for n in range(30_000)]
+    assert all(row["captions"] == [text] for row, text in zip(rows, texts, strict=True))
 
 
 def test_sources_do_not_share_identities(folder: Path) -> None:
