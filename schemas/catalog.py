@@ -127,12 +127,14 @@ def _committed_rows(root: str, folder: str, name: str, columns: list[str], of_fo
 # shard is ranked or filtered, since scores and matches repeat them; scores until those same scores are filtered.
 # Matches of other scores than the shard has now do not count. ``retries`` are the raw files of shards that try URLs
 # again.
-_COMMITTED_FILES = f"""
+def committed_files_of(shards: str) -> str:
+    """Return the SELECT of ``base.committed_files`` over a relation with all rows of some shards, or of all."""
+    return f"""
     WITH outputs AS (
         SELECT CASE {" ".join(f"WHEN stage = {quote(stage)} THEN {quote(name)}" for name, stage in DATA_STAGES.items())}
             ELSE stage END AS kind, source, shard, paths['parquet'] AS path,
             sha256['parquet'] AS sha256, inputs['rank.parquet'] AS of_scores
-        FROM main.shards WHERE state = 'committed' AND stage <> 'urls'
+        FROM {shards} WHERE state = 'committed' AND stage <> 'urls'
     ), filtered AS (
         SELECT matches.source, matches.shard, scores.path IS NULL
                 OR coalesce(scores.sha256 = matches.of_scores, false) AS counts
@@ -146,8 +148,11 @@ _COMMITTED_FILES = f"""
     ) USING (kind, source, shard)
     UNION ALL
     SELECT 'retries', source, shard, path FROM outputs SEMI JOIN (
-        SELECT 'raw' AS kind, source, shard FROM main.shards WHERE stage = 'urls' AND counts['retry'] > 0
+        SELECT 'raw' AS kind, source, shard FROM {shards} WHERE stage = 'urls' AND counts['retry'] > 0
     ) USING (kind, source, shard)"""
+
+
+_COMMITTED_FILES = committed_files_of("main.shards")
 
 
 def parquet_files(paths: Sequence[str], schema: pa.Schema) -> str:
@@ -190,7 +195,9 @@ def registered_relations() -> dict[str, str]:
         for table in RECORD_TABLES
     }
     data = {name: f"SELECT * FROM {name}_data" for name in DATA_TABLES}
-    return {**events, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
+    # Which rows stand was found out once, for all connections.
+    shards = {"shards": f"SELECT {_quoted(SHARDS.names)} FROM standing_shards_data"}
+    return {**events, **shards, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
 
 
 def record_views(relations: Mapping[str, str]) -> list[str]:
@@ -202,7 +209,7 @@ def record_views(relations: Mapping[str, str]) -> list[str]:
     return [
         "CREATE SCHEMA IF NOT EXISTS base",
         *bases,
-        *(_view(name, _TABLES[name]) for name in RECORD_TABLES),
+        *(_view(name, relations.get(name, _TABLES[name])) for name in RECORD_TABLES),
         _view("base.committed_files", _COMMITTED_FILES),
     ]
 
@@ -214,7 +221,7 @@ def data_views(relations: Mapping[str, str]) -> list[str]:
     views = [_view(name, sql) for name, (_, sql) in VIEWS.items()]
     functions = [f"CREATE OR REPLACE MACRO {call} AS {body}" for call, (_, body) in FUNCTIONS.items()]
     macros = [f"CREATE OR REPLACE MACRO {call} AS TABLE {body}" for call, (_, body) in TABLE_MACROS.items()]
-    return [*bases, *tables, *functions, *views, *macros, *_comments()]
+    return [*bases, *tables, *functions, *views, *macros]
 
 
 def _view(name: str, sql: str) -> str:
@@ -225,7 +232,8 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _comments() -> list[str]:
+def comments() -> list[str]:
+    """Return the statements that say what each view and column is, for those who ask DuckDB."""
     tables = [
         f'COMMENT ON COLUMN {table}."{field.name}" IS {quote(column_doc(field))}'
         for table, schema in TABLES.items()
@@ -235,12 +243,15 @@ def _comments() -> list[str]:
     return tables + [f"COMMENT ON VIEW {name} IS {quote(doc)}" for name, doc in docs.items()]
 
 
-_TABLES: dict[str, str] = {
-    # One row for each commit, its last state; a quarantined shard vanishes once it is committed. Of two
-    # commits of a shard the older is retired, and was listed before its record went.
-    "shards": f"""
+def _standing(columns: str, events: str) -> str:
+    """Return the SELECT of the rows of shards' records that stand, each in the state that it has now.
+
+    One row for each commit, its last state; a quarantined shard vanishes once it is committed. Of two commits of a
+    shard the older is retired, and was listed before its record went.
+    """
+    return f"""
         WITH latest AS (
-            SELECT *, state = 'quarantined' AS failed FROM base.shards_events
+            SELECT *, state = 'quarantined' AS failed FROM {events}
             QUALIFY row_number() OVER (
                 PARTITION BY stage, source, shard, attempt
                 ORDER BY state = 'retired' DESC, finished_at DESC) = 1
@@ -250,11 +261,29 @@ _TABLES: dict[str, str] = {
                 max(finished_at) FILTER (state = 'committed') OVER same_shard AS committed_at
             FROM latest WINDOW same_shard AS (PARTITION BY stage, source, shard)
         )
-        SELECT {_quoted(SHARDS.names)} FROM (
+        SELECT {columns} FROM (
             SELECT * REPLACE (CASE WHEN state = 'committed' AND finished_at < committed_at THEN 'retired'
                 ELSE state END AS state)
             FROM seen)
-        WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))""",
+        WHERE NOT failed OR NOT (is_committed OR coalesce(last_commit >= finished_at, false))"""
+
+
+def standing_rows(events: str) -> str:
+    """Return the SELECT of ``place`` and ``state`` of the rows that stand, in order; ``place`` is a column of theirs.
+
+    A shard's only row stands as it is: there are many, and the others are judged in a fiftieth of the time.
+    """
+    shard = "stage, source, shard"
+    of_several = f"(SELECT * FROM {events} SEMI JOIN several USING ({shard}))"
+    return f"""
+        WITH several AS MATERIALIZED (SELECT {shard} FROM {events} GROUP BY ALL HAVING count(*) > 1)
+        SELECT place, state FROM {events} ANTI JOIN several USING ({shard})
+        UNION ALL SELECT * FROM ({_standing("place, state", of_several)})
+        ORDER BY place"""
+
+
+_TABLES: dict[str, str] = {
+    "shards": _standing(_quoted(SHARDS.names), "base.shards_events"),
     "lost_attempts": f"""
         SELECT {_quoted(LOST_ATTEMPTS.names)} FROM base.lost_attempts_events
         QUALIFY row_number() OVER (PARTITION BY stage, source, shard, run_id, number ORDER BY ended_at) = 1""",
@@ -325,8 +354,11 @@ VIEWS: dict[str, tuple[str, str]] = {
             SELECT source, stage, split_part(name, '/', 1) AS status,
                 nullif(split_part(name, '/', 2), '') AS reason, sum("rows")::BIGINT AS "rows"
             FROM (
-                SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
-                FROM shards WHERE state = 'committed' AND stage <> 'urls')
+                -- Summed by whole names first: they are split a few times, not once a shard.
+                SELECT source, stage, name, sum("rows") AS "rows" FROM (
+                    SELECT source, stage, unnest(map_keys(counts)) AS name, unnest(map_values(counts)) AS "rows"
+                    FROM shards WHERE state = 'committed' AND stage <> 'urls')
+                GROUP BY ALL)
             WHERE name <> 'device_batch'  -- images at a time
             GROUP BY ALL
         ), apart AS (

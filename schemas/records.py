@@ -1,6 +1,7 @@
 """The records: what a stage promises about a shard once it is committed, and the task that leads to it."""
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from schemas.stages import STAGE_FOLDERS, STAGE_INFO, Stage
 
 # The input of a selection that obeyed marks, beside ``stage.name``.
 MARKS_INPUT = "marks.rules"
+# Where a training saves what it reads: a SnapshotRecord under its name.
+SNAPSHOT_FILE = re.compile(r".+/snapshot-[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from pipeline.corpus.commit import LENGTH_EDGES, SCORE_EDGES, ShardCommit, histogram
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
+from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.stages.selection import SelectWorker
@@ -365,3 +365,13 @@ def _jpeg(uid: str) -> bytes:
     data = io.BytesIO()
     image.save(data, "JPEG")
     return data.getvalue()
+
+
+def ranked_corpus(root: str, shards: int) -> Corpus:
+    """Return a corpus of so many small shards that wait for their selection."""
+    corpus = Corpus(root)
+    names = [f"{number:05d}" for number in range(shards)]
+    corpus.add_urls("cc", names, images=6)
+    for name in names:
+        corpus.make("cc", name, ("crawl", "caption", "rank"))
+    return corpus

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.corpus.commit import ShardCommit
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
+from pipeline.corpus.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask

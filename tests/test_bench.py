@@ -70,12 +70,13 @@ def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
 
 def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
     figures = bench("intake", "--rows", "1000")
-    first, grown = figures["first"], figures["grown"]
+    first, grown, retried = figures["first"], figures["grown"], figures["retried"]
     counts = ("rows_in", "rows_new", "rows_duplicate", "rows_known")
     assert [first[name] for name in counts] == [1000, 900, 100, 0]
     # Repeats of a known URL are known rows too.
     assert [grown[name] for name in counts] == [1010, 9, 1, 1000]
-    for reading in (first, grown):
+    assert [retried[name] for name in counts] == [909, 909, 0, 0]
+    for reading in (first, grown, retried):
         require_positive(reading, "rows_per_s", "seconds", "cpu_s", "shards")
         # Seconds are printed to the hundredth, from which the rate need not follow exactly.
         seconds, rate = reading["seconds"], reading["rows_per_s"]
@@ -89,6 +90,17 @@ def test_look_shows_every_page() -> None:
     assert (figures["images"], figures["shards"]) == (300, 1)
     assert len(figures["pages"]) > 15 and {row["shards_read"] for row in figures["pages"]} == {1}
     require_positive(figures, "open_s", "resident_bytes")
+
+
+@pytest.mark.slow
+def test_look_serves_a_corpus_of_many_shards_that_is_kept(tmp_path: Path) -> None:
+    folder = str(tmp_path / "kept")
+    for _ in range(2):
+        figures = bench("look", "--shards", "2", "--folder", folder)
+        assert figures["shards"] == 2 and figures["peak_bytes"] > 0
+        assert [row["page"] for row in figures["pages"]][:2] == ["address printed", "first screen, at once"]
+    refused = CliRunner().invoke(app, ["bench", "look", "--shards", "3", "--folder", folder])
+    assert "has 2 shards, not 3" in str(refused.exception)
 
 
 @pytest.mark.slow

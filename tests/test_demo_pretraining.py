@@ -22,9 +22,9 @@ from jobs.demo.world.pictures import Encoding, demo_images, published
 from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
 from pipeline.corpus.commit import ShardCommit
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet, write_tar
+from pipeline.corpus.uids import sample_uid
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.weights import ranker_weights
 from pipeline.storage.storage import Storage

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.corpus_state import CorpusState
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
 from pipeline.corpus.shard_reader import retried_elsewhere
+from pipeline.corpus.uids import sample_uid
 from pipeline.digests import digest_json
 from pipeline.intake import dedup
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
+from pipeline.stages.crawl import CrawlWorker
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -772,6 +773,29 @@ def test_a_batch_of_retries_says_which_shards_it_takes_over(folder: Path) -> Non
     older = {name: value for name, value in json.loads(storage.read(path)).items() if name != "taken_over"}
     storage.write(path, json.dumps(older).encode())
     assert len(retried_elsewhere(Records(storage), "s", "00001")) == 2 and storage.opens == 2 + 3
+
+
+@pytest.mark.parametrize("retries", [5, 20])
+def test_retry_shards_are_crawled_without_opening_one_another(folder: Path, retries: int) -> None:
+    urls = [f"http://127.0.0.1:1/{number}" for number in range(3 * retries)]
+    write_list(folder, "a.parquet", [(url, "x") for url in urls])
+    config = configured(folder)
+    take_in(config)
+    for number in range(retries):
+        crawl(config, f"{number:05d}", dict.fromkeys(urls, "timeout"))
+    batch = queue(config)
+    assert batch is not None and len(batch.shards) == retries
+    storage = CountedOpens(config.corpus.path)
+    records, retried = Records(storage), CorpusState(records_of(config)).retried
+    worker = CrawlWorker(config, records)
+    for (source, shard), record in records.url_shards().items():
+        if shard in batch.shards:
+            task = ShardTask(
+                corpus=config.corpus.path, stage="crawl", source=source, kind="web", shard=shard, run_id="run",
+                fingerprint="f", inputs={"urls": record}, has_retries=(source, shard) in retried,
+            )  # fmt: skip
+            assert worker(task).counts == {"refused": 3, "refused/forbidden_address": 3}
+    assert storage.opens <= 3 * retries
 
 
 def test_drivers_that_queue_at_once_queue_once(folder: Path) -> None:

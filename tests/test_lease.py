@@ -138,7 +138,7 @@ class OtherClock(Storage):
 
     def info(self, path: str) -> FileInfo:
         info = super().info(path)
-        return replace(info, modified=info.modified + timedelta(days=3))
+        return info._replace(modified=info.modified + timedelta(days=3))
 
 
 def _stop(line: str) -> None:

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
+from pipeline.corpus.uids import sample_uid
 from pipeline.intake.pictures.fetch import FileFetcher
 from pipeline.intake.pictures.places import Place, parse_place
 from pipeline.storage.storage import Storage

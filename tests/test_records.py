@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.corpus.commit import ShardCommit
-from pipeline.corpus.fingerprint import output_fields, sample_uid, stage_fingerprint
+from pipeline.corpus.fingerprint import output_fields, stage_fingerprint
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
+from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.manifest.histograms import HistogramSums, histogram_cells
 from pipeline.storage.storage import Storage
@@ -278,7 +279,7 @@ def test_run_is_its_end_once_it_has_one(root: str) -> None:
     assert [run.outcome for run in records.runs()] == ["done"]
 
 
-def test_histograms_are_summed_from_texts_and_lists_alike_each_commit_once() -> None:
+def test_histograms_are_summed_from_texts_and_lists_alike() -> None:
     one = {
         "score": {"edges": [0.0, 0.5, 1.0], "counts": [1, 0]},
         "words": {"edges": [0.0, 9.0], "counts": [3]},
@@ -290,13 +291,13 @@ def test_histograms_are_summed_from_texts_and_lists_alike_each_commit_once() -> 
     schema = record_row_schema("shards")
     rows = [
         *({"histograms": text, "shard": f"{number}"} for number, text in enumerate(texts)),
-        *({"shard": f"{number}", **cells} for number in (4, 5, 5, 6)),
+        *({"shard": f"{number}", **cells} for number in (4, 5)),
     ]
     names = {"source": "s", "stage": "rank", "attempt": "a"}
     table = pa.Table.from_pylist([row | names for row in rows], schema=schema)
-    sums = HistogramSums(pa.array([f"rank/s/{number}/a" for number in range(6)]))
-    sums.add(table)
-    sums.add(table)  # as of two parts that hold the same rows
+    sums = HistogramSums()
+    sums.add(table.slice(0, 2))
+    sums.add(table.slice(2))
     assert sums.rows() == [
         {"source": "s", "stage": "rank", "name": "score", "low": 0.0, "high": 0.5, "count": 5},
         {"source": "s", "stage": "rank", "name": "words", "low": 0.0, "high": 9.0, "count": 15},

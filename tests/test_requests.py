@@ -10,7 +10,7 @@ from jobs.bench.fixtures.many_shards import make_many_shards, recipe_options
 from jobs.bench.fixtures.s3 import S3Request, S3Server
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
-from tests.corpora import Corpus
+from tests.corpora import ranked_corpus
 from tests.processes import cli_here
 from tests.runners import select_shards
 
@@ -58,6 +58,18 @@ def test_questions_to_the_records_ask_nothing_for_each_record(
     assert numbers[MANY] <= 60 + records / 200, Counter(request.kind for request in s3_server.requests)
 
 
+def test_a_question_to_the_samples_asks_once_for_each_file_that_it_opens(
+    recipes: dict[int, tuple[str, list[str]]], s3_server: S3Server
+) -> None:
+    asked = {}
+    for shards, (corpus, _) in recipes.items():
+        s3_server.requests.clear()
+        done = cli_here("sql", corpus, "SELECT status, count(*) FROM samples GROUP BY status")
+        assert done.returncode == 0, done.stderr
+        asked[shards] = sum("/raw/" in request.key for request in s3_server.requests)
+    assert asked == {FEW: FEW, MANY: MANY}
+
+
 def test_a_trace_opens_the_files_of_the_samples_shard_alone(
     recipes: dict[int, tuple[str, list[str]]], s3_server: S3Server
 ) -> None:
@@ -73,15 +85,6 @@ def test_a_trace_opens_the_files_of_the_samples_shard_alone(
             key.split("/")[3][:5] for key in opened if "/manifest/" not in key and "~empty" not in key
         }
         assert of_shards == {row["shard"]}
-
-
-def ranked_corpus(root: str, shards: int) -> Corpus:
-    corpus = Corpus(root)
-    names = [f"{number:05d}" for number in range(shards)]
-    corpus.add_urls("cc", names, images=6)
-    for name in names:
-        corpus.make("cc", name, ("crawl", "caption", "rank"))
-    return corpus
 
 
 def test_a_commit_takes_few_requests_and_no_listing(s3_root: str, s3_server: S3Server) -> None:

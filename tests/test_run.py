@@ -11,8 +11,9 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -20,10 +21,12 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
+import jobs.cluster.executor
 import jobs.run
 from jobs.cli.commands.plan import plan_corpus
 from jobs.cli.summary import result_json, result_lines
 from jobs.demo.world.site import serving
+from jobs.executor import StageJob
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.manifest.manifest import Manifest
@@ -33,6 +36,7 @@ from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
+from tests.corpora import ranked_corpus
 from tests.runs import committed_uids, curated_files, do_run, small_config, with_values
 
 pytestmark = pytest.mark.slow
@@ -256,6 +260,36 @@ def test_stage_by_stage_on_ray_with_overlapping_shards_equals_one_run(
     assert overlapping(done.corpus.path, "caption") == 0
     assert curated_files(config.corpus.path) == curated_files(done.corpus.path)
     assert len(curated_files(done.corpus.path)) == 8
+
+
+class BreaksAfter:
+    """A dataset whose execution breaks, as when a node dies, once so many rows came out of it."""
+
+    def __init__(self, dataset: ray.data.Dataset, rows: int) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def iter_batches(self, **options: Any) -> Iterator[Any]:
+        yield from islice(self.dataset.iter_batches(**options), self.rows)
+        raise ray.exceptions.RayError("as if its node had died")
+
+
+def test_after_a_broken_execution_only_what_is_left_is_passed_on(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken at 90% done, at most 12% of the rows go through the stages once more."""
+    shards, passed_on = 20, []
+    corpus = ranked_corpus(str(tmp_path / "corpus"), shards)
+    build = jobs.cluster.executor.build_dataset
+
+    def breaking_once(job: StageJob, counter: ray.actor.ActorHandle) -> Any:
+        passed_on.append(len(job.shards))
+        dataset = build(job, counter)
+        return BreaksAfter(dataset, shards * 9 // 10) if len(passed_on) == 1 else dataset
+
+    monkeypatch.setattr(jobs.cluster.executor, "build_dataset", breaking_once)
+    result = do_run(corpus.config, local=False, command="select", stages=("select",))
+    assert (result.exit_code, result.record.shards_done) == (0, shards)
+    assert passed_on[0] == shards and sum(passed_on[1:]) <= 0.12 * shards, passed_on
 
 
 def test_stage_without_its_input_is_refused(done: CapfiltConfig, tmp_path: Path) -> None:

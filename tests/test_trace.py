@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.fingerprint import sample_uid
+from pipeline.corpus.uids import sample_uid
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
 from schemas.errors import CapfiltError

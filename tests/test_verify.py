@@ -12,7 +12,8 @@ import pytest
 from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.digests import sha256_file
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify import _ShardCheck, verify
+from pipeline.manifest.verify_progress import VerifyProgress
 from schemas.stages import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
 from tests.corpora import Corpus, make_corpus
@@ -69,6 +70,41 @@ def test_a_sound_corpus_is_clean(root: str) -> None:
     assert (difference.shards, difference.files) == (5, 5 * 7)
     quick = verify(corpus.manifest, quick=True)
     assert (quick.differences, quick.files, quick.bytes) == ([], difference.files, difference.bytes)
+
+
+def test_a_verification_that_was_stopped_goes_on_to_the_same_differences(
+    local_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    corpus = make_corpus(local_root, shards=4)
+    edit_rows(corpus, "select", lambda rows: rows[1:], tmp_path)
+    corpus.storage.delete(corpus.records.read("rank", "cc", "00003").outputs["parquet"].path)
+    # The uids of a shard that was read before count with those of one that is read now.
+    urls = corpus.records.url_shards()
+    first, last = (urls["cc", shard].outputs["parquet"].path for shard in ("00001", "00003"))
+    corpus.storage.write(last, corpus.storage.read(first))
+    corpus.manifest.compact()
+    whole = verify(corpus.manifest)
+    assert len(whole.differences) > 4
+
+    def stopped(self: object, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    # In one thread, so that two shards are read: one with differences, which is read again, and a sound one.
+    contents, read = _ShardCheck.contents, []
+
+    def third_is_stopped(check: _ShardCheck) -> None:
+        read.append(check)
+        (contents if len(read) < 3 else stopped)(check)
+
+    monkeypatch.setattr(_ShardCheck, "contents", third_is_stopped)
+    progress = VerifyProgress(local_root)
+    with pytest.raises(KeyboardInterrupt):
+        verify(corpus.manifest, threads=1, progress=progress)
+    monkeypatch.setattr(_ShardCheck, "contents", contents)
+    gone_on = verify(corpus.manifest, progress=progress)
+    assert gone_on == replace(whole, read_before=1)
+    assert verify(corpus.manifest, progress=progress) == whole, "what was noted is gone once all is read"
 
 
 def test_an_unfinished_corpus_is_clean(tmp_path) -> None:

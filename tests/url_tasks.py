@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import write_parquet
+from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage

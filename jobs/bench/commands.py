@@ -23,6 +23,14 @@ Batch = Annotated[
     int | None, typer.Option(min=2, help="Default: 2, on a GPU the paper's.", metavar="N", show_default=False)
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Timed; the median is shown.", metavar="N")]
+Folder = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the corpus of --shards there, and use the one that is there.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
 MicroBatch = Annotated[int, typer.Option(min=0, help="Images at once; 0: what fits the memory.", metavar="N")]
 
 # Section 4.1 of the BLIP-2 paper.
@@ -48,10 +56,10 @@ def intake(
     rows: Annotated[int, typer.Option(min=10, help="Of the list.", metavar="N")] = 1_000_000,
     json_: Json = False,
 ) -> None:
-    """Read a Parquet list into url shards, then read it again grown by 1%: rate and memory."""
+    """Read a Parquet list into url shards, and again grown by 1%; queue its URLs, all failed, again: rate, memory."""
     from jobs.bench.intake import measure_intake
 
-    _report(json_, ("first", "grown"), measure_intake, rows)
+    _report(json_, ("first", "grown", "retried"), measure_intake, rows)
 
 
 @bench.command()
@@ -68,12 +76,25 @@ def manifest(
 @bench.command()
 def look(
     images: Annotated[int, typer.Option(min=1, help="Of the corpus.", metavar="N")] = 150_000,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead, ask the server of a corpus of so many shards, its rows thinned.",
+            metavar="N",
+        ),
+    ] = None,
+    folder: Folder = None,
     json_: Json = False,
 ) -> None:
     """Show a synthetic corpus as `capfilt look` does: seconds and shards read of each page, memory."""
-    from jobs.bench.look import measure_look
+    if shards is None:
+        from jobs.bench.look import measure_look
 
-    _report(json_, ("pages",), measure_look, images)
+        return _report(json_, ("pages",), measure_look, images)
+    from jobs.bench.first_screen import measure_first_screen
+
+    _report(json_, ("pages",), measure_first_screen, shards, folder)
 
 
 @bench.command()
@@ -100,12 +121,13 @@ def scale(
     only: Annotated[
         str, typer.Option(help="Commands that have this in their names.", metavar="TEXT", show_default=False)
     ] = "",
+    folder: Folder = None,
     json_: Json = False,
 ) -> None:
     """Ask a corpus of very many shards: CPU seconds, start included, and peak memory of each command."""
     from jobs.bench.scale import measure_scale
 
-    _report(json_, ("commands",), measure_scale, shards, s3, only)
+    _report(json_, ("commands",), measure_scale, shards, s3, only, folder)
 
 
 @bench.command()

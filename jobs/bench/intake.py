@@ -1,17 +1,28 @@
-"""The intake: a list of URLs becomes url shards; then the same list, grown by 1%, is read again."""
+"""The intake: a list becomes url shards; grown by 1%, it is read again; URLs that all failed are queued again."""
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
+
+import pyarrow as pa
 
 from jobs.arrow_alone import import_arrow_alone
 from jobs.bench.fixtures.corpus import list_config, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
+from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import write_parquet, write_tar
+from pipeline.corpus.shard_reader import committed_table
 from pipeline.intake.read_lists import read_lists
+from pipeline.intake.retries import queue_retries
+from pipeline.intake.url_shard_writer import IntakeOutcome
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
+from schemas.records import ShardTask
+from schemas.tables import SAMPLES_FILE
 
 # Every tenth row of the list repeats an earlier URL with a caption of its own.
 _DUPLICATE_EVERY = 10
@@ -23,7 +34,10 @@ _URL_SQL = (
 
 
 def measure_intake(rows: int) -> dict[str, Any]:
-    """Read a list of ``rows`` rows, and read it again when it has 1% more; each in a process of its own."""
+    """Read a list of ``rows`` rows, read it again when it has 1% more, and queue all URLs of a crawl that failed.
+
+    Each in a process of its own.
+    """
     grown = rows + max(rows // 100, 1)
     with (
         temporary_folder() as folder,
@@ -36,17 +50,52 @@ def measure_intake(rows: int) -> dict[str, Any]:
         first = process.submit(_read, config).result()
         write_url_list(list_file, grown, _URL_SQL)
         again = process.submit(_read, config).result()
+        process.submit(_fail_all, config).result()
+        retried = process.submit(_queue_again, config).result()
     assert first["rows_new"] == rows - rows // _DUPLICATE_EVERY, first
     assert first["rows_new"] + again["rows_new"] == grown - grown // _DUPLICATE_EVERY, again
-    return {"rows": rows, "list_bytes": size, "first": first, "grown": again}
+    return {"rows": rows, "list_bytes": size, "first": first, "grown": again, "retried": retried}
 
 
 def _read(config: CapfiltConfig) -> dict[str, Any]:
-    """Take the list in, as a run does; in a process of its own."""
+    """Take the list in, as a run does."""
+    return _measured(partial(read_lists, config, Records(Storage(config.corpus.path)), "bench"))
+
+
+def _queue_again(config: CapfiltConfig) -> dict[str, Any]:
+    """Queue what failed."""
+    return _measured(partial(queue_retries, config, Records(Storage(config.corpus.path)), "bench"))
+
+
+def _fail_all(config: CapfiltConfig) -> None:
+    """Commit a crawl in which no URL answered."""
+    records = Records(Storage(config.corpus.path))
+    for (source, shard), urls in records.url_shards().items():
+        task = ShardTask(
+            corpus=config.corpus.path, stage="crawl", source=source, kind="web", shard=shard, run_id="bench",
+            fingerprint="bench", inputs={"urls": urls},
+        )  # fmt: skip
+        rows = committed_table(records, urls.outputs["parquet"])
+        ended = {"status": "failed", "reason": "timeout"}
+        columns = [
+            rows[field.name] if field.name in rows.column_names
+            else pa.repeat(pa.scalar(ended.get(field.name), field.type), len(rows))
+            for field in SAMPLES_FILE
+        ]  # fmt: skip
+        with ShardCommit(records, task) as commit:
+            parquet, tar = commit.folder / "rows.parquet", commit.folder / "images.tar"
+            count = write_parquet(parquet, pa.table(columns, schema=SAMPLES_FILE), SAMPLES_FILE)
+            commit.stats.rows_in = count
+            commit.stats.count(**ended, rows=count)
+            commit.publish({"parquet": (parquet, count), "tar": (tar, len(write_tar(tar, ())))})
+
+
+def _measured(take: Callable[[], list[IntakeOutcome]]) -> dict[str, Any]:
+    """Return what an intake of one source made, and what it took of this process."""
     import_arrow_alone()
     before = peak_bytes()
     with Stopwatch() as watch:
-        [outcome] = read_lists(config, Records(Storage(config.corpus.path)), "bench")
+        [outcome] = take()
     record = outcome.record
     assert record is not None
     return {

@@ -7,16 +7,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jobs.bench.fixtures.machine import Stopwatch
-from jobs.bench.fixtures.many_shards import SOURCE, make_many_shards, recipe_options
+from jobs.bench.fixtures.many_shards import SOURCE, make_many_shards, many_shards_in, recipe_options
 from jobs.bench.fixtures.s3 import S3Server, bucket_on, serving_s3
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
+from schemas.errors import CapfiltError
+
+# The folder with the list of URLs, the corpus, and the S3 server that counts requests, if there is one.
+_Place = tuple[Path, str, S3Server | None]
 
 # Runs a command of capfilt, then says what it took. The CPU seconds are those since the process was started.
 _MEASURED = """
@@ -38,18 +42,21 @@ _RECORD_QUERIES: dict[str, str] = {
 }
 
 
-def measure_scale(shards: int, on_s3: bool, only: str = "") -> dict[str, Any]:
+def measure_scale(shards: int, on_s3: bool, only: str = "", folder: str | None = None) -> dict[str, Any]:
     """Make a corpus of so many shards, and run each command on it that reads records, listings or one shard.
 
     Args:
         only: those commands alone whose name has this in it.
+        folder: see ``many_shards_in``; not with ``on_s3``.
     """
-    with temporary_folder() as folder, _place(folder, on_s3) as (corpus, server):
+    if on_s3 and folder:
+        raise CapfiltError("--folder: a corpus on the local S3 server is not kept; leave out one of the two")
+    with ExitStack() as stack:
         with Stopwatch() as made:
-            make_many_shards(folder, corpus, shards)
+            place, corpus, server = stack.enter_context(_on_s3(shards) if on_s3 else _on_disk(folder, shards))
         commands = [
             _measured(name, arguments, server)
-            for name, arguments in _commands(corpus, recipe_options(folder, corpus), shards).items()
+            for name, arguments in _commands(corpus, recipe_options(place, corpus), shards).items()
             if only in name
         ]
     return {
@@ -94,10 +101,13 @@ def _measured(name: str, arguments: list[str], server: S3Server | None) -> dict[
 
 
 @contextmanager
-def _place(folder: Path, on_s3: bool) -> Iterator[tuple[str, S3Server | None]]:
-    """Yield where the corpus goes, and the S3 server that counts requests, if there is one."""
-    if not on_s3:
-        yield str(folder / "corpus"), None
-        return
-    with serving_s3() as server, bucket_on(server.url, "bench-scale") as root:
-        yield f"{root}/corpus", server
+def _on_disk(folder: str | None, shards: int) -> Iterator[_Place]:
+    with many_shards_in(folder, shards) as (place, corpus):
+        yield place, corpus, None
+
+
+@contextmanager
+def _on_s3(shards: int) -> Iterator[_Place]:
+    with temporary_folder() as folder, serving_s3() as server, bucket_on(server.url, "bench-scale") as root:
+        make_many_shards(folder, f"{root}/corpus", shards)
+        yield folder, f"{root}/corpus", server

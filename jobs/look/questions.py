@@ -33,7 +33,7 @@ TRAININGS = (
     "QUALIFY row_number() OVER (PARTITION BY run_id, stage ORDER BY step DESC) = 1 ORDER BY created_at DESC LIMIT 50"
 )
 SHARDS = (
-    "SELECT source, shard, images, finished_at FROM shards WHERE stage = 'crawl' AND state = 'committed' "
+    "SELECT source, shard, images FROM shards WHERE stage = 'crawl' AND state = 'committed' "
     "ORDER BY finished_at DESC, source, shard"
 )
 LAST_RUN = "SELECT run_id, command, outcome FROM runs ORDER BY started_at DESC, run_id DESC LIMIT 1"

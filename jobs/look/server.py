@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any, cast, get_args
@@ -261,4 +262,7 @@ async def serve(server: Server, port: int, started: Callable[[str], None]) -> No
 def _warm(snapshots: Snapshots) -> None:
     with contextlib.suppress(CapfiltError):  # the page says it, too
         snapshot = snapshots.current()
-        overview(snapshot)
+        with ThreadPoolExecutor(1) as beside:
+            prepared = beside.submit(snapshot.prepare)
+            overview(snapshot)
+            prepared.result()

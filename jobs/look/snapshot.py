@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -43,11 +44,11 @@ class _Connection:
 
     def __init__(self, query: Query) -> None:
         self._query = query
-        self._lock = threading.Lock()
+        self.turn = threading.RLock()
 
     def answer(self, sql: str, known: str = "") -> Answer:
         """Answer a question; ``known``: a condition in it that every row here fulfils, which need not be checked."""
-        with self._lock:
+        with self.turn:
             start = time.perf_counter()
             rows = self._query.rows(sql.replace(known, "true") if known else sql)
             return Answer(sql, rows, time.perf_counter() - start)
@@ -57,15 +58,14 @@ class _Connection:
         return self._query.num_shards
 
     def histogram_sums(self) -> list[Row]:
-        with self._lock:
-            return self._query.histogram_sums()
+        return self._query.histogram_sums()
 
     def reread_marks(self) -> None:
-        with self._lock:
+        with self.turn:
             self._query.reread_marks()
 
     def close(self) -> None:
-        with self._lock:
+        with self.turn:
             self._query.__exit__()
 
 
@@ -88,6 +88,7 @@ class Snapshot:
         # Those that the first screen asks each time.
         self._short_answers: dict[str, Answer] = {}
         self._lock = threading.RLock()
+        self._summing = threading.Lock()
         self._cards: OrderedDict[Scope, _Connection] = OrderedDict()
         # Of each scope: how long its cards took to compute.
         self._seconds: dict[Scope, float] = {}
@@ -98,11 +99,12 @@ class Snapshot:
     @property
     def histograms(self) -> dict[tuple[str, str], list[Row]]:
         """The histograms of all records, by stage and name: the bins that count anything, in order, of each source."""
-        with self._lock:
+        with self._summing:
             if self._histograms is None:
-                self._histograms = {}
+                histograms: dict[tuple[str, str], list[Row]] = {}
                 for row in sorted(self._records.histogram_sums(), key=itemgetter("low")):
-                    self._histograms.setdefault((row["stage"], row["name"]), []).append(row)
+                    histograms.setdefault((row["stage"], row["name"]), []).append(row)
+                self._histograms = histograms
             return self._histograms
 
     @cached_property
@@ -136,9 +138,11 @@ class Snapshot:
 
     def ask(self, sql: str) -> Answer:
         """Answer a question to the records; there are few, and each is asked once."""
-        if sql not in self._answers:
-            self._answers[sql] = self._records.answer(sql)
-        return self._answers[sql]
+        # Of two who ask at once, as at the start, the second waits for the first one's answer.
+        with self._records.turn:
+            if sql not in self._answers:
+                self._answers[sql] = self._records.answer(sql)
+            return self._answers[sql]
 
     def ask_cards(self, sql: str, scope: Scope) -> Answer:
         """Answer a question to the cards or candidates of some shards; the statement names the same shards."""
@@ -146,9 +150,12 @@ class Snapshot:
             if sql in self._short_answers:
                 return self._short_answers[sql]
             connection = self._open(scope)
-        answer = connection.answer(sql, *scope.condition)
-        if len(answer.rows) <= _SHORT_ROWS:
-            with self._lock:
+        with connection.turn:
+            # Without the snapshot's lock: who holds that may wait for this turn.
+            if (remembered := self._short_answers.get(sql)) is not None:
+                return remembered
+            answer = connection.answer(sql, *scope.condition)
+            if len(answer.rows) <= _SHORT_ROWS:
                 self._short_answers = dict([*self._short_answers.items(), (sql, answer)][-_SHORT_ANSWERS:])
         return answer
 
@@ -194,14 +201,17 @@ class Snapshot:
     def reread_marks(self) -> None:
         """Take the marks as they are now."""
         with self._lock:
-            self._short_answers = {}
             for connection in self._cards.values():
                 connection.reread_marks()
+            self._short_answers = {}
 
     def prepare(self) -> None:
-        """Compute the cards that most questions read, so that nobody waits for them."""
-        with self._lock:
-            self._open(self.sample)
+        """Compute the cards that most questions read, and sum up the histograms, so that nobody waits for them."""
+        with ThreadPoolExecutor(1) as beside:
+            summed = beside.submit(lambda: self.histograms)
+            with self._lock:
+                self._open(self.sample)
+            summed.result()
 
     def close(self) -> None:
         """Close the connections."""

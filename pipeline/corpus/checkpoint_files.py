@@ -24,7 +24,6 @@ from schemas.names import is_one_part
 from schemas.pretrain import PretrainConfig, stage_folder
 from schemas.records import CheckpointRecord
 
-SNAPSHOT_FILE = re.compile(r".+/snapshot-[0-9a-f]{16}\.json")
 CHECKPOINT_FOLDER = re.compile(r"step-\d{8,}\.[0-9a-f]{12}")
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import sample_uid, uid_prefix
+from pipeline.corpus.uids import sample_uid, uid_prefix
 from pipeline.intake.lists.columns import (
     TEXT_KINDS,
     Rows,

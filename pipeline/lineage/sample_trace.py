@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
+from pipeline.corpus.uids import sample_uid
 from pipeline.lineage.taught_by import taught_by
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query

@@ -22,6 +22,7 @@ from schemas.catalog import (
     DATA_TABLES,
     EMPTY_FOLDER,
     RECORD_TABLES,
+    comments,
     data_views,
     file_relations,
     record_row_schema,
@@ -40,7 +41,7 @@ _PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
 def write_catalog(storage: Storage, *, of_formats: bool) -> None:
     """Publish ``manifest.duckdb`` in one step, unless it is there and says the same; see ``file_relations``."""
     relations = file_relations(storage.root, of_formats=of_formats)
-    statements = [*record_views(relations), *data_views(relations)]
+    statements = [*record_views(relations), *data_views(relations), *comments()]
     text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
     if storage.exists(CATALOG) and _read(storage) == text:
         return

@@ -13,9 +13,10 @@ import io
 import json
 import threading
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.record_files import read_bounded, read_record
 from pipeline.manifest.histograms import SUM_COLUMNS
 from pipeline.manifest.record_rows import ADDED_FIELDS, Row, rows_of, shard_records_of, table_of
+from pipeline.manifest.record_tables import RecordTables
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
@@ -40,10 +42,10 @@ _REPLACES = b"replaces"
 # Most of a part's bytes.
 _HISTOGRAMS = ("histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)
 _NOT_IN_RECORDS = (*_HISTOGRAMS, "state", "bytes", "error")
-# What tells which rows count; the other columns of the shards are read where they are asked for.
-LIGHT_COLUMNS = frozenset({"stage", "source", "shard", "state", "attempt", "finished_at"})
 # Rows of a part that are in memory at once, with their histograms.
 _BATCH_ROWS = 1024
+
+_SHARDS_SCHEMA = record_row_schema("shards")
 
 Seen = frozenset[tuple[str, str]]
 
@@ -56,16 +58,6 @@ class _Part:
     rows: int
     columns: frozenset[str]
     replaces: frozenset[str]
-
-
-class RecordTables(dict[str, pa.Table]):
-    """The rows of the records by table, as they were at one moment; of the shards only ``LIGHT_COLUMNS`` are filled.
-
-    ``parts`` are the parts of the shards; ``new_shards`` the rows of shards that none of them holds, whole.
-    """
-
-    parts: list[str]
-    new_shards: pa.Table
 
 
 class CompactedRecords:
@@ -102,30 +94,26 @@ class CompactedRecords:
     def _tables(self) -> RecordTables:
         parts = self._live_parts()
         new_rows = {table: _to_table(table, rows) for table, rows in self._new_rows(parts).items()}
-        tables = RecordTables()
-        for table, rows in new_rows.items():
-            if table != "shards":
-                tables[table] = pa.concat_tables([*self._read(table, parts[table]), rows])
-        tables.parts, tables.new_shards = parts["shards"], new_rows["shards"]
-        tables["shards"] = self.shards(tables, LIGHT_COLUMNS)
-        return tables
-
-    def shards(self, tables: RecordTables, columns: Collection[str]) -> pa.Table:
-        """Return the rows of the shards with these columns filled, and NULL in the others.
-
-        Raises FileNotFoundError where parts were merged and swept, or made anew, since.
-        """
-        without = [name for name in record_row_schema("shards").names if name not in columns]
-        new_rows = _completed(tables.new_shards.drop_columns(without), tables.new_shards.schema)
-        return pa.concat_tables([*self._read("shards", tables.parts, without), new_rows])
+        others = {
+            table: pa.concat_tables([*self._read(table, parts[table], record_row_schema(table).names), rows])
+            for table, rows in new_rows.items()
+            if table != "shards"
+        }
+        return RecordTables(others, parts["shards"], new_rows["shards"], partial(self._read, "shards"))
 
     def histogram_batches(self, tables: RecordTables) -> Iterator[pa.Table]:
-        """Yield the columns that ``HistogramSums`` adds up, some thousand rows at a time. Raises as ``shards``."""
+        """Yield the columns that ``HistogramSums`` adds up, of all rows in the order of ``RecordTables.events``.
+
+        Some thousand rows at a time. Raises FileNotFoundError where parts were merged and swept, or made anew, since.
+        """
         for path in tables.parts:
             # As text where there are no lists.
-            unread = "histograms" if HISTOGRAM_COUNTS in self._known[path].columns else ""
+            part = self._known.get(path)
+            unread = "histograms" if part and HISTOGRAM_COUNTS in part.columns else ""
             for rows in self._batches(path, [name for name in SUM_COLUMNS if name != unread]):
-                yield rows.select(SUM_COLUMNS)
+                with _naming_damage(path):
+                    completed = _completed(rows, SUM_COLUMNS)
+                yield completed
         yield tables.new_shards.select(SUM_COLUMNS)
 
     def shard_records(self, files: Sequence[FileInfo]) -> dict[str, ShardRecord]:
@@ -146,7 +134,7 @@ class CompactedRecords:
                 for path in paths:
                     for rows in self._batches(path, sorted(read)):
                         with _naming_damage(path):
-                            records |= _records_in(rows, wanted)
+                            records |= _records_in(_completed(rows, sorted(read)), wanted)
         return records
 
     def compact(self) -> int:
@@ -253,7 +241,9 @@ class CompactedRecords:
 
     def _new_rows(self, parts: dict[str, list[str]]) -> dict[str, list[Row]]:
         """Return the rows of the records that are in none of the parts, by table."""
-        seen = {pair for paths in parts.values() for path in paths for pair in self._known[path].seen}
+        seen = set[tuple[str, str]]().union(
+            *(self._known[path].seen for paths in parts.values() for path in paths)
+        )
         # A training saves its snapshot beside its checkpoints: in the corpus, unless its config says otherwise.
         listed = [info for folder in ("records", "checkpoints") for info in self.storage.list(folder)]
         paths_listed = [info.path for info in listed]
@@ -286,27 +276,22 @@ class CompactedRecords:
             return False
         return committed["attempt"] == row["attempt"]
 
-    def _read(self, table: str, paths: list[str], without: Sequence[str] = ()) -> list[pa.Table]:
-        """Return the rows of parts; the columns ``without`` are not read, and NULL."""
-        schema = record_row_schema(table)
+    def _read(self, table: str, paths: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
+        """Return these columns of the rows of parts."""
 
         def read(path: str) -> pa.Table:
             with self._opened(path) as parquet:
-                names = [
-                    name
-                    for name in schema.names
-                    if name in parquet.schema_arrow.names and name not in without
-                ]
-                return _completed(parquet.read(columns=names), schema)
+                names = [name for name in columns if name in parquet.schema_arrow.names]
+                return _completed(parquet.read(columns=names), columns, record_row_schema(table))
 
         return self.storage.map(read, paths)
 
     def _batches(self, path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the rows of a part of shards, some thousand at a time; columns that are not asked for are NULL."""
+        """Yield those of some columns that a part of shards has, some thousand rows at a time."""
         with self._opened(path) as parquet:
             names = [name for name in columns if name in parquet.schema_arrow.names]
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
-                yield _completed(pa.Table.from_batches([batch]), record_row_schema("shards"))
+                yield pa.Table.from_batches([batch])
 
     def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
         path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
@@ -327,7 +312,7 @@ class CompactedRecords:
                 continue
             # Suppressed where another process rebuilds: then there is nothing to merge any more.
             with contextlib.suppress(FileNotFoundError):
-                merged = _distinct(pa.concat_tables(self._read(table, alike)))
+                merged = _distinct(pa.concat_tables(self._read(table, alike, record_row_schema(table).names)))
                 self._write(table, merged, replaces=tuple(alike))
 
     def _sweep(self) -> None:
@@ -377,13 +362,14 @@ def _records_in(table: pa.Table, wanted: pa.Array) -> dict[str, ShardRecord]:
     return records
 
 
-def _completed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return rows of a part under today's columns: those that it lacks are NULL."""
-    columns = {
-        field.name: rows[field.name] if field.name in rows.column_names else pa.nulls(len(rows), field.type)
-        for field in schema
-    }
-    return pa.table(columns).cast(schema)
+def _completed(rows: pa.Table, columns: Sequence[str], schema: pa.Schema = _SHARDS_SCHEMA) -> pa.Table:
+    """Return rows of a part under today's types of some columns: those that it lacks are NULL."""
+    fields = [schema.field(name) for name in columns]
+    values = [
+        rows[field.name] if field.name in rows.column_names else pa.nulls(len(rows), field.type)
+        for field in fields
+    ]
+    return pa.table(values, names=columns).cast(pa.schema(fields))
 
 
 def _to_table(table: str, rows: list[Row]) -> pa.Table:

@@ -7,7 +7,7 @@ versions, like the records, hold JSON.
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,7 @@ import pyarrow.compute as pc
 from schemas.catalog import HISTOGRAM_BINS, HISTOGRAM_COUNTS
 from schemas.records import Histogram
 
-# Which commit a row of the shards is of, and what is summed.
-KEY_COLUMNS = ("stage", "source", "shard", "attempt")
-SUM_COLUMNS = (*KEY_COLUMNS, "histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)
+SUM_COLUMNS = ("source", "stage", "histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)
 # One histogram, as the rows of the records have it: JSON with sorted keys.
 _HISTOGRAM = re.compile(r'"(\w+)": \{"counts": \[([^]]*)\], "edges": \[([^]]*)\]\}')
 
@@ -39,48 +37,31 @@ def _bins_text(edges_by_name: tuple[tuple[str, tuple[float, ...]], ...]) -> str:
 
 
 class HistogramSums:
-    """Adds up the histograms of committed shards, each commit once, however many parts have its row.
+    """Adds up the histograms of shards."""
 
-    Args:
-        committed: of each commit that counts, the columns of ``KEY_COLUMNS`` with ``/`` between them.
-    """
-
-    def __init__(self, committed: pa.Array) -> None:
-        self._committed = committed
-        self._is_counted = np.zeros(len(committed), bool)
+    def __init__(self) -> None:
         # By source, stage, name and edges, these as the JSON of a list without its brackets.
         self._counts: dict[tuple[str, str, str, str], np.ndarray] = {}
 
     def add(self, rows: pa.Table) -> None:
         """Add rows with ``SUM_COLUMNS``. Raises ValueError where counts do not fit their bins."""
-        rows = rows.take(self._uncounted(rows))
         is_text = pc.and_(pc.is_null(rows[HISTOGRAM_COUNTS]), pc.is_valid(rows["histograms"]))
         texts = rows.filter(is_text).select(["source", "stage", "histograms"])
         for source, stage, text in zip(*(column.to_pylist() for column in texts.columns), strict=True):
             for name, counts, edges in _parts(text):
                 self._add(source, stage, name, edges, np.fromstring(counts, np.int64, sep=","))
-        self._add_lists(rows.filter(pc.is_valid(rows[HISTOGRAM_COUNTS])))
-
-    def _uncounted(self, rows: pa.Table) -> np.ndarray:
-        """Return the places of the rows that count, and note that they are counted."""
-        keys = pc.binary_join_element_wise(*(rows[name] for name in KEY_COLUMNS), "/")
-        places = pc.fill_null(pc.index_in(keys, value_set=self._committed), -1).to_numpy()
-        commits, first_rows = np.unique(places, return_index=True)
-        is_new = (commits >= 0) & ~self._is_counted[commits]
-        self._is_counted[commits[is_new]] = True
-        return first_rows[is_new]
+        if rows[HISTOGRAM_COUNTS].null_count:
+            rows = rows.filter(pc.is_valid(rows[HISTOGRAM_COUNTS]))
+        self._add_lists(rows)
 
     def _add_lists(self, rows: pa.Table) -> None:
         """Add rows whose counts are lists: those of one stage, source and kind of bins are the rows of a matrix."""
-        group_by = ["source", "stage", HISTOGRAM_BINS]
-        for group in rows.group_by(group_by).aggregate([]).to_pylist():
-            is_member = functools.reduce(pc.and_, (pc.equal(rows[name], group[name]) for name in group_by))
-            counts = rows[HISTOGRAM_COUNTS].filter(is_member)
+        for source, stage, bins, counts in _lists_by_kind(rows):
             sums = pc.list_flatten(counts).to_numpy().reshape(len(counts), -1).sum(axis=0)
             start = 0
-            for name, edges in json.loads(group[HISTOGRAM_BINS]).items():
+            for name, edges in json.loads(bins).items():
                 end = start + len(edges) - 1
-                self._add(group["source"], group["stage"], name, json.dumps(edges)[1:-1], sums[start:end])
+                self._add(source, stage, name, json.dumps(edges)[1:-1], sums[start:end])
                 start = end
 
     def _add(self, source: str, stage: str, name: str, edges: str, counts: np.ndarray) -> None:
@@ -96,6 +77,20 @@ class HistogramSums:
             if count
         ]
         return sorted(rows, key=lambda row: tuple(row.values()))
+
+
+def _lists_by_kind(rows: pa.Table) -> Iterator[tuple[str, str, str, pa.ChunkedArray]]:
+    """Yield source, stage, bins and lists of counts of the rows that share the first three."""
+    kind = ("source", "stage", HISTOGRAM_BINS)
+    values = [rows[name].unique() for name in kind]
+    if all(len(distinct) == 1 for distinct in values):
+        # Most batches of a part, whose rows are in the order of their records' names: a group_by takes longer.
+        source, stage, bins = (distinct[0].as_py() for distinct in values)
+        yield source, stage, bins, rows[HISTOGRAM_COUNTS]
+        return
+    for group in rows.group_by(list(kind), use_threads=False).aggregate([]).to_pylist():
+        is_member = functools.reduce(pc.and_, (pc.equal(rows[name], group[name]) for name in kind))
+        yield *group.values(), rows[HISTOGRAM_COUNTS].filter(is_member)
 
 
 def _parts(text: str) -> list[tuple[str, str, str]]:

@@ -10,21 +10,21 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
-from pipeline.manifest.compaction import LIGHT_COLUMNS, CompactedRecords, RecordTables
-from pipeline.manifest.histograms import KEY_COLUMNS, HistogramSums
+from pipeline.manifest.compaction import CompactedRecords
+from pipeline.manifest.histograms import HistogramSums
+from pipeline.manifest.record_tables import RecordTables
+from pipeline.manifest.sample_files import samples_dataset
 from pipeline.manifest.sandbox import (
     FILE_ERRORS,
     Sealed,
@@ -36,16 +36,17 @@ from pipeline.manifest.sandbox import (
 )
 from pipeline.manifest.uid_index import UidIndex
 from pipeline.regular_files import NotRegularFileError, require_regular
-from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.storage import Storage
 from schemas.catalog import (
     DATA_STAGES,
     DATA_TABLES,
-    RECORD_TABLES,
+    comments,
+    committed_files_of,
     data_views,
     names_in,
     parquet_files,
     parquet_files_of_formats,
+    record_row_schema,
     record_views,
     registered_relations,
 )
@@ -53,10 +54,12 @@ from schemas.errors import CapfiltError, CorruptShardError, first_line
 from schemas.records import is_own_file
 from schemas.stages import Stage
 
-_PARQUET = ds.ParquetFileFormat()
 # The kinds of committed files: the stage that writes them, and their columns.
 _STAGES: dict[str, Stage] = {**DATA_STAGES, "retries": "crawl"}
 _SCHEMAS = {**DATA_TABLES, "retries": DATA_TABLES["raw"]}
+
+# What shows the comments of tables and columns: DuckDB's own functions, and the standard's tables.
+_TELLS_COMMENTS = ("duckdb_", "information_schema")
 
 # In this package's own SQL these too come from damaged files. In a user's they are slips, for which no file is looked
 # at: there may be 50,000.
@@ -205,7 +208,7 @@ class Query:
         self._storage = storage
         self._compacted = compacted
         self._in_place = in_place and storage.is_local
-        self._shards = shards
+        self._shards = None if shards is None else frozenset(shards)
         # Variables of the calling Python code must not be tables.
         config: dict[str, str | bool | int | float | list[str]] = {
             "python_enable_replacements": False,
@@ -220,67 +223,73 @@ class Query:
         self._connection.execute("SET TimeZone = 'UTC'")
         relations = registered_relations()
         self.records = records or compacted.tables()
-        for table, rows in self.records.items():
+        for table, rows in self.records.others.items():
             self._connection.register(f"{table}_data", rows)
+        self._register_shards()
         self._run(record_views(relations))
         for kind, schema in _SCHEMAS.items():
             self._connection.register(f"{kind}_data", schema.empty_table())
         self._run(data_views(relations))
         # What no statement has asked for yet.
         self._unopened = set(_SCHEMAS)
-        self._columns = {*LIGHT_COLUMNS, "record", "version"}
         # Whether some file that is opened in place was found without columns that later ones have.
         self._lacks_columns = False
+        self._is_commented = False
 
     def _run(self, statements: list[str]) -> None:
-        for statement in statements:
-            self._connection.execute(statement)
+        self._connection.execute(";".join(statements))
+
+    def _register_shards(self) -> None:
+        """Give the connection the rows of the shards, with the columns that are filled."""
+        self._columns = self.records.filled
+        self._connection.register("shards_data", self.records.events())
+        self._connection.register("standing_shards_data", self.records.shards())
 
     def prepare(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Open the files, and read the columns of the records, that a statement needs and none before it did."""
         names = names_in(sql)
+        if not self._is_commented and any(name.startswith(_TELLS_COMMENTS) for name in names):
+            self._run(comments())
+            self._is_commented = True
         if "shards_events" in names:
-            self._read_columns(self._columns_of(sql, parameters) - self._columns)
+            self._fill(self._columns_of(sql, parameters))
         # The SQL calls the rows of retries by another name than their files.
         for kind in sorted(self._unopened & ({*names, "retries"} if "retried" in names else names)):
             self._add_files(f"{kind}_data", self._files[kind], _SCHEMAS[kind])
             self._unopened.remove(kind)
 
-    def _columns_of(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any]) -> set[str]:
+    def _columns_of(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> set[str]:
         """Return the columns of the shards that a statement reads: DuckDB's plan of it names those of each scan."""
         try:
             plan = self._connection.execute(f"EXPLAIN (FORMAT JSON) {sql}", parameters).fetchall()
         except duckdb.Error:  # it cannot be answered, or needs no rows
             return set()
-        return {*re.findall(r"\w+", " ".join(text for _, text in plan))} & {*RECORD_TABLES["shards"].names}
+        return {*re.findall(r"\w+", " ".join(text for _, text in plan))} & {
+            *record_row_schema("shards").names
+        }
 
-    def _read_columns(self, more: set[str]) -> None:
-        if not more:
+    def _fill(self, columns: Set[str]) -> None:
+        """See that the rows of the shards have some columns."""
+        if columns <= self._columns:
             return
-        self._columns |= more
         try:
-            rows = self._compacted.shards(self.records, self._columns)
+            self.records.fill(columns)
         except FileNotFoundError:
-            self._renew_records()
-            rows = self._compacted.shards(self.records, self._columns)
-        self._connection.register("shards_data", rows)
+            self._renew_records(columns)
+        self._register_shards()
 
-    def _renew_records(self) -> None:
+    def _renew_records(self, columns: Set[str]) -> None:
         """Take the rows of the shards as they are now: parts that they came from are gone."""
+        filled = self.records.filled
         self.records = self._compacted.tables()
-        self._connection.register("shards_data", self._compacted.shards(self.records, self._columns))
+        self.records.fill(filled | columns)
+        self._register_shards()
 
     @cached_property
     def _files(self) -> dict[str, dict[tuple[str, str], str]]:
         """The committed files of each kind by source and shard: of some shards, and what was retried of all."""
         files: dict[str, dict[tuple[str, str], str]] = {kind: {} for kind in _SCHEMAS}
-        wanted = None if self._shards is None else [f"{source}/{shard}" for source, shard in self._shards]
-        sql = (
-            "SELECT kind, source, shard, path FROM base.committed_files "
-            "WHERE $1 IS NULL OR kind = 'retries' OR list_contains($1, source || '/' || shard)"
-        )
-        self._read_columns(self._columns_of(sql, (wanted,)) - self._columns)
-        for kind, source, shard, path in self._connection.execute(sql, (wanted,)).fetchall():
+        for kind, source, shard, path in self._committed_files():
             stage = _STAGES.get(kind)
             if stage is None or path is None or not is_own_file(path, stage, source, shard):
                 raise CorruptShardError(
@@ -291,12 +300,24 @@ class Query:
             files[kind][source, shard] = path
         return files
 
+    def _committed_files(self) -> list[tuple[Any, ...]]:
+        """Return kind, source, shard and path of the committed files: of some shards, and of all that were retried."""
+        every = "SELECT * FROM base.committed_files"
+        self._fill(self._columns_of(every))
+        if self._shards is None:
+            return self._connection.execute(every).fetchall()
+        retried = "SELECT source, shard FROM main.shards WHERE stage = 'urls' AND counts['retry'] > 0"
+        places = {*self._shards, *self._connection.execute(retried).fetchall()}
+        self._connection.register("some_shards_data", self.records.shards_of(places))
+        rows = self._connection.execute(committed_files_of("some_shards_data")).fetchall()
+        return [row for row in rows if row[0] == "retries" or (row[1], row[2]) in self._shards]
+
     def _add_files(self, name: str, files: dict[tuple[str, str], str], schema: pa.Schema) -> None:
         if not files:
             return
         self._require_regular(files.values())
         if not self._in_place:
-            self._connection.register(name, self._dataset(files, schema))
+            self._connection.register(name, samples_dataset(self._storage, files, schema))
             return
         paths = [self._storage.url(path) for _, path in sorted(files.items())]
         self._connection.unregister(name)
@@ -308,23 +329,6 @@ class Query:
         self._connection.execute(f"CREATE OR REPLACE VIEW {name} AS {relation}")
         if self._connection.view(name).types != self._connection.from_arrow(schema.empty_table()).types:
             self.find_damage()
-
-    def _dataset(self, files: dict[tuple[str, str], str], schema: pa.Schema) -> ds.FileSystemDataset:
-        """Return files as Arrow data; those that a filter on source and shard rules out are never opened."""
-        filesystem = (
-            pyarrow.fs.LocalFileSystem()
-            if self._storage.is_local
-            else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem_of(self._storage.root)[0]))
-        )
-        fragments = [
-            _PARQUET.make_fragment(
-                self._storage.url(path).rpartition("://")[2],
-                filesystem,
-                partition_expression=(ds.field("source") == source) & (ds.field("shard") == shard),
-            )
-            for (source, shard), path in sorted(files.items())
-        ]
-        return ds.FileSystemDataset(fragments, schema, _PARQUET, filesystem)
 
     def __enter__(self) -> "Query":
         return self
@@ -343,30 +347,18 @@ class Query:
         return len({place for kind, files in self._files.items() if kind != "retries" for place in files})
 
     def histogram_sums(self) -> list[dict[str, Any]]:
-        """Return the histograms of the committed shards as ``HistogramSums.rows`` does."""
-        try:
-            return self._histogram_sums()
-        except FileNotFoundError:
-            self._renew_records()
-            return self._histogram_sums()
+        """Return the histograms of the committed shards as ``HistogramSums.rows`` does.
 
-    def _histogram_sums(self) -> list[dict[str, Any]]:
-        key = f"concat_ws('/', {', '.join(KEY_COLUMNS)})"
-        committed = self._connection.sql(f"SELECT {key} AS key FROM shards WHERE state = 'committed'")
-        sums = HistogramSums(committed.to_arrow_table()["key"].combine_chunks())
-        for rows in self._compacted.histogram_batches(self.records):
-            try:
-                sums.add(rows)
-            except ValueError as error:
-                raise CorruptShardError(
-                    f"manifest/shards has histograms whose counts do not fit their bins ({first_line(error)}); "
-                    "`capfilt manifest rebuild CORPUS` makes it anew"
-                ) from error
-        return sums.rows()
+        The connection is not asked, so that another thread may ask it meanwhile.
+        """
+        try:
+            return _histogram_sums(self._compacted, self.records)
+        except FileNotFoundError:  # its parts were merged and swept, or made anew
+            return _histogram_sums(self._compacted, self._compacted.tables())
 
     def reread_marks(self) -> None:
         """Take the marks as they are now; all else stays as it was when the connection was opened."""
-        self._connection.register("marks_data", self._compacted.tables()["marks"])
+        self._connection.register("marks_data", self._compacted.tables().others["marks"])
 
     def keep(self, view: str) -> None:
         """Compute a view once: from now on this connection's questions read its rows as they are now."""
@@ -419,6 +411,21 @@ class Query:
         """Forbid the connection every access outside the database, permanently; return it, for a user's SQL."""
         seal(self._connection)
         return Sealed(connection=self._connection, prepare=self.prepare, find_damage=self.find_damage)
+
+
+def _histogram_sums(compacted: CompactedRecords, records: RecordTables) -> list[dict[str, Any]]:
+    sums, start = HistogramSums(), 0
+    for rows in compacted.histogram_batches(records):
+        is_committed = records.is_committed[start : start + len(rows)]
+        start += len(rows)
+        try:
+            sums.add(rows if is_committed.all() else rows.filter(pa.array(is_committed)))
+        except ValueError as error:
+            raise CorruptShardError(
+                f"manifest/shards has histograms whose counts do not fit their bins ({first_line(error)}); "
+                "`capfilt manifest rebuild CORPUS` makes it anew"
+            ) from error
+    return sums.rows()
 
 
 def _damaged(what: str) -> CorruptShardError:

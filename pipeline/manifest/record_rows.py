@@ -11,7 +11,6 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.corpus.checkpoint_files import SNAPSHOT_FILE
 from pipeline.corpus.record_files import parse_record
 from pipeline.manifest.histograms import histogram_cells
 from schemas.catalog import RECORD_TABLES
@@ -20,6 +19,7 @@ from schemas.json_record import MOST, Json
 from schemas.marks import MarkRecord
 from schemas.names import is_one_part
 from schemas.records import (
+    SNAPSHOT_FILE,
     CheckpointRecord,
     IntakeRecord,
     LostAttemptRecord,

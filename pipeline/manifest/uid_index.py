@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import pack_uids
 from pipeline.corpus.records import Records
+from pipeline.corpus.uids import pack_uids
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError

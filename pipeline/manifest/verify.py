@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.corpus_state import CorpusState
-from pipeline.corpus.fingerprint import pack_uids, unpack_uids
 from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
+from pipeline.corpus.uids import pack_uids, unpack_uids
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
+from pipeline.manifest.verify_progress import Discrepancy, ShardFindings, VerifyProgress
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.storage import Storage
 from schemas.catalog import DATA_TABLES
@@ -38,16 +39,6 @@ from schemas.tables import URLS
 
 _SCHEMAS = {"urls": URLS, **DATA_TABLES}
 
-_NO_UIDS = np.empty((0, 2), np.uint64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discrepancy:
-    """One thing that is not as committed: where, and what."""
-
-    path: str
-    what: str
-
 
 @dataclass(slots=True, kw_only=True)
 class Verification:
@@ -56,20 +47,30 @@ class Verification:
     shards: int = 0
     files: int = 0
     bytes: int = 0
+    # Shards that an earlier verification, which was stopped, had read.
+    read_before: int = 0
     differences: list[Discrepancy] = field(default_factory=list)
 
 
-def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = None) -> Verification:
+def verify(
+    manifest: Manifest,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    progress: VerifyProgress | None = None,
+) -> Verification:
     """Compare a whole corpus with its records.
 
     Args:
         quick: sizes only, as listings have them; nothing is read but the records that no part of the manifest holds.
+        progress: where to note each shard that was read, and to take those from that a stopped verification has read.
     """
     committed = _committed(manifest, quick)
     shards: dict[tuple[str, str], dict[Stage, ShardRecord]] = {}
     for (stage, source, shard), record in sorted(committed.items()):
         shards.setdefault((source, shard), {})[stage] = record
     checks = [_ShardCheck(manifest.storage, by_stage) for _, by_stage in sorted(shards.items())]
+    read_before = 0
     if quick:
         listed = {
             info.path: info.bytes
@@ -80,16 +81,20 @@ def verify(manifest: Manifest, *, quick: bool = False, threads: int | None = Non
             check.sizes(listed)
     else:
         with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as workers:
-            list(workers.map(_ShardCheck.contents, checks))
+            read_before = sum(workers.map(lambda check: check.read_once(progress), checks))
+    findings = [check.findings for check in checks]
     verification = Verification(
         shards=len(checks),
-        files=sum(check.files for check in checks),
-        bytes=sum(check.bytes for check in checks),
-        differences=[discrepancy for check in checks for discrepancy in check.discrepancies],
+        files=sum(found.files for found in findings),
+        bytes=sum(found.bytes for found in findings),
+        read_before=read_before,
+        differences=[discrepancy for found in findings for discrepancy in found.discrepancies],
     )
     if not quick:
         verification.differences += _doubled_uids(checks)
     verification.differences += _manifest_discrepancies(manifest, committed)
+    if progress is not None:
+        progress.forget()
     return verification
 
 
@@ -110,14 +115,22 @@ class _ShardCheck:
     def __init__(self, storage: Storage, records: Mapping[Stage, ShardRecord]) -> None:
         self.storage = storage
         self.records = records
-        self.discrepancies: list[Discrepancy] = []
-        self.files = 0
-        self.bytes = 0
-        # The uids that the lists give the shard (retries not counted), and those whose image it stores.
-        self.listed_N2 = self.stored_N2 = _NO_UIDS
+        self.findings = ShardFindings()
 
     def report(self, path: str, what: str) -> None:
-        self.discrepancies.append(Discrepancy(path=path, what=what))
+        self.findings.discrepancies.append(Discrepancy(path=path, what=what))
+
+    def read_once(self, progress: VerifyProgress | None) -> bool:
+        """Read every file, unless that was done before; tell whether it was."""
+        if progress is None:
+            self.contents()
+            return False
+        if (found := progress.found(self.records)) is not None:
+            self.findings = found
+            return True
+        self.contents()
+        progress.keep(self.records, self.findings)
+        return False
 
     def sizes(self, listed: Mapping[str, int]) -> None:
         """Compare the sizes of the files with those of the listed ones, by path."""
@@ -150,9 +163,9 @@ class _ShardCheck:
                 if stage in self.records and (what := shard.miscount(stage, self.records[stage].counts)):
                     self.report(self.records[stage].path, what)
         if "urls" in tables:
-            self.listed_N2 = _uids(tables["urls"], pc.field("retry_of").is_null())
+            self.findings.listed_N2 = _uids(tables["urls"], pc.field("retry_of").is_null())
         if "raw" in tables:
-            self.stored_N2 = _uids(tables["raw"], pc.field("status") == "ok")
+            self.findings.stored_N2 = _uids(tables["raw"], pc.field("status") == "ok")
 
     def _outputs(self) -> dict[str, OutputFile]:
         """Return the committed files by the names of their tables: ``urls``, ``raw``, ``raw_tar``, ..."""
@@ -166,8 +179,8 @@ class _ShardCheck:
         }
 
     def _compare_size(self, file: OutputFile, size: int) -> bool:
-        self.files += 1
-        self.bytes += size
+        self.findings.files += 1
+        self.findings.bytes += size
         if size != file.bytes:
             self.report(file.path, f"{size:,} bytes, its record says {file.bytes:,}")
         return size == file.bytes
@@ -247,8 +260,8 @@ def _uids(rows: pa.Table, which: pc.Expression) -> np.ndarray:
 def _doubled_uids(checks: Sequence[_ShardCheck]) -> Iterator[Discrepancy]:
     """Find uids that two url shards list, retries not counted, or whose image two crawled shards hold."""
     doubled: tuple[tuple[Stage, list[np.ndarray], str], ...] = (
-        ("urls", [check.listed_N2 for check in checks], "are also in"),
-        ("crawl", [check.stored_N2 for check in checks], "are ok, and also in"),
+        ("urls", [check.findings.listed_N2 for check in checks], "are also in"),
+        ("crawl", [check.findings.stored_N2 for check in checks], "are ok, and also in"),
     )
     for stage, uids, what in doubled:
         for (first, second), shared in _shared(uids).items():

@@ -1,6 +1,6 @@
-"""The folder of a model: a local one, or the snapshot of a Hugging Face repository in the local cache."""
+"""A model's folder from the Hugging Face hub: the snapshot of a repository in the local cache."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -16,40 +16,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 
-from pipeline.models.bucket import bucket_folder, is_bucket
+from pipeline.models.model_files import FirstMissingFile
 from schemas.errors import CapfiltError
-
-# Returns the first file that a model's folder lacks, or None.
-FirstMissingFile = Callable[[Path], str | None]
 
 # The hub's client waits for ever; a firewall that swallows packets must not look like a download.
 _TIMEOUT_S = 10.0
-
-
-def model_folder(
-    name: str, revision: str, patterns: Iterable[str], first_missing_file: FirstMissingFile, where: str
-) -> Path:
-    """Return the folder that ``name`` means, a local one, one on object storage, or a hub id; it may lack files.
-
-    Raises:
-        CapfiltError: no such folder, hub id or revision, or the hub cannot be reached and the cache lacks a file.
-    """
-    if is_bucket(name):
-        return bucket_folder(name, patterns, where)
-    folder = local_folder(name, where)
-    return hub_folder(name, revision, patterns, first_missing_file, where) if folder is None else folder
-
-
-def local_folder(name: str, where: str) -> Path | None:
-    """Return the local folder that ``name`` means, or None for a hub id. Raises CapfiltError where it is neither."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.absolute()
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CapfiltError(
-            f"{where} = {name!r}: no such folder, and neither a hub id (ORG/NAME) nor s3://, gs:// or az://"
-        )
-    return None
 
 
 def hub_folder(

@@ -6,13 +6,16 @@ its contents appear in a message as printable text only.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import confined_name, printable
+
+# Returns the first file that a model's folder lacks, or None.
+FirstMissingFile = Callable[[Path], str | None]
 
 # Configs have kilobytes; the largest tokenizers, of 256,000 words, 35 MB.
 MAX_CONFIG_BYTES = 8 << 20

@@ -16,8 +16,8 @@ from pipeline.digests import digest_json, sha256_file
 from pipeline.models.bucket import bucket_folder, is_bucket
 from pipeline.models.clip_config import clip_config
 from pipeline.models.folder_view import processor_config, processor_file, reject_code
-from pipeline.models.hub import FirstMissingFile, cached_folder, hub_folder, local_folder, model_folder
 from pipeline.models.model_files import (
+    FirstMissingFile,
     count_parameters,
     first_missing_weights_file,
     read_object,
@@ -25,6 +25,7 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
+from pipeline.models.model_folder import local_folder, model_folder
 from pipeline.models.tokenizer_files import TOKENIZER_FILES, tokenizer_view
 from schemas.config import CapfiltConfig, CaptionConfig, FilterConfig
 from schemas.errors import CapfiltError, did_you_mean
@@ -182,6 +183,8 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
 
     Of the architectures of open_clip only the default's repository is known here: finding others imports torch.
     """
+    from pipeline.models.hub import cached_folder
+
     rank, uncached = config.rank, {}
     blip: dict[str, CaptionConfig | FilterConfig | None] = {
         "caption.model": config.caption, "filter.model": config.filter
@@ -241,6 +244,9 @@ def _clip_folder(model: str, where: str) -> Weights:
     elif is_bucket(model):
         folder, revision = bucket_folder(model, (*_CLIP_FILES, *_CLIP_WEIGHTS), where), ""
     else:
+        # Its client takes long to import: local models do without.
+        from pipeline.models.hub import hub_folder
+
         name, _, revision = rest.partition("@")
         revision = revision or "main"
         folder = hub_folder(
@@ -271,6 +277,8 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     """Find the weights of an architecture that open_clip knows by name."""
     # Imported here because it imports torch, which the commands of the driver do not need otherwise.
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
+
+    from pipeline.models.hub import hub_folder
 
     _require_architecture(model, where, list_models())
     architecture = get_model_config(model)

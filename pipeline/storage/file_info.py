@@ -1,12 +1,14 @@
 """What a listing says of one file."""
 
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileInfo:
-    """One listed file. ``version`` changes when the content does (ETag, or mtime on local disk)."""
+class FileInfo(NamedTuple):
+    """One listed file. ``version`` changes when the content does (ETag, or mtime on local disk).
+
+    A tuple: a listing makes 52,000 of them.
+    """
 
     path: str
     bytes: int

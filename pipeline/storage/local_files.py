@@ -7,7 +7,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ class LocalFiles:
         """Return size and version of one file; of a link as ``find`` does."""
         target = Path(path)
         # Its own time, as corpora have it in the signatures of their lists: the Hugging Face cache is full of links.
-        return replace(_info(path, target.lstat()), bytes=target.stat().st_size)
+        return _info(path, target.lstat())._replace(bytes=target.stat().st_size)
 
     def find(self, path: str) -> list[FileInfo]:
         """Return all files below a folder; a link to a folder is not followed.
@@ -59,11 +58,13 @@ class LocalFiles:
             # What vanishes between the listing and the look at it is not there.
             with contextlib.suppress(FileNotFoundError):
                 for entry in os.scandir(folder):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    else:
-                        with contextlib.suppress(FileNotFoundError):
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        else:
                             files.append(_entry_info(entry))
+                    except FileNotFoundError:
+                        continue
         return files
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
@@ -155,9 +156,9 @@ def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
     if not entry.is_symlink():
         return info
     try:
-        return replace(info, bytes=entry.stat().st_size)
+        return info._replace(bytes=entry.stat().st_size)
     except OSError:
-        return replace(info, bytes=0)
+        return info._replace(bytes=0)
 
 
 def _lock(file: BinaryIO) -> None:

@@ -8,9 +8,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
@@ -213,16 +212,13 @@ class Storage:
         except FileNotFoundError:
             return []
         start = len(self._base) + 1 if self._base or self.is_local else 0
-        infos = [
-            FileInfo(path=info.path[start:], bytes=info.bytes, version=info.version, modified=info.modified)
-            for info in listed
-        ]
-        return sorted(infos, key=attrgetter("path"))
+        infos = [FileInfo(path[start:], size, version, modified) for path, size, version, modified in listed]
+        return sorted(infos, key=itemgetter(0))
 
     def info(self, path: str) -> FileInfo:
         """Return size and version of one file, inside the corpus or outside. Raises FileNotFoundError."""
         files, name = self._place(path)
-        return replace(self._call(files.info, name), path=path)
+        return self._call(files.info, name)._replace(path=path)
 
     # -- writing ---------------------------------------------------------------------------------------------
 

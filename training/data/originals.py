@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.tar_samples import JSON
+from pipeline.corpus.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.records import ShardRecord, SnapshotRecord, SnapshotShard, SnapshotSource
 from training.data.shard_index import index_tar

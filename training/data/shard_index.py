@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.fingerprint import sample_uid
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.corpus.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
+from pipeline.corpus.uids import sample_uid
 from schemas.errors import CorruptShardError
 from schemas.records import SnapshotShard
 from schemas.stages import STAGE_FOLDERS

@@ -7,16 +7,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.models import hub
 from pipeline.models.model_files import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
+    FirstMissingFile,
     first_missing_weights_file,
     not_safetensors,
     read_object,
     safetensors_header,
     weight_files,
 )
+from pipeline.models.model_folder import model_folder as find_model_folder
 from pipeline.models.tokenizer_files import TOKENIZER_FILES
 from pipeline.models.weights import lacks_all_of
 from schemas.errors import CapfiltError, first_line
@@ -83,9 +84,9 @@ def config_file(name: str, revision: str, where: str) -> dict[str, Any]:
 
 
 def _folder(
-    name: str, revision: str, where: str, patterns: tuple[str, ...], first_missing_file: hub.FirstMissingFile
+    name: str, revision: str, where: str, patterns: tuple[str, ...], first_missing_file: FirstMissingFile
 ) -> Path:
-    folder = hub.model_folder(name, revision, patterns, first_missing_file, where)
+    folder = find_model_folder(name, revision, patterns, first_missing_file, where)
     if missing := first_missing_file(folder):
         hint = _how_to_convert(name, folder, where) if missing == WEIGHTS_FILE else ""
         raise CapfiltError(f"{missing} is missing in {folder} ({where} = {name!r}){hint}")

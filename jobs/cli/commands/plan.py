@@ -47,11 +47,11 @@ def plan_corpus(
     records.storage.require_place("corpus.path")
     stages = stages_in_use(config, stages)
     require_model_names(config, stages)
-    # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
-    begun = tuple(stage for stage in stages if records.storage.list(f"records/{stage}"))
-    models = digests_of(model_weights(config, begun))
-    rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
     state = CorpusState(records, compacted=CompactedRecords(records.storage).shard_records)
+    # Weights decide what is stale; where nothing is committed yet, a plan need not fetch them.
+    begun = {stage for stage, _, _ in state.committed}
+    models = digests_of(model_weights(config, tuple(stage for stage in stages if stage in begun)))
+    rows = unread_rows(config, records) if "crawl" in stages and retry is None else {}
     marks = marks_of_shards(records, state, save=False)
     survey = survey_corpus(config, models, state, stages, rows, marks)
     return {

@@ -31,19 +31,34 @@ upkeep = typer.Typer()
 def verify(
     corpus: CorpusArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
+    afresh: Annotated[
+        bool, typer.Option("--afresh", help="Read all, also what a verification that was stopped has read.")
+    ] = False,
     wide: WideOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any."""
+    """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any.
+
+    One that was stopped goes on where it was.
+    """
     manifest = open_manifest(corpus)
     from pipeline.manifest.verify import verify as verify_corpus
+    from pipeline.manifest.verify_progress import VerifyProgress
 
-    result = verify_corpus(manifest, quick=quick)
+    progress = None if quick else VerifyProgress(manifest.storage.root)
+    if progress and afresh:
+        progress.forget()
+    result = verify_corpus(manifest, quick=quick, progress=progress)
     if json_:
         print_json(asdict(result))
     else:
         if result.differences:
             print_table([asdict(discrepancy) for discrepancy in result.differences], wide=wide)
+        if result.read_before:
+            print(
+                f"{result.read_before:,} shards were read before, by a verification that was stopped (--afresh reads "
+                "them again)"
+            )
         depth = "sizes of" if quick else "read"
         print(
             f"{depth} {result.files:,} files ({readable_bytes(result.bytes)}) of {result.shards:,} shards: "

@@ -7,7 +7,7 @@ folder's own path is not part of it: a data set that is moved, to a bucket too, 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fsspec.utils import glob_translate
@@ -48,7 +48,7 @@ class InputFile(Place):
 
     def version(self, form: str) -> FileInfo:
         """Return size and version under a name that does not change where the folder is moved."""
-        return replace(self.info, path=self.url(form))
+        return self.info._replace(path=self.url(form))
 
 
 def parse_place(url: str) -> Place:
