@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 from tests.processes import ROOT, descendants
@@ -47,6 +48,9 @@ def main() -> None:
             print(nodes[-1].all_processes["raylet"][0].process.pid, flush=True)
             continue
         node = nodes[int(line.split()[1])]
+        if line.startswith("drain"):
+            print(drain(cluster.address, node.node_id, int(line.split()[2])), flush=True)
+            continue
         below = descendants(node.all_processes["raylet"][0].process.pid)
         cluster.remove_node(node, allow_graceful=False)
         for pid in below:
@@ -54,6 +58,18 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
         print("killed", flush=True)
     cluster.shutdown()
+
+
+def drain(address: str, node_id: str, seconds: int) -> str:
+    """Tell a cluster that a node is preempted, as a cloud does; return whether it took the notice."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    deadline_ms = time.time_ns() // 1_000_000 + seconds * 1000
+    is_accepted, why = GcsClient(address=address).drain_node(
+        node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", deadline_ms
+    )
+    return "draining" if is_accepted else why
 
 
 class ClusterProcess:
@@ -70,6 +86,12 @@ class ClusterProcess:
         self.process.stdin.flush()
         self.raylets.append(int(self.process.stdout.readline()))
         return len(self.raylets) - 1
+
+    def drain_node(self, number: int, seconds: int) -> None:
+        """Give notice that a node will go in so many seconds."""
+        self.process.stdin.write(f"drain {number} {seconds}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline().strip() == "draining"
 
     def kill_node(self, number: int) -> None:
         """Kill a node and wait until the cluster knows."""
