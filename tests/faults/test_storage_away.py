@@ -63,7 +63,8 @@ def test_a_run_outlasts_a_storage_that_is_away_in_every_stage(
     lines = [line for line in done.stderr.splitlines() if "images/s" not in line]
     away = [line for line in lines if "Waiting for it" in line]
     back = [line for line in lines if "the storage answers again" in line]
-    assert len(away) == len(back) >= 2, done.stderr
+    # Spells that follow one another closely are one.
+    assert len(away) == len(back) >= 1, done.stderr
     assert len(lines) <= 20, done.stderr
     # Nothing was done twice: what was ready waited where it was.
     made = Records(Storage(config.corpus.path)).shards().values()
