@@ -267,6 +267,7 @@ def _as_it_can_run(line: str) -> str | None:
     # A preview needs scores, which the README's corpus does not have here; and a mark changes what the demo would do.
     code = code.replace("-c corpus.toml --preview", "-c scored.json --preview")
     code = code.replace("capfilt mark demo-corpus", "capfilt mark marked-corpus")
+    code = code.replace("capfilt sql CORPUS", "capfilt sql demo-corpus")
     for start, instead in _INSTEAD.items():
         if code.startswith(start) and "--dry-run" not in code and "--html" not in code:
             return f"{code} {instead}" if instead else None

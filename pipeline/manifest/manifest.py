@@ -383,17 +383,19 @@ class Query:
             raise _damaged(str(error).splitlines()[0]) from error
 
     def find_damage(self) -> bool:
-        """Tell whether some committed file lacks columns of its table: one of an earlier version may.
+        """Tell whether some committed file lacks columns of its table: one of an earlier format may.
 
-        Raises CorruptShardError for the first that holds others in their place.
+        Raises CorruptShardError for the first that holds others in their place, or lacks some in a corpus of one format.
         """
         lacks_columns = False
+        may_lack = len(self._compacted.formats) > 1
         for kind, files in self._files.items():
             for _, path in sorted(files.items()):
                 with self._storage.open(path) as file, contextlib.suppress(pa.ArrowInvalid):
                     actual = pq.read_schema(file)
                     lacks_columns |= not {*_SCHEMAS[kind].names} <= {*actual.names}
-                    if mismatch := schema_mismatch(actual, _SCHEMAS[kind]):
+                    needed = () if may_lack else _SCHEMAS[kind].names
+                    if mismatch := schema_mismatch(actual, _SCHEMAS[kind], needed):
                         raise _damaged(f"{path}: {mismatch}")
         return lacks_columns
 

@@ -31,6 +31,7 @@ from pipeline.manifest.verify_progress import Discrepancy, ShardFindings, Verify
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.storage import Storage
 from schemas.catalog import DATA_TABLES
+from schemas.corpus_format import formats_in
 from schemas.errors import CorruptShardError, first_line
 from schemas.names import is_outside_tar
 from schemas.records import MARKS_INPUT, OutputFile, ShardRecord
@@ -69,7 +70,10 @@ def verify(
     shards: dict[tuple[str, str], dict[Stage, ShardRecord]] = {}
     for (stage, source, shard), record in sorted(committed.items()):
         shards.setdefault((source, shard), {})[stage] = record
-    checks = [_ShardCheck(manifest.storage, by_stage) for _, by_stage in sorted(shards.items())]
+    # Files of an earlier format may lack what the checks do not need.
+    written_by = formats_in(Records(manifest.storage).list_formats())
+    needed = COLUMNS if len(written_by) > 1 else {name: schema.names for name, schema in _SCHEMAS.items()}
+    checks = [_ShardCheck(manifest.storage, by_stage, needed) for _, by_stage in sorted(shards.items())]
     read_before = 0
     if quick:
         listed = {
@@ -110,9 +114,12 @@ def _committed(manifest: Manifest, quick: bool) -> dict[ShardId, ShardRecord]:
 
 
 class _ShardCheck:
-    """The files of one shard, all stages."""
+    """The files of one shard, all stages; ``needed`` are the columns that a table's file must have."""
 
-    def __init__(self, storage: Storage, records: Mapping[Stage, ShardRecord]) -> None:
+    def __init__(
+        self, storage: Storage, records: Mapping[Stage, ShardRecord], needed: Mapping[str, list[str]]
+    ) -> None:
+        self.needed = needed
         self.storage = storage
         self.records = records
         self.findings = ShardFindings()
@@ -208,7 +215,7 @@ class _ShardCheck:
         return None
 
     def _rows(self, name: str, file: OutputFile, path: Path) -> pa.Table | None:
-        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name], COLUMNS.get(name, ())):
+        if mismatch := schema_mismatch(pq.read_schema(path), _SCHEMAS[name], self.needed[name]):
             self.report(file.path, mismatch)
             return None
         return pq.read_table(path, columns=COLUMNS.get(name), memory_map=False)
