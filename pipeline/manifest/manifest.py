@@ -385,7 +385,7 @@ class Query:
     def find_damage(self) -> bool:
         """Tell whether some committed file lacks columns of its table: one of an earlier format may.
 
-        Raises CorruptShardError for the first that holds others in their place, or lacks some in a corpus of one format.
+        Raises CorruptShardError for the first that holds others instead, or lacks some in a corpus of one format.
         """
         lacks_columns = False
         may_lack = len(self._compacted.formats) > 1
