@@ -43,6 +43,11 @@ def send_token_if_there_is_one() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def ray_address(configured: str) -> str:
+    """Return where the Ray to join is: Ray says it to a submitted job, else ``cluster.address``; empty for none."""
+    return os.environ.get("RAY_ADDRESS", "") or configured
+
+
 def program_name() -> str:
     """Return what a person types to start this program: its path where it is not on PATH."""
     if shutil.which("capfilt"):

@@ -5,6 +5,7 @@ It is noted in the manifests from start to end.
 
 import os
 
+from jobs.environment import ray_address
 from jobs.interrupts import Interrupts
 from jobs.ranks.launched_rank import LaunchedRank, is_first_rank
 from jobs.ranks.launcher import train_here
@@ -84,8 +85,7 @@ def _train(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> Ra
         from jobs.ranks.rank import train_launched
 
         return train_launched(config, run, launched, interrupts)
-    # Ray sets the address of a submitted job.
-    if address := os.environ.get("RAY_ADDRESS", "") or config.cluster.address:
+    if address := ray_address(config.cluster.address):
         from jobs.cluster.train import train_on_ray
 
         return train_on_ray(config, run, address, interrupts)

@@ -1,6 +1,5 @@
 """The checks of ``capfilt doctor`` on every node of a Ray cluster, and what they found in one table."""
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster.session import joined_ray
 from jobs.doctor import LIBRARIES, WORST_FIRST, Check, node_checks
+from jobs.environment import ray_address
 from jobs.interrupts import Interrupts
 from pipeline.config import dump_config
 from schemas.config import CapfiltConfig
@@ -25,7 +25,7 @@ def check_nodes(config: CapfiltConfig) -> list[dict[str, Any]]:
 
     Joins the Ray that this process is part of, or that ``cluster.address`` names. Raises CapfiltError without one.
     """
-    address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address or "auto"
+    address = ray_address(config.cluster.address) or "auto"
     with Interrupts() as interrupts, joined_ray(address, interrupts):
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         answers = {

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from jobs.environment import WORKER_ENVIRONMENT, variables
+from jobs.environment import WORKER_ENVIRONMENT, ray_address, variables
 from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig, StageResources
 from schemas.errors import CapfiltError
@@ -37,7 +37,7 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
         yield
         return
     # Ray sets the address, and the runtime environment, of a submitted job.
-    address = os.environ.get("RAY_ADDRESS", "") or config.cluster.address
+    address = ray_address(config.cluster.address)
     settings: dict[str, Any] = {}
     if not address:
         pools = [getattr(config.cluster, stage) for stage in stages]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.experiments.questions import Question
+from pipeline.storage.storage import Storage
 
 # The figures that are compared, and how they are called.
 FIGURES = {
@@ -142,17 +143,14 @@ def write_page(results: Results, file: Path) -> None:
         lstrip_blocks=True,
     )
     rows = shown_rows(results)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(
-        environment.get_template("page.html").render(
-            results=results,
-            papers=results.question.papers,
-            columns=list(rows[0]) if rows else [],
-            rows=rows,
-            bars=_bars(results),
-        )
+    page = environment.get_template("page.html").render(
+        results=results,
+        papers=results.question.papers,
+        columns=list(rows[0]) if rows else [],
+        rows=rows,
+        bars=_bars(results),
     )
-    unfinished.replace(file)
+    Storage(str(file.parent)).write(file.name, page.encode())
 
 
 def _bars(results: Results) -> list[dict[str, float | str]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from jobs.demo.train_in_pairs import at_once
 from jobs.experiments.corpus import make_corpus, write_arm
 from jobs.experiments.questions import TRAINED, Question
 from jobs.experiments.report import Results, Trial
+from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean
 
 _AT_ONCE = 2
@@ -40,7 +42,9 @@ def run_experiment(question: Question, folder: Path, extent: Extent, console: Co
         if not extent.arms or each.name in extent.arms:
             facts[each.name] = write_arm(corpus, each, _data(folder, question, each.name))
     wanted = [(arm, seed) for seed in range(extent.seeds) for arm in trained]
-    missing = [trial for trial in wanted if not _result_file(folder, question, *trial, extent.steps).exists()]
+    missing = [
+        trial for trial in wanted if not (folder / _result_path(question, *trial, extent.steps)).exists()
+    ]
     for first in range(0, len(missing), _AT_ONCE):
         trials = missing[first : first + _AT_ONCE]
         console.print(
@@ -48,13 +52,8 @@ def run_experiment(question: Question, folder: Path, extent: Extent, console: Co
         )
         calls = [partial(_trial, str(folder), question.name, arm, seed, extent) for arm, seed in trials]
         for (arm, seed), (figures, cpu_seconds) in zip(trials, at_once(*calls), strict=True):
-            file = _result_file(folder, question, arm, seed, extent.steps)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(
-                json.dumps({"figures": figures, "cpu_seconds": round(cpu_seconds, 1)}) + "\n"
-            )
-            unfinished.replace(file)
+            result = {"figures": figures, "cpu_seconds": round(cpu_seconds, 1)}
+            _write_json(folder, _result_path(question, arm, seed, extent.steps), result)
     done = [_read(folder, question, arm, seed, extent.steps) for arm, seed in wanted]
     return Results(
         question=question, facts=facts, trials=done, steps=extent.steps, num_scenes=extent.num_scenes
@@ -77,8 +76,7 @@ def _require_same_world(folder: Path, num_urls: int) -> None:
             raise CapfiltError(
                 f"--out {folder}: the folder holds something other than experiments; name another one"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"urls": num_urls}) + "\n")
+        _write_json(folder, file.name, {"urls": num_urls})
     if (begun := json.loads(file.read_text())["urls"]) != num_urls:
         raise CapfiltError(f"--urls {num_urls}: {folder} has begun with {begun}; name another folder")
 
@@ -87,12 +85,16 @@ def _data(folder: Path, question: Question, arm: str) -> Path:
     return folder / "kept" / question.name / arm
 
 
-def _result_file(folder: Path, question: Question, arm: str, seed: int, steps: int) -> Path:
-    return folder / "results" / question.name / f"{arm}.seed-{seed}.steps-{steps}.json"
+def _result_path(question: Question, arm: str, seed: int, steps: int) -> str:
+    return f"results/{question.name}/{arm}.seed-{seed}.steps-{steps}.json"
+
+
+def _write_json(folder: Path, path: str, value: dict[str, Any]) -> None:
+    Storage(str(folder)).write(path, (json.dumps(value) + "\n").encode())
 
 
 def _read(folder: Path, question: Question, arm: str, seed: int, steps: int) -> Trial:
-    result = json.loads(_result_file(folder, question, arm, seed, steps).read_text())
+    result = json.loads((folder / _result_path(question, arm, seed, steps)).read_text())
     return Trial(arm=arm, seed=seed, figures=result["figures"], cpu_seconds=result["cpu_seconds"])
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.corpus.stored_images import cache_folder
 from pipeline.corpus.uids import PackedUids
 from pipeline.digests import digest_json
+from pipeline.storage.scratch import cache_folder
 from schemas.records import ShardRecord
 from schemas.stages import Stage
 
