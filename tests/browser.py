@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -34,9 +36,19 @@ class Browser:
         """Return the elements of a selector."""
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait for what a key or a click brings about: the driver does not wait for a page that a script asks for."""
+        WebDriverWait(
+            self.driver, 30, 0.05, ignored_exceptions=[StaleElementReferenceException, JavascriptException]
+        ).until(lambda _: self._is_loaded() and condition())
+
+    def _is_loaded(self) -> bool:
+        return self.driver.execute_script("return document.readyState") == "complete"
+
     def press(self, *keys: str) -> None:
-        """Type into what has the focus."""
+        """Type into what has the focus, once the page and its script are there."""
         for key in keys:
+            self.until(lambda: True)
             self.driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
 
     def click(self, css: str) -> None:

@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import sys
 
 # Before any library is imported: no network, one thread a process (the suite shares two cores with Ray workers).
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,21 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import pytest
+
+_BEFORE = dict(os.environ)
+# What our code reads; libraries set variables of their own when they are imported.
+_READ_BY_US = (
+    "AWS_",
+    "AZURE_",
+    "CAPFILT_",
+    "GOOGLE_",
+    "LOCAL_RANK",
+    "MASTER_",
+    "RANK",
+    "RAY_A",
+    "SLURM_",
+    "WORLD_SIZE",
+)
 
 from jobs.bench.fixtures.s3 import S3Server, serving_s3
 
@@ -52,6 +68,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; all others stay in their order."""
     places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """After a file's last test its process is as it was: what one file left has broken the tests of another."""
+    yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    changed = {
+        name
+        for name in os.environ.keys() | _BEFORE.keys()
+        if name.startswith(_READ_BY_US) and os.environ.get(name) != _BEFORE.get(name)
+    }
+    # The one server that all files share.
+    changed -= {"AWS_ENDPOINT_URL_S3"}
+    assert not changed, f"{item.path.name} leaves the environment changed: {sorted(changed)}"
+    ray = sys.modules.get("ray")
+    assert ray is None or not ray.is_initialized(), f"{item.path.name} leaves Ray up"
 
 
 @pytest.fixture(scope="session")

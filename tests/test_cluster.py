@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -134,13 +134,16 @@ def test_a_node_dies_while_captioning(
     assert cli_here("verify", config.corpus.path).returncode == 0
 
 
-def _wait_for_attempt(records: Records, before: set[str], job: subprocess.Popen, raylet: int) -> set[str]:
-    """Wait for a crawl's attempt on a node that was not noted before; return all that are noted now."""
+def _wait_for_attempt(
+    records: Records, before: set[str], job: subprocess.Popen, cluster: ClusterProcess, nodes: Sequence[int]
+) -> tuple[set[str], int]:
+    """Wait for a crawl's attempt that was not noted before; return all that are noted now, and the node in work."""
     deadline = time.monotonic() + 120
     while job.poll() is None:
         noted = {info.path for info in records.storage.list("records/attempts/crawl")}
-        if noted - before and stage_workers(raylet, "crawl"):
-            return noted
+        busy = [node for node in nodes if stage_workers(cluster.raylets[node], "crawl")]
+        if noted - before and busy:
+            return noted, busy[0]
         assert time.monotonic() < deadline, "no shard was begun"
         time.sleep(0.05)
     raise AssertionError(job.communicate())
@@ -170,21 +173,21 @@ def test_nodes_that_die_charge_no_shard(
     node = cluster.add_node()
     file = str(config_file(slow, tmp_path / "c.json"))
     job = start_cli("submit", "-c", file, "--address", cluster.address, "--", "crawl")
-    noted = _wait_for_attempt(records, set(), job, cluster.raylets[node])
+    noted, node = _wait_for_attempt(records, set(), job, cluster, [node])
     cluster.drain_node(node, 60)
     deadline = time.monotonic() + 60
     while not records.shards(("crawl",)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert records.shards(("crawl",)), "the shard in work needs less than the notice"
     # Ray gives nothing more to a node that is drained, until it goes.
-    following = cluster.add_node()
+    added = [cluster.add_node()]
     cluster.kill_node(node)
-    node = following
     for _ in range(kills):
-        following = cluster.add_node()
-        noted = _wait_for_attempt(records, noted, job, cluster.raylets[node])
+        # There before the other dies; the worker may be on either.
+        added.append(cluster.add_node())
+        noted, node = _wait_for_attempt(records, noted, job, cluster, added)
         cluster.kill_node(node)
-        node = following
+        added.remove(node)
     output, errors = job.communicate(timeout=300)
     assert job.returncode == 0, output + errors
     assert records.storage.list("records/lost_attempts"), "no shard was in work where a node died"

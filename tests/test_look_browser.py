@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selenium.webdriver.support.ui import WebDriverWait
 
 from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
@@ -41,32 +40,37 @@ def site(corpus: Corpus) -> Iterator[Site]:
 
 
 def test_from_the_first_screen_to_a_sample_and_back(browser: Browser, site: Site) -> None:
+    def is_at(*parts: str) -> bool:
+        return all(part in browser.driver.current_url for part in parts)
+
     browser.requests()
     browser.console_messages()
     browser.driver.get(site.address)
     assert browser.all(".thumb img") and all(image.size["width"] > 0 for image in browser.all(".thumb img"))
     browser.click(".row h3 a")
-    assert "sort=random" in browser.driver.current_url and len(browser.all(".card")) == 60
+    browser.until(lambda: is_at("sort=random") and len(browser.all(".card")) == 60)
     browser.driver.back()
+    browser.until(lambda: browser.driver.current_url == site.address)
     browser.click(".columns a")
-    assert ".." in browser.driver.current_url and browser.all(".card")
+    browser.until(lambda: is_at("..") and browser.all(".card"))
     browser.press("/")
     browser.press(*"caption", "ENTER")
-    assert "words=caption" in browser.driver.current_url
+    browser.until(lambda: is_at("words=caption"))
     browser.click("a[rel=next]")
+    browser.until(lambda: is_at("page=2"))
     second = browser.driver.current_url
-    assert "page=2" in second
     browser.press("j", "j", "k", "ENTER")
-    assert "/sample/" in browser.driver.current_url and browser.all("figure img")[0].size["width"] > 0
+    browser.until(lambda: is_at("/sample/") and browser.all("figure img")[0].size["width"] > 0)
     browser.press("u")
-    assert browser.driver.current_url == second
+    browser.until(lambda: browser.driver.current_url == second)
     browser.press("p")
-    assert "page=" not in browser.driver.current_url
+    browser.until(lambda: not is_at("page="))
     browser.press("j", "j", "x")
-    [marked] = browser.all(".marked")
-    assert "drop" in marked.text and "page=" not in browser.driver.current_url
+    browser.until(lambda: "drop" in "".join(marked.text for marked in browser.all(".marked")))
+    assert len(browser.all(".marked")) == 1 and not is_at("page=")
     browser.press("x")
-    assert browser.all(".marked") == [] and len(browser.all(".card")) == 60
+    browser.until(lambda: not browser.all(".marked"))
+    assert len(browser.all(".card")) == 60
     asked = browser.requests()
     assert len(asked) > 60 and [address for address in asked if not address.startswith(site.address)] == []
     assert browser.console_messages() == []
@@ -86,7 +90,7 @@ def test_axe_finds_nothing_serious(browser: Browser, site: Site, scheme: str, ru
 def test_the_slider_shows_another_selection(browser: Browser, site: Site) -> None:
     browser.driver.get(site.address + "selection")
     browser.all("#min_score")[0].click()
-    WebDriverWait(browser.driver, 30).until(lambda driver: "min_score=" in driver.current_url)
+    browser.until(lambda: "min_score=" in browser.driver.current_url)
     value = browser.all("#min_score")[0].get_attribute("value")
     assert browser.all("output")[0].text == value and "Just kept" in browser.driver.page_source
 
@@ -98,7 +102,7 @@ def test_reading_works_without_script(browser: Browser, site: Site) -> None:
         browser.click(".funnel a")
         browser.click("a[rel=next]")
         browser.click("a.open")
-        assert "/sample/" in browser.driver.current_url
+        browser.until(lambda: "/sample/" in browser.driver.current_url)
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 

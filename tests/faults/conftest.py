@@ -15,9 +15,9 @@ SHARDS, PER_SHARD = 3, 4
 BUCKET = "faults"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CapfiltConfig]:
-    """The config of a corpus of three small shards that is done; its world is served until the last test."""
+    """The config of a corpus of three small shards that is done; its world is served until the file's last test."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with serving(flaky=False) as url:
         config = small_config(
@@ -27,7 +27,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CapfiltCon
         yield config
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def proxy(s3_server: S3Server) -> Iterator[Proxy]:
     """A proxy before the S3 server, which all clients use, with a hundredth of their usual patience."""
     with pytest.MonkeyPatch.context() as patch, proxy_to(s3_server.url) as proxy:
@@ -37,7 +37,7 @@ def proxy(s3_server: S3Server) -> Iterator[Proxy]:
             yield proxy
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_here(proxy: Proxy) -> Iterator[None]:
     """A Ray of this process, which its runs join; its workers reach the S3 server through the proxy."""
     from jobs.cluster.session import joined_ray
