@@ -44,7 +44,7 @@ class LocalExecutor:
                 for runner in runners:
                     if monitor.interrupts.count:
                         return "done"  # as far as it goes: the block is interrupted here
-                    if not counter.begin(runner.stage, urls.source, urls.shard):
+                    if counter.ask_to_begin(runner.stage, urls.source, urls.shard) == "stop":
                         return "limit"
                     runner.run_shard(kind, urls)
                 if monitor.has_failed_too_often(counter.snapshot()):

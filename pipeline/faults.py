@@ -5,6 +5,7 @@ looks every name up in the installed versions.
 """
 
 import errno
+import re
 from typing import Literal
 
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
@@ -12,8 +13,9 @@ from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
 # storage and node: waited for, and not charged to the shard.
 # shard: tried again, then quarantined.
 # memory: the device's, for one image alone (a larger batch is halved before); tried again with fresh weights.
+# device: the shard's, and the process is done with: its device answers every further call with the same error.
 # run: the config, the weights or the input; nothing is tried again.
-Fault = Literal["storage", "node", "shard", "memory", "run"]
+Fault = Literal["storage", "node", "shard", "memory", "device", "run"]
 
 _BY_CLASS: dict[str, Fault] = {
     "pipeline.storage.errors.ObjectStorageError": "storage",
@@ -28,6 +30,8 @@ _BY_CLASS: dict[str, Fault] = {
     "httpx.TransportError": "storage",
     "aiohttp.client_exceptions.ClientConnectionError": "storage",
     "torch.OutOfMemoryError": "memory",
+    # Of a few of CUDA's errors the process would recover; a new one is the same for all of them.
+    "torch.AcceleratorError": "device",
     # A worker that dies on a node that lives. Of one whose node went, see ``_fault_of_death``.
     "ray.exceptions.WorkerCrashedError": "shard",
     "ray.exceptions.OutOfMemoryError": "shard",
@@ -46,6 +50,9 @@ _BY_CLASS: dict[str, Fault] = {
     "ray.exceptions.RpcError": "node",
     "ray.data.exceptions.ExecutionTimeoutError": "node",
 }
+
+# How cuBLAS, cuDNN and Triton tell of them, as RuntimeErrors.
+_DEVICE_ERROR = re.compile(r"CUDA error: |cuDNN error: |Triton Error \[CUDA\]: ")
 
 # What a network filesystem says of a server that is away, and a disk of its lack of room: the next shard would fare the
 # same. EIO is among them where something is written; of a read it means one damaged file (a server that is mounted
@@ -87,6 +94,8 @@ def fault_of(error: BaseException) -> Fault:
     named = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
     if named is not None:
         return named
+    if isinstance(error, RuntimeError) and _DEVICE_ERROR.search(str(error)):
+        return "device"
     is_away = isinstance(error, OSError) and error.errno in _AWAY
     return "storage" if is_away or isinstance(error, ConnectionError | TimeoutError) else "shard"
 

@@ -27,6 +27,10 @@ class TryAgainLaterError(CapfiltError):
     """Report that the storage, or the cluster, was away for longer than a run waits for it. Exit code 4."""
 
 
+class DeviceLostError(TryAgainLaterError):
+    """Report that this process can use its device no more, after an error there that was charged to a shard."""
+
+
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``; did you mean X?`` for the candidate closest to ``name``, or nothing."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)

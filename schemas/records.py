@@ -84,6 +84,11 @@ class ShardRecord(Json):
         return fields
 
     @property
+    def gpu_seconds(self) -> float:
+        """Return the seconds of its worker times the worker's share of a GPU."""
+        return self.seconds.get("worker", 0.0) * (self.gpus or 0.0)
+
+    @property
     def path(self) -> str:
         """Where the record is while it is committed, relative to the corpus."""
         return shard_record_path(self.stage, self.source, self.shard)
@@ -302,6 +307,11 @@ class AttemptNote(Json):
     node: str = ""
 
 
+def lost_attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int) -> str:
+    """Return where the record of a lost attempt is, relative to the corpus."""
+    return f"records/lost_attempts/{stage}/{source}/{shard}/{run_id}.{number}.json"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostAttemptRecord(Json):
     """An attempt that did not commit its shard, and the seconds of a worker that it took.
@@ -327,9 +337,7 @@ class LostAttemptRecord(Json):
     @property
     def path(self) -> str:
         """Where the record is, relative to the corpus."""
-        return (
-            f"records/lost_attempts/{self.stage}/{self.source}/{self.shard}/{self.run_id}.{self.number}.json"
-        )
+        return lost_attempt_path(self.stage, self.source, self.shard, self.run_id, self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.executor import RunMonitor
 from pipeline.corpus.records import Records
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
 from pipeline.runs.runner import Node, RunSettings, ShardRunner
 from schemas.config import CapfiltConfig
-from schemas.errors import CapfiltError, TryAgainLaterError
+from schemas.errors import CapfiltError, DeviceLostError, TryAgainLaterError
 from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 from tests.corpora import Corpus
@@ -53,7 +54,7 @@ def patient(config: CapfiltConfig, patience_s: float) -> CapfiltConfig:
 
 
 def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: Corpus) -> None:
-    outcome, loads = select(corpus, RuntimeError("device-side assert"), OSError("no space"))
+    outcome, loads = select(corpus, RuntimeError("no such file"), OSError("no space"))
     assert (outcome.state, loads) == ("done", 3)
     record = corpus.records.read("select", "cc", "00000")
     assert record is not None and (outcome.rows_in, outcome.rows_out) == (record.rows_in, record.rows_out)
@@ -65,6 +66,32 @@ def test_a_shard_that_fails_every_attempt_is_quarantined_with_its_last_error(cor
     assert (outcome.state, loads) == ("quarantined", corpus.config.cluster.max_attempts)
     [quarantine] = corpus.records.quarantined().values()
     assert quarantine.attempts == 3 and quarantine.error.endswith("RuntimeError: try 2")
+
+
+def test_an_error_that_stays_with_the_device_charges_the_shard_once_and_ends_the_process(
+    corpus: Corpus,
+) -> None:
+    error = torch.AcceleratorError(
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors ..."
+    )
+    with pytest.raises(
+        DeviceLostError, match=r"^select cc/00000: CUDA error: an illegal memory access was enc"
+    ):
+        select(corpus, error)
+    [lost] = corpus.records.storage.list("records/lost_attempts")
+    assert lost.path.endswith(f"{RUN}.1.json") and corpus.records.quarantined() == {}
+    outcome, loads = select(corpus)  # as in another process
+    assert (outcome.state, loads) == ("done", 1)
+    assert corpus.records.storage.list("records/lost_attempts") == [lost]
+
+
+def test_a_shard_that_loses_its_device_every_time_is_quarantined_with_its_error(corpus: Corpus) -> None:
+    for number in range(3):
+        with pytest.raises(DeviceLostError):
+            select(corpus, RuntimeError(f"CUDA error: device-side assert triggered, try {number}"))
+    outcome, loads = select(corpus)
+    assert (outcome.state, loads) == ("quarantined", 0)
+    assert outcome.error.endswith("device-side assert triggered, try 2")
 
 
 def test_attempts_of_killed_workers_count(corpus: Corpus) -> None:

@@ -1,8 +1,12 @@
 """The stages as Ray Data sees them: a row is one shard, a stage is a pool of actors that hand the row on."""
 
+import contextlib
 import gc
 import json
+import os
 import sys
+import time
+import uuid
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +19,7 @@ from pipeline.runs.progress import ProgressCounter, ShardOutcome
 from pipeline.runs.runner import Node, RunSettings, ShardRunner
 from pipeline.storage.scratch import sweep_temporary_folders
 from schemas.config import StageResources
-from schemas.errors import CapfiltError, TryAgainLaterError
+from schemas.errors import CapfiltError, DeviceLostError, TryAgainLaterError
 from schemas.records import ShardRecord, WorkerShare
 from schemas.stages import Stage
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:  # not in the workers: it brings the manifest's DuckDB
 # Shards that one actor works on at once, where not one: of two, one computes on the device while the other is read,
 # decoded or written.
 CONCURRENT_SHARDS: dict[Stage, int] = {"caption": 2, "rank": 2, "filter": 2}
+
+_ASK_AGAIN_S = 0.5
 
 # Ray's own label of a node's accelerator, such as H100.
 _NODE_TYPE_LABEL = "ray.io/accelerator-type"
@@ -51,6 +57,7 @@ class StageActor:
         gc.set_threshold(50_000)
         sweep_temporary_folders()
         self._counter = counter
+        self._id = uuid.uuid4().hex
         # One more call a shard, which is made where a signal leaves time, or the run has limits.
         self._asks_to_begin = has_limits or settings.config.cluster.stop_grace_s > 0
         self._is_json = settings.config.cluster.log_format == "json"
@@ -78,12 +85,12 @@ class StageActor:
             self._counter.log_event.remote(event)
 
     def _run_shard(self, kind: Any, urls: ShardRecord) -> None:
-        if self._asks_to_begin and not ray.get(
-            self._counter.begin.remote(self._runner.stage, urls.source, urls.shard)
-        ):
+        if self._asks_to_begin and not self._may_begin(urls):
             return
         try:
             self._runner.run_shard(kind, urls)
+        except DeviceLostError:
+            self._end_process()
         except CapfiltError as error:
             # Noted, not raised: across Ray Data an exception arrives as text alone.
             outcome = ShardOutcome(
@@ -94,6 +101,20 @@ class StageActor:
                 error=str(error),
             )
             self._counter.note.remote(outcome)
+
+
+    def _may_begin(self, urls: ShardRecord) -> bool:
+        place = (self._runner.stage, urls.source, urls.shard)
+        while (answer := ray.get(self._counter.ask_to_begin.remote(*place, self._id))) == "wait":
+            time.sleep(_ASK_AGAIN_S)
+        return bool(answer == "begin")
+
+    def _end_process(self) -> None:
+        """Die, as a killed worker does: Ray starts another process, which tries the shard again."""
+        # Calls arrive in order: once one is answered, those before it have arrived.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._counter.report_state.remote(self._runner.stage, "loading weights"), timeout=10)
+        os._exit(1)
 
 
 def _share(resources: StageResources) -> WorkerShare:

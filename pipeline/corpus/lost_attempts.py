@@ -23,6 +23,7 @@ from schemas.records import (
     ShardRecord,
     ShardTask,
     WorkerShare,
+    lost_attempt_path,
 )
 from schemas.stages import Stage
 
@@ -79,6 +80,16 @@ def keep_lost(storage: Storage, record: LostAttemptRecord) -> None:
     """Write the record of a lost attempt, unless somebody has; a storage that refuses it loses a figure, no data."""
     with contextlib.suppress(OSError):
         storage.create(record.path, record.to_json().encode())
+
+
+def last_error(storage: Storage, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> str:
+    """Return the error of the last attempt of a run that failed, up to a number; empty where all were killed."""
+    for number in range(begun, 0, -1):
+        path = lost_attempt_path(stage, source, shard, run_id, number)
+        with contextlib.suppress(OSError, ValueError):
+            if error := LostAttemptRecord.from_json(storage.read(path)).error:
+                return error
+    return ""
 
 
 def settle_attempts(

@@ -26,6 +26,7 @@ from pipeline.corpus.lost_attempts import (
     attempt_path,
     keep_killed_before,
     keep_lost,
+    last_error,
     new_note,
     node_of_note,
     settle_attempts,
@@ -191,6 +192,10 @@ class Records:
     ) -> list[LostAttemptRecord]:
         """Keep as lost attempts of a run that ended without saying so; return their records."""
         return keep_killed_before(self.storage, stage, source, shard, run_id, numbers)
+
+    def last_error(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> str:
+        """Return the error of the last attempt of a run that failed, up to a number; empty where all were killed."""
+        return last_error(self.storage, stage, source, shard, run_id, begun)
 
     def forget_settled(self, committed: Mapping[ShardId, ShardRecord], ended_run: str = "") -> None:
         """Delete the attempts and quarantines of shards that were committed since, as killed runs leave them.

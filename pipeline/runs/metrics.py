@@ -74,7 +74,7 @@ class RunMetrics:
         self._add("capfilt_images_total", place, record.images)
         self._add("capfilt_written_bytes_total", place, sum(file.bytes for file in record.outputs.values()))
         self._add("capfilt_worker_seconds_total", place, seconds, "committed")
-        self._add("capfilt_gpu_seconds_total", place, seconds * (record.gpus or 0), "committed")
+        self._add("capfilt_gpu_seconds_total", place, record.gpu_seconds, "committed")
         for part, part_seconds in record.seconds.items():
             if part not in ("total", "worker"):
                 self._add("capfilt_part_seconds_total", place, part_seconds, part)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
+from pipeline.runs.admission import Admission, Permission
 from pipeline.runs.events import ShardEvent
 from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import RunMetrics, Series
@@ -114,30 +115,23 @@ class ProgressCounter:
     """Adds up outcomes as the workers report them."""
 
     def __init__(self, limits: RunLimits | None = None) -> None:
-        self._limits = limits or RunLimits()
-        self._limit = ""
+        self._admission = Admission(limits or RunLimits())
         self._seen: set[tuple[str, str, str]] = set()
         self._stages: dict[Stage, StageProgress] = {}
         self._passed: dict[Stage, set[tuple[str, str]]] = {}
         self._refusal: CapfiltError | None = None
         self._away: dict[str, tuple[float, str]] = {}
-        self._in_work: set[tuple[str, str, str]] = set()
-        self._is_stopping = False
         self._metrics = RunMetrics()
         self._events: list[ShardEvent] = []
         self._events_before = 0
 
-    def begin(self, stage: Stage, source: str, shard: str) -> bool:
-        """Tell whether a stage may begin a shard; from then on it is in work until its outcome is noted."""
-        self._limit = self._limit or self._limits.reached(self._metrics.gpu_seconds)
-        self._is_stopping |= bool(self._limit)
-        if not self._is_stopping:
-            self._in_work.add((stage, source, shard))
-        return not self._is_stopping
+    def ask_to_begin(self, stage: Stage, source: str, shard: str, worker: str = "") -> Permission:
+        """Return whether a worker may begin a stage of a shard, which is in work then until its outcome is noted."""
+        return self._admission.ask((stage, source, shard), worker, self._metrics.gpu_seconds)
 
     def stop(self) -> None:
         """Let no shard begin any more."""
-        self._is_stopping = True
+        self._admission.stop()
 
     def log_event(self, event: ShardEvent) -> None:
         """Keep an event for the next snapshot, and count it."""
@@ -151,7 +145,7 @@ class ProgressCounter:
             self._refusal = kind(outcome.error)
         self._passed.setdefault(outcome.stage, set()).add((outcome.source, outcome.shard))
         shard = (outcome.stage, outcome.source, outcome.shard)
-        self._in_work.discard(shard)
+        self._admission.end(shard, None if shard in self._seen else outcome.record)
         self._metrics.add_storage_calls((outcome.stage, outcome.source, outcome.node), outcome.storage_calls)
         if outcome.state not in ("done", "quarantined") or shard in self._seen:
             return
@@ -202,8 +196,8 @@ class ProgressCounter:
             stages=stages,
             refusal=self._refusal,
             away=away[0] if away else "",
-            is_stopped=self._is_stopping and not self._in_work,
-            limit=self._limit,
+            is_stopped=self._admission.is_stopped,
+            limit=self._admission.limit,
             metrics=self._metrics.sums(number),
             number=self._metrics.asked,
             events=tuple(self._events),

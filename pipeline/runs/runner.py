@@ -26,7 +26,7 @@ from pipeline.storage.call_counts import CALLS
 from pipeline.storage.patience import PAUSES_S, Patience
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError
+from schemas.errors import CapfiltError, CorruptShardError, DeviceLostError, NotFiniteError, first_line
 from schemas.json_record import utc_now
 from schemas.records import NO_SHARE, LostAttemptRecord, QuarantineRecord, ShardRecord, ShardTask, WorkerShare
 from schemas.stages import Stage
@@ -190,8 +190,8 @@ class ShardRunner:
         Args:
             urls: the record of the shard's URLs.
 
-        Raises CapfiltError where the run is at fault, not the shard, and TryAgainLaterError where the storage was away
-        for too long.
+        Raises CapfiltError where the run is at fault, not the shard, TryAgainLaterError where the storage was away for
+        too long, and DeviceLostError where another process has to go on.
         """
         outcome = self._patience.call(partial(self._run_if_needed, kind, urls))
         self._note(replace(outcome, storage_calls=CALLS.take(), node=socket.gethostname()))
@@ -227,14 +227,16 @@ class ShardRunner:
         return ShardOutcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
 
     def _run_task(self, task: ShardTask) -> ShardOutcome:
-        """Try until the shard is committed or its attempts are used up."""
-        error = "the worker died on every attempt"
+        """Try until the shard is committed, its attempts are used up, or this process cannot go on."""
+        error = ""
         is_retry = False
         failed: set[int] = set()
         while True:
+            device_error = ""
             with self._lock.exclusive() if is_retry else self._lock.shared():
                 begun, is_used_up = self._begin_attempt(task, failed, is_retry=is_retry)
                 if is_used_up:
+                    error = error or self._error_elsewhere(task, begun)
                     break
                 try:
                     if begun:
@@ -243,8 +245,10 @@ class ShardRunner:
                         self._log(task, "commit", begun, seconds=record.seconds.get("worker"))
                         return ShardOutcome.committed(record)
                 except Exception as failure:
-                    if fault_of(failure) == "run":
+                    fault = fault_of(failure)
+                    if fault == "run":
                         raise
+                    device_error = first_line(failure) if fault == "device" else ""
                     if isinstance(failure, CorruptShardError | NotFiniteError):
                         error = str(failure)
                         self._keep_failed(task, begun, error)
@@ -256,6 +260,11 @@ class ShardRunner:
                 # The next attempt loads fresh weights into fresh device memory, once no thread uses the old ones.
                 with self._lock.exclusive():
                     self._worker = None
+                if device_error:
+                    raise DeviceLostError(
+                        f"{task.stage} {task.source}/{task.shard}: {device_error}. This process cannot use its device "
+                        "any more; the same command goes on with a new one"
+                    )
                 if begun < task.max_attempts:
                     time.sleep(self._retry_pauses_s[min(len(failed), len(self._retry_pauses_s)) - 1])
             is_retry = True
@@ -275,6 +284,11 @@ class ShardRunner:
         if begun and not is_used_up:
             self._log(task, "retry" if begun > 1 else "start", begun)
         return begun, is_used_up
+
+    def _error_elsewhere(self, task: ShardTask, begun: int) -> str:
+        """Return the last error of the attempts of other processes."""
+        place = (task.stage, task.source, task.shard, task.run_id)
+        return self.records.last_error(*place, begun) or "the worker died on every attempt"
 
     def _keep_failed(self, task: ShardTask, number: int, error: str) -> None:
         """Keep what an attempt cost that ends now with an error."""

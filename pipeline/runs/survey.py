@@ -242,7 +242,7 @@ class Totals:
 
     def add(self, record: ShardRecord) -> None:
         """Add one record."""
-        self.gpu_hours += record.seconds.get("worker", 0.0) * (record.gpus or 0.0) / 3600
+        self.gpu_hours += record.gpu_seconds / 3600
         match record.stage:
             case "crawl":
                 self.urls += record.rows_in

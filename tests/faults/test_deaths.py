@@ -8,17 +8,19 @@ import pytest
 import ray
 from ray.data.exceptions import omit_traceback_stdout
 
+from jobs.cluster import actors
 from jobs.cluster.train import _progress_actor
 from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
+from tests.lost_device import LosesItsDevice
 from tests.processes import descendants, kill, meanwhile, stage_workers
 from tests.runs import curated_files, do_run, with_values
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
-POISONED = "00001"
+POISONED = LosesItsDevice.poisoned
 
 
 def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
@@ -49,6 +51,31 @@ def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
     assert [(row["outcome"], row["attempts"]) for row in costs] == [("committed", 2), ("lost", 2)]
     assert all(row["cpu_hours"] > 0 for row in costs), "what the killed attempts took counts"
     assert do_run(config).exit_code == 0, "the next run tries it again"
+    assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
+
+
+def test_a_process_whose_device_is_lost_works_on_nothing_more(
+    undisturbed: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_values(undisturbed, corpus={"path": str(tmp_path / "corpus")}, cluster={"max_attempts": 2})
+    assert do_run(config, stages=("crawl", "caption", "rank")).exit_code == 0
+    monkeypatch.setattr(actors, "_actor_class", lambda stage: LosesItsDevice)
+    result = do_run(config, local=False, stages=("select",))
+    assert result.exit_code == 3
+    [(place, error)] = result.quarantined.items()
+    assert place == f"select world/{POISONED}" and "CUDA error: device-side assert triggered" in error
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    poisoned = [process for process, shard in calls if shard == POISONED]
+    assert len(poisoned) == len(set(poisoned)) == 2, "two attempts, each in a process of its own"
+    last_call_of = dict(calls)
+    assert {last_call_of[process] for process in poisoned} == {POISONED}
+    assert sorted(shard for _, shard in calls if shard != POISONED) == ["00000", "00002"], (
+        "no other one is charged"
+    )
+    with Manifest(Records(Storage(config.corpus.path)).storage).open() as query:
+        lost_attempts = query.rows("SELECT shard, number, cause FROM lost_attempts ORDER BY number")
+    assert lost_attempts == [{"shard": POISONED, "number": number, "cause": "failed"} for number in (1, 2)]
+    assert do_run(config).exit_code == 0
     assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
 
 

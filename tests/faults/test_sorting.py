@@ -37,6 +37,13 @@ def through_ray(error: Exception) -> Exception:
     return ray.exceptions.RayTaskError("call", "Traceback ...", error, "ray::x", 1, "127.0.0.1")
 
 
+# As cudaGetErrorString says them.
+CUDA_ERRORS = (
+    "device-side assert triggered",
+    "an illegal memory access was encountered",
+    "uncorrectable ECC error encountered",
+    "unspecified launch failure",
+)
 NODE_DIED = "The actor died because its node has died. Node Id: 0123"
 CASES: list[tuple[Exception, Fault]] = [
     (ObjectStorageError("S3 refused"), "storage"),
@@ -68,6 +75,11 @@ CASES: list[tuple[Exception, Fault]] = [
     (NotFiniteError("nan"), "shard"),
     (ValueError("a fault of ours"), "shard"),
     (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+    *((torch.AcceleratorError(f"CUDA error: {text}"), "device") for text in CUDA_ERRORS),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), "device"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "device"),
+    (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "device"),
+    (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), "shard"),
     (CapfiltError("the config"), "run"),
     (TryAgainLaterError("waited for an hour"), "run"),
     (ray.exceptions.RuntimeEnvSetupError("pip"), "run"),
