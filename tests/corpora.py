@@ -219,13 +219,17 @@ class Corpus:
             return commit.publish({"tar": (tar, stored), "parquet": (parquet, written)})
 
     def _caption(self, source: str, shard: str) -> ShardRecord:
+        return self.caption(self.task("caption", source, shard, ("crawl",)))
+
+    def caption(self, task: ShardTask) -> ShardRecord:
+        """Do a captioner's task."""
         rows = [
             _identity(sample) | _caption_row(sample["uid"], index)
-            for sample in self.read("crawl", source, shard)
+            for sample in self.read("crawl", task.source, task.shard)
             if sample["status"] == "ok"
             for index in range(NUM_CAPTIONS)
         ]
-        with ShardCommit(self.records, self.task("caption", source, shard, ("crawl",))) as commit:
+        with ShardCommit(self.records, task) as commit:
             parquet = commit.folder / "x.parquet"
             written = write_parquet(parquet, rows, CAPTIONS)
             stats = commit.stats

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from jobs.environment import send_token_if_there_is_one
-from schemas.errors import CapfiltError
+from schemas.errors import CapfiltError, TryAgainLaterError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _PREFIX = "capfilt-"
@@ -149,7 +149,7 @@ def _job_info(client: Any, job_id: str) -> Any:
     except (RuntimeError, ConnectionError) as error:
         if "does not exist" in str(error):
             raise CapfiltError(f"{job_id}: the cluster has no such job; `capfilt jobs` lists them") from error
-        raise CapfiltError(
+        raise TryAgainLaterError(
             f"{job_id}: the cluster does not answer any more ({error}); submit the same again to attach to the job, or "
             "to go on where it stopped"
         ) from error

@@ -14,9 +14,9 @@ from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.lost_device import LosesItsDevice
 from tests.processes import descendants, kill, meanwhile, stage_workers
 from tests.runs import curated_files, do_run, with_values
+from tests.tampered_actors import Calls, LosesItsDevice
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
@@ -64,7 +64,7 @@ def test_a_process_whose_device_is_lost_works_on_nothing_more(
     assert result.exit_code == 3
     [(place, error)] = result.quarantined.items()
     assert place == f"select world/{POISONED}" and "CUDA error: device-side assert triggered" in error
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    calls = Calls(config.corpus.path).all()
     poisoned = [process for process, shard in calls if shard == POISONED]
     assert len(poisoned) == len(set(poisoned)) == 2, "two attempts, each in a process of its own"
     last_call_of = dict(calls)
