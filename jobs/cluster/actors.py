@@ -102,7 +102,6 @@ class StageActor:
             )
             self._counter.note.remote(outcome)
 
-
     def _may_begin(self, urls: ShardRecord) -> bool:
         place = (self._runner.stage, urls.source, urls.shard)
         while (answer := ray.get(self._counter.ask_to_begin.remote(*place, self._id))) == "wait":
