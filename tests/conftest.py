@@ -22,16 +22,10 @@ import pytest
 _BEFORE = dict(os.environ)
 # What our code reads; libraries set variables of their own when they are imported.
 _READ_BY_US = (
-    "AWS_",
-    "AZURE_",
-    "CAPFILT_",
-    "GOOGLE_",
-    "LOCAL_RANK",
-    "MASTER_",
-    "RANK",
-    "RAY_A",
-    "SLURM_",
-    "WORLD_SIZE",
+    *("AWS_", "AZURE_", "CAPFILT_", "GOOGLE_"),
+    *("LOCAL_RANK", "MASTER_", "RANK", "SLURM_", "WORLD_SIZE"),
+    # Not RAY_AUTH_MODE, which stays once a Ray with a token was started.
+    *("RAY_ADDRESS", "RAY_AUTH_TOKEN"),
 )
 
 from jobs.bench.fixtures.s3 import S3Server, serving_s3
