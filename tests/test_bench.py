@@ -104,6 +104,17 @@ def test_look_serves_a_corpus_of_many_shards_that_is_kept(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_stopped_verification_is_measured_beside_a_whole_one() -> None:
+    figures = bench("verify", "--samples", "800")
+    assert (figures["samples"], figures["shards"]) == (800, 4)
+    assert figures["differences"] > 2 and figures["whole"]["read_before"] == 0
+    # Of the first half, one is damaged and is read again.
+    assert figures["gone on with"]["read_before"] >= 1
+    for verification in ("whole", "stopped", "gone on with"):
+        require_positive(figures[verification], "peak_bytes")
+
+
+@pytest.mark.slow
 def test_storage_is_compared_with_s3fs_and_its_requests_counted() -> None:
     figures = bench("storage", "--operations", "16", "--rounds", "1", "--shards", "1")
     assert [row["operation"] for row in figures["operations"]] == ["create", "read"]

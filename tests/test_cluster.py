@@ -131,7 +131,11 @@ def test_a_node_dies_while_captioning(
     assert do_run(local).exit_code == 0
     assert committed_uids(config.corpus.path) == committed_uids(local.corpus.path)
     assert curated_files(config.corpus.path) == curated_files(local.corpus.path)
-    assert cli_here("verify", config.corpus.path).returncode == 0
+    here = cli_here("verify", config.corpus.path)
+    assert here.returncode == 0
+    verified = cli(*submit[:-1], "verify")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert here.stdout.strip() and here.stdout in verified.stdout
 
 
 def _wait_for_attempt(

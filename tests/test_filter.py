@@ -17,7 +17,7 @@ from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import Records
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify.corpus import verify
 from pipeline.models.blip.matcher import MatchEncoder, Matcher
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.weights import filter_weights

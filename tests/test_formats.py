@@ -15,7 +15,7 @@ from pipeline.corpus.corpus_state import CorpusState
 from pipeline.digests import sha256_file
 from pipeline.manifest import status
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify.corpus import verify
 from pipeline.storage.storage import Storage
 from schemas.catalog import CATALOG
 from schemas.corpus_format import FORMAT, CorpusFormat, formats_in

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.corpus.garbage_collection import OrphanFile, find_orphans, remove
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify.corpus import verify
 from schemas.stages import STAGE_FOLDERS
 from tests.corpora import RUN, Corpus, make_corpus
 

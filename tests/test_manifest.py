@@ -23,7 +23,7 @@ from pipeline.lineage.sample_trace import trace
 from pipeline.manifest import status
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest, Query
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify.corpus import verify
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.manifest import status
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.verify import verify
+from pipeline.manifest.verify.corpus import verify
 from pipeline.storage.storage import Storage
 from tests.corpora import Corpus, make_corpus
 from tests.processes import cli_here

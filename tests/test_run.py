@@ -25,18 +25,20 @@ import jobs.cluster.executor
 import jobs.run
 from jobs.cli.commands.plan import plan_corpus
 from jobs.cli.summary import result_json, result_lines
+from jobs.cluster.verify import reading_on_ray
 from jobs.demo.world.site import serving
 from jobs.executor import StageJob
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.verify.corpus import verify
 from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import METRICS, STORAGE_AWAY
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
-from tests.corpora import ranked_corpus
+from tests.corpora import make_corpus, ranked_corpus
 from tests.runs import committed_uids, curated_files, do_run, small_config, with_values
 
 pytestmark = pytest.mark.slow
@@ -290,6 +292,19 @@ def test_after_a_broken_execution_only_what_is_left_is_passed_on(
     result = do_run(corpus.config, local=False, command="select", stages=("select",))
     assert (result.exit_code, result.record.shards_done) == (0, shards)
     assert passed_on[0] == shards and sum(passed_on[1:]) <= 0.12 * shards, passed_on
+
+
+def test_verification_on_ray_finds_what_this_process_finds(local_ray: None, tmp_path: Path) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), sources=("cc", "laion"), shards=12)
+    storage, urls = corpus.storage, corpus.records.url_shards()
+    storage.delete(corpus.records.read("rank", "cc", "00003").outputs["parquet"].path)
+    first, last = (urls["cc", shard].outputs["parquet"].path for shard in ("00001", "00011"))
+    storage.write(last, storage.read(first))
+    corpus.manifest.compact()
+    here = verify(corpus.manifest)
+    assert len(here.differences) > 2 and here.shards == 24
+    with reading_on_ray("local") as read:
+        assert verify(corpus.manifest, read=read) == here
 
 
 def test_stage_without_its_input_is_refused(done: CapfiltConfig, tmp_path: Path) -> None:

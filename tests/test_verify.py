@@ -1,22 +1,34 @@
 """Verification: a sound corpus is clean, and every kind of damage is named."""
 
 import io
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.bench.fixtures.corpus import list_config
 from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.shard_reader import retried_elsewhere
+from pipeline.corpus.uids import unpack_uids
 from pipeline.digests import sha256_file
-from pipeline.manifest.verify import _ShardCheck, verify
-from pipeline.manifest.verify_progress import VerifyProgress
+from pipeline.manifest.verify.corpus import check_shard, read_here, verify
+from pipeline.manifest.verify.doubled_uids import CheckedShard, doubled_uids
+from pipeline.manifest.verify.progress import ShardFindings, VerifyProgress, shard_name, verify_progress
+from pipeline.manifest.verify.selection import EVERY_SHARD, ShardSelection, parse_numbers
+from schemas.errors import CapfiltError
+from schemas.records import ShardRecord
 from schemas.stages import Stage
 from schemas.tables import CANDIDATES, CAPTIONS, CURATED, SAMPLES
 from tests.corpora import Corpus, make_corpus
+from tests.processes import cli_here
+from tests.runs import config_file, with_values
 
 SCHEMAS = {"crawl": SAMPLES, "caption": CAPTIONS, "rank": CANDIDATES, "select": CURATED}
 
@@ -87,24 +99,24 @@ def test_a_verification_that_was_stopped_goes_on_to_the_same_differences(
     whole = verify(corpus.manifest)
     assert len(whole.differences) > 4
 
-    def stopped(self: object, *arguments: object) -> None:
-        raise KeyboardInterrupt
-
     # In one thread, so that two shards are read: one with differences, which is read again, and a sound one.
-    contents, read = _ShardCheck.contents, []
+    number = itertools.count(1)
 
-    def third_is_stopped(check: _ShardCheck) -> None:
-        read.append(check)
-        (contents if len(read) < 3 else stopped)(check)
+    def third_is_stopped(*shard: Any) -> ShardFindings:
+        if next(number) == 3:
+            raise KeyboardInterrupt
+        return check_shard(*shard)
 
-    monkeypatch.setattr(_ShardCheck, "contents", third_is_stopped)
-    progress = VerifyProgress(local_root)
-    with pytest.raises(KeyboardInterrupt):
-        verify(corpus.manifest, threads=1, progress=progress)
-    monkeypatch.setattr(_ShardCheck, "contents", contents)
-    gone_on = verify(corpus.manifest, progress=progress)
-    assert gone_on == replace(whole, read_before=1)
-    assert verify(corpus.manifest, progress=progress) == whole, "what was noted is gone once all is read"
+    monkeypatch.setattr("pipeline.manifest.verify.corpus.check_shard", third_is_stopped)
+    with pytest.raises(KeyboardInterrupt), verify_progress(local_root, EVERY_SHARD) as progress:
+        verify(corpus.manifest, read=partial(read_here, threads=1), progress=progress)
+    with verify_progress(local_root, EVERY_SHARD) as progress:
+        # Meanwhile another one starts with nothing, and leaves what is noted.
+        with verify_progress(local_root, EVERY_SHARD) as other:
+            assert verify(corpus.manifest, progress=other) == whole
+        assert verify(corpus.manifest, progress=progress) == replace(whole, read_before=1)
+    with verify_progress(local_root, EVERY_SHARD) as progress:
+        assert verify(corpus.manifest, progress=progress) == whole, "what was noted is gone once all is read"
 
 
 def test_an_unfinished_corpus_is_clean(tmp_path) -> None:
@@ -250,3 +262,93 @@ def test_a_manifest_that_differs_from_the_records_is_named(local_root: str) -> N
     assert ["manifest/shards: lists crawl/cc/00000/" in line for line in differences(corpus)] == [True]
     corpus.manifest.rebuild()
     assert differences(corpus) == []
+
+
+def test_some_shards_are_verified_alone(local_root: str, tmp_path: Path) -> None:
+    corpus = make_corpus(local_root, sources=("cc", "laion"), shards=6, stages=("crawl",))
+    edit_rows(corpus, "crawl", lambda rows: rows[1:], tmp_path)
+    corpus.manifest.compact()
+    corpus.storage.delete("records/crawl/laion/00003.json")  # the manifest lists it still
+    whole = verify(corpus.manifest)
+    unlisted = "manifest/shards"
+    damaged = {difference.path for difference in whole.differences} - {unlisted}
+    assert len(damaged) == 3 and all("cc/00000." in path for path in damaged)
+
+    def verified(**parts: Any) -> tuple[int, set[str]]:
+        selection, found = ShardSelection(**parts), []
+        for quick in (True, False):
+            found.append(verify(corpus.manifest, selection=selection, quick=quick))
+        assert found[0].shards == found[1].shards
+        return found[1].shards, {difference.path for difference in found[1].differences}
+
+    assert verified(source="laion") == (6, {unlisted})
+    assert verified(source="laion", numbers=((0, 2), (4, 9))) == (5, set())
+    assert verified(numbers=((0, 0),)) == (2, damaged)
+    drawn = [verified(share=0.5, seed=seed)[0] for seed in range(4)]
+    assert 0 < min(drawn) < max(drawn) < 12, "a hash draws: about a half, and others with another seed"
+    for parts in ({"source": "cd"}, {"numbers": ((7, 9),)}, {"share": 0.0}):
+        for quick in (True, False):
+            with pytest.raises(CapfiltError, match="no shard is among those to verify"):
+                verify(corpus.manifest, selection=ShardSelection(**parts), quick=quick)
+
+
+def test_a_sample_keeps_its_shards_and_numbers_are_ranges() -> None:
+    shards = [("cc", f"{number:05d}") for number in range(2000)]
+    small, large = (
+        {place for place in shards if ShardSelection(share=share, seed=7).has(*place)} for share in (0.1, 0.2)
+    )
+    assert small < large and 150 < len(small) < 250 and 330 < len(large) < 470
+    assert parse_numbers("0, 7,100-199") == ((0, 0), (7, 7), (100, 199))
+    assert str(ShardSelection(source="cc", numbers=((0, 0), (5, 9)), share=0.25, seed=3)) == (
+        "source cc; shards 0, 5-9; a sample of 0.25, seed 3"
+    )
+    for text in ("", "1-", "9-5", "a", "-1", "1,,2"):
+        with pytest.raises(CapfiltError, match="--shards"):
+            parse_numbers(text)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 50, 1000])
+def test_doubled_uids_are_the_same_however_few_are_in_memory(tmp_path: Path, at_once: int) -> None:
+    corpus = make_corpus(str(tmp_path / "corpus"), shards=3, stages=("crawl",))
+    records = corpus.records.shards()
+    random = np.random.default_rng(0)
+    uids_N2 = random.integers(0, 2**64, (60, 2), np.uint64)
+    uids_N2[0], uids_N2[1] = 0, 2**64 - 1  # the ends of the range
+    parts = {
+        "00000": uids_N2[:30],
+        "00001": uids_N2[25:50],
+        "00002": np.concatenate([uids_N2[45:], uids_N2[:5]]),
+    }
+    progress, checked = VerifyProgress(tmp_path), []
+    for shard, part_N2 in parts.items():
+        by_stage: dict[Stage, ShardRecord] = {"crawl": records["crawl", "cc", shard]}
+        progress.keep(by_stage, ShardFindings(uids={"stored": random.permutation(part_N2)}))
+        checked.append(CheckedShard(shard_name(by_stage), {"stored": shard}))
+    assert [
+        (difference.path, difference.what.partition(",")[0])
+        for difference in doubled_uids(progress, checked, at_once=at_once)
+    ] == [
+        ("00001", "5 uids are ok"),
+        ("00002", "5 uids are ok"),
+        ("00002", "5 uids are ok"),
+    ]
+    examples = {
+        difference.what.split()[-1] for difference in doubled_uids(progress, checked, at_once=at_once)
+    }
+    assert unpack_uids(np.zeros((1, 2), np.uint64))[0] in examples
+
+
+def test_verify_takes_a_corpus_or_its_config(
+    local_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_corpus(local_root, shards=3, stages=("crawl",)).manifest.compact()
+    done = cli_here("verify", local_root, "--shards", "1-2", "--source", "cc")
+    assert done.returncode == 0 and "of 2 shards (source cc; shards 1-2): 0 differences" in done.stdout
+    config = list_config(tmp_path, tmp_path / "list.parquet")
+    config = with_values(config, corpus={"path": local_root})
+    file = str(config_file(config, tmp_path / "corpus.json"))
+    assert "of 3 shards: 0 differences" in cli_here("verify", "-c", file).stdout
+    for words in ((), (local_root, "-c", file)):
+        refused = cli_here("verify", *words)
+        assert refused.returncode == 2 and "give a corpus, or -c FILE" in refused.stderr

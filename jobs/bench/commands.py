@@ -131,6 +131,17 @@ def scale(
 
 
 @bench.command()
+def verify(
+    samples: Annotated[int, typer.Option(min=100, help="Of the corpus.", metavar="N")] = 100_000,
+    json_: Json = False,
+) -> None:
+    """Verify a damaged corpus, whole, and stopped and gone on with: CPU seconds and peak memory of each."""
+    from jobs.bench.verify import measure_verify
+
+    _report(json_, ("whole", "stopped", "gone on with"), measure_verify, samples)
+
+
+@bench.command()
 def select(
     images: Annotated[int, typer.Option(min=1, max=70_000, help="A shard's.", metavar="N")] = 2_000,
     json_: Json = False,

@@ -3,14 +3,12 @@
 Every command is a process of its own, so that its start counts.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.fixtures.commands import measured_command
 from jobs.bench.fixtures.machine import Stopwatch
 from jobs.bench.fixtures.many_shards import SOURCE, make_many_shards, many_shards_in, recipe_options
 from jobs.bench.fixtures.s3 import S3Server, bucket_on, serving_s3
@@ -22,17 +20,6 @@ from schemas.errors import CapfiltError
 # The folder with the list of URLs, the corpus, and the S3 server that counts requests, if there is one.
 _Place = tuple[Path, str, S3Server | None]
 
-# Runs a command of capfilt, then says what it took. The CPU seconds are those since the process was started.
-_MEASURED = """
-import json, sys, time
-from jobs.bench.fixtures.machine import peak_bytes
-from jobs.cli.main import main
-try:
-    main()
-except SystemExit as end:
-    code = end.code or 0
-print(json.dumps({"exit": code, "cpu_s": time.process_time(), "peak": peak_bytes()}), file=sys.stderr)
-"""
 # Questions to the records alone.
 _RECORD_QUERIES: dict[str, str] = {
     "shards by state": "SELECT stage, state, count(*), sum(rows_out) FROM shards GROUP BY ALL ORDER BY ALL",
@@ -91,12 +78,8 @@ def _commands(corpus: str, recipe: list[str], shards: int) -> dict[str, list[str
 def _measured(name: str, arguments: list[str], server: S3Server | None) -> dict[str, Any]:
     if server is not None:
         server.requests.clear()
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, *arguments], capture_output=True, text=True, check=False
-    )
-    figures = json.loads(done.stderr.splitlines()[-1])
-    assert figures["exit"] == 0, done.stdout + done.stderr
-    row = {"command": name, "cpu_s": round(figures["cpu_s"], 2), "peak_mib": figures["peak"] >> 20}
+    figures = measured_command(arguments)
+    row = {"command": name, "cpu_s": round(figures.cpu_s, 2), "peak_mib": figures.peak_bytes >> 20}
     return row if server is None else row | {"requests": len(server.requests)}
 
 

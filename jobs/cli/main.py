@@ -22,6 +22,7 @@ from jobs.cli.commands.reports import reports
 from jobs.cli.commands.trace import traces
 from jobs.cli.commands.train import training
 from jobs.cli.commands.upkeep import upkeep
+from jobs.cli.commands.verify import verification
 from jobs.cli.groups import BUILD, HELP_OPTIONS, MEASURE, TRAIN, CommandGroup
 from jobs.cli.options import JsonObjectOption, SetOption
 from jobs.interrupts import Interrupts
@@ -226,7 +227,7 @@ def demo(
     raise typer.Exit(run_demo(out, as_json=json_, corpus_only=corpus_only))
 
 
-for commands in (looking, reports, traces, marks, upkeep, training):
+for commands in (looking, reports, traces, marks, verification, upkeep, training):
     app.registered_commands.extend(commands.registered_commands)
 app.command(rich_help_panel=TRAIN)(export)
 app.add_typer(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from jobs.cluster.nodes import living_nodes
 from pipeline.runs.events import ShardEvent
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
@@ -126,7 +127,7 @@ def _share(resources: StageResources) -> WorkerShare:
 
 def _gone_nodes(names: Collection[str]) -> set[str]:
     """Return those of some nodes that are not in the cluster any more."""
-    return set(names) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return set(names) - {node["NodeID"] for node in living_nodes()}
 
 
 def _actor_class(stage: Stage) -> type[StageActor]:

@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.cluster.nodes import living_nodes
 from jobs.cluster.session import joined_ray
 from jobs.doctor import LIBRARIES, WORST_FIRST, Check, node_checks
 from jobs.environment import ray_address
@@ -27,7 +28,7 @@ def check_nodes(config: CapfiltConfig) -> list[dict[str, Any]]:
     """
     address = ray_address(config.cluster.address) or "auto"
     with Interrupts() as interrupts, joined_ray(address, interrupts):
-        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        nodes = {node["NodeID"]: node for node in living_nodes()}
         answers = {
             node_id: _on_node.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)

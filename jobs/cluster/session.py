@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
+from jobs.cluster.nodes import living_nodes
 from jobs.environment import WORKER_ENVIRONMENT, ray_address, variables
 from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig, StageResources
@@ -111,7 +112,7 @@ def _check_resources(config: CapfiltConfig, stages: tuple[Stage, ...], growing: 
 
     Pools whose smallest sizes do not fit together run one after the other: that is said as well.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = living_nodes()
     pools: dict[str, StageResources] = {stage: getattr(config.cluster, stage) for stage in stages}
     for resource, key in (("CPU", "cpus"), ("GPU", "gpus")):
         wanted = sum(getattr(pool, key) * pool.min_workers for pool in pools.values())

@@ -28,7 +28,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.stages import STAGES
 
-_COMMANDS = ("run", *STAGES, "pretrain", "doctor")
+_COMMANDS = ("run", *STAGES, "pretrain", "verify", "doctor")
 _AGENT_WAIT_S = 60.0
 
 

@@ -5,5 +5,5 @@ writes below `manifest/` and the catalog only.
 
 `record_rows` turns records into rows, `compaction` keeps them in few files, `manifest` answers questions over
 both and `sandbox` those of a user; `catalog_file` writes `manifest.duckdb`. `status` and `card` are the package's
-own questions; `verify` with `verify_checks` compares every file with its record.
+own questions; the package `verify` compares every file with its record.
 """

@@ -19,7 +19,7 @@ _Job = Annotated[str, typer.Argument(help="As `capfilt jobs` lists it.", metavar
 def submit(
     arguments: Annotated[
         list[str],
-        typer.Argument(help=f"After --: run, {', '.join(STAGES)} or pretrain, with options."),
+        typer.Argument(help=f"After --: run, {', '.join(STAGES)}, verify or pretrain, with options."),
     ],
     config: Annotated[str, typer.Option("-c", "--config", help="The corpus's TOML file.", metavar="FILE")],
     set_: SetOption = None,

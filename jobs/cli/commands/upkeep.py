@@ -1,4 +1,4 @@
-"""The commands that keep a corpus in order: verify gc manifest doctor."""
+"""The commands that keep a corpus in order, beside verify: gc manifest doctor."""
 
 import re
 import shlex
@@ -25,46 +25,6 @@ from jobs.output.values import readable_bytes
 from schemas.errors import CapfiltError
 
 upkeep = typer.Typer()
-
-
-@upkeep.command(rich_help_panel=KEEP)
-def verify(
-    corpus: CorpusArgument,
-    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only.")] = False,
-    afresh: Annotated[
-        bool, typer.Option("--afresh", help="Read all, also what a verification that was stopped has read.")
-    ] = False,
-    wide: WideOption = False,
-    json_: JsonOption = False,
-) -> None:
-    """Recount and re-hash everything against the records. Exit code 1, and each difference, if there are any.
-
-    One that was stopped goes on where it was.
-    """
-    manifest = open_manifest(corpus)
-    from pipeline.manifest.verify import verify as verify_corpus
-    from pipeline.manifest.verify_progress import VerifyProgress
-
-    progress = None if quick else VerifyProgress(manifest.storage.root)
-    if progress and afresh:
-        progress.forget()
-    result = verify_corpus(manifest, quick=quick, progress=progress)
-    if json_:
-        print_json(asdict(result))
-    else:
-        if result.differences:
-            print_table([asdict(discrepancy) for discrepancy in result.differences], wide=wide)
-        if result.read_before:
-            print(
-                f"{result.read_before:,} shards were read before, by a verification that was stopped (--afresh reads "
-                "them again)"
-            )
-        depth = "sizes of" if quick else "read"
-        print(
-            f"{depth} {result.files:,} files ({readable_bytes(result.bytes)}) of {result.shards:,} shards: "
-            f"{len(result.differences):,} differences"
-        )
-    raise typer.Exit(1 if result.differences else 0)
 
 
 @upkeep.command(rich_help_panel=KEEP)

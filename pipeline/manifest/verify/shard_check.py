@@ -1,17 +1,8 @@
-"""Recount and re-hash a corpus against its records, and name each discrepancy.
-
-What is checked: every committed file's size, sha256, rows or samples; that no uid or key is lost or doubled
-from one stage to the next; that no image is stored twice, by a retry or otherwise; that curated tars say what
-their Parquet says; that what a stage was made from is what is committed now; that the manifest lists what the
-records commit.
-"""
+"""The files of one shard compared with its records: size, sha256, rows or samples, and each stage with the others."""
 
 import json
-import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -20,18 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.corpus_state import CorpusState
-from pipeline.corpus.records import Records, ShardId
 from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
-from pipeline.corpus.uids import pack_uids, unpack_uids
+from pipeline.corpus.uids import pack_uids
 from pipeline.digests import sha256_file
-from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.verify_checks import COLUMNS, TAR_COLUMNS, ShardTables
-from pipeline.manifest.verify_progress import Discrepancy, ShardFindings, VerifyProgress
+from pipeline.manifest.verify.progress import Discrepancy, ShardFindings
+from pipeline.manifest.verify.sql_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.storage import Storage
 from schemas.catalog import DATA_TABLES
-from schemas.corpus_format import formats_in
 from schemas.errors import CorruptShardError, first_line
 from schemas.names import is_outside_tar
 from schemas.records import MARKS_INPUT, OutputFile, ShardRecord
@@ -41,79 +28,12 @@ from schemas.tables import URLS
 _SCHEMAS = {"urls": URLS, **DATA_TABLES}
 
 
-@dataclass(slots=True, kw_only=True)
-class Verification:
-    """What was looked at, and every discrepancy."""
-
-    shards: int = 0
-    files: int = 0
-    bytes: int = 0
-    # Shards that an earlier verification, which was stopped, had read.
-    read_before: int = 0
-    differences: list[Discrepancy] = field(default_factory=list)
+def needed_columns(number_of_formats: int) -> dict[str, list[str]]:
+    """Return the columns that each table's files must have; of an earlier format some lack what no check needs."""
+    return COLUMNS if number_of_formats > 1 else {name: schema.names for name, schema in _SCHEMAS.items()}
 
 
-def verify(
-    manifest: Manifest,
-    *,
-    quick: bool = False,
-    threads: int | None = None,
-    progress: VerifyProgress | None = None,
-) -> Verification:
-    """Compare a whole corpus with its records.
-
-    Args:
-        quick: sizes only, as listings have them; nothing is read but the records that no part of the manifest holds.
-        progress: where to note each shard that was read, and to take those from that a stopped verification has read.
-    """
-    committed = _committed(manifest, quick)
-    shards: dict[tuple[str, str], dict[Stage, ShardRecord]] = {}
-    for (stage, source, shard), record in sorted(committed.items()):
-        shards.setdefault((source, shard), {})[stage] = record
-    # Files of an earlier format may lack what the checks do not need.
-    written_by = formats_in(Records(manifest.storage).list_formats())
-    needed = COLUMNS if len(written_by) > 1 else {name: schema.names for name, schema in _SCHEMAS.items()}
-    checks = [_ShardCheck(manifest.storage, by_stage, needed) for _, by_stage in sorted(shards.items())]
-    read_before = 0
-    if quick:
-        listed = {
-            info.path: info.bytes
-            for folder in STAGE_FOLDERS.values()
-            for info in manifest.storage.list(folder)
-        }
-        for check in checks:
-            check.sizes(listed)
-    else:
-        with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as workers:
-            read_before = sum(workers.map(lambda check: check.read_once(progress), checks))
-    findings = [check.findings for check in checks]
-    verification = Verification(
-        shards=len(checks),
-        files=sum(found.files for found in findings),
-        bytes=sum(found.bytes for found in findings),
-        read_before=read_before,
-        differences=[discrepancy for found in findings for discrepancy in found.discrepancies],
-    )
-    if not quick:
-        verification.differences += _doubled_uids(checks)
-    verification.differences += _manifest_discrepancies(manifest, committed)
-    if progress is not None:
-        progress.forget()
-    return verification
-
-
-def _committed(manifest: Manifest, quick: bool) -> dict[ShardId, ShardRecord]:
-    """Return the committed records, url shards included: where all is read, from the records themselves."""
-    records = Records(manifest.storage)
-    if quick:
-        state = CorpusState(records, compacted=manifest.compacted.shard_records)
-        committed, urls = state.committed, state.urls
-    else:
-        committed, urls = records.shards(), records.url_shards()
-    return committed | {("urls", *shard): record for shard, record in urls.items()}
-
-
-class _ShardCheck:
+class ShardCheck:
     """The files of one shard, all stages; ``needed`` are the columns that a table's file must have."""
 
     def __init__(
@@ -126,18 +46,6 @@ class _ShardCheck:
 
     def report(self, path: str, what: str) -> None:
         self.findings.discrepancies.append(Discrepancy(path=path, what=what))
-
-    def read_once(self, progress: VerifyProgress | None) -> bool:
-        """Read every file, unless that was done before; tell whether it was."""
-        if progress is None:
-            self.contents()
-            return False
-        if (found := progress.found(self.records)) is not None:
-            self.findings = found
-            return True
-        self.contents()
-        progress.keep(self.records, self.findings)
-        return False
 
     def sizes(self, listed: Mapping[str, int]) -> None:
         """Compare the sizes of the files with those of the listed ones, by path."""
@@ -170,9 +78,9 @@ class _ShardCheck:
                 if stage in self.records and (what := shard.miscount(stage, self.records[stage].counts)):
                     self.report(self.records[stage].path, what)
         if "urls" in tables:
-            self.findings.listed_N2 = _uids(tables["urls"], pc.field("retry_of").is_null())
+            self.findings.uids["listed"] = _uids(tables["urls"], pc.field("retry_of").is_null())
         if "raw" in tables:
-            self.findings.stored_N2 = _uids(tables["raw"], pc.field("status") == "ok")
+            self.findings.uids["stored"] = _uids(tables["raw"], pc.field("status") == "ok")
 
     def _outputs(self) -> dict[str, OutputFile]:
         """Return the committed files by the names of their tables: ``urls``, ``raw``, ``raw_tar``, ..."""
@@ -262,44 +170,3 @@ def _texts(members: Mapping[str, bytes]) -> dict[str, object]:
 
 def _uids(rows: pa.Table, which: pc.Expression) -> np.ndarray:
     return pack_uids(rows.filter(which)["uid"].to_pylist())
-
-
-def _doubled_uids(checks: Sequence[_ShardCheck]) -> Iterator[Discrepancy]:
-    """Find uids that two url shards list, retries not counted, or whose image two crawled shards hold."""
-    doubled: tuple[tuple[Stage, list[np.ndarray], str], ...] = (
-        ("urls", [check.findings.listed_N2 for check in checks], "are also in"),
-        ("crawl", [check.findings.stored_N2 for check in checks], "are ok, and also in"),
-    )
-    for stage, uids, what in doubled:
-        for (first, second), shared in _shared(uids).items():
-            here, there = (checks[index].records[stage].outputs["parquet"].path for index in (second, first))
-            [example] = unpack_uids(shared[:1])
-            yield Discrepancy(path=here, what=f"{len(shared):,} uids {what} {there}, such as {example}")
-
-
-def _shared(uids: list[np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
-    """Return what two of the arrays have in common, by the places of the two."""
-    words = np.concatenate([np.empty((0, 2), np.uint64), *uids])
-    owners = np.repeat(np.arange(len(uids)), [len(part) for part in uids])
-    order = np.lexsort((owners, words[:, 1], words[:, 0]))
-    words, owners = words[order], owners[order]
-    again = np.flatnonzero((words[1:] == words[:-1]).all(axis=1) & (owners[1:] != owners[:-1]))
-    places: dict[tuple[int, int], list[int]] = {}
-    for place in again.tolist():
-        places.setdefault((int(owners[place]), int(owners[place + 1])), []).append(place)
-    return {pair: words[rows] for pair, rows in places.items()}
-
-
-def _manifest_discrepancies(
-    manifest: Manifest, committed: Mapping[ShardId, ShardRecord]
-) -> list[Discrepancy]:
-    with manifest.open() as query:
-        rows = query.rows("SELECT stage, source, shard, attempt FROM shards WHERE state = 'committed'")
-    listed = {tuple(row.values()) for row in rows}
-    recorded = {(*shard, record.attempt) for shard, record in committed.items()}
-    fix = "run capfilt manifest rebuild"
-    whats = [f"lists {'/'.join(shard)}, which has no record; {fix}" for shard in sorted(listed - recorded)]
-    whats += [
-        f"does not list {'/'.join(shard)}, which is committed; {fix}" for shard in sorted(recorded - listed)
-    ]
-    return [Discrepancy(path="manifest/shards", what=what) for what in whats]
