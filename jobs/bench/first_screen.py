@@ -40,14 +40,16 @@ def _served(corpus: str) -> Iterator[tuple["subprocess.Popen[str]", str, float]]
     """Start ``capfilt look``; yield its process, its address, and the seconds until that was printed."""
     command = [sys.executable, "-m", "jobs.cli", "look", corpus, "--no-browser"]
     with Stopwatch() as start:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert server.stdout is not None
         address = server.stdout.readline().strip()
     try:
+        assert address, server.communicate()
         yield server, address, round(start.seconds, 2)
     finally:
         server.terminate()
-        server.wait()
+        # What it says of the signal is not for whoever measures.
+        server.communicate()
 
 
 def _asked(name: str, address: str, server: int) -> dict[str, Any]:

@@ -26,14 +26,19 @@ _SET_UP_S = 3600
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def make_working_directory(config: Config, folder: Path) -> None:
-    """Copy the packages and the resolved config into ``folder``."""
+def make_working_directory(config: Config, folder: Path, job_id: str) -> None:
+    """Copy the packages and the resolved config into ``folder``.
+
+    A file with the job's id makes it differ from that of any other job: Ray deletes a package with the last job that
+    uses it, also where one that has the same content was just told that it need not upload it.
+    """
     root = Path(__file__).resolve().parent.parent.parent
     for package in _PACKAGES:
         shutil.copytree(
             root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
         )
     (folder / CONFIG_NAME).write_text(json.dumps(dump_config(config), indent=1))
+    (folder / "job_id").write_text(job_id)
 
 
 def runtime_environment(config: Config, folder: Path, *, to_show: bool = False) -> dict[str, Any]:

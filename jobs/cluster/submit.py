@@ -111,7 +111,7 @@ def _start(client: Any, config: Config, arguments: list[str]) -> tuple[str, bool
     job_id = base if not jobs else f"{base}-{len(jobs) + 1}"
     with tempfile.TemporaryDirectory(prefix="capfilt-submit-") as folder:
         job = job_of(config, arguments, job_id, Path(folder))
-        make_working_directory(config, Path(folder))
+        make_working_directory(config, Path(folder), job_id)
         deadline = time.monotonic() + _AGENT_WAIT_S
         while True:
             try:
