@@ -1,7 +1,7 @@
-"""A Ray cluster of three local nodes, in a process of its own that obeys lines on its standard input.
+"""A Ray cluster of local nodes, in a process of its own that obeys lines on its standard input.
 
-``python -m tests.cluster`` prints one JSON object {address, nodes: [raylet pid, ...]} when it is up; the line
-``kill N`` kills node N (and everything it runs) with -9; end of input takes the cluster down.
+``python -m tests.cluster N`` prints one JSON object {address, gcs, nodes: [raylet pid, ...]} when a head and N more
+nodes are up; the line ``kill N`` kills node N (and everything it runs) with -9; end of input takes the cluster down.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.processes import ROOT, descendants
 
@@ -35,10 +36,14 @@ def main() -> None:
         },
     )
     nodes = [cluster.head_node]
-    nodes += [cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=100 << 20) for _ in range(2)]
+    nodes += [
+        cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=100 << 20)
+        for _ in range(int(sys.argv[1]))
+    ]
     cluster.wait_for_nodes()
     pids = [node.all_processes["raylet"][0].process.pid for node in nodes]
-    print(json.dumps({"address": f"http://{cluster.head_node.webui_url}", "nodes": pids}), flush=True)
+    addresses = {"address": f"http://{cluster.head_node.webui_url}", "gcs": cluster.address}
+    print(json.dumps(addresses | {"nodes": pids}), flush=True)
     for line in sys.stdin:
         if line.strip() == "add":
             labels = {"capfilt-kind": "added"}
@@ -75,10 +80,11 @@ def drain(address: str, node_id: str, seconds: int) -> str:
 class ClusterProcess:
     """The cluster as a test sees it."""
 
-    def __init__(self, process: subprocess.Popen, address: str, raylets: list[int]) -> None:
+    def __init__(self, process: subprocess.Popen, address: str, gcs: str, nodes: list[int]) -> None:
         self.process = process
-        self.address = address
-        self.raylets = raylets
+        # Of the Jobs API, and what a driver joins.
+        self.address, self.gcs = address, gcs
+        self.raylets = nodes
 
     def add_node(self) -> int:
         """Add a node with the label ``capfilt-kind`` ``added``; return its number."""
@@ -99,14 +105,27 @@ class ClusterProcess:
         self.process.stdin.flush()
         assert self.process.stdout.readline().strip() == "killed"
 
+    def kill_all(self) -> None:
+        """Kill every node, the head and the drivers of its jobs among them, all at once."""
+        for pid in [*descendants(self.process.pid), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=60)
+
 
 @contextlib.contextmanager
-def three_nodes(token: str) -> Iterator[ClusterProcess]:
-    """Run the cluster with token authentication while the block runs."""
+def local_cluster(token: str, more_nodes: int = 0) -> Iterator[ClusterProcess]:
+    """Run a head and more nodes with token authentication while the block runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster"],
+        [sys.executable, "-m", "tests.cluster", str(more_nodes)],
         cwd=ROOT,
-        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        env=os.environ
+        | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            # As after activating the environment on each node: a job's `python` has capfilt's libraries.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -119,15 +138,13 @@ def three_nodes(token: str) -> Iterator[ClusterProcess]:
                 break
         else:
             raise AssertionError("the cluster did not start")
-        yield ClusterProcess(process, up["address"], up["nodes"])
+        yield ClusterProcess(process, **up)
     finally:
         process.stdin.close()
         try:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            for pid in [*descendants(process.pid), process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            ClusterProcess(process, "", "", []).kill_all()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what makes a test of chance longer than the suite has time for."""
     parser.addoption("--kills", type=int, default=20, help="how often tests/test_kills.py kills something")
     parser.addoption(
-        "--node-kills", type=int, default=2, help="how many nodes tests/test_cluster.py kills in a row"
+        "--node-kills",
+        type=int,
+        default=2,
+        help="how many nodes tests/test_cluster.py and test_node_kills.py kill in a row",
     )
 
 

@@ -62,6 +62,27 @@ class LosesItsDevice(StageActor):
         self._runner._load = load
 
 
+class TakesLong(StageActor):
+    """An actor that needs so long for each shard, before it does it."""
+
+    seconds = 25.0
+
+    def __init__(self, stage: Stage, settings: RunSettings, *arguments: object) -> None:
+        super().__init__(stage, settings, *arguments)
+
+        def load(*arguments: object) -> Worker:
+            work = load_worker(*arguments)
+
+            def call(task: ShardTask) -> ShardRecord:
+                time.sleep(self.seconds)
+                return work(task)
+
+            return call
+
+        if stage == "crawl":
+            self._runner._load = load
+
+
 class WaitsForOthers(StageActor):
     """A captioner on a GPU in name alone. Once a few shards are done, it goes on when so many processes are at work."""
 

@@ -18,8 +18,9 @@ TOKEN = "6" * 64
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": TOKEN,
-    # Ray Data asks the cluster for more nodes every ten seconds otherwise.
+    # Ray Data asks the cluster for twice as many nodes every ten seconds otherwise.
     "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",
+    "RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR": "3",
 }
 NODES = WaitsForOthers.processes
 SHARDS = [f"{number:05d}" for number in range(12)]

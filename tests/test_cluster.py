@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from jobs.cluster.submit import submission_id
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.cluster import ClusterProcess, three_nodes
+from tests.cluster import ClusterProcess, local_cluster
 from tests.corpora import make_corpus
 from tests.processes import cli, cli_here, stage_workers, start_cli
 from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
@@ -29,17 +28,9 @@ PER_SHARD = 12
 
 
 @pytest.fixture(scope="module")
-def cluster(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[ClusterProcess]:
-    # As after activating the environment on each node: a job's `python` is the one that has capfilt's libraries.
-    monkeypatch_module.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    with three_nodes(TOKEN) as up:
+def cluster() -> Iterator[ClusterProcess]:
+    with local_cluster(TOKEN, more_nodes=2) as up:
         yield up
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +169,12 @@ def test_nodes_that_die_charge_no_shard(
     file = str(config_file(slow, tmp_path / "c.json"))
     job = start_cli("submit", "-c", file, "--address", cluster.address, "--", "crawl")
     noted, node = _wait_for_attempt(records, set(), job, cluster, [node])
-    cluster.drain_node(node, 60)
+    cluster.drain_node(node, 20)
     deadline = time.monotonic() + 60
     while not records.shards(("crawl",)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert records.shards(("crawl",)), "the shard in work needs less than the notice"
+    assert records.storage.list("records/lost_attempts") == []
     # Ray gives nothing more to a node that is drained, until it goes.
     added = [cluster.add_node()]
     cluster.kill_node(node)

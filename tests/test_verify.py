@@ -1,9 +1,10 @@
 """Verification: a sound corpus is clean, and every kind of damage is named."""
 
+import contextlib
 import io
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,30 +125,84 @@ def test_an_unfinished_corpus_is_clean(tmp_path) -> None:
         assert differences(make_corpus(str(tmp_path / f"corpus{len(stages)}"), stages=stages)) == []
 
 
-@pytest.mark.parametrize("stage", ["crawl", "caption", "rank", "select"])
-def test_a_missing_and_a_cut_file_are_named(local_root: str, stage: Stage) -> None:
-    corpus = make_corpus(local_root, shards=1)
-    path = path_of(corpus, stage)
-    data = corpus.storage.read(path)
-    corpus.storage.write(path, data[:-7])
-    for quick in (True, False):
-        assert any(
-            f"{path}: {len(data) - 7:,} bytes, its record says {len(data):,}" in line
-            for line in differences(corpus, quick=quick)
-        )
-    corpus.storage.delete(path)
-    assert f"{path}: missing" in differences(corpus)
-    assert f"{path}: missing" in differences(corpus, quick=True)
+FILES: list[tuple[Stage, str]] = [
+    ("urls", "parquet"),
+    ("crawl", "tar"),
+    ("crawl", "parquet"),
+    ("caption", "parquet"),
+    ("rank", "parquet"),
+    ("select", "tar"),
+    ("select", "parquet"),
+]
+# What becomes of a file's bytes; None: it is gone.
+DAMAGE: dict[str, Callable[[bytes], bytes] | None] = {
+    "one bit": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    ),
+    "cut": lambda data: data[:-7],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "gone": None,
+}
 
 
-def test_one_changed_byte_is_named(local_root: str) -> None:
-    corpus = make_corpus(local_root, shards=1)
-    path = path_of(corpus, "crawl", "tar")
-    data = bytearray(corpus.storage.read(path))
-    data[700] ^= 1
-    corpus.storage.write(path, bytes(data))
-    assert differences(corpus, quick=True) == []
-    assert differences(corpus) == [f"{path}: another sha256 than its record says"]
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A corpus of two shards; tests leave it as it was."""
+    corpus = make_corpus(str(tmp_path_factory.mktemp("sound") / "corpus"), shards=2)
+    corpus.manifest.compact()
+    return corpus
+
+
+@contextlib.contextmanager
+def damaged(corpus: Corpus, path: str, how: str) -> Iterator[bytes]:
+    """Damage a file while the block runs; yields its bytes as they were."""
+    data, damage = corpus.storage.read(path), DAMAGE[how]
+    if damage is None:
+        corpus.storage.delete(path)
+    else:
+        corpus.storage.write(path, damage(data))
+    try:
+        yield data
+    finally:
+        corpus.storage.write(path, data)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(("stage", "name"), FILES, ids=["-".join(file) for file in FILES])
+def test_a_damaged_file_is_named_and_no_other(sound: Corpus, stage: Stage, name: str, how: str) -> None:
+    urls = sound.records.url_shards()["cc", "00000"]
+    path = urls.outputs["parquet"].path if stage == "urls" else path_of(sound, stage, name)
+    with damaged(sound, path, how) as data:
+        quick, whole = differences(sound, quick=True), differences(sound)
+    assert all(line.startswith(f"{path}: ") for line in whole)
+    match how:
+        case "gone":
+            assert quick == whole == [f"{path}: missing"]
+        case "one bit":
+            assert quick == [] and whole[0] == f"{path}: another sha256 than its record says"
+        case _:
+            size = len(DAMAGE[how](data))
+            assert quick == whole[:1] == [f"{path}: {size:,} bytes, its record says {len(data):,}"]
+
+
+@pytest.mark.parametrize("how", ["cut", "half", "empty"])
+def test_a_torn_record_is_named(sound: Corpus, how: str) -> None:
+    path = sound.records.read("rank", "cc", "00000").path
+    with damaged(sound, path, how), pytest.raises(CapfiltError, match=f"^{path} is not a record "):
+        verify(sound.manifest)
+
+
+@pytest.mark.parametrize("stage", SCHEMAS)
+def test_a_record_that_is_gone_is_named_with_what_was_made_from_it(sound: Corpus, stage: Stage) -> None:
+    path = sound.records.read(stage, "cc", "00000").path
+    with damaged(sound, path, "gone"):
+        *made_from_it, of_manifest = differences(sound)
+    assert of_manifest.startswith(f"manifest/shards: lists {stage}/cc/00000/")
+    later = {f"records/{name}/cc/00000.json" for name in list(SCHEMAS)[list(SCHEMAS).index(stage) + 1 :]}
+    assert {line.partition(":")[0] for line in made_from_it} <= later
+    assert all(f"made from {stage}." in line for line in made_from_it)
+    assert bool(made_from_it) == (stage != "select")
 
 
 def test_a_tar_cut_at_a_member_is_named(tmp_path) -> None:

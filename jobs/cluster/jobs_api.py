@@ -131,7 +131,7 @@ async def _follow(client: Any, job_id: str) -> int:
                 printed = max(printed, received)
                 print(fresh, end="", flush=True)
             info = client.get_job_info(job_id)
-        except (RuntimeError, aiohttp.ClientError, ConnectionError):
+        except (RuntimeError, aiohttp.ClientError, OSError):  # requests' errors are OSErrors
             await asyncio.sleep(2)  # the connection broke; the job may go on
             info = _job_info(client, job_id)
         if info.status.is_terminal():
@@ -146,7 +146,7 @@ async def _follow(client: Any, job_id: str) -> int:
 def _job_info(client: Any, job_id: str) -> Any:
     try:
         return client.get_job_info(job_id)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, OSError) as error:
         if "does not exist" in str(error):
             raise CapfiltError(f"{job_id}: the cluster has no such job; `capfilt jobs` lists them") from error
         raise TryAgainLaterError(

@@ -14,7 +14,7 @@ from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.processes import descendants, kill, meanwhile, stage_workers
+from tests.processes import cli_here, descendants, kill, meanwhile, stage_workers
 from tests.runs import curated_files, do_run, with_values
 from tests.tampered_actors import Calls, LosesItsDevice
 
@@ -52,6 +52,7 @@ def test_a_shard_that_kills_its_worker_every_time_is_quarantined_alone(
     assert all(row["cpu_hours"] > 0 for row in costs), "what the killed attempts took counts"
     assert do_run(config).exit_code == 0, "the next run tries it again"
     assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
+    assert cli_here("verify", config.corpus.path).returncode == 0
 
 
 def test_a_process_whose_device_is_lost_works_on_nothing_more(
@@ -77,6 +78,7 @@ def test_a_process_whose_device_is_lost_works_on_nothing_more(
     assert lost_attempts == [{"shard": POISONED, "number": number, "cause": "failed"} for number in (1, 2)]
     assert do_run(config).exit_code == 0
     assert curated_files(config.corpus.path) == curated_files(undisturbed.corpus.path)
+    assert cli_here("verify", config.corpus.path).returncode == 0
 
 
 def test_the_actor_of_a_training_is_restarted_where_its_driver_is() -> None:

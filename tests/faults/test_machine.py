@@ -91,6 +91,7 @@ def test_a_disk_that_fails_for_a_while_is_waited_for(
     assert records.quarantined() == {} and records.storage.list("records/attempts") == []
     written = {info.path for info in records.storage.list("curated/cc")}
     assert written == set(expected), "no torn file stays"
+    assert cli_here("verify", corpus.root).returncode == 0
 
 
 def test_a_disk_that_stays_full_ends_the_run_and_damages_nothing(

@@ -10,7 +10,7 @@ import pytest
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
-from tests.processes import meanwhile
+from tests.processes import cli_here, meanwhile
 from tests.runs import curated_files, do_run, with_values
 
 
@@ -42,3 +42,4 @@ def test_what_is_in_work_is_committed_within_the_grace(
     assert (ended.outcome, ended.shards_done) == ("interrupted", len(committed))
     assert do_run(config).exit_code == 0
     assert curated_files(corpus) == curated_files(undisturbed.corpus.path)
+    assert cli_here("verify", corpus).returncode == 0
