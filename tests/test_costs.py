@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.worker_time import WorkerTime
+from pipeline.manifest import status
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.manifest import Manifest
 from pipeline.runs.events import ShardEvent
@@ -107,6 +108,9 @@ def test_a_worker_of_a_fifth_of_a_gpu_counts_as_a_fifth_and_lost_attempts_count(
     assert committed["gpu_hours"] == pytest.approx(0.2 * committed["worker_hours"])
     assert gone["gpu_hours"] == pytest.approx(0.2 * sum(row["seconds"] for row in lost) / 3600)
     assert gone["cost"] == pytest.approx((0.2 * 2.5 + 2 * 0.04) * gone["worker_hours"])
+    [run] = status.runs(Manifest(corpus.storage))
+    assert run["gpu_hours"] == pytest.approx(committed["gpu_hours"] + gone["gpu_hours"], abs=1e-4)
+    assert run["cost"] == pytest.approx(committed["cost"] + gone["cost"], abs=0.01)
 
 
 def test_a_commit_at_the_first_attempt_leaves_nothing_behind(corpus: Corpus) -> None:

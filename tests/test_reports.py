@@ -112,7 +112,7 @@ def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     ]
     assert list(rows[0]) == [
         "run_id", "command", "started_at", "finished_at", "outcome",
-        "shards_done", "shards_skipped", "shards_failed", "host",
+        "shards_done", "shards_skipped", "shards_failed", "gpu_hours", "cost", "host",
     ]  # fmt: skip
     assert len(answer("runs", new_corpus.root, "--limit", "1")) == 1
 

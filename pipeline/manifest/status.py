@@ -69,12 +69,18 @@ def stats(manifest: Manifest) -> dict[str, list[Row]]:
 
 
 def runs(manifest: Manifest, *, limit: int = 50) -> list[Row]:
-    """Return the runs, newest first; one without ``outcome`` is under way, or was killed."""
+    """Return the runs, newest first; one without ``outcome`` is under way, or was killed.
+
+    ``gpu_hours`` and ``cost`` include attempts that were lost.
+    """
     with manifest.open() as query:
         return query.rows(
             """SELECT run_id, command, started_at, finished_at, outcome, shards_done, shards_skipped,
-                shards_failed, host
-            FROM runs ORDER BY started_at DESC, run_id DESC LIMIT $1""",
+                shards_failed, round(gpu_hours, 4) AS gpu_hours, round(cost, 2) AS cost, host
+            FROM runs LEFT JOIN (
+                SELECT run_id, sum(gpu_hours) AS gpu_hours, sum(cost) AS cost FROM costs GROUP BY run_id
+            ) USING (run_id)
+            ORDER BY started_at DESC, run_id DESC LIMIT $1""",
             (limit,),
         )
 
