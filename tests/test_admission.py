@@ -76,3 +76,12 @@ def a_record(shard: str, seconds: float) -> ShardRecord:
 def test_a_run_takes_more_than_its_gpu_hours_by_less_than_a_shard_a_worker(limit_s: float) -> None:
     taken_s = Simulation(limit_s).run()
     assert limit_s - LONGEST_S * AT_ONCE < taken_s < limit_s + WORKERS * LONGEST_S
+
+
+def test_a_run_that_stops_waits_for_no_shard_whose_worker_died() -> None:
+    counter = ProgressCounter()
+    assert counter.ask_to_begin("crawl", "cc", "00000", "dies") == "begin"
+    counter.stop()
+    assert not counter.snapshot().is_stopped
+    assert counter.ask_to_begin("crawl", "cc", "00000", "follows it") == "stop"
+    assert counter.snapshot().is_stopped

@@ -37,6 +37,7 @@ class Admission:
         self.limit = self.limit or self._limits.reached(gpu_seconds + self._in_work_gpu_seconds())
         if self.limit or self._is_stopping:
             self._is_stopping = True
+            self._worker_of.pop(place, None)  # of a worker that died: it is in work no more
             return "stop"
         if self._limits.gpu_hours is not None and not self._committed[place[0]] and self._is_busy(worker):
             return "wait"
