@@ -101,7 +101,7 @@ def test_a_node_dies_while_captioning(
     job = start_cli(*submit)
     records = Records(Storage(config.corpus.path))
     victim = None
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while victim is None and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)
         assert not any(stage_workers(cluster.raylets[node], "crawl") for node in (1, 2))
