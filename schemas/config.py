@@ -146,9 +146,10 @@ class CrawlConfig(Section):
     )
     resize_only_if_bigger: bool = Field(True, description="smaller images are kept at their size")
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
-    formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"], ...] = Field(
-        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"),
-        description="accepted, with one frame; AVIF makes nothing stale: what was refused: --retry format_refused",
+    formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"], ...] = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"),
+        description="accepted, with one frame; HEIF with capfilt[heic]; AVIF and HEIF make nothing stale: "
+        "what was refused: --retry format_refused",
     )
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
     max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")

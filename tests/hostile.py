@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from tests.heic_files import grid, heic, resized_header, single, tile
 from tests.profiles import rgb_profile
 
 OK = ("ok", None)
@@ -128,6 +129,12 @@ def large_rgba_avif() -> bytes:
 def lying_avif() -> bytes:
     """The same, in a container that says 100 x 100."""
     return large_rgba_avif().replace(struct.pack(">II", 7070, 7070), struct.pack(">II", 100, 100))
+
+
+def lying_heic() -> bytes:
+    """512 x 512 by the container, 268 million pixels by the decoder's header."""
+    header, content = tile(512)
+    return single((resized_header(header, 16_384, 16_384), content), 512)
 
 
 def bomb_png() -> bytes:
@@ -531,11 +538,14 @@ GOOD_IMAGES = {
     "/rgba.webp": encoded(picture().convert("RGBA"), "WEBP"),
     "/plain.avif": encoded(picture(), "AVIF", quality=90),
     "/rgba.avif": encoded(picture().convert("RGBA"), "AVIF"),
+    "/plain.heic": heic(picture(), quality=90),
+    "/rgba.heic": heic(picture().convert("RGBA")),
     "/still.gif": encoded(picture(), "GIF"),
     "/plain.bmp": encoded(picture(), "BMP"),
     "/large-rgba.png": large_rgba_png(7_000),
     "/large-rgba.webp": large_rgba_webp(),
     "/large-rgba.avif": large_rgba_avif(),
+    "/large.heic": grid(tile(512), 512, 13, 13 * 512),
     "/caf%C3%A9.jpg": JPEG,
     "/b%C3%BCcher/stra%C3%9Fe%201.jpg?gr%C3%B6%C3%9Fe=%C3%A4&b=%C3%A4": JPEG,
     "/100%25.jpg": JPEG,
@@ -557,6 +567,8 @@ BAD_IMAGES = {
     "/animated.webp": ("format_refused", animated("WEBP")),
     "/animated.png": ("format_refused", animated("PNG")),
     "/animated.avif": ("format_refused", animated("AVIF")),
+    "/several.heic": ("format_refused", heic(picture(), save_all=True, append_images=[picture()])),
+    "/packed-metadata.heic": ("format_refused", grid(tile(512), 512, 2, 1024, mime=b"\0text/xml\0deflate\0")),
     "/many-scans.jpg": ("format_refused", many_scans_jpeg()),
     "/truncated.jpg": ("image_truncated", JPEG[: len(JPEG) // 2]),
     "/half-with-an-end.jpg": ("image_truncated", JPEG[: len(JPEG) // 2] + b"\xff\xd9"),
@@ -564,12 +576,17 @@ BAD_IMAGES = {
     "/truncated.png": ("image_truncated", rgb16_png()[:-60]),
     "/truncated.webp": ("image_truncated", encoded(picture(), "WEBP", lossless=True)[:-40]),
     "/truncated.avif": ("image_truncated", encoded(picture(), "AVIF")[:-40]),
+    "/truncated.heic": ("image_truncated", heic(picture())[:-40]),
+    "/truncated-header.heic": ("image_truncated", heic(picture())[:200]),
     "/truncated.gif": ("image_truncated", encoded(picture(), "GIF")[:-200]),
     "/bomb.png": ("too_many_pixels", bomb_png()),
     "/bomb.jpg": ("too_many_pixels", bomb_jpeg()),
     "/bomb.webp": ("too_many_pixels", bomb_webp()),
     "/bomb.gif": ("too_many_pixels", bomb_gif()),
     "/lying.avif": ("too_many_pixels", lying_avif()),
+    "/bomb.heic": ("too_many_pixels", grid(tile(512), 512, 16, 16 * 512)),
+    "/lying.heic": ("too_many_pixels", lying_heic()),
+    "/lying-grid.heic": ("too_many_pixels", grid(tile(512), 512, 13, 100)),
     "/pixel.gif": ("too_small", encoded(picture(1, 1), "GIF")),
     "/icon.png": ("too_small", encoded(picture(32, 32), "PNG")),
     "/banner.jpg": ("aspect_ratio", encoded(picture(728, 90), "JPEG")),

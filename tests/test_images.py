@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.images import decode
+from pipeline.images import decode, heif
 from pipeline.images.avif import frame_pixels
 from pipeline.images.decode import ImageError, check, decode_rgb, is_plain_jpeg, read_header
+from pipeline.images.iso_boxes import boxes, items
 from tests import hostile
+from tests.heic_files import grid, heic, resized_header, single, tile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
 
 # pytest resets the filters that pipeline.images.decode sets.
@@ -47,6 +49,7 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
         encoded(picture(), "GIF"),
         encoded(picture(), "BMP"),
         encoded(picture(), "AVIF", quality=90),
+        heic(picture(), quality=90),
     ],
     ids=[
         "jpeg",
@@ -64,6 +67,7 @@ def assert_quarters(image: Image.Image, tolerance: int = 12) -> None:
         "gif",
         "bmp",
         "avif",
+        "heic",
     ],
 )
 def test_every_format_shows_the_same_picture(data: bytes) -> None:
@@ -85,10 +89,13 @@ def test_every_orientation(orientation: int) -> None:
         Image.Transpose.TRANSVERSE,
     ]  # fmt: skip
     stored = picture().transpose(transposes[undo[orientation]]) if orientation in undo else picture()
+    # HEIF has properties of its own for it, which pillow-heif makes of the image's EXIF.
+    stored.info["exif"] = exif.tobytes()
     for format_name in ("JPEG", "PNG", "WEBP", "AVIF"):
         data = encoded(stored, format_name, exif=exif)
         assert (read_header(data).width, read_header(data).height) == (160, 120)
         assert_quarters(decode_rgb(data, formats=ALL), tolerance=40)
+    assert_quarters(decode_rgb(heic(stored), formats=ALL), tolerance=40)
 
 
 XMP_6 = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -219,6 +226,50 @@ def test_an_avif_whose_frames_are_larger_than_it_says_is_not_decoded() -> None:
         decode_rgb(hostile.lying_avif(), formats=ALL)
 
 
+@pytest.mark.parametrize(("mode", "frames"), [("RGB", 1), ("L", 1), ("RGBA", 2)])
+def test_frames_inside_a_heic_are_counted(mode: str, frames: int) -> None:
+    image = Image.effect_noise((64, 128), 64).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.effect_noise((64, 128), 64))
+    assert heif.frame_pixels(heic(image)) == frames * 64 * 128
+
+
+def test_a_heic_whose_frames_are_larger_than_it_says_is_not_decoded() -> None:
+    header, content = one = tile(512)
+    assert read_header(single(one, 512)).width == 512
+    assert decode_rgb(grid(one, 512, 2, 1024), formats=ALL).size == (1024, 1024)
+    # A decoder's header with another size; a tile shown again and again; many pictures in one item.
+    huge = resized_header(header, 16_384, 16_384)
+    for lying, message in (
+        (single((huge, content), 512), "268,435,456 in the frames of 262,144"),
+        (grid(one, 512, 13, 100), "44,302,336 in the frames of 10,000"),
+        (single((header, 100 * content), 512), "26,214,400 in the frames of 262,144"),
+    ):
+        with pytest.raises(ImageError, match=f"too_many_pixels: {message}"):
+            read_header(lying)
+
+
+def test_files_of_countless_parts_are_given_up_at_once() -> None:
+    empty_box = struct.pack(">I4s", 8, b"free")
+    with pytest.raises(ValueError, match="over 10,000 boxes"):
+        list(boxes(20_000 * empty_box, 0, 160_000))
+    # 65,535 items, of 65,535 parts without a place each.
+    located = struct.pack(">IHH", 0, 0, 0xFFFF) + 0xFFFF * struct.pack(">HHH", 1, 0, 0xFFFF)
+    with pytest.raises(ValueError, match="items of over 10,000 parts"):
+        list(items(located, {b"iloc": (0, len(located))}))
+
+
+def test_without_pillow_heif_a_heic_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic(picture())
+    monkeypatch.setattr(heif, "can_open", lambda: False)
+    with pytest.raises(
+        ImageError, match=r"format_refused: HEIF, which pip install 'capfilt\[heic\]' decodes"
+    ):
+        read_header(data)
+    with pytest.raises(ImageError, match="format_refused: HEIF$"):
+        decode_rgb(data, formats=("JPEG",))
+
+
 def test_formats_outside_the_config_are_refused() -> None:
     with pytest.raises(ImageError, match="format_refused: GIF"):
         check(
@@ -256,7 +307,8 @@ def test_damage_is_never_an_exception_of_another_kind() -> None:
     noise = np.random.default_rng(0)
     originals = [JPEG, encoded(picture(), "PNG"), encoded(picture(), "WEBP"), encoded(picture(), "GIF"),
                  encoded(picture(), "BMP"), hostile.rotated_jpeg(6), hostile.animated("GIF"),
-                 encoded(picture().convert("RGBA"), "AVIF", speed=10)]  # fmt: skip
+                 encoded(picture().convert("RGBA"), "AVIF", speed=10), heic(picture().convert("RGBA")),
+                 grid(tile(64), 64, 3, 180)]  # fmt: skip
     for data in originals:
         for _ in range(150):
             damaged = bytearray(data[: noise.integers(1, len(data) + 1)])

@@ -192,12 +192,12 @@ def test_tuning_keys_make_nothing_stale() -> None:
     assert {"threads", "timeout_s", "allow_hosts"}.isdisjoint(output_fields(CrawlConfig()))
 
 
-def test_avif_makes_no_crawl_of_an_older_config_stale() -> None:
+def test_avif_and_heif_make_no_crawl_of_an_older_config_stale() -> None:
     older = replace_section("crawl", formats=("JPEG", "PNG", "WEBP", "GIF", "BMP"))
-    fewer = replace_section("crawl", formats=("JPEG", "AVIF"))
+    fewer = replace_section("crawl", formats=("JPEG", "AVIF", "HEIF"))
     fingerprints = [stage_fingerprint(config, "crawl", "web", {}) for config in (CONFIG, older, fewer)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-    # As it was before AVIF was a format.
+    # As it was before AVIF and HEIF were formats.
     assert fingerprints[0] == "b3ae83c4f338b662e6bd46a57c66c429406a3bfc2a5ac228e7e9a9cd2a7a95cb"
 
 

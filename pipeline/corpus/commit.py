@@ -33,6 +33,7 @@ _LIBRARIES = (
     "img2dataset",
     "opencv-python-headless",
     "pillow",
+    "pillow-heif",
     "pyarrow",
     "ray",
 )

@@ -32,8 +32,8 @@ def deciding_fields(config: CapfiltConfig, stage: Stage, kind: str) -> dict[str,
         # Keys of the filter, which a selection by CLIP alone does not read: older corpora do not have them.
         section = {name: value for name, value in section.items() if name not in ("by", "min_match")}
     if stage == "crawl":
-        # A format that older corpora refused: no image of theirs would differ.
-        section["formats"] = [name for name in section["formats"] if name != "AVIF"]
+        # Formats that older corpora refused: no image of theirs would differ.
+        section["formats"] = [name for name in section["formats"] if name not in ("AVIF", "HEIF")]
     # A model is identified by the digest of its files: the same weights at another place are the same.
     for name in ("model", "revision", "pretrained"):
         section.pop(name, None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from pipeline.images import avif, jpeg, png
+from pipeline.images import avif, heif, jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
 from schemas.config import MAX_PIXELS
 
@@ -29,7 +29,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 # OpenCV's own limit of pixels, which it reads when it is imported: as Pillow's.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF")
 _THUMBNAIL_QUALITY = 80
 _THUMBNAIL_PIXELS = 1_000_000
 
@@ -46,7 +46,7 @@ _UNSUPPORTED = {
     "SVG": re.compile(
         rb"(?:\xef\xbb\xbf)?\s*(?:<\?.*?\?>\s*|<!--.*?-->\s*)*+(?:<!DOCTYPE\s+|<)(?:\w+:)?svg\b", re.I | re.S
     ),
-    "HEIF": re.compile(rb"....ftyp(?:hei|hev|mif|msf)", re.S),
+    "HEIF": heif.MAGIC,
     "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
     "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "),
     "ICO": re.compile(rb"\0\0[\1\2]\0(?!\0\0)"),
@@ -205,8 +205,10 @@ def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
     """Open lazily: Pillow reads the header only. Raises ImageError."""
     file = png.without_metadata(data) if data.startswith(png.SIGNATURE) else data
     try:
-        return Image.open(io.BytesIO(file), formats=tuple(formats))
+        return Image.open(io.BytesIO(file), formats=[name for name in formats if name != "HEIF"])
     except UnidentifiedImageError as error:
+        if heif.MAGIC.match(data) and "HEIF" in formats:
+            return _open_heif(data)
         if name := _unsupported_format(data):
             raise ImageError("format_refused", name) from error
         # A known format that Pillow cannot open is cut or damaged within its header.
@@ -216,6 +218,23 @@ def _open(data: bytes, formats: Collection[str]) -> ImageFile.ImageFile:
         raise ImageError("too_many_pixels", str(error)) from error
     except _DAMAGE as error:
         raise ImageError("image_truncated", str(error)) from error
+
+
+def _open_heif(data: bytes) -> ImageFile.ImageFile:
+    """Open a HEIF file, once its frames are counted: to open it already unpacks some of it. Raises ImageError."""
+    if not heif.can_open():
+        raise ImageError("format_refused", heif.MISSING)
+    try:
+        frame_pixels = heif.frame_pixels(data)
+        image = Image.open(io.BytesIO(data), formats=["HEIF"])
+    except heif.UnsupportedHeif as error:
+        raise ImageError("format_refused", f"HEIF {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("image_truncated", "libheif cannot open it") from error
+    except _DAMAGE as error:
+        raise ImageError("image_truncated", str(error)) from error
+    _check_frames(frame_pixels, image.width * image.height)
+    return image
 
 
 def _unsupported_format(data: bytes) -> str | None:
