@@ -145,6 +145,11 @@ class CrawlConfig(Section):
         "keep_ratio", description="img2dataset's modes; keep_ratio: the shorter side becomes image_size_px"
     )
     resize_only_if_bigger: bool = Field(True, description="smaller images are kept at their size")
+    jpeg_scaling: bool = Field(
+        False,
+        description="decode JPEGs of over four times image_size_px at 1/2, 1/4 or 1/8, but no smaller than twice it: "
+        "half the CPU, other bytes than img2dataset's (docs/benchmarks.md)",
+    )
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
     formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"], ...] = Field(
         ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"),

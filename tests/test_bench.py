@@ -68,6 +68,13 @@ def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
     assert figures["img2dataset"]["share"] == {}
 
 
+@pytest.mark.slow
+def test_jpegs_decoded_smaller_are_about_as_near_as_encoding_leaves_them() -> None:
+    for pictures in bench("jpeg-scaling", "--rounds", "1")["pictures"].values():
+        require_positive(pictures, "cpu_ratio", "mean_levels")
+        assert pictures["scale"] >= 2 and pictures["psnr_db"] > pictures["encoding_psnr_db"] - 2
+
+
 def test_intake_counts_every_row_and_rereads_a_grown_list() -> None:
     figures = bench("intake", "--rows", "1000")
     first, grown, retried = figures["first"], figures["grown"], figures["retried"]

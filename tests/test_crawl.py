@@ -176,6 +176,16 @@ def test_resizing_is_img2datasets(small_site_worker) -> None:
     assert record_best.outputs["tar"].bytes >= record_worst.outputs["tar"].bytes
 
 
+def test_jpegs_are_decoded_smaller_where_that_is_asked_for(small_site_worker) -> None:
+    paths = ["/plain.jpg", "/rotated6.jpg", "/rgba.png", "/truncated.jpg"]
+    records, full = small_site_worker(paths, "full", image_size_px=16)
+    others, scaled = small_site_worker(paths, "scaled", image_size_px=16, jpeg_scaling=True)
+    assert full.outputs["tar"].sha256 != scaled.outputs["tar"].sha256 and full.counts == scaled.counts
+    pairs = list(zip(samples_of(records, full), samples_of(others, scaled), strict=True))
+    for name in ("status", "reason", "width", "height", "original_width", "original_height"):
+        assert [a[name] for a, _ in pairs] == [b[name] for _, b in pairs]
+
+
 def test_the_same_answers_make_the_same_bytes(small_site_worker) -> None:
     paths = ["/plain.jpg", "/404", "/rgba.png", "/503/twice", "/redirect/chain", "/html.jpg", "/rotated6.jpg"]
     small_site_worker(["/503/twice"], "warm-up")

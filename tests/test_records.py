@@ -201,6 +201,12 @@ def test_avif_and_heif_make_no_crawl_of_an_older_config_stale() -> None:
     assert fingerprints[0] == "b3ae83c4f338b662e6bd46a57c66c429406a3bfc2a5ac228e7e9a9cd2a7a95cb"
 
 
+def test_jpeg_scaling_counts_where_it_is_on() -> None:
+    off, on = (replace_section("crawl", jpeg_scaling=value) for value in (False, True))
+    fingerprints = [stage_fingerprint(config, "crawl", "web", {}) for config in (CONFIG, off, on)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
 def replace_section(name: str, **values: object) -> CapfiltConfig:
     section = getattr(CONFIG, name).model_copy(update=values)
     return CONFIG.model_copy(update={name: section})

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images.decode import EncodedImage
-from pipeline.images.resize import Resizer, to_bgr
-from tests.hostile import encoded, picture
+from jobs.bench.fixtures.pictures import jpeg
+from pipeline.images.decode import EncodedImage, ImageError
+from pipeline.images.resize import Resizer, resize, to_bgr
+from tests.hostile import encoded, picture, rotated_jpeg
 
 MODES = ("no", "border", "keep_ratio", "keep_ratio_largest", "center_crop")
 # Logs to stdout while four threads resize; what is lost is what img2dataset's own class would lose.
@@ -65,6 +66,47 @@ def test_pixels_are_the_same_in_one_block_of_memory_and_in_several() -> None:
         decoded = EncodedImage(encoded(image, "JPEG", quality=95)).srgb(10_000_000)
         for pixels in (image, decoded):
             assert np.array_equal(to_bgr(pixels), np.asarray(pixels)[..., ::-1])
+
+
+@pytest.mark.parametrize("mode", ["keep_ratio", "keep_ratio_largest", "center_crop", "border"])
+def test_a_jpeg_decoded_smaller_stays_in_place_and_near(mode: str) -> None:
+    resizer = Resizer(48, mode, only_if_bigger=True, quality=95)
+    for width, height, grey in ((801, 803, False), (417, 615, True), (400, 400, False), (1211, 199, False)):
+        data = jpeg(0, (width, height))
+        if grey:
+            data = encoded(Image.open(io.BytesIO(data)).convert("L"), "JPEG", quality=88)
+        image = EncodedImage(data)
+        scale = image.jpeg_scale(resizer.spare_scale(width, height))
+        assert scale == max(s for s in (1, 2, 4, 8) if resizer.spare_scale(width, height) >= s)
+        scaled = image.srgb(10_000_000, scale)
+        assert scaled.size == (-(-width // scale), -(-height // scale))
+        full = resize(to_bgr(EncodedImage(data).srgb(10_000_000)), 48, mode, True)
+        near = resize(to_bgr(scaled), 48, mode, True, (width / scale, height / scale))
+        assert near.shape == full.shape
+        # Without the part of a pixel at the end it was up to 12 levels.
+        assert np.abs(near.astype(int) - full).mean() < 1.0, (width, height, mode)
+
+
+def test_only_jpegs_that_are_large_enough_are_decoded_smaller() -> None:
+    resizer = Resizer(48, "keep_ratio", only_if_bigger=True, quality=95)
+    assert resizer.spare_scale(191, 500) < 2 <= resizer.spare_scale(192, 500)
+    assert Resizer(48, "no", only_if_bigger=True, quality=95).spare_scale(9_000, 9_000) == 1
+    assert EncodedImage(encoded(picture(), "PNG")).jpeg_scale(8) == 1
+    # Turned by EXIF, the part of a pixel at the end would become the first one: 160 x 120 in whole pixels alone.
+    assert EncodedImage(rotated_jpeg(6)).jpeg_scale(8) == 8
+    turned = encoded(picture(164, 122), "JPEG", exif=orientation_6())
+    assert [EncodedImage(turned).jpeg_scale(at_most) for at_most in (8, 3.9, 1.9)] == [2, 2, 1]
+    # What is missing is noticed at each scale.
+    whole = jpeg(0, (640, 480))
+    for scale in (2, 4, 8):
+        with pytest.raises(ImageError, match="image_truncated"):
+            EncodedImage(whole[: len(whole) // 2] + whole[-2:]).srgb(10_000_000, scale)
+
+
+def orientation_6() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 def test_four_threads_leave_the_processs_own_output_alone() -> None:

@@ -52,6 +52,14 @@ def crawl(
 
 
 @bench.command()
+def jpeg_scaling(rounds: Rounds = 3, json_: Json = False) -> None:
+    """Decode JPEGs in full and as crawl.jpeg_scaling does: distance of the resized pixels, CPU."""
+    from jobs.bench.jpeg_scaling import measure_jpeg_scaling
+
+    _report(json_, ("pictures",), measure_jpeg_scaling, rounds)
+
+
+@bench.command()
 def intake(
     rows: Annotated[int, typer.Option(min=10, help="Of the list.", metavar="N")] = 1_000_000,
     json_: Json = False,

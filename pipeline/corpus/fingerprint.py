@@ -34,6 +34,9 @@ def deciding_fields(config: CapfiltConfig, stage: Stage, kind: str) -> dict[str,
     if stage == "crawl":
         # Formats that older corpora refused: no image of theirs would differ.
         section["formats"] = [name for name in section["formats"] if name not in ("AVIF", "HEIF")]
+        # A key that older corpora do not have counts where it is on.
+        if not section["jpeg_scaling"]:
+            del section["jpeg_scaling"]
     # A model is identified by the digest of its files: the same weights at another place are the same.
     for name in ("model", "revision", "pretrained"):
         section.pop(name, None)

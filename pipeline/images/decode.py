@@ -114,9 +114,27 @@ class EncodedImage:
         image, _ = self._decode(max_pixels)
         return _upright(_on_white(_to_8_bit(image)), self.header)
 
-    def srgb(self, max_pixels: int) -> Image.Image:
-        """Decode as ``rgb`` does, and convert to sRGB. A grey JPEG stays grey. Raises ImageError."""
-        image, profile = self._decode(max_pixels)
+    def jpeg_scale(self, at_most: float) -> int:
+        """Return how many times smaller a JPEG can be decoded: 8, 4 or 2, no more than ``at_most``; else 1.
+
+        A side that is no multiple of it ends in a part of a pixel. That must be the last one: where EXIF turns the
+        image, the sides must be multiples.
+        """
+        header = self.header
+        if header.format != "JPEG":
+            return 1
+        turned = header.orientation != 1
+        exact = [
+            scale for scale in (8, 4, 2) if not turned or header.width % scale == header.height % scale == 0
+        ]
+        return next((scale for scale in exact if scale <= at_most), 1)
+
+    def srgb(self, max_pixels: int, jpeg_scale: int = 1) -> Image.Image:
+        """Decode as ``rgb`` does, and convert to sRGB. A grey JPEG stays grey. Raises ImageError.
+
+        ``max_pixels`` is of the whole image, also where it is decoded smaller.
+        """
+        image, profile = self._decode(max_pixels, jpeg_scale)
         image = _to_8_bit(image)
         if image.mode == "LA":
             grey, alpha = image.split()
@@ -127,7 +145,7 @@ class EncodedImage:
             return image
         return _upright(_on_white(image), self.header)
 
-    def _decode(self, max_pixels: int) -> tuple[Image.Image, bytes | None]:
+    def _decode(self, max_pixels: int, jpeg_scale: int = 1) -> tuple[Image.Image, bytes | None]:
         """Decode every pixel; return the image as it is stored, and its ICC profile. Raises ImageError."""
         header, data = self.header, self._data
         if header.width * header.height > max_pixels:
@@ -135,6 +153,8 @@ class EncodedImage:
         # Not kept: the caller converts the pixels, and two copies of a big image count.
         image, self._image = self._image, None
         assert image is not None, "decoded twice"
+        if jpeg_scale > 1:
+            image.draft(None, (image.width // jpeg_scale, image.height // jpeg_scale))
         is_png = header.format == "PNG"
         profile = png.read_profile(data, MAX_PROFILE_BYTES) if is_png else image.info.get("icc_profile")
         try:

@@ -119,9 +119,18 @@ class ShardImages:
             max_aspect_ratio=config.max_aspect_ratio,
         )
         with self._big(header):
-            jpeg, width, height = self._resizer(image.srgb(config.max_pixels))
+            jpeg, width, height = self._stored(image)
         columns.update(width=width, height=height, image_bytes=len(jpeg))
         return jpeg
+
+    def _stored(self, image: EncodedImage) -> tuple[bytes, int, int]:
+        """Decode, resize and encode; return the JPEG, its width and its height. Raises ImageError."""
+        header, config = image.header, self._config
+        scale = 1
+        if config.jpeg_scaling:
+            scale = image.jpeg_scale(self._resizer.spare_scale(header.width, header.height))
+        pixels = image.srgb(config.max_pixels, scale)
+        return self._resizer(pixels, (header.width / scale, header.height / scale) if scale > 1 else None)
 
     def _big(self, header: ImageHeader) -> contextlib.AbstractContextManager[object]:
         is_big = header.width * header.height > self._config.max_pixels * _BIG
