@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config_messages import section_class
 from schemas.bootstrap import BootstrapConfig
-from schemas.catalog import FUNCTIONS, TABLE_MACROS, VIEWS
+from schemas.catalog import FUNCTIONS, PYTHON_FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.config import CapfiltConfig
 from schemas.pretrain import PretrainConfig
 from schemas.statuses import REASONS, SAMPLE_STATUSES
@@ -71,8 +71,10 @@ def manifest_tables() -> str:
     for table, schema in TABLES.items():
         rows = [(f"`{field.name}`", field.type, column_doc(field)) for field in schema]
         parts += [f"### `{table}`", "", TABLE_DOCS[table], "", *_table(("column", "type", "meaning"), rows)]
-    named = {**VIEWS, **FUNCTIONS, **TABLE_MACROS}
-    views = [(f"`{name}`", doc) for name, (doc, _) in named.items()]
+    named = {
+        name: doc for name, (doc, _) in {**VIEWS, **FUNCTIONS, **TABLE_MACROS}.items()
+    } | PYTHON_FUNCTIONS
+    views = [(f"`{name}`", doc) for name, doc in named.items()]
     return "\n".join([*parts, "## Views and macros", "", *_table(("name", "what it answers"), views)])
 
 

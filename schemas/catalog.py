@@ -494,6 +494,12 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
         f"lower(regexp_extract(url, '{URL_HOST}', 1))",
     ),
 }
+# What this program adds to its own connections: a DuckDB of one's own does not have them.
+PYTHON_FUNCTIONS: dict[str, str] = {
+    "canonical_url(url)": "one spelling of all URLs that differ in spelling alone: case of the host, default port, "
+    "percent-encoding, dot segments, fragment, IDNA; NULL for what is not an http(s) URL (`capfilt sql` and "
+    "`Corpus.sql` alone)",
+}
 TABLE_MACROS: dict[str, tuple[str, str]] = {
     "histogram_of(name_)": (
         "one histogram of each source and stage (records only): SELECT * FROM histogram_of('kept_score')",

@@ -367,6 +367,34 @@ def test_what_the_workers_count_sums_up_too(tmp_path: Path) -> None:
     assert notes <= {("caption", "duplicate"), ("rank", "truncated"), ("select", "captions")}
 
 
+def test_urls_that_differ_in_spelling_alone_have_one_canonical_url(corpus: Corpus) -> None:
+    spellings = [
+        "http://host0.example/00000/0.jpg",
+        "HTTP://Host0.Example:80/a/../00000/./0.jpg#top",
+        "http://user@host0.example/0000%30/%30.jpg?",
+    ]
+    others = [
+        "https://host0.example/00000/0.jpg",
+        "http://host0.example/%2F%c3%a4",
+        "nonsense",
+        "file:///etc/passwd",
+    ]
+    query = "SELECT canonical_url(url) FROM (SELECT unnest(?) AS url)"
+    with corpus.manifest.open() as opened:
+        rows = opened.rows(query, [[*spellings, *others, None]])
+    answers = [row["canonical_url(url)"] for row in rows]
+    assert answers == [spellings[0]] * 3 + [others[0], "http://host0.example/%2F%C3%A4", None, None, None]
+    # In the sandbox, beside the corpus's own URLs.
+    found = corpus.manifest.query(
+        "SELECT count(*), count(DISTINCT spelling) FROM ("
+        "SELECT url AS spelling FROM samples UNION ALL SELECT replace(url, 'http://h', 'HTTP://H') FROM samples) "
+        "GROUP BY canonical_url(spelling) HAVING count(DISTINCT spelling) > 1 LIMIT 1"
+    )
+    assert found.rows == [(2, 2)]
+    with pytest.raises(CapfiltError, match="canonical_url"):
+        corpus.manifest.query("SELECT canonical_url(1, 2)")
+
+
 @pytest.mark.parametrize(
     ("url", "host"),
     [

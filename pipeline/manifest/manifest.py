@@ -234,7 +234,7 @@ class Query:
         self._unopened = set(_SCHEMAS)
         # Whether some file that is opened in place was found without columns that later ones have.
         self._lacks_columns = False
-        self._is_commented = False
+        self._is_commented = self._has_canonical_url = False
 
     def _run(self, statements: list[str]) -> None:
         self._connection.execute(";".join(statements))
@@ -251,6 +251,12 @@ class Query:
         if not self._is_commented and any(name.startswith(_TELLS_COMMENTS) for name in names):
             self._run(comments())
             self._is_commented = True
+        if "canonical_url" in names and not self._has_canonical_url:
+            # Imported where it is wanted: most statements need no parser of URLs.
+            from pipeline.manifest.canonical_urls import add_canonical_url
+
+            add_canonical_url(self._connection)
+            self._has_canonical_url = True
         if "shards_events" in names:
             self._fill(self._columns_of(sql, parameters))
         # The SQL calls the rows of retries by another name than their files.

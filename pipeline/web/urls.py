@@ -4,6 +4,7 @@ The rules are those of the WHATWG's URL standard, which ada implements, with IDN
 """
 
 import re
+import string
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,6 +12,9 @@ from ada_url import URL
 
 from schemas.statuses import REASONS
 
+# What needs no encoding (RFC 3986, 2.3): encoded or not, it is the same URL.
+_UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
+_ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
 _BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Of the characters that the standard allows in a host, those that host names and IPv6 addresses have.
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
@@ -76,6 +80,25 @@ class WebUrl:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.netloc}{self.target}"
+
+
+def canonical_url(url: str) -> str | None:
+    """Return the one spelling of all URLs that differ in spelling alone; None for what is not an http(s) URL.
+
+    The URL as it is fetched: scheme and host in lower case and ASCII, without the scheme's own port, user name, dot
+    segments and fragment. Besides, percent-encoding as RFC 3986 (6.2.2) has it: none where none is needed, and else in
+    upper case. That is not fetched: a server may tell the two apart.
+    """
+    try:
+        fetched = str(WebUrl.parse(url))
+    except FetchError:
+        return None
+    return _ENCODED.sub(_canonical_octet, fetched)
+
+
+def _canonical_octet(match: re.Match[str]) -> str:
+    character = chr(int(match[0][1:], 16))
+    return character if character in _UNRESERVED else match[0].upper()
 
 
 def _scalar_values(text: str) -> str:
