@@ -39,6 +39,11 @@ class RunConfig(Section):
     init_from: str = Field(
         "", description="checkpoint to begin with: capfilt's, or a LAVIS .pth; stage 2 needs stage 1's"
     )
+    max_hours: float | None = tuning(
+        None,
+        gt=0,
+        description="end after the step at which the command has lasted so long, with a checkpoint",
+    )
 
 
 class CorpusSlice(Section):

@@ -292,6 +292,18 @@ def test_asked_to_stop_it_makes_a_checkpoint_first(make: Make) -> None:
     assert last_state(config).progress.step == len(losses(config)) >= 5
 
 
+def test_after_its_hours_it_ends_with_a_checkpoint_and_the_same_command_goes_on(
+    make: Make, tmp_path: Path
+) -> None:
+    config = make(run={"name": "hours"}, optim={"steps": 2})
+    command = ("pretrain", "-c", in_file(config, tmp_path), "--json")
+    ended = cli_here(*command, "--max-hours", "1e-9")
+    assert (ended.returncode, json.loads(ended.stdout)["step"]) == (3, 1), ended.stderr
+    done = cli_here(*command)
+    summary = json.loads(done.stdout)
+    assert (done.returncode, summary["resumed_from"], summary["step"]) == (0, 1, 2), done.stderr
+
+
 def test_an_output_that_is_not_a_folder_is_one_line(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("/nowhere/at/all")

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from pipeline.corpus.checkpoint_files import run_folder
@@ -82,12 +85,23 @@ def pretrain(
     # Before models are read, which may take minutes; it is taken when outputs are opened.
     world.broadcast_object(lambda: wait_until_free(storage, run.run_id, log=log))
     log(f"{config.run.name}: reading the data's records, the last checkpoint and the weights")
-    loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stop_asked, log))
+    deadline = _deadline(config, run)
+
+    def stops() -> bool:
+        return stop_asked() or time.time() >= deadline
+
+    loop, snapshot, batches = world.all_or_raise(lambda: _prepare(config, world, run, stops, log))
     if loop.step == loop.schedule.steps:
         return loop.run(iter(()))
     with ExitStack() as stack:
         world.broadcast_object(lambda: _open_outputs(loop, snapshot, run, stack))
         return loop.run(batches)
+
+
+def _deadline(config: PretrainConfig, run: RunRecord) -> float:
+    """Return the Unix time at which the command has lasted ``run.max_hours``, which it may after a rank was lost."""
+    hours = config.run.max_hours
+    return math.inf if hours is None else datetime.fromisoformat(run.started_at).timestamp() + 3600 * hours
 
 
 def _prepare(

@@ -21,16 +21,20 @@ def pretrain(
         str, typer.Option("-c", "--config", help="The training run's TOML file.", metavar="FILE")
     ],
     set_: SetOption = None,
+    max_hours: Annotated[
+        float | None, typer.Option("--max-hours", min=0, help="In place of run.max_hours.", metavar="X")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what it costs, without weights.")
     ] = False,
     json_: JsonObjectOption = False,
 ) -> None:
-    """Train BLIP or BLIP-2 on curated shards, or go on with it. Exit code 1 if it cannot go on."""
+    """Train BLIP or BLIP-2 on curated shards, or go on with it. Exit code 1 if it cannot go on, 3 after its hours."""
     from pipeline.config import load_config
     from schemas.pretrain import PretrainConfig
 
-    loaded = load_config(config, set_ or (), PretrainConfig)
+    overrides = [*(set_ or ()), *([f"run.max_hours={max_hours}"] if max_hours is not None else [])]
+    loaded = load_config(config, overrides, PretrainConfig)
     if dry_run:
         from training.trainer.estimate import plan
 
@@ -55,7 +59,9 @@ def pretrain(
         raise typer.Exit(interrupts.exit_code if is_interrupted else 1) from error
     if is_first_rank():
         print(summary.to_json() if json_ else _end_text(summary))
-    raise typer.Exit(0 if summary.outcome == "done" else interrupts.exit_code)
+    if summary.outcome == "done":
+        raise typer.Exit(0)
+    raise typer.Exit(interrupts.exit_code if interrupts.count else 3)
 
 
 def _end_text(summary: "Summary") -> str:
