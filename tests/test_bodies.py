@@ -68,3 +68,23 @@ def test_those_that_wait_give_up_when_the_crawl_ends() -> None:
         thread.start()
     thread.join(10)
     assert [error.again for error in ended] == [False]
+
+
+def test_bytes_that_are_taken_are_held_once_and_count_until_the_body_is_closed() -> None:
+    memory = BodyMemory(10)
+    taken, beyond = body(memory), body(memory)
+    taken.write(b"0123456789")
+    assert taken.take() == b"0123456789" and taken.getbuffer().nbytes == 0
+    beyond.write(bytes(10))
+    written = threading.Event()
+
+    def wait() -> None:
+        body(memory).write(bytes(10))
+        written.set()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    assert not written.wait(0.2)
+    taken.close()
+    beyond.close()
+    assert written.wait(10)

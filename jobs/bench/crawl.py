@@ -1,7 +1,8 @@
 """The crawl compared with what it is built on: CrawlWorker and img2dataset's own fetch, alternately, on the same URLs.
 
-Each has a process of its own. Both resize alike, digest the body and write a tar and a Parquet file. CrawlWorker also
-guards each fetch, checks every row, and commits: uploads with sync, record last.
+Each has a process of its own, held to as many cores as the worker has. Both resize alike, digest the body and write a
+tar and a Parquet file. CrawlWorker also guards each fetch, checks every row, and commits: uploads with sync, record
+last.
 """
 
 import json
@@ -69,14 +70,21 @@ def _crawl(config: CapfiltConfig, task: ShardTask) -> Cost:
     """Crawl a shard as a run does; runs in a process of its own."""
     from pipeline.stages.crawl import CrawlWorker
 
+    _hold_to_cores(config)
     worker = CrawlWorker(config, Records(Storage(task.corpus)))
     with Stopwatch() as watch:
         record = worker(task)
     return watch.cost(record.images, **{part: record.seconds[part] for part in ("fetch", "decode", "write")})
 
 
+def _hold_to_cores(config: CapfiltConfig) -> None:
+    """Keep this process to as many cores as the worker has; the server shares them where there are no others."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(config.cluster.crawl.cpus)])
+
+
 def _download(config: CapfiltConfig, task: ShardTask) -> Cost:
     """Download a shard with img2dataset's classes as its command line drives them; in a process of its own."""
+    _hold_to_cores(config)
     path = Storage(task.corpus).url(task.inputs["urls"].outputs["parquet"].path)
     table = pq.read_table(path, columns=["url", "captions"])
     rows = pa.table({"url": table["url"], "caption": [texts[0] for texts in table["captions"].to_pylist()]})

@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -162,10 +163,12 @@ class ShardCommit:
 
     def _upload(self, suffix: str, local: Path, rows: int) -> OutputFile:
         path = self.output_path(suffix)
-        output = OutputFile(path=path, bytes=local.stat().st_size, sha256=sha256_file(local), rows=rows)
-        # The file is in this commit's own folder, which goes away: nobody changes it.
-        self.records.storage.share(local, path)
-        return output
+        # The file is in this commit's own folder, which goes away: nobody changes it. It is hashed while the disk or
+        # the store takes it.
+        with ThreadPoolExecutor(1) as hashing:
+            digest = hashing.submit(sha256_file, local)
+            self.records.storage.share(local, path)
+            return OutputFile(path=path, bytes=local.stat().st_size, sha256=digest.result(), rows=rows)
 
     def _record(self, outputs: Mapping[str, OutputFile]) -> ShardRecord:
         task, stats = self.task, self.stats

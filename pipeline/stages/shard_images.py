@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 from pipeline.images.decode import EncodedImage, ImageError, ImageHeader, check
 from pipeline.images.resize import Resizer
 from pipeline.prefetch import run_steps
-from pipeline.web.bodies import BodyMemory
+from pipeline.web.bodies import Body, BodyMemory
 from pipeline.web.client import Fetch
 from schemas.config import CrawlConfig
 
@@ -37,6 +38,16 @@ class Fetcher(Protocol):
     def fetch(self, url: str, memory: BodyMemory) -> Fetch:
         """Return how a URL ended, with its body if it was ok; a body in memory is part of ``memory``."""
         ...
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """A row whose URL was fetched; ``image`` where it brought one into memory."""
+
+    number: int
+    fetch: Fetch
+    image: EncodedImage | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 class ShardImages:
@@ -70,7 +81,7 @@ class ShardImages:
         """Fetch every URL, and store what is an image. Raises errors that no URL caused, such as a full disk."""
         with self._memory, self._path.open("wb") as file:
             fetching = self._fetch, self._fetcher.threads
-            decoding = partial(self._judge, file), self._decode_threads
+            decoding = partial(self._store, file), self._decode_threads
             run_steps(self._order(), [fetching, decoding], _ROWS_A_THREAD * self._fetcher.threads)
 
     def _order(self) -> list[int]:
@@ -80,18 +91,44 @@ class ShardImages:
             random.Random(0).shuffle(numbers)
         return numbers
 
-    def _fetch(self, number: int) -> tuple[int, Fetch]:
-        return number, self._fetcher.fetch(self._urls[number], self._memory)
+    def _fetch(self, number: int) -> "_Fetched":
+        """Fetch a row's URL, and judge the header of a body in memory: only what will be decoded waits for the decoder.
 
-    def _judge(self, file: BinaryIO, numbered: tuple[int, Fetch]) -> None:
-        """Make the row of a fetch that ended, and store the image where it brought one."""
-        number, fetch = numbered
+        A body in a file is not read before it is decoded: those that wait would be in memory without a bound.
+        """
+        fetched = _Fetched(number, self._fetcher.fetch(self._urls[number], self._memory))
+        fetch = fetched.fetch
+        try:
+            if isinstance(fetch.body, Body):
+                fetched.image = self._judge(fetch.body.take(), fetched.columns)
+        except ImageError as error:
+            fetch.close()
+            fetch.end(error.reason, error.detail)
+        return fetched
+
+    def _judge(self, data: bytes, columns: dict[str, Any]) -> EncodedImage:
+        """Return an image whose header is within the limits. Raises ImageError."""
+        config, image = self._config, EncodedImage(data)
+        header = image.header
+        columns.update(format=header.format, original_width=header.width, original_height=header.height)
+        check(
+            header,
+            formats=config.formats,
+            max_pixels=config.max_pixels,
+            min_size_px=config.min_size_px,
+            max_aspect_ratio=config.max_aspect_ratio,
+        )
+        return image
+
+    def _store(self, file: BinaryIO, fetched: "_Fetched") -> None:
+        """Decode, resize and store the image of a row, where it has one, and make the row."""
         start = time.perf_counter()
-        columns: dict[str, Any] = {}
+        number, fetch, columns = fetched.number, fetched.fetch, fetched.columns
         jpeg = None
         try:
-            if fetch.reason is None:
-                jpeg = self._resize(fetch, columns)
+            if fetch.body is not None:
+                image = fetched.image or self._judge(fetch.body.read(), columns)
+                jpeg = self._resize(image, columns)
                 fetch.end()
         except ImageError as error:
             fetch.end(error.reason, error.detail)
@@ -105,20 +142,9 @@ class ShardImages:
                 self._places[number] = file.tell(), file.write(jpeg)
             self.decode_s += (time.perf_counter() - start) / self._decode_threads
 
-    def _resize(self, fetch: Fetch, columns: dict[str, Any]) -> bytes:
-        """Check a fetched body's header, decode it, and resize it. Raises ImageError."""
-        assert fetch.body is not None
-        config, image = self._config, EncodedImage(fetch.body.read())
-        header = image.header
-        columns.update(format=header.format, original_width=header.width, original_height=header.height)
-        check(
-            header,
-            formats=config.formats,
-            max_pixels=config.max_pixels,
-            min_size_px=config.min_size_px,
-            max_aspect_ratio=config.max_aspect_ratio,
-        )
-        with self._big(header):
+    def _resize(self, image: EncodedImage, columns: dict[str, Any]) -> bytes:
+        """Return an image as it is stored. Raises ImageError."""
+        with self._big(image.header):
             jpeg, width, height = self._stored(image)
         columns.update(width=width, height=height, image_bytes=len(jpeg))
         return jpeg

@@ -76,6 +76,13 @@ class Body(io.BytesIO):
         self._on_wait(time.monotonic() - started)
         return super().write(chunk)
 
+    def take(self) -> bytes:
+        """Return the bytes and hold them no longer; they count until the body is closed."""
+        data = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        return data
+
     def close(self) -> None:
         if not self.closed:
             self._memory.free(self, self._taken)
