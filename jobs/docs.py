@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from pipeline.config_messages import section_class
 from schemas.bootstrap import BootstrapConfig
-from schemas.catalog import FUNCTIONS, PYTHON_FUNCTIONS, TABLE_MACROS, VIEWS
+from schemas.catalog.views import FUNCTIONS, PYTHON_FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.config import CapfiltConfig
 from schemas.pretrain import PretrainConfig
 from schemas.statuses import REASONS, SAMPLE_STATUSES

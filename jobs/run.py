@@ -26,7 +26,7 @@ from pipeline.marks.search import marks_of_shards
 from pipeline.models.weights import Weights, captioner_weights, filter_weights, ranker_weights
 from pipeline.runs.limits import RunLimits
 from pipeline.runs.plan import ModelDigests, stages_in_use, stale_message
-from pipeline.runs.runner import RunSettings
+from pipeline.runs.runner import LoadWorker, RunSettings, load_worker
 from pipeline.runs.survey import Survey, Totals, survey
 from pipeline.storage.patience import Patience
 from pipeline.storage.storage import Storage
@@ -64,6 +64,8 @@ class RunOptions:
     local: bool = False
     # --source was given: the config was cut down to some of its sources.
     only_named: bool = False
+    # Makes the stages' workers: a benchmark has some that do no work.
+    load: LoadWorker = load_worker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -260,6 +262,7 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
             recompute=options.recompute,
             marks=work.marks,
             retried=work.state.retried,
+            load=options.load,
         ),
         stages=options.stages,
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],

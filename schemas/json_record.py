@@ -68,11 +68,11 @@ class Json:
 
     def to_json(self) -> str:
         """Return canonical JSON."""
-        return json.dumps(self.json_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return _encode(self.json_fields())
 
     def json_fields(self) -> dict[str, Any]:
-        """Return what ``to_json`` writes."""
-        return dataclasses.asdict(self)
+        """Return what ``to_json`` writes, by the names of the fields; records inside as they are."""
+        return fields_of(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -90,6 +90,20 @@ class Json:
 
     def require_valid(self) -> None:
         """Raise ValueError where the fields contradict one another."""
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """Return a dataclass's values by its fields' names.
+
+    Not ``asdict``, which copies every number of a histogram: half of what a commit's CPU time was.
+    """
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+# One encoder, since making one takes longer than it encodes.
+_encode = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=fields_of
+).encode
 
 
 @functools.cache

@@ -111,6 +111,16 @@ def test_look_serves_a_corpus_of_many_shards_that_is_kept(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_commits_of_idle_stages_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A socket's name is short.
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    [row] = bench("commits", "--shards", "6")["corpora"]
+    assert (row["shards"], row["commits"]) == (6, 24)
+    require_positive(row, "driver_ms", "worker_ms", "commits_per_s")
+
+
+@pytest.mark.slow
 def test_a_stopped_verification_is_measured_beside_a_whole_one() -> None:
     figures = bench("verify", "--samples", "800")
     assert (figures["samples"], figures["shards"]) == (800, 4)

@@ -17,7 +17,7 @@ from pipeline.manifest import status
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify.corpus import verify
 from pipeline.storage.storage import Storage
-from schemas.catalog import CATALOG
+from schemas.catalog.table_schemas import CATALOG
 from schemas.corpus_format import FORMAT, CorpusFormat, formats_in
 from schemas.records import ShardRecord, shard_record_path
 from schemas.stages import Stage

@@ -20,7 +20,7 @@ from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.marks.rules import rules_by_shard
 from pipeline.storage.storage import Storage
-from schemas.catalog import record_row_schema
+from schemas.catalog.table_schemas import record_row_schema
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.json_record import Json

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.manifest.histograms import HistogramSums, histogram_cells
 from pipeline.storage.storage import Storage
-from schemas.catalog import record_row_schema
+from schemas.catalog.table_schemas import record_row_schema
 from schemas.config import CapfiltConfig, CrawlConfig
 from schemas.json_record import utc_now
 from schemas.records import Histogram, QuarantineRecord, ShardRecord, ShardTask
@@ -61,6 +61,11 @@ def test_commit_round_trip(root: str) -> None:
     assert records.read("caption", "s", "00000") == record
     assert records.shards() == {("caption", "s", "00000"): replace(record, histograms={})}
     assert ShardRecord.from_json(record.to_json()) == record
+    # Canonical, parts within parts too.
+    assert record.outputs and record.histograms
+    assert record.to_json() == json.dumps(
+        asdict(record), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
     assert not commit.folder.exists()
 
 

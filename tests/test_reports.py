@@ -12,7 +12,7 @@ from jobs.cli.main import app
 from jobs.doctor import check_compiler, check_storage
 from jobs.output.values import cell
 from pipeline.manifest.status import quantiles
-from schemas.catalog import VIEWS
+from schemas.catalog.views import VIEWS
 from schemas.errors import CapfiltError
 from schemas.tables import SAMPLES, TABLES, column_doc
 from tests.corpora import RUN, Corpus, make_corpus

@@ -139,6 +139,20 @@ def scale(
 
 
 @bench.command()
+def commits(
+    shards: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a corpus; may be repeated. Default: 500 and 4000.", metavar="N"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Run stages that do no work on Ray: CPU milliseconds of driver and worker for each commit."""
+    from jobs.bench.commits import measure_commits
+
+    _report(json_, ("corpora",), measure_commits, shards or [500, 4000])
+
+
+@bench.command()
 def verify(
     samples: Annotated[int, typer.Option(min=100, help="Of the corpus.", metavar="N")] = 100_000,
     json_: Json = False,

@@ -10,7 +10,7 @@ from jobs.bench.fixtures.machine import Stopwatch, peak_bytes, seconds_by_varian
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.scratch import temporary_folder
-from schemas.catalog import CATALOG
+from schemas.catalog.table_schemas import CATALOG
 
 _TIMES = 3
 

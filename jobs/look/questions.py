@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jobs.look.view import HAS_IMAGE, PAGE_CARDS, View
-from schemas.catalog import quote
+from schemas.catalog.sql_text import quote
 from schemas.statuses import By
 
 # Numbers in the order in which the sentence says them.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 from urllib.parse import urlencode
 
-from schemas.catalog import quote
+from schemas.catalog.sql_text import quote
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.names import printable
 

@@ -17,7 +17,7 @@ from pipeline.corpus.record_files import parse_record, read_record
 from pipeline.corpus.records import Records, ShardId
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
-from schemas.catalog import EMPTY_FOLDER
+from schemas.catalog.corpus_files import EMPTY_FOLDER
 from schemas.records import ShardRecord, shard_record_path
 from schemas.stages import STAGE_FOLDERS
 

@@ -11,7 +11,8 @@ from pipeline.lineage.taught_by import taught_by
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.text import same_text_key
-from schemas.catalog import STAGE_ORDER, quote
+from schemas.catalog.sql_text import quote
+from schemas.catalog.views import STAGE_ORDER
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
 

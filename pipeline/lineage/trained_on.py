@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pipeline.candidates import CANDIDATE_COLUMNS, choose_again
 from pipeline.manifest.manifest import Query
-from schemas.catalog import quote
+from schemas.catalog.sql_text import quote
 from schemas.config import SelectConfig
 from schemas.records import MARKS_INPUT
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from pipeline.manifest.manifest import Manifest, Query
-from schemas.catalog import quote
+from schemas.catalog.sql_text import quote
 from schemas.names import printable
 
 Row = dict[str, Any]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 from obstore.store import MemoryStore
 
@@ -17,18 +18,16 @@ from pipeline.storage.filesystem import ObjectFileSystem
 from pipeline.storage.object_files import ObjectFiles
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
-from schemas.catalog import (
-    CATALOG,
-    DATA_TABLES,
-    EMPTY_FOLDER,
-    RECORD_TABLES,
-    comments,
-    data_views,
+from schemas.catalog.corpus_files import (
+    EMPTY_FILE,
+    FIRST_FILE,
+    FIRST_FILE_ROWS,
+    committed_files_macro,
     file_relations,
-    record_row_schema,
-    record_views,
     unquote_glob,
 )
+from schemas.catalog.statements import comments, data_views, record_views
+from schemas.catalog.table_schemas import CATALOG, DATA_TABLES, RECORD_TABLES, record_row_schema
 from schemas.errors import first_line
 
 _CATALOG_SQL = "manifest/catalog.sql"
@@ -41,14 +40,15 @@ _PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
 def write_catalog(storage: Storage, *, of_formats: bool) -> None:
     """Publish ``manifest.duckdb`` in one step, unless it is there and says the same; see ``file_relations``."""
     relations = file_relations(storage.root, of_formats=of_formats)
-    statements = [*record_views(relations), *data_views(relations), *comments()]
+    macro = committed_files_macro(storage.root)
+    statements = [*record_views(relations), *data_views(relations), macro, *comments()]
     text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
     if storage.exists(CATALOG) and _read(storage) == text:
         return
     with temporary_folder() as folder:
-        for name, schema in DATA_TABLES.items():
-            pq.write_table(schema.empty_table(), folder / "empty.parquet")
-            storage.put(folder / "empty.parquet", f"{name}/{EMPTY_FOLDER}/00000.parquet")
+        for path, rows in _uncommitted_files().items():
+            pq.write_table(rows, folder / "rows.parquet")
+            storage.put(folder / "rows.parquet", path)
         connection = duckdb.connect(
             str(folder / CATALOG), config={"storage_compatibility_version": _STORAGE_VERSION}
         )
@@ -62,16 +62,27 @@ def write_catalog(storage: Storage, *, of_formats: bool) -> None:
     storage.write(_CATALOG_SQL, text)
 
 
+def _uncommitted_files() -> dict[str, pa.Table]:
+    """Return the rows of the files that no shard commits, and that the views need, by path."""
+    files: dict[str, pa.Table] = {}
+    for name, schema in DATA_TABLES.items():
+        files[f"{name}/{EMPTY_FILE}"] = schema.empty_table()
+        nulls = [pa.nulls(FIRST_FILE_ROWS, field.type) for field in schema]
+        files[f"{name}/{FIRST_FILE}"] = pa.table(nulls, names=schema.names)
+    return files
+
+
 def _empty_corpus(root: str) -> ObjectFileSystem:
     """Return a corpus without rows under a root's URL: DuckDB looks at the columns of each view's files many times."""
     scheme, _, name = root.partition("://")
     container, _, prefix = name.partition("/")
     files = ObjectFiles(scheme, container, MemoryStore())
-    tables = {f"manifest/{table}/empty.parquet": record_row_schema(table) for table in RECORD_TABLES}
-    tables |= {f"{table}/{EMPTY_FOLDER}/00000.parquet": schema for table, schema in DATA_TABLES.items()}
-    for path, schema in tables.items():
+    tables = {
+        f"manifest/{table}/empty.parquet": record_row_schema(table).empty_table() for table in RECORD_TABLES
+    }
+    for path, rows in (tables | _uncommitted_files()).items():
         file = io.BytesIO()
-        pq.write_table(schema.empty_table(), file)
+        pq.write_table(rows, file)
         files.write(f"{prefix}/{path}".lstrip("/"), file.getvalue())
     return ObjectFileSystem(scheme, files)
 

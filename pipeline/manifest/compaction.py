@@ -31,7 +31,7 @@ from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
-from schemas.catalog import HISTOGRAM_BINS, HISTOGRAM_COUNTS, RECORD_TABLES, record_row_schema
+from schemas.catalog.table_schemas import HISTOGRAM_BINS, HISTOGRAM_COUNTS, RECORD_TABLES, record_row_schema
 from schemas.corpus_format import CorpusFormat, formats_in, require_known_format
 from schemas.errors import CorruptShardError, first_line
 from schemas.records import ShardRecord, shard_record_path

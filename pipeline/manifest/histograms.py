@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.catalog import HISTOGRAM_BINS, HISTOGRAM_COUNTS
+from schemas.catalog.table_schemas import HISTOGRAM_BINS, HISTOGRAM_COUNTS
 from schemas.records import Histogram
 
 SUM_COLUMNS = ("source", "stage", "histograms", HISTOGRAM_BINS, HISTOGRAM_COUNTS)

@@ -37,19 +37,10 @@ from pipeline.manifest.sandbox import (
 from pipeline.manifest.uid_index import UidIndex
 from pipeline.regular_files import NotRegularFileError, require_regular
 from pipeline.storage.storage import Storage
-from schemas.catalog import (
-    DATA_STAGES,
-    DATA_TABLES,
-    comments,
-    committed_files_of,
-    data_views,
-    names_in,
-    parquet_files,
-    parquet_files_of_formats,
-    record_row_schema,
-    record_views,
-    registered_relations,
-)
+from schemas.catalog.corpus_files import parquet_files, parquet_files_of_formats, registered_relations
+from schemas.catalog.statements import comments, data_views, names_in, record_views
+from schemas.catalog.table_schemas import DATA_STAGES, DATA_TABLES, record_row_schema
+from schemas.catalog.tables import committed_files_of
 from schemas.errors import CapfiltError, CorruptShardError, first_line
 from schemas.records import is_own_file
 from schemas.stages import Stage

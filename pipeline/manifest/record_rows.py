@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.corpus.record_files import parse_record
 from pipeline.manifest.histograms import histogram_cells
-from schemas.catalog import RECORD_TABLES
+from schemas.catalog.table_schemas import RECORD_TABLES
 from schemas.errors import CapfiltError
 from schemas.json_record import MOST, Json
 from schemas.marks import MarkRecord

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.catalog import record_row_schema, standing_rows
+from schemas.catalog.table_schemas import record_row_schema
+from schemas.catalog.tables import standing_rows
 
 # What tells which rows count.
 _LIGHT_COLUMNS = ("stage", "source", "shard", "attempt", "state", "finished_at")

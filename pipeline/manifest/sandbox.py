@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import duckdb
 import pyarrow as pa
 
-from schemas.catalog import CATALOG, VIEWS, quote
+from schemas.catalog.sql_text import quote
+from schemas.catalog.table_schemas import CATALOG
+from schemas.catalog.views import VIEWS
 from schemas.errors import CapfiltError
 from schemas.tables import TABLES
 

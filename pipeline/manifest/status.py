@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.manifest.manifest import Manifest, Query
-from schemas.catalog import STAGE_ORDER
+from schemas.catalog.views import STAGE_ORDER
 from schemas.stages import STAGES, Stage, stages_of_source
 from schemas.statuses import REASONS
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.marks.rules import NO_MARKS, RuleBook, ShardMarks
-from schemas.catalog import quote
+from schemas.catalog.sql_text import quote
 from schemas.marks import MarkRule
 
 # Of more shards a plan reads these alone.

@@ -32,6 +32,7 @@ from schemas.records import NO_SHARE, LostAttemptRecord, QuarantineRecord, Shard
 from schemas.stages import Stage
 
 Worker = Callable[[ShardTask], ShardRecord]
+LoadWorker = Callable[[Stage, CapfiltConfig, Records], Worker]
 
 # Between the tries of a shard that failed; the last one stays.
 _RETRY_PAUSES_S = (2.0, 15.0, 60.0)
@@ -108,7 +109,7 @@ class RunSettings:
 
     ``models`` are the digests of the weights that the fingerprints name: a worker that loads others is refused.
     ``recompute``: replace stale shards. ``marks``: those that concern samples of a shard, by source and shard.
-    ``retried``: the shards of which later ones may try URLs again.
+    ``retried``: the shards of which later ones may try URLs again. ``load`` makes the stages' workers.
     """
 
     config: CapfiltConfig
@@ -117,6 +118,7 @@ class RunSettings:
     recompute: bool = False
     marks: ShardMarks = field(default_factory=dict)
     retried: frozenset[tuple[str, str]] = frozenset()
+    load: LoadWorker = load_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,8 @@ class ShardRunner:
         report_away: receives this runner's id with the error of a storage that it waits for, and without it when that
             is over.
         is_stopping: asked while the storage is waited for.
-        load: makes the worker; it is called again after a failed attempt, for fresh weights and device memory.
+        load: makes the worker, in the place of ``settings.load``; it is called again after a failed attempt, for fresh
+            weights and device memory.
         node: where this is.
         pauses_s: between the tries of a storage that is away.
         retry_pauses_s: between the tries of a shard that failed.
@@ -162,7 +165,7 @@ class ShardRunner:
         share: WorkerShare = NO_SHARE,
         report_away: Callable[[str, str], object] = lambda runner, error: None,
         is_stopping: Callable[[], bool] = lambda: False,
-        load: Callable[[Stage, CapfiltConfig, Records], Worker] = load_worker,
+        load: LoadWorker | None = None,
         node: Node = Node(),
         pauses_s: Sequence[float] = PAUSES_S,
         retry_pauses_s: Sequence[float] = _RETRY_PAUSES_S,
@@ -176,7 +179,7 @@ class ShardRunner:
         self._report_state = report_state
         self._log_event = log_event
         self._share = share
-        self._load = load
+        self._load = load or settings.load
         self._node = node
         self._retry_pauses_s = retry_pauses_s
         self._worker: Any = None

@@ -18,7 +18,7 @@ from pipeline.manifest.verify.progress import Discrepancy, ShardFindings
 from pipeline.manifest.verify.sql_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.storage import Storage
-from schemas.catalog import DATA_TABLES
+from schemas.catalog.table_schemas import DATA_TABLES
 from schemas.errors import CorruptShardError, first_line
 from schemas.names import is_outside_tar
 from schemas.records import MARKS_INPUT, OutputFile, ShardRecord
