@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
+# Of the items that may be begun ahead, so many batches.
+_BATCHES_AHEAD = 8
 # Sixteen threads decode ten times as many images as a GPU captions.
 _MOST_THREADS = 16
 
@@ -81,6 +83,8 @@ class _Steps:
     ) -> None:
         self._steps, self._ahead = steps, ahead
         self._rest, self._not_done = iter(items), len(items)
+        # Items are begun several at a time: one by one, each would find the caches full of the other steps' data.
+        self._batch, self._to_begin = max(1, ahead // _BATCHES_AHEAD), 0
         self._lock = threading.Lock()
         self._queues: list[SimpleQueue[Any]] = [SimpleQueue() for _ in steps]
         # Of None, or of the exception that ended the work.
@@ -113,10 +117,13 @@ class _Steps:
             self._end.put(error)
 
     def _done(self, _: Any) -> None:
-        """Begin another item in the place of one that is done."""
+        """Begin others in the place of those that are done, once they are a batch."""
         with self._lock:
             self._not_done -= 1
-            for item in islice(self._rest, 1):
-                self._queues[0].put(item)
+            self._to_begin += 1
+            if self._to_begin == self._batch:
+                for item in islice(self._rest, self._batch):
+                    self._queues[0].put(item)
+                self._to_begin = 0
             if not self._not_done:
                 self._end.put(None)

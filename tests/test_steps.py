@@ -8,8 +8,10 @@ import pytest
 from pipeline.prefetch import run_steps
 
 
+# Of 5 ahead each is begun by itself, of 50 six at a time.
+@pytest.mark.parametrize("ahead", [5, 50])
 @pytest.mark.parametrize("items", [0, 1, 500])
-def test_each_item_passes_once_and_few_are_under_way(items: int) -> None:
+def test_each_item_passes_once_and_few_are_under_way(items: int, ahead: int) -> None:
     lock, under_way, most = threading.Lock(), 0, 0
     done: list[int] = []
 
@@ -26,8 +28,21 @@ def test_each_item_passes_once_and_few_are_under_way(items: int) -> None:
             under_way -= 1
             done.append(item)
 
-    run_steps(range(items), [(begin, 16), (end, 2)], 5)
-    assert sorted(done) == [2 * item for item in range(items)] and most <= 5
+    run_steps(range(items), [(begin, 16), (end, 2)], ahead)
+    assert sorted(done) == [2 * item for item in range(items)] and most <= ahead
+
+
+def test_items_are_begun_several_at_a_time() -> None:
+    begun, ended = list[int](), list[int]()
+    counts: list[tuple[int, int]] = []
+
+    def end(item: int) -> None:
+        ended.append(item)
+        counts.append((len(begun), len(ended)))
+
+    run_steps(range(100), [(lambda item: begun.append(item) or item, 4), (end, 1)], 32)
+    # Four in the place of four that are done.
+    assert len(begun) == 100 and all(before <= 32 + 4 * (after // 4) for before, after in counts)
 
 
 @pytest.mark.parametrize("faulty", [0, 1])

@@ -5,6 +5,7 @@ The fetch is the guarded one of ``pipeline.web``; the checks of image headers, t
 """
 
 import contextlib
+import os
 import random
 import threading
 import time
@@ -169,7 +170,6 @@ class ShardImages:
 
             def read(number: int) -> bytes:
                 offset, size = self._places[number]
-                file.seek(offset)
-                return file.read(size)
+                return os.pread(file.fileno(), size, offset)
 
             yield read
