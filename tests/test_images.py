@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pipeline.images import decode, heif
 from pipeline.images.avif import frame_pixels
-from pipeline.images.decode import ImageError, check, decode_rgb, is_plain_jpeg, read_header
+from pipeline.images.decode import EncodedImage, ImageError, check, decode_rgb, is_plain_jpeg, read_header
 from pipeline.images.iso_boxes import boxes, items
 from tests import hostile
 from tests.heic_files import grid, heic, resized_header, single, tile
@@ -205,9 +205,17 @@ def test_bombs_are_refused_before_a_pixel_is_decoded(bomb: Callable[[], bytes]) 
     assert peak_bytes() - before < 10_000_000
 
 
-def peak_bytes() -> int:
+def peak_bytes(kind: str = "VmHWM") -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * int(status.split(f"{kind}:")[1].split()[0])
+
+
+def test_images_that_wait_to_be_decoded_take_no_room_for_their_pixels() -> None:
+    for data in (hostile.large_rgba_webp(), hostile.large_rgba_avif(), grid(tile(512), 512, 13, 13 * 512)):
+        before = peak_bytes("VmSize")
+        waiting = [EncodedImage(data) for _ in range(64)]
+        assert peak_bytes("VmSize") - before < 100_000_000
+        assert waiting[0].srgb(50_000_000).width > 6_000
 
 
 @pytest.mark.parametrize(("mode", "frames"), [("RGB", 1), ("L", 1), ("RGBA", 2)])

@@ -108,6 +108,9 @@ class EncodedImage:
         self._data = data
         self._image: ImageFile.ImageFile | None = _open(data, formats)
         self.header = _header(self._image)
+        if self.header.format == "WEBP":
+            # Eight bytes a pixel of address space, and OpenCV decodes the pixels: many images may wait for that.
+            self._image._decoder = None  # type: ignore[attr-defined]
 
     def rgb(self, max_pixels: int) -> Image.Image:
         """Decode upright, as 8-bit RGB, transparency on white, and leave the ICC profile aside. Raises ImageError."""
