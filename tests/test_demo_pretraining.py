@@ -1,5 +1,6 @@
 """The demo's training: held-out scenes, language models that read text alone, and both sides of the comparison."""
 
+import itertools
 import json
 import random
 import shutil
@@ -8,29 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 from timm.models.eva import Eva
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BlipForConditionalGeneration
 
 from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
+from jobs.demo.tower_vit import TOWER_MLP_RATIO, write_tower_vit
 from jobs.demo.train import write_web_captions
 from jobs.demo.training_configs import CAPTIONS, reads_eva, stage1_config, stage2_config
-from jobs.demo.weights_training.models import OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
+from jobs.demo.weights_training.clean_shards import write_clean_shards
+from jobs.demo.weights_training.models import CAPTIONER_DIR, OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
+from jobs.demo.weights_training.train_filter import captioner_as_filter, filter_config
 from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
 from jobs.demo.weights_training.train_tower import distillation_losses
 from jobs.demo.weights_training.train_weights import to_input, tokenize
 from jobs.demo.world.alt_texts import alt_text
 from jobs.demo.world.pictures import Encoding, demo_images, published
 from jobs.demo.world.responses import ALT_KINDS
-from jobs.demo.world.scenes import Scene, is_true, parse, write_caption
+from jobs.demo.world.scenes import SHAPE_WORDS, Scene, is_true, parse, write_caption
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
+from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.uids import sample_uid
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.weights import ranker_weights
 from pipeline.storage.storage import Storage
+from schemas.pretrain import ViTConfig
 from schemas.records import ShardTask
 from schemas.stages import Stage
 from schemas.tables import CURATED, SAMPLES
+from training.blip.initial import copy_vit, read_vit
+from training.blip.vision import ViT
 from training.data.loader import TrainingData
 from training.data.snapshot import take_snapshot
 from training.evaluate.annotations import read_captioned_images
@@ -210,3 +217,50 @@ def test_a_demo_of_an_earlier_version_goes_on_as_it_began(corpus: Path, tmp_path
         configs = (*(stage1_config(folder, captions) for captions in CAPTIONS), stage2_config(folder, "t5"))
         assert {config.vision.model for config in configs} == {f"local-dir:{encoder}"}
         assert reads_eva(folder) is (encoder == TOWER_DIR)
+
+
+@torch.no_grad()
+def test_the_vit_that_the_demos_blip_begins_with_sees_what_the_tower_sees(tmp_path: Path) -> None:
+    write_tower_vit(tmp_path / "vit")
+    shape = ViTConfig(layers=4, width=128, heads=4, patch_px=8, mlp_ratio=TOWER_MLP_RATIO)
+    vit = ViT(shape, image_size_px=64)
+    copy_vit(vit, read_vit(tmp_path / "vit", "blip.vision.init"))
+    tower = load_clip(ranker_weights(f"local-dir:{TOWER_DIR}", ""), "tower")
+    pixels_NHWC = demo_images(4, 7).pixels_NHWC
+    expected = tower.visual.trunk.forward_features(to_input(pixels_NHWC))
+    features = vit(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
+    assert torch.allclose(features, expected, atol=1e-5)
+
+
+def test_the_shards_of_a_filter_hold_near_misses_and_true_captions(tmp_path: Path) -> None:
+    write_clean_shards(tmp_path, 1)
+    [shard] = tmp_path.iterdir()
+    with shard.open("rb") as file:
+        samples = [json.loads(members["json"]) for _, members in read_tar(file)]
+    claims = [[parse(caption) for caption in captions] for captions in samples]
+    assert {len(captions) for captions in samples} == {5}
+    assert None not in itertools.chain.from_iterable(claims)
+    # Each scene once: what is true of one is true of no other, if it names the size.
+    scenes = [dict(itertools.chain.from_iterable(claim.items() for claim in of)) for of in claims]
+    full = [tuple(sorted(scene.items())) for scene in scenes if len(scene) == 4]
+    assert len(full) > 100 and len(set(full)) == len(full)
+    assert {scene["shape"] for scene in scenes} == set(SHAPE_WORDS)
+    assert len({scene["colour"] for scene in scenes}) == 5
+
+
+@torch.no_grad()
+def test_a_filter_begins_with_what_the_captioner_sees_and_reads(tmp_path: Path) -> None:
+    stage = captioner_as_filter(filter_config(tmp_path, steps=600)).eval()
+    captioner = BlipForConditionalGeneration.from_pretrained(CAPTIONER_DIR, dtype=torch.float32).eval()
+    pixels_NHWC = demo_images(2, 7).pixels_NHWC
+    image_BPE = stage.visual_encoder(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
+    expected = captioner.vision_model(to_input(pixels_NHWC)).last_hidden_state
+    assert torch.allclose(image_BPE, expected, atol=1e-3)
+    # The decoder is causal: its first token alone reads the image as the encoder's would.
+    begin_B1 = torch.full((2, 1), stage.begin_id)
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    hidden_BLD = stage.text_encoder(begin_B1, mask, stage.text_encoder.project_image(image_BPE))
+    decoded = captioner.text_decoder.bert(begin_B1, encoder_hidden_states=image_BPE, is_decoder=True)
+    assert torch.allclose(hidden_BLD, decoded.last_hidden_state, atol=1e-4)
+    embeddings_VD = stage.text_encoder.embeddings.word_embeddings.weight
+    assert torch.equal(embeddings_VD[stage.match_id], embeddings_VD[stage.begin_id])

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -264,3 +265,17 @@ def test_ranking_lifts_the_share_of_true_captions_on_held_out_pictures():
     assert evaluation["web_true_share"] <= 0.65
     assert evaluation["top_two_true_share"] >= 0.9
     assert evaluation["top_two_true_share"] > evaluation["sampled_true_share"]
+
+
+def test_a_filter_is_judged_by_what_it_keeps_and_by_its_order():
+    from jobs.demo.weights_training.evaluate_filter import filter_figures
+
+    is_true_T = np.array([True, True, True, False])
+    keeps_all = filter_figures(is_true_T, np.full(4, 0.9))
+    assert keeps_all["true_of_kept"] == keeps_all["true_before"] == 0.75
+    assert keeps_all["kept_of_true"] == 1 and keeps_all["auc"] == 0.5
+    # One of the three true texts is under the threshold, and under the false one too.
+    figures = filter_figures(is_true_T, np.array([0.9, 0.8, 0.1, 0.4]))
+    assert figures["true_of_kept"] == 1 and figures["kept"] == 0.5
+    assert figures["kept_of_true"] == figures["auc"] == pytest.approx(2 / 3)
+    assert filter_figures(is_true_T, np.zeros(4))["true_of_kept"] == 0

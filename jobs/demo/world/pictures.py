@@ -56,13 +56,13 @@ def published(scene: Scene, encoding: Encoding, seed: int) -> bytes:
     return encode(render(scene, encoding.size_px, seed), encoding)
 
 
-def stored(body: bytes) -> Image.Image:
+def stored(body: bytes) -> bytes:
     """Decode, shrink and re-encode as the crawler does (img2dataset: keep_ratio_largest)."""
     image = Image.open(io.BytesIO(body)).convert("RGB")
     image.thumbnail((STORED_MAX_SIDE_PX, STORED_MAX_SIDE_PX), Image.Resampling.BOX)
     again = io.BytesIO()
     image.save(again, "JPEG", quality=STORED_JPEG_QUALITY)
-    return Image.open(again).convert("RGB")
+    return again.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ class DemoImages:
 def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
     rng = random.Random(f"{seed}/{index}")
     scene, encoding = Scene.random(rng), Encoding.random(rng)
-    image = stored(published(scene, encoding, rng.getrandbits(32)))
+    body = stored(published(scene, encoding, rng.getrandbits(32)))
+    image = Image.open(io.BytesIO(body)).convert("RGB")
     return scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
 
 
