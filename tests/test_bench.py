@@ -115,8 +115,8 @@ def test_look_serves_a_corpus_of_many_shards_that_is_kept(tmp_path: Path) -> Non
 def test_commits_of_idle_stages_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     # A socket's name is short.
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    [row] = bench("commits", "--shards", "6")["corpora"]
-    assert (row["shards"], row["commits"]) == (6, 24)
+    [row] = bench("commits", "--shards", "12")["corpora"]
+    assert (row["shards"], row["commits"]) == (12, 48)
     require_positive(row, "driver_ms", "worker_ms", "commits_per_s")
 
 
