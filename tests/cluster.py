@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,11 @@ class ClusterProcess:
 @contextlib.contextmanager
 def local_cluster(token: str, more_nodes: int = 0) -> Iterator[ClusterProcess]:
     """Run a head and more nodes with token authentication while the block runs."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield from _local_cluster(token, more_nodes, folder)
+
+
+def _local_cluster(token: str, more_nodes: int, folder: str) -> Iterator[ClusterProcess]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cluster", str(more_nodes)],
         cwd=ROOT,
@@ -123,6 +129,8 @@ def local_cluster(token: str, more_nodes: int = 0) -> Iterator[ClusterProcess]:
         | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
+            # Where a job finds the address of its cluster: in Ray's usual folder lies that of the machine's last one.
+            "RAY_TMPDIR": folder,
             # As after activating the environment on each node: a job's `python` has capfilt's libraries.
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         },

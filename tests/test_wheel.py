@@ -66,7 +66,7 @@ def test_wheel_brings_the_command_and_the_license(wheel: ZipFile) -> None:
 
 def test_every_requirement_of_the_extras_is_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras.keys() == {"dev", "fp8", "notebook"}
+    assert extras.keys() == {"dev", "fp8", "heic", "notebook"}
     pinned = {
         canonicalize_name(line.partition("==")[0])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
