@@ -52,6 +52,9 @@ _LONGEST = (
 )
 
 
+MANY_NODE_KILLS = 3
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what makes a test of chance longer than the suite has time for."""
     parser.addoption("--kills", type=int, default=20, help="how often tests/test_kills.py kills something")
@@ -63,8 +66,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; all others stay in their order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first; all others stay in their order. Tests of minutes are left out unless asked for."""
+    if config.getoption("--node-kills") < MANY_NODE_KILLS:
+        left_out = [item for item in items if item.get_closest_marker("many_node_kills")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

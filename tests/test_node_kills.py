@@ -1,4 +1,4 @@
-"""Nodes that die faster than a shard takes: minutes, so only where ``--node-kills`` asks for more than a few."""
+"""Nodes that die faster than a shard takes: minutes, so only by ``pytest tests/test_node_kills.py --node-kills 14``."""
 
 import random
 import time
@@ -13,7 +13,7 @@ from tests.processes import cli_here
 from tests.runs import committed_uids, config_file, curated_files, do_run, small_config, with_values
 from tests.tampered_actors import TakesLong, start_cli_with
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.many_node_kills]
 
 TOKEN = "5" * 64
 EVERY_S = 12.0
@@ -25,8 +25,6 @@ def test_nodes_that_die_faster_than_a_shard_takes_cost_time_alone(
     base_url: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     kills = request.config.getoption("--node-kills")
-    if kills < NODES:
-        pytest.skip(f"takes minutes: pytest {Path(__file__).name} --node-kills 14")
     corpus = str(tmp_path / "corpus")
     config = small_config(corpus, tmp_path / "urls.parquet", base_url, (kills + 2) * PER_SHARD, PER_SHARD)
     # One worker a node: the head has the others.
