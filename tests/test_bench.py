@@ -70,7 +70,7 @@ def test_crawl_measures_both_crawlers_on_the_same_images() -> None:
 
 @pytest.mark.slow
 def test_jpegs_decoded_smaller_are_about_as_near_as_encoding_leaves_them() -> None:
-    for pictures in bench("jpeg-scaling", "--rounds", "1")["pictures"].values():
+    for pictures in bench("jpeg-scaling", "--images", "1", "--rounds", "1")["pictures"].values():
         require_positive(pictures, "cpu_ratio", "mean_levels")
         assert pictures["scale"] >= 2 and pictures["psnr_db"] > pictures["encoding_psnr_db"] - 2
 

@@ -52,11 +52,15 @@ def crawl(
 
 
 @bench.command()
-def jpeg_scaling(rounds: Rounds = 3, json_: Json = False) -> None:
+def jpeg_scaling(
+    images: Annotated[int, typer.Option(min=1, help="Of each size.", metavar="N")] = 3,
+    rounds: Rounds = 3,
+    json_: Json = False,
+) -> None:
     """Decode JPEGs in full and as crawl.jpeg_scaling does: distance of the resized pixels, CPU."""
     from jobs.bench.jpeg_scaling import measure_jpeg_scaling
 
-    _report(json_, ("pictures",), measure_jpeg_scaling, rounds)
+    _report(json_, ("pictures",), measure_jpeg_scaling, images, rounds)
 
 
 @bench.command()

@@ -17,16 +17,13 @@ from schemas.config import MAX_PIXELS, CrawlConfig
 
 _SIZES = ((1601, 1538), (2048, 1536), (2501, 2001), (4032, 3024), (4201, 3201))
 _LETTERING_SIZES = ((2101, 1601), (4201, 3201))
-_PICTURES = 3
 
 
-def measure_jpeg_scaling(rounds: int) -> dict[str, Any]:
+def measure_jpeg_scaling(images: int, rounds: int) -> dict[str, Any]:
     """Decode and resize JPEGs of several sizes in full and scaled, in turn."""
-    pictures = {f"{width}x{height}": jpegs((width, height), _PICTURES) for width, height in _SIZES}
+    pictures = {f"{width}x{height}": jpegs((width, height), images) for width, height in _SIZES}
     for size_px in _LETTERING_SIZES:
-        pictures["lettering_{}x{}".format(*size_px)] = [
-            _lettering(seed, size_px) for seed in range(_PICTURES)
-        ]
+        pictures["lettering_{}x{}".format(*size_px)] = [_lettering(seed, size_px) for seed in range(images)]
     return {
         "target_px": CrawlConfig().image_size_px,
         "rounds": rounds,
