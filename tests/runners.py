@@ -43,10 +43,9 @@ def select_shards(
 
     runner = ShardRunner(
         "select",
-        RunSettings(config=corpus.config, models={}, run_id="20260102T000000-test"),
+        RunSettings(config=corpus.config, models={}, run_id="20260102T000000-test", load=load),
         note=selected.outcomes.append,
         report_state=lambda stage, state: None,
-        load=load,
         node=node or Node(),
         pauses_s=(0.01,),
         retry_pauses_s=(0.0,),

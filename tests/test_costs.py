@@ -62,12 +62,11 @@ def select(corpus: Corpus, *failures: Exception) -> list[ShardEvent]:
 
     runner = ShardRunner(
         "select",
-        RunSettings(config=corpus.config, models={}, run_id=RUN),
+        RunSettings(config=corpus.config, models={}, run_id=RUN, load=load),
         note=lambda outcome: None,
         report_state=lambda stage, state: None,
         log_event=events.append,
         share=FIFTH,
-        load=load,
     )
     runner.run_shard("web", corpus.records.url_shards()["cc", "00000"])
     return events

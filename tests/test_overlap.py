@@ -17,6 +17,7 @@ from pipeline.runs.runner import RunSettings, RWLock, ShardRunner
 from pipeline.stages.caption import CaptionWorker
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
+from schemas.stages import Stage
 from tests.raw_shards import encoded, picture
 from tests.runs import with_values
 from tests.tiny_models import save_captioner
@@ -136,12 +137,15 @@ def caption_both(corpus: SyntheticCorpus) -> dict[str, ShardOutcome]:
     """Have one runner caption both shards, each in a thread of its own, at once; return the outcomes."""
     outcomes: list[ShardOutcome] = []
     models: ModelDigests = {"caption": (captioner_weights(corpus.config.caption).digest,)}
+
+    def load(stage: Stage, config: CapfiltConfig, records: Records) -> Watched:
+        return Watched(config, records)
+
     runner = ShardRunner(
         "caption",
-        RunSettings(config=corpus.config, models=models, run_id=RUN),
+        RunSettings(config=corpus.config, models=models, run_id=RUN, load=load),
         note=outcomes.append,
         report_state=lambda stage, state: None,
-        load=lambda stage, config, records: Watched(config, records),
     )
     shards = corpus.records.url_shards().values()
     in_two_threads(*(lambda urls=urls: runner.run_shard("web", urls) for urls in shards))

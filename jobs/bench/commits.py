@@ -13,7 +13,7 @@ from rich.console import Console
 from jobs.bench.fixtures.corpus import write_url_list
 from jobs.bench.fixtures.idle_stages import load_idle_worker, worker_cpu_ms
 from jobs.bench.fixtures.machine import Stopwatch
-from jobs.bench.fixtures.many_shards import LIST, RECIPE, recipe_options
+from jobs.bench.fixtures.many_shards import LIST, RECIPE, recipe_config
 from jobs.cluster.session import ray_session
 from jobs.interrupts import Interrupts
 from jobs.run import RunOptions, run
@@ -42,7 +42,7 @@ def _measured(shards: int) -> dict[str, Any]:
     with temporary_folder() as folder:
         corpus = str(folder / "corpus")
         write_url_list(folder / LIST, shards + _WARM_UP_SHARDS)
-        config = load_config(RECIPE, recipe_options(folder, corpus, samples_per_shard=1)[3::2])
+        config = recipe_config(folder, corpus, samples_per_shard=1)
         records = Records(Storage(corpus))
         read_lists(config, records, _RUN)
         _run(config, _WARM_UP_SHARDS)

@@ -109,7 +109,8 @@ class RunSettings:
 
     ``models`` are the digests of the weights that the fingerprints name: a worker that loads others is refused.
     ``recompute``: replace stale shards. ``marks``: those that concern samples of a shard, by source and shard.
-    ``retried``: the shards of which later ones may try URLs again. ``load`` makes the stages' workers.
+    ``retried``: the shards of which later ones may try URLs again. ``load`` makes the stages' workers;
+    it is called again after a failed attempt, for fresh weights and device memory.
     """
 
     config: CapfiltConfig
@@ -147,8 +148,6 @@ class ShardRunner:
         report_away: receives this runner's id with the error of a storage that it waits for, and without it when that
             is over.
         is_stopping: asked while the storage is waited for.
-        load: makes the worker, in the place of ``settings.load``; it is called again after a failed attempt, for fresh
-            weights and device memory.
         node: where this is.
         pauses_s: between the tries of a storage that is away.
         retry_pauses_s: between the tries of a shard that failed.
@@ -165,7 +164,6 @@ class ShardRunner:
         share: WorkerShare = NO_SHARE,
         report_away: Callable[[str, str], object] = lambda runner, error: None,
         is_stopping: Callable[[], bool] = lambda: False,
-        load: LoadWorker | None = None,
         node: Node = Node(),
         pauses_s: Sequence[float] = PAUSES_S,
         retry_pauses_s: Sequence[float] = _RETRY_PAUSES_S,
@@ -179,7 +177,7 @@ class ShardRunner:
         self._report_state = report_state
         self._log_event = log_event
         self._share = share
-        self._load = load or settings.load
+        self._load = settings.load
         self._node = node
         self._retry_pauses_s = retry_pauses_s
         self._worker: Any = None
