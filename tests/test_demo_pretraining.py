@@ -6,12 +6,13 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm.models.eva import Eva
 from transformers import AutoTokenizer, BlipForConditionalGeneration
 
-from jobs.demo.held_out import ANNOTATIONS, held_out_scenes, write_benchmark
+from jobs.demo.held_out import ANNOTATIONS, MOST_SCENES, held_out_scenes, write_benchmark
 from jobs.demo.tower_vit import TOWER_MLP_RATIO, write_tower_vit
 from jobs.demo.train import write_web_captions
 from jobs.demo.training_configs import CAPTIONS, reads_eva, stage1_config, stage2_config
@@ -118,6 +119,16 @@ def test_each_held_out_caption_fits_one_scene_only() -> None:
         (caption,) = sample.captions
         assert is_true(caption, scene) and len(parse(caption)) == 4
         assert sum(is_true(caption, other) for other in held_out.scenes) == 1
+
+
+def test_as_many_different_scenes_are_drawn_as_an_experiment_asks_for() -> None:
+    def draw(index: int, seed: int) -> tuple[Scene, np.ndarray]:
+        return Scene.random(random.Random(f"{seed}/{index}")), np.zeros((1, 1, 3), np.uint8)
+
+    many = held_out_scenes(MOST_SCENES, draw=draw)
+    assert len(set(many.scenes)) == MOST_SCENES
+    fewer = held_out_scenes(60, draw=draw)
+    assert [sample.captions for sample in fewer.samples] == [sample.captions for sample in many.samples[:60]]
 
 
 def test_held_out_scenes_are_a_benchmark_that_evaluate_reads(tmp_path: Path) -> None:

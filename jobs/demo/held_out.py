@@ -1,14 +1,17 @@
 """Scenes that no crawl and no training saw, as a benchmark on disk: ``capfilt evaluate`` reads it like any other."""
 
+import itertools
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
-from jobs.demo.world.pictures import demo_images
+from jobs.demo.world.pictures import demo_picture
 from jobs.demo.world.scenes import TEMPLATES, WORDS_BY_SLOT, Scene, write_caption
 from training.data.held_out import HeldOut
 
@@ -17,6 +20,8 @@ SEED = 3
 # A caption of these fits one scene only, so that one picture is right.
 _FULL = [template for template in TEMPLATES if all(f"{{{slot}}}" in template for slot in WORDS_BY_SLOT)]
 ANNOTATIONS = "captions.json"
+# Of the world's 2,400: the last ones would take very many pictures to come.
+MOST_SCENES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +32,26 @@ class HeldOutScenes:
     samples: list[HeldOut]
 
 
-def held_out_scenes(count: int, seed: int = SEED) -> HeldOutScenes:
-    """Draw scenes without repetition; equal arguments give equal pictures and captions."""
-    pictures = demo_images(count * 5 // 4, seed)
+def held_out_scenes(
+    count: int, seed: int = SEED, draw: Callable[[int, int], tuple[Scene, np.ndarray]] = demo_picture
+) -> HeldOutScenes:
+    """Draw scenes without repetition; of an equal seed, more begin with the same pictures and captions.
+
+    Args:
+        draw: makes the picture of a number and a seed.
+    """
+    assert count <= MOST_SCENES, f"{count} scenes are too many to draw"
     rng = random.Random(seed)
     samples: dict[Scene, HeldOut] = {}
-    for scene, pixels_HWC in zip(pictures.scenes, pictures.pixels_NHWC, strict=True):
-        if scene not in samples:
-            caption = write_caption(scene, rng, rng.choice(_FULL))
-            pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
-            samples[scene] = HeldOut(pixels_CHW, [caption], f"{len(samples):04}")
-    assert len(samples) >= count, "draw more pictures: too many scenes came twice"
-    return HeldOutScenes(scenes=list(samples)[:count], samples=list(samples.values())[:count])
+    indices = itertools.count()
+    while len(samples) < count:
+        scene, pixels_HWC = draw(next(indices), seed)
+        if scene in samples:
+            continue
+        caption = write_caption(scene, rng, rng.choice(_FULL))
+        pixels_CHW = torch.tensor(pixels_HWC).permute(2, 0, 1).contiguous()
+        samples[scene] = HeldOut(pixels_CHW, [caption], f"{len(samples):04}")
+    return HeldOutScenes(scenes=list(samples), samples=list(samples.values()))
 
 
 def write_benchmark(held_out: HeldOutScenes, folder: Path) -> None:

@@ -158,7 +158,8 @@ def experiment(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of each training.", metavar="N")] = 300,
     urls: Annotated[int, typer.Option("--urls", min=100, help="Of the demo world.", metavar="N")] = 2400,
     scenes: Annotated[
-        int, typer.Option("--scenes", min=20, help="New ones that a model is judged by.", metavar="N")
+        int,
+        typer.Option("--scenes", min=20, max=2000, help="New ones that a model is judged by.", metavar="N"),
     ] = 1000,
     json_: JsonObjectOption = False,
 ) -> None:

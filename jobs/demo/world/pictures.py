@@ -73,7 +73,8 @@ class DemoImages:
     pixels_NHWC: np.ndarray
 
 
-def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
+def demo_picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
+    """Make the picture with this number of those that ``demo_images`` makes."""
     rng = random.Random(f"{seed}/{index}")
     scene, encoding = Scene.random(rng), Encoding.random(rng)
     body = stored(published(scene, encoding, rng.getrandbits(32)))
@@ -83,7 +84,7 @@ def _picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
 
 def demo_images(num_images: int, seed: int, workers: int = 1) -> DemoImages:
     """Make pictures that no site serves; sets of different seeds share none."""
-    make = partial(_picture, seed=seed)
+    make = partial(demo_picture, seed=seed)
     if workers == 1:
         pictures = list(map(make, range(num_images)))
     else:
