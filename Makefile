@@ -23,9 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## build a small corpus, end to end, and say how true its captions are
 	@$(BIN)/capfilt demo --out demo-corpus
 
-# Two processes, the files in the order of tests/conftest.py: the longest first.
+# Three processes for two cores, since many tests wait; the files in the order of tests/conftest.py: the longest first.
 test: $(STAMP) ## run the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## run the tests that need neither Ray nor training
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not training"

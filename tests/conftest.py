@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers the lowest priority but four: beside a busy process of another test they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # A developer's own cloud credentials and Ray cluster must never be touched by a test.
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "AWS_PROFILE"):
     os.environ.pop(name, None)
@@ -33,22 +35,37 @@ from jobs.bench.fixtures.s3 import S3Server, serving_s3
 # The longest files, the longest first: with `--dist loadfile` no process is left alone with one of them at the end.
 _LONGEST = (
     "demo",
-    "pretrain",
     "cluster",
-    "autoscaling",
-    "run",
-    "head_kills",
-    "local",
-    "kills",
-    "plan",
+    "pretrain",
+    "elastic_ray",
     "bench",
+    "head_kills",
+    "kills",
+    "manifest",
+    "run",
+    "plan",
+    "storage_away",
+    "local",
+    "autoscaling",
     "wheel",
     "cli",
+    "deaths",
     "weights",
-    "quickstart",
-    "queries_during_run",
-    "start",
-    "loop",
+    "bootstrap",
+    "web",
+    "hostile_records",
+    "verify",
+    "reports",
+    "pictures",
+    "lease",
+    "crawl",
+    "python_door",
+    "look",
+    "launchers",
+    "filter",
+    "hostile_lists",
+    "costs",
+    "gradient_sum",
 )
 
 

@@ -152,7 +152,7 @@ class Loop:
         self, batches: Iterator[Batch]
     ) -> tuple[Literal["done", "interrupted"], dict[str, float | None]]:
         config = self.config
-        throughput = Throughput(self.world, self.stage.flops_per_sample(), self.seconds)
+        throughput = Throughput(self.world, self.stage.flops_per_sample, self.seconds)
         self.stage.train()
         values: dict[str, float | None] = {}
         while self.step < self.schedule.steps:

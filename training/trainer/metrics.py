@@ -5,7 +5,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,16 +157,24 @@ def require_libraries(config: MetricsConfig) -> None:
 class Throughput:
     """Rates between two reports: samples and FLOP per second, the share of time spent waiting for data.
 
+    Args:
+        world: the ranks.
+        flops_per_sample: counts the FLOP of one sample's step; called where the device's peak rate is known.
+        seconds: of the parts of a step.
+
     Attributes:
         of_ranks: each rank's peak memory, and its seconds of a step by part, at the last report.
     """
 
-    def __init__(self, world: World, flops_per_sample: float, seconds: StepSeconds | None = None) -> None:
+    def __init__(
+        self, world: World, flops_per_sample: Callable[[], float], seconds: StepSeconds | None = None
+    ) -> None:
         self._world = world
         self._seconds = seconds or StepSeconds(world.device)
         self.of_ranks: dict[str, list[float]] = {}
-        self._flops_per_sample = flops_per_sample
-        self._peak_flops = _peak_flops(world.device) * world.size
+        peak_flops = _peak_flops(world.device)
+        # Counting takes about a second, which a training on the CPU does without.
+        self._peak_rate = peak_flops * world.size / flops_per_sample() if peak_flops else None
         self._reset()
 
     def _reset(self) -> None:
@@ -185,7 +193,7 @@ class Throughput:
         seconds = time.perf_counter() - self._start
         rate = self._samples / seconds
         # Model FLOP utilisation (arXiv 2204.02311, appendix B): the achieved share of the devices' peak rate.
-        mfu = rate * self._flops_per_sample / self._peak_flops
+        mfu = rate / self._peak_rate if self._peak_rate else None
         own = {
             "peak_memory_gb": _peak_memory_bytes(self._world.device) / 1e9,
             "wait_share": min(1.0, self._waited_s / seconds),
@@ -200,7 +208,7 @@ class Throughput:
         self.of_ranks = {name: [round(number, 4) for number in numbers] for name, numbers in of_ranks.items()}
         rates = {
             "samples_per_s": rate,
-            "mfu": mfu if math.isfinite(mfu) else None,
+            "mfu": mfu,
             "data_wait_share": wait_share,
             "peak_memory_gb": peak_memory_gb,
         }
@@ -208,10 +216,10 @@ class Throughput:
         return rates
 
 
-def _peak_flops(device: torch.device) -> float:
-    """Return the bf16 rate of a GPU's data sheet; NaN for a CPU or a device that is not listed."""
+def _peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 rate of a GPU's data sheet; None for a CPU or a device that is not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), math.nan)
+    return next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
