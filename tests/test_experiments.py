@@ -2,18 +2,40 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from jobs.demo.world.scenes import Scene, is_true
-from jobs.experiments.arms import at_random, by_truth, first_synthetic, ranked, web
-from jobs.experiments.corpus import write_arm
-from jobs.experiments.questions import QUESTIONS, TRAINED, question
-from jobs.experiments.report import FIGURES, Results, Trial, write_page
+from jobs.experiments.arms import (
+    BASE,
+    CAPFILT,
+    FILTERED,
+    Arm,
+    Keep,
+    all_synthetic,
+    at_random,
+    by_truth,
+    first_synthetic,
+    selected,
+    web,
+)
+from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
+from jobs.experiments.facts import facts_of
+from jobs.experiments.judges import STAGE1
+from jobs.experiments.questions import QUESTIONS, question
+from jobs.experiments.report import shown_rows, write_page
+from jobs.experiments.results import Results, Trial
+from jobs.experiments.run import Extent, _arms, _ready, _task
+from jobs.output.tables import table_lines
 from pipeline.candidates import Candidate
+from pipeline.corpus.records import Records
+from pipeline.storage.storage import Storage
 from schemas.config import SelectConfig
 from tests.processes import cli_here
+from tests.tiny_models import save_matcher
 
 SCENE = Scene(colour="red", shape="star", size="large", background="snow")
 TEXTS = [
@@ -25,9 +47,11 @@ TEXTS = [
     "a red star in snow",
 ]
 CANDIDATES = [
-    Candidate(origin="synthetic", candidate=index, text=text, score=0.1 * index)
+    Candidate(
+        origin="synthetic", candidate=index, text=text, score=0.1 * index, match_probability=1 - 0.15 * index
+    )
     for index, text in enumerate(TEXTS)
-] + [Candidate(origin="web", candidate=0, text="IMG_1.JPG", score=0.05)]
+] + [Candidate(origin="web", candidate=0, text="IMG_1.JPG", score=0.05, match_probability=0.2)]
 ARGUMENTS = (
     "experiment",
     "curation",
@@ -44,15 +68,22 @@ ARGUMENTS = (
 )
 
 
-def kept(keep: object, seed: int = 0) -> list[str]:
+def kept(keep: Keep | None, seed: int = 0) -> list[str]:
+    assert keep is not None
     return keep(CANDIDATES, SCENE, random.Random(seed))
 
 
 def test_arms_keep_what_they_say() -> None:
     assert kept(web) == ["IMG_1.JPG"] and kept(first_synthetic) == ["a red star"]
     # Texts that differ in case are one; the web's has the lowest score.
-    assert kept(ranked(SelectConfig(), 10)) == ["a red star in snow", "a red moon"]
-    assert kept(ranked(SelectConfig(), 4)) == ["a large red star on snow", "a blue star"]
+    assert kept(selected(SelectConfig(), 10)) == ["a red star in snow", "a red moon"]
+    assert kept(selected(SelectConfig(), 4)) == ["a large red star on snow", "a blue star"]
+    # The filter refuses the web's text, and what it likes best comes first.
+    assert kept(FILTERED.keep) == [] and kept(CAPFILT.keep) == ["a red star"]
+    itm, both = (question("selection").arm(name).keep for name in ("itm", "both"))
+    assert kept(itm) == ["a red star", "a blue star"]
+    assert kept(both) == ["a large red star on snow", "a blue star"]
+    assert kept(all_synthetic(2)) == ["a red star", "A red star"]
     assert kept(by_truth(2, 10)) == ["a large red star on snow", "a red star in snow"]
     assert kept(by_truth(9, 3)) == ["a red star"]
     draws = {tuple(kept(at_random(2, 10), seed)) for seed in range(200)}
@@ -65,17 +96,55 @@ def test_arms_keep_what_they_say() -> None:
 def test_every_question_names_arms_that_it_has() -> None:
     for each in QUESTIONS.values():
         names = [arm.name for arm in each.arms]
+        trained = {arm.name for arm in each.arms if arm.trained}
         assert len(set(names)) == len(names) and each.baseline in names
-        assert {name for pair in each.better for name in pair} | set(TRAINED[each.name]) <= set(names)
-    assert len(TRAINED["captions"]) == 12
+        assert {name for pair in each.better for name in pair} <= trained
+        # An arm goes on from an earlier one of its question.
+        assert all(arm.after in names[:place] for place, arm in enumerate(each.arms) if arm.after)
+        if each.judge:
+            assert set(each.judge.judged_by) <= set(each.judge.figures)
+            # They stand in one row.
+            assert not set(each.judge.figures) & set(facts_of([]))
+    assert sum(arm.trained for arm in question("captions").arms) == 12
+
+
+def test_facts_are_of_texts_that_claim_something() -> None:
+    other = Scene(colour="blue", shape="ring", size="small", background="sand")
+    facts = facts_of(
+        [
+            (["a red star", "A red star.", "a large blue star on snow"], SCENE),
+            (["IMG_1.JPG"], other),
+            ([], other),
+        ]
+    )
+    assert facts["images"] == 2 and facts["texts"] == 4 and facts["an_image"] == 1.5
+    assert facts["true_share"] == 0.5 and facts["distinct_share"] == 0.75 and facts["parsed_share"] == 0.75
+    assert facts["colour_true"] == pytest.approx(2 / 3) and facts["shape_true"] == 1.0
+    assert facts["size_true"] == 1.0 and facts["background_true"] == 1.0
+    assert facts_of([])["true_share"] == 0.0
+
+
+def test_a_training_waits_for_the_one_that_it_goes_on_from(tmp_path: Path) -> None:
+    first = Arm(name="first", what="")
+    chain = (
+        first,
+        replace(first, name="second", after="first"),
+        replace(first, name="third", after="second"),
+    )
+    asked = replace(question("curation"), arms=chain)
+    assert [arm.name for arm in _arms(asked, ("third",))] == ["first", "second", "third"]
+    extent = Extent(seeds=2)
+    tasks = [_task(asked, arm, seed, tmp_path, extent, STAGE1) for seed in range(2) for arm in chain]
+    assert [(task.arm, task.seed) for task in _ready(tasks)] == [("first", 0), ("first", 1)]
+    assert [(task.arm, task.seed) for task in _ready(tasks[1:])] == [("second", 0), ("first", 1)]
 
 
 def trial(arm: str, seed: int, recall: float) -> Trial:
-    return Trial(arm=arm, seed=seed, figures=dict.fromkeys(FIGURES, recall), cpu_seconds=1.0)
+    return Trial(arm=arm, seed=seed, figures=dict.fromkeys(STAGE1.figures, recall), cpu_seconds=1.0)
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
-    facts = {"images": 5, "texts": 9, "true_share": 0.5, "distinct_share": 1.0, "words": 4.0}
+    facts = facts_of([(["a red star"], SCENE)])
     # Seeds differ by far more than arms do: only pairs show it.
     trials = [trial("web", seed, 0.2 * seed) for seed in range(3)]
     trials += [trial("ranked", seed, 0.2 * seed + 0.05 + 0.001 * seed) for seed in range(3)]
@@ -95,11 +164,12 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
         verdict.startswith("ranked over web: +5.1% recall, as the papers have it; 3 seeds")
         and "more than" in verdict
     )
+    # Fits the terminal, at its widest.
+    every = replace(results, facts=dict.fromkeys((arm.name for arm in results.question.arms), facts))
+    assert max(map(len, table_lines(shown_rows(every), list(shown_rows(every)[0]), width=None))) <= 100
     write_page(results, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert (
-        "+5.1% ± 0.1%" in page and page.count("<rect") == 2 and "<script" not in page and "http" not in page
-    )
+    assert "+5.1 ±0.1" in page and page.count("<rect") == 2 and "<script" not in page and "http" not in page
 
 
 @pytest.mark.training
@@ -114,8 +184,13 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
     assert "web" in Path(told["page"]).read_text()
     again = cli_here(*ARGUMENTS, "--out", out, "--json")
     assert json.loads(again.stdout)["arms"] == told["arms"] and "training" not in again.stderr
-    # Every arm has the same images under the same keys; what is kept of them without training is known at once.
+    # The filter is added to a corpus without captioning it again; every arm is told of without training.
     corpus = Path(out, "corpus")
+    records = Records(Storage(str(corpus)))
+    before = records.shards(("caption",))
+    options = CorpusOptions(num_urls=100, filter_folder=str(save_matcher(tmp_path / "filter")))
+    make_corpus(Path(out), BASE, options, Console(quiet=True), filtered=True)
+    assert records.shards(("caption",)) == before
     for arm in question("curation").arms:
         facts = write_arm(corpus, arm, tmp_path / arm.name)
         assert facts["images"] <= row["images"]
@@ -124,6 +199,11 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
     for wrong, said in (
         (("experiment", "curatoin"), "did you mean"),
         ((*ARGUMENTS[:2], "--arm", "rank"), "no such arm"),
+        (("experiment", "all", "--arm", "web"), "in place of all"),
+        (
+            (*ARGUMENTS[:2], "--filter", str(tmp_path / "none"), *ARGUMENTS[4:], "--out", out),
+            "no such folder",
+        ),
         ((*ARGUMENTS, "--urls", "200", "--out", out), "has begun with 100"),
     ):
         refused = cli_here(*wrong)

@@ -43,9 +43,11 @@ def stage2_config(corpus: Path, family: Family) -> PretrainConfig:
     return _config(name, name, corpus, corpus, [f"run.init_from={init_from}"])
 
 
-def trial_config(folder: Path, name: str, data: Path, overrides: Sequence[str]) -> PretrainConfig:
-    """Return stage 1's recipe for a training under ``folder`` that reads a folder of tars."""
-    return _config("demo-stage1", name, folder, data, ["data.held_out=0", *overrides])
+def trial_config(
+    recipe: str, folder: Path, name: str, data: Path, overrides: Sequence[str]
+) -> PretrainConfig:
+    """Return a recipe for a training under ``folder`` that reads a folder of tars."""
+    return _config(recipe, name, folder, data, ["data.held_out=0", *overrides])
 
 
 def reads_eva(corpus: Path) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.demo.world.scenes import Scene, is_true, normalise
+from jobs.experiments.judges import Train
 from pipeline.candidates import Candidate
 from pipeline.stages.selection import select
 from schemas.config import SelectConfig
@@ -14,17 +15,44 @@ Keep = Callable[[Sequence[Candidate], Scene, random.Random], list[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
-    """One way to curate.
+class Variant:
+    """A corpus of the demo world that arms choose from, by how its captions were made.
 
     Args:
-        what: in a few words, for the table.
+        folder: of the corpus, beside those of the others.
+        caption: overrides of ``[caption]``.
+    """
+
+    folder: str
+    caption: tuple[str, ...] = ()
+
+
+BASE = Variant(folder="corpus")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to curate or to train.
+
+    Args:
+        what: in a few words, for the page.
+        keep: None where the training makes its own corpus.
+        corpus: the one that it chooses from.
+        filtered: ``keep`` asks the filter.
+        trained: a model is trained on what it keeps, unless ``--arm`` says otherwise.
+        train: how, where it is not the experiment's usual way.
+        after: the arm whose training with the same seed this one's goes on from.
         columns: what distinguishes it from the others of its experiment, by column.
     """
 
     name: str
     what: str
-    keep: Keep
+    keep: Keep | None = None
+    corpus: Variant = BASE
+    filtered: bool = False
+    trained: bool = True
+    train: Train | None = None
+    after: str = ""
     columns: Mapping[str, str | int] | None = None
 
 
@@ -38,7 +66,16 @@ def first_synthetic(candidates: Sequence[Candidate], scene: Scene, rng: random.R
     return _synthetic(candidates, 1)[:1]
 
 
-def ranked(config: SelectConfig, num_captions: int) -> Keep:
+def all_synthetic(num_captions: int) -> Keep:
+    """Return what the captioner writes: its first captions, those that came twice twice."""
+
+    def keep(candidates: Sequence[Candidate], scene: Scene, rng: random.Random) -> list[str]:
+        return _synthetic(candidates, num_captions)
+
+    return keep
+
+
+def selected(config: SelectConfig, num_captions: int) -> Keep:
     """Return what ``[select]`` keeps of the web's text and the first ``num_captions`` synthetic ones."""
 
     def keep(candidates: Sequence[Candidate], scene: Scene, rng: random.Random) -> list[str]:
@@ -79,3 +116,21 @@ def _synthetic(candidates: Iterable[Candidate], num_captions: int) -> list[str]:
 
 def _distinct(texts: Iterable[str]) -> list[str]:
     return list({normalise(text): text for text in reversed([*texts])}.values())[::-1]
+
+
+# -- those that several experiments have ------------------------------------------------------------------------------
+
+_CLIP, _ITM = SelectConfig(), SelectConfig.model_validate({"by": "itm"})
+WEB = Arm(name="web", what="the web's text", keep=web)
+RANDOM = Arm(name="random", what="two of the ten and the web's, at random", keep=at_random(2, 10))
+RANKED = Arm(name="ranked", what="CLIP's best two of the ten and the web's", keep=selected(_CLIP, 10))
+ORACLE = Arm(name="oracle", what="two true ones of the ten and the web's", keep=by_truth(2, 10))
+FILTERED = Arm(
+    name="filtered", what="the web's text, where the filter says match", keep=selected(_ITM, 0), filtered=True
+)
+CAPFILT = Arm(
+    name="captioned-filtered",
+    what="one synthetic caption and the web's, each where the filter says match",
+    keep=selected(_ITM, 1),
+    filtered=True,
+)

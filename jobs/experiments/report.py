@@ -1,135 +1,86 @@
-"""What came out of an experiment: means, spreads and differences, seed by seed, as a table, a plot and a page."""
+"""What came out of an experiment, to be read: a table of at most 100 columns, a plot and a page."""
 
-import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.experiments.questions import Question
+from jobs.demo.world.scenes import ATTRIBUTES
+from jobs.experiments.judges import Figure
+from jobs.experiments.results import Results
+from jobs.experiments.run import corpora_seconds
 from pipeline.storage.storage import Storage
 
-# The figures that are compared, and how they are called.
-FIGURES = {
-    "text_r1": "text R@1",
-    "image_r1": "image R@1",
-    "text_r1_reranked": "text R@1, ITM",
-    "image_r1_reranked": "image R@1, ITM",
-    "itm_accuracy": "ITM accuracy",
-}
-# The one that differences are taken of: the mean of the two recalls by ITC.
-_JUDGED_BY = ("text_r1", "image_r1")
+
+def shown_rows(results: Results, whole: bool = False) -> list[dict[str, Any]]:
+    """Return the rows as a person reads them: shares in per cent, with their spread.
+
+    Args:
+        whole: with every column, as the page has them.
+    """
+    return [_shown(results, row, whole) for row in results.rows()]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """What a training of an arm has learnt; shares of 1."""
-
-    arm: str
-    seed: int
-    figures: Mapping[str, float]
-    cpu_seconds: float
-
-    @property
-    def recall(self) -> float:
-        """The mean of text and image recall at 1, by ITC."""
-        return statistics.fmean(self.figures[name] for name in _JUDGED_BY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Of two arms, seed by seed: the mean difference in recall, and its standard error (NaN of one seed)."""
-
-    mean: float
-    error: float
-    seeds: int
-
-    @property
-    def certainty(self) -> str:
-        """How sure that is, in words."""
-        if self.seeds == 1:
-            return "of one seed, which says nothing of chance"
-        side = "more" if abs(self.mean) > 2 * self.error else "less"
-        return f"{self.seeds} seeds, standard error {self.error:.1%}: {side} than twice that"
+def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]:
+    cells: dict[str, Any] = {"arm": row["arm"]} | ({"what": row["keeps"]} if whole else {})
+    if results.facts:
+        cells |= _fact_cells(row, whole or results.question.judge is None)
+    if results.question.judge is None:
+        return cells
+    for name, figure in results.question.judge.figures.items():
+        if whole or figure.in_table:
+            cells[figure.title] = _with_spread(row.get(name), row.get(f"{name}_spread"), figure)
+    over = "over " + results.question.baseline
+    cells[over] = _with_spread(row.get("difference"), row.get("difference_error"), sign="+")
+    return cells
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """All that came out; ``facts`` are what can be said of an arm without training: see ``write_arm``."""
-
-    question: Question
-    facts: Mapping[str, Mapping[str, float | int]]
-    trials: list[Trial]
-    steps: int
-    num_scenes: int
-
-    def of(self, arm: str) -> list[Trial]:
-        """Return the trainings of an arm, by seed."""
-        return sorted((trial for trial in self.trials if trial.arm == arm), key=lambda trial: trial.seed)
-
-    def difference(self, arm: str, other: str) -> Difference | None:
-        """Return by how much an arm does better than another one; None where one of them was not trained."""
-        of_other = {trial.seed: trial.recall for trial in self.of(other)}
-        differences = [
-            trial.recall - of_other[trial.seed] for trial in self.of(arm) if trial.seed in of_other
-        ]
-        if not differences:
-            return None
-        spread = statistics.stdev(differences) if len(differences) > 1 else math.nan
-        error = spread / math.sqrt(len(differences))
-        return Difference(mean=statistics.fmean(differences), error=error, seeds=len(differences))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each arm, as numbers."""
-        return [self._row(arm.name) for arm in self.question.arms if arm.name in self.facts]
-
-    def _row(self, name: str) -> dict[str, Any]:
-        arm = next(arm for arm in self.question.arms if arm.name == name)
-        trials = self.of(name)
-        row: dict[str, Any] = {"arm": name, "keeps": arm.what, **(arm.columns or {}), **self.facts[name]}
-        for figure in FIGURES if trials else ():
-            values = [trial.figures[figure] for trial in trials]
-            row[figure] = statistics.fmean(values)
-            row[f"{figure}_spread"] = statistics.stdev(values) if len(values) > 1 else None
-        if name != self.question.baseline and (found := self.difference(name, self.question.baseline)):
-            row["difference"] = found.mean
-            row["difference_error"] = None if found.seeds == 1 else found.error
-        if trials:
-            row["cpu_seconds"] = statistics.fmean(trial.cpu_seconds for trial in trials)
-        return row
-
-    def verdicts(self) -> Iterator[str]:
-        """Yield a line for each pair of arms that the papers say something of."""
-        for arm, other in self.question.better:
-            found = self.difference(arm, other)
-            if found is None:
-                continue
-            agrees = "as the papers have it" if found.mean > 0 else "against the papers"
-            yield f"{arm} over {other}: {found.mean:+.1%} recall, {agrees}; {found.certainty}"
+def _fact_cells(row: dict[str, Any], attributes: bool) -> dict[str, Any]:
+    if "images" not in row:
+        return dict.fromkeys(("images", "an image", "true", "distinct"))
+    cells: dict[str, Any] = {
+        "images": row["images"],
+        "an image": f"{row['an_image']:.2f}",
+        "true": f"{100 * row['true_share']:.1f}",
+        "distinct": f"{100 * row['distinct_share']:.1f}",
+    }
+    if attributes:
+        cells["parse"] = f"{100 * row['parsed_share']:.1f}"
+        cells |= {name: f"{100 * row[f'{name}_true']:.1f}" for name in ATTRIBUTES}
+    return cells
 
 
-def shown_rows(results: Results) -> list[dict[str, Any]]:
-    """Return the rows as a person reads them: shares as percentages with their spread."""
-    shown = []
-    for row in results.rows():
-        cells: dict[str, Any] = {name: row[name] for name in ("arm", "keeps")}
-        cells |= {
-            "images": row["images"],
-            "true": f"{row['true_share']:.1%}",
-            "distinct": f"{row['distinct_share']:.1%}",
-        }
-        for figure, name in FIGURES.items():
-            cells[name] = f"{row[figure]:.1%}" + _spread(row[f"{figure}_spread"]) if figure in row else None
-        cells["over " + results.question.baseline] = (
-            f"{row['difference']:+.1%}" + _spread(row["difference_error"]) if "difference" in row else None
-        )
-        shown.append(cells)
-    return shown
+def summary(results: Results) -> dict[str, Any]:
+    """Return all of it as numbers, shares of 1."""
+    return {
+        "experiment": results.question.name,
+        "arms": results.rows(),
+        "verdicts": list(results.verdicts()),
+        "trainings": len(results.trials),
+        "cpu_seconds": round(results.cpu_seconds, 1),
+    }
 
 
-def _spread(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.1%}"
+def total_line(experiments: Sequence[Results], root: Path) -> str:
+    """Return what experiments have cost, the calls before this one included."""
+    trainings = sum(len(results.trials) for results in experiments)
+    seconds = sum(results.cpu_seconds for results in experiments)
+    return (
+        f"{trainings} trainings: {seconds:,.0f} CPU seconds; corpora: {sum(corpora_seconds(root).values()):,.0f}; "
+        "shares in per cent, ± between seeds"
+    )
+
+
+_SHARE = Figure(title="")
+
+
+def _with_spread(
+    value: float | None, spread: float | None, figure: Figure = _SHARE, sign: str = ""
+) -> str | None:
+    if value is None:
+        return None
+    scale, digits = (100, 1) if figure.is_share else (1, 3)
+    return f"{scale * value:{sign}.{digits}f}" + ("" if spread is None else f" ±{scale * spread:.{digits}f}")
 
 
 def write_page(results: Results, file: Path) -> None:
@@ -142,10 +93,16 @@ def write_page(results: Results, file: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rows = shown_rows(results)
+    rows = shown_rows(results, whole=True)
+    judge = results.question.judge
     page = environment.get_template("page.html").render(
-        results=results,
+        question=results.question,
         papers=results.question.papers,
+        verdicts=list(results.verdicts()),
+        trained=judge and judge.what.format(steps=results.steps, num_scenes=results.num_scenes),
+        num_scenes=results.num_scenes,
+        judged_by=judge and ", ".join(judge.figures[name].title for name in judge.judged_by),
+        cpu_minutes=results.cpu_seconds / 60,
         columns=list(rows[0]) if rows else [],
         rows=rows,
         bars=_bars(results),
@@ -154,12 +111,12 @@ def write_page(results: Results, file: Path) -> None:
 
 
 def _bars(results: Results) -> list[dict[str, float | str]]:
-    """Return a bar for each arm that was trained: mean recall and its spread over the seeds, in per cent."""
+    """Return a bar for each arm that was trained: what arms are compared by and its spread, in per cent."""
     bars: list[dict[str, float | str]] = []
     for arm in results.question.arms:
-        recalls = [100 * trial.recall for trial in results.of(arm.name)]
-        if recalls:
-            spread = statistics.stdev(recalls) if len(recalls) > 1 else 0.0
-            mean = statistics.fmean(recalls)
+        scores = [100 * score for score in results.scores(arm.name).values()]
+        if scores:
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            mean = statistics.fmean(scores)
             bars.append({"name": arm.name, "mean": mean, "low": mean - spread, "high": mean + spread})
     return bars

@@ -1,7 +1,8 @@
-"""All of an experiment that is missing: the corpus, what each arm keeps, a training for each arm and seed."""
+"""All of an experiment that is missing: the corpora, what each arm keeps, a training for each arm and seed."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from jobs.demo.train_in_pairs import at_once
-from jobs.experiments.corpus import make_corpus, write_arm
-from jobs.experiments.questions import TRAINED, Question
-from jobs.experiments.report import Results, Trial
+from jobs.experiments.arms import Arm
+from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
+from jobs.experiments.facts import Facts
+from jobs.experiments.judges import Judge
+from jobs.experiments.questions import Question, question
+from jobs.experiments.results import Results, Trial
+from jobs.experiments.task import Task
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean
-
-_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,86 +28,146 @@ class Extent:
 
     arms: tuple[str, ...] = ()
     seeds: int = 3
-    steps: int = 300
+    # None: the judge's own.
+    steps: int | None = None
     num_urls: int = 2400
     # With 200 a percentage point is chance.
     num_scenes: int = 1000
+    # Empty: the one that the demo ships.
+    filter_folder: str = ""
 
 
-def run_experiment(question: Question, folder: Path, extent: Extent, console: Console) -> Results:
+def run_experiment(question: Question, root: Path, extent: Extent, console: Console) -> Results:
     """Do what is missing of an experiment in a folder, and return all that came out. Safe to repeat and to kill."""
-    trained = _trained_arms(question, extent.arms)
-    _require_same_world(folder, extent.num_urls)
-    corpus = folder / "corpus"
-    make_corpus(corpus, extent.num_urls, console)
-    facts = {}
-    for each in question.arms:
-        if not extent.arms or each.name in extent.arms:
-            facts[each.name] = write_arm(corpus, each, _data(folder, question, each.name))
-    wanted = [(arm, seed) for seed in range(extent.seeds) for arm in trained]
-    missing = [
-        trial for trial in wanted if not (folder / _result_path(question, *trial, extent.steps)).exists()
-    ]
-    for first in range(0, len(missing), _AT_ONCE):
-        trials = missing[first : first + _AT_ONCE]
-        console.print(
-            f"training {', '.join(f'{arm} with seed {seed}' for arm, seed in trials)}", highlight=False
-        )
-        calls = [partial(_trial, str(folder), question.name, arm, seed, extent) for arm, seed in trials]
-        for (arm, seed), (figures, cpu_seconds) in zip(trials, at_once(*calls), strict=True):
-            result = {"figures": figures, "cpu_seconds": round(cpu_seconds, 1)}
-            _write_json(folder, _result_path(question, arm, seed, extent.steps), result)
-    done = [_read(folder, question, arm, seed, extent.steps) for arm, seed in wanted]
-    return Results(
-        question=question, facts=facts, trials=done, steps=extent.steps, num_scenes=extent.num_scenes
-    )
+    arms = _arms(question, extent.arms)
+    _require_same_world(root, extent.num_urls)
+    facts = _curate(question, arms, root, extent, console)
+    trials: list[Trial] = []
+    steps = 0
+    if question.judge:
+        steps = extent.steps or question.judge.steps
+        trained = [arm for arm in arms if arm.trained or extent.arms]
+        tasks = [
+            _task(question, arm, seed, root, extent, question.judge)
+            for seed in range(extent.seeds)
+            for arm in trained
+        ]
+        _train(tasks, console)
+        trials = [_read(task) for task in tasks]
+    return Results(question=question, facts=facts, trials=trials, steps=steps, num_scenes=extent.num_scenes)
 
 
-def _trained_arms(question: Question, named: Sequence[str]) -> list[str]:
+def _arms(question: Question, named: Sequence[str]) -> list[Arm]:
+    """Return the arms that are asked for, and those whose trainings they go on from."""
     known = [arm.name for arm in question.arms]
     for name in named:
         if name not in known:
             raise CapfiltError(f"--arm {name!r}: {question.name} has no such arm{did_you_mean(name, known)}")
-    return list(named or TRAINED[question.name])
+    wanted = set(named or known)
+    for arm in reversed(question.arms):
+        if arm.name in wanted and arm.after:
+            wanted.add(arm.after)
+    return [arm for arm in question.arms if arm.name in wanted]
 
 
-def _require_same_world(folder: Path, num_urls: int) -> None:
+def _require_same_world(root: Path, num_urls: int) -> None:
     """Refuse a folder whose corpus has another size: its results would not be comparable."""
-    file = folder / "experiment.json"
+    file = root / "experiment.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if root.exists() and any(root.iterdir()):
             raise CapfiltError(
-                f"--out {folder}: the folder holds something other than experiments; name another one"
+                f"--out {root}: the folder holds something other than experiments; name another one"
             )
-        _write_json(folder, file.name, {"urls": num_urls})
+        _write_json(root, file.name, {"urls": num_urls})
     if (begun := json.loads(file.read_text())["urls"]) != num_urls:
-        raise CapfiltError(f"--urls {num_urls}: {folder} has begun with {begun}; name another folder")
+        raise CapfiltError(f"--urls {num_urls}: {root} has begun with {begun}; name another folder")
 
 
-def _data(folder: Path, question: Question, arm: str) -> Path:
-    return folder / "kept" / question.name / arm
+# -- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def _result_path(question: Question, arm: str, seed: int, steps: int) -> str:
-    return f"results/{question.name}/{arm}.seed-{seed}.steps-{steps}.json"
+def _curate(
+    question: Question, arms: Sequence[Arm], root: Path, extent: Extent, console: Console
+) -> dict[str, Facts]:
+    """Make the corpora that arms choose from, and write what each keeps."""
+    choosing = [arm for arm in arms if arm.keep]
+    options = CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
+    for variant in dict.fromkeys(arm.corpus for arm in choosing):
+        filtered = any(arm.filtered for arm in choosing if arm.corpus == variant)
+        seconds = make_corpus(root, variant, options, console, filtered)
+        _add_seconds(root, variant.folder, seconds)
+    return {
+        arm.name: write_arm(root / arm.corpus.folder, arm, root / "kept" / question.name / arm.name)
+        for arm in choosing
+    }
 
 
-def _write_json(folder: Path, path: str, value: dict[str, Any]) -> None:
-    Storage(str(folder)).write(path, (json.dumps(value) + "\n").encode())
+def _add_seconds(root: Path, corpus: str, seconds: float) -> None:
+    known = corpora_seconds(root)
+    _write_json(root, _SECONDS, known | {corpus: round(known.get(corpus, 0.0) + seconds, 1)})
 
 
-def _read(folder: Path, question: Question, arm: str, seed: int, steps: int) -> Trial:
-    result = json.loads((folder / _result_path(question, arm, seed, steps)).read_text())
-    return Trial(arm=arm, seed=seed, figures=result["figures"], cpu_seconds=result["cpu_seconds"])
+def corpora_seconds(root: Path) -> dict[str, float]:
+    """Return the CPU seconds that each corpus has taken."""
+    file = root / _SECONDS
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-# -- in a process of its own: the trainer is imported inside, so that the parent names it without ---------------------
+_SECONDS = "corpora.json"
+
+# -- trainings --------------------------------------------------------------------------------------------------------
 
 
-def _trial(folder: str, question: str, arm: str, seed: int, extent: Extent) -> dict[str, float]:
-    from jobs.experiments.trial import train_and_judge
-
-    data = Path(folder) / "kept" / question / arm
-    return train_and_judge(
-        f"{folder}/trained/{question}", arm, str(data / "world"), seed, extent.steps, extent.num_scenes
+def _task(question: Question, arm: Arm, seed: int, root: Path, extent: Extent, judge: Judge) -> Task:
+    return Task(
+        root=root,
+        question=question.name,
+        arm=arm.name,
+        seed=seed,
+        after=arm.after,
+        steps=extent.steps or judge.steps,
+        num_scenes=extent.num_scenes,
+        num_urls=extent.num_urls,
     )
+
+
+def _train(tasks: Sequence[Task], console: Console) -> None:
+    """Do the trainings that have no result yet, one on each core at a time."""
+    missing = [task for task in tasks if not _result_file(task).exists()]
+    while missing:
+        ready = list(_ready(missing))[: len(os.sched_getaffinity(0))]
+        names = ", ".join(f"{task.arm} with seed {task.seed}" for task in ready)
+        console.print(f"{ready[0].question}: training {names}", highlight=False)
+        outcomes = at_once(*(partial(_trial, task) for task in ready))
+        for task, (figures, cpu_seconds) in zip(ready, outcomes, strict=True):
+            path = _result_file(task).relative_to(task.root)
+            _write_json(task.root, str(path), {"figures": figures, "cpu_seconds": round(cpu_seconds, 1)})
+        missing = [task for task in missing if task not in ready]
+
+
+def _ready(missing: Sequence[Task]) -> Iterator[Task]:
+    """Yield the tasks that wait for none of the others."""
+    places = {(task.arm, task.seed) for task in missing}
+    return (task for task in missing if (task.after, task.seed) not in places)
+
+
+def _result_file(task: Task) -> Path:
+    return task.root / "results" / task.question / f"{task.arm}.seed-{task.seed}.steps-{task.steps}.json"
+
+
+def _read(task: Task) -> Trial:
+    result = json.loads(_result_file(task).read_text())
+    return Trial(arm=task.arm, seed=task.seed, figures=result["figures"], cpu_seconds=result["cpu_seconds"])
+
+
+def _write_json(root: Path, path: str, value: dict[str, Any]) -> None:
+    Storage(str(root)).write(path, (json.dumps(value) + "\n").encode())
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def _trial(task: Task) -> dict[str, float]:
+    asked = question(task.question)
+    assert asked.judge is not None, "an experiment with trainings has a judge"
+    return (asked.arm(task.arm).train or asked.judge.train)(task)

@@ -147,7 +147,10 @@ def _plan_text(plan: dict) -> str:
 
 @training.command(rich_help_panel=MEASURE)
 def experiment(
-    name: Annotated[str, typer.Argument(help="curation or captions.", metavar="NAME", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(help="all, or one of docs/experiments.md.", metavar="NAME", show_default=False),
+    ],
     out: Annotated[
         str, typer.Option("--out", help="Folder of the experiments.", metavar="FOLDER")
     ] = "experiments",
@@ -155,15 +158,33 @@ def experiment(
         list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.", metavar="NAME")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each arm.", metavar="N")] = 3,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each training.", metavar="N")] = 300,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            min=3,
+            help="Of each training; 300 to 450 unless given.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     urls: Annotated[int, typer.Option("--urls", min=100, help="Of the demo world.", metavar="N")] = 2400,
     scenes: Annotated[
         int,
         typer.Option("--scenes", min=20, max=2000, help="New ones that a model is judged by.", metavar="N"),
     ] = 1000,
+    filter_: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            help="A filter of the demo's size, exported; the demo's own unless given.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = "",
     json_: JsonObjectOption = False,
 ) -> None:
-    """Compare ways to curate on the demo world.
+    """Compare ways to curate and to train on the demo world.
 
     Trains a model on what each keeps, with several seeds; goes on where it stopped, and writes a page.
     """
@@ -171,26 +192,38 @@ def experiment(
 
     from rich.console import Console
 
-    from jobs.experiments.questions import question
-    from jobs.experiments.report import shown_rows, write_page
+    from jobs.experiments.questions import QUESTIONS, question
+    from jobs.experiments.report import shown_rows, summary, total_line, write_page
     from jobs.experiments.run import Extent, run_experiment
+    from schemas.errors import CapfiltError
 
-    asked = question(name)
-    extent = Extent(arms=tuple(arm or ()), seeds=seeds, steps=steps, num_urls=urls, num_scenes=scenes)
-    results = run_experiment(asked, Path(out).absolute(), extent, Console(stderr=True, soft_wrap=True))
-    page = Path(out) / f"{name}.html"
-    write_page(results, page)
+    asked = [question(name)] if name != "all" else list(QUESTIONS.values())
+    if name == "all" and arm:
+        raise CapfiltError("--arm belongs to one experiment; name it in place of all")
+    extent = Extent(
+        arms=tuple(arm or ()),
+        seeds=seeds,
+        steps=steps,
+        num_urls=urls,
+        num_scenes=scenes,
+        filter_folder=filter_,
+    )
+    console, every = Console(stderr=True, soft_wrap=True), []
+    for each in asked:
+        results = run_experiment(each, Path(out).absolute(), extent, console)
+        every.append(results)
+        page = Path(out) / f"{each.name}.html"
+        write_page(results, page)
+        if json_:
+            continue
+        print_table(shown_rows(results), title=each.asks)
+        for verdict in results.verdicts():
+            print(verdict)
+        print(f"{page}\n")
     if json_:
-        print_json(
-            {
-                "experiment": name,
-                "arms": results.rows(),
-                "verdicts": list(results.verdicts()),
-                "page": str(page),
-            }
-        )
+        found = [
+            summary(results) | {"page": str(Path(out) / f"{results.question.name}.html")} for results in every
+        ]
+        print_json({"experiments": found} if name == "all" else found[0])
         return
-    print_table(shown_rows(results), title=asked.asks)
-    for verdict in results.verdicts():
-        print(verdict)
-    print(page)
+    print(total_line(every, Path(out)))

@@ -1,0 +1,170 @@
+"""The corpora that arms choose from: the demo world, with many captions of each image, ranked and, where an arm asks
+the filter, filtered; and what an arm keeps of one as a folder of tars.
+"""
+
+import json
+import random
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.demo.run import demo_config
+from jobs.demo.world.scenes import Scene
+from jobs.demo.world.site import scene_of, serving, write_url_list
+from jobs.experiments.arms import BASE, Arm, Variant
+from jobs.experiments.facts import Facts, facts_of
+from jobs.experiments.questions import NUM_CAPTIONS
+from jobs.run import RunOptions, run
+from pipeline.candidates import Candidate
+from pipeline.corpus.records import Records
+from pipeline.corpus.shard_files import read_tar, write_tar
+from pipeline.corpus.shard_reader import committed_table
+from pipeline.intake.take_over import take_over_crawl
+from pipeline.storage.storage import Storage
+from schemas.errors import CapfiltError
+from schemas.stages import Stage
+
+# URLs are identities: the world is served at one port, so that equal seeds give equal corpora.
+_PORT = 8423
+_SHIPPED_FILTER = Path(__file__).resolve().parents[1] / "demo" / "weights" / "filter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image of the corpus, and every text that could be kept of it."""
+
+    key: str
+    uid: str
+    scene: Scene
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusOptions:
+    """How the corpora of a folder are made; ``filter_folder`` is empty for the filter that the demo ships."""
+
+    num_urls: int
+    num_captions: int = NUM_CAPTIONS
+    filter_folder: str = ""
+
+
+def make_corpus(
+    root: Path, variant: Variant, options: CorpusOptions, console: Console, filtered: bool = False
+) -> float:
+    """Make a corpus, unless that is done; return the CPU seconds that it took.
+
+    The world is crawled once, for the first corpus. Raises CapfiltError where a shard fails.
+    """
+    began = time.process_time()
+    base, folder = root / BASE.folder, root / variant.folder
+    urls = base / "input" / "urls.parquet"
+    if variant != BASE:
+        make_corpus(root, BASE, options, console)
+        take_over_crawl(Records(Storage(str(base))), Records(Storage(str(folder))))
+    with _served(base) as base_url:
+        if not urls.exists():
+            urls.parent.mkdir(parents=True, exist_ok=True)
+            write_url_list(urls, base_url, options.num_urls)
+        overrides = [f"caption.num_captions={options.num_captions}", *variant.caption]
+        stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
+        if filtered:
+            overrides += _filter_overrides(options)
+            stages = (*stages, "filter")
+        config = demo_config(folder, urls, base_url, overrides)
+        result = run(config, RunOptions(stages=stages, local=True), console)
+    if result.exit_code:
+        raise CapfiltError(f"{folder}: the corpus of the experiment is not whole; see above")
+    return time.process_time() - began
+
+
+def _served(base: Path) -> AbstractContextManager[str]:
+    """Return the world's server, which a crawled corpus does not need."""
+    storage = Storage(str(base))
+    if storage.is_corpus():
+        records = Records(storage)
+        crawled = {(source, shard) for _, source, shard in records.shards(("crawl",))}
+        if set(records.url_shards()) <= crawled:
+            return nullcontext(f"http://127.0.0.1:{_PORT}")
+    return serving(_PORT, flaky=False)
+
+
+def _filter_overrides(options: CorpusOptions) -> list[str]:
+    folder = Path(options.filter_folder).absolute() if options.filter_folder else _SHIPPED_FILTER
+    if not folder.is_dir():
+        raise CapfiltError(
+            f"--filter {options.filter_folder or folder}: there is no such folder; name a filter of the demo's size, "
+            "as `capfilt export` writes it"
+        )
+    return [f"filter.model={json.dumps(str(folder))}", "filter.max_tokens=16"]
+
+
+def images(corpus: Path, filtered: bool = False) -> Iterator[tuple[str, list[Image]]]:
+    """Yield each shard's tar, relative to the corpus, and its images; ``filtered``: with the filter's verdicts."""
+    records = Records(Storage(str(corpus)))
+    judged_by: Stage = "filter" if filtered else "rank"
+    committed = records.shards(("crawl", judged_by))
+    for (stage, source, shard), record in sorted(committed.items()):
+        if stage != "crawl":
+            continue
+        rows = committed_table(records, committed[judged_by, source, shard].outputs["parquet"]).to_pylist()
+        by_key: dict[str, list[Candidate]] = {}
+        for row in rows:
+            by_key.setdefault(row["key"], []).append(Candidate.of_row(row))
+        samples = committed_table(
+            records, record.outputs["parquet"], ("key", "uid", "url", "status")
+        ).to_pylist()
+        yield (
+            record.outputs["tar"].path,
+            [
+                Image(
+                    key=sample["key"],
+                    uid=sample["uid"],
+                    scene=scene_of(sample["url"]),
+                    candidates=tuple(by_key.get(sample["key"], ())),
+                )
+                for sample in samples
+                if sample["status"] == "ok"
+            ],
+        )
+
+
+def write_arm(corpus: Path, arm: Arm, folder: Path) -> Facts:
+    """Write what an arm keeps, as tars that any loader of WebDataset reads; return what can be said without training.
+
+    Equal names of shards and keys give all arms the same images in the same order, but for those of which an arm keeps
+    nothing.
+    """
+    assert arm.keep is not None, "an arm that makes its own corpus keeps nothing of this one"
+    texts: list[tuple[list[str], Scene]] = []
+    for tar, shard in images(corpus, arm.filtered):
+        kept = {
+            image.key: arm.keep(image.candidates, image.scene, random.Random(image.uid)) for image in shard
+        }
+        texts += [(kept[image.key], image.scene) for image in shard]
+        target = folder / "world" / f"{Path(tar).name.partition('.')[0]}.tar"
+        if not target.exists():
+            _write_tar(corpus / tar, kept, target)
+    return facts_of(texts)
+
+
+def _write_tar(crawled: Path, kept: dict[str, list[str]], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".unfinished")
+    with crawled.open("rb") as file:
+        try:
+            write_tar(
+                unfinished,
+                (
+                    (key, {"jpg": members["jpg"], "json": json.dumps(kept[key]).encode()})
+                    for key, members in read_tar(file)
+                    if kept.get(key)
+                ),
+            )
+        except tarfile.ReadError as error:
+            raise CapfiltError(f"{crawled} is damaged ({error}); `capfilt verify` says more") from error
+    unfinished.replace(target)

@@ -1,0 +1,127 @@
+"""What a model is asked after its training, and how that is shown. Imports no trainer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from jobs.experiments.task import Task
+
+# Trains what a task says, or goes on; returns the judge's figures.
+Train = Callable[[Task], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure of a trained model.
+
+    Args:
+        title: over its column.
+        is_share: a share of 1, else a loss.
+        in_table: in the terminal too, which is narrower than the page.
+    """
+
+    title: str
+    is_share: bool = True
+    in_table: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """What all arms of an experiment are trained for and asked.
+
+    Args:
+        what: for the page; ``{steps}`` and ``{num_scenes}`` stand for numbers.
+        figures: what the model is asked, by name.
+        judged_by: the figures, shares, whose mean is compared between arms.
+        called: what that mean is called.
+        steps: of a training, unless ``--steps`` says otherwise.
+        train: how an arm is trained that does not say so itself.
+    """
+
+    what: str
+    figures: Mapping[str, Figure]
+    judged_by: tuple[str, ...]
+    called: str
+    steps: int
+    train: Train
+
+
+_RECALLS = {"text_r1": Figure(title="text R@1"), "image_r1": Figure(title="image R@1")}
+
+
+# -- in a process of its own: the trainer is imported inside ----------------------------------------------------------
+
+
+def stage1(*overrides: str) -> Train:
+    """Return the training of a stage 1 by the demo's recipe with overrides."""
+
+    def train(task: Task) -> dict[str, float]:
+        from jobs.experiments.trials.stage1 import train_and_judge
+
+        return train_and_judge(task, overrides)
+
+    return train
+
+
+STAGE1 = Judge(
+    what="a stage 1 on the same frozen image encoder, {steps} steps of 32 images",
+    figures={
+        **_RECALLS,
+        "text_r1_reranked": Figure(title="text R@1, ITM", in_table=False),
+        "image_r1_reranked": Figure(title="image R@1, ITM", in_table=False),
+        "itm_accuracy": Figure(title="ITM accuracy", in_table=False),
+    },
+    judged_by=("text_r1", "image_r1"),
+    called="recall",
+    steps=300,
+    train=stage1(),
+)
+
+
+def stage2(stage1_steps: int) -> Train:
+    """Return the training of a stage 2, behind so many steps of stage 1 on the same data; 0: behind none."""
+
+    def train(task: Task) -> dict[str, float]:
+        from jobs.experiments.trials.stage2 import train_and_judge
+
+        return train_and_judge(task, stage1_steps)
+
+    return train
+
+
+STAGE2 = Judge(
+    what="a stage 2 with a frozen language model, {steps} steps of 16 images, asked after each third of them",
+    figures={
+        "true_captions_first": Figure(title="says true, 1/3"),
+        "true_captions_second": Figure(title="2/3"),
+        "true_captions": Figure(title="3/3"),
+        "caption_loss_first": Figure(title="loss at 1/3", is_share=False, in_table=False),
+        "caption_loss_second": Figure(title="loss at 2/3", is_share=False, in_table=False),
+        "caption_loss": Figure(title="loss", is_share=False),
+    },
+    judged_by=("true_captions",),
+    called="true captions",
+    steps=450,
+    train=stage2(STAGE1.steps),
+)
+
+
+def med(*overrides: str, times: int = 1) -> Train:
+    """Return the training of a MED by the demo's recipe with overrides; ``times`` as many steps."""
+
+    def train(task: Task) -> dict[str, float]:
+        from jobs.experiments.trials.med import train_and_judge
+
+        return train_and_judge(task, times, overrides)
+
+    return train
+
+
+_MED_FIGURES = {**_RECALLS, "true_captions": Figure(title="says true")}
+MED = Judge(
+    what="a MED, {steps} steps of 32 images",
+    figures=_MED_FIGURES,
+    judged_by=("text_r1", "image_r1"),
+    called="recall",
+    steps=350,
+    train=med(),
+)

@@ -1,0 +1,64 @@
+"""A stage 2 of BLIP-2 with the demo's tiny OPT, behind a stage 1 on the same images and texts, or behind none.
+
+The model is asked three times on its way, as figure 5 of the paper asks it.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+from jobs.demo.evaluate_training import evaluate_language
+from jobs.demo.held_out import held_out_scenes
+from jobs.demo.training_configs import trial_config
+from jobs.experiments.task import Task
+from jobs.experiments.trials.stage1 import stage1_config
+from jobs.experiments.trials.training import run_overrides, train
+from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
+from training.build import build_stage
+from training.convert.export import export_model
+from training.convert.load import load_trained
+from training.distributed import World
+
+_LOOKS = ("_first", "_second", "")
+
+
+def train_and_judge(task: Task, stage1_steps: int) -> dict[str, float]:
+    """Train, or go on; return the caption loss and the share of true captions after each third of the steps."""
+    before = replace(task, prefix="stage1-", steps=min(task.steps, stage1_steps))
+    begin = _trained_stage1(before) if stage1_steps else _fresh_stage1(before)
+    third = -(-task.steps // len(_LOOKS))
+    overrides = (
+        *run_overrides(task.seed, task.steps),
+        f"run.init_from={json.dumps(begin)}",
+        f"checkpoint.every_steps={third}",
+    )
+    config = trial_config("demo-stage2-opt", task.folder, task.name, task.data, overrides)
+    train(config, task.log)
+    saved = SavedCheckpoints(run_folder(config))
+    scenes = held_out_scenes(task.num_scenes)
+    figures: dict[str, float] = {}
+    for look, record in zip(_LOOKS, saved.committed()[-len(_LOOKS) :], strict=True):
+        asked = evaluate_language(load_trained(saved.storage.url(record.path)), scenes)
+        figures |= {
+            f"caption_loss{look}": asked["caption_loss"],
+            f"true_captions{look}": asked["true_share"],
+        }
+    return figures
+
+
+def _trained_stage1(task: Task) -> str:
+    config = stage1_config(task)
+    train(config, task.log)
+    return run_folder(config)
+
+
+def _fresh_stage1(task: Task) -> str:
+    """Write a stage 1 with the random weights of its seed; return its folder."""
+    folder = task.folder / "fresh" / task.name
+    if not folder.exists():
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        stage = build_stage(stage1_config(replace(task, steps=1)), World(), "cpu")
+        export_model(stage, unfinished)
+        unfinished.replace(folder)
+    return str(folder)
