@@ -139,6 +139,33 @@ def test_a_training_waits_for_the_one_that_it_goes_on_from(tmp_path: Path) -> No
     assert [(task.arm, task.seed) for task in _ready(tasks[1:])] == [("second", 0), ("first", 1)]
 
 
+@pytest.mark.training
+def test_a_med_is_asked_what_it_finds_and_what_it_writes(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from jobs.demo.evaluate_med import evaluate_med
+    from jobs.demo.held_out import held_out_scenes
+    from jobs.demo.training_configs import trial_config
+    from jobs.demo.weights_training.models import CAPTIONER_DIR
+    from training.blip.build import build_blip
+    from training.convert.key_map import blip_from_hf
+    from training.distributed import World
+
+    config = trial_config("demo-blip-pretrain", tmp_path, "med", tmp_path, ('blip.share="none"',))
+    stage, scenes = build_blip(config, World(), torch.device("cpu")), held_out_scenes(40)
+    fresh = evaluate_med(stage, scenes)
+    assert fresh["true_captions"] == 0.0 and fresh["text_r1"] < 0.2 and fresh["image_r1"] < 0.2
+    # The decoder of a captioner that knows the world, whose vocabulary lacks [ENC]; the text encoder stays random.
+    captioner = blip_from_hf(load_file(CAPTIONER_DIR / "model.safetensors"), str(CAPTIONER_DIR))
+    state = {name: tensor.detach().clone() for name, tensor in stage.trainable_state().items()}
+    for name in state.keys() & captioner.keys():
+        state[name][: len(captioner[name])] = captioner[name]
+    stage.load_trainable_state(state)
+    writes = evaluate_med(stage, scenes)
+    assert writes["true_captions"] > 0.8 and writes["text_r1"] < 0.2
+
+
 def trial(arm: str, seed: int, recall: float) -> Trial:
     return Trial(arm=arm, seed=seed, figures=dict.fromkeys(STAGE1.figures, recall), cpu_seconds=1.0)
 

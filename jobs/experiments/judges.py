@@ -35,6 +35,7 @@ class Judge:
         called: what that mean is called.
         steps: of a training, unless ``--steps`` says otherwise.
         train: how an arm is trained that does not say so itself.
+        prepare: what has to be there before the trainings begin; called with one of them.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Judge:
     called: str
     steps: int
     train: Train
+    prepare: Callable[[Task], None] | None = None
 
 
 _RECALLS = {"text_r1": Figure(title="text R@1"), "image_r1": Figure(title="image R@1")}
@@ -124,4 +126,44 @@ MED = Judge(
     called="recall",
     steps=350,
     train=med(),
+)
+
+
+def rounds(number: int) -> Train:
+    """Return so many rounds of bootstrapping, with captioner and filter apart; 0: the web's own texts."""
+
+    def train(task: Task) -> dict[str, float]:
+        from jobs.experiments.trials.rounds import train_and_judge
+
+        return train_and_judge(task, number, task.steps / ROUNDS.steps)
+
+    return train
+
+
+def one_model(task: Task) -> dict[str, float]:
+    """Do one round with a single model as captioner and filter."""
+    from jobs.experiments.trials.rounds import share_and_judge
+
+    return share_and_judge(task, task.steps / ROUNDS.steps)
+
+
+def _crawl_world(task: Task) -> None:
+    from jobs.experiments.trials.rounds import crawl_world
+
+    crawl_world(task)
+
+
+ROUNDS = Judge(
+    what="a MED, {steps} steps of 32 images of its round's corpus",
+    figures={
+        "kept_true": Figure(title="kept true"),
+        "images_kept": Figure(title="images kept"),
+        "refused": Figure(title="refused"),
+        **_MED_FIGURES,
+    },
+    judged_by=("text_r1", "image_r1"),
+    called="recall",
+    steps=350,
+    train=rounds(1),
+    prepare=_crawl_world,
 )

@@ -52,7 +52,7 @@ def run_experiment(question: Question, root: Path, extent: Extent, console: Cons
             for seed in range(extent.seeds)
             for arm in trained
         ]
-        _train(tasks, console)
+        _train(tasks, question.judge, console)
         trials = [_read(task) for task in tasks]
     return Results(question=question, facts=facts, trials=trials, steps=steps, num_scenes=extent.num_scenes)
 
@@ -131,9 +131,12 @@ def _task(question: Question, arm: Arm, seed: int, root: Path, extent: Extent, j
     )
 
 
-def _train(tasks: Sequence[Task], console: Console) -> None:
+def _train(tasks: Sequence[Task], judge: Judge, console: Console) -> None:
     """Do the trainings that have no result yet, one on each core at a time."""
     missing = [task for task in tasks if not _result_file(task).exists()]
+    if missing and judge.prepare:
+        [(_, cpu_seconds)] = at_once(partial(_prepare, missing[0]))
+        _add_seconds(missing[0].root, "rounds", cpu_seconds)
     while missing:
         ready = list(_ready(missing))[: len(os.sched_getaffinity(0))]
         names = ", ".join(f"{task.arm} with seed {task.seed}" for task in ready)
@@ -165,6 +168,12 @@ def _write_json(root: Path, path: str, value: dict[str, Any]) -> None:
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def _prepare(task: Task) -> None:
+    asked = question(task.question)
+    assert asked.judge is not None and asked.judge.prepare is not None, "the caller has seen both"
+    asked.judge.prepare(task)
 
 
 def _trial(task: Task) -> dict[str, float]:

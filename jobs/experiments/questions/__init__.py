@@ -4,9 +4,11 @@ from jobs.experiments.questions.attributes import ATTRIBUTES
 from jobs.experiments.questions.captions import CAPTIONS
 from jobs.experiments.questions.curation import CURATION
 from jobs.experiments.questions.decoding import DECODING
+from jobs.experiments.questions.decoupled import DECOUPLED
 from jobs.experiments.questions.longer import LONGER
 from jobs.experiments.questions.losses import LOSSES
 from jobs.experiments.questions.question import NUM_CAPTIONS, Question
+from jobs.experiments.questions.rounds import ROUNDS_QUESTION
 from jobs.experiments.questions.selection import SELECTION
 from jobs.experiments.questions.sharing import SHARING
 from jobs.experiments.questions.stages import STAGES
@@ -26,6 +28,8 @@ QUESTIONS = {
         LOSSES,
         SHARING,
         LONGER,
+        DECOUPLED,
+        ROUNDS_QUESTION,
     )
 }
 
