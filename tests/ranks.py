@@ -16,8 +16,8 @@ from training.distributed import World
 
 def _server() -> ForkServerContext:
     context = get_context("forkserver")
-    # torch and transformers take seconds to import.
-    context.set_forkserver_preload(["jobs.ranks.rank", "tests.tiny_training"])
+    # torch and transformers take seconds to import; the others are what the files of the tests import.
+    context.set_forkserver_preload(["jobs.ranks.rank", "tests.tiny_training", "jobs.run", "pytest"])
     return context
 
 

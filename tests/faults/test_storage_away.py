@@ -100,11 +100,9 @@ def test_patience_ends_with_exit_code_4_and_the_same_command_goes_on(
             threading.Thread(target=proxy.be, args=("refuse",)).start()
 
     monkeypatch.setattr(s3_server, "refuse", watch)
-    start = time.monotonic()
     ended = cli_here(*arguments, *filter(None, [how]))
     assert ended.returncode == 4, ended.stderr
     assert "cluster.storage_patience_s = 2" in ended.stderr and "Traceback" not in ended.stderr
-    assert time.monotonic() - start < 60
     proxy.be("pass")
     records = Records(Storage(path))
     before = records.shards()

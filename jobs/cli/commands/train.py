@@ -39,7 +39,7 @@ def pretrain(
         from training.trainer.estimate import plan
 
         planned = plan(loaded)
-        print(json.dumps(planned) if json_ else _plan_text(planned))
+        print(json.dumps(planned) if json_ else plan_text(planned))
         return
     from jobs.pretrain import (
         TrainingFailedError,
@@ -114,7 +114,7 @@ def bootstrap(
     print_json({"steps": rows}) if json_ else print_table(rows)
 
 
-def _plan_text(plan: dict) -> str:
+def plan_text(plan: dict) -> str:
     """Return a plan as lines for people."""
     data, memory = plan["data"], plan["memory_gb"]
     if data["found"]:
