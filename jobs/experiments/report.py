@@ -32,6 +32,8 @@ def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]
             cells[figure.title] = _with_spread(row.get(name), row.get(f"{name}_spread"), figure)
     over = "over " + results.question.baseline
     cells[over] = _with_spread(row.get("difference"), row.get("difference_error"), sign="+")
+    if whole:
+        cells["CPU s"] = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else None
     return cells
 
 

@@ -103,10 +103,10 @@ class Results:
         return row
 
     def verdicts(self) -> Iterator[str]:
-        """Yield a line for each pair of arms that the papers say something of."""
+        """Yield a line for each pair of arms of which one is expected to do better."""
         for arm, other in self.question.better:
             found, judge = self.difference(arm, other), self.question.judge
             if found is None or judge is None:
                 continue
-            agrees = "as the papers have it" if found.mean > 0 else "against the papers"
+            agrees = "as expected" if found.mean > 0 else "not as expected"
             yield f"{arm} over {other}: {found.mean:+.1%} {judge.called}, {agrees}; {found.certainty}"

@@ -21,13 +21,16 @@ from jobs.experiments.task import Task
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean
 
+_SEEDS, _HEADLINE_SEEDS = 3, 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
     """How much of an experiment is done; the defaults are those of docs/experiments.md."""
 
     arms: tuple[str, ...] = ()
-    seeds: int = 3
+    # None: three, and five of the headline arms.
+    seeds: int | None = None
     # None: the judge's own.
     steps: int | None = None
     num_urls: int = 2400
@@ -49,8 +52,9 @@ def run_experiment(question: Question, root: Path, extent: Extent, console: Cons
         trained = [arm for arm in arms if arm.trained or extent.arms]
         tasks = [
             _task(question, arm, seed, root, extent, question.judge)
-            for seed in range(extent.seeds)
+            for seed in range(extent.seeds or _HEADLINE_SEEDS)
             for arm in trained
+            if extent.seeds or seed < _SEEDS or arm.name in question.headline
         ]
         _train(tasks, question.judge, console)
         trials = [_read(task) for task in tasks]

@@ -157,7 +157,16 @@ def experiment(
     arm: Annotated[
         list[str] | None, typer.Option("--arm", help="Only this arm; may be repeated.", metavar="NAME")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each arm.", metavar="N")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds",
+            min=1,
+            help="Trainings of each arm; 3, and 5 of those that matter most, unless given.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(

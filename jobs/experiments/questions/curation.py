@@ -28,5 +28,6 @@ CURATION = Question(
         ("ranked", "captioned"),
         ("ranked", "random"),
     ),
+    headline=("web", "captioned-filtered", "ranked"),
     judge=STAGE1,
 )

@@ -18,7 +18,8 @@ class Question:
         papers: what is published of it, with the source.
         baseline: the arm that the others are compared with, seed by seed.
         arms: what is compared.
-        better: pairs of arms of which the first should do better, as the papers have it.
+        better: pairs of arms of which the first is expected to do better: the papers say so, or the second is a floor.
+        headline: arms that are trained with more seeds.
         judge: what trained models are asked; None: only what the arms keep is judged, attribute by attribute.
     """
 
@@ -28,6 +29,7 @@ class Question:
     baseline: str
     arms: tuple[Arm, ...]
     better: tuple[tuple[str, str], ...] = ()
+    headline: tuple[str, ...] = ()
     judge: Judge | None
 
     def arm(self, name: str) -> Arm:
