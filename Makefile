@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Set on some build machines: every one of the many processes would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-fast check bench docs clean
+.PHONY: help setup demo test test-fast check bench weights docs clean
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
@@ -39,6 +39,9 @@ check: $(STAMP) ## check style, types, import contracts and dead code
 
 bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
 	@for what in crawl intake manifest select; do echo "== capfilt bench $$what"; $(BIN)/capfilt bench $$what || exit; done
+
+weights: $(STAMP) ## train the demo's filter again, by its recipe
+	@$(BIN)/python -m jobs.demo.weights_training.make_weights --folder weights-training
 
 docs: $(STAMP) ## write the generated pages of docs/
 	@$(BIN)/python -m jobs.docs

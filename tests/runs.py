@@ -20,7 +20,7 @@ def small_config(
     """Return the demo recipe for a corpus of a few small shards, its URL list written to ``urls``."""
     if not urls.exists():
         write_url_list(urls, base_url, num_urls)
-    config = demo_config(Path("/unused"), urls, base_url)
+    config = demo_config(Path("/unused"), urls, base_url, filtered=False)
     return with_values(
         config, corpus={"path": corpus, "samples_per_shard": per_shard}, crawl={"timeout_s": 3.0}
     )

@@ -74,6 +74,12 @@ def test_demo_makes_captions_true_and_training_better(demo: tuple[Path, dict]) -
     assert figures["curated_images"] + figures["dropped"] == figures["images"]
     assert figures["web_true_share"] <= 0.60
     assert figures["curated_true_share"] >= 0.90
+    captions = figures["captions"]
+    assert list(captions) == ["web", "filtered", "captioned", "capfilt"]
+    assert captions["web"]["texts"] == figures["images"] > captions["filtered"]["texts"]
+    assert captions["captioned"]["texts"] == 10 * figures["images"]
+    assert captions["filtered"]["true_share"] >= 0.90
+    assert captions["capfilt"]["true_share"] >= captions["captioned"]["true_share"] + 0.05
     assert figures["seconds"] > 0
     assert figures["training_seconds"] > 0
     curated, web, chance = (figures["stage1"][name] for name in ("curated", "web", "chance"))
@@ -350,7 +356,7 @@ def test_every_printed_line_runs(demo: tuple[Path, dict], again: str, s3_server:
     for command in (command for command in commands if command not in ran):
         if "s3://bucket/corpus" in command and not Storage("s3://bucket/corpus").is_corpus():
             _upload(folder / "demo-corpus", "records")
-            for stage in ("raw", "captions", "scores", "curated"):
+            for stage in ("raw", "captions", "scores", "matches", "curated"):
                 _upload(folder / "demo-corpus", stage)
         code, output = _outcome(command, folder)
         if code or not output:

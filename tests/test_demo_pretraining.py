@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.eva import Eva
-from transformers import AutoTokenizer, BlipForConditionalGeneration
+from transformers import AutoTokenizer
 
 from jobs.demo.held_out import ANNOTATIONS, MOST_SCENES, held_out_scenes, write_benchmark
-from jobs.demo.tower_vit import TOWER_MLP_RATIO, write_tower_vit
 from jobs.demo.train import write_web_captions
 from jobs.demo.training_configs import CAPTIONS, reads_eva, stage1_config, stage2_config
-from jobs.demo.weights_training.clean_shards import write_clean_shards
-from jobs.demo.weights_training.models import CAPTIONER_DIR, OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
-from jobs.demo.weights_training.train_filter import captioner_as_filter, filter_config
+from jobs.demo.weights_training.make_weights import Extent, make_weights
+from jobs.demo.weights_training.models import OPT_DIR, RANKER_DIR, T5_DIR, TOWER_DIR
+from jobs.demo.weights_training.shards import write_clean_shards, write_web_shards
 from jobs.demo.weights_training.train_language import documents, opt_loss, t5_loss
 from jobs.demo.weights_training.train_tower import distillation_losses
+from jobs.demo.weights_training.train_vit import LabelledPictures, shifted
 from jobs.demo.weights_training.train_weights import to_input, tokenize
 from jobs.demo.world.alt_texts import alt_text
 from jobs.demo.world.pictures import Encoding, demo_images, published
@@ -30,15 +31,14 @@ from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
 from pipeline.corpus.uids import sample_uid
+from pipeline.models.blip.matcher import Matcher
 from pipeline.models.clip.loader import load_clip
-from pipeline.models.weights import ranker_weights
+from pipeline.models.weights import filter_weights, ranker_weights
 from pipeline.storage.storage import Storage
-from schemas.pretrain import ViTConfig
+from schemas.config import FilterConfig
 from schemas.records import ShardTask
 from schemas.stages import Stage
 from schemas.tables import CURATED, SAMPLES
-from training.blip.initial import copy_vit, read_vit
-from training.blip.vision import ViT
 from training.data.loader import TrainingData
 from training.data.snapshot import take_snapshot
 from training.evaluate.annotations import read_captioned_images
@@ -230,19 +230,6 @@ def test_a_demo_of_an_earlier_version_goes_on_as_it_began(corpus: Path, tmp_path
         assert reads_eva(folder) is (encoder == TOWER_DIR)
 
 
-@torch.no_grad()
-def test_the_vit_that_the_demos_blip_begins_with_sees_what_the_tower_sees(tmp_path: Path) -> None:
-    write_tower_vit(tmp_path / "vit")
-    shape = ViTConfig(layers=4, width=128, heads=4, patch_px=8, mlp_ratio=TOWER_MLP_RATIO)
-    vit = ViT(shape, image_size_px=64)
-    copy_vit(vit, read_vit(tmp_path / "vit", "blip.vision.init"))
-    tower = load_clip(ranker_weights(f"local-dir:{TOWER_DIR}", ""), "tower")
-    pixels_NHWC = demo_images(4, 7).pixels_NHWC
-    expected = tower.visual.trunk.forward_features(to_input(pixels_NHWC))
-    features = vit(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
-    assert torch.allclose(features, expected, atol=1e-5)
-
-
 def test_the_shards_of_a_filter_hold_near_misses_and_true_captions(tmp_path: Path) -> None:
     write_clean_shards(tmp_path, 1)
     [shard] = tmp_path.iterdir()
@@ -259,19 +246,38 @@ def test_the_shards_of_a_filter_hold_near_misses_and_true_captions(tmp_path: Pat
     assert len({scene["colour"] for scene in scenes}) == 5
 
 
-@torch.no_grad()
-def test_a_filter_begins_with_what_the_captioner_sees_and_reads(tmp_path: Path) -> None:
-    stage = captioner_as_filter(filter_config(tmp_path, steps=600)).eval()
-    captioner = BlipForConditionalGeneration.from_pretrained(CAPTIONER_DIR, dtype=torch.float32).eval()
-    pixels_NHWC = demo_images(2, 7).pixels_NHWC
-    image_BPE = stage.visual_encoder(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
-    expected = captioner.vision_model(to_input(pixels_NHWC)).last_hidden_state
-    assert torch.allclose(image_BPE, expected, atol=1e-3)
-    # The decoder is causal: its first token alone reads the image as the encoder's would.
-    begin_B1 = torch.full((2, 1), stage.begin_id)
-    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
-    hidden_BLD = stage.text_encoder(begin_B1, mask, stage.text_encoder.project_image(image_BPE))
-    decoded = captioner.text_decoder.bert(begin_B1, encoder_hidden_states=image_BPE, is_decoder=True)
-    assert torch.allclose(hidden_BLD, decoded.last_hidden_state, atol=1e-4)
-    embeddings_VD = stage.text_encoder.embeddings.word_embeddings.weight
-    assert torch.equal(embeddings_VD[stage.match_id], embeddings_VD[stage.begin_id])
+def test_the_shards_of_a_med_hold_what_the_web_says(tmp_path: Path) -> None:
+    write_web_shards(tmp_path, 1)
+    with (tmp_path / "00000.tar").open("rb") as file:
+        texts = [json.loads(members["json"]) for _, members in read_tar(file)]
+    assert {len(of) for of in texts} == {1}
+    assert len(texts) / 4 < sum(parse(text) is not None for [text] in texts) < len(texts)
+
+
+def test_the_weights_are_made_by_one_command(tmp_path: Path) -> None:
+    short = Extent(vit_steps=1, num_labelled=32, num_shards=2, med_steps=1, filter_steps=1, batch_size=8)
+    make_weights(tmp_path / "training", tmp_path / "weights", short)
+    config = FilterConfig(model=str(tmp_path / "weights" / "filter"), max_tokens=16)
+    matcher = Matcher(config, filter_weights(config))
+    pixels_NCHW = torch.from_numpy(demo_images(2, 7).pixels_NHWC).permute(0, 3, 1, 2)
+    texts = [["a red circle", "a red square"], ["a blue box on sand"]]
+    assert [len(of_image) for of_image in matcher.match(pixels_NCHW, texts)] == [2, 1]
+    # The ViT is what the filter's image encoder began as.
+    shipped = load_file(tmp_path / "weights" / "vit" / "model.safetensors")
+    assert {tensor.dtype for tensor in shipped.values()} == {torch.float16}
+    encoder = load_file(tmp_path / "weights" / "filter" / "model.safetensors")
+    now = encoder["vision_model.embeddings.class_embedding"].flatten()
+    assert torch.allclose(now, shipped["cls_token"].flatten(), atol=0.02)
+
+
+def test_a_step_of_labels_shifts_pictures_and_masks_alike() -> None:
+    pictures = LabelledPictures.draw(3, seed=5)
+    images_N4HW = pictures.pixels_and_mask_N4HW.clone()
+    # Its own mask as its first colour: they stay equal wherever both go.
+    images_N4HW[:, 0] = images_N4HW[:, 3]
+    moved_N4HW = shifted(images_N4HW)
+    assert torch.equal(moved_N4HW[:, 0], moved_N4HW[:, 3]) and not torch.equal(moved_N4HW, images_N4HW)
+    # A mask is where the object is: its colour there is the scene's, and hardly ever outside.
+    assert pictures.labels_NA.shape == (3, 4)
+    inside_NHW = images_N4HW[:, 3] > 128
+    assert (inside_NHW.float().mean((1, 2)) > 0.02).all() and (inside_NHW.float().mean((1, 2)) < 0.6).all()

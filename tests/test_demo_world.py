@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from jobs.demo.run import demo_config, is_filtered
 from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
 from jobs.demo.world.pictures import Encoding, published
 from jobs.demo.world.responses import ALT_KINDS, BLOCK, FAILURES, OPT_OUTS, SUCCESSES
@@ -38,9 +39,11 @@ from jobs.demo.world.site import (
     serving,
     write_url_list,
 )
+from schemas.stages import STAGES
+from tests.corpora import UNFILTERED, make_corpus
 
 WEIGHTS = Path(__file__).parent.parent / "jobs" / "demo" / "weights"
-MAX_WEIGHT_BYTES = 9 * 2**20
+MAX_WEIGHT_BYTES = 13 * 2**20
 
 scenes = st.builds(Scene, **{slot: st.sampled_from(tuple(table)) for slot, table in WORDS_BY_SLOT.items()})
 rngs = st.integers(0, 2**32).map(random.Random)
@@ -255,6 +258,10 @@ def test_weights_fit_and_have_the_published_layouts():
         "ranker/open_clip_config.json",
         "ranker/open_clip_model.safetensors",
         "ranker/tokenizer.json",
+        "filter/config.json",
+        "filter/model.safetensors",
+        "filter/preprocessor_config.json",
+        "filter/tokenizer.json",
     }
 
 
@@ -279,3 +286,28 @@ def test_a_filter_is_judged_by_what_it_keeps_and_by_its_order():
     assert figures["true_of_kept"] == 1 and figures["kept"] == 0.5
     assert figures["kept_of_true"] == figures["auc"] == pytest.approx(2 / 3)
     assert filter_figures(is_true_T, np.zeros(4))["true_of_kept"] == 0
+
+
+def test_the_filter_keeps_true_texts_and_refuses_the_others_on_held_out_pictures():
+    from jobs.demo.weights_training.evaluate_filter import evaluate_filter
+
+    figures = evaluate_filter(WEIGHTS / "filter", num_images=200, seed=21)["all"]
+    assert figures["true_of_kept"] >= 0.97
+    assert figures["kept_of_true"] >= 0.85
+    assert figures["auc"] >= 0.95
+    # So that a filter that keeps everything would fail.
+    assert figures["true_before"] < 0.95
+
+
+def test_a_demo_that_an_earlier_version_made_goes_on_without_a_filter(tmp_path):
+    for name, stages in (("earlier", UNFILTERED), ("now", STAGES)):
+        make_corpus(str(tmp_path / name), shards=1, stages=stages)
+    assert [is_filtered(tmp_path / name) for name in ("earlier", "now", "new")] == [False, True, True]
+    configs = [
+        demo_config(tmp_path, tmp_path / "urls.parquet", "http://127.0.0.1:8421", filtered=filtered)
+        for filtered in (False, True)
+    ]
+    assert [(config.filter is not None, config.select.by) for config in configs] == [
+        (False, "clip"),
+        (True, "both"),
+    ]

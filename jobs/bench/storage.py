@@ -136,7 +136,7 @@ def _kind(request: S3Request) -> str:
 def _config_on_bucket(folder: Path, world: str, shards: int) -> CapfiltConfig:
     urls = folder / f"{shards}.parquet"
     write_url_list(urls, world, shards * _URLS_A_SHARD)
-    values = demo_config(Path("/unused"), urls, world).model_dump()
+    values = demo_config(Path("/unused"), urls, world, filtered=False).model_dump()
     values["corpus"] |= {"path": f"s3://{_BUCKET}/{shards}", "samples_per_shard": _URLS_A_SHARD}
     return CapfiltConfig.model_validate(values)
 

@@ -3,8 +3,7 @@
     python -m jobs.demo.bootstrap --out demo-bootstrap
 
 The first model learns from alt texts, half of which are wrong, vague or spam; a smaller part of the world is
-captioned by people. It begins with the ViT of ``jobs.demo.tower_vit``: texts alone do not teach it shapes in these
-minutes.
+captioned by people. It begins with the ViT of ``weights/vit``: texts alone do not teach it shapes in these minutes.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from rich.console import Console
 
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import bootstrap
-from jobs.demo.tower_vit import TOWER_MLP_RATIO, write_tower_vit
 from jobs.demo.world.scenes import is_true, write_caption
 from jobs.demo.world.site import pages, scene_of, serving, write_url_list
 from pipeline.corpus.records import Records
@@ -51,17 +49,11 @@ def demo_rounds(
         folder.mkdir(parents=True, exist_ok=True)
         write_url_list(lists["world"], base_url, num_web)
         write_human_list(lists["clean"], base_url, num_human)
-        write_tower_vit(folder / "vit")
     paths = {
         "bootstrap.path": str(folder),
         "corpus.corpus.path": str(folder / "crawled"),
         **{f"corpus.source.{name}.input": [str(path)] for name, path in lists.items()},
         "corpus.crawl.allow_hosts": [urlsplit(base_url).netloc],
-        "pretrain.blip.vision.init": str(folder / "vit"),
-        # That ViT's; captioner and filter go on with the MED's.
-        **{
-            f"{model}.blip.vision.mlp_ratio": TOWER_MLP_RATIO for model in ("pretrain", "captioner", "filter")
-        },
     }
     given = [f"{key}={json.dumps(value)}" for key, value in paths.items()]
     return load_rounds(str(_RECIPE), [*given, *overrides], rounds)

@@ -31,7 +31,6 @@ from schemas.stages import Stage
 
 # URLs are identities: the world is served at one port, so that equal seeds give equal corpora.
 _PORT = 8423
-_SHIPPED_FILTER = Path(__file__).resolve().parents[1] / "demo" / "weights" / "filter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +72,9 @@ def make_corpus(
         overrides = [f"caption.num_captions={options.num_captions}", *variant.caption]
         stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
         if filtered:
-            overrides += _filter_overrides(options)
+            overrides += _filter_override(options)
             stages = (*stages, "filter")
-        config = demo_config(folder, urls, base_url, overrides)
+        config = demo_config(folder, urls, base_url, overrides, filtered)
         result = run(config, RunOptions(stages=stages, local=True), console)
     if result.exit_code:
         raise CapfiltError(f"{folder}: the corpus of the experiment is not whole; see above")
@@ -93,14 +92,17 @@ def _served(base: Path) -> AbstractContextManager[str]:
     return serving(_PORT, flaky=False)
 
 
-def _filter_overrides(options: CorpusOptions) -> list[str]:
-    folder = Path(options.filter_folder).absolute() if options.filter_folder else _SHIPPED_FILTER
+def _filter_override(options: CorpusOptions) -> list[str]:
+    """Return the override that names another filter than the demo's."""
+    if not options.filter_folder:
+        return []
+    folder = Path(options.filter_folder).absolute()
     if not folder.is_dir():
         raise CapfiltError(
-            f"--filter {options.filter_folder or folder}: there is no such folder; name a filter of the demo's size, "
-            "as `capfilt export` writes it"
+            f"--filter {options.filter_folder}: there is no such folder; name a filter of the demo's size, as "
+            "`capfilt export` writes it"
         )
-    return [f"filter.model={json.dumps(str(folder))}", "filter.max_tokens=16"]
+    return [f"filter.model={json.dumps(str(folder))}"]
 
 
 def images(corpus: Path, filtered: bool = False) -> Iterator[tuple[str, list[Image]]]:

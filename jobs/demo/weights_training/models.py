@@ -24,6 +24,8 @@ from transformers import (
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 CAPTIONER_DIR = WEIGHTS_DIR / "captioner"
+FILTER_DIR = WEIGHTS_DIR / "filter"
+VIT_DIR = WEIGHTS_DIR / "vit"
 RANKER_DIR = WEIGHTS_DIR / "ranker"
 TOWER_DIR = WEIGHTS_DIR / "tower"
 OPT_DIR = WEIGHTS_DIR / "opt"

@@ -3,6 +3,8 @@
 Legend: H, W pixels of the image; P points of a polygon.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -118,19 +120,35 @@ def _ground(name: str, width: int, height: int, rng: np.random.Generator) -> np.
     return np.array(base, dtype=np.float32) + shade_HW1 * np.array(depth, dtype=np.float32)
 
 
-def _object_masks(
-    shape: str, centre: tuple[float, float], radius: float, angle: float, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where an object is, in pixels and radians."""
+
+    centre: tuple[float, float]
+    radius: float
+    angle: float
+
+    @classmethod
+    def random(cls, size: str, size_px: tuple[int, int], rng: np.random.Generator) -> "_Place":
+        width, height = size_px
+        unit = min(width, height)
+        radius = unit * rng.uniform(*RADIUS_BY_SIZE[size])
+        slack = 0.05 * unit
+        centre = (width / 2 + rng.uniform(-slack, slack), height / 2 + rng.uniform(-slack, slack))
+        return cls(centre=centre, radius=radius, angle=rng.uniform(-0.12, 0.12))
+
+
+def _object_masks(shape: str, place: _Place, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Draw the shape's fill and its outline as masks_HW in 0..1, antialiased."""
     scale = SUPERSAMPLING
     canvas_size = (size[0] * scale, size[1] * scale)
     fill, outline = Image.new("L", canvas_size), Image.new("L", canvas_size)
     fill_pen, outline_pen = ImageDraw.Draw(fill), ImageDraw.Draw(outline)
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = np.cos(place.angle), np.sin(place.angle)
     rotation = np.array([[cos, sin], [-sin, cos]])
     line_width = max(2, round(0.05 * min(size) * scale))
     for hole, points_P2 in enumerate(OUTLINES_BY_SHAPE[shape]):
-        placed_P2 = ((points_P2 @ rotation) * radius + np.array(centre)) * scale
+        placed_P2 = ((points_P2 @ rotation) * place.radius + np.array(place.centre)) * scale
         corners = [tuple(point) for point in placed_P2.tolist()]
         fill_pen.polygon(corners, fill=0 if hole else 255)
         outline_pen.line([*corners, corners[0], corners[1]], fill=255, width=line_width, joint="curve")
@@ -148,14 +166,9 @@ def draw(
     so that a centre crop (CLIP's preprocessing) keeps it whole.
     """
     width, height = size_px
-    unit = min(width, height)
-    radius = unit * rng.uniform(*RADIUS_BY_SIZE[size])
-    slack = 0.05 * unit
-    centre = (width / 2 + rng.uniform(-slack, slack), height / 2 + rng.uniform(-slack, slack))
-    angle = rng.uniform(-0.12, 0.12)
-
+    place = _Place.random(size, size_px, rng)
     image_HW3 = _ground(background, width, height, rng)
-    fill_HW, outline_HW = _object_masks(shape, centre, radius, angle, size_px)
+    fill_HW, outline_HW = _object_masks(shape, place, size_px)
     paint_3 = np.array(RGB_BY_COLOUR[colour], dtype=float)
     # A contrasting outline keeps white on snow and black at night visible.
     outline_3 = np.full(3, 30.0) if paint_3 @ (0.3, 0.59, 0.11) > 90 else np.full(3, 225.0)
@@ -167,3 +180,9 @@ def draw(
     noise_HW3 = rng.standard_normal((height, width, 3), dtype=np.float32) * np.float32(rng.uniform(2, 9))
     image_HW3 = np.clip(image_HW3 * light_3 + noise_HW3, 0, 255)
     return Image.fromarray(image_HW3.astype(np.uint8), "RGB")
+
+
+def draw_mask(shape: str, size: str, size_px: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """Draw where the object is, in white, of the picture that ``draw`` makes with an equal ``rng``."""
+    fill_HW, _ = _object_masks(shape, _Place.random(size, size_px, rng), size_px)
+    return Image.fromarray((255 * fill_HW).astype(np.uint8))

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from jobs.demo.world.drawing import draw_mask
 from jobs.demo.world.scenes import Scene, render
 
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -73,13 +74,33 @@ class DemoImages:
     pixels_NHWC: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """What decides a picture that no site serves."""
+
+    scene: Scene
+    encoding: Encoding
+    seed: int
+
+    @classmethod
+    def of(cls, index: int, seed: int) -> "_Picture":
+        rng = random.Random(f"{seed}/{index}")
+        return cls(Scene.random(rng), Encoding.random(rng), rng.getrandbits(32))
+
+
 def demo_picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
     """Make the picture with this number of those that ``demo_images`` makes."""
-    rng = random.Random(f"{seed}/{index}")
-    scene, encoding = Scene.random(rng), Encoding.random(rng)
-    body = stored(published(scene, encoding, rng.getrandbits(32)))
+    picture = _Picture.of(index, seed)
+    body = stored(published(picture.scene, picture.encoding, picture.seed))
     image = Image.open(io.BytesIO(body)).convert("RGB")
-    return scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
+    return picture.scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
+
+
+def _mask(index: int, seed: int) -> np.ndarray:
+    picture = _Picture.of(index, seed)
+    scene, rng = picture.scene, np.random.default_rng(picture.seed)
+    mask = draw_mask(scene.shape, scene.size, picture.encoding.size_px, rng)
+    return np.asarray(mask.resize((INPUT_PX, INPUT_PX), Image.Resampling.BILINEAR))
 
 
 def demo_images(num_images: int, seed: int, workers: int = 1) -> DemoImages:
@@ -91,3 +112,8 @@ def demo_images(num_images: int, seed: int, workers: int = 1) -> DemoImages:
         with ProcessPoolExecutor(workers) as pool:
             pictures = list(pool.map(make, range(num_images), chunksize=64))
     return DemoImages([scene for scene, _ in pictures], np.stack([pixels_HWC for _, pixels_HWC in pictures]))
+
+
+def demo_masks(num_images: int, seed: int) -> np.ndarray:
+    """Return where the objects of ``demo_images`` are: (N, H, W), 255 inside."""
+    return np.stack([_mask(index, seed) for index in range(num_images)])
