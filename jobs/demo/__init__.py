@@ -5,8 +5,9 @@ what is true, what the web says of them (about half of it wrong, vague or spam),
 loopback and fails as a real web does. `weights/` holds a BLIP captioner, a CLIP ranker and a BLIP filter (1.4 million
 parameters each, stored in half precision, 8.5 MB in all) in the layouts of the published models, the ViT that the
 filter began as (1.4 MB), and the image encoder that the trainings read, a small EVA (1.8 MB); `weights_training/` made
-and judges them. `run` builds the corpus, which `corpus_figures` judges; `train_in_pairs` goes on to stage 1 and stage 2, two trainings (`train`) at a time; `held_out` has scenes that nothing
-was trained on, and `evaluate_training` measures what was learnt on them.
+and judges them. `run` builds the corpus, which `corpus_figures` judges; `train_in_pairs` goes on to stage 1 and stage
+2, two trainings (`train`) at a time; `held_out` has scenes that nothing was trained on, and `evaluate_training`
+measures what was learnt on them.
 
 Captioner and ranker come from these two commands, run at once, each on one thread of a
 two-core machine that other work kept more than busy:
@@ -34,7 +35,8 @@ thread; equal machines get equal weights:
     python -m jobs.demo.weights_training.make_weights --folder weights-training
 
 `python -m jobs.demo.weights_training.evaluate_filter jobs/demo/weights/filter --num-images 500` judges it by the web's
-text and ten captions of pictures that no training saw: FIGURES.
+text and ten captions of pictures that no training saw: true are 87% of all these texts and 98.5% of those it keeps; it
+keeps 89.9% of the true ones, and its AUC is 0.965.
 
 Stage 2 needs language models that know the grammar and have never seen a
 picture (`language`; 280,000 and 330,000 parameters). Each comes from 800 steps on
