@@ -3,11 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from jobs.demo.evaluate_med import evaluate_med
 from jobs.demo.held_out import held_out_scenes
-from jobs.demo.tower_vit import TOWER_MLP_RATIO, write_tower_vit
 from jobs.demo.training_configs import trial_config
 from jobs.experiments.task import Task
 from jobs.experiments.trials.training import run_overrides, trained
@@ -22,21 +20,9 @@ def train_and_judge(task: Task, times: int, overrides: Sequence[str]) -> dict[st
 
 
 def _config(task: Task, overrides: Sequence[str]) -> PretrainConfig:
-    begin = _vision_init(task)
+    given = [*run_overrides(task.seed, task.steps), *overrides]
     if task.after:
-        begin = f"run.init_from={json.dumps(run_folder(_config(task.before(), overrides)))}"
-    given = (
-        *run_overrides(task.seed, task.steps),
-        f"blip.vision.mlp_ratio={TOWER_MLP_RATIO}",
-        begin,
-        *overrides,
-    )
+        # In place of the recipe's ViT.
+        before = run_folder(_config(task.before(), overrides))
+        given += ['blip.vision.init=""', f"run.init_from={json.dumps(before)}"]
     return trial_config("demo-blip-pretrain", task.folder, task.name, task.data, given)
-
-
-def _vision_init(task: Task) -> str:
-    """Write the ViT that sees already, in a folder of this training's own: two may begin at once."""
-    folder = Path(task.folder, "vit", task.name)
-    if not (folder / "config.json").exists():
-        write_tower_vit(folder)
-    return f"blip.vision.init={json.dumps(str(folder))}"
