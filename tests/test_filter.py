@@ -275,7 +275,7 @@ def test_only_what_matches_is_kept(corpus: CapfiltConfig) -> None:
     assert under == [(0,)]
     [traced] = trace(Manifest(Storage(corpus.corpus.path)), refused[0]["uid"])
     assert {candidate["outcome"] for candidate in traced["candidates"]} == {
-        "refused by the filter: its match probability is under select.min_match = 0.5"
+        "refused by the filter: match under 0.5"
     }
     assert all(candidate["match_probability"] < 0.5 for candidate in traced["candidates"])
     assert [row["kind"] for row in traced["models"]] == ["captioner", "filter", "ranker"]

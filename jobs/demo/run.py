@@ -254,7 +254,7 @@ _SCORES = {"score": "CLIP", "match_probability": "ITM"}
 def _print_example(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(f"[bold]{escape(rows[0]['url'])}[/bold]", highlight=False)
     columns = [column for column in _SCORES if column in rows[0]]
-    console.print(" " * 8 + "  ".join(f"{_SCORES[column]:5}" for column in columns), highlight=False)
+    console.print(" " * 8 + "  ".join(f"{_SCORES[column]:5}" for column in columns).rstrip(), highlight=False)
     shown: set[str] = set()
     for row in rows:
         if row["text"] in shown:

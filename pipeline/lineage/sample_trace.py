@@ -205,7 +205,7 @@ def _outcome(choice: Choice, number: int | None, selected: bool, config: SelectC
         case "same_text" if choice.same_as is not None:
             return f"the same text as {choice.same_as.origin} {choice.same_as.candidate}"
         case "filtered_out" if config is not None:
-            return f"refused by the filter: its match probability is under select.min_match = {config.min_match:g}"
+            return f"refused by the filter: match under {config.min_match:g}"
         case "below_min_score" if config is not None:
             return f"under select.min_score = {config.min_score:g}"
     return "others score higher"
