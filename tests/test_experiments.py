@@ -140,6 +140,29 @@ def test_a_training_waits_for_the_one_that_it_goes_on_from(tmp_path: Path) -> No
     assert [(task.arm, task.seed) for task in _ready(tasks[1:])] == [("second", 0), ("first", 1)]
 
 
+def test_beam_search_writes_one_caption_whatever_the_seed() -> None:
+    import torch
+
+    from jobs.demo.weights_training.evaluate_weights import caption_config
+    from jobs.demo.weights_training.models import CAPTIONER_DIR
+    from jobs.demo.world.pictures import demo_images
+    from jobs.experiments.beam_search import BeamCaptioner
+    from pipeline.models.weights import captioner_weights
+
+    config = caption_config(CAPTIONER_DIR).model_copy(update={"num_captions": 1})
+    captioner = BeamCaptioner(config, captioner_weights(config), 0)
+    pictures = demo_images(20, 3)
+    pixels = [torch.from_numpy(pixels_HWC).permute(2, 0, 1) for pixels_HWC in pictures.pixels_NHWC]
+
+    def written(uids: list[str], count: int) -> list[str]:
+        batch = captioner.load(pixels[:count], uids[:count])
+        return [caption.text for [caption] in captioner.decode_text(captioner.generate(batch))]
+
+    texts = written([f"{index:032x}" for index in range(20)], 20)
+    assert written([f"{index + 50:032x}" for index in range(20)], 7) == texts[:7]
+    assert sum(map(is_true, texts, pictures.scenes)) >= 16
+
+
 @pytest.mark.training
 def test_a_med_is_asked_what_it_finds_and_what_it_writes(tmp_path: Path) -> None:
     import torch

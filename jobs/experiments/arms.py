@@ -21,10 +21,12 @@ class Variant:
     Args:
         folder: of the corpus, beside those of the others.
         caption: overrides of ``[caption]``.
+        beam_search: in place of nucleus sampling.
     """
 
     folder: str
     caption: tuple[str, ...] = ()
+    beam_search: bool = False
 
 
 BASE = Variant(folder="corpus")

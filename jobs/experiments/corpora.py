@@ -25,6 +25,7 @@ from pipeline.corpus.records import Records
 from pipeline.corpus.shard_files import read_tar, write_tar
 from pipeline.corpus.shard_reader import committed_table
 from pipeline.intake.take_over import take_over_crawl
+from pipeline.runs.runner import LoadWorker, load_worker
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
@@ -75,10 +76,18 @@ def make_corpus(
             overrides += _filter_override(options)
             stages = (*stages, "filter")
         config = demo_config(folder, urls, base_url, overrides, filtered)
-        result = run(config, RunOptions(stages=stages, local=True), console)
+        result = run(config, RunOptions(stages=stages, local=True, load=_loader(variant)), console)
     if result.exit_code:
         raise CapfiltError(f"{folder}: the corpus of the experiment is not whole; see above")
     return time.process_time() - began
+
+
+def _loader(variant: Variant) -> LoadWorker:
+    if not variant.beam_search:
+        return load_worker
+    from jobs.experiments.beam_search import load_with_beam_search
+
+    return load_with_beam_search
 
 
 def _served(base: Path) -> AbstractContextManager[str]:

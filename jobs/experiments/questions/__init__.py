@@ -9,6 +9,7 @@ from jobs.experiments.questions.longer import LONGER
 from jobs.experiments.questions.losses import LOSSES
 from jobs.experiments.questions.question import NUM_CAPTIONS, Question
 from jobs.experiments.questions.rounds import ROUNDS_QUESTION
+from jobs.experiments.questions.search import SEARCH
 from jobs.experiments.questions.selection import SELECTION
 from jobs.experiments.questions.sharing import SHARING
 from jobs.experiments.questions.stages import STAGES
@@ -24,6 +25,7 @@ QUESTIONS = {
         SELECTION,
         CAPTIONS,
         DECODING,
+        SEARCH,
         STAGES,
         LOSSES,
         SHARING,
