@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from jobs.demo.world.scenes import Scene, is_true
+from jobs.demo.world.site import serving
 from jobs.experiments.arms import (
     BASE,
     CAPFILT,
@@ -34,6 +35,7 @@ from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import SelectConfig
+from schemas.errors import CapfiltError
 from tests.processes import cli_here
 from tests.tiny_models import save_matcher
 
@@ -245,7 +247,8 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
         facts = write_arm(corpus, arm, tmp_path / arm.name)
         assert facts["images"] <= row["images"]
         assert (facts["true_share"] == 1.0) == (arm.name == "oracle")
-    assert is_true("a red star", SCENE)
+    with serving(8423), pytest.raises(CapfiltError, match="port 8423"):
+        make_corpus(tmp_path / "other", BASE, options, Console(quiet=True))
     for wrong, said in (
         (("experiment", "curatoin"), "did you mean"),
         ((*ARGUMENTS[:2], "--arm", "rank"), "no such arm"),

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from jobs.demo.run import demo_config
 from jobs.demo.world.scenes import Scene
-from jobs.demo.world.site import scene_of, serving, write_url_list
+from jobs.demo.world.site import scene_of, write_url_list
 from jobs.experiments.arms import BASE, Arm, Variant
 from jobs.experiments.facts import Facts, facts_of
 from jobs.experiments.questions import NUM_CAPTIONS
+from jobs.experiments.world import served_world
 from jobs.run import RunOptions, run
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
@@ -30,7 +31,6 @@ from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
 
-# URLs are identities: the world is served at one port, so that equal seeds give equal corpora.
 _PORT = 8423
 
 
@@ -98,7 +98,7 @@ def _served(base: Path) -> AbstractContextManager[str]:
         crawled = {(source, shard) for _, source, shard in records.shards(("crawl",))}
         if set(records.url_shards()) <= crawled:
             return nullcontext(f"http://127.0.0.1:{_PORT}")
-    return serving(_PORT, flaky=False)
+    return served_world(_PORT)
 
 
 def _filter_override(options: CorpusOptions) -> list[str]:

@@ -18,9 +18,9 @@ from jobs.bootstrap.run import EXPORTED, BootstrapStopped, Step, steps
 from jobs.demo.bootstrap import demo_rounds, true_share
 from jobs.demo.evaluate_med import evaluate_med
 from jobs.demo.held_out import held_out_scenes
-from jobs.demo.world.site import serving
 from jobs.experiments.task import Task
 from jobs.experiments.trials.training import train
+from jobs.experiments.world import served_world
 from jobs.pretrain import TrainingFailedError
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.records import Records
@@ -42,7 +42,7 @@ _FIRST_MED = "round 1: pretrain"
 
 def crawl_world(task: Task) -> None:
     """Crawl the web and the images that people captioned, once for all trainings."""
-    with _logged(task) as console, serving(_PORT, flaky=False):
+    with _logged(task) as console, served_world(_PORT):
         for step in steps(_rounds(task, 1), console, local=True):
             if step.name == _FIRST_MED:
                 return
