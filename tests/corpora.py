@@ -5,6 +5,7 @@ equal.
 """
 
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +71,15 @@ class Corpus:
                 "select": {"min_score": 0.1},
             }
         )
+
+    def copy(self, root: str) -> "Corpus":
+        """Return a copy in another local folder, as if it had been made there: many times as fast as making it."""
+        # Files that are new, as those of a corpus that was just made.
+        shutil.copytree(self.root, root, copy_function=shutil.copyfile)
+        corpus = replace(self, root=root)
+        for run in corpus.records.runs():
+            corpus.records.write_run(replace(run, config=corpus.config.model_dump(mode="json")))
+        return corpus
 
     def start_run(self, run_id: str = RUN, **end: Any) -> None:
         """Write a run's start, or with ``outcome`` its end."""

@@ -32,9 +32,14 @@ COLUMNS: dict[Stage, tuple[str, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(str(tmp_path_factory.mktemp("made") / "corpus"))
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    corpus = make_corpus(str(tmp_path / "corpus"))
+def corpus(made: Corpus, tmp_path: Path) -> Corpus:
+    corpus = made.copy(str(tmp_path / "corpus"))
     corpus.manifest.compact()
     return corpus
 

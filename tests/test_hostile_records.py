@@ -52,9 +52,14 @@ OUTSIDE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(str(tmp_path_factory.mktemp("made") / "corpus"), shards=1, images=4)
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    return make_corpus(str(tmp_path / "corpus"), shards=1, images=4)
+def corpus(made: Corpus, tmp_path: Path) -> Corpus:
+    return made.copy(str(tmp_path / "corpus"))
 
 
 def plant(corpus: Corpus, path: str, change: Callable[[dict], object]) -> None:

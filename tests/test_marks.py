@@ -33,9 +33,14 @@ from tests.corpora import Corpus, make_corpus
 from tests.runs import curated_files, curated_rows, do_run, small_config, with_values
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(str(tmp_path_factory.mktemp("made") / "corpus"))
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    return make_corpus(str(tmp_path / "corpus"))
+def corpus(made: Corpus, tmp_path: Path) -> Corpus:
+    return made.copy(str(tmp_path / "corpus"))
 
 
 def drop(named_by: str, *values: str, what: str = "drop", caption: str | None = None) -> Verdict:

@@ -25,9 +25,14 @@ from tests.processes import cli_here
 KINDS = ["FIFO", "link to a FIFO", "device"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(str(tmp_path_factory.mktemp("made") / "corpus"), shards=1, images=4)
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    return make_corpus(str(tmp_path / "corpus"), shards=1, images=4)
+def corpus(made: Corpus, tmp_path: Path) -> Corpus:
+    return made.copy(str(tmp_path / "corpus"))
 
 
 def put_special(path: Path, kind: str) -> Path:
