@@ -15,12 +15,16 @@ from schemas.config import CapfiltConfig
 
 
 def small_config(
-    corpus: str, urls: Path, base_url: str, num_urls: int = 40, per_shard: int = 10
+    corpus: str, urls: Path, base_url: str, num_urls: int = 40, per_shard: int = 10, filtered: bool = False
 ) -> CapfiltConfig:
-    """Return the demo recipe for a corpus of a few small shards, its URL list written to ``urls``."""
+    """Return the demo recipe for a corpus of a few small shards, its URL list written to ``urls``.
+
+    Args:
+        filtered: with the demo's filter, as the demo itself.
+    """
     if not urls.exists():
         write_url_list(urls, base_url, num_urls)
-    config = demo_config(Path("/unused"), urls, base_url, filtered=False)
+    config = demo_config(Path("/unused"), urls, base_url, filtered=filtered)
     return with_values(
         config, corpus={"path": corpus, "samples_per_shard": per_shard}, crawl={"timeout_s": 3.0}
     )

@@ -87,7 +87,8 @@ def test_demo_makes_captions_true_and_training_better(demo: tuple[Path, dict]) -
         assert curated[recall] >= 5 * chance
         assert curated[recall] >= web[recall] + 0.1
     assert curated["itm_accuracy"] > 0.80
-    assert 0 < curated["false_negative_share"] < 1
+    # Of the last step alone, which may have drawn none.
+    assert 0 <= curated["false_negative_share"] < 1
     for corpus_figures in figures["stage2"].values():
         assert corpus_figures["caption_loss"] < corpus_figures["text_only_loss"]
 

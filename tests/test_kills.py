@@ -27,7 +27,12 @@ def num_kills(request: pytest.FixtureRequest) -> int:
 def undisturbed(base_url: str, num_kills: int, tmp_path_factory: pytest.TempPathFactory) -> CapfiltConfig:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small_config(
-        str(folder / "corpus"), folder / "urls.parquet", base_url, num_kills * PER_SHARD, PER_SHARD
+        str(folder / "corpus"),
+        folder / "urls.parquet",
+        base_url,
+        num_kills * PER_SHARD,
+        PER_SHARD,
+        filtered=True,
     )
     assert do_run(config).exit_code == 0
     return config
