@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import read_tar
-from pipeline.corpus.shard_reader import committed_file, committed_table, open_crawled
 from pipeline.images.decode import decode_rgb
+from pipeline.shards.shard_files import read_tar
+from pipeline.shards.shard_reader import committed_file, committed_table, open_crawled
 from schemas.errors import CorruptShardError
 from schemas.names import printable
 from schemas.records import ShardRecord

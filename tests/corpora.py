@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline.corpus.commit import LENGTH_EDGES, SCORE_EDGES, ShardCommit, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.manifest.manifest import Manifest
+from pipeline.shards.shard_files import write_parquet, write_tar
+from pipeline.shards.uids import sample_uid
 from pipeline.stages.selection import SelectWorker
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage

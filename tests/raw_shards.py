@@ -8,8 +8,8 @@ from PIL import Image
 
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.uids import sample_uid
+from pipeline.shards.shard_files import write_parquet, write_tar
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask

@@ -9,7 +9,7 @@ from jobs.demo.run import demo_config
 from jobs.demo.world.site import write_url_list
 from jobs.run import RunOptions, RunResult, run
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 

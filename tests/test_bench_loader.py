@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.bench.loader import measure_loader
+from jobs.bench.training.loader import measure_loader
 
 pytestmark = pytest.mark.training
 

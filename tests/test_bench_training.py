@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_training import tiny_config
 
-from jobs.bench.train_step import measure_precision, measure_steps, synthetic_step
+from jobs.bench.training.train_step import measure_precision, measure_steps, synthetic_step
 from training.build import empty_stage
 from training.distributed import World
 

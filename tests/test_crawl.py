@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import read_tar
-from pipeline.corpus.stored_images import StoredImages
 from pipeline.images.resize import Resizer
 from pipeline.intake.retries import queue_retries
+from pipeline.shards.shard_files import read_tar
+from pipeline.shards.stored_images import StoredImages
 from pipeline.stages.crawl import CrawlWorker
 from schemas.config import CapfiltConfig
 from schemas.json_record import utc_now

@@ -29,11 +29,11 @@ from jobs.demo.world.responses import ALT_KINDS
 from jobs.demo.world.scenes import SHAPE_WORDS, Scene, is_true, parse, write_caption
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
-from pipeline.corpus.uids import sample_uid
 from pipeline.models.blip.matcher import Matcher
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.weights import filter_weights, ranker_weights
+from pipeline.shards.shard_files import read_tar, write_parquet, write_tar
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.config import FilterConfig
 from schemas.records import ShardTask

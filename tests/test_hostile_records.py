@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from jobs.cli.main import app
 from pipeline.corpus.record_files import parse_record
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import open_crawled
 from pipeline.digests import sha256_file
 from pipeline.intake.img2dataset_folders import require_named_folders
 from pipeline.marks.rules import rules_by_shard
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.shard_reader import open_crawled
 from pipeline.storage.storage import Storage
 from schemas.catalog.table_schemas import record_row_schema
 from schemas.config import SourceConfig

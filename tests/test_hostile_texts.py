@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
-from pipeline.corpus.shard_files import write_parquet
 from pipeline.marks.marking import Verdict, mark
+from pipeline.shards.shard_files import write_parquet
 from pipeline.storage.scratch import temporary_folder
 from schemas.json_record import utc_now
 from schemas.marks import MAX_REASON_CHARS

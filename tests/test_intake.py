@@ -18,13 +18,13 @@ from pipeline.config import parse_config
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import retried_elsewhere
-from pipeline.corpus.uids import sample_uid
 from pipeline.digests import digest_json
 from pipeline.intake import dedup
 from pipeline.intake.read_lists import read_lists, unread_rows
 from pipeline.intake.retries import queue_retries
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.shard_reader import retried_elsewhere
+from pipeline.shards.uids import sample_uid
 from pipeline.stages.crawl import CrawlWorker
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig

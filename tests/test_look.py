@@ -15,9 +15,9 @@ from jobs.bench.fixtures.s3 import S3Server
 from jobs.look.file import overview_file
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
-from pipeline.corpus.shard_files import write_parquet
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.marks.marking import Verdict, mark
+from pipeline.shards.shard_files import write_parquet
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError

@@ -11,7 +11,7 @@ import pytest
 from corpora import Corpus, make_corpus
 
 from jobs.bench.fixtures.s3 import S3Server
-from jobs.bench.shard_reads import bytes_read
+from jobs.bench.training.shard_reads import bytes_read
 from pipeline.corpus.records import Records
 from pipeline.storage.scratch import shared_folder
 from pipeline.storage.storage import Storage

@@ -19,10 +19,10 @@ import pytest
 
 from pipeline.config import parse_config
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.uids import sample_uid
 from pipeline.intake.pictures.fetch import FileFetcher
 from pipeline.intake.pictures.places import Place, parse_place
+from pipeline.shards.shard_reader import committed_table
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError

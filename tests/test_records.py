@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.fingerprint import output_fields, stage_fingerprint
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import read_tar, write_tar
-from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
 from pipeline.manifest.histograms import HistogramSums, histogram_cells
+from pipeline.shards.shard_files import read_tar, write_tar
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.catalog.table_schemas import record_row_schema
 from schemas.config import CapfiltConfig, CrawlConfig

@@ -29,11 +29,11 @@ from jobs.cluster.verify import reading_on_ray
 from jobs.demo.world.site import serving
 from jobs.executor import StageJob
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify.corpus import verify
 from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import METRICS, STORAGE_AWAY
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError

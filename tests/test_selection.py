@@ -18,8 +18,8 @@ from raw_shards import SOURCE, commit_crawl, config_of, encoded, picture, sample
 from pipeline.candidates import Candidate
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
 from pipeline.digests import sha256_file
+from pipeline.shards.shard_files import write_parquet
 from pipeline.stages.selection import SelectWorker, select
 from pipeline.storage.storage import Storage
 from pipeline.text import same_text_key

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.corpus.shard_files import write_tar
+from pipeline.shards.shard_files import write_tar
 
 # Short names as crawls have them, names that need the prefix field, and names outside ASCII.
 KEYS = st.one_of(

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from jobs.cli.main import app
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_tar
 from pipeline.lineage.checkpoint_trace import trace_checkpoint
 from pipeline.lineage.sample_trace import trace
 from pipeline.marks.marking import Verdict, mark
 from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
+from pipeline.shards.shard_files import write_tar
 from pipeline.stages.selection import SelectWorker
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError

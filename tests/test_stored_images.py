@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.shard_files import image_members
-from pipeline.corpus.stored_images import StoredImages
+from pipeline.shards.shard_files import image_members
+from pipeline.shards.stored_images import StoredImages
 from pipeline.storage.storage import Storage
 from tests.corpora import Corpus, make_corpus
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.uids import sample_uid
 from pipeline.lineage.sample_trace import trace
 from pipeline.manifest.manifest import Manifest
+from pipeline.shards.uids import sample_uid
 from schemas.errors import CapfiltError
 from tests.corpora import CAPTIONER, NUM_CAPTIONS, RANKER, RUN, Corpus, make_corpus, score_of
 

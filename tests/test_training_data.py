@@ -18,7 +18,7 @@ from corpora import Corpus, make_corpus
 from raw_shards import encoded, picture
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_tar
+from pipeline.shards.shard_files import write_tar
 from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, CorruptShardError

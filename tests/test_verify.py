@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench.fixtures.corpus import list_config
-from pipeline.corpus.shard_files import read_tar, write_parquet, write_tar
-from pipeline.corpus.shard_reader import retried_elsewhere
-from pipeline.corpus.uids import unpack_uids
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify.corpus import check_shard, read_here, verify
 from pipeline.manifest.verify.doubled_uids import CheckedShard, doubled_uids
 from pipeline.manifest.verify.progress import ShardFindings, VerifyProgress, shard_name, verify_progress
 from pipeline.manifest.verify.selection import EVERY_SHARD, ShardSelection, parse_numbers
+from pipeline.shards.shard_files import read_tar, write_parquet, write_tar
+from pipeline.shards.shard_reader import retried_elsewhere
+from pipeline.shards.uids import unpack_uids
 from schemas.errors import CapfiltError
 from schemas.records import ShardRecord
 from schemas.stages import Stage

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.uids import sample_uid
 from pipeline.digests import sha256_file
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig

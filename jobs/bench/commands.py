@@ -58,7 +58,7 @@ def jpeg_scaling(
     json_: Json = False,
 ) -> None:
     """Decode JPEGs in full and as crawl.jpeg_scaling does: distance of the resized pixels, CPU."""
-    from jobs.bench.jpeg_scaling import measure_jpeg_scaling
+    from jobs.bench.engines.jpeg_scaling import measure_jpeg_scaling
 
     _report(json_, ("pictures",), measure_jpeg_scaling, images, rounds)
 
@@ -69,7 +69,7 @@ def intake(
     json_: Json = False,
 ) -> None:
     """Read a Parquet list into url shards, and again grown by 1%; queue its URLs, all failed, again: rate, memory."""
-    from jobs.bench.intake import measure_intake
+    from jobs.bench.corpora.intake import measure_intake
 
     _report(json_, ("first", "grown", "retried"), measure_intake, rows)
 
@@ -80,7 +80,7 @@ def manifest(
     json_: Json = False,
 ) -> None:
     """Ask a synthetic corpus, as `capfilt sql` does and in plain DuckDB; compact its records."""
-    from jobs.bench.manifest import measure_manifest
+    from jobs.bench.corpora.manifest import measure_manifest
 
     _report(json_, ("queries",), measure_manifest, images)
 
@@ -101,10 +101,10 @@ def look(
 ) -> None:
     """Show a synthetic corpus as `capfilt look` does: seconds and shards read of each page, memory."""
     if shards is None:
-        from jobs.bench.look import measure_look
+        from jobs.bench.corpora.look import measure_look
 
         return _report(json_, ("pages",), measure_look, images)
-    from jobs.bench.first_screen import measure_first_screen
+    from jobs.bench.corpora.first_screen import measure_first_screen
 
     _report(json_, ("pages",), measure_first_screen, shards, folder)
 
@@ -121,7 +121,7 @@ def storage(
     json_: Json = False,
 ) -> None:
     """Create and read objects on a local S3 server, in turn with s3fs; count the requests of a small run."""
-    from jobs.bench.storage import measure_storage
+    from jobs.bench.corpora.storage import measure_storage
 
     _report(json_, ("operations", "requests"), measure_storage, operations, shards, rounds)
 
@@ -137,7 +137,7 @@ def scale(
     json_: Json = False,
 ) -> None:
     """Ask a corpus of very many shards: CPU seconds, start included, and peak memory of each command."""
-    from jobs.bench.scale import measure_scale
+    from jobs.bench.corpora.scale import measure_scale
 
     _report(json_, ("commands",), measure_scale, shards, s3, only, folder)
 
@@ -151,7 +151,7 @@ def commits(
     json_: Json = False,
 ) -> None:
     """Run stages that do no work on Ray: CPU milliseconds of driver and worker for each commit."""
-    from jobs.bench.commits import measure_commits
+    from jobs.bench.corpora.commits import measure_commits
 
     _report(json_, ("corpora",), measure_commits, shards or [500, 4000])
 
@@ -162,7 +162,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Verify a damaged corpus, whole, and stopped and gone on with: CPU seconds and peak memory of each."""
-    from jobs.bench.verify import measure_verify
+    from jobs.bench.corpora.verify import measure_verify
 
     _report(json_, ("whole", "stopped", "gone on with"), measure_verify, samples)
 
@@ -173,7 +173,7 @@ def select(
     json_: Json = False,
 ) -> None:
     """Write curated shards from scored candidates: rate and memory."""
-    from jobs.bench.selection import measure_select
+    from jobs.bench.corpora.selection import measure_select
 
     _report(json_, ("select",), measure_select, images)
 
@@ -260,7 +260,7 @@ def shard(
     json_: Json = False,
 ) -> None:
     """Send whole shards through both GPU stages: their rate, and its share of the bare engine's."""
-    from jobs.bench.shard import measure_shard
+    from jobs.bench.engines.shard import measure_shard
 
     images = images or _by_device(3, 2001)
     _report(json_, ("caption", "rank"), measure_shard, images, shards, rounds, size, precision)
@@ -286,7 +286,7 @@ def stage1(
     json_: Json = False,
 ) -> None:
     """Train stage 1 at the published size with random weights: samples/s, share of the matmul rate, memory."""
-    from jobs.bench.train_step import measure_train_step
+    from jobs.bench.training.train_step import measure_train_step
 
     batch = batch or _by_device(2, _STAGE1_BATCH[arch])
     _report(json_, (), measure_train_step, arch, None, batch, steps, micro_batch)
@@ -304,7 +304,7 @@ def stage2(
     json_: Json = False,
 ) -> None:
     """Train stage 2 at the published size with random weights: samples/s, share of the matmul rate, memory."""
-    from jobs.bench.train_step import measure_train_step
+    from jobs.bench.training.train_step import measure_train_step
 
     batch = batch or _by_device(2, _STAGE2_BATCH["t5" if "t5" in language else "opt"])
     _report(json_, (), measure_train_step, arch, language, batch, steps, micro_batch)
@@ -321,10 +321,10 @@ def loader(
 ) -> None:
     """Load curated shards, in turn with a plain WebDataset loop: rate per core, memory, ratio."""
     if ranks:
-        from jobs.bench.shard_reads import measure_shard_reads
+        from jobs.bench.training.shard_reads import measure_shard_reads
 
         return _report(json_, (), measure_shard_reads, ranks)
-    from jobs.bench.loader import measure_loader
+    from jobs.bench.training.loader import measure_loader
 
     _report(json_, ("capfilt", "webdataset"), measure_loader, images)
 
@@ -335,7 +335,7 @@ def precision(
     json_: Json = False,
 ) -> None:
     """Train a small stage 1 in float32 and in bfloat16: how far the losses are apart, beside another seed's."""
-    from jobs.bench.train_step import measure_precision
+    from jobs.bench.training.train_step import measure_precision
 
     _report(json_, ("last_loss", "distance", "bias"), measure_precision, steps)
 

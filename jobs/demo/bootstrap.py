@@ -23,7 +23,7 @@ from jobs.bootstrap.run import bootstrap
 from jobs.demo.world.scenes import is_true, write_caption
 from jobs.demo.world.site import pages, scene_of, serving, write_url_list
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 
 _RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo-bootstrap.toml"

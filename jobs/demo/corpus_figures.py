@@ -11,7 +11,7 @@ from typing import Any
 from jobs.demo.world.scenes import is_true
 from jobs.demo.world.site import scene_of
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 

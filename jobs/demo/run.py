@@ -25,7 +25,7 @@ from jobs.environment import program_name
 from jobs.run import RunOptions, RunResult, run
 from pipeline.config import load_config
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError

@@ -30,7 +30,7 @@ from jobs.pretrain import TrainingFailedError, pretrain
 from jobs.ranks.launcher import stop_without_parent
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.convert.load import load_trained

@@ -23,10 +23,10 @@ from jobs.experiments.world import served_world
 from jobs.run import RunOptions, run
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import read_tar, write_tar
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.intake.take_over import take_over_crawl
 from pipeline.runs.runner import LoadWorker, load_worker
+from pipeline.shards.shard_files import read_tar, write_tar
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.stages import Stage

@@ -16,8 +16,8 @@ from jobs.look import questions
 from jobs.look.questions import Scope
 from jobs.look.view import View
 from pipeline.corpus.records import Records
-from pipeline.corpus.stored_images import StoredImages
 from pipeline.manifest.manifest import Manifest, Query
+from pipeline.shards.stored_images import StoredImages
 
 Row = dict[str, Any]
 

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.uids import sample_uid, uid_prefix
 from pipeline.intake.lists.columns import (
     TEXT_KINDS,
     Rows,
@@ -30,6 +29,7 @@ from pipeline.intake.lists.files import read_columns, read_texts, require_column
 from pipeline.intake.lists.text_columns import TextRows
 from pipeline.intake.pictures.formats import PictureSource
 from pipeline.intake.pictures.places import SCHEME
+from pipeline.shards.uids import sample_uid, uid_prefix
 from pipeline.storage.storage import Storage
 from schemas.config import SourceConfig
 from schemas.errors import CapfiltError, first_line

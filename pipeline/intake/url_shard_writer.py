@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
 from pipeline.digests import sha256_file
+from pipeline.shards.shard_files import write_parquet
 from schemas.json_record import utc_now
 from schemas.records import IntakeRecord, OutputFile
 from schemas.tables import URLS

@@ -6,10 +6,10 @@ from typing import Any
 
 from pipeline.candidates import Choice, choose_again
 from pipeline.corpus.records import Records
-from pipeline.corpus.uids import sample_uid
 from pipeline.lineage.taught_by import taught_by
 from pipeline.lineage.trained_on import trained_on
 from pipeline.manifest.manifest import Manifest, Query
+from pipeline.shards.uids import sample_uid
 from pipeline.text import same_text_key
 from schemas.catalog.sql_text import quote
 from schemas.catalog.views import STAGE_ORDER

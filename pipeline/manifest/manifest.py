@@ -19,7 +19,6 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.shard_files import schema_mismatch
 from pipeline.manifest.catalog_file import rewrite_copied_catalog, write_catalog
 from pipeline.manifest.compaction import CompactedRecords
 from pipeline.manifest.histograms import HistogramSums
@@ -36,6 +35,7 @@ from pipeline.manifest.sandbox import (
 )
 from pipeline.manifest.uid_index import UidIndex
 from pipeline.regular_files import NotRegularFileError, require_regular
+from pipeline.shards.shard_files import schema_mismatch
 from pipeline.storage.storage import Storage
 from schemas.catalog.corpus_files import parquet_files, parquet_files_of_formats, registered_relations
 from schemas.catalog.statements import comments, data_views, names_in, record_views

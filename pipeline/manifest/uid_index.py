@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.uids import pack_uids
+from pipeline.shards.uids import pack_uids
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.marks.rules import undone_values
 from pipeline.marks.search import attempts_of, find_shards
+from pipeline.shards.shard_reader import committed_table
 from pipeline.text import same_text_key
 from schemas.errors import CapfiltError
 from schemas.json_record import utc_now

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.marks.rules import RuleBook, ShardMarks
 from pipeline.runs.plan import Kind, upstream_of
+from pipeline.shards.shard_reader import committed_table
 from pipeline.stages.selection import Selection, read_scores, select_shard
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CapfiltError

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import CrawledShard, open_crawled
 from pipeline.models.blip.captioner import BlipCaptioner, ImageBatch, TokenBatch
 from pipeline.models.device import device_name
 from pipeline.models.weights import captioner_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.shard_reader import CrawledShard, open_crawled
 from pipeline.text import clean_caption, count_words, mark_duplicates
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask

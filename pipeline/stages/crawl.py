@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from pipeline.corpus.commit import LENGTH_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.living_workers import LivingWorkers
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.shard_reader import retried_elsewhere
 from pipeline.images.resize import Resizer
 from pipeline.intake.pictures.fetch import FileFetcher, ListFetcher
 from pipeline.intake.pictures.formats import FORMATS
 from pipeline.prefetch import decode_threads
+from pipeline.shards.shard_files import write_parquet, write_tar
+from pipeline.shards.shard_reader import retried_elsewhere
 from pipeline.stages.img2dataset_shard import import_shard
 from pipeline.stages.shard_images import Fetcher, ShardImages
 from pipeline.text import count_words

@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.corpus.candidate_rows import Rows, count_judged, distinct_texts, scored_rows
 from pipeline.corpus.commit import ShardCommit, ShardStats, histogram
 from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
 from pipeline.images.preprocess import stack_pinned
 from pipeline.models.blip.matcher import Matcher
 from pipeline.models.device import device_name
 from pipeline.models.weights import filter_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
+from pipeline.shards.candidate_rows import Rows, count_judged, distinct_texts, scored_rows
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.shard_reader import CrawledShard, committed_table, open_crawled
 from schemas.config import CapfiltConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.corpus.shard_files import image_members
 from pipeline.digests import sha256_file
 from pipeline.images.decode import ImageError, read_header
 from pipeline.intake.lists.parquet_rows import ParquetList, cells_of
+from pipeline.shards.shard_files import image_members
 from pipeline.storage.storage import Storage
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part

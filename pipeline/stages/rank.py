@@ -12,16 +12,16 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.candidates import Candidate, choose
-from pipeline.corpus.candidate_rows import candidate_rows, count_judged, distinct_texts
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet
-from pipeline.corpus.shard_reader import CrawledShard, open_crawled
 from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
+from pipeline.shards.candidate_rows import candidate_rows, count_judged, distinct_texts
+from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.shard_reader import CrawledShard, open_crawled
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 from pipeline.candidates import CANDIDATE_COLUMNS, Candidate, choose, choose_by
 from pipeline.corpus.commit import SCORE_EDGES, ShardCommit, ShardStats, histogram
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.shard_reader import CrawledShard, committed_table, open_crawled
 from pipeline.marks.rules import NO_MARKS, RuleBook, SampleMarks
+from pipeline.shards.shard_files import write_parquet, write_tar
+from pipeline.shards.shard_reader import CrawledShard, committed_table, open_crawled
 from schemas.config import CapfiltConfig, SelectConfig
 from schemas.errors import CorruptShardError
 from schemas.records import ShardRecord, ShardTask

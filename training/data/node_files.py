@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_file
+from pipeline.shards.shard_reader import committed_file
 from pipeline.storage.scratch import shared_folder
 from schemas.records import OutputFile
 

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipeline.corpus.records import Records, ShardId
-from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.tar_samples import JSON
-from pipeline.corpus.uids import sample_uid
+from pipeline.shards.shard_reader import committed_table
+from pipeline.shards.tar_samples import JSON
+from pipeline.shards.uids import sample_uid
 from pipeline.storage.storage import Storage
 from schemas.records import ShardRecord, SnapshotRecord, SnapshotShard, SnapshotSource
 from training.data.shard_index import index_tar

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
-from pipeline.corpus.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
-from pipeline.corpus.uids import sample_uid
+from pipeline.shards.shard_reader import committed_table
+from pipeline.shards.tar_samples import IMAGE, JSON, TEXT, find_tar_samples, missing, printable_key
+from pipeline.shards.uids import sample_uid
 from schemas.errors import CorruptShardError
 from schemas.records import SnapshotShard
 from schemas.stages import STAGE_FOLDERS

@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.corpus.corpus_state import committed_shards
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.digests import digest_json
 from pipeline.manifest.compaction import CompactedRecords
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.corpus_format import require_known_format
 from schemas.errors import CapfiltError

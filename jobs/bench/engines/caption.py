@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from jobs.bench.engines.rank import open_clip_side, similarities
+from jobs.bench.engines.shard import Stages
 from jobs.bench.fixtures.compute import (
     counted_flops,
     device_seconds_by_variant,
@@ -44,7 +45,6 @@ from jobs.bench.fixtures.models import (
     save_ranker,
 )
 from jobs.bench.fixtures.pictures import jpegs
-from jobs.bench.shard import Stages
 from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, GridSampler, RowSampler
 from pipeline.models.device import compute_dtype, device_name, worker_device

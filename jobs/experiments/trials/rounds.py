@@ -24,7 +24,7 @@ from jobs.experiments.world import served_world
 from jobs.pretrain import TrainingFailedError
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import committed_table
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.build import build_stage

@@ -1,6 +1,6 @@
 """``format = "webdataset"``: each sample of a tar is a row, with the texts of its members.
 
-A sample is what shares a key (see ``pipeline.corpus.tar_samples``). One without an image is a row too, which the
+A sample is what shares a key (see ``pipeline.shards.tar_samples``). One without an image is a row too, which the
 crawl ends as ``missing_member``.
 """
 
@@ -12,7 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.corpus.tar_samples import (
+from pipeline.intake.lists.columns import Rows, Wanted
+from pipeline.intake.lists.files import BATCH_ROWS
+from pipeline.intake.lists.lines import MAX_ROW_BYTES
+from pipeline.intake.pictures.places import InputFolders, Place
+from pipeline.shards.tar_samples import (
     IMAGE,
     JSON,
     MEMBERS,
@@ -22,10 +26,6 @@ from pipeline.corpus.tar_samples import (
     find_tar_samples,
     printable_key,
 )
-from pipeline.intake.lists.columns import Rows, Wanted
-from pipeline.intake.lists.files import BATCH_ROWS
-from pipeline.intake.lists.lines import MAX_ROW_BYTES
-from pipeline.intake.pictures.places import InputFolders, Place
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError

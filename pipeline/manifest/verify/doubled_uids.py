@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.corpus.uids import PackedUids, unpack_uids
 from pipeline.manifest.verify.progress import Discrepancy, VerifyProgress
+from pipeline.shards.uids import PackedUids, unpack_uids
 
 # In memory at once, at some 70 bytes each.
 _UIDS_AT_ONCE = 3_000_000

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.corpus.uids import PackedUids
 from pipeline.digests import digest_json
 from pipeline.manifest.verify.selection import ShardSelection
+from pipeline.shards.uids import PackedUids
 from pipeline.storage.scratch import cache_folder, temporary_folder
 from schemas.records import ShardRecord
 from schemas.stages import Stage

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
-from pipeline.corpus.uids import pack_uids
 from pipeline.digests import sha256_file
 from pipeline.manifest.verify.progress import Discrepancy, ShardFindings
 from pipeline.manifest.verify.sql_checks import COLUMNS, TAR_COLUMNS, ShardTables
 from pipeline.regular_files import NotRegularFileError
+from pipeline.shards.shard_files import IMAGE_EXTENSIONS, read_tar, schema_mismatch
+from pipeline.shards.uids import pack_uids
 from pipeline.storage.storage import Storage
 from schemas.catalog.table_schemas import DATA_TABLES
 from schemas.errors import CorruptShardError, first_line

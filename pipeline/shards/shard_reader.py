@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import ImageMember, image_members
 from pipeline.digests import sha256_file
 from pipeline.regular_files import NotRegularFileError
+from pipeline.shards.shard_files import ImageMember, image_members
 from schemas.errors import CorruptShardError
 from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord

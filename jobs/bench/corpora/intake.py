@@ -13,11 +13,11 @@ from jobs.bench.fixtures.corpus import list_config, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import write_parquet, write_tar
-from pipeline.corpus.shard_reader import committed_table
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries
 from pipeline.intake.url_shard_writer import IntakeOutcome
+from pipeline.shards.shard_files import write_parquet, write_tar
+from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig

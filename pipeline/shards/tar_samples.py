@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
-from pipeline.corpus.shard_files import IMAGE_EXTENSIONS, PlainFiles, key_and_extension
+from pipeline.shards.shard_files import IMAGE_EXTENSIONS, PlainFiles, key_and_extension
 from schemas.names import is_hidden
 
 IMAGE, JSON, TEXT = range(3)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.corpus.commit import ShardStats
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_reader import CrawledShard, committed_table
+from pipeline.shards.shard_reader import CrawledShard, committed_table
 from pipeline.text import clean_caption, mark_duplicates
 from schemas.records import ShardTask
 from schemas.stages import Stage

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
-from pipeline.corpus.shard_files import image_members
+from pipeline.shards.shard_files import image_members
 from pipeline.storage.scratch import cache_folder
 from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord

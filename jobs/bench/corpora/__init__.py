@@ -1,0 +1,1 @@
+"""Benchmarks of lists, records, manifests, pages and storage: how they go with the size of a corpus."""

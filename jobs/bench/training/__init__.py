@@ -1,0 +1,1 @@
+"""Benchmarks of a training's steps, its data and its precision."""
