@@ -236,6 +236,10 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
     assert "web" in Path(told["page"]).read_text()
     again = cli_here(*ARGUMENTS, "--out", out, "--json")
     assert json.loads(again.stdout)["arms"] == told["arms"] and "training" not in again.stderr
+    # Judged by other scenes, the same training has another result.
+    other = cli_here(*ARGUMENTS, "--scenes", "30", "--out", out, "--json")
+    assert json.loads(other.stdout)["arms"] != told["arms"], other.stderr
+    assert json.loads(cli_here(*ARGUMENTS, "--out", out, "--json").stdout)["arms"] == told["arms"]
     # The filter is added to a corpus without captioning it again; every arm is told of without training.
     corpus = Path(out, "corpus")
     records = Records(Storage(str(corpus)))

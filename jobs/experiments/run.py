@@ -22,6 +22,8 @@ from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, did_you_mean
 
 _SEEDS, _HEADLINE_SEEDS = 3, 5
+# With 200 a percentage point is chance.
+_NUM_SCENES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +36,7 @@ class Extent:
     # None: the judge's own.
     steps: int | None = None
     num_urls: int = 2400
-    # With 200 a percentage point is chance.
-    num_scenes: int = 1000
+    num_scenes: int = _NUM_SCENES
     # Empty: the one that the demo ships.
     filter_folder: str = ""
 
@@ -159,7 +160,9 @@ def _ready(missing: Sequence[Task]) -> Iterator[Task]:
 
 
 def _result_file(task: Task) -> Path:
-    return task.root / "results" / task.question / f"{task.arm}.seed-{task.seed}.steps-{task.steps}.json"
+    scenes = "" if task.num_scenes == _NUM_SCENES else f".scenes-{task.num_scenes}"
+    name = f"{task.arm}.seed-{task.seed}.steps-{task.steps}{scenes}.json"
+    return task.root / "results" / task.question / name
 
 
 def _read(task: Task) -> Trial:
