@@ -172,7 +172,7 @@ def experiment(
         typer.Option(
             "--steps",
             min=3,
-            help="Of each training; 300 to 450 unless given.",
+            help="Of each training; 350 to 900 unless given.",
             metavar="N",
             show_default=False,
         ),
