@@ -40,7 +40,7 @@ check: $(STAMP) ## check style, types, import contracts and dead code
 bench: $(STAMP) ## measure crawl, intake, manifest and selection on this machine
 	@for what in crawl intake manifest select; do echo "== capfilt bench $$what"; $(BIN)/capfilt bench $$what || exit; done
 
-weights: $(STAMP) ## train the demo's filter again, by its recipe
+weights: $(STAMP) ## train the demo's ViT and filter again, by their recipes
 	@$(BIN)/python -m jobs.demo.weights_training.make_weights --folder weights-training
 
 docs: $(STAMP) ## write the generated pages of docs/

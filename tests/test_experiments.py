@@ -30,6 +30,7 @@ from jobs.experiments.questions import QUESTIONS, question
 from jobs.experiments.report import shown_rows, write_page
 from jobs.experiments.results import Results, Trial
 from jobs.experiments.run import Extent, _arms, _ready, _task
+from jobs.experiments.task import Task
 from jobs.output.tables import table_lines
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
@@ -222,6 +223,29 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     write_page(results, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "+5.1 ±0.1" in page and page.count("<rect") == 2 and "<script" not in page and "http" not in page
+
+
+def test_one_model_differs_from_two_in_nothing_but_that(tmp_path: Path) -> None:
+    from jobs.experiments.trials.rounds import joint_config, rounds_of
+
+    task = Task(
+        root=tmp_path,
+        question="decoupled",
+        arm="one",
+        seed=1,
+        after="",
+        steps=350,
+        num_scenes=20,
+        num_urls=100,
+    )
+    rounds = rounds_of(task, 1)
+    joint = joint_config(rounds, "med")
+    captioner, matcher = rounds.training("captioner", 1), rounds.training("filter", 1)
+    assert joint.objective == captioner.objective and joint.optim == matcher.optim
+    assert joint.blip is not None and matcher.blip is not None
+    assert joint.blip.alpha_epochs == matcher.blip.alpha_epochs
+    assert joint.data.corpus == matcher.data.corpus == captioner.data.corpus
+    assert (joint.run.stage, joint.run.init_from) == ("blip-pretrain", "med")
 
 
 @pytest.mark.training

@@ -77,6 +77,8 @@ def make_corpus(
             stages = (*stages, "filter")
         config = demo_config(folder, urls, base_url, overrides, filtered)
         result = run(config, RunOptions(stages=stages, local=True, load=_loader(variant)), console)
+    if result.record.outcome == "interrupted":
+        raise KeyboardInterrupt
     if result.exit_code:
         raise CapfiltError(f"{folder}: the corpus of the experiment is not whole; see above")
     return time.process_time() - began

@@ -82,13 +82,13 @@ STAGE1 = Judge(
 )
 
 
-def stage2(stage1_steps: int) -> Train:
-    """Return the training of a stage 2, behind so many steps of stage 1 on the same data; 0: behind none."""
+def stage2(stage1_times: int) -> Train:
+    """Return the training of a stage 2, behind a stage 1 of so many times its steps on the same data; 0: none."""
 
     def train(task: Task) -> dict[str, float]:
         from jobs.experiments.trials.stage2 import train_and_judge
 
-        return train_and_judge(task, stage1_steps)
+        return train_and_judge(task, stage1_times)
 
     return train
 
@@ -106,7 +106,7 @@ STAGE2 = Judge(
     judged_by=("true_captions",),
     called="true captions",
     steps=450,
-    train=stage2(STAGE1.steps),
+    train=stage2(2),
 )
 
 

@@ -24,9 +24,10 @@ def shown_rows(results: Results, whole: bool = False) -> list[dict[str, Any]]:
 def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]:
     cells: dict[str, Any] = {"arm": row["arm"]} | ({"what": row["keeps"]} if whole else {})
     if results.facts:
-        cells |= _fact_cells(row, whole or results.question.judge is None)
+        cells |= _fact_cells(row, whole or results.question.judge is None, whole)
     if results.question.judge is None:
         return cells
+    cells["seeds"] = row.get("seeds")
     for name, figure in results.question.judge.figures.items():
         if whole or figure.in_table:
             cells[figure.title] = _with_spread(row.get(name), row.get(f"{name}_spread"), figure)
@@ -37,7 +38,7 @@ def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]
     return cells
 
 
-def _fact_cells(row: dict[str, Any], attributes: bool) -> dict[str, Any]:
+def _fact_cells(row: dict[str, Any], attributes: bool, whole: bool) -> dict[str, Any]:
     if "images" not in row:
         return dict.fromkeys(("images", "an image", "true", "distinct"))
     cells: dict[str, Any] = {
@@ -46,6 +47,8 @@ def _fact_cells(row: dict[str, Any], attributes: bool) -> dict[str, Any]:
         "true": f"{100 * row['true_share']:.1f}",
         "distinct": f"{100 * row['distinct_share']:.1f}",
     }
+    if whole:
+        cells |= {"texts": row["texts"], "words": f"{row['words']:.1f}"}
     if attributes:
         cells["parse"] = f"{100 * row['parsed_share']:.1f}"
         cells |= {name: f"{100 * row[f'{name}_true']:.1f}" for name in ATTRIBUTES}
@@ -64,12 +67,12 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def total_line(experiments: Sequence[Results], root: Path) -> str:
-    """Return what experiments have cost, the calls before this one included."""
+    """Return what experiments have cost; of a training, the call that ended it."""
     trainings = sum(len(results.trials) for results in experiments)
     seconds = sum(results.cpu_seconds for results in experiments)
     return (
         f"{trainings} trainings: {seconds:,.0f} CPU seconds; corpora: {sum(corpora_seconds(root).values()):,.0f}; "
-        "shares in per cent, ± between seeds"
+        "in per cent, ± between seeds, of differences the standard error"
     )
 
 

@@ -54,7 +54,7 @@ class Results:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all trainings, those of earlier calls too."""
+        """Of all trainings, each by the call that ended it."""
         return sum(trial.cpu_seconds for trial in self.trials)
 
     def of(self, arm: str) -> list[Trial]:
@@ -99,6 +99,7 @@ class Results:
             row["difference"] = found.mean
             row["difference_error"] = None if found.seeds == 1 else found.error
         if trials:
+            row["seeds"] = len(trials)
             row["cpu_seconds"] = statistics.fmean(trial.cpu_seconds for trial in trials)
         return row
 

@@ -203,7 +203,9 @@ def experiment(
 
     from jobs.experiments.questions import QUESTIONS, question
     from jobs.experiments.report import shown_rows, summary, total_line, write_page
+    from jobs.experiments.results import Results
     from jobs.experiments.run import Extent, run_experiment
+    from jobs.pretrain import TrainingFailedError
     from schemas.errors import CapfiltError
 
     asked = [question(name)] if name != "all" else list(QUESTIONS.values())
@@ -218,10 +220,20 @@ def experiment(
         filter_folder=filter_,
     )
     console, every = Console(stderr=True, soft_wrap=True), []
+
+    def _page_of(results: Results) -> Path:
+        # A smaller run does not replace the page of the whole one.
+        whole = not arm and not seeds and not steps and scenes == Extent().num_scenes
+        return Path(out) / f"{results.question.name}{'' if whole else '-part'}.html"
+
     for each in asked:
-        results = run_experiment(each, Path(out).absolute(), extent, console)
+        try:
+            results = run_experiment(each, Path(out).absolute(), extent, console)
+        except TrainingFailedError as error:
+            complain(error)
+            raise typer.Exit(1) from error
         every.append(results)
-        page = Path(out) / f"{each.name}.html"
+        page = _page_of(results)
         write_page(results, page)
         if json_:
             continue
@@ -230,9 +242,7 @@ def experiment(
             print(verdict)
         print(f"{page}\n")
     if json_:
-        found = [
-            summary(results) | {"page": str(Path(out) / f"{results.question.name}.html")} for results in every
-        ]
+        found = [summary(results) | {"page": str(_page_of(results))} for results in every]
         print_json({"experiments": found} if name == "all" else found[0])
         return
     print(total_line(every, Path(out)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jobs.experiments.arms import Arm
 from jobs.experiments.judges import Judge
 
-# So many synthetic captions of each image are made, for all experiments: every smaller number is its beginning.
+# So many synthetic captions of each image are made, for all experiments: an arm with fewer takes the first of them.
 NUM_CAPTIONS = 40
 
 

@@ -43,7 +43,7 @@ _FIRST_MED = "round 1: pretrain"
 def crawl_world(task: Task) -> None:
     """Crawl the web and the images that people captioned, once for all trainings."""
     with _logged(task) as console, served_world(_PORT):
-        for step in steps(_rounds(task, 1), console, local=True):
+        for step in steps(rounds_of(task, 1), console, local=True):
             if step.name == _FIRST_MED:
                 return
             _do(step)
@@ -56,7 +56,7 @@ def train_and_judge(task: Task, number: int, share: float) -> dict[str, float]:
         number: 0 is the web.
         share: of the steps that the recipes say.
     """
-    rounds = _rounds(task, max(1, number), share)
+    rounds = rounds_of(task, max(1, number), share)
     with _logged(task) as console:
         for step in steps(rounds, console, local=True):
             _do(step)
@@ -67,8 +67,8 @@ def train_and_judge(task: Task, number: int, share: float) -> dict[str, float]:
 
 def share_and_judge(task: Task, share: float) -> dict[str, float]:
     """Do one round with a single model as captioner and filter, or go on; it begins with the same MED."""
-    apart, rounds = _rounds(task, 1, share), _rounds(task, 1, share, "one-model-")
-    joint = _joint_config(rounds, apart.run_folder("pretrain", 1))
+    apart, rounds = rounds_of(task, 1, share), rounds_of(task, 1, share, "one-model-")
+    joint = joint_config(rounds, apart.run_folder("pretrain", 1))
     train(joint, task.log)
     for model in EXPORTED:
         _export_part(rounds, model, run_folder(joint))
@@ -92,14 +92,14 @@ def _do(step: Step) -> None:
     try:
         step.do()
     except BootstrapStopped as error:
-        # Which, unlike that one, reaches the process that asked.
+        # BootstrapStopped cannot be pickled on its way to the process that asked.
         raise TrainingFailedError(str(error)) from error
 
 
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
-def _rounds(task: Task, number: int, share: float = 1.0, prefix: str = "") -> Rounds:
+def rounds_of(task: Task, number: int, share: float = 1.0, prefix: str = "") -> Rounds:
     """Return the demo's bootstrapping with the seed and the steps of a task, in a folder of the seed."""
     world = task.root / "rounds"
     num_web = _WEB_URLS * task.num_urls
@@ -130,14 +130,20 @@ def _shortened(recipe: PretrainConfig, share: float, seed: int) -> PretrainConfi
     return recipe.model_copy(update=update)
 
 
-def _joint_config(rounds: Rounds, med: str) -> PretrainConfig:
-    """Return the training of captioner and filter as one model: the MED's three losses, on what people wrote."""
+def joint_config(rounds: Rounds, med: str) -> PretrainConfig:
+    """Return the training of captioner and filter as one model: all three losses, on what people wrote.
+
+    LM is smoothed as the captioner's, ITC's soft targets rise and the steps are as the filter's.
+    """
     recipe, apart = rounds.recipes["pretrain"], rounds.training("filter", 1)
+    assert recipe.blip is not None and apart.blip is not None, "recipes of BLIP's stages have it"
     run = {"name": "joint", "output": f"{rounds.config.bootstrap.path}/checkpoints", "init_from": med}
     return recipe.model_copy(
         update={
             "run": recipe.run.model_copy(update=run),
             "data": recipe.data.model_copy(update={"corpus": apart.data.corpus}),
+            "blip": recipe.blip.model_copy(update={"alpha_epochs": apart.blip.alpha_epochs}),
+            "objective": rounds.recipes["captioner"].objective,
             "optim": apart.optim,
         }
     )

@@ -22,23 +22,30 @@ from training.distributed import World
 _LOOKS = ("_first", "_second", "")
 
 
-def train_and_judge(task: Task, stage1_steps: int) -> dict[str, float]:
-    """Train, or go on; return the caption loss and the share of true captions after each third of the steps."""
-    before = replace(task, prefix="stage1-", steps=min(task.steps, stage1_steps))
-    begin = _trained_stage1(before) if stage1_steps else _fresh_stage1(before)
-    third = -(-task.steps // len(_LOOKS))
+def train_and_judge(task: Task, stage1_times: int) -> dict[str, float]:
+    """Train, or go on; return the caption loss and the share of true captions after each third of the steps.
+
+    Args:
+        stage1_times: so many times the steps of stage 2 for the stage 1 before it; 0: it keeps its random weights.
+    """
+    before = replace(task, prefix="stage1-", steps=max(1, stage1_times) * task.steps)
+    begin = _trained_stage1(before) if stage1_times else _fresh_stage1(before)
+    third = task.steps // len(_LOOKS)
     overrides = (
-        *run_overrides(task.seed, task.steps),
+        *run_overrides(task.seed, len(_LOOKS) * third),
         f"run.init_from={json.dumps(begin)}",
         f"checkpoint.every_steps={third}",
+        f"checkpoint.keep_every={third}",
     )
     config = trial_config("demo-stage2-opt", task.folder, task.name, task.data, overrides)
     train(config, task.log)
     saved = SavedCheckpoints(run_folder(config))
     scenes = held_out_scenes(task.num_scenes)
     figures: dict[str, float] = {}
-    for look, record in zip(_LOOKS, saved.committed()[-len(_LOOKS) :], strict=True):
-        asked = evaluate_language(load_trained(saved.storage.url(record.path)), scenes)
+    # A training that was stopped on its way has more checkpoints than these.
+    path_by_step = {record.step: record.path for record in saved.committed()}
+    for number, look in enumerate(_LOOKS, 1):
+        asked = evaluate_language(load_trained(saved.storage.url(path_by_step[number * third])), scenes)
         figures |= {
             f"caption_loss{look}": asked["caption_loss"],
             f"true_captions{look}": asked["true_share"],
