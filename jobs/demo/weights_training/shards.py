@@ -6,11 +6,9 @@ that the other texts of a training step say nearly the same as an image's own, a
 scenes drawn at random one text in 40 is wrong in the size alone.
 """
 
-import io
 import itertools
 import json
 import random
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from jobs.demo.world.scenes import (
     Scene,
     write_caption,
 )
+from pipeline.shards.shard_files import write_tar
 from pipeline.text import clean_caption
 
 # The pictures of the other trainings and of the evaluations have other seeds.
@@ -67,18 +66,15 @@ def _write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_shards):
         shard = folder / f"{number:05}.tar"
-        if not shard.exists():
-            rng = random.Random(f"{SEED}/{number}")
-            _write_tar(shard, describe(rng), rng)
+        if shard.exists():
+            continue
+        rng = random.Random(f"{SEED}/{number}")
+        unfinished = shard.with_suffix(".unfinished")
+        write_tar(unfinished, _samples(describe(rng), rng))
+        unfinished.replace(shard)
 
 
-def _write_tar(shard: Path, described: Iterable[_Described], rng: random.Random) -> None:
-    unfinished = shard.with_suffix(".unfinished")
-    with tarfile.open(unfinished, "w") as tar:
-        for index, (scene, texts) in enumerate(described):
-            image = stored(published(scene, Encoding.random(rng), rng.getrandbits(32)))
-            for suffix, data in (("jpg", image), ("json", json.dumps(texts).encode())):
-                member = tarfile.TarInfo(f"{index:05}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    unfinished.replace(shard)
+def _samples(described: Iterable[_Described], rng: random.Random) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for index, (scene, texts) in enumerate(described):
+        image = stored(published(scene, Encoding.random(rng), rng.getrandbits(32)))
+        yield f"{index:05}", {"jpg": image, "json": json.dumps(texts).encode()}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jobs.demo.weights_training.train_weights import attribute_indices
+from jobs.demo.weights_training.train_weights import attribute_indices, augment
 from jobs.demo.world.pictures import demo_images, demo_masks
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT
 from pipeline.config import load_config
@@ -32,7 +32,6 @@ _RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo-blip-pretrain.
 # Shape is what takes longest.
 _WEIGHTS = {"colour": 1.0, "shape": 2.0, "size": 1.0, "background": 1.0}
 _MASK_WEIGHT = 2.0
-_SHIFT_PX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +97,7 @@ class LabelledViT(nn.Module):
 
 def shifted(images_BCHW: Tensor) -> Tensor:
     """Shift each image by up to 3 pixels and mirror half of them, its mask with it: no label is a place or a side."""
-    padded_BCHW = F.pad(images_BCHW.float(), (_SHIFT_PX,) * 4, mode="reflect").to(torch.uint8)
-    side = images_BCHW.shape[-1]
-    out_BCHW = torch.empty_like(images_BCHW)
-    for i, (dx, dy) in enumerate(torch.randint(0, 2 * _SHIFT_PX + 1, (len(out_BCHW), 2)).tolist()):
-        crop_CHW = padded_BCHW[i, :, dy : dy + side, dx : dx + side]
-        out_BCHW[i] = crop_CHW.flip(-1) if torch.rand(()) < 0.5 else crop_CHW
-    return out_BCHW
+    return augment(images_BCHW.float()).to(torch.uint8)
 
 
 def train(
