@@ -29,8 +29,9 @@ from jobs.experiments.judges import STAGE1
 from jobs.experiments.questions import QUESTIONS, question
 from jobs.experiments.report import shown_rows, write_page
 from jobs.experiments.results import Results, Trial
-from jobs.experiments.run import Extent, _arms, _ready, _task
+from jobs.experiments.run import Extent, _arms, _task
 from jobs.experiments.task import Task
+from jobs.experiments.trainings import read_trial, ready, train, training_digest
 from jobs.output.tables import table_lines
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
@@ -138,9 +139,41 @@ def test_a_training_waits_for_the_one_that_it_goes_on_from(tmp_path: Path) -> No
     asked = replace(question("curation"), arms=chain)
     assert [arm.name for arm in _arms(asked, ("third",))] == ["first", "second", "third"]
     extent = Extent(seeds=2)
-    tasks = [_task(asked, arm, seed, tmp_path, extent, STAGE1) for seed in range(2) for arm in chain]
-    assert [(task.arm, task.seed) for task in _ready(tasks)] == [("first", 0), ("first", 1)]
-    assert [(task.arm, task.seed) for task in _ready(tasks[1:])] == [("second", 0), ("first", 1)]
+    tasks = [_task(asked, arm, seed, tmp_path, extent, 900) for seed in range(2) for arm in chain]
+    assert [(task.arm, task.seed) for task in ready(tasks)] == [("first", 0), ("first", 1)]
+    assert [(task.arm, task.seed) for task in ready(tasks[1:])] == [("second", 0), ("first", 1)]
+
+
+def test_a_training_that_another_experiment_has_done_is_not_done_again(tmp_path: Path) -> None:
+    def task_of(name: str, arm: str, seed: int = 0) -> Task:
+        asked = question(name)
+        task = _task(asked, asked.arm(arm), seed, tmp_path, Extent(), 900)
+        task.data.mkdir(parents=True, exist_ok=True)
+        (task.data / "00000.tar").write_bytes(arm.encode())
+        return task
+
+    web, ranked, without_itg = (
+        task_of("curation", "web"),
+        task_of("losses", "itc-itm-itg"),
+        task_of("losses", "itc-itm"),
+    )
+    same, other_seed = task_of("search", "web"), task_of("search", "web", 1)
+    for task in (ranked, without_itg):
+        (task.data / "00000.tar").write_bytes(b"ranked")
+    digests = [training_digest(task) for task in (web, ranked, without_itg, other_seed)]
+    assert len(set(digests)) == 4 and all(digests) and training_digest(same) == digests[0]
+    # MED with its recipe's own sharing is the one whose texts are captioned and filtered.
+    own, new = task_of("sharing", "all-but-self-attention"), task_of("longer", "new")
+    (new.data / "00000.tar").write_bytes((own.data / "00000.tar").read_bytes())
+    assert training_digest(own) == training_digest(new)
+    # What a training goes on from is more than its task says.
+    assert training_digest(task_of("longer", "continued")) == ""
+    result = {"training": digests[0], "figures": {"text_r1": 0.5}, "cpu_seconds": 7.0}
+    file = tmp_path / "results" / "curation" / "web.seed-0.steps-900.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(result))
+    assert train([same], question("search"), Console(quiet=True)) == 0.0
+    assert read_trial(same) == Trial(arm="web", seed=0, figures={"text_r1": 0.5}, cpu_seconds=7.0)
 
 
 def test_beam_search_writes_one_caption_whatever_the_seed() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jobs.experiments.task import Task
 
-# Trains what a task says, or goes on; returns the judge's figures.
+# Trains what a task says, or goes on; returns the judge's figures. What it is made of shows in its repr.
 Train = Callable[[Task], dict[str, float]]
 
 
@@ -53,15 +53,16 @@ _RECALLS = {"text_r1": Figure(title="text R@1"), "image_r1": Figure(title="image
 # -- in a process of its own: the trainer is imported inside ----------------------------------------------------------
 
 
-def stage1(*overrides: str) -> Train:
-    """Return the training of a stage 1 by the demo's recipe with overrides."""
+@dataclass(frozen=True, slots=True)
+class Stage1:
+    """The training of a stage 1 by the demo's recipe with overrides."""
 
-    def train(task: Task) -> dict[str, float]:
+    overrides: tuple[str, ...] = ()
+
+    def __call__(self, task: Task) -> dict[str, float]:
         from jobs.experiments.trials.stage1 import train_and_judge
 
-        return train_and_judge(task, overrides)
-
-    return train
+        return train_and_judge(task, self.overrides)
 
 
 # By ITC, the first ten of each list then by ITM: what BLIP and BLIP-2 report.
@@ -78,19 +79,20 @@ STAGE1 = Judge(
     called="recall",
     # After 300 ITM has hardly begun, and the seeds differ by more than the arms.
     steps=900,
-    train=stage1(),
+    train=Stage1(),
 )
 
 
-def stage2(stage1_times: int) -> Train:
-    """Return the training of a stage 2, behind a stage 1 of so many times its steps on the same data; 0: none."""
+@dataclass(frozen=True, slots=True)
+class Stage2:
+    """The training of a stage 2, behind a stage 1 of so many times its steps on the same data; 0: none."""
 
-    def train(task: Task) -> dict[str, float]:
+    stage1_times: int
+
+    def __call__(self, task: Task) -> dict[str, float]:
         from jobs.experiments.trials.stage2 import train_and_judge
 
-        return train_and_judge(task, stage1_times)
-
-    return train
+        return train_and_judge(task, self.stage1_times)
 
 
 STAGE2 = Judge(
@@ -106,19 +108,21 @@ STAGE2 = Judge(
     judged_by=("true_captions",),
     called="true captions",
     steps=450,
-    train=stage2(2),
+    train=Stage2(2),
 )
 
 
-def med(*overrides: str, times: int = 1) -> Train:
-    """Return the training of a MED by the demo's recipe with overrides; ``times`` as many steps."""
+@dataclass(frozen=True, slots=True)
+class Med:
+    """The training of a MED by the demo's recipe with overrides; ``times`` as many steps."""
 
-    def train(task: Task) -> dict[str, float]:
+    overrides: tuple[str, ...] = ()
+    times: int = 1
+
+    def __call__(self, task: Task) -> dict[str, float]:
         from jobs.experiments.trials.med import train_and_judge
 
-        return train_and_judge(task, times, overrides)
-
-    return train
+        return train_and_judge(task, self.times, self.overrides)
 
 
 _MED_FIGURES = {**_RECALLS, "true_captions": Figure(title="says true")}
@@ -128,26 +132,30 @@ MED = Judge(
     judged_by=("text_r1", "image_r1"),
     called="recall",
     steps=350,
-    train=med(),
+    train=Med(),
 )
 
 
-def rounds(number: int) -> Train:
-    """Return so many rounds of bootstrapping, with captioner and filter apart; 0: the web's own texts."""
+@dataclass(frozen=True, slots=True)
+class BootstrapRounds:
+    """So many rounds of bootstrapping, with captioner and filter apart; 0: the web's own texts."""
 
-    def train(task: Task) -> dict[str, float]:
+    number: int
+
+    def __call__(self, task: Task) -> dict[str, float]:
         from jobs.experiments.trials.rounds import train_and_judge
 
-        return train_and_judge(task, number, task.steps / ROUNDS.steps)
-
-    return train
+        return train_and_judge(task, self.number, task.steps / ROUNDS.steps)
 
 
-def one_model(task: Task) -> dict[str, float]:
-    """Do one round with a single model as captioner and filter."""
-    from jobs.experiments.trials.rounds import share_and_judge
+@dataclass(frozen=True, slots=True)
+class OneModel:
+    """One round with a single model as captioner and filter."""
 
-    return share_and_judge(task, task.steps / ROUNDS.steps)
+    def __call__(self, task: Task) -> dict[str, float]:
+        from jobs.experiments.trials.rounds import share_and_judge
+
+        return share_and_judge(task, task.steps / ROUNDS.steps)
 
 
 def _crawl_world(task: Task) -> None:
@@ -167,6 +175,6 @@ ROUNDS = Judge(
     judged_by=("text_r1", "image_r1"),
     called="recall",
     steps=350,
-    train=rounds(1),
+    train=BootstrapRounds(1),
     prepare=_crawl_world,
 )

@@ -1,29 +1,22 @@
 """All of an experiment that is missing: the corpora, what each arm keeps, a training for each arm and seed."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from jobs.demo.train_in_pairs import at_once
 from jobs.experiments.arms import Arm
 from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
 from jobs.experiments.facts import Facts
-from jobs.experiments.judges import Judge
-from jobs.experiments.questions import Question, question
+from jobs.experiments.questions import Question
 from jobs.experiments.results import Results, Trial
 from jobs.experiments.task import Task
-from pipeline.storage.storage import Storage
+from jobs.experiments.trainings import NUM_SCENES, read_trial, train, write_json
 from schemas.errors import CapfiltError, did_you_mean
 
 _SEEDS, _HEADLINE_SEEDS = 3, 5
-# With 200 a percentage point is chance.
-_NUM_SCENES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +29,7 @@ class Extent:
     # None: the judge's own.
     steps: int | None = None
     num_urls: int = 2400
-    num_scenes: int = _NUM_SCENES
+    num_scenes: int = NUM_SCENES
     # Empty: the one that the demo ships.
     filter_folder: str = ""
 
@@ -52,14 +45,27 @@ def run_experiment(question: Question, root: Path, extent: Extent, console: Cons
         steps = extent.steps or question.judge.steps
         trained = [arm for arm in arms if arm.trained or extent.arms]
         tasks = [
-            _task(question, arm, seed, root, extent, question.judge)
+            _task(question, arm, seed, root, extent, steps)
             for seed in range(extent.seeds or _HEADLINE_SEEDS)
             for arm in trained
             if extent.seeds or seed < _SEEDS or arm.name in question.headline
         ]
-        _train(tasks, question.judge, console)
-        trials = [_read(task) for task in tasks]
+        _add_seconds(root, "rounds", train(tasks, question, console))
+        trials = [read_trial(task) for task in tasks]
     return Results(question=question, facts=facts, trials=trials, steps=steps, num_scenes=extent.num_scenes)
+
+
+def _task(question: Question, arm: Arm, seed: int, root: Path, extent: Extent, steps: int) -> Task:
+    return Task(
+        root=root,
+        question=question.name,
+        arm=arm.name,
+        seed=seed,
+        after=arm.after,
+        steps=steps,
+        num_scenes=extent.num_scenes,
+        num_urls=extent.num_urls,
+    )
 
 
 def _arms(question: Question, named: Sequence[str]) -> list[Arm]:
@@ -83,7 +89,7 @@ def _require_same_world(root: Path, num_urls: int) -> None:
             raise CapfiltError(
                 f"--out {root}: the folder holds something other than experiments; name another one"
             )
-        _write_json(root, file.name, {"urls": num_urls})
+        write_json(root, file.name, {"urls": num_urls})
     if (begun := json.loads(file.read_text())["urls"]) != num_urls:
         raise CapfiltError(f"--urls {num_urls}: {root} has begun with {begun}; name another folder")
 
@@ -108,8 +114,10 @@ def _curate(
 
 
 def _add_seconds(root: Path, corpus: str, seconds: float) -> None:
+    if not seconds:
+        return
     known = corpora_seconds(root)
-    _write_json(root, _SECONDS, known | {corpus: round(known.get(corpus, 0.0) + seconds, 1)})
+    write_json(root, _SECONDS, known | {corpus: round(known.get(corpus, 0.0) + seconds, 1)})
 
 
 def corpora_seconds(root: Path) -> dict[str, float]:
@@ -119,71 +127,3 @@ def corpora_seconds(root: Path) -> dict[str, float]:
 
 
 _SECONDS = "corpora.json"
-
-# -- trainings --------------------------------------------------------------------------------------------------------
-
-
-def _task(question: Question, arm: Arm, seed: int, root: Path, extent: Extent, judge: Judge) -> Task:
-    return Task(
-        root=root,
-        question=question.name,
-        arm=arm.name,
-        seed=seed,
-        after=arm.after,
-        steps=extent.steps or judge.steps,
-        num_scenes=extent.num_scenes,
-        num_urls=extent.num_urls,
-    )
-
-
-def _train(tasks: Sequence[Task], judge: Judge, console: Console) -> None:
-    """Do the trainings that have no result yet, one on each core at a time."""
-    missing = [task for task in tasks if not _result_file(task).exists()]
-    if missing and judge.prepare:
-        [(_, cpu_seconds)] = at_once(partial(_prepare, missing[0]))
-        _add_seconds(missing[0].root, "rounds", cpu_seconds)
-    while missing:
-        ready = list(_ready(missing))[: len(os.sched_getaffinity(0))]
-        names = ", ".join(f"{task.arm} with seed {task.seed}" for task in ready)
-        console.print(f"{ready[0].question}: training {names}", highlight=False)
-        outcomes = at_once(*(partial(_trial, task) for task in ready))
-        for task, (figures, cpu_seconds) in zip(ready, outcomes, strict=True):
-            path = _result_file(task).relative_to(task.root)
-            _write_json(task.root, str(path), {"figures": figures, "cpu_seconds": round(cpu_seconds, 1)})
-        missing = [task for task in missing if task not in ready]
-
-
-def _ready(missing: Sequence[Task]) -> Iterator[Task]:
-    """Yield the tasks that wait for none of the others."""
-    places = {(task.arm, task.seed) for task in missing}
-    return (task for task in missing if (task.after, task.seed) not in places)
-
-
-def _result_file(task: Task) -> Path:
-    scenes = "" if task.num_scenes == _NUM_SCENES else f".scenes-{task.num_scenes}"
-    name = f"{task.arm}.seed-{task.seed}.steps-{task.steps}{scenes}.json"
-    return task.root / "results" / task.question / name
-
-
-def _read(task: Task) -> Trial:
-    result = json.loads(_result_file(task).read_text())
-    return Trial(arm=task.arm, seed=task.seed, figures=result["figures"], cpu_seconds=result["cpu_seconds"])
-
-
-def _write_json(root: Path, path: str, value: dict[str, Any]) -> None:
-    Storage(str(root)).write(path, (json.dumps(value) + "\n").encode())
-
-
-# -- in a process of its own ------------------------------------------------------------------------------------------
-
-
-def _prepare(task: Task) -> None:
-    asked = question(task.question)
-    assert asked.judge is not None and asked.judge.prepare is not None, "the caller has seen both"
-    asked.judge.prepare(task)
-
-
-def _trial(task: Task) -> dict[str, float]:
-    asked = question(task.question)
-    assert asked.judge is not None, "an experiment with trainings has a judge"
-    return (asked.arm(task.arm).train or asked.judge.train)(task)

@@ -1,7 +1,7 @@
 """Whether one model may be captioner and filter."""
 
 from jobs.experiments.arms import Arm
-from jobs.experiments.judges import ROUNDS, one_model, rounds
+from jobs.experiments.judges import ROUNDS, BootstrapRounds, OneModel
 from jobs.experiments.questions.question import Question
 
 DECOUPLED = Question(
@@ -11,11 +11,11 @@ DECOUPLED = Question(
     "(R@1 79.8 and 80.6): a model does not see its own mistakes.",
     baseline="one-model",
     arms=(
-        Arm(name="two-models", what="captioner and filter fine-tuned apart", train=rounds(1)),
+        Arm(name="two-models", what="captioner and filter fine-tuned apart", train=BootstrapRounds(1)),
         Arm(
             name="one-model",
             what="captioner and filter fine-tuned as one model",
-            train=one_model,
+            train=OneModel(),
             after="two-models",
         ),
     ),

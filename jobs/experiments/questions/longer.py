@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jobs.experiments.arms import CAPFILT, WEB
-from jobs.experiments.judges import MED, med
+from jobs.experiments.judges import MED, Med
 from jobs.experiments.questions.question import Question
 
 LONGER = Question(
@@ -14,7 +14,7 @@ LONGER = Question(
     baseline="web",
     arms=(
         WEB,
-        replace(WEB, name="web-longer", what="the web's text, twice as many steps", train=med(times=2)),
+        replace(WEB, name="web-longer", what="the web's text, twice as many steps", train=Med(times=2)),
         replace(CAPFILT, name="new", what="captioned and filtered, a new model"),
         replace(CAPFILT, name="continued", what="captioned and filtered, the web's model", after="web"),
     ),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jobs.experiments.arms import RANKED
-from jobs.experiments.judges import STAGE1, stage1
+from jobs.experiments.judges import STAGE1, Stage1
 from jobs.experiments.questions.question import Question
 
 LOSSES = Question(
@@ -12,7 +12,7 @@ LOSSES = Question(
     papers="BLIP-2, table 6: fine-tuned on COCO, retrieval is better in both directions where ITG was trained too.",
     baseline="itc-itm",
     arms=(
-        replace(RANKED, name="itc-itm", what="without ITG", train=stage1("objective.itg=0")),
+        replace(RANKED, name="itc-itm", what="without ITG", train=Stage1(("objective.itg=0",))),
         replace(RANKED, name="itc-itm-itg", what="all three losses"),
     ),
     better=(("itc-itm-itg", "itc-itm"),),

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from jobs.experiments.arms import CAPFILT, Arm
-from jobs.experiments.judges import MED, med
+from jobs.experiments.judges import MED, Med
 from jobs.experiments.questions.question import Question
 from schemas.pretrain import Share
 
 
 def _shares(share: Share, what: str) -> Arm:
-    return replace(CAPFILT, name=share, what=what, train=med(f'blip.share="{share}"'))
+    return replace(CAPFILT, name=share, what=what, train=Med((f'blip.share="{share}"',)))
 
 
 SHARING = Question(
@@ -21,7 +21,8 @@ SHARING = Question(
     arms=(
         _shares("all", "all parameters"),
         _shares("all-but-cross-attention", "all but cross-attention"),
-        _shares("all-but-self-attention", "all but self-attention, as BLIP"),
+        # The recipe's own.
+        replace(CAPFILT, name="all-but-self-attention", what="all but self-attention, as BLIP"),
         _shares("none", "no parameter"),
     ),
     better=(

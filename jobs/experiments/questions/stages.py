@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jobs.experiments.arms import RANKED
-from jobs.experiments.judges import STAGE2, stage2
+from jobs.experiments.judges import STAGE2, Stage2
 from jobs.experiments.questions.question import Question
 
 STAGES = Question(
@@ -13,7 +13,7 @@ STAGES = Question(
     "worse as training goes on.",
     baseline="alone",
     arms=(
-        replace(RANKED, name="alone", what="stage 2 alone", train=stage2(0)),
+        replace(RANKED, name="alone", what="stage 2 alone", train=Stage2(0)),
         replace(RANKED, name="after-stage-1", what="stage 1, then stage 2"),
     ),
     better=(("after-stage-1", "alone"),),
