@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
 from jobs.experiments.facts import facts_of
 from jobs.experiments.judges import STAGE1
 from jobs.experiments.questions import QUESTIONS, question
-from jobs.experiments.report import shown_rows, write_page
+from jobs.experiments.report import print_results, read_results, shown_rows, write_page
 from jobs.experiments.results import Results, Trial
 from jobs.experiments.run import Extent, _arms, _task
 from jobs.experiments.task import Task
@@ -38,6 +39,7 @@ from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
+from tests.documented import ROOT
 from tests.processes import cli_here
 from tests.tiny_models import save_matcher
 
@@ -56,6 +58,8 @@ CANDIDATES = [
     )
     for index, text in enumerate(TEXTS)
 ] + [Candidate(origin="web", candidate=0, text="IMG_1.JPG", score=0.05, match_probability=0.2)]
+MEASURED = ROOT / "docs" / "experiments"
+PAGE = (ROOT / "docs" / "experiments.md").read_text()
 ARGUMENTS = (
     "experiment",
     "curation",
@@ -107,7 +111,9 @@ def test_every_question_names_arms_that_it_has() -> None:
         # An arm goes on from an earlier one of its question.
         assert all(arm.after in names[:place] for place, arm in enumerate(each.arms) if arm.after)
         if each.judge:
-            assert set(each.judge.judged_by) <= set(each.judge.figures)
+            assert {name for names in each.judge.measures.values() for name in names} <= set(
+                each.judge.figures
+            )
             # They stand in one row.
             assert not set(each.judge.figures) & set(facts_of([]))
     assert sum(arm.trained for arm in question("captions").arms) == 12
@@ -227,7 +233,9 @@ def test_a_med_is_asked_what_it_finds_and_what_it_writes(tmp_path: Path) -> None
 
 
 def trial(arm: str, seed: int, recall: float) -> Trial:
-    return Trial(arm=arm, seed=seed, figures=dict.fromkeys(STAGE1.figures, recall), cpu_seconds=1.0)
+    by_itc = {"text_r1": 0.3, "image_r1": 0.2 if arm == "web" else 0.0}
+    figures = dict.fromkeys(STAGE1.figures, recall) | by_itc
+    return Trial(arm=arm, seed=seed, figures=figures, cpu_seconds=1.0)
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
@@ -246,16 +254,42 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert found is not None and found.seeds == 3
     assert found.mean == pytest.approx(0.051) and found.error == pytest.approx(0.001 / 3**0.5)
     assert results.difference("oracle", "web") is None
-    [verdict] = results.verdicts()
+    verdict, by_itc = results.verdicts()
     assert (
         verdict.startswith("ranked over web: +5.1% recall, as expected; 3 seeds") and "more than" in verdict
     )
+    assert by_itc.startswith("ranked over web: -10.0% recall by ITC alone, not as expected; 3 seeds")
     # Fits the terminal, at its widest.
     every = replace(results, facts=dict.fromkeys((arm.name for arm in results.question.arms), facts))
     assert max(map(len, table_lines(shown_rows(every), list(shown_rows(every)[0]), width=None))) <= 100
     write_page(results, tmp_path / "page.html")
+    assert read_results(tmp_path / "page.json") == results
     page = (tmp_path / "page.html").read_text()
     assert "+5.1 ±0.1" in page and page.count("<rect") == 2 and "<script" not in page and "http" not in page
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in MEASURED.glob("*.json")))
+def test_the_page_prints_what_was_measured(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A night's work cannot be repeated here: docs/experiments/ has what it wrote, ``NAME.json`` of each."""
+    print_results(read_results(MEASURED / f"{name}.json"))
+    printed = iter(capsys.readouterr().out.splitlines())
+    blocks = re.findall(r"^```console\n\$ capfilt experiment (\w+) --out experiments\n(.+?)^```", PAGE, re.M | re.S)
+    [block] = [block for asked, block in blocks if asked == name]
+    # In their order; "..." stands for some that are left out.
+    missing = [line for line in block.splitlines() if line != "..." and line not in printed]
+    assert missing == [] and len(block.splitlines()) > 4
+
+
+def test_the_page_has_every_cell_of_the_surface() -> None:
+    facts = read_results(MEASURED / "captions.json").facts
+    rows = re.findall(r"^\| (\d+) \| ([\d., ]+) \| ([\d., ]+) \| ([\d., ]+) \|$", PAGE, re.M)
+    told = {
+        f"{made}-{kept}-{web_caption}": share
+        for made, *columns in rows
+        for web_caption, shares in zip(("compete", "never", "always"), columns, strict=True)
+        for kept, share in zip((1, 2, 5), shares.split(", "), strict=False)
+    }
+    assert told == {arm: f"{100 * of_arm['true_share']:.1f}" for arm, of_arm in facts.items()}
 
 
 def test_one_model_differs_from_two_in_nothing_but_that(tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ class Judge:
     Args:
         what: for the page; ``{steps}`` and ``{num_scenes}`` stand for numbers.
         figures: what the model is asked, by name.
-        judged_by: the figures, shares, whose mean is compared between arms.
-        called: what that mean is called.
+        measures: what arms are compared by: the mean of some figures, shares, by its name. The first is the table's.
         steps: of a training, unless ``--steps`` says otherwise.
         train: how an arm is trained that does not say so itself.
         prepare: what has to be there before the trainings begin; called with one of them.
@@ -40,11 +39,15 @@ class Judge:
 
     what: str
     figures: Mapping[str, Figure]
-    judged_by: tuple[str, ...]
-    called: str
+    measures: Mapping[str, tuple[str, ...]]
     steps: int
     train: Train
     prepare: Callable[[Task], None] | None = None
+
+    @property
+    def measure(self) -> str:
+        """The first measure."""
+        return next(iter(self.measures))
 
 
 _RECALLS = {"text_r1": Figure(title="text R@1"), "image_r1": Figure(title="image R@1")}
@@ -75,8 +78,10 @@ STAGE1 = Judge(
         "image_r1": Figure(title="image R@1, ITC alone", in_table=False),
         "itm_accuracy": Figure(title="ITM accuracy", in_table=False),
     },
-    judged_by=("text_r1_reranked", "image_r1_reranked"),
-    called="recall",
+    measures={
+        "recall": ("text_r1_reranked", "image_r1_reranked"),
+        "recall by ITC alone": ("text_r1", "image_r1"),
+    },
     # After 300 ITM has hardly begun, and the seeds differ by more than the arms.
     steps=900,
     train=Stage1(),
@@ -105,8 +110,7 @@ STAGE2 = Judge(
         "caption_loss_second": Figure(title="loss at 2/3", is_share=False, in_table=False),
         "caption_loss": Figure(title="loss", is_share=False),
     },
-    judged_by=("true_captions",),
-    called="true captions",
+    measures={"true captions": ("true_captions",)},
     steps=450,
     train=Stage2(2),
 )
@@ -125,12 +129,12 @@ class Med:
         return train_and_judge(task, self.times, self.overrides)
 
 
+_MED_MEASURES = {"recall": ("text_r1", "image_r1"), "true captions": ("true_captions",)}
 _MED_FIGURES = {**_RECALLS, "true_captions": Figure(title="says true")}
 MED = Judge(
     what="a MED, {steps} steps of 32 images",
     figures=_MED_FIGURES,
-    judged_by=("text_r1", "image_r1"),
-    called="recall",
+    measures=_MED_MEASURES,
     steps=350,
     train=Med(),
 )
@@ -172,8 +176,7 @@ ROUNDS = Judge(
         "refused": Figure(title="refused"),
         **_MED_FIGURES,
     },
-    judged_by=("text_r1", "image_r1"),
-    called="recall",
+    measures=_MED_MEASURES,
     steps=350,
     train=BootstrapRounds(1),
     prepare=_crawl_world,

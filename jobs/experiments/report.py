@@ -1,5 +1,6 @@
 """What came out of an experiment, to be read: a table of at most 100 columns, a plot and a page."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 from jobs.demo.world.scenes import ATTRIBUTES
 from jobs.experiments.judges import Figure
-from jobs.experiments.results import Results
+from jobs.experiments.questions import question
+from jobs.experiments.results import Results, Trial
 from jobs.experiments.run import corpora_seconds
+from jobs.output.render import print_table
 from pipeline.storage.storage import Storage
 
 
@@ -33,19 +36,18 @@ def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]
             cells[figure.title] = _with_spread(row.get(name), row.get(f"{name}_spread"), figure)
     over = "over " + results.question.baseline
     cells[over] = _with_spread(row.get("difference"), row.get("difference_error"), sign="+")
-    if whole:
-        cells["CPU s"] = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else None
+    cells["CPU s"] = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else None
     return cells
 
 
 def _fact_cells(row: dict[str, Any], attributes: bool, whole: bool) -> dict[str, Any]:
     if "images" not in row:
-        return dict.fromkeys(("images", "an image", "true", "distinct"))
+        return dict.fromkeys(("images", "an image", "true", "unique"))
     cells: dict[str, Any] = {
         "images": row["images"],
         "an image": f"{row['an_image']:.2f}",
         "true": f"{100 * row['true_share']:.1f}",
-        "distinct": f"{100 * row['distinct_share']:.1f}",
+        "unique": f"{100 * row['distinct_share']:.1f}",
     }
     if whole:
         cells |= {"texts": row["texts"], "words": f"{row['words']:.1f}"}
@@ -88,8 +90,18 @@ def _with_spread(
     return f"{scale * value:{sign}.{digits}f}" + ("" if spread is None else f" ±{scale * spread:.{digits}f}")
 
 
+def print_results(results: Results) -> None:
+    """Print the table, and a line for each difference that is expected."""
+    print_table(shown_rows(results), title=results.question.asks)
+    for verdict in results.verdicts():
+        print(verdict)
+
+
 def write_page(results: Results, file: Path) -> None:
-    """Write one page with the table, the plot and the verdicts: no script, no request."""
+    """Write one page with the table, the plot and the verdicts, without script or request, and all numbers beside it.
+
+    ``NAME.json`` is what ``read_results`` reads.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -106,13 +118,22 @@ def write_page(results: Results, file: Path) -> None:
         verdicts=list(results.verdicts()),
         trained=judge and judge.what.format(steps=results.steps, num_scenes=results.num_scenes),
         num_scenes=results.num_scenes,
-        judged_by=judge and ", ".join(judge.figures[name].title for name in judge.judged_by),
+        judged_by=judge and ", ".join(judge.figures[name].title for name in judge.measures[judge.measure]),
         cpu_minutes=results.cpu_seconds / 60,
         columns=list(rows[0]) if rows else [],
         rows=rows,
         bars=_bars(results),
     )
-    Storage(str(file.parent)).write(file.name, page.encode())
+    storage = Storage(str(file.parent))
+    storage.write(file.name, page.encode())
+    storage.write(f"{file.stem}.json", (json.dumps(results.as_dict(), indent=1) + "\n").encode())
+
+
+def read_results(file: Path) -> Results:
+    """Return what ``write_page`` has written as ``NAME.json``."""
+    told = json.loads(file.read_text())
+    trials = [Trial(**trial) for trial in told["trials"]]
+    return Results(**told | {"question": question(told["question"]), "trials": trials})
 
 
 def _bars(results: Results) -> list[dict[str, float | str]]:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.experiments.facts import Facts
@@ -20,9 +20,9 @@ class Trial:
     figures: Mapping[str, float]
     cpu_seconds: float
 
-    def score(self, judge: Judge) -> float:
-        """Return the mean of the figures that arms are compared by."""
-        return statistics.fmean(self.figures[name] for name in judge.judged_by)
+    def score(self, judge: Judge, measure: str) -> float:
+        """Return what arms are compared by."""
+        return statistics.fmean(self.figures[name] for name in judge.measures[measure])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +57,29 @@ class Results:
         """Of all trainings, each by the call that ended it."""
         return sum(trial.cpu_seconds for trial in self.trials)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "question": self.question.name,
+            "steps": self.steps,
+            "num_scenes": self.num_scenes,
+            "facts": dict(self.facts),
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+
     def of(self, arm: str) -> list[Trial]:
         """Return the trainings of an arm, by seed."""
         return sorted((trial for trial in self.trials if trial.arm == arm), key=lambda trial: trial.seed)
 
-    def scores(self, arm: str) -> dict[int, float]:
-        """Return what an arm is compared by, of each seed."""
-        judge = self.question.judge
-        return {trial.seed: trial.score(judge) for trial in self.of(arm)} if judge else {}
+    def scores(self, arm: str, measure: str = "") -> dict[int, float]:
+        """Return what an arm is compared by, of each seed; by the judge's first measure unless one is named."""
+        if not (judge := self.question.judge):
+            return {}
+        return {trial.seed: trial.score(judge, measure or judge.measure) for trial in self.of(arm)}
 
-    def difference(self, arm: str, other: str) -> Difference | None:
+    def difference(self, arm: str, other: str, measure: str = "") -> Difference | None:
         """Return by how much an arm does better than another one; None where one of them was not trained."""
-        of_arm, of_other = self.scores(arm), self.scores(other)
+        of_arm, of_other = self.scores(arm, measure), self.scores(other, measure)
         differences = [of_arm[seed] - of_other[seed] for seed in of_arm if seed in of_other]
         if not differences:
             return None
@@ -104,10 +115,9 @@ class Results:
         return row
 
     def verdicts(self) -> Iterator[str]:
-        """Yield a line for each pair of arms of which one is expected to do better."""
-        for arm, other in self.question.better:
-            found, judge = self.difference(arm, other), self.question.judge
-            if found is None or judge is None:
-                continue
-            agrees = "as expected" if found.mean > 0 else "not as expected"
-            yield f"{arm} over {other}: {found.mean:+.1%} {judge.called}, {agrees}; {found.certainty}"
+        """Yield a line for each measure and each pair of arms of which one is expected to do better."""
+        for measure in self.question.judge.measures if self.question.judge else ():
+            for arm, other in self.question.better:
+                if found := self.difference(arm, other, measure):
+                    agrees = "as expected" if found.mean > 0 else "not as expected"
+                    yield f"{arm} over {other}: {found.mean:+.1%} {measure}, {agrees}; {found.certainty}"

@@ -202,7 +202,7 @@ def experiment(
     from rich.console import Console
 
     from jobs.experiments.questions import QUESTIONS, question
-    from jobs.experiments.report import shown_rows, summary, total_line, write_page
+    from jobs.experiments.report import print_results, summary, total_line, write_page
     from jobs.experiments.results import Results
     from jobs.experiments.run import Extent, run_experiment
     from jobs.pretrain import TrainingFailedError
@@ -237,9 +237,7 @@ def experiment(
         write_page(results, page)
         if json_:
             continue
-        print_table(shown_rows(results), title=each.asks)
-        for verdict in results.verdicts():
-            print(verdict)
+        print_results(results)
         print(f"{page}\n")
     if json_:
         found = [summary(results) | {"page": str(_page_of(results))} for results in every]
