@@ -273,8 +273,10 @@ def test_the_page_prints_what_was_measured(name: str, capsys: pytest.CaptureFixt
     """A night's work cannot be repeated here: docs/experiments/ has what it wrote, ``NAME.json`` of each."""
     print_results(read_results(MEASURED / f"{name}.json"))
     printed = iter(capsys.readouterr().out.splitlines())
-    blocks = re.findall(r"^```console\n\$ capfilt experiment (\w+) --out experiments\n(.+?)^```", PAGE, re.M | re.S)
-    [block] = [block for asked, block in blocks if asked == name]
+    blocks = re.findall(
+        r"^```console\n\$ capfilt experiment (\w+) --out experiments\n(.+?)^```", PAGE, re.M | re.S
+    )
+    [block] = [shown for asked, shown in blocks if asked == name]
     # In their order; "..." stands for some that are left out.
     missing = [line for line in block.splitlines() if line != "..." and line not in printed]
     assert missing == [] and len(block.splitlines()) > 4
