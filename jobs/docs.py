@@ -1,7 +1,8 @@
 """The generated parts of docs/ (``make docs``): what code declares is described from the code.
 
 A page's text is written in the page; what stands between its two markers is made here. ``python -m jobs.docs CORPUS``
-also asks that corpus the questions of docs/manifest.md anew, and writes the answers below them.
+also asks that corpus the questions of docs/manifest.md anew, and writes the answers below them. The figures of
+docs/experiments.md are those of docs/experiments/, which `capfilt experiment` wrote.
 """
 
 import contextlib
@@ -30,6 +31,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs"
 _BEGIN, _END = "<!-- made by `make docs` -->", "<!-- end of what `make docs` makes -->"
 # A question of docs/manifest.md, its SQL, and the answer as `capfilt sql` prints it.
 _QUESTION = re.compile(r"(^### ([^\n]+)\n\n```sql\n(.+?)\n```\n\n```text\n)(.+?)(?=\n```)", re.M | re.S)
+
+# An experiment of docs/experiments.md and what `capfilt experiment` prints, but for its last lines.
+_EXPERIMENT = re.compile(
+    r"(^```console\n\$ capfilt experiment (\w+) --out experiments\n)(.+?)(?=^```)", re.M | re.S
+)
+_MOST_ROWS = 20
 
 
 def page(name: str) -> str:
@@ -121,11 +128,32 @@ def ask(corpus: str) -> dict[str, str]:
     return answers
 
 
+def experiments_page() -> str:
+    """Return docs/experiments.md with the table of each experiment from docs/experiments/, where its results are."""
+    text = (FOLDER / "experiments.md").read_text(encoding="utf-8")
+    return _EXPERIMENT.sub(lambda match: match[1] + _experiment(match[2]), text)
+
+
+def _experiment(name: str) -> str:
+    from jobs.experiments.report import print_results, read_results
+
+    results = read_results(FOLDER / "experiments" / f"{name}.json")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_results(results)
+    lines = printed.getvalue().splitlines()
+    if len(results.facts) > _MOST_ROWS:
+        # A plain table has the others.
+        others = {arm.name for arm in results.question.arms} - {trial.arm for trial in results.trials}
+        lines = [line for line in lines if line.split()[0] not in others]
+    return "\n".join([*lines, "...", ""])
+
+
 def main() -> None:
     """Write every page anew; with a corpus, the answers too."""
     for name in PAGES:
         (FOLDER / name).write_text(page(name), encoding="utf-8")
         print(f"docs/{name}")
+    (FOLDER / "experiments.md").write_text(experiments_page(), encoding="utf-8")
     if len(sys.argv) > 1:
         answers, path = ask(sys.argv[1]), FOLDER / "manifest.md"
         text = _QUESTION.sub(lambda match: match[1] + answers[match[2]], path.read_text(encoding="utf-8"))
