@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from rich.console import Console
@@ -60,7 +61,7 @@ CANDIDATES = [
     for index, text in enumerate(TEXTS)
 ] + [Candidate(origin="web", candidate=0, text="IMG_1.JPG", score=0.05, match_probability=0.2)]
 MEASURED = ROOT / "docs" / "experiments"
-PAGE = (ROOT / "docs" / "experiments.md").read_text()
+PAGE, RECIPES = ((ROOT / "docs" / name).read_text() for name in ("experiments.md", "recipes.md"))
 ARGUMENTS = (
     "experiment",
     "curation",
@@ -274,6 +275,24 @@ def test_the_page_prints_what_was_measured() -> None:
     printed = re.findall(r"^\$ capfilt experiment (\w+) --out experiments$", PAGE, re.M)
     assert sorted(printed) == sorted(file.stem for file in MEASURED.glob("*.json"))
     assert experiments_page() == PAGE
+
+
+def test_recipes_tell_what_was_measured() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| ([\d.]+)% \| (\d+)% \| ([\d.]+)% \| ([\d.]+)% \|", RECIPES, re.M
+    )
+    arms = ("web", "filtered", "captioned", "captioned-filtered", "ranked", "both")
+    assert len(rows) == len(arms)
+    for row, name in zip(rows, arms, strict=True):
+        results = read_results(MEASURED / ("selection.json" if name == "both" else "curation.json"))
+        facts, of_all = results.facts[name], results.facts["random"]
+        by_itc, behind_itm = (
+            fmean(results.scores(name, measure).values()) for measure in ("recall by ITC alone", "recall")
+        )
+        shares = (facts["true_share"], facts["images"] / of_all["images"], by_itc, behind_itm)
+        assert row == tuple(
+            f"{100 * share:.{digits}f}" for share, digits in zip(shares, (1, 0, 1, 1), strict=True)
+        )
 
 
 def test_the_page_has_every_cell_of_the_surface() -> None:
