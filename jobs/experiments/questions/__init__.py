@@ -1,18 +1,10 @@
-"""The experiments, each in a file of its own, in the order in which `capfilt experiment all` runs them."""
+"""The experiments, in the order in which `capfilt experiment all` runs them."""
 
-from jobs.experiments.questions.attributes import ATTRIBUTES
-from jobs.experiments.questions.captions import CAPTIONS
-from jobs.experiments.questions.curation import CURATION
-from jobs.experiments.questions.decoding import DECODING
-from jobs.experiments.questions.decoupled import DECOUPLED
-from jobs.experiments.questions.longer import LONGER
-from jobs.experiments.questions.losses import LOSSES
+from jobs.experiments.questions.bootstrapping import DECOUPLED, ROUNDS_QUESTION
+from jobs.experiments.questions.captioning import CAPTIONS, DECODING, SEARCH
+from jobs.experiments.questions.curating import ATTRIBUTES, CURATION, SELECTION
 from jobs.experiments.questions.question import NUM_CAPTIONS, Question
-from jobs.experiments.questions.rounds import ROUNDS_QUESTION
-from jobs.experiments.questions.search import SEARCH
-from jobs.experiments.questions.selection import SELECTION
-from jobs.experiments.questions.sharing import SHARING
-from jobs.experiments.questions.stages import STAGES
+from jobs.experiments.questions.training import LONGER, LOSSES, SHARING, STAGES
 from schemas.errors import CapfiltError, did_you_mean
 
 __all__ = ["NUM_CAPTIONS", "QUESTIONS", "Question", "question"]
