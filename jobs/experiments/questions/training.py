@@ -36,6 +36,7 @@ LOSSES = Question(
         replace(RANKED, name="itc-itm-itg", what="all three losses"),
     ),
     better=(("itc-itm-itg", "itc-itm"),),
+    headline=("itc-itm", "itc-itm-itg"),
     judge=STAGE1,
 )
 
