@@ -261,8 +261,13 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
         verdict.startswith("ranked over web: +5.1% recall, as expected; 3 seeds") and "more than" in verdict
     )
     assert by_itc.startswith("ranked over web: -10.0% recall by ITC alone, not as expected; 3 seeds")
+    # What all arms keep alike tells none from another.
+    assert "images" not in shown_rows(results)[0] and "images" in shown_rows(results, whole=True)[0]
     # Fits the terminal, at its widest.
-    every = replace(results, facts=dict.fromkeys((arm.name for arm in results.question.arms), facts))
+    every = replace(
+        results,
+        facts={arm.name: facts | {"images": number} for number, arm in enumerate(results.question.arms)},
+    )
     assert max(map(len, table_lines(shown_rows(every), list(shown_rows(every)[0]), width=None))) <= 100
     write_page(results, tmp_path / "page.html")
     assert read_results(tmp_path / "page.json") == results

@@ -26,7 +26,7 @@ def shown_rows(results: Results, whole: bool = False) -> list[dict[str, Any]]:
 
 def _shown(results: Results, row: dict[str, Any], whole: bool) -> dict[str, Any]:
     cells: dict[str, Any] = {"arm": row["arm"]} | ({"what": row["keeps"]} if whole else {})
-    if results.facts:
+    if results.facts and (whole or results.differ_in_texts):
         cells |= _fact_cells(row, whole or results.question.judge is None, whole)
     if results.question.judge is None:
         return cells

@@ -57,6 +57,12 @@ class Results:
         """Of all trainings, each by the call that ended it."""
         return sum(trial.cpu_seconds for trial in self.trials)
 
+    @property
+    def differ_in_texts(self) -> bool:
+        """Whether arms keep different texts, or else are trained differently on the same; true of a single arm."""
+        first, *others = self.facts.values()
+        return not others or any(facts != first for facts in others)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         return {
