@@ -41,6 +41,8 @@ _KINDS: dict[type[BaseModel], tuple[str, str, str]] = {
     BootstrapConfig: ("a bootstrapping", "[bootstrap]", "capfilt bootstrap"),
 }
 
+_RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
+
 C = TypeVar("C", CapfiltConfig, PretrainConfig, BootstrapConfig)
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
@@ -129,6 +131,10 @@ def config_digest(config: BaseModel) -> str:
 
 
 def _nearest_file(path: Path) -> str:
+    # Pages name recipes as jobs/recipes/NAME.toml, which is a place in a checkout alone.
+    shipped = _RECIPES / path.name
+    if shipped.is_file():
+        return f"; the recipe of this name is {shipped}"
     near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 

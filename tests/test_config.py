@@ -162,6 +162,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         CapfiltError, match=r"corpsu\.toml: no such config file; did you mean .*/corpus\.toml\?"
     ):
         load_config(tmp_path / "corpsu.toml")
+    with pytest.raises(CapfiltError, match=r"the recipe of this name is /.*/jobs/recipes/blip2\.toml"):
+        load_config(tmp_path / "jobs" / "recipes" / "blip2.toml")
     with pytest.raises(CapfiltError, match="Is a directory; a config is one TOML file"):
         load_config(tmp_path)
     (tmp_path / "latin.toml").write_bytes('[corpus]\npath = "é"'.encode("latin-1"))

@@ -251,8 +251,7 @@ def _untimed(table: str) -> list[str]:
 _INSTEAD = {
     "capfilt look demo-corpus": "--html corpus.html",
     "capfilt run -c corpus.toml": "--dry-run",
-    "capfilt pretrain -c jobs/recipes/blip2-stage1-vitg.toml": "--dry-run",
-    "capfilt pretrain -c jobs/recipes/blip2-stage2-vitg-opt2.7b.toml": "--dry-run",
+    "capfilt pretrain -c jobs/recipes/blip2-stage": "--dry-run",
     "capfilt bootstrap -c jobs/recipes/blip-bootstrap.toml": "--dry-run",
     "capfilt experiment": "--help",
     "capfilt submit": None,
@@ -275,6 +274,8 @@ def _as_it_can_run(line: str) -> str | None:
     code = code.replace("-c corpus.toml --preview", "-c scored.json --preview")
     code = code.replace("capfilt mark demo-corpus", "capfilt mark marked-corpus")
     code = code.replace("capfilt sql CORPUS", "capfilt sql demo-corpus")
+    # The pages copy a recipe to the current folder first.
+    code = code.replace("pretrain -c blip2-stage", "pretrain -c jobs/recipes/blip2-stage")
     for start, instead in _INSTEAD.items():
         if code.startswith(start) and "--dry-run" not in code and "--html" not in code:
             return f"{code} {instead}" if instead else None

@@ -35,6 +35,39 @@ def test_every_file_that_a_guide_names_is_there(name: str) -> None:
     assert named and [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_name_of_the_code_that_a_guide_names_is_there(name: str) -> None:
+    code = {
+        word
+        for folder in ("schemas", "pipeline", "training", "jobs", "capfilt")
+        for file in (ROOT / folder).rglob("*.py")
+        for word in re.findall(r"\w+", file.read_text())
+    }
+    quoted = " ".join(re.findall(r"`([^`\n]+)`", (ROOT / name).read_text()))
+    named = set(re.findall(r"\b(?:[A-Z]+_[A-Z_]+|(?:[A-Z][a-z]+){2,})\b", quoted))
+    assert len(named) >= 3
+    assert named - code == set()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_every_link_to_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not link.startswith("http") and not (
+            target.exists() and (not anchor or anchor in _anchors(target))
+        ):
+            lost.append(link)
+    assert lost == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_lines_are_found_and_wrong_ones_too() -> None:
     commands = {page.name: list(block_lines(page)) for page in PAGES}
     assert (

@@ -87,6 +87,9 @@ def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> Non
     assert printed.returncode == 0, printed.stderr
     assert json.loads(printed.stdout)["trainable_parameters"] == 183_165_758
     assert list(tmp_path.iterdir()) == []
+    # A training that would keep its checkpoints in a corpus that is not there names the corpus.
+    refused = cli_here("pretrain", "-c", str(recipe), *settings[:2])
+    assert refused.returncode == 2 and f"data.corpus: {tmp_path}/none is not there" in refused.stderr
 
 
 def test_the_command_prints_it_as_text(tmp_path: Path) -> None:

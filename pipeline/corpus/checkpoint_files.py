@@ -95,6 +95,10 @@ def run_folder(config: PretrainConfig) -> str:
     if not root:
         corpus = Storage(config.data.corpus[0].path)
         if not corpus.is_corpus():
+            if not corpus.is_there():
+                raise CapfiltError(
+                    f"data.corpus: {corpus.root} is not there; set data.corpus.path to a corpus"
+                )
             raise CapfiltError(
                 f"run.output: not set, and the first of data.corpus ({corpus.root}) is not a corpus that "
                 "checkpoints could be stored in; set run.output"
