@@ -3,8 +3,10 @@
 import io
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.bootstrap.rounds import Rounds, load_rounds
-from jobs.bootstrap.run import bootstrap, steps
+from jobs.bootstrap.run import BootstrapStopped, bootstrap, steps
 from jobs.demo.bootstrap import demo_rounds, true_share
 from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
@@ -263,6 +265,16 @@ def test_configs_that_do_not_fit_are_named(models: Path, tmp_path: Path) -> None
     swapped = refused(file, f"bootstrap.pretrain={tmp_path / 'filter.json'}")
     assert "bootstrap.pretrain" in swapped and "'blip-pretrain' is needed" in swapped
     assert "make them equal" in refused(file, "captioner.blip.prompt=a picture of ")
+    # Heads do not show in the weights.
+    heads = refused(file, "captioner.blip.text.heads=2")
+    assert (
+        "captioner.json has blip.text.heads = 2" in heads and "pretrain.json, has 4; make them equal" in heads
+    )
+    assert "filter.json has blip.projection_width = 8" in refused(file, "filter.blip.projection_width=8")
+    load_rounds(file, ["captioner.blip.projection_width=8"])
+    assert "corpus.path of round 2's" in refused(
+        file, f"corpus.corpus.path={tmp_path / 'rounds' / 'round-2'}"
+    )
     assert "bootstrap.models" in refused(file, "bootstrap.path=s3://bucket/rounds")
     assert "did you mean bootstrap.rounds?" in refused(file, "bootstrap.round=2")
     assert "no such config file" in refused(file, "bootstrap.corpus=nowhere.toml")
@@ -276,7 +288,69 @@ def test_configs_that_do_not_fit_are_named(models: Path, tmp_path: Path) -> None
 def test_a_recipe_that_has_changed_since_is_refused(whole: Rounds) -> None:
     file = f"{Path(whole.config.bootstrap.path).parent}/bootstrap.json"
     changed = load_rounds(file, ["captioner.optim.peak_lr=0.5"])
-    with pytest.raises(CapfiltError, match=r"'round-1' began with another config \(optim.peak_lr"):
+    with pytest.raises(
+        CapfiltError,
+        match=r"blip-captioner/round-1 was begun with another config \(optim.peak_lr.*set another bootstrap.path",
+    ):
         list(bootstrap(changed, SILENT, local=True))
     checks: dict[str, Callable[[], bool]] = {step.name: step.is_done for step in steps(changed, SILENT)}
     assert checks["round 1: pretrain"]()
+
+
+def test_a_corpus_whose_config_has_changed_since_is_refused(whole: Rounds) -> None:
+    file = f"{Path(whole.config.bootstrap.path).parent}/bootstrap.json"
+    for override, change in (
+        (
+            "corpus.caption.num_captions=3",
+            r"round-1 was begun.*\(caption.num_captions 2 -> 3\); restore it, or set ",
+        ),
+        (
+            "corpus.crawl.image_size_px=100",
+            r"crawled was begun.*\(crawl.image_size_px 384 -> 100\).*corpus.path",
+        ),
+    ):
+        with pytest.raises(CapfiltError, match=change):
+            list(bootstrap(load_rounds(file, [override]), SILENT, local=True))
+
+
+def test_nothing_is_trained_on_a_corpus_whose_every_web_text_was_refused(
+    whole: Rounds, tmp_path: Path
+) -> None:
+    file, made = f"{Path(whole.config.bootstrap.path).parent}/bootstrap.json", whole.config.bootstrap.path
+    for part in (
+        "checkpoints/blip-pretrain",
+        "checkpoints/blip-captioner",
+        "checkpoints/blip-filter",
+        "models",
+    ):
+        shutil.copytree(f"{made}/{part}/round-1", tmp_path / part / "round-1")
+    rounds = load_rounds(file, ["corpus.select.min_match=1.0", f"bootstrap.path={tmp_path}"], 1)
+    for _ in range(2):
+        with pytest.raises(
+            CapfiltError, match="none of 12 images of the sources of kind 'web'.*filtered_out"
+        ):
+            list(bootstrap(rounds, SILENT, local=True))
+    assert not (tmp_path / "checkpoints/blip-pretrain/round-2").exists()
+
+
+# -- stops ---------------------------------------------------------------------------------------------------
+
+
+def test_two_drivers_export_a_model_once(whole: Rounds, tmp_path: Path) -> None:
+    file = f"{Path(whole.config.bootstrap.path).parent}/bootstrap.json"
+    rounds = load_rounds(file, [f"bootstrap.models={tmp_path}"])
+    step = next(step for step in steps(rounds, SILENT) if step.name == "round 1: captioner for the corpus")
+    assert not step.is_done()
+    with ThreadPoolExecutor(2) as drivers:
+        for driver in [drivers.submit(step.do) for _ in range(2)]:
+            driver.result()
+    assert step.is_done()
+
+
+def test_a_training_at_its_time_limit_ends_the_command_as_pretrain_does(whole: Rounds) -> None:
+    file = f"{Path(whole.config.bootstrap.path).parent}/bootstrap.json"
+    rounds = load_rounds(file, ["captioner.run.max_hours=1e-9"], 3)
+    step = next(step for step in steps(rounds, SILENT) if step.name == "round 3: captioner")
+    with pytest.raises(BootstrapStopped) as stopped:
+        step.do()
+    assert stopped.value.exit_code == 3

@@ -4,8 +4,9 @@ Round n makes the corpus PATH/round-n from the corpus before it, which is PATH/r
 crawled one. All three of its models are trained on the corpus before it, as PATH/checkpoints/<stage>/round-n.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from pipeline.config import load_config
@@ -18,6 +19,14 @@ from schemas.pretrain import CorpusSlice, PretrainConfig
 Model = Literal["pretrain", "captioner", "filter"]
 # The keys of [bootstrap] that name a training's recipe, and the stage that it has to have.
 _STAGES = {"pretrain": "blip-pretrain", "captioner": "blip-captioner", "filter": "blip-filter"}
+# The shape of a model, which captioner and filter have of the pretrained one. Not all of it shows in the weights.
+_SHAPE = (
+    *(f"vision.{key}" for key in ("layers", "width", "heads", "patch_px", "mlp_ratio")),
+    *(
+        f"text.{key}"
+        for key in ("tokenizer", "layers", "width", "heads", "ffn_width", "vocab_size", "max_positions")
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +171,11 @@ def _errors(rounds: Rounds) -> Iterable[str]:
                 f"bootstrap.{name}: {getattr(section, name)} has run.stage = {recipe.run.stage!r}; a recipe of "
                 f"{stage!r} is needed"
             )
+    yield from _other_shape("captioner", rounds)
+    yield from _other_shape("filter", rounds)
+    for number in range(1, rounds.count + 1):
+        if rounds.corpus_path(number) == corpus.corpus.path.rstrip("/"):
+            yield f"{where} has the corpus.path of round {number}'s corpus; set another bootstrap.path"
     captioner = rounds.recipes["captioner"].blip
     if captioner and captioner.prompt != corpus.caption.prompt:
         yield (
@@ -170,3 +184,20 @@ def _errors(rounds: Rounds) -> Iterable[str]:
         )
     if not is_local(filesystem_of(section.models or section.path)[0]):
         yield "bootstrap.models: exported models lie on this machine's disk or one that all nodes share; name a folder"
+
+
+def _other_shape(model: Model, rounds: Rounds) -> Iterator[str]:
+    """Yield the keys in which captioner or filter would be another model than the one that it begins with."""
+    section = rounds.config.bootstrap
+    blip, pretrained = rounds.recipes[model].blip, rounds.recipes["pretrain"].blip
+    if blip is None or pretrained is None:
+        return
+    # ITC's projections, which a captioner does not have.
+    keys = (*_SHAPE, "projection_width") if model == "filter" else _SHAPE
+    for key in keys:
+        value, begun = attrgetter(key)(blip), attrgetter(key)(pretrained)
+        if value != begun:
+            yield (
+                f"bootstrap.{model}: {getattr(section, model)} has blip.{key} = {value!r}, and the model that it "
+                f"begins with, of {section.pretrain}, has {begun!r}; make them equal"
+            )

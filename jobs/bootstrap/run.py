@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
+from jobs.bootstrap.progress import is_exported, is_trained, is_whole, last_checkpoint
 from jobs.bootstrap.rounds import Model, Rounds
 from jobs.pretrain import TrainingInterruptedError, pretrain, training_interrupts
 from jobs.run import RunOptions, run
-from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.records import Records
 from pipeline.intake.take_over import take_over_crawl
-from pipeline.models.model_files import exported_from
+from pipeline.storage.local_files import wait_for_lock
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -23,9 +22,10 @@ from schemas.pretrain import PretrainConfig
 from schemas.stages import STAGES, Stage
 from training.convert.export import export_model
 from training.convert.load import load_trained
-from training.trainer.run import require_same_config
 
 EXPORTED: tuple[Model, ...] = ("captioner", "filter")
+# Exit code of a command that no signal stopped.
+_NOT_DONE = 3
 
 
 class BootstrapStopped(Exception):
@@ -54,11 +54,16 @@ def steps(rounds: Rounds, console: Console, local: bool = False) -> Iterator[Ste
     """
     base, human = rounds.corpus, rounds.human_config()
     crawl = partial(_run_stages, base, ("crawl",), console, local)
-    yield Step(name="crawl", place=base.corpus.path, is_done=partial(_is_crawled, base), do=crawl)
+    yield Step(
+        name="crawl",
+        place=base.corpus.path,
+        is_done=partial(is_whole, base, "crawl", "corpus.path"),
+        do=crawl,
+    )
     yield Step(
         name="human captions",
         place=base.corpus.path,
-        is_done=partial(_is_selected, human),
+        is_done=partial(is_whole, human, "select", "corpus.path"),
         do=partial(_run_stages, human, STAGES, console, local),
     )
     for number in range(1, rounds.count + 1):
@@ -70,7 +75,7 @@ def steps(rounds: Rounds, console: Console, local: bool = False) -> Iterator[Ste
         yield Step(
             name=f"round {number}: corpus",
             place=config.corpus.path,
-            is_done=partial(_is_selected, config),
+            is_done=partial(is_whole, config, "select", "bootstrap.path"),
             do=partial(_make_corpus, base, config, console, local),
         )
     yield _training_step(rounds, "pretrain", rounds.count + 1)
@@ -87,6 +92,9 @@ def bootstrap(rounds: Rounds, console: Console, local: bool = False) -> Iterator
         if not step.is_done():
             yield step
             step.do()
+            # Asked again: a corpus of which nothing is left is refused before anything is trained on it.
+            if not step.is_done():
+                raise BootstrapStopped(step.name, _NOT_DONE)
 
 
 # -- corpora -------------------------------------------------------------------------------------------------
@@ -95,7 +103,7 @@ def bootstrap(rounds: Rounds, console: Console, local: bool = False) -> Iterator
 def _run_stages(config: CapfiltConfig, stages: tuple[Stage, ...], console: Console, local: bool) -> None:
     options = RunOptions(command="bootstrap", stages=stages, local=local, only_named=True)
     result = run(config, options, console)
-    if result.exit_code:
+    if result.record.outcome != "done":
         raise BootstrapStopped(config.corpus.path, result.exit_code)
 
 
@@ -107,26 +115,6 @@ def _make_corpus(base: CapfiltConfig, config: CapfiltConfig, console: Console, l
     _run_stages(config, tuple(stage for stage in STAGES if stage != "crawl"), console, local)
 
 
-def _is_crawled(config: CapfiltConfig) -> bool:
-    return _all_committed(config, "crawl")
-
-
-def _is_selected(config: CapfiltConfig) -> bool:
-    return _all_committed(config, "select")
-
-
-def _all_committed(config: CapfiltConfig, stage: Literal["crawl", "select"]) -> bool:
-    """Tell whether every url shard of every source has the record of a stage."""
-    storage = Storage(config.corpus.path)
-    if not storage.is_corpus():
-        return False
-    records = Records(storage)
-    names = {source.name for source in config.source}
-    listed = {place for place in records.url_shards() if place[0] in names}
-    committed = {(source, shard) for _, source, shard in records.shards((stage,))}
-    return {source for source, _ in listed} == names and listed <= committed
-
-
 # -- models --------------------------------------------------------------------------------------------------
 
 
@@ -135,24 +123,9 @@ def _training_step(rounds: Rounds, model: Model, number: int) -> Step:
     return Step(
         name=f"round {number}: {model}",
         place=folder,
-        is_done=partial(_is_trained, config, folder),
+        is_done=partial(is_trained, config, folder),
         do=partial(_train, config),
     )
-
-
-def _is_trained(config: PretrainConfig, folder: str) -> bool:
-    """Tell whether a run has its last checkpoint. Raises CapfiltError where it began with another config."""
-    storage = Storage(folder)
-    if not storage.exists("config.json"):
-        return False
-    begun = PretrainConfig.model_validate_json(storage.read("config.json"))
-    # What a preset filled at the start, this config has not said.
-    filled = {
-        name: value for name, value in begun.optim.model_dump().items() if getattr(config.optim, name) is None
-    }
-    require_same_config(begun, config.model_copy(update={"optim": config.optim.model_copy(update=filled)}))
-    saved = SavedCheckpoints(folder).committed()
-    return bool(saved) and saved[-1].step == begun.optim.steps
 
 
 def _train(config: PretrainConfig) -> None:
@@ -162,7 +135,7 @@ def _train(config: PretrainConfig) -> None:
     except TrainingInterruptedError as error:
         raise BootstrapStopped(name, interrupts.exit_code) from error
     if summary.outcome != "done":
-        raise BootstrapStopped(name, interrupts.exit_code)
+        raise BootstrapStopped(name, interrupts.exit_code if interrupts.count else _NOT_DONE)
 
 
 def _export_step(rounds: Rounds, model: Model, number: int) -> Step:
@@ -170,37 +143,26 @@ def _export_step(rounds: Rounds, model: Model, number: int) -> Step:
     return Step(
         name=f"round {number}: {model} for the corpus",
         place=str(folder),
-        is_done=partial(_is_exported, run_folder, folder),
+        is_done=partial(is_exported, run_folder, folder),
         do=partial(_export, run_folder, folder),
     )
 
 
-def _is_exported(run_folder: str, folder: Path) -> bool:
-    checkpoint, last = exported_from(folder), _last_checkpoint(run_folder)
-    # By name, which no other checkpoint has: the folders may have been moved.
-    return checkpoint is not None and last is not None and _name(checkpoint) == _name(last)
-
-
-def _name(checkpoint: str) -> str:
-    return checkpoint.rpartition("/")[2]
-
-
-def _last_checkpoint(run_folder: str) -> str | None:
-    """Return the path of a run's last checkpoint."""
-    saved = SavedCheckpoints(run_folder)
-    records = saved.committed()
-    return saved.storage.url(records[-1].path) if records else None
-
-
 def _export(run_folder: str, folder: Path) -> None:
     """Write the model beside its place, then move it there: a folder that is there is whole."""
-    if folder.exists():
-        raise CapfiltError(
-            f"{folder} is there, and is not the export of {run_folder}; remove it, or set another bootstrap.models"
-        )
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    checkpoint = _last_checkpoint(run_folder)
-    assert checkpoint is not None, "the step before trained it"
-    export_model(load_trained(checkpoint, precision="fp32"), unfinished, checkpoint)
-    unfinished.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two of the same command wait for one training, and come here at once.
+    with (folder.parent / f".{folder.name}.lock").open("wb") as file:
+        wait_for_lock(file)
+        if is_exported(run_folder, folder):
+            return
+        if folder.exists():
+            raise CapfiltError(
+                f"{folder} is there, and is not the export of {run_folder}; remove it, or set another bootstrap.models"
+            )
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        checkpoint = last_checkpoint(run_folder)
+        assert checkpoint is not None, "the step before trained it"
+        export_model(load_trained(checkpoint, precision="fp32"), unfinished, checkpoint)
+        unfinished.replace(folder)

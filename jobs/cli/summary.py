@@ -35,6 +35,7 @@ _ADVICE = {
     "aspect_ratio": "crawl.max_aspect_ratio is the limit",
     "too_many_pixels": "crawl.max_pixels is the limit",
     "body_too_large": "crawl.max_body_bytes is the limit",
+    "filtered_out": "lower select.min_match, then {program} select -c {config} --recompute",
     "below_min_score": "lower select.min_score, then {program} select -c {config} --recompute",
 }
 _REASONS_NAMED = 4

@@ -162,6 +162,27 @@ def stale_reasons(
     return dict(counted.most_common())
 
 
+def changed_keys(
+    config: CapfiltConfig, runs: Mapping[str, RunRecord], committed: Mapping[ShardId, ShardRecord]
+) -> list[str]:
+    """Return the keys by which committed shards would be made differently now, such as ``select.top_k 2 -> 3``.
+
+    Neither weights nor input are looked at.
+    """
+    kinds = {source.name: source.kind for source in config.source}
+    made = {
+        (record.run_id, stage, source)
+        for (stage, source, _), record in committed.items()
+        if source in kinds and stage in stages_of(config, kinds[source])
+    }
+    changes = [
+        change
+        for run_id, stage, source in sorted(made)
+        for change in _changed_keys(config, runs.get(run_id), stage, kinds[source], source)
+    ]
+    return list(dict.fromkeys(changes))
+
+
 def _changed_keys(
     config: CapfiltConfig, run: RunRecord | None, stage: Stage, kind: Kind, source: str
 ) -> Iterator[str]:

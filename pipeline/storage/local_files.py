@@ -128,7 +128,7 @@ class LocalFiles:
         except FileNotFoundError:
             return False
         with file:
-            _lock(file)
+            wait_for_lock(file)
             # A file that was replaced while this waited for its lock is not the one under the name any more.
             is_there = os.path.samestat(os.fstat(file.fileno()), target.stat())
             if not is_there or file.read() != old:
@@ -161,7 +161,7 @@ def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
         return info._replace(bytes=0)
 
 
-def _lock(file: BinaryIO) -> None:
+def wait_for_lock(file: BinaryIO) -> None:
     """Wait for the lock on a file, which closing it gives back; some network filesystems have none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -159,20 +159,24 @@ def _key_of_probe(config: PretrainConfig) -> str:
 
 
 def require_same_config(before: PretrainConfig, after: PretrainConfig) -> None:
-    """Raise CapfiltError, naming the keys, if a resumed run would be trained differently than it began.
+    """Raise CapfiltError, naming the keys, if a resumed run would be trained differently than it began."""
+    if changed := changed_learning_keys(before, after):
+        raise CapfiltError(
+            f"run.name {after.run.name!r} began with another config ({'; '.join(changed)}); restore it, or set "
+            "run.name to begin another run"
+        )
+
+
+def changed_learning_keys(before: PretrainConfig, after: PretrainConfig) -> list[str]:
+    """Return the keys by which a run would be trained differently than it began, such as ``optim.steps: 4 -> 5``.
 
     Keys declared with ``tuning()`` may differ, and so may locations: the digests of the snapshot and of the models say
     whether data and models are the same.
     """
     old, new = _learning_keys(before), _learning_keys(after)
-    changed = [
+    return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in new | old if old.get(key) != new.get(key)
     ]
-    if changed:
-        raise CapfiltError(
-            f"run.name {after.run.name!r} began with another config ({'; '.join(changed)}); restore it, or set "
-            "run.name to begin another run"
-        )
 
 
 def _learning_keys(config: PretrainConfig) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""What is done of a bootstrapping, seen from its corpora, checkpoints and exports.
+
+A corpus or training that was begun with another config is refused, and so is a corpus of which nothing is left to
+train on: what comes after would learn from something else than the config says.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from pipeline.corpus.checkpoint_files import SavedCheckpoints
+from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.records import Records
+from pipeline.manifest.manifest import Manifest
+from pipeline.models.model_files import exported_from
+from pipeline.runs.plan import changed_keys
+from pipeline.runs.survey import Totals
+from pipeline.storage.storage import Storage
+from schemas.config import CapfiltConfig
+from schemas.errors import CapfiltError
+from schemas.pretrain import PretrainConfig
+from schemas.records import ShardRecord
+from schemas.stages import STAGES
+from training.trainer.run import changed_learning_keys
+
+
+def is_whole(config: CapfiltConfig, stage: Literal["crawl", "select"], key: str) -> bool:
+    """Tell whether every url shard of every source has the record of a stage.
+
+    Args:
+        key: of the config, that says where the corpus is; for messages.
+
+    Raises:
+        CapfiltError: the corpus was begun with another config, or has no image of one kind of its sources.
+    """
+    storage = Storage(config.corpus.path)
+    if not storage.is_corpus():
+        return False
+    records = Records(storage)
+    state = CorpusState(records, compacted=Manifest(storage).compacted.shard_records)
+    stages = STAGES[: STAGES.index(stage) + 1]
+    committed = {shard: record for shard, record in state.committed.items() if shard[0] in stages}
+    runs = {run.run_id: run for run in records.runs()}
+    if changes := changed_keys(config, runs, committed):
+        raise _begun_otherwise(storage.root, changes, key)
+    names = {source.name for source in config.source}
+    listed = {place for place in state.urls if place[0] in names}
+    done = {(source, shard): record for (name, source, shard), record in committed.items() if name == stage}
+    if {source for source, _ in listed} != names or not listed <= done.keys():
+        return False
+    for kind in dict.fromkeys(source.kind for source in config.source):
+        of_kind = {source.name for source in config.source if source.kind == kind}
+        _require_images([record for (source, _), record in done.items() if source in of_kind], kind, config)
+    return True
+
+
+def _require_images(records: list[ShardRecord], kind: str, config: CapfiltConfig) -> None:
+    """Raise CapfiltError where no image is left of all sources of a kind."""
+    if any(record.rows_out for record in records):
+        return
+    totals = Totals.of(records)
+    reasons: Counter[str] = totals.dropped or totals.lost
+    because = f", mostly for the reason {reasons.most_common(1)[0][0]}" if reasons else ""
+    path = config.corpus.path
+    shown = f'sql {path} "SELECT * FROM dropped LIMIT 10"' if totals.dropped else f"failures {path}"
+    raise CapfiltError(
+        f"{path}: none of {sum(record.rows_in for record in records):,} images of the sources of kind {kind!r} is "
+        f"left{because}, so that there is nothing to learn from them; `capfilt {shown}` has examples. To go on with "
+        "another config, remove what was made with this one, or set another bootstrap.path"
+    )
+
+
+def is_trained(config: PretrainConfig, folder: str) -> bool:
+    """Tell whether a run has its last checkpoint. Raises CapfiltError where it began with another config."""
+    storage = Storage(folder)
+    if not storage.exists("config.json"):
+        return False
+    begun = PretrainConfig.model_validate_json(storage.read("config.json"))
+    # What a preset filled at the start, this config has not said.
+    filled = {
+        name: value for name, value in begun.optim.model_dump().items() if getattr(config.optim, name) is None
+    }
+    now = config.model_copy(update={"optim": config.optim.model_copy(update=filled)})
+    if changes := changed_learning_keys(begun, now):
+        raise _begun_otherwise(folder, changes, "bootstrap.path")
+    saved = SavedCheckpoints(folder).committed()
+    return bool(saved) and saved[-1].step == begun.optim.steps
+
+
+def _begun_otherwise(place: str, changes: list[str], key: str) -> CapfiltError:
+    return CapfiltError(
+        f"{place} was begun with another config ({'; '.join(changes)}); restore it, or set another {key}"
+    )
+
+
+def is_exported(run_folder: str, folder: Path) -> bool:
+    """Tell whether a folder is the export of a run's last checkpoint."""
+    checkpoint, last = exported_from(folder), last_checkpoint(run_folder)
+    # By name, which no other checkpoint has: the folders may have been moved.
+    return checkpoint is not None and last is not None and _name(checkpoint) == _name(last)
+
+
+def _name(checkpoint: str) -> str:
+    return checkpoint.rpartition("/")[2]
+
+
+def last_checkpoint(run_folder: str) -> str | None:
+    """Return the path of a run's last checkpoint."""
+    saved = SavedCheckpoints(run_folder)
+    records = saved.committed()
+    return saved.storage.url(records[-1].path) if records else None
