@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import END_ID, START_ID, save_captioner, save_matcher
 from torch import Tensor
-from transformers import BlipForImageTextRetrieval, BlipImageProcessorPil, BlipProcessor
+from transformers import BertTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, BlipProcessor
 
 from jobs.bench.fixtures.compute import counted_flops
 from pipeline.candidates import Candidate, choose
@@ -149,6 +149,13 @@ def test_models_that_are_not_filters_are_refused(tmp_path: Path, folder: Path) -
         CapfiltError, match=r"filter\.model.*not a BlipForImageTextRetrieval: \d+ tensors are missing"
     ):
         matcher(captioner)
+    mixed = save_matcher(tmp_path / "mixed")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(60))]
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(mixed)
+    with pytest.raises(
+        CapfiltError, match=f"tokenizer has 65 words, and the model embeddings of {START_ID + 2}"
+    ):
+        matcher(mixed)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CapfiltError, match=r"config\.json is missing in .*filter\.model.*retrieval model"):
         matcher(tmp_path / "empty")

@@ -147,6 +147,12 @@ class Matcher:
             raise CapfiltError(
                 f"filter.max_tokens = {config.max_tokens}: the model ends at {text.max_position_embeddings} tokens"
             )
+        # A word beyond the table would end a shard that has it, and on a GPU the worker.
+        if (words := max(self._tokenizer.get_vocab().values()) + 1) > text.vocab_size:
+            raise CapfiltError(
+                f"filter.model = {weights.name!r}: its tokenizer has {words} words, and the model embeddings of "
+                f"{text.vocab_size}; put the tokenizer there that the model was trained with"
+            )
         self._first_id = self._first_token(config.first_token, text.bos_token_id, text.vocab_size)
         model = model.to(self.device, self.dtype).eval()
         self.vision = VisionTower(
