@@ -291,6 +291,8 @@ def test_only_what_matches_is_kept(corpus: CapfiltConfig) -> None:
 def test_another_selection_computes_no_probability_again(corpus: CapfiltConfig, tmp_path: Path) -> None:
     records = Records(Storage(corpus.corpus.path))
     before = {key: record.attempt for key, record in records.shards(("filter", "rank")).items()}
+    with pytest.raises(CapfiltError, match=r"\): select\.by 'both' -> 'clip'\. Restore"):
+        do_run(with_values(corpus, select={"by": "clip"}))
     stale = do_run(with_values(corpus, select={"by": "clip"}), recompute=True)
     assert stale.exit_code == 0
     assert {row["reason"] for row in curated_rows(corpus.corpus.path)} == {None}
@@ -340,7 +342,9 @@ def test_other_scores_take_over_the_probabilities(
     assert do_run(corpus, recompute=True).exit_code == 0
 
 
-def test_the_filter_alone_decides_and_clip_ranks_nothing(base_url: str, folder: Path, tmp_path: Path) -> None:
+def test_the_filter_alone_decides_and_clip_ranks_nothing(
+    base_url: str, folder: Path, corpus: CapfiltConfig, tmp_path: Path
+) -> None:
     config = small_config(str(tmp_path / "corpus"), tmp_path / "urls.parquet", base_url, 16, 8)
     values = config.model_dump() | {"filter": {"model": str(folder)}}
     values["select"] |= {"by": "itm", "top_k": 11}
@@ -360,6 +364,11 @@ def test_the_filter_alone_decides_and_clip_ranks_nothing(base_url: str, folder: 
     }
     refused = cli_here("rank", "-c", str(config_file(config, tmp_path / "c.json")))
     assert refused.returncode == 2 and 'select.by = "itm"' in refused.stderr
+    # With the ranking the filter's file is made anew too: for no other reason than that.
+    values["select"] |= {"by": "both"}
+    values["rank"] |= {"model": corpus.rank.model}
+    with pytest.raises(CapfiltError, match=r"\): select\.by 'itm' -> 'both'\. Restore"):
+        do_run(CapfiltConfig.model_validate(values))
 
 
 def test_doctor_reads_the_filters_weights(corpus: CapfiltConfig, tmp_path: Path) -> None:

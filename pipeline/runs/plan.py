@@ -196,6 +196,12 @@ def _changed_keys(
     old, new = (_flat(deciding_fields(tree, stage, kind), stage) for tree in (before, config))
     if stage == "caption":
         old["corpus.seed"], new["corpus.seed"] = before.corpus.seed, config.corpus.seed
+    if "select.by" in new | old or upstream_of(before, stage, kind) != upstream_of(config, stage, kind):
+        # Of the filter too, which reads the ranking unless it alone decides.
+        old["select.by"], new["select.by"] = before.select.by, config.select.by
+    # A selection by CLIP has no such key.
+    if "select.min_match" not in old or "select.min_match" not in new:
+        old.pop("select.min_match", None), new.pop("select.min_match", None)
     for key in new | old:
         if old.get(key) != new.get(key):
             yield f"{key} {old.get(key)!r} -> {new.get(key)!r}"
