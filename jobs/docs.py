@@ -207,7 +207,9 @@ def _type(info: FieldInfo) -> str:
         return ", ".join(f"`{json.dumps(option)}`" for option in options)
     numbers = [part for part in (annotation, *options) if get_origin(part) is dict or _is_pair(part)]
     if numbers:
-        return "a number for each name" if get_origin(numbers[0]) is dict else "two numbers"
+        if get_origin(numbers[0]) is not dict:
+            return "two numbers"
+        return f"a {'text' if get_args(numbers[0])[1] is str else 'number'} for each name"
     if get_origin(annotation) is tuple:
         return "list of text"
     names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}

@@ -19,7 +19,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 InferencePrecision = Annotated[
     Literal["auto", "fp32", "bf16", "fp8"],
     Field(
-        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, in the vision tower's blocks products of fp8"
+        description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, with fp8 products in the vision tower's blocks"
     ),
 ]
 # Of one image: decoding 50M pixels takes up to 600 MB.
@@ -85,12 +85,12 @@ HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
 
 
 class CorpusConfig(Section):
-    """``[corpus]``: where it lies and what its randomness is."""
+    """``[corpus]``: where it lies, its seed, and the size of its shards."""
 
     path: str = Field(
         min_length=1, description="folder or URL (s3://bucket/prefix, gs://..., az://...) of the corpus"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice, with the sample's uid")
+    seed: int = Field(0, ge=0, lt=2**63, description="of all random numbers, together with the sample's uid")
     samples_per_shard: int = Field(10_000, ge=1, le=99_999, description="URLs per shard, for new shards")
     order: Literal["list", "shuffled"] = Field(
         "list",
@@ -101,9 +101,9 @@ class CorpusConfig(Section):
 class SourceConfig(Section):
     """``[[source]]``: a list of image-text pairs, or the pictures in folders, tars and tables as they lie."""
 
-    name: Name = Field(description="in folder names and every table: unique, and for good")
+    name: Name = Field(description="unique, and never to be changed: part of every uid and of folder names")
     kind: Literal["web", "human"] = Field(
-        "web", description="web: captioned, its text one candidate more; human: its captions are kept"
+        "web", description="web: captioned, its text is one more candidate; human: its captions are kept"
     )
     input: tuple[str, ...] = Field(min_length=1, description="files or globs, local or remote; or one folder")
     format: Literal[
@@ -129,7 +129,7 @@ class SourceConfig(Section):
         description="rows without a URL are counted and left out; huggingface: the column of images",
     )
     caption_column: str | None = Field(
-        "caption", description='a text or a list of texts; without one: caption_column = ""'
+        "caption", description='of a text or a list of texts; "" if there is none'
     )
     uid_column: str | None = Field(None, description="an identity of your own instead of sha256(source, url)")
     extra_columns: tuple[str, ...] = Field((), description="columns to carry along as JSON in samples.extra")
@@ -153,8 +153,8 @@ class CrawlConfig(Section):
     encode_quality: int = Field(95, ge=1, le=100, description="JPEG quality of the stored image")
     formats: tuple[Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"], ...] = Field(
         ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIF"),
-        description="accepted, with one frame; HEIF with capfilt[heic]; AVIF and HEIF make nothing stale: "
-        "what was refused: --retry format_refused",
+        description="accepted, with one frame; HEIF needs capfilt[heic]; AVIF and HEIF make nothing stale: "
+        "--retry format_refused fetches what was refused",
     )
     min_size_px: int = Field(64, ge=1, description="shorter side, as delivered")
     max_aspect_ratio: float = Field(4.0, ge=1, description="long side / short side, as delivered")
@@ -189,7 +189,8 @@ class CrawlConfig(Section):
     )
     allow_hosts: tuple[HostAndPort, ...] = tuning(
         (),
-        description='"host:port" entries exempt from the address check; what was refused: --retry forbidden_address',
+        description='"host:port" entries exempt from the address check; --retry forbidden_address fetches '
+        "what was refused",
     )
     nameservers: tuple[NameServer, ...] = tuning(
         (), description="IP addresses of DNS servers, with a port or without, to ask instead of the system's"
@@ -318,17 +319,18 @@ class ClusterConfig(Section):
     filter: StageResources = StageResources()
     select: StageResources = StageResources()
     requirements: Literal["pinned", "installed"] = Field(
-        "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
+        "pinned",
+        description="libraries of a job; pinned: pip installs this machine's versions; installed: nodes have them",
     )
     image: str = Field("", description="container image with capfilt, for `submit --print rayjob`")
     env: tuple[str, ...] = Field(
-        (), description="names of environment variables that a job hands on: credentials, endpoint, proxies"
+        (), description="names of environment variables that a job passes on: credentials, endpoint, proxies"
     )
-    driver_cpus: float = Field(0.0, ge=0, description="of the process that leads a job; 0: not counted")
-    driver_memory_gb: float = Field(0.0, ge=0, description="likewise")
+    driver_cpus: float = Field(0.0, ge=0, description="of a job's driver; 0: not counted")
+    driver_memory_gb: float = Field(0.0, ge=0, description="of a job's driver; 0: not counted")
     prices: dict[str, float] = Field(
         {},
-        description="of an hour: of a GPU by node type, as `costs` has it, and of a CPU by the name `cpu`",
+        description="an hour's price of a GPU, by node type as in `costs`, and of a CPU, by the name `cpu`",
     )
     log_format: Literal["text", "json"] = Field(
         "text",
@@ -348,7 +350,7 @@ class ClusterConfig(Section):
     stall_timeout_s: float = Field(
         21_600.0,
         gt=0,
-        description="without one shard done for so long, workers are given up and started anew",
+        description="workers are started anew when no shard was done for so long",
     )
     compact_interval_s: float = Field(15.0, gt=0, description="how often a run refreshes the manifest")
 

@@ -30,7 +30,8 @@ class RunConfig(Section):
 
     name: Name = Field(description="in the checkpoints' folder, the metrics and the manifest")
     stage: TrainingStage = Field(
-        description="BLIP-2's 1: Q-Former on frozen vision, or 2: and a frozen language model; or a model of BLIP"
+        description="1: BLIP-2's Q-Former on a frozen image encoder; 2: with a frozen language model; "
+        "else one of BLIP's models"
     )
     output: str = Field(
         "", description="folder or URL of checkpoints and metrics; empty: checkpoints/ of the first corpus"
@@ -72,7 +73,7 @@ class DataConfig(Section):
     flip: bool = Field(True, description="mirror half of the images")
     rand_augment: bool = Field(False, description="BLIP's RandAugment(2, 5) of the crops")
     captions_per_image: int = Field(
-        2, ge=1, description="web sources: one is drawn of the first so many kept"
+        2, ge=1, description="of web sources: one of this many best kept captions is drawn"
     )
     max_words: int = Field(50, ge=1, description="of a caption")
     held_out: int = Field(0, ge=0, description="images set aside, by the hash of their uid, for the probe")
@@ -188,7 +189,7 @@ class LanguageConfig(Section):
     model: str = Field(description="hub id or local folder: facebook/opt-2.7b, google/flan-t5-xl, ...")
     revision: str = Field("main", description="hub commit or tag")
     family: Literal["opt", "t5"] = Field(description="opt: decoder, LM loss; t5: prefix-LM loss")
-    prompt: str = Field("", description="begins every caption, parted by a blank, and stays out of the loss")
+    prompt: str = Field("", description="begins every caption, with a space after it; not part of the loss")
     max_text_tokens: int = Field(32, ge=4)
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="of its frozen weights")
 
@@ -252,7 +253,7 @@ class CheckpointConfig(Section):
     every_steps: int = tuning(1000, ge=1)
     keep_last: int = tuning(3, ge=1, description="older ones are removed; the last one of a run stays")
     keep_every: int = tuning(
-        0, ge=0, description="those of every so many steps stay too, a multiple of every_steps; 0: none"
+        0, ge=0, description="checkpoints at multiples of it stay too; a multiple of every_steps; 0: none"
     )
     keep_best: Literal["", "probe_cider"] = tuning(
         "", description="the one with the highest CIDEr stays too: the probe looks at each; empty: none"
@@ -291,21 +292,24 @@ class TrainingResources(Section):
     cpus_per_gpu: float = tuning(8.0, ge=1, description="of one rank, on a cluster")
     cpu_ranks: int = tuning(1, ge=1, description="processes where there is no GPU")
     requirements: Literal["pinned", "installed"] = tuning(
-        "pinned", description="of a job; pinned: pip installs this machine's; installed: nodes have them"
+        "pinned",
+        description="libraries of a job; pinned: pip installs this machine's versions; installed: nodes have them",
     )
     image: str = tuning("", description="container image with capfilt, for `submit --print rayjob`")
     env: tuple[str, ...] = tuning(
-        (), description="names of environment variables that a job hands on: credentials, endpoint, proxies"
+        (), description="names of environment variables that a job passes on: credentials, endpoint, proxies"
     )
-    driver_cpus: float = tuning(0.0, ge=0, description="of the process that leads a job; 0: not counted")
-    driver_memory_gb: float = tuning(0.0, ge=0, description="likewise")
+    driver_cpus: float = tuning(0.0, ge=0, description="of a job's driver; 0: not counted")
+    driver_memory_gb: float = tuning(0.0, ge=0, description="of a job's driver; 0: not counted")
     max_restarts: int = tuning(
         3,
         ge=0,
         description="from the last checkpoint, when a rank dies; counted anew after the next checkpoint",
     )
     min_ranks: int = tuning(
-        0, ge=0, description="on a Ray cluster that loses nodes: so many ranks go on; 0: as many as began"
+        0,
+        ge=0,
+        description="on a Ray cluster that loses nodes: the fewest ranks to go on with; 0: as many as began",
     )
 
 

@@ -100,7 +100,7 @@ def test_a_config_of_another_command_is_one_line(text: str, kind: type, message:
         ),
         (
             '[[source]]\ninput = ["b.csv"]\n\n[[source]]\nname="cc3m"\ninput=["x"]',
-            "7: source.#2.name: missing; in folder names and every table: unique, and for good",
+            "7: source.#2.name: missing; unique, and never to be changed: part of every uid and of folder names",
         ),
         (
             '[[source]]\ninput = ["b.csv"]\nname="cc3m"',
