@@ -373,10 +373,12 @@ def test_the_filter_alone_decides_and_clip_ranks_nothing(
 
 def test_doctor_reads_the_filters_weights(corpus: CapfiltConfig, tmp_path: Path) -> None:
     damaged = CapfiltConfig.model_validate(corpus.model_dump() | {"filter": {"model": str(tmp_path)}})
+    # The same checks without the command's process, which imports every library.
     for config, state in ((corpus, "ok"), (damaged, "fail")):
-        said = cli_here("doctor", "-c", str(config_file(config, tmp_path / "c.json")), "--json")
-        [check] = [one for one in json.loads(said.stdout) if one["name"] == "filter"]
-        assert check["state"] == state, check
+        [check] = [one for one in node_checks(config, 0) if one.name == "filter"]
+        assert check.state == state, check
+    said = cli_here("doctor", "-c", str(config_file(damaged, tmp_path / "c.json")), "--json")
+    assert asdict(check) in json.loads(said.stdout)
 
 
 def test_a_corpus_without_the_section_has_no_such_stage(base_url: str, tmp_path: Path) -> None:

@@ -81,11 +81,11 @@ def test_every_training_recipe_is_planned() -> None:
 
 
 def test_the_command_prints_it_as_json_and_writes_nothing(tmp_path: Path) -> None:
-    recipe = RECIPES / "blip2-stage1-vitl.toml"
+    recipe = RECIPES / "blip-captioner-vitb.toml"
     settings = ["--set", f"data.corpus.path={tmp_path}/none", "--set", f"run.output={tmp_path}/out"]
     printed = cli_here("pretrain", "-c", str(recipe), "--dry-run", *settings, "--json")
     assert printed.returncode == 0, printed.stderr
-    assert json.loads(printed.stdout)["trainable_parameters"] == 183_165_758
+    assert json.loads(printed.stdout)["trainable_parameters"] == 223_971_644
     assert list(tmp_path.iterdir()) == []
     # A training that would keep its checkpoints in a corpus that is not there names the corpus.
     refused = cli_here("pretrain", "-c", str(recipe), *settings[:2])

@@ -6,7 +6,7 @@ Parquet parts while any number of people query.
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import duckdb
@@ -23,10 +23,12 @@ from schemas.catalog.corpus_files import (
     FIRST_FILE,
     FIRST_FILE_ROWS,
     committed_files_macro,
+    empty_relations,
     file_relations,
+    registered_relations,
     unquote_glob,
 )
-from schemas.catalog.statements import comments, data_views, record_views
+from schemas.catalog.statements import base_views, comments, data_views, record_views
 from schemas.catalog.table_schemas import CATALOG, DATA_TABLES, RECORD_TABLES, record_row_schema
 from schemas.errors import first_line
 
@@ -40,8 +42,7 @@ _PLACE = re.compile(r"read_parquet\('(.+?)/manifest/")
 def write_catalog(storage: Storage, *, of_formats: bool) -> None:
     """Publish ``manifest.duckdb`` in one step, unless it is there and says the same; see ``file_relations``."""
     relations = file_relations(storage.root, of_formats=of_formats)
-    macro = committed_files_macro(storage.root)
-    statements = [*record_views(relations), *data_views(relations), macro, *comments()]
+    statements = _statements(storage.root, relations)
     text = ";\n".join([f"-- storage {_STORAGE_VERSION}", *statements, ""]).encode()
     if storage.exists(CATALOG) and _read(storage) == text:
         return
@@ -49,17 +50,35 @@ def write_catalog(storage: Storage, *, of_formats: bool) -> None:
         for path, rows in _uncommitted_files().items():
             pq.write_table(rows, folder / "rows.parquet")
             storage.put(folder / "rows.parquet", path)
-        connection = duckdb.connect(
+        with duckdb.connect(
             str(folder / CATALOG), config={"storage_compatibility_version": _STORAGE_VERSION}
-        )
-        if not storage.is_local:
-            connection.register_filesystem(_empty_corpus(storage.root))
-        for statement in statements:
-            connection.execute(statement)
-        connection.close()
+        ) as connection:
+            if not storage.is_local:
+                connection.register_filesystem(_empty_corpus(storage.root))
+            _make(connection, storage.root, relations)
         storage.put(folder / CATALOG, CATALOG)
     # Last, so that a catalog cut short is made again.
     storage.write(_CATALOG_SQL, text)
+
+
+def _statements(root: str, relations: Mapping[str, str]) -> list[str]:
+    return [*record_views(relations), *data_views(relations), committed_files_macro(root), *comments()]
+
+
+def _make(connection: duckdb.DuckDBPyConnection, root: str, relations: Mapping[str, str]) -> None:
+    """Make the catalog in an empty database.
+
+    DuckDB looks for the files behind a view once for each view over it, so ``base`` comes over empty relations first
+    and over the files last. Each statement outside a transaction would be one of its own.
+    """
+    for name, rows in empty_relations().items():
+        connection.register(name, rows)
+    # Of the shards a catalog finds out itself which rows stand.
+    empty = {name: sql for name, sql in registered_relations().items() if name in relations}
+    connection.begin()
+    for statement in (*_statements(root, empty), *base_views(relations)):
+        connection.execute(statement)
+    connection.commit()
 
 
 def _uncommitted_files() -> dict[str, pa.Table]:

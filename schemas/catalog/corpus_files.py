@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from schemas.catalog.sql_text import quote, quoted
-from schemas.catalog.table_schemas import DATA_TABLES, RECORD_TABLES
+from schemas.catalog.table_schemas import DATA_TABLES, RECORD_TABLES, record_row_schema
 from schemas.tables import SHARDS
 
 # A folder that no source can be called. Its empty file keeps a glob from matching nothing, an error in DuckDB.
@@ -132,6 +132,13 @@ def registered_relations() -> dict[str, str]:
     # Which rows stand was found out once, for all connections.
     shards = {"shards": f"SELECT {quoted(SHARDS.names)} FROM standing_shards_data"}
     return {**events, **shards, **data, "retried": "SELECT source, uid, shard FROM retries_data"}
+
+
+def empty_relations() -> dict[str, pa.Table]:
+    """Return what ``registered_relations`` read, but for the standing shards, without a row."""
+    records = {table: record_row_schema(table) for table in RECORD_TABLES}
+    schemas = {**records, **DATA_TABLES, "retries": DATA_TABLES["raw"]}
+    return {f"{name}_data": schema.empty_table() for name, schema in schemas.items()}
 
 
 def _event_columns(table: str) -> list[str]:

@@ -11,15 +11,19 @@ from schemas.catalog.views import FUNCTIONS, TABLE_MACROS, VIEWS
 from schemas.tables import TABLE_DOCS, TABLES, column_doc
 
 
+def base_views(relations: Mapping[str, str]) -> list[str]:
+    """Return the statements that make the views of ``base``, which all others read."""
+    return [_view(f"base.{name}", sql) for name, sql in relations.items()]
+
+
 def record_views(relations: Mapping[str, str]) -> list[str]:
     """Return the statements that make the tables whose rows come from records.
 
     ``base.<table>_events`` are the rows of all records, as existing catalogs call them; the tables keep the last state.
     """
-    bases = [_view(f"base.{table}_events", relations[f"{table}_events"]) for table in RECORD_TABLES]
     return [
         "CREATE SCHEMA IF NOT EXISTS base",
-        *bases,
+        *base_views({f"{table}_events": relations[f"{table}_events"] for table in RECORD_TABLES}),
         *(_view(name, relations.get(name, TABLE_SQL[name])) for name in RECORD_TABLES),
         _view("base.committed_files", COMMITTED_FILES),
     ]
@@ -27,7 +31,7 @@ def record_views(relations: Mapping[str, str]) -> list[str]:
 
 def data_views(relations: Mapping[str, str]) -> list[str]:
     """Return the statements that make all else, once ``record_views`` are made."""
-    bases = [_view(f"base.{name}", relations[name]) for name in (*DATA_TABLES, "retried")]
+    bases = base_views({name: relations[name] for name in (*DATA_TABLES, "retried")})
     tables = [_view(name, sql) for name, sql in TABLE_SQL.items() if name not in RECORD_TABLES]
     views = [_view(name, sql) for name, (_, sql) in VIEWS.items()]
     functions = [f"CREATE OR REPLACE MACRO {call} AS {body}" for call, (_, body) in FUNCTIONS.items()]
