@@ -1,6 +1,7 @@
 """BLIP's filter: transformers' match probabilities, the stage around them, and selections by its verdict."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, BlipProcessor
 
 from jobs.bench.fixtures.compute import counted_flops
+from jobs.doctor import node_checks
 from pipeline.candidates import Candidate, choose
 from pipeline.corpus.fingerprint import stage_fingerprint
 from pipeline.corpus.records import Records
