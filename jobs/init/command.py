@@ -36,7 +36,7 @@ _DEMO_NOTE = (
 _LOOK = "SELECT uid, caption, scores[1] AS score FROM curated LIMIT 10"
 _PLACEHOLDER_SOURCE = SourceText(
     keys=(
-        ("name", "mine", "in every table; for good"),
+        ("name", "mine", "unique; never change it: part of every uid"),
         ("input", [PLACEHOLDER], "files or globs, local or remote: Parquet, CSV, TSV, JSON, a URL a line"),
         ("url_column", "url", "rows without one are counted and left out"),
         ("caption_column", "caption", 'a text or a list of texts; "": none'),

@@ -31,7 +31,7 @@ def describe(arguments: Sequence[str], base: Path) -> DescribedSource:
     storage = Storage(str(base))
     recognised = _merged(arguments, [recognise(argument, storage) for argument in arguments])
     written = [written_path(path, base) for path in recognised.inputs]
-    keys: list[Key] = [("name", _name(arguments[0]), "in every table; for good")]
+    keys: list[Key] = [("name", _name(arguments[0]), "unique; never change it: part of every uid")]
     match recognised.kind:
         case "list":
             return describe_list(
