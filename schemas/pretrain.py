@@ -348,5 +348,7 @@ class PretrainConfig(Section):
         if queue % batch:
             raise ConfigKeyError(f"must be a multiple of optim.batch_size ({batch})", ("blip", "queue_size"))
         if batch % (group or batch) or min(group or batch, batch) < 2:
-            raise ConfigKeyError(f"must divide optim.batch_size ({batch})", ("blip", "negatives_of"))
+            raise ConfigKeyError(
+                f"must be at least 2 and divide optim.batch_size ({batch})", ("blip", "negatives_of")
+            )
         return self

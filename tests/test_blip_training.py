@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from blip_reference import Reference
+from pydantic import ValidationError
 from ranks import on_ranks
 from tiny_models import IMAGE_PX
 from tiny_training import tiny_blip_config
@@ -287,3 +288,8 @@ def test_drop_path_keeps_the_mean() -> None:
     assert torch.equal(dropped[kept], torch.full_like(dropped[kept], 1 / 0.75)) and not dropped[~kept].any()
     assert kept.double().mean().item() == pytest.approx(0.75, abs=0.03)
     assert torch.equal(drop.eval()(dropped), dropped)
+
+
+def test_a_sample_without_another_one_to_compare_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"must be at least 2 and divide optim\.batch_size \(8\)"):
+        tiny_blip_config(tmp_path, "nowhere", blip={"negatives_of": 1})

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ from jobs.experiments.arms import (
     selected,
     web,
 )
-from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
+from jobs.experiments.corpora import CorpusOptions, _served, make_corpus, write_arm
 from jobs.experiments.facts import facts_of
 from jobs.experiments.judges import STAGE1
 from jobs.experiments.questions import QUESTIONS, question
@@ -333,6 +334,11 @@ def test_one_model_differs_from_two_in_nothing_but_that(tmp_path: Path) -> None:
     assert joint.blip.alpha_epochs == matcher.blip.alpha_epochs
     assert joint.data.corpus == matcher.data.corpus == captioner.data.corpus
     assert (joint.run.stage, joint.run.init_from) == ("blip-pretrain", "med")
+
+
+def test_a_corpus_that_was_killed_before_its_list_was_read_is_served(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    assert not isinstance(_served(tmp_path), nullcontext)
 
 
 @pytest.mark.training

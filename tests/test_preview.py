@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli.commands.preview import preview_corpus
+from jobs.cli.commands.preview import preview_corpus, print_preview
 from jobs.cli.main import app
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.marks.marking import Verdict, mark
 from pipeline.marks.search import marks_of_shards
 from pipeline.runs.preview import preview_selection
 from pipeline.stages.selection import SelectWorker
+from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from tests.corpora import Corpus, make_corpus
 from tests.runs import config_file, with_values
@@ -82,7 +83,9 @@ def test_of_many_shards_the_same_ones_are_read_each_time(corpus: Corpus) -> None
     )
 
 
-def test_the_command_takes_a_selection_by_set_and_prints_it(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_command_takes_a_selection_by_set_and_prints_it(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = str(config_file(corpus.config, tmp_path / "c.json"))
     options = ("plan", "-c", file, "--preview", "--set", "select.min_score=0.3")
     answer = CliRunner().invoke(app, [*options, "--json"])
@@ -92,6 +95,22 @@ def test_the_command_takes_a_selection_by_set_and_prints_it(corpus: Corpus, tmp_
     assert [row] == json.loads(json.dumps(preview_corpus(config)))
     printed = CliRunner().invoke(app, options).output
     assert f"{row['dropped']['below_min_score']:,} images dropped, below_min_score" in printed
+    # Of a corpus with two sources one is not ranked yet: it is there, with nothing.
+    both = CapfiltConfig.model_validate(
+        config.model_dump()
+        | {"source": [*config.model_dump()["source"], {"name": "later", "input": ["later.parquet"]}]}
+    )
+    [taken_in] = corpus.records.intakes("cc")
+    shards = {
+        name: replace(file, path=file.path.replace("urls/cc/", "urls/later/"))
+        for name, file in taken_in.shards.items()
+    }
+    later = replace(taken_in, source="later", shards=shards)
+    corpus.storage.write(later.path, later.to_json().encode())
+    rows = preview_corpus(both)
+    assert [(row["source"], row["of_shards"]) for row in rows] == [("cc", 3), ("later", 0)]
+    print_preview(rows)
+    assert "later: no shard has what this selection reads" in capsys.readouterr().out
     empty = make_corpus(str(tmp_path / "corpus"), shards=1, stages=("crawl", "caption"))
     with pytest.raises(CapfiltError, match="no shard has scores yet"):
         preview_corpus(empty.config)

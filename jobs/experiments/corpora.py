@@ -98,7 +98,8 @@ def _served(base: Path) -> AbstractContextManager[str]:
     if storage.is_corpus():
         records = Records(storage)
         crawled = {(source, shard) for _, source, shard in records.shards(("crawl",))}
-        if set(records.url_shards()) <= crawled:
+        # A corpus that was killed before its list was read has no shards.
+        if (listed := records.url_shards()) and set(listed) <= crawled:
             return nullcontext(f"http://127.0.0.1:{_PORT}")
     return served_world(_PORT)
 

@@ -16,11 +16,15 @@ _SPARE = ("captions_now", "kept_now")
 
 
 def preview_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
-    """Return what ``[select]`` would keep, a row a source. Raises CapfiltError where nothing is ranked."""
+    """Return what ``[select]`` would keep, a row a source with shards. Raises CapfiltError where nothing is ranked."""
     records = Records(Storage(config.corpus.path))
     state = CorpusState(records, compacted=CompactedRecords(records.storage).shard_records)
     marks = marks_of_shards(records, state, save=False)
-    return [_row(source_preview) for source_preview in preview_selection(config, records, state, marks)]
+    previews = preview_selection(config, records, state, marks)
+    seen = {source_preview.source for source_preview in previews}
+    listed = {source.name for source in config.source} & {source for source, _ in state.urls}
+    previews += [SourcePreview(source=source) for source in sorted(listed - seen)]
+    return [_row(source_preview) for source_preview in previews]
 
 
 def print_preview(rows: list[dict[str, Any]]) -> None:
@@ -34,6 +38,10 @@ def print_preview(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for reason, images in sorted(row["dropped"].items()):
             print(printable(f"{row['source']}: {images:,} images dropped, {reason}"))
+        if not row["of_shards"]:
+            print(
+                printable(f"{row['source']}: no shard has what this selection reads; `capfilt run` makes it")
+            )
         if row["shards"] < row["of_shards"]:
             print(
                 printable(
