@@ -76,8 +76,13 @@ def manifest_tables() -> str:
     """Return every table with its columns, and every view and macro."""
     parts = ["## Tables", ""]
     for table, schema in TABLES.items():
+        parts += [f"### `{table}`", "", TABLE_DOCS[table], ""]
+        if table == "dropped":
+            assert schema == TABLES["curated"]
+            parts += ["The columns are those of [`curated`](#curated).", ""]
+            continue
         rows = [(f"`{field.name}`", field.type, column_doc(field)) for field in schema]
-        parts += [f"### `{table}`", "", TABLE_DOCS[table], "", *_table(("column", "type", "meaning"), rows)]
+        parts += _table(("column", "type", "meaning"), rows)
     named = {
         name: doc for name, (doc, _) in {**VIEWS, **FUNCTIONS, **TABLE_MACROS}.items()
     } | PYTHON_FUNCTIONS
