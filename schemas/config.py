@@ -254,16 +254,17 @@ class RankConfig(Section):
 
 
 class FilterConfig(Section):
-    """``[filter]``: BLIP's filter, which says of every candidate whether it matches the image."""
+    """``[filter]``: BLIP's filter or BLIP-2's stage 1, which says of every candidate whether it matches the image."""
 
     model: str = Field(
         "Salesforce/blip-itm-large-coco",
-        description="hub id, local folder, or a folder on s3://, gs:// or az://",
+        description="hub id, local folder, or a folder on s3://, gs:// or az://; BLIP's retrieval model, or a stage 1 "
+        "of BLIP-2, as Salesforce/blip2-itm-vit-g",
     )
     revision: str = Field("main", description="hub commit or tag; pin a commit for a corpus that lasts")
     first_token: Literal["encoder", "cls"] = Field(
         "encoder",
-        description="of each text; encoder: [ENC], as BLIP trained it; cls: as transformers' own class",
+        description="of each text; encoder: [ENC], as BLIP trained it; cls: as transformers' own class, and BLIP-2",
     )
     max_tokens: int = Field(
         35, ge=3, description="of a text, the first and the last one included; the rest is cut"

@@ -237,7 +237,7 @@ def test_the_image_text_matching_model_reads_the_same_tower_and_keys(
         reference_BPE = matching.vision_model(pixels(2)).last_hidden_state
         assert torch.allclose(image_BPE, reference_BPE, atol=1e-5)
         layers = matching.text_encoder.encoder.layer
-        keys_values = ImageKeysValues(layers)(image_BPE)
+        keys_values = ImageKeysValues([layer.crossattention.self for layer in layers])(image_BPE)
         for layer, both in zip(layers, keys_values, strict=True):
             cross = layer.crossattention.self
             for projection, heads_BHPd in zip((cross.key, cross.value), both, strict=True):

@@ -16,7 +16,11 @@ from transformers import (
     Blip2ForImageTextRetrieval,
 )
 
+from pipeline.models.blip.matcher import Matcher
+from pipeline.models.weights import filter_weights
+from schemas.config import FilterConfig
 from schemas.errors import CapfiltError
+from tests.raw_shards import encoded
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.build import meta_stage
@@ -84,6 +88,19 @@ def test_retrieval_scores_are_hugging_faces(stage1: Stage1, exported1: Path) -> 
     capfilt_N2 = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), torch.arange(3)[:, None]))
     torch.testing.assert_close(itm_N2, capfilt_N2, atol=TOLERANCE, rtol=0)
     assert itm_N2.std() > 20 * TOLERANCE
+
+
+@torch.no_grad()
+def test_an_exported_stage_1_is_a_filter(stage1: Stage1, exported1: Path) -> None:
+    config = FilterConfig(model=str(exported1))
+    engine = Matcher(config, filter_weights(config))
+    prepared = [engine.prepare(encoded(image, "PNG")) for image in images(3)]
+    pixels_BCHW = torch.stack([pixels_CHW for pixels_CHW in prepared if pixels_CHW is not None])
+    matcher = Stage1Matcher(stage1)
+    pairs = torch.arange(3)[:, None]
+    expected_N = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), pairs)).softmax(-1)[:, 1]
+    matched = engine.match(pixels_BCHW, [[text] for text in TEXTS])
+    assert [row[0] for row in matched] == pytest.approx(expected_N.tolist(), abs=TOLERANCE)
 
 
 def test_pixels_are_hugging_faces(stage1: Stage1, exported1: Path) -> None:

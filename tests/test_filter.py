@@ -8,9 +8,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import END_ID, START_ID, save_captioner, save_matcher
+from tiny_models import END_ID, START_ID, save_captioner, save_matcher, save_qformer_matcher
 from torch import Tensor
-from transformers import BertTokenizer, BlipForImageTextRetrieval, BlipImageProcessorPil, BlipProcessor
+from transformers import (
+    BertTokenizer,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    BlipForImageTextRetrieval,
+    BlipImageProcessorPil,
+    BlipProcessor,
+)
 
 from jobs.bench.fixtures.compute import counted_flops
 from jobs.doctor import node_checks
@@ -143,6 +150,34 @@ def test_an_image_is_encoded_and_projected_once_for_all_its_texts(
         lambda: reference(torch.ones(11, 3, dtype=torch.long), pixels_1CHW.expand(11, -1, -1, -1))
     )
     assert naive > 4 * flops(11)
+
+
+@torch.no_grad()
+def test_a_stage_1_of_blip2_matches_as_transformers_does_it(tmp_path: Path) -> None:
+    folder = save_qformer_matcher(tmp_path / "stage1")
+    engine = matcher(folder)
+    reference = Blip2ForImageTextRetrieval.from_pretrained(folder).eval()
+    processor = Blip2Processor(BlipImageProcessorPil.from_pretrained(folder), engine._tokenizer)
+    matched = engine.match(pixels(engine, 4), TEXTS)
+    for number, (texts, probabilities) in enumerate(zip(TEXTS, matched, strict=True)):
+        for text, probability in zip(texts, probabilities, strict=True):
+            inputs = processor(images=picture(number), text=text, return_tensors="pt")
+            logits = reference(**inputs, use_image_text_matching_head=True).logits_per_image
+            assert probability == pytest.approx(float(logits.softmax(-1)[0, 1]), abs=1e-5)
+    assert max(max(row) for row in matched if row) - min(min(row) for row in matched if row) > 0.02
+    # What the processor adds for language models is a word that the Q-Former does not know.
+    [[odd, unknown]] = engine.match(pixels(engine, 1), [["a <image> dog", "a [UNK] dog"]])
+    assert odd == unknown
+    pixels_1CHW = torch.zeros(1, 3, 32, 32)
+
+    def flops(texts: int) -> float:
+        return counted_flops(lambda: engine.encode(engine.vision(pixels_1CHW), [[[1, 2, 3]] * texts]))
+
+    text = flops(2) - flops(1)
+    assert flops(11) == pytest.approx(flops(1) + 10 * text, rel=1e-6)
+    assert text < 0.2 * flops(1)
+    with pytest.raises(CapfiltError, match=r"max_tokens = 100: the model ends at 48 tokens"):
+        matcher(folder, max_tokens=100)
 
 
 def test_models_that_are_not_filters_are_refused(tmp_path: Path, folder: Path) -> None:

@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     BertTokenizer,
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -82,6 +85,37 @@ def save_matcher(folder: Path, *, seed: int = 0, head: float = 1.0) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     BlipImageProcessor(size={"height": IMAGE_PX, "width": IMAGE_PX}).save_pretrained(folder)
+    return folder
+
+
+def save_qformer_matcher(folder: Path, *, seed: int = 0) -> Path:
+    """Save a stage 1 of BLIP-2, with the image token that its processor adds to the tokenizer."""
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    vision = {**shape, "hidden_size": 48, "image_size": IMAGE_PX, "patch_size": 8}
+    qformer = {
+        **shape,
+        "vocab_size": START_ID,
+        "max_position_embeddings": 48,
+        "encoder_hidden_size": 48,
+        "cross_attention_frequency": 2,
+        "use_qformer_text_input": True,
+    }
+    config = Blip2Config(
+        vision_config=vision, qformer_config=qformer, num_query_tokens=6, image_text_hidden_size=16
+    )
+    model = Blip2ForImageTextRetrieval(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    images = BlipImageProcessor(size={"height": IMAGE_PX, "width": IMAGE_PX})
+    Blip2Processor(images, tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -38,7 +38,8 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _BLIP_FILES = (
     "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
 )  # fmt: skip
-_BLIP_MODELS = {"captioner": "captioner", "filter": "retrieval model"}
+_BLIP_MODELS = {"captioner": "BLIP captioner", "filter": "BLIP retrieval model or stage 1 of BLIP-2"}
+_BLIP_TYPES = {"captioner": ("blip",), "filter": ("blip", "blip-2")}
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # In open_clip's order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -152,7 +153,7 @@ def captioner_weights(config: CaptionConfig) -> Weights:
 
 
 def filter_weights(config: FilterConfig) -> Weights:
-    """Find the BLIP retrieval model that ``[filter]`` names; as ``captioner_weights``."""
+    """Find the model that ``[filter]`` names, of BLIP or BLIP-2; as ``captioner_weights``."""
     return _blip_weights("filter", config.model, config.revision, "filter.model")
 
 
@@ -160,14 +161,15 @@ def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: st
     folder = model_folder(model, revision, _BLIP_FILES, _first_missing_blip_file, where)
     if missing := _first_missing_blip_file(folder):
         raise CapfiltError(
-            f"{missing} is missing in {folder}; {where} must be a hub id or a folder with transformers' BLIP "
+            f"{missing} is missing in {folder}; {where} must be a hub id or a folder with transformers' "
             f"{_BLIP_MODELS[kind]} (config.json, model.safetensors, preprocessor_config.json and the tokenizer's files)"
         )
     shape = read_object(folder / "config.json", where)
     model_type = shape.get("model_type")
-    if model_type != "blip":
+    if model_type not in _BLIP_TYPES[kind]:
+        known = " or ".join(map(repr, _BLIP_TYPES[kind]))
         raise CapfiltError(
-            f"{where} = {model!r} is a {printable(repr(model_type))[:40]} model; the {kind} must be a 'blip' one"
+            f"{where} = {model!r} is a {printable(repr(model_type))[:40]} model; the {kind} must be a {known} one"
         )
     reject_code(shape, folder / "config.json")
     processor_config(folder, image_size_px(shape), where)
@@ -207,10 +209,10 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
     return uncached
 
 
-def image_size_px(captioner: Mapping[str, Any]) -> Any:
-    """Return the size of the images that a captioner's ``config.json`` names; BLIP's where it names none."""
-    vision = captioner.get("vision_config")
-    return vision.get("image_size", 384) if isinstance(vision, dict) else 384
+def image_size_px(config: Mapping[str, Any]) -> Any:
+    """Return the size of the images that a model's ``config.json`` names, or that its class has where it names none."""
+    vision, default = config.get("vision_config"), 224 if config.get("model_type") == "blip-2" else 384
+    return vision.get("image_size", default) if isinstance(vision, dict) else default
 
 
 def ranker_weights(model: str, pretrained: str, where: str = "rank") -> Weights:

@@ -1,83 +1,36 @@
-"""BLIP's filter on one device: the probability that a text matches an image, by the image-text matching (ITM) head.
+"""The filter on one device: the probability that a text matches an image, by the image-text matching (ITM) head.
 
-The image-grounded text encoder reads the text and, in every layer, the image; the head reads its first token. Here an
-image is encoded once for all of its texts, its keys and values are projected once, and the texts are packed: what
-concerns a token alone is computed without padding.
+The model is BLIP's retrieval model, or a stage 1 of BLIP-2 (``qformer_matcher``). Of BLIP, the image-grounded text
+encoder reads the text and, in every layer, the image; the head reads its first token. Here an image is encoded once for
+all of its texts, its keys and values are projected once, and the texts are packed: what concerns a token alone is
+computed without padding.
 
 The legend of the names: B images, P image positions, E their width, T texts, R rows (tokens of all texts), L tokens of
 the longest text, Q rows of an image, D width, H heads, d their width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import BlipForImageTextRetrieval
+from transformers import Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
 
 from pipeline.images.preprocess import Preprocess, decode_pixels, normalise
+from pipeline.models.blip.packing import Packing
+from pipeline.models.blip.qformer_matcher import QFormerMatchEncoder
 from pipeline.models.blip.text_layers import TextLayers, join_heads
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.checks import require_finite
 from pipeline.models.device import compute_dtype, worker_device
 from pipeline.models.device_batch import DeviceBatch
+from pipeline.models.model_files import read_object
 from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
 from pipeline.models.weights import Weights
 from schemas.config import FilterConfig
 from schemas.errors import CapfiltError
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    """Where the tokens of texts of unequal length lie: one below another, and padded by text and by image.
-
-    Attributes:
-        position_R: of each row in its text.
-        first_T: the row of each text's first token.
-        slots_TL: for each place of the texts padded to one length, its row; any row where ``is_token_TL`` is false.
-        places_R: for each row, its place among the flattened ``slots_TL``.
-        slots_BQ, places_by_image_R: the same, padded by image.
-    """
-
-    position_R: Tensor
-    first_T: Tensor
-    slots_TL: Tensor
-    is_token_TL: Tensor
-    places_R: Tensor
-    slots_BQ: Tensor
-    places_by_image_R: Tensor
-
-    @classmethod
-    def of(cls, lengths_T: Tensor, texts_B: Tensor) -> "_Packing":
-        """Return the packing of texts of these lengths, ``texts_B`` of them for each image in turn."""
-        rows_B = torch.stack([part.sum() for part in lengths_T.split(texts_B.tolist())])
-        position_R, slots_TL, places_R = _padded(lengths_T)
-        _, slots_BQ, places_by_image_R = _padded(rows_B)
-        return cls(
-            position_R=position_R,
-            first_T=lengths_T.cumsum(0) - lengths_T,
-            slots_TL=slots_TL,
-            is_token_TL=torch.arange(slots_TL.shape[1], device=lengths_T.device) < lengths_T[:, None],
-            places_R=places_R,
-            slots_BQ=slots_BQ,
-            places_by_image_R=places_by_image_R,
-        )
-
-
-def _padded(lengths_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's position in its group, the row of each padded place, and the padded place of each row."""
-    first_N = lengths_N.cumsum(0) - lengths_N
-    place_M = torch.arange(int(lengths_N.max()), device=lengths_N.device)
-    num_rows = int(lengths_N.sum())
-    # Places behind a group's end get another group's row: computed and never read.
-    slots_NM = (first_N[:, None] + place_M).clamp_max(num_rows - 1)
-    group_R = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
-    position_R = torch.arange(num_rows, device=lengths_N.device) - first_N[group_R]
-    return position_R, slots_NM, group_R * len(place_M) + position_R
 
 
 class MatchEncoder(nn.Module):
@@ -100,7 +53,7 @@ class MatchEncoder(nn.Module):
         texts = [ids for of_image in tokens for ids in of_image]
         tokens_R = torch.tensor([token for ids in texts for token in ids], device=device)
         lengths_T = torch.tensor([len(ids) for ids in texts], device=device)
-        packing = _Packing.of(lengths_T, torch.tensor([len(of_image) for of_image in tokens]))
+        packing = Packing.of(lengths_T, torch.tensor([len(of_image) for of_image in tokens]))
         # (layers, 2, B, H, P, d)
         image_kv = self.text.image_keys_values(image_BPE)
 
@@ -125,46 +78,60 @@ class MatchEncoder(nn.Module):
         return self.head(hidden_RD[packing.first_T]).float()
 
 
+# That transformers' processor of BLIP-2 adds to the tokenizer, for language models: the Q-Former has no row for it.
+_IMAGE_TOKEN = "<image>"
+
+
 class Matcher:
-    """BLIP's retrieval model with its preprocessing and tokenizer, on the device of this process."""
+    """A filter with its preprocessing and tokenizer, on the device of this process."""
 
     def __init__(self, config: FilterConfig, weights: Weights) -> None:
-        """Load the weights. Raises CapfiltError where they are not a BLIP retrieval model's."""
+        """Load the weights. Raises CapfiltError where they are of neither kind of model."""
         self.config = config
         self.name = weights.name
         self.device = worker_device()
         self.dtype = compute_dtype(config.precision, self.device)
         folder = Path(weights.path)
         self._tokenizer = load_tokenizer(folder, "filter.model")
+        is_blip2 = read_object(folder / "config.json", "filter.model").get("model_type") == "blip-2"
         model = load_model(
-            BlipForImageTextRetrieval, folder, "filter.model", weights.name, dtype=torch.float32
+            Blip2ForImageTextRetrieval if is_blip2 else BlipForImageTextRetrieval,
+            folder,
+            "filter.model",
+            weights.name,
+            dtype=torch.float32,
         )
         self.preprocess = Preprocess.of_blip(
             load_image_processor(folder, model.config.vision_config.image_size, "filter.model")
         )
-        text = model.config.text_config
+        text = model.config.qformer_config if is_blip2 else model.config.text_config
         if config.max_tokens > text.max_position_embeddings:
             raise CapfiltError(
                 f"filter.max_tokens = {config.max_tokens}: the model ends at {text.max_position_embeddings} tokens"
             )
-        # A word beyond the table would end a shard that has it, and on a GPU the worker.
-        if (words := max(self._tokenizer.get_vocab().values()) + 1) > text.vocab_size:
-            raise CapfiltError(
-                f"filter.model = {weights.name!r}: its tokenizer has {words} words, and the model embeddings of "
-                f"{text.vocab_size}; put the tokenizer there that the model was trained with"
-            )
-        self._first_id = self._first_token(config.first_token, text.bos_token_id, text.vocab_size)
+        self._require_words(text.vocab_size, {_IMAGE_TOKEN} if is_blip2 else set())
+        self._first_id = int(self._tokenizer.cls_token_id)
+        if config.first_token == "encoder" and not is_blip2:
+            self._first_id = self._encoder_token(text.bos_token_id, text.vocab_size)
         model = model.to(self.device, self.dtype).eval()
         self.vision = VisionTower(
             model.vision_model, config.batch_size if self.device.type == "cuda" else None
         )
-        self.encode = MatchEncoder(model)
+        self.encode = QFormerMatchEncoder(model) if is_blip2 else MatchEncoder(model)
         self.batch = DeviceBatch(self.vision.take_at_most)
 
-    def _first_token(self, name: Literal["encoder", "cls"], start_id: int, vocabulary: int) -> int:
-        """Return the token at position 0: [ENC], which BLIP adds behind its start token [DEC], or [CLS]."""
-        if name == "cls":
-            return int(self._tokenizer.cls_token_id)
+    def _require_words(self, embeddings: int, unread: set[str]) -> None:
+        """Refuse a tokenizer with words beyond the table: they would end a shard, and on a GPU the worker."""
+        words = {word: token for word, token in self._tokenizer.get_vocab().items() if word not in unread}
+        if (count := max(words.values()) + 1) > embeddings:
+            raise CapfiltError(
+                f"filter.model = {self.name!r}: its tokenizer has {count} words, and the model embeddings of "
+                f"{embeddings}; put the tokenizer there that the model was trained with"
+            )
+        self._num_words = count
+
+    def _encoder_token(self, start_id: int, vocabulary: int) -> int:
+        """Return [ENC], which BLIP adds behind its start token [DEC]."""
         if start_id + 1 >= vocabulary:
             raise CapfiltError(
                 f'filter.first_token = "encoder": {self.name!r} has {vocabulary} tokens, and no [ENC] behind its '
@@ -182,7 +149,12 @@ class Matcher:
         if not texts:
             return []
         ids = self._tokenizer(list(texts), truncation=True, max_length=self.config.max_tokens).input_ids
-        return [[self._first_id, *row[1:]] for row in ids]
+        unknown = self._tokenizer.unk_token_id
+        # A text of the web may have the image token's letters.
+        return [
+            [self._first_id, *(token if token < self._num_words else unknown for token in row[1:])]
+            for row in ids
+        ]
 
     @torch.inference_mode()
     def match(self, pixels_BCHW: Tensor, texts: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -109,7 +109,7 @@ class TextLayers(nn.Module):
         self.width = model.config.hidden_size
         self.embeddings = model.embeddings
         self.layers = nn.ModuleList(TextLayer(layer, few_rows) for layer in model.encoder.layer)
-        self.image_keys_values = ImageKeysValues(model.encoder.layer)
+        self.image_keys_values = ImageKeysValues([layer.crossattention.self for layer in model.encoder.layer])
 
     @property
     def device(self) -> torch.device:

@@ -1,29 +1,35 @@
 """What BLIP's text models read of an image: the features of the vision tower, and their keys and values.
 
 transformers' BLIP computes attention without torch's fused kernels; the tower here uses them, on the same weights.
+BLIP-2's towers (EVA) have the same blocks under the same names.
 
 The legend of the names: B images, C channels, P positions (patches and the class token), E width, H heads,
 d their width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextLayer
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+from transformers.models.blip_2.modeling_blip_2 import (
+    Blip2EncoderLayer,
+    Blip2QFormerMultiHeadAttention,
+    Blip2VisionModel,
+)
 
 
 class VisionTower(nn.Module):
-    """The vision tower of a BLIP model, sharing its weights; for inference alone.
+    """The vision tower of a BLIP or BLIP-2 model, sharing its weights; for inference alone.
 
     Args:
         compiled_batch: compile the block, once for all of them, for this number of images: smaller batches are padded,
             so that a shard's last batch compiles nothing. On a GPU it fuses the operations between matrix products.
     """
 
-    def __init__(self, model: BlipVisionModel, compiled_batch: int | None = None) -> None:
+    def __init__(self, model: BlipVisionModel | Blip2VisionModel, compiled_batch: int | None = None) -> None:
         super().__init__()
         self.model = model
         self._batch = compiled_batch or 0
@@ -48,7 +54,7 @@ class VisionTower(nn.Module):
         return self.model.post_layernorm(hidden_BPE[:images])
 
 
-def _block(layer: BlipEncoderLayer, hidden_BPE: Tensor) -> Tensor:
+def _block(layer: BlipEncoderLayer | Blip2EncoderLayer, hidden_BPE: Tensor) -> Tensor:
     # Pre-norm, as in ViT: x + W_o Attention(norm_1(x)), then x + MLP(norm_2(x)).
     attention = layer.self_attn
     q_BHPd, k_BHPd, v_BHPd = (
@@ -62,15 +68,14 @@ def _block(layer: BlipEncoderLayer, hidden_BPE: Tensor) -> Tensor:
 
 
 class ImageKeysValues(nn.Module):
-    """The keys and values that BLIP's text layers read of an image, projected once an image for all its captions.
+    """The keys and values that text layers read of an image, projected once an image for all its captions.
 
     Args:
-        layers: of a text model with cross-attention; all of one width.
+        crosses: the cross-attention of each layer, of BLIP's text models or BLIP-2's Q-Former; all of one width.
     """
 
-    def __init__(self, layers: Iterable[BlipTextLayer]) -> None:
+    def __init__(self, crosses: Sequence[BlipTextSelfAttention | Blip2QFormerMultiHeadAttention]) -> None:
         super().__init__()
-        crosses = [layer.crossattention.self for layer in layers]
         self._num_heads, self._width = crosses[0].num_attention_heads, crosses[0].all_head_size
         # Key and value of layer 0, of layer 1, ...: one matrix product for all of them.
         self.weight = _frozen(torch.cat([p for c in crosses for p in (c.key.weight, c.value.weight)]))
