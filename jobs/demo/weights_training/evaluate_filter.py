@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -29,11 +30,14 @@ from pipeline.models.weights import captioner_weights, filter_weights
 from schemas.config import FilterConfig, SelectConfig
 
 
+FirstToken = Literal["encoder", "cls"]
+
+
 def match_probabilities(
-    folder: Path, images: HeldOutImages, texts: Sequence[Sequence[str]]
+    folder: Path, images: HeldOutImages, texts: Sequence[Sequence[str]], first_token: FirstToken = "encoder"
 ) -> list[list[float]]:
     """Return the match probability of every text of every image."""
-    config = FilterConfig(model=str(folder), max_tokens=16, batch_size=BATCH_SIZE)
+    config = FilterConfig(model=str(folder), max_tokens=16, batch_size=BATCH_SIZE, first_token=first_token)
     matcher = Matcher(config, filter_weights(config))
     probabilities: list[list[float]] = []
     for start in range(0, len(texts), BATCH_SIZE):
@@ -64,14 +68,14 @@ def _auc(is_true_T: np.ndarray, probability_T: np.ndarray) -> float:
 
 
 def evaluate_filter(
-    folder: Path, num_images: int = 500, seed: int = EVALUATION_SEED
+    folder: Path, num_images: int = 500, seed: int = EVALUATION_SEED, first_token: FirstToken = "encoder"
 ) -> dict[str, dict[str, float]]:
     """Caption and filter held-out pictures; return the figures of all texts, of the web's and of the captioner's."""
     images = held_out_images(num_images, seed)
     config = caption_config(CAPTIONER_DIR)
     captions = sample_captions(BlipCaptioner(config, captioner_weights(config), seed), images)
     texts = [[alt, *row] for alt, row in zip(images.alt_texts, captions, strict=True)]
-    probability_NK = np.array(match_probabilities(folder, images, texts))
+    probability_NK = np.array(match_probabilities(folder, images, texts, first_token))
     is_true_NK = np.array(
         [[is_true(text, scene) for text in row] for row, scene in zip(texts, images.scenes, strict=True)]
     )
@@ -87,8 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a filter as `capfilt export` writes it")
     parser.add_argument("--num-images", type=int, default=500)
+    parser.add_argument(
+        "--first-token", choices=get_args(FirstToken), default="encoder", help="as filter.first_token"
+    )
     args = parser.parse_args()
-    print(json.dumps(evaluate_filter(args.folder, args.num_images), indent=2))
+    figures = evaluate_filter(args.folder, args.num_images, first_token=args.first_token)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
