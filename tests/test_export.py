@@ -32,6 +32,7 @@ from training.convert.read import read_external
 from training.convert.state import stage_state
 from training.evaluate.generation import Decoding, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher
+from training.trainer.base_models import read_initial_weights
 
 pytestmark = pytest.mark.training
 
@@ -101,6 +102,24 @@ def test_an_exported_stage_1_is_a_filter(stage1: Stage1, exported1: Path) -> Non
     expected_N = torch.cat(matcher.match(pictures(3), matcher.tokenize(TEXTS), pairs)).softmax(-1)[:, 1]
     matched = engine.match(pixels_BCHW, [[text] for text in TEXTS])
     assert [row[0] for row in matched] == pytest.approx(expected_N.tolist(), abs=TOLERANCE)
+
+
+def test_weights_of_another_number_of_heads_are_refused(stage1: Stage1, exported1: Path) -> None:
+    heads = stage1.config.qformer.heads
+    [weights] = read_initial_weights(
+        stage1.config.model_copy(
+            update={"run": stage1.config.run.model_copy(update={"init_from": str(exported1)})}
+        )
+    )
+    weights.load_into(stage1)
+    assert weights.heads == {"qformer.heads": heads}
+    config = stage1.config.model_copy(
+        update={"qformer": stage1.config.qformer.model_copy(update={"heads": heads // 2})}
+    )
+    with pytest.raises(
+        CapfiltError, match=rf"exported1' has qformer\.heads = {heads}, and the config {heads // 2}"
+    ):
+        weights.load_into(meta_stage(config))
 
 
 def test_pixels_are_hugging_faces(stage1: Stage1, exported1: Path) -> None:

@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ _BLIP_NOT_TRAINED = re.compile(
     r".+\.position_ids|text_decoder\.cls\.predictions\.decoder\.bias|(visual|text)_encoder_m\..+"
     r"|(vision|text)_proj_m\..+|(image|text|idx)_queue|queue_ptr|ptr_queue"
 )
+_HEADS = (("qformer", "heads"), ("blip", "vision", "heads"), ("blip", "text", "heads"))
 # torch's message for a global that a pickle refers to.
 _GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
@@ -53,7 +54,8 @@ _GLOBAL = re.compile(r"GLOBAL (\S+) was not an allowed global")
 class ExternalCheckpoint:
     """Weights under the names of LAVIS, or of BLIP's repository, and the format that they were read from.
 
-    ``config``: the run's, which capfilt's exports have; it is not checked yet.
+    ``config``: the run's, which capfilt's exports have; it is not checked yet. ``heads``: of attention, by the key of
+    a recipe that says so, where a file tells; no tensor's shape does.
     """
 
     kind: Literal["lavis", "huggingface", "capfilt"]
@@ -61,6 +63,7 @@ class ExternalCheckpoint:
     tensors: dict[str, Tensor]
     config: Any = None
     method: Method = "blip2"
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -179,17 +182,41 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
             f"{folder} is a {shown(config.get('model_type'))} model; only 'blip-2' models can be read"
         )
     return _huggingface(
-        folder, lambda tensors: from_hf(tensors, _family(config, folder), str(folder)), method="blip2"
+        folder,
+        lambda tensors: from_hf(tensors, _family(config, folder), str(folder)),
+        method="blip2",
+        heads={"qformer.heads": _value(config, "qformer_config", "num_attention_heads")},
     )
 
 
 def read_blip(folder: Path) -> ExternalCheckpoint:
     """Read a ``Blip*`` folder as ``save_pretrained`` wrote it, and the side file of capfilt's exports."""
-    return _huggingface(folder, lambda tensors: blip_from_hf(tensors, str(folder)), method="blip")
+    config = read_object(folder / "config.json")
+    heads = {
+        f"blip.{part}.heads": _value(config, f"{part}_config", "num_attention_heads")
+        for part in ("vision", "text")
+    }
+    return _huggingface(
+        folder, lambda tensors: blip_from_hf(tensors, str(folder)), method="blip", heads=heads
+    )
+
+
+def recorded_heads(config: Any) -> dict[str, Any]:
+    """Return the heads of attention by their keys, of a config as it was recorded; unchecked."""
+    return {".".join(keys): _value(config, *keys) for keys in _HEADS}
+
+
+def _value(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _huggingface(
-    folder: Path, renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]], method: Method
+    folder: Path,
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    method: Method,
+    heads: Mapping[str, Any],
 ) -> ExternalCheckpoint:
     tensors: dict[str, Tensor] = {}
     files = [path for path in sorted(folder.glob("*.safetensors")) if path.name != EXTRA_FILE]
@@ -203,7 +230,12 @@ def _huggingface(
     own_config = folder / OWN_CONFIG_FILE
     run_config = read_object(own_config).get("config") if own_config.is_file() else None
     return ExternalCheckpoint(
-        kind="huggingface", path=str(folder), tensors=named, config=run_config, method=method
+        kind="huggingface",
+        path=str(folder),
+        tensors=named,
+        config=run_config,
+        method=method,
+        heads=heads,
     )
 
 
@@ -225,6 +257,7 @@ def read_own(folder: Path) -> ExternalCheckpoint:
         tensors=tensors,
         config=config.get("config"),
         method=method,
+        heads=recorded_heads(config.get("config")),
     )
 
 

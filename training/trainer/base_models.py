@@ -5,9 +5,10 @@ their files, so that models may move to another folder or cache.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import BertForMaskedLM
 from pipeline.models.transformers_loader import load_model
 from pipeline.models.weights import file_digests, model_record, ranker_weights
 from schemas.errors import CapfiltError
+from schemas.names import shown
 from schemas.pretrain import PretrainConfig
 from schemas.records import ModelRecord
 from training.blip.initial import copy_text, copy_vit, read_vit
@@ -24,7 +26,7 @@ from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.build import Stage
 from training.checkpoint import read_model
-from training.convert.read import read_external
+from training.convert.read import read_external, recorded_heads
 from training.convert.state import stage_state
 from training.distributed import World
 from training.models.pretrained import model_files, model_folder, tokenizer_files, tokenizer_folder
@@ -37,16 +39,21 @@ _INITIAL_KINDS = ("qformer", "blip", "vit", "bert")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialWeights:
-    """Weights that a model or a part of it begins from, and the row of the manifest that names them."""
+    """Weights that a model or a part of it begins from, and the row of the manifest that names them.
+
+    ``heads``: of attention, by their key, where they are known.
+    """
 
     key: Key
     record: ModelRecord
     tensors: Mapping[str, Tensor]
+    heads: Mapping[str, Any] = field(default_factory=dict)
 
     def load_into(self, stage: Stage) -> None:
         """Set a stage's trainable parameters. Raises CapfiltError where the weights do not fit its config."""
         where = f"{self.key} = {self.record.name!r}"
         if self.key == "run.init_from":
+            self._require_same_heads(stage.config, where)
             fresh = stage.trainable_state()
             stage.load_trainable_state(
                 stage_state(self.tensors, fresh, stage=stage.config.run.stage, where=where)
@@ -56,6 +63,16 @@ class InitialWeights:
             self._load_part(stage)
         except (KeyError, ValueError) as error:
             raise CapfiltError(f"{where} does not fit [{self.key.rpartition('.')[0]}]: {error}") from error
+
+    def _require_same_heads(self, config: PretrainConfig, where: str) -> None:
+        """Refuse a number of heads that the weights were not trained with: their shapes do not tell."""
+        for key, heads in self.heads.items():
+            section, *names = key.split(".")
+            part = getattr(config, section)
+            if part is not None and heads is not None and (now := attrgetter(".".join(names))(part)) != heads:
+                raise CapfiltError(
+                    f"{where} has {key} = {shown(heads)}, and the config {now}; make them equal"
+                )
 
     def _load_part(self, stage: Stage) -> None:
         match stage, self.key:
@@ -108,12 +125,13 @@ def _read_trained(kind: str, path: str) -> InitialWeights:
     if external is None:
         checkpoint, state = read_model(path)
         folder, files, tensors = Path(path), dict(checkpoint.sha256), state.model
+        heads = recorded_heads(state.progress.config)
     else:
-        folder, tensors = external.files[0].parent, external.trained
+        folder, tensors, heads = external.files[0].parent, external.trained, external.heads
         files = file_digests(folder, [file.name for file in external.files])
     parameters = sum(tensor.numel() for tensor in tensors.values())
     record = model_record(kind, path, "", folder, files, parameters)
-    return InitialWeights(key="run.init_from", record=record, tensors=tensors)
+    return InitialWeights(key="run.init_from", record=record, tensors=tensors, heads=heads)
 
 
 @torch.no_grad()

@@ -29,7 +29,6 @@ from pipeline.models.blip.matcher import Matcher
 from pipeline.models.weights import captioner_weights, filter_weights
 from schemas.config import FilterConfig, SelectConfig
 
-
 FirstToken = Literal["encoder", "cls"]
 
 
