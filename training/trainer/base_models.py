@@ -122,6 +122,7 @@ def _read_initial(kind: str, key: Key, name: str) -> InitialWeights:
 def _read_trained(kind: str, path: str) -> InitialWeights:
     """Read a checkpoint of a run, an export, or weights from elsewhere."""
     external = read_external(path)
+    heads: Mapping[str, Any]
     if external is None:
         checkpoint, state = read_model(path)
         folder, files, tensors = Path(path), dict(checkpoint.sha256), state.model
