@@ -36,7 +36,10 @@ def train(tasks: Sequence[Task], question: Question, console: Console) -> float:
         console.print(f"{question.name}: training {names}", highlight=False)
         outcomes = at_once(*(partial(_trial, task) for task in now))
         for task, (figures, cpu_seconds) in zip(now, outcomes, strict=True):
-            _write_result(task, {"figures": figures, "cpu_seconds": round(cpu_seconds, 1)})
+            _write_result(
+                task,
+                {"training": training_digest(task), "figures": figures, "cpu_seconds": round(cpu_seconds, 1)},
+            )
         missing = [task for task in missing if task not in now]
     return seconds
 
@@ -64,7 +67,7 @@ def _result_file(task: Task) -> Path:
 
 def _write_result(task: Task, result: dict[str, Any]) -> None:
     path = _result_file(task).relative_to(task.root)
-    write_json(task.root, str(path), {"training": training_digest(task)} | result)
+    write_json(task.root, str(path), result)
 
 
 def write_json(root: Path, path: str, value: dict[str, Any]) -> None:

@@ -49,11 +49,7 @@ class MatchEncoder(nn.Module):
             image_BPE: of the vision tower.
             tokens: of each text of each image; every image has a text.
         """
-        device = image_BPE.device
-        texts = [ids for of_image in tokens for ids in of_image]
-        tokens_R = torch.tensor([token for ids in texts for token in ids], device=device)
-        lengths_T = torch.tensor([len(ids) for ids in texts], device=device)
-        packing = Packing.of(lengths_T, torch.tensor([len(of_image) for of_image in tokens]))
+        packing = Packing.of(tokens, image_BPE.device)
         # (layers, 2, B, H, P, d)
         image_kv = self.text.image_keys_values(image_BPE)
 
@@ -73,7 +69,7 @@ class MatchEncoder(nn.Module):
             padded_KD = query_RD[packing.slots_BQ.flatten()]
             return self.text.attend_grid(padded_KD, *image_kv[layer])[packing.places_by_image_R]
 
-        hidden_RD = self.text.embed(tokens_R, packing.position_R)
+        hidden_RD = self.text.embed(packing.tokens_R, packing.position_R)
         hidden_RD = self.text.hidden(hidden_RD, attend_self, attend_image)
         return self.head(hidden_RD[packing.first_T]).float()
 

@@ -4,6 +4,7 @@ The legend of the names: B images, T texts, R rows (tokens of all texts), L toke
 image, N groups of rows, M rows of the longest group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ class Packing:
     """Where the tokens of texts of unequal length lie: one below another, and padded by text and by image.
 
     Attributes:
+        tokens_R: of all texts.
+        texts_B: how many texts each image has.
         position_R: of each row in its text.
         first_T: the row of each text's first token.
         slots_TL: for each place of the texts padded to one length, its row; any row where ``is_token_TL`` is false.
@@ -22,6 +25,8 @@ class Packing:
         slots_BQ, places_by_image_R: the same, padded by image.
     """
 
+    tokens_R: Tensor
+    texts_B: Tensor
     position_R: Tensor
     first_T: Tensor
     slots_TL: Tensor
@@ -31,12 +36,17 @@ class Packing:
     places_by_image_R: Tensor
 
     @classmethod
-    def of(cls, lengths_T: Tensor, texts_B: Tensor) -> "Packing":
-        """Return the packing of texts of these lengths, ``texts_B`` of them for each image in turn."""
+    def of(cls, tokens: Sequence[Sequence[Sequence[int]]], device: torch.device) -> "Packing":
+        """Return the packing of the tokens of each text of each image; every image has a text."""
+        texts = [ids for of_image in tokens for ids in of_image]
+        lengths_T = torch.tensor([len(ids) for ids in texts], device=device)
+        texts_B = torch.tensor([len(of_image) for of_image in tokens])
         rows_B = torch.stack([part.sum() for part in lengths_T.split(texts_B.tolist())])
         position_R, slots_TL, places_R = padded(lengths_T)
         _, slots_BQ, places_by_image_R = padded(rows_B)
         return cls(
+            tokens_R=torch.tensor([token for ids in texts for token in ids], device=device),
+            texts_B=texts_B,
             position_R=position_R,
             first_T=lengths_T.cumsum(0) - lengths_T,
             slots_TL=slots_TL,

@@ -17,7 +17,7 @@ from transformers import Blip2ForImageTextRetrieval
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
 
 from pipeline.models.blip.packing import Packing, padded
-from pipeline.models.blip.text_layers import join_heads, linear_layer
+from pipeline.models.blip.text_layers import join_heads, stacked_linear
 from pipeline.models.blip.vision import ImageKeysValues
 
 
@@ -28,12 +28,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.parts = layer
         own = layer.attention.attention
-        # The weights stacked along the outputs.
-        weight, bias = (
-            torch.cat([getattr(part, name) for part in (own.query, own.key, own.value)])
-            for name in ("weight", "bias")
-        )
-        self.qkv = linear_layer(weight, bias, few_rows=False)
+        self.qkv = stacked_linear((own.query, own.key, own.value), few_rows=False)
 
 
 class QFormerMatchEncoder(nn.Module):
@@ -61,23 +56,19 @@ class QFormerMatchEncoder(nn.Module):
             image_BPE: of the vision tower.
             tokens: of each text of each image; every image has a text.
         """
-        device = image_BPE.device
-        texts = [ids for of_image in tokens for ids in of_image]
-        tokens_R = torch.tensor([token for ids in texts for token in ids], device=device)
-        lengths_T = torch.tensor([len(ids) for ids in texts], device=device)
-        texts_B = torch.tensor([len(of_image) for of_image in tokens])
-        packing = Packing.of(lengths_T, texts_B)
+        packing = Packing.of(tokens, image_BPE.device)
+        num_texts, num_tokens = len(packing.first_T), len(packing.tokens_R)
         num_queries = self.queries.shape[1]
-        _, slots_BQ, places_S = padded((texts_B * num_queries).to(device))
-        is_query_TN = packing.is_token_TL.new_ones(len(texts), num_queries)
+        _, slots_BQ, places_S = padded((packing.texts_B * num_queries).to(image_BPE.device))
+        is_query_TN = packing.is_token_TL.new_ones(num_texts, num_queries)
         # Every row of a text reads its queries and its tokens.
         is_read_T1M = torch.cat((is_query_TN, packing.is_token_TL), dim=1)[:, None, None]
         keys_values = iter(self.image_keys_values(image_BPE))
 
         def attend(projected_KM: Tensor) -> Tensor:
             # Rows of queries and then of texts, padded by text for the attention alone: (S + R, 3D) to (S + R, D).
-            query_SM, text_RM = projected_KM.split([len(places_S), len(tokens_R)])
-            query_TNM = query_SM.unflatten(0, (len(texts), num_queries))
+            query_SM, text_RM = projected_KM.split([len(places_S), num_tokens])
+            query_TNM = query_SM.unflatten(0, (num_texts, num_queries))
             padded_TLM = torch.cat((query_TNM, text_RM[packing.slots_TL]), dim=1)
             q_THLd, k_THLd, v_THLd = padded_TLM.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             context_THLd = scaled_dot_product_attention(q_THLd, k_THLd, v_THLd, is_read_T1M)
@@ -92,18 +83,18 @@ class QFormerMatchEncoder(nn.Module):
             return join_heads(scaled_dot_product_attention(q_BHQd, k_BHPd, v_BHPd))[places_S]
 
         table = self.embeddings
-        text_RD = table.word_embeddings(tokens_R) + table.position_embeddings(packing.position_R)
-        query_SD = self.queries.to(text_RD.dtype).expand(len(texts), -1, -1).flatten(0, 1)
+        text_RD = table.word_embeddings(packing.tokens_R) + table.position_embeddings(packing.position_R)
+        query_SD = self.queries.to(text_RD.dtype).expand(num_texts, -1, -1).flatten(0, 1)
         rows_KD = self.norm(torch.cat((query_SD, text_RD)))
         for layer in self.layers:
             parts = layer.parts
             # Post-norm, as BERT: norm(x + W_o context).
             rows_KD = parts.attention.output(attend(layer.qkv(rows_KD)), rows_KD)
-            query_SD, text_RD = rows_KD.split([len(places_S), len(tokens_R)])
+            query_SD, text_RD = rows_KD.split([len(places_S), num_tokens])
             if parts.has_cross_attention:
                 cross = parts.crossattention
                 query_SD = cross.output(attend_image(cross.attention.query(query_SD)), query_SD)
             # Queries and texts have feed-forwards of their own.
             query_SD = parts.feed_forward_chunk_query(query_SD)
             rows_KD = torch.cat((query_SD, parts.feed_forward_chunk(text_RD)))
-        return self.head(query_SD).float().unflatten(0, (len(texts), num_queries)).mean(dim=1)
+        return self.head(query_SD).float().unflatten(0, (num_texts, num_queries)).mean(dim=1)

@@ -8,7 +8,7 @@ The legend of the names: B images, P image positions, E their width, R rows, Q q
 width, D = H * d.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -56,6 +56,12 @@ def linear_layer(weight: Tensor, bias: Tensor, few_rows: bool) -> nn.Module:
     return layer
 
 
+def stacked_linear(layers: Sequence[nn.Linear], few_rows: bool) -> nn.Module:
+    """Return layers of one input as one matrix product: their weights stacked along the outputs."""
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return linear_layer(weight, bias, few_rows)
+
+
 class TextLayer(nn.Module):
     """One layer without its attentions: functions of each row alone. Post-norm, as BERT: norm(x + f(x))."""
 
@@ -66,12 +72,7 @@ class TextLayer(nn.Module):
             return linear_layer(linear.weight, linear.bias, few_rows)
 
         own, cross = layer.attention, layer.crossattention
-        projections = (own.self.query, own.self.key, own.self.value)
-        # Query, key and value as one matrix product: the weights stacked along the outputs.
-        weight, bias = (
-            torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias")
-        )
-        self.qkv = linear_layer(weight, bias, few_rows)
+        self.qkv = stacked_linear((own.self.query, own.self.key, own.self.value), few_rows)
         self.self_dense, self.self_norm = prepared(own.output.dense), own.output.LayerNorm
         self.query = prepared(cross.self.query)
         self.cross_dense, self.cross_norm = prepared(cross.output.dense), cross.output.LayerNorm
