@@ -197,7 +197,8 @@ def test_a_stopped_job_is_recorded_as_interrupted_and_listed_with_its_log(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    stopped = with_values(config, corpus={"path": str(tmp_path / "stopped")})
+    # 96 requests at four a second: the crawl is still at work when the command that stops it has started.
+    stopped = with_values(config, corpus={"path": str(tmp_path / "stopped")}, crawl={"rate_per_host": 4.0})
     job = start_cli(
         "submit",
         "-c",
@@ -214,7 +215,7 @@ def test_a_stopped_job_is_recorded_as_interrupted_and_listed_with_its_log(
     job_id = submission_id(stopped, ["crawl"])
     asked = cli("stop", job_id, "--address", cluster.address)
     assert (asked.returncode, asked.stdout) == (0, f"{job_id}: STOPPED\n"), asked.stderr
-    output, errors = job.communicate(timeout=60)
+    output, errors = job.communicate(timeout=120)
     assert "SIGTERM: stopping" in output, output + errors
     [ended] = records.runs()
     assert ended.outcome == "interrupted"
