@@ -16,6 +16,7 @@ from trained import pictures
 
 from schemas.pretrain import BlipKind, PretrainConfig
 from tests.test_blip_model import normalised, spread_stage
+from training.blip.global_batch import alpha_at
 from training.blip.momentum import EmbeddingQueue
 from training.blip.stage import BlipStage
 from training.blip.vision import DropPath
@@ -142,6 +143,14 @@ def defined(
         optimizer.step()
         losses.append({name: value.item() for name, value in values.items()})
     return losses, reference
+
+
+def test_momentum_targets_begin_at_once_where_no_epoch_is_given(folder: Path) -> None:
+    config = exact_config(folder)
+    at_once = config.blip.model_copy(update={"alpha_epochs": 0.0})
+    size = config.optim.batch_size
+    assert [alpha_at(config, at_once, size * step) for step in (1, 2)] == [at_once.alpha] * 2
+    assert alpha_at(config, config.blip, size) == 0 < alpha_at(config, config.blip, 2 * size)
 
 
 def assert_as_defined(

@@ -234,7 +234,10 @@ def filter_(
         int, typer.Option(min=1, help="Each way, in turn; medians are shown.", metavar="N")
     ] = 3,
     size: Annotated[
-        Literal["base", "large"], typer.Option(help="Of the published model, ViT-B/16 or ViT-L/16.")
+        Literal["base", "large", "blip2"],
+        typer.Option(
+            help="Of the published model: BLIP's with ViT-B/16 or ViT-L/16, BLIP-2's with ViT-g/14."
+        ),
     ] = "base",
     json_: Json = False,
 ) -> None:

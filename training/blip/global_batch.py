@@ -105,5 +105,6 @@ def alpha_at(config: PretrainConfig, shape: BlipConfig, position: int) -> float:
     """Return alpha in the step that ends at ``position``: it rises from 0 over the first ``alpha_epochs``."""
     optim = config.optim
     assert optim.epoch_steps is not None, "a preset did not fill optim.epoch_steps"
-    done = (position // optim.batch_size - 1) / max(1.0, shape.alpha_epochs * optim.epoch_steps)
-    return shape.alpha * min(1.0, done)
+    ramp_steps = shape.alpha_epochs * optim.epoch_steps
+    steps_before = position // optim.batch_size - 1
+    return shape.alpha * (min(1.0, steps_before / ramp_steps) if ramp_steps else 1.0)

@@ -1,4 +1,4 @@
-"""``capfilt bench filter``: match probabilities beside transformers' ``BlipForImageTextRetrieval``, in turn.
+"""``capfilt bench filter``: match probabilities beside transformers' own classes of BLIP and BLIP-2, in turn.
 
 The same weights, images and token ids. transformers as it is encodes an image for each of its texts; with the features
 computed once, it still projects keys and values for each text, and pads. The model has a published size and random
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BlipConfig, BlipForImageTextRetrieval
+from transformers import Blip2Config, Blip2ForImageTextRetrieval, BlipConfig, BlipForImageTextRetrieval
 
 from jobs.bench.fixtures.compute import (
     counted_flops,
@@ -26,10 +26,12 @@ from jobs.bench.fixtures.compute import (
 from jobs.bench.fixtures.machine import median_ratio
 from jobs.bench.fixtures.models import BLIP_LARGE
 from pipeline.models.blip.matcher import MatchEncoder
+from pipeline.models.blip.qformer_matcher import QFormerMatchEncoder
 from pipeline.models.blip.vision import VisionTower
 from pipeline.models.device import compute_dtype, device_name, worker_device
 
 Tokens = list[list[list[int]]]
+Model = BlipForImageTextRetrieval | Blip2ForImageTextRetrieval
 
 # Salesforce/blip-itm-large-coco and blip-itm-base-coco.
 _LARGE: dict[str, Any] = {**BLIP_LARGE, "image_text_hidden_size": 256}
@@ -46,7 +48,22 @@ SIZES: dict[str, dict[str, Any]] = {
         "text_config": _LARGE["text_config"] | {"encoder_hidden_size": 768},
         "vision_config": _LARGE["vision_config"] | _BASE_VISION,
     },
-}
+    # Salesforce/blip2-itm-vit-g.
+    "blip2": {
+        "model_type": "blip-2",
+        "vision_config": {
+            "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+            "image_size": 224, "patch_size": 14, "initializer_range": 0.02,
+        },
+        "qformer_config": {
+            "vocab_size": 30_523, "hidden_size": 768, "encoder_hidden_size": 1408, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
+            "cross_attention_frequency": 2, "use_qformer_text_input": True,
+        },
+        "num_query_tokens": 32,
+        "image_text_hidden_size": 256,
+    },
+}  # fmt: skip
 # [ENC], which BLIP adds as its last token.
 _FIRST = 30_523
 
@@ -59,7 +76,7 @@ def measure_filter(
 
     Args:
         mean_tokens: of a text, the first and the last one included.
-        sizes: of the model, as ``BlipConfig`` takes them.
+        sizes: of the model, as ``BlipConfig`` takes them, or with the type "blip-2" as ``Blip2Config`` does.
     """
     device = worker_device()
     dtype = compute_dtype("auto", device)
@@ -68,8 +85,11 @@ def measure_filter(
         side = model.config.vision_config.image_size
         generator = torch.Generator().manual_seed(0)
         pixels_BCHW = torch.randn(images, 3, side, side, generator=generator).to(device, dtype)
-        tokens = random_tokens(images, captions, mean_tokens, model.config.text_config.vocab_size)
-        vision, encode = VisionTower(model.vision_model), MatchEncoder(model)
+        is_blip2 = isinstance(model, Blip2ForImageTextRetrieval)
+        text = model.config.qformer_config if is_blip2 else model.config.text_config
+        tokens = random_tokens(images, captions, mean_tokens, text.vocab_size)
+        vision = VisionTower(model.vision_model)
+        encode = QFormerMatchEncoder(model) if is_blip2 else MatchEncoder(model)
         variants: dict[str, Callable[[], Tensor]] = {
             "transformers": partial(_as_it_is, model, pixels_BCHW, tokens),
             "features_once": partial(_features_once, model, pixels_BCHW, tokens),
@@ -117,13 +137,18 @@ def random_tokens(images: int, captions: int, mean_tokens: int, vocabulary: int)
     ]
 
 
-def _model(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> BlipForImageTextRetrieval:
+def _model(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
     torch.manual_seed(0)
     with device:
-        model = BlipForImageTextRetrieval(BlipConfig.from_dict(dict(sizes)))
+        if sizes.get("model_type") == "blip-2":
+            model: Model = Blip2ForImageTextRetrieval(Blip2Config.from_dict(dict(sizes)))
+            # transformers begins with queries that are all alike.
+            torch.nn.init.normal_(model.query_tokens)
+        else:
+            model = BlipForImageTextRetrieval(BlipConfig.from_dict(dict(sizes)))
     # With their first values, small ones, the model says the same of every text.
     for name, weight in model.named_parameters():
-        if weight.ndim == 2 and name.startswith(("text_encoder", "itm_head")):
+        if weight.ndim == 2 and name.startswith(("text_encoder", "embeddings", "qformer", "itm_head")):
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return model.to(dtype).eval()
 
@@ -136,22 +161,36 @@ def _padded(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
     return ids_TL.to(device), (torch.arange(ids_TL.shape[1]) < lengths_T[:, None]).long().to(device)
 
 
-def _as_it_is(model: BlipForImageTextRetrieval, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
+def _as_it_is(model: Model, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     ids_TL, mask_TL = _padded(tokens, pixels_BCHW.device)
     pixels_TCHW = pixels_BCHW.repeat_interleave(len(tokens[0]), 0)
+    if isinstance(model, Blip2ForImageTextRetrieval):
+        output = model(pixels_TCHW, ids_TL, attention_mask=mask_TL, use_image_text_matching_head=True)
+        blip2_logits_T2: Tensor = output.logits_per_image
+        return blip2_logits_T2
     logits_T2: Tensor = model(ids_TL, pixels_TCHW, attention_mask=mask_TL).itm_score
     return logits_T2
 
 
-def _features_once(model: BlipForImageTextRetrieval, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
+def _features_once(model: Model, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     ids_TL, mask_TL = _padded(tokens, pixels_BCHW.device)
     features_BPE = model.vision_model(pixels_BCHW).last_hidden_state
-    features_TPE = features_BPE.repeat_interleave(len(tokens[0]), 0)
-    hidden_TLD = model.text_encoder(
-        ids_TL,
-        attention_mask=mask_TL,
-        encoder_hidden_states=features_TPE,
-        encoder_attention_mask=torch.ones(features_TPE.shape[:2], dtype=torch.long, device=ids_TL.device),
-    ).last_hidden_state
+    image = {
+        "encoder_hidden_states": (features_TPE := features_BPE.repeat_interleave(len(tokens[0]), 0)),
+        "encoder_attention_mask": torch.ones(features_TPE.shape[:2], dtype=torch.long, device=ids_TL.device),
+    }
+    if isinstance(model, Blip2ForImageTextRetrieval):
+        # As its forward does it.
+        query_TND = model.query_tokens.expand(len(ids_TL), -1, -1)
+        num_queries = query_TND.shape[1]
+        hidden_TLD = model.qformer(
+            query_embeds=model.embeddings(input_ids=ids_TL, query_embeds=query_TND),
+            query_length=num_queries,
+            attention_mask=torch.cat((mask_TL.new_ones(len(ids_TL), num_queries), mask_TL), dim=1),
+            **image,
+        ).last_hidden_state
+        of_queries_TN2: Tensor = model.itm_head(hidden_TLD[:, :num_queries])
+        return of_queries_TN2.mean(dim=1)
+    hidden_TLD = model.text_encoder(ids_TL, attention_mask=mask_TL, **image).last_hidden_state
     logits_T2: Tensor = model.itm_head(hidden_TLD[:, 0])
     return logits_T2

@@ -94,7 +94,8 @@ class QFormerMatchEncoder(nn.Module):
             if parts.has_cross_attention:
                 cross = parts.crossattention
                 query_SD = cross.output(attend_image(cross.attention.query(query_SD)), query_SD)
-            # Queries and texts have feed-forwards of their own.
+            # Queries and texts have feed-forwards of their own; behind the last layer only the queries are read.
             query_SD = parts.feed_forward_chunk_query(query_SD)
-            rows_KD = torch.cat((query_SD, parts.feed_forward_chunk(text_RD)))
+            if layer is not self.layers[-1]:
+                rows_KD = torch.cat((query_SD, parts.feed_forward_chunk(text_RD)))
         return self.head(query_SD).float().unflatten(0, (num_texts, num_queries)).mean(dim=1)
