@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Blip2Config, Blip2ForImageTextRetrieval, BlipConfig, BlipForImageTextRetrieval
+from transformers import (
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    PreTrainedModel,
+)
 
 from jobs.bench.fixtures.compute import (
     counted_flops,
@@ -31,7 +37,6 @@ from pipeline.models.blip.vision import VisionTower
 from pipeline.models.device import compute_dtype, device_name, worker_device
 
 Tokens = list[list[list[int]]]
-Model = BlipForImageTextRetrieval | Blip2ForImageTextRetrieval
 
 # Salesforce/blip-itm-large-coco and blip-itm-base-coco.
 _LARGE: dict[str, Any] = {**BLIP_LARGE, "image_text_hidden_size": 256}
@@ -137,11 +142,11 @@ def random_tokens(images: int, captions: int, mean_tokens: int, vocabulary: int)
     ]
 
 
-def _model(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Model:
+def _model(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
     with device:
         if sizes.get("model_type") == "blip-2":
-            model: Model = Blip2ForImageTextRetrieval(Blip2Config.from_dict(dict(sizes)))
+            model: PreTrainedModel = Blip2ForImageTextRetrieval(Blip2Config.from_dict(dict(sizes)))
             # transformers begins with queries that are all alike.
             torch.nn.init.normal_(model.query_tokens)
         else:
@@ -161,7 +166,7 @@ def _padded(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
     return ids_TL.to(device), (torch.arange(ids_TL.shape[1]) < lengths_T[:, None]).long().to(device)
 
 
-def _as_it_is(model: Model, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
+def _as_it_is(model: PreTrainedModel, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     ids_TL, mask_TL = _padded(tokens, pixels_BCHW.device)
     pixels_TCHW = pixels_BCHW.repeat_interleave(len(tokens[0]), 0)
     if isinstance(model, Blip2ForImageTextRetrieval):
@@ -172,7 +177,7 @@ def _as_it_is(model: Model, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     return logits_T2
 
 
-def _features_once(model: Model, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
+def _features_once(model: PreTrainedModel, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     ids_TL, mask_TL = _padded(tokens, pixels_BCHW.device)
     features_BPE = model.vision_model(pixels_BCHW).last_hidden_state
     image = {
