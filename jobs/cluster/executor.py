@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import ray
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster.actors import ProgressActor, build_dataset
-from jobs.cluster.metrics import RayMetrics
 from jobs.cluster.session import ray_session
 from jobs.executor import ExecutorOutcome, RunMonitor, StageJob
 from pipeline.faults import is_waited_for
+from pipeline.runs.metrics import LABELS, METRICS, STORAGE_AWAY, STORAGE_AWAY_DESCRIPTION, Series
 from pipeline.runs.progress import RunProgress
 from pipeline.storage.patience import PAUSES_S
 from schemas.errors import TryAgainLaterError, first_line
@@ -36,7 +37,7 @@ class RayExecutor:
             counter = ProgressActor.options(scheduling_strategy=here).remote(job.limits)
             monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
 
-            metrics = RayMetrics(job.settings.config.corpus.path)
+            metrics = _RayMetrics(job.settings.config.corpus.path)
 
             def snapshot(timeout_s: float) -> RunProgress | None:
                 # An actor that does not answer is being restarted, or Ray is shutting down.
@@ -106,3 +107,31 @@ def _run_once(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle
         if monitor.has_failed_too_often(monitor.progress):
             return "gave up"
     return "done"
+
+
+class _RayMetrics:
+    """A run's metrics, exported through Ray, which serves them to Prometheus on each node, as ``ray_capfilt_...``.
+
+    The driver exports them, not the workers: a worker's series would end with it, and its sums be lost. Ray is up.
+    """
+
+    def __init__(self, corpus: str) -> None:
+        self._corpus = corpus
+        self._counters = {
+            name: Counter(name, metric.description, ("corpus", *LABELS, *metric.labels))
+            for name, metric in METRICS.items()
+        }
+        self._storage_away = Gauge(STORAGE_AWAY, STORAGE_AWAY_DESCRIPTION, ("corpus",))
+        self._exported: dict[Series, float] = {}
+
+    def export(self, progress: RunProgress) -> None:
+        """Add to the counters by how much the sums have grown. A sum that is smaller began anew."""
+        self._storage_away.set(1.0 if progress.away else 0.0, {"corpus": self._corpus})
+        for series, value in progress.metrics.items():
+            before = self._exported.get(series, 0.0)
+            grown = value - before if value >= before else value
+            self._exported[series] = value
+            if grown > 0:
+                name, values = series
+                tags = dict(zip((*LABELS, *METRICS[name].labels), values, strict=True))
+                self._counters[name].inc(grown, tags | {"corpus": self._corpus})

@@ -63,9 +63,9 @@ class Stage1:
     overrides: tuple[str, ...] = ()
 
     def __call__(self, task: Task) -> dict[str, float]:
-        from jobs.experiments.trials.stage1 import train_and_judge
+        from jobs.experiments.trials.training import judge_stage1
 
-        return train_and_judge(task, self.overrides)
+        return judge_stage1(task, self.overrides)
 
 
 # By ITC, the first ten of each list then by ITM: what BLIP and BLIP-2 report.
@@ -124,9 +124,9 @@ class Med:
     times: int = 1
 
     def __call__(self, task: Task) -> dict[str, float]:
-        from jobs.experiments.trials.med import train_and_judge
+        from jobs.experiments.trials.training import judge_med
 
-        return train_and_judge(task, self.times, self.overrides)
+        return judge_med(task, self.times, self.overrides)
 
 
 _MED_MEASURES = {"recall": ("text_r1", "image_r1"), "true captions": ("true_captions",)}

@@ -243,10 +243,7 @@ class Query:
             self._run(comments())
             self._is_commented = True
         if "canonical_url" in names and not self._has_canonical_url:
-            # Imported where it is wanted: most statements need no parser of URLs.
-            from pipeline.manifest.canonical_urls import add_canonical_url
-
-            add_canonical_url(self._connection)
+            _add_canonical_url(self._connection)
             self._has_canonical_url = True
         if "shards_events" in names:
             self._fill(self._columns_of(sql, parameters))
@@ -410,6 +407,23 @@ class Query:
         """Forbid the connection every access outside the database, permanently; return it, for a user's SQL."""
         seal(self._connection)
         return Sealed(connection=self._connection, prepare=self.prepare, find_damage=self.find_damage)
+
+
+def _add_canonical_url(connection: duckdb.DuckDBPyConnection) -> None:
+    """Let a connection's statements call ``canonical_url``, in Python: DuckDB reads no URLs as browsers do."""
+    # Here, since most statements need no parser of URLs.
+    from duckdb.func import ARROW, SPECIAL
+
+    from pipeline.web.urls import canonical_url
+
+    def canonical_urls(urls: pa.Array) -> pa.Array:
+        return pa.array(
+            [None if url is None else canonical_url(url) for url in urls.to_pylist()], pa.string()
+        )
+
+    connection.create_function(
+        "canonical_url", canonical_urls, ["VARCHAR"], "VARCHAR", type=ARROW, null_handling=SPECIAL
+    )
 
 
 def _histogram_sums(compacted: CompactedRecords, records: RecordTables) -> list[dict[str, Any]]:

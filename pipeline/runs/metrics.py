@@ -1,6 +1,6 @@
 """The metrics of a run: their names, and how outcomes and events add up to them. Prometheus's names and base units.
 
-Sums over what the records say, so that at the end of a run both agree. ``jobs.cluster.metrics`` exports them.
+Sums over what the records say, so that at the end of a run both agree. ``jobs.cluster.executor`` exports them.
 """
 
 from collections import Counter

@@ -11,8 +11,7 @@ from jobs.demo.evaluate_training import evaluate_language
 from jobs.demo.held_out import held_out_scenes
 from jobs.demo.training_configs import trial_config
 from jobs.experiments.task import Task
-from jobs.experiments.trials.stage1 import stage1_config
-from jobs.experiments.trials.training import run_overrides, train
+from jobs.experiments.trials.training import run_overrides, stage1_config, train
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from training.build import build_stage
 from training.convert.export import export_model
