@@ -59,7 +59,8 @@ def require_same_shapes(
     if stage == 2:
         state = {name: tensor for name, tensor in state.items() if not _STAGE1_ONLY.fullmatch(name)}
         if not any(_PROJECTION.fullmatch(name) for name in state):
-            state |= {name: tensor for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
+            # To where weights of files are: a stage's own may be on a GPU.
+            state |= {name: tensor.cpu() for name, tensor in fresh.items() if _PROJECTION.fullmatch(name)}
     model = f"stage {stage}" if isinstance(stage, int) else stage
     if problems := tensor_differences(state, fresh):
         raise CapfiltError(f"{where} is not a checkpoint of this {model} model: {problems}")
@@ -80,7 +81,7 @@ def _blip_tensors(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whe
         sources[_HEAD] = sources.get(_DECODER + _EMBEDDINGS, _ENCODER + _EMBEDDINGS)
     state = {name: given[source] for name, source in sources.items() if source in given}
     # Hugging Face's classes have no temperature.
-    state |= {name: wanted[name] for name in ("temp",) if name in wanted and name not in state}
+    state |= {name: wanted[name].cpu() for name in ("temp",) if name in wanted and name not in state}
     positions = "visual_encoder.pos_embed"
     if positions in state:
         state[positions] = resize_positions(state[positions], wanted[positions].shape[1])
