@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo.trace_rules
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -62,6 +63,8 @@ def simulated_gpu() -> Iterator[None]:
         "reset_peak_memory_stats": _nothing,
         "_lazy_init": _nothing,
     }
+    # torch.compile's table of torch's functions is made once, of those that are there by then.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context
         for name, value in cuda.items():

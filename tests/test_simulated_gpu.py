@@ -1,10 +1,12 @@
 """What code for a GPU does with its tensors, on a GPU that the CPU computes: it ends as on the CPU."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from raw_shards import encoded, picture
 from simulated_gpu import NAME, simulated_gpu
 from tiny_models import save_captioner, save_matcher, save_qformer_matcher, save_ranker
@@ -171,6 +173,7 @@ def test_a_run_keeps_the_captions_that_it_keeps_on_the_cpu(base_url: str, tmp_pa
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainings")
     make_corpus(str(folder / "corpus"), sources=("cc", "coco"), shards=1, images=24)
+    tiny_config(folder, folder / "corpus")  # saves the models, which two ranks at once would
     return folder
 
 
@@ -234,3 +237,24 @@ def test_blips_models_train_as_on_the_cpu(workspace: Path) -> None:
     for kind in ("blip-captioner", "blip-filter"):
         run = {"init_from": med}
         assert_as_on_the_cpu(tiny_blip_config(workspace, workspace / "corpus", kind, run=run), workspace, med)
+
+
+def losses_of_ranks(world: World, workspace: Path, device: str) -> list[dict[str, float]]:
+    """Train stage 1 and a MED as a rank of several."""
+    looks = {"data": {"held_out": 8}, "probe": {"every_steps": 4, "images": 4}}
+    run = run_of(workspace, f"ranks-{device[:3]}")
+    configs = [
+        tiny_config(workspace, workspace / "corpus", run=run, **looks),
+        tiny_blip_config(workspace, workspace / "corpus", run=run),
+    ]
+    with simulated_gpu() if device != "cpu" else contextlib.nullcontext():
+        summaries = [trained(config, device) for config in configs]
+    names = {"loss", "itc", "itm", "itg", "lm"}
+    return [{name: summary.metrics[name] for name in names & summary.metrics.keys()} for summary in summaries]
+
+
+@pytest.mark.training
+def test_two_ranks_train_as_on_the_cpu(workspace: Path) -> None:
+    [expected, _] = on_ranks(2, losses_of_ranks, workspace, "cpu")
+    [actual, _] = on_ranks(2, losses_of_ranks, workspace, "cuda:0")
+    assert actual == [pytest.approx(losses, rel=1e-4) for losses in expected] and len(expected[0]) == 4
