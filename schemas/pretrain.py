@@ -340,6 +340,13 @@ class PretrainConfig(Section):
             raise ConfigKeyError('has an effect only with run.stage = "blip-captioner"', ("blip", "prompt"))
         return self
 
+    @property
+    def probe_key(self) -> str:
+        """The key that asks for a probe; empty where none does."""
+        if self.probe.every_steps:
+            return "probe.every_steps"
+        return "checkpoint.keep_best" if self.checkpoint.keep_best else ""
+
     @model_validator(mode="after")
     def _blip_fits_the_batch(self) -> "PretrainConfig":
         if self.blip is None or self.run.stage == "blip-captioner":

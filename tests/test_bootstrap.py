@@ -272,6 +272,10 @@ def test_configs_that_do_not_fit_are_named(models: Path, tmp_path: Path) -> None
     )
     assert "filter.json has blip.projection_width = 8" in refused(file, "filter.blip.projection_width=8")
     load_rounds(file, ["captioner.blip.projection_width=8"])
+    probed = refused(file, "captioner.probe.every_steps=2")
+    assert "captioner.json has probe.every_steps, and BLIP's models have no probe" in probed
+    assert "filter.json ends at" in refused(file, "corpus.filter.max_tokens=500")
+    assert "has caption.max_length = 500" in refused(file, "corpus.caption.max_length=500")
     assert "corpus.path of round 2's" in refused(
         file, f"corpus.corpus.path={tmp_path / 'rounds' / 'round-2'}"
     )

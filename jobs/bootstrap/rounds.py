@@ -171,11 +171,21 @@ def _errors(rounds: Rounds) -> Iterable[str]:
                 f"bootstrap.{name}: {getattr(section, name)} has run.stage = {recipe.run.stage!r}; a recipe of "
                 f"{stage!r} is needed"
             )
+        if key := recipe.probe_key:
+            yield f"bootstrap.{name}: {getattr(section, name)} has {key}, and BLIP's models have no probe; leave it out"
     yield from _other_shape("captioner", rounds)
     yield from _other_shape("filter", rounds)
     for number in range(1, rounds.count + 1):
         if rounds.corpus_path(number) == corpus.corpus.path.rstrip("/"):
             yield f"{where} has the corpus.path of round {number}'s corpus; set another bootstrap.path"
+    lengths: list[tuple[Model, str, int]] = [("captioner", "caption.max_length", corpus.caption.max_length)]
+    lengths += [("filter", "filter.max_tokens", corpus.filter.max_tokens)] if corpus.filter else []
+    for name, key, length in lengths:
+        if (blip := rounds.recipes[name].blip) and length > (most := blip.text.max_positions):
+            yield (
+                f"{where} has {key} = {length}, and the model of {getattr(section, name)} ends at {most} tokens "
+                "(blip.text.max_positions); set no more"
+            )
     captioner = rounds.recipes["captioner"].blip
     if captioner and captioner.prompt != corpus.caption.prompt:
         yield (

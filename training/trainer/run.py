@@ -72,7 +72,7 @@ def pretrain(
         raise CapfiltError(
             "run.init_from: not set; stage 2 begins from a stage 1: name its run, or a LAVIS .pth"
         )
-    key = _key_of_probe(config)
+    key = config.probe_key
     if key and config.blip is not None:
         raise CapfiltError(f"{key}: there is no probe of BLIP's models; leave it out")
     if key and not config.data.held_out:
@@ -143,19 +143,12 @@ def _prepare(
         return loop, snapshot, iter(())
     # On one rank, unless the language model is sharded: then its forward pass needs all of them.
     is_sharded = isinstance(stage, Stage2) and stage.language.is_sharded
-    if _key_of_probe(config) and (world.rank == 0 or is_sharded):
+    if config.probe_key and (world.rank == 0 or is_sharded):
         held_out = held_out_samples(config, snapshot, config.probe.images)
         loop.probe = lambda: validate(stage, held_out, config)
     batches = iter(data)
     # The first batch is read before anything is written, so that a shard that differs from its record is found first.
     return loop, snapshot, itertools.chain([next(batches)], batches)
-
-
-def _key_of_probe(config: PretrainConfig) -> str:
-    """Return the key that asks for a probe, or nothing."""
-    if config.probe.every_steps:
-        return "probe.every_steps"
-    return "checkpoint.keep_best" if config.checkpoint.keep_best else ""
 
 
 def require_same_config(before: PretrainConfig, after: PretrainConfig) -> None:
