@@ -15,6 +15,13 @@ class BootstrapSection(Section):
     rounds: int = Field(
         1, ge=1, description="corpora, each captioned and filtered by models of the one before"
     )
+    min_fetched: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the URLs of each kind of source that has to give an image before the first training, "
+        "so that none learns from what an outage left",
+    )
     models: str = Field("", description="folder of this machine for exported models; empty: PATH/models")
     corpus: str = Field(
         min_length=1, description="config of the corpus: crawled at its corpus.path, the start of round 1"

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from jobs.bootstrap.progress import require_fetched
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import BootstrapStopped, bootstrap, steps
 from jobs.demo.bootstrap import demo_rounds, true_share
@@ -335,6 +336,19 @@ def test_nothing_is_trained_on_a_corpus_whose_every_web_text_was_refused(
         ):
             list(bootstrap(rounds, SILENT, local=True))
     assert not (tmp_path / "checkpoints/blip-pretrain/round-2").exists()
+
+
+def test_nothing_is_trained_on_what_an_outage_left(models: Path, tmp_path: Path) -> None:
+    file = write_bootstrap(tmp_path, models)
+    for number in range(1, 12):
+        (tmp_path / "web" / f"{number:02}.png").write_bytes(b"<html>")
+    refusal = r"1 of 12 URLs or files .* kind 'web' .*min_fetched = 0\.1; .* not_an_image; `capfilt failures"
+    for _ in range(2):
+        with pytest.raises(CapfiltError, match=refusal):
+            list(bootstrap(load_rounds(file), SILENT, local=True))
+    assert not (tmp_path / "rounds" / "checkpoints").exists()
+    rounds = load_rounds(file, ["bootstrap.min_fetched=0"])
+    require_fetched(rounds.corpus, file, rounds.config.bootstrap.min_fetched)
 
 
 # -- stops ---------------------------------------------------------------------------------------------------

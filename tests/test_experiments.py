@@ -36,6 +36,7 @@ from jobs.experiments.results import Results, Trial
 from jobs.experiments.run import Extent, _arms, _task
 from jobs.experiments.task import Task
 from jobs.experiments.trainings import read_trial, ready, train, training_digest
+from jobs.experiments.world import require_served
 from jobs.output.tables import table_lines
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
@@ -368,6 +369,8 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
         facts = write_arm(corpus, arm, tmp_path / arm.name)
         assert facts["images"] <= row["images"]
         assert (facts["true_share"] == 1.0) == (arm.name == "oracle")
+    with pytest.raises(CapfiltError, match=r"of 99 URLs of the demo's world gave an image, where 85% do"):
+        require_served(str(corpus), least=1.0)
     with serving(8423), pytest.raises(CapfiltError, match="port 8423"):
         make_corpus(tmp_path / "other", BASE, options, Console(quiet=True))
     for wrong, said in (

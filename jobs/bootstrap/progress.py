@@ -21,6 +21,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from schemas.records import ShardRecord
 from schemas.stages import STAGES
+from schemas.statuses import TRANSIENT
 from training.trainer.run import changed_learning_keys
 
 
@@ -68,6 +69,29 @@ def _require_images(records: list[ShardRecord], kind: str, config: CapfiltConfig
         f"left{because}, so that there is nothing to learn from them; `capfilt {shown}` has examples. To go on with "
         "another config, remove what was made with this one, or set another bootstrap.path"
     )
+
+
+def require_fetched(config: CapfiltConfig, file: str, least: float) -> None:
+    """Raise CapfiltError where too few URLs of a kind of source gave an image, as in an outage of the network.
+
+    Args:
+        file: of the config, for the command that fetches them again.
+        least: ``bootstrap.min_fetched``.
+    """
+    committed = Records(Storage(config.corpus.path)).shards(("crawl",))
+    for kind in dict.fromkeys(source.kind for source in config.source):
+        names = {source.name for source in config.source if source.kind == kind}
+        totals = Totals.of(record for (_, source, _), record in committed.items() if source in names)
+        if totals.images >= least * totals.urls:
+            continue
+        reason = totals.lost.most_common(1)[0][0]
+        path, mend = config.corpus.path, f"`capfilt failures {config.corpus.path}` has examples"
+        if reason in TRANSIENT:
+            mend = f"`capfilt crawl -c {file} --retry transient` fetches again what may succeed now"
+        raise CapfiltError(
+            f"{path}: {totals.images:,} of {totals.urls:,} URLs or files of the sources of kind {kind!r} gave an "
+            f"image, and bootstrap.min_fetched = {least:g}; most others failed for the reason {reason}; {mend}"
+        )
 
 
 def is_trained(config: PretrainConfig, folder: str) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.bootstrap.progress import is_exported, is_trained, is_whole, last_checkpoint
+from jobs.bootstrap.progress import is_exported, is_trained, is_whole, last_checkpoint, require_fetched
 from jobs.bootstrap.rounds import Model, Rounds
 from jobs.pretrain import TrainingInterruptedError, pretrain, training_interrupts
 from jobs.run import RunOptions, run
+from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.records import Records
 from pipeline.intake.take_over import take_over_crawl
 from pipeline.storage.local_files import wait_for_lock
@@ -124,8 +125,16 @@ def _training_step(rounds: Rounds, model: Model, number: int) -> Step:
         name=f"round {number}: {model}",
         place=folder,
         is_done=partial(is_trained, config, folder),
-        do=partial(_train, config),
+        do=partial(_train, config) if (model, number) != ("pretrain", 1) else partial(_train_first, rounds),
     )
+
+
+def _train_first(rounds: Rounds) -> None:
+    config, section = rounds.training("pretrain", 1), rounds.config.bootstrap
+    # A training that goes on has been let begin.
+    if not SavedCheckpoints(rounds.run_folder("pretrain", 1)).committed():
+        require_fetched(rounds.corpus, section.corpus, section.min_fetched)
+    _train(config)
 
 
 def _train(config: PretrainConfig) -> None:

@@ -19,7 +19,7 @@ from jobs.demo.world.site import scene_of, write_url_list
 from jobs.experiments.arms import BASE, Arm, Variant
 from jobs.experiments.facts import Facts, facts_of
 from jobs.experiments.questions import NUM_CAPTIONS
-from jobs.experiments.world import served_world
+from jobs.experiments.world import require_served, served_world
 from jobs.run import RunOptions, run
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
@@ -81,6 +81,7 @@ def make_corpus(
         raise KeyboardInterrupt
     if result.exit_code:
         raise CapfiltError(f"{folder}: the corpus of the experiment is not whole; see above")
+    require_served(str(folder))
     return time.process_time() - began
 
 

@@ -20,7 +20,7 @@ from jobs.demo.evaluate_med import evaluate_med
 from jobs.demo.held_out import held_out_scenes
 from jobs.experiments.task import Task
 from jobs.experiments.trials.training import train
-from jobs.experiments.world import served_world
+from jobs.experiments.world import require_served, served_world
 from jobs.pretrain import TrainingFailedError
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.records import Records
@@ -43,9 +43,10 @@ _FIRST_MED = "round 1: pretrain"
 def crawl_world(task: Task) -> None:
     """Crawl the web and the images that people captioned, once for all trainings."""
     with _logged(task) as console, served_world(_PORT):
-        for step in steps(rounds_of(task, 1), console, local=True):
+        rounds = rounds_of(task, 1)
+        for step in steps(rounds, console, local=True):
             if step.name == _FIRST_MED:
-                return
+                return require_served(rounds.corpus.corpus.path)
             _do(step)
 
 
