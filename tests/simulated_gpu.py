@@ -75,7 +75,8 @@ def simulated_gpu() -> Iterator[None]:
         # C++ makes it with the driver.
         patch(mock.patch.object(torch, "tensor", _tensor_maker(torch.tensor)))
         patch(mock.patch.object(threading.Thread, "run", _run_thread))
-        patch(_computing())
+        patch(torch.compiler.set_stance("force_eager"))
+        patch(_Mode())
         yield
 
 
@@ -304,15 +305,9 @@ class _Event:
         return 1.0
 
 
-@contextlib.contextmanager
-def _computing() -> Iterator[None]:
-    """What is of one thread: the mode, and that nothing is compiled."""
-    with _Mode(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def _run_thread(thread: threading.Thread) -> None:
-    with _computing():
+    # A mode is of one thread.
+    with _Mode():
         _start(thread)
 
 

@@ -1,6 +1,7 @@
 """What code for a GPU does with its tensors, on a GPU that the CPU computes: it ends as on the CPU."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from simulated_gpu import NAME, simulated_gpu
 from tiny_models import save_captioner, save_matcher, save_qformer_matcher, save_ranker
 from tiny_training import tiny_blip_config, tiny_config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from jobs.run_record import begin_run
 from pipeline.corpus.records import Records
@@ -81,6 +83,19 @@ def test_a_graph_computes_with_what_its_memory_has_when_it_is_launched() -> None
             number.fill_(value)
             graph.replay()
         assert on_host and total.tolist() == [5, 5] and seen.tolist() == [5, 0]
+
+
+def test_behind_it_everything_is_as_before() -> None:
+    to, done = torch.Tensor.to, threading.Event()
+    with simulated_gpu():
+        # Threads of a loader end later.
+        late = threading.Thread(target=done.wait)
+        late.start()
+    done.set()
+    late.join()
+    graphs = CompileCounter()
+    assert torch.compile(lambda tensor: tensor + 1, backend=graphs)(torch.zeros(2)).tolist() == [1, 1]
+    assert graphs.frame_count == 1 and torch.Tensor.to is to and not torch.cuda.is_available()
 
 
 # -- models of the pipeline ------------------------------------------------------------------------------------
