@@ -153,8 +153,9 @@ def _dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     in_backward = torch._C._current_graph_task_id() != -1
     device = kwargs.get("device")
     is_of_gpu = bool(on_gpu) if device is None or (in_backward and on_gpu) else _is_cuda(device)
-    # There is no driver to pin with.
-    kwargs = {**kwargs, **{key: False for key in ("pin_memory",) if key in kwargs}}
+    kwargs = dict(kwargs)
+    if "pin_memory" in kwargs:  # there is no driver to pin with
+        kwargs["pin_memory"] = False
     if not on_gpu and not is_of_gpu:
         return func(*args, **kwargs)
     is_mixed = any(not isinstance(tensor, GpuTensor) and tensor.ndim for tensor in tensors)

@@ -5,6 +5,7 @@ train on: what comes after would learn from something else than the config says.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +38,7 @@ def is_whole(config: CapfiltConfig, stage: Literal["crawl", "select"], key: str)
     storage = Storage(config.corpus.path)
     if not storage.is_corpus():
         return False
-    records = Records(storage)
-    state = CorpusState(records, compacted=Manifest(storage).compacted.shard_records)
+    records, state = Records(storage), _state(storage)
     stages = STAGES[: STAGES.index(stage) + 1]
     committed = {shard: record for shard, record in state.committed.items() if shard[0] in stages}
     runs = {run.run_id: run for run in records.runs()}
@@ -49,10 +49,26 @@ def is_whole(config: CapfiltConfig, stage: Literal["crawl", "select"], key: str)
     done = {(source, shard): record for (name, source, shard), record in committed.items() if name == stage}
     if {source for source, _ in listed} != names or not listed <= done.keys():
         return False
-    for kind in dict.fromkeys(source.kind for source in config.source):
-        of_kind = {source.name for source in config.source if source.kind == kind}
-        _require_images([record for (source, _), record in done.items() if source in of_kind], kind, config)
+    for kind, of_kind in _by_kind(config, done).items():
+        _require_images(of_kind, kind, config)
     return True
+
+
+def _state(storage: Storage) -> CorpusState:
+    """Return the state of a corpus from the manifest's parts: nothing is asked for each record."""
+    return CorpusState(Records(storage), compacted=Manifest(storage).compacted.shard_records)
+
+
+def _by_kind(
+    config: CapfiltConfig, records: Mapping[tuple[str, str], ShardRecord]
+) -> dict[str, list[ShardRecord]]:
+    """Return the records of each kind of source; their keys begin with the source."""
+    kinds = {source.name: source.kind for source in config.source}
+    found: dict[str, list[ShardRecord]] = {kind: [] for kind in kinds.values()}
+    for (source, _), record in records.items():
+        if source in kinds:
+            found[kinds[source]].append(record)
+    return found
 
 
 def _require_images(records: list[ShardRecord], kind: str, config: CapfiltConfig) -> None:
@@ -78,10 +94,12 @@ def require_fetched(config: CapfiltConfig, file: str, least: float) -> None:
         file: of the config, for the command that fetches them again.
         least: ``bootstrap.min_fetched``.
     """
-    committed = Records(Storage(config.corpus.path)).shards(("crawl",))
-    for kind in dict.fromkeys(source.kind for source in config.source):
-        names = {source.name for source in config.source if source.kind == kind}
-        totals = Totals.of(record for (_, source, _), record in committed.items() if source in names)
+    committed = _state(Storage(config.corpus.path)).committed
+    crawled = {
+        (source, shard): record for (stage, source, shard), record in committed.items() if stage == "crawl"
+    }
+    for kind, of_kind in _by_kind(config, crawled).items():
+        totals = Totals.of(of_kind)
         if totals.images >= least * totals.urls:
             continue
         reason = totals.lost.most_common(1)[0][0]

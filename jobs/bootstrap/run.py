@@ -19,7 +19,6 @@ from pipeline.storage.local_files import wait_for_lock
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.pretrain import PretrainConfig
 from schemas.stages import STAGES, Stage
 from training.convert.export import export_model
 from training.convert.load import load_trained
@@ -125,19 +124,16 @@ def _training_step(rounds: Rounds, model: Model, number: int) -> Step:
         name=f"round {number}: {model}",
         place=folder,
         is_done=partial(is_trained, config, folder),
-        do=partial(_train, config) if (model, number) != ("pretrain", 1) else partial(_train_first, rounds),
+        do=partial(_train, rounds, model, number),
     )
 
 
-def _train_first(rounds: Rounds) -> None:
-    config, section = rounds.training("pretrain", 1), rounds.config.bootstrap
+def _train(rounds: Rounds, model: Model, number: int) -> None:
+    config, section = rounds.training(model, number), rounds.config.bootstrap
+    is_first = (model, number) == ("pretrain", 1)
     # A training that goes on has been let begin.
-    if not SavedCheckpoints(rounds.run_folder("pretrain", 1)).committed():
+    if is_first and not SavedCheckpoints(rounds.run_folder(model, number)).committed():
         require_fetched(rounds.corpus, section.corpus, section.min_fetched)
-    _train(config)
-
-
-def _train(config: PretrainConfig) -> None:
     interrupts, name = training_interrupts(), f"{config.run.stage} {config.run.name}"
     try:
         summary = pretrain(config, interrupts)

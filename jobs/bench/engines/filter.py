@@ -180,8 +180,9 @@ def _as_it_is(model: PreTrainedModel, pixels_BCHW: Tensor, tokens: Tokens) -> Te
 def _features_once(model: PreTrainedModel, pixels_BCHW: Tensor, tokens: Tokens) -> Tensor:
     ids_TL, mask_TL = _padded(tokens, pixels_BCHW.device)
     features_BPE = model.vision_model(pixels_BCHW).last_hidden_state
+    features_TPE = features_BPE.repeat_interleave(len(tokens[0]), 0)
     image = {
-        "encoder_hidden_states": (features_TPE := features_BPE.repeat_interleave(len(tokens[0]), 0)),
+        "encoder_hidden_states": features_TPE,
         "encoder_attention_mask": torch.ones(features_TPE.shape[:2], dtype=torch.long, device=ids_TL.device),
     }
     if isinstance(model, Blip2ForImageTextRetrieval):
