@@ -73,9 +73,18 @@ def sums(world: World, folder: Path) -> dict[str, dict[str, object]]:
     return results
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all models of the methods: made once, before there are ranks."""
+    folder = tmp_path_factory.mktemp("sums")
+    for family in ("opt", "t5"):
+        test_stage2.exact_config(folder, family)
+    return folder
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_overlapped_sums_are_the_plain_ones_and_begin_before_the_end(tmp_path: Path, size: int) -> None:
-    for results in on_ranks(size, sums, tmp_path):
+def test_overlapped_sums_are_the_plain_ones_and_begin_before_the_end(models: Path, size: int) -> None:
+    for results in on_ranks(size, sums, models):
         for method, found in results.items():
             distances, under_way, num_buckets = found["exact"]
             # Two numbers have one sum; three are added in another order.
@@ -164,8 +173,8 @@ def _batches(stage_tests: Any, rows: slice) -> Iterator[Any]:
         yield batch
 
 
-def test_the_next_images_are_encoded_while_sums_are_under_way(tmp_path: Path) -> None:
-    for results in on_ranks(2, encoded, tmp_path, tmp_path / "out"):
+def test_the_next_images_are_encoded_while_sums_are_under_way(models: Path, tmp_path: Path) -> None:
+    for results in on_ranks(2, encoded, models, tmp_path):
         for method in ("stage 1", "stage 2"):
             losses, seen, num_buckets = results[f"{method} overlapped"]
             expected, without, _ = results[f"{method} after"]

@@ -1,5 +1,6 @@
 """Untrained BERT, OPT and T5 of a few kilobytes in the layout of the published ones, and runs configured on them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,12 @@ def tiny_blip_config(
     return PretrainConfig.model_validate(values)
 
 
-def _once(folder: Path, save: Any) -> Path:
-    return folder if (folder / "tokenizer.json").is_file() else save(folder)
+def _once(folder: Path, save: Callable[[Path], Path]) -> Path:
+    """Return a folder of a model, made where it is missing: before there are ranks, of which all would write it."""
+    if not (folder / "tokenizer.json").is_file():
+        assert not torch.distributed.is_initialized(), f"{folder} is to be made before the ranks are"
+        save(folder)
+    return folder
 
 
 def _word_level(first: tuple[str, ...], unknown: str) -> Tokenizer:
