@@ -91,7 +91,7 @@ def assert_equal(state: State, other: State) -> None:
 
 def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen | None = None) -> None:
     path = folder_of(config) / FILE
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -270,6 +270,10 @@ def test_twenty_kill_twenty_is_forty(make: Make) -> None:
     whole, killed = make(run={"name": "whole"}, **settings), make(run={"name": "killed"}, **settings)
     process = start(pretrain, killed)
     wait_for_steps(killed, 23)
+    # Written beside the next steps.
+    while not any(folder_of(killed).glob("step-00000020.*.json")):
+        assert process.is_alive()
+        time.sleep(0.01)
     assert kill(process.pid)
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -4,12 +4,15 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._common.network_utils import parse_address
+from ray._private import ray_constants, services
 
 from jobs.cluster.nodes import living_nodes
 from jobs.environment import WORKER_ENVIRONMENT, ray_address, variables
@@ -63,19 +66,52 @@ def _for_log_file_alone(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def joined_ray(address: str, interrupts: Interrupts, **settings: Any) -> Iterator[None]:
-    """Join the Ray at an address, or start one (``"local"``), and leave it at the end. Raises CapfiltError."""
+def joined_ray(
+    address: str, interrupts: Interrupts, *, patience_s: float = 20.0, **settings: Any
+) -> Iterator[None]:
+    """Join the Ray at an address, or start one (``"local"``), and leave it at the end.
+
+    Raises CapfiltError, where nothing listens at the address after ``patience_s``.
+    """
     try:
         try:
+            _wait_for_listener(address, patience_s)
             listening = _loopback_only() if address == "local" else contextlib.nullcontext()
             with interrupts.delayed(), _without_stderr(), listening:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise CapfiltError(f"cluster.address {address!r}: cannot join Ray there: {error}") from error
+        except Exception as error:
+            # Ray has no type of its own for a node that was not up after 30 seconds, a time that nothing can change.
+            if type(error) is not Exception:
+                raise
+            raise CapfiltError(
+                f"Ray does not start on this machine: {error} If other work keeps it busy, do the same again later; "
+                "`capfilt run --local` needs no Ray"
+            ) from error
         yield
     finally:
         with interrupts.delayed():
             ray.shutdown()
+
+
+def _wait_for_listener(address: str, patience_s: float) -> None:
+    """Return once something listens at an address, as where a head has just been started. Raises OSError.
+
+    Ray itself would try for ten minutes, and not hear a signal meanwhile.
+    """
+    # "auto" is what RAY_ADDRESS or the last Ray on this machine says; None where that is nothing, or to be started.
+    place = services.canonicalize_bootstrap_address(address.removeprefix("ray://"))
+    deadline = time.monotonic() + patience_s
+    while place is not None:
+        try:
+            socket.create_connection(parse_address(place), timeout=10).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+        else:
+            break
 
 
 @contextlib.contextmanager
