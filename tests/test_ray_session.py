@@ -19,7 +19,9 @@ def test_an_address_without_a_cluster_is_named() -> None:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with (
-            pytest.raises(CapfiltError, match=f"cluster.address '{address}': cannot join Ray there: .*refused"),
+            pytest.raises(
+                CapfiltError, match=f"cluster.address '{address}': cannot join Ray there: .*refused"
+            ),
             Interrupts() as interrupts,
             joined_ray(address, interrupts, patience_s=0),
         ):
@@ -30,11 +32,14 @@ def test_a_node_that_is_not_up_in_time_is_no_fault_of_capfilt(monkeypatch: pytes
     """As on a machine that other work keeps busy: Ray waits 30 seconds, and its error has no type of its own."""
 
     def never_up(**_: Any) -> None:
-        raise Exception("The current node timed out during startup.")  # noqa: TRY002 (as Ray does)
+        # As Ray does.
+        raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", never_up)
     with (
-        pytest.raises(CapfiltError, match=r"timed out during startup\. If other work .* --local` needs no Ray"),
+        pytest.raises(
+            CapfiltError, match=r"timed out during startup\. If other work .* --local` needs no Ray"
+        ),
         Interrupts() as interrupts,
         joined_ray("local", interrupts),
     ):
