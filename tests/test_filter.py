@@ -338,6 +338,25 @@ def test_another_selection_computes_no_probability_again(corpus: CapfiltConfig, 
     assert {row["reason"] for row in curated_rows(corpus.corpus.path)} == {None, "filtered_out"}
 
 
+def test_matches_of_a_selection_without_scores_stand_beside_older_scores(corpus: CapfiltConfig) -> None:
+    """Where the filter alone decides, its matches have read no scores; those of the ranking before are still there."""
+    counted = "SELECT count(score), count(match_probability) FROM candidates"
+    ((_, matches),) = ask(corpus, counted)
+    itm, clip = (with_values(corpus, select={"by": by}) for by in ("itm", "clip"))
+    assert do_run(itm, recompute=True).exit_code == 0
+    assert ask(itm, counted) == [(0, matches)]
+    ((uid,),) = ask(itm, "SELECT min(uid) FROM curated WHERE len(captions) = 2")
+    [traced] = trace(Manifest(Storage(itm.corpus.path)), uid)
+    outcomes = [candidate["outcome"] for candidate in traced["candidates"]]
+    assert outcomes[:2] == ["kept as number 1", "kept as number 2"]
+    assert not any("decode" in outcome for outcome in outcomes)
+    # CLIP decides again, and has scores that the matches have not read.
+    assert do_run(clip, recompute=True).exit_code == 0
+    assert ask(clip, counted) == [(matches, matches)]
+    assert do_run(corpus, recompute=True).exit_code == 0
+    assert ask(corpus, counted) == [(matches, matches)]
+
+
 def test_adding_a_filter_leaves_the_curated_shards_of_clips_selection(
     base_url: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -20,21 +20,26 @@ from schemas.tables import (
 
 # The Parquet files of the data tables, by kind: those that the record of a shard commits. Captions count until their
 # shard is ranked or filtered, since scores and matches repeat them; scores until those same scores are filtered.
-# Matches of other scores than the shard has now do not count. ``retries`` are the raw files of shards that try URLs
-# again.
+# Matches of other scores than the shard has now do not count. Of matches that read none (``select.by = "itm"``) and
+# of scores, those count that the selection read, and before there is one the newer. ``retries`` are the raw files of
+# shards that try URLs again.
 def committed_files_of(shards: str) -> str:
     """Return the SELECT of ``base.committed_files`` over a relation with all rows of some shards, or of all."""
     return f"""
     WITH outputs AS (
         SELECT CASE {" ".join(f"WHEN stage = {quote(stage)} THEN {quote(name)}" for name, stage in DATA_STAGES.items())}
             ELSE stage END AS kind, source, shard, paths['parquet'] AS path,
-            sha256['parquet'] AS sha256, inputs['rank.parquet'] AS of_scores
+            sha256['parquet'] AS sha256, finished_at, inputs['rank.parquet'] AS of_scores,
+            inputs['filter.parquet'] AS of_matches
         FROM {shards} WHERE state = 'committed' AND stage <> 'urls'
     ), filtered AS (
         SELECT matches.source, matches.shard, scores.path IS NULL
-                OR coalesce(scores.sha256 = matches.of_scores, false) AS counts
+                OR scores.sha256 = coalesce(matches.of_scores, '')
+                OR matches.of_scores IS NULL AND coalesce(
+                    curated.of_matches = matches.sha256, matches.finished_at > scores.finished_at) AS counts
         FROM (SELECT * FROM outputs WHERE kind = 'matches') AS matches
         LEFT JOIN (SELECT * FROM outputs WHERE kind = 'scores') AS scores USING (source, shard)
+        LEFT JOIN (SELECT * FROM outputs WHERE kind = 'curated') AS curated USING (source, shard)
     )
     SELECT kind, source, shard, path FROM outputs ANTI JOIN (
         SELECT 'captions' AS kind, source, shard FROM outputs WHERE kind IN ('scores', 'matches')
