@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from jobs.bootstrap.progress import require_fetched
+from jobs.bootstrap.progress import is_trained, require_fetched
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import BootstrapStopped, bootstrap, steps
 from jobs.demo.bootstrap import demo_rounds, true_share
@@ -316,6 +316,51 @@ def test_a_corpus_whose_config_has_changed_since_is_refused(whole: Rounds) -> No
     ):
         with pytest.raises(CapfiltError, match=change):
             list(bootstrap(load_rounds(file, [override]), SILENT, local=True))
+
+
+@pytest.mark.parametrize(
+    ("removed", "overrides", "refusal"),
+    [
+        (
+            ["round-1"],
+            ["corpus.caption.num_captions=1"],
+            "blip-pretrain/round-2 was trained on 2 shards, 1 of which .*round-1 does not have any more; remove it",
+        ),
+        (
+            ["checkpoints/blip-pretrain/round-1"],
+            ["pretrain.run.seed=8"],
+            "blip-captioner/round-1 began with another checkpoint than the last one of .*blip-pretrain/round-1",
+        ),
+        (
+            ["checkpoints/blip-captioner/round-1", "models/round-1/captioner"],
+            ["captioner.run.seed=8"],
+            "round-1 was made with another model than .*models/round-1/captioner; remove it",
+        ),
+    ],
+    ids=["corpus", "model", "export"],
+)
+def test_what_was_made_of_something_that_was_made_anew_since_is_refused(
+    whole: Rounds, tmp_path: Path, removed: list[str], overrides: list[str], refusal: str
+) -> None:
+    """Done as it is: but of a model or a corpus that is gone."""
+    folder = shutil.copytree(Path(whole.config.bootstrap.path).parent, tmp_path / "copy")
+    rounds = load_rounds(str(folder / "bootstrap.json"), overrides, 1)
+    for place in removed:
+        shutil.rmtree(folder / "rounds" / place)
+    for _ in range(2):
+        with pytest.raises(CapfiltError, match=refusal):
+            list(bootstrap(rounds, SILENT, local=True))
+
+
+def test_a_corpus_that_has_grown_since_leaves_what_was_trained_on_it(whole: Rounds, tmp_path: Path) -> None:
+    config, folder = whole.training("pretrain", 1), whole.run_folder("pretrain", 1)
+    copy = shutil.copytree(folder, tmp_path / "run")
+    [saved] = [json.loads(file.read_text()) for file in copy.glob("snapshot-*.json")]
+    assert len(saved["sources"][0]["shards"]) == 1
+    saved["sources"] = saved["sources"][1:]
+    for file in copy.glob("snapshot-*.json"):
+        file.write_text(json.dumps(saved))
+    assert is_trained(config, str(copy))
 
 
 def test_nothing_is_trained_on_a_corpus_whose_every_web_text_was_refused(

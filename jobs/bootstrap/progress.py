@@ -5,7 +5,7 @@ train on: what comes after would learn from something else than the config says.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,16 +13,20 @@ from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
 from pipeline.manifest.manifest import Manifest
+from pipeline.digests import digest_json
 from pipeline.models.model_files import exported_from
+from pipeline.models.weights import captioner_weights, filter_weights
 from pipeline.runs.plan import changed_keys
 from pipeline.runs.survey import Totals
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
-from schemas.pretrain import PretrainConfig
+from schemas.pretrain import DataConfig, PretrainConfig
 from schemas.records import ShardRecord
 from schemas.stages import STAGES
 from schemas.statuses import TRANSIENT
+from training.data.shard_index import ShardRef
+from training.data.snapshot import parse_snapshot, snapshot_file, take_snapshot
 from training.trainer.run import changed_learning_keys
 
 
@@ -42,9 +46,11 @@ def is_whole(config: CapfiltConfig, stage: Literal["crawl", "select"], key: str)
     stages = STAGES[: STAGES.index(stage) + 1]
     committed = {shard: record for shard, record in state.committed.items() if shard[0] in stages}
     runs = {run.run_id: run for run in records.runs()}
+    names = {source.name for source in config.source}
     if changes := changed_keys(config, runs, committed):
         raise _begun_otherwise(storage.root, changes, key)
-    names = {source.name for source in config.source}
+    if stage == "select":
+        _require_same_models(config, [record for place, record in committed.items() if place[1] in names])
     listed = {place for place in state.urls if place[0] in names}
     done = {(source, shard): record for (name, source, shard), record in committed.items() if name == stage}
     if {source for source, _ in listed} != names or not listed <= done.keys():
@@ -52,6 +58,19 @@ def is_whole(config: CapfiltConfig, stage: Literal["crawl", "select"], key: str)
     for kind, of_kind in _by_kind(config, done).items():
         _require_images(of_kind, kind, config)
     return True
+
+
+def _require_same_models(config: CapfiltConfig, records: Collection[ShardRecord]) -> None:
+    """Raise CapfiltError where captions or match probabilities are of another model than the one that is there now."""
+    assert config.filter is not None, "checked when the configs were read"
+    for stage, model, weights in (
+        ("caption", config.caption.model, lambda: captioner_weights(config.caption)),
+        ("filter", config.filter.model, lambda: filter_weights(config.filter)),
+    ):
+        made_of = {digest for record in records if record.stage == stage for digest in record.models}
+        # A model that is away is exported again, byte for byte as it was.
+        if made_of and Path(model).is_dir() and made_of != {weights().digest}:
+            raise _made_of_another(config.corpus.path, f"was made with another model than {model}")
 
 
 def _state(storage: Storage) -> CorpusState:
@@ -112,8 +131,15 @@ def require_fetched(config: CapfiltConfig, file: str, least: float) -> None:
         )
 
 
-def is_trained(config: PretrainConfig, folder: str) -> bool:
-    """Tell whether a run has its last checkpoint. Raises CapfiltError where it began with another config."""
+def is_trained(config: PretrainConfig, folder: str, begins_with: str = "") -> bool:
+    """Tell whether a run has its last checkpoint.
+
+    Args:
+        begins_with: folder of the run whose last checkpoint it begins with; empty where it is none of these.
+
+    Raises:
+        CapfiltError: it began with another config or model, or on shards that are not there any more.
+    """
     storage = Storage(folder)
     if not storage.exists("config.json"):
         return False
@@ -126,7 +152,35 @@ def is_trained(config: PretrainConfig, folder: str) -> bool:
     if changes := changed_learning_keys(begun, now):
         raise _begun_otherwise(folder, changes, "bootstrap.path")
     saved = SavedCheckpoints(folder).committed()
-    return bool(saved) and saved[-1].step == begun.optim.steps
+    if not saved:
+        return False
+    _require_same_shards(config.data, storage, saved[-1].snapshot)
+    first = SavedCheckpoints(begins_with).committed() if begins_with else []
+    if first and digest_json(dict(first[-1].sha256)) not in saved[-1].models:
+        raise _made_of_another(folder, f"began with another checkpoint than the last one of {begins_with}")
+    return saved[-1].step == begun.optim.steps
+
+
+def _require_same_shards(data: DataConfig, folder: Storage, digest: str) -> None:
+    """Raise CapfiltError where a training read shards that its corpora do not have any more; they may have grown."""
+    name = snapshot_file(digest)
+    read = parse_snapshot(folder.read(name), data, folder.url(name)).shards
+    are_there = all(Storage(part.path).is_corpus() for part in data.corpus)
+    there = take_snapshot(data).shards if are_there else ()
+    lost = {_content(shard) for shard in read} - {_content(shard) for shard in there}
+    if lost:
+        paths = " and ".join(dict.fromkeys(part.path for part in data.corpus))
+        raise _made_of_another(
+            folder.root, f"was trained on {len(read)} shards, {len(lost)} of which {paths} does not have any more"
+        )
+
+
+def _content(shard: ShardRef) -> tuple[str, str, str]:
+    return shard.source, shard.shard, shard.tar.sha256
+
+
+def _made_of_another(place: str, why: str) -> CapfiltError:
+    return CapfiltError(f"{place} {why}; remove it, so that it is made anew, or set another bootstrap.path")
 
 
 def _begun_otherwise(place: str, changes: list[str], key: str) -> CapfiltError:

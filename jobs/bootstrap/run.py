@@ -120,10 +120,11 @@ def _make_corpus(base: CapfiltConfig, config: CapfiltConfig, console: Console, l
 
 def _training_step(rounds: Rounds, model: Model, number: int) -> Step:
     config, folder = rounds.training(model, number), rounds.run_folder(model, number)
+    begins_with = "" if model == "pretrain" else rounds.run_folder("pretrain", number)
     return Step(
         name=f"round {number}: {model}",
         place=folder,
-        is_done=partial(is_trained, config, folder),
+        is_done=partial(is_trained, config, folder, begins_with),
         do=partial(_train, rounds, model, number),
     )
 
