@@ -283,7 +283,9 @@ def test_configs_that_do_not_fit_are_named(models: Path, tmp_path: Path) -> None
     assert "bootstrap.models" in refused(file, "bootstrap.path=s3://bucket/rounds")
     assert "did you mean bootstrap.rounds?" in refused(file, "bootstrap.round=2")
     assert "no such config file" in refused(file, "bootstrap.corpus=nowhere.toml")
-    assert "--set optim.stepz=2: optim.stepz: unknown key" in refused(file, "pretrain.optim.stepz=2")
+    assert "--set pretrain.optim.stepz=2: optim.stepz: unknown key" in refused(file, "pretrain.optim.stepz=2")
+    for key in ("run.init_from", "blip.vision.init"):
+        assert f"has {key} = '/nothere', and there is no such" in refused(file, f"pretrain.{key}=/nothere")
     with pytest.raises(
         CapfiltError, match="for capfilt run; this command takes the config of a bootstrapping"
     ):

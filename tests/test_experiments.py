@@ -375,7 +375,8 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
         make_corpus(tmp_path / "other", BASE, options, Console(quiet=True))
     for wrong, said in (
         (("experiment", "curatoin"), "did you mean"),
-        ((*ARGUMENTS[:2], "--arm", "rank"), "no such arm"),
+        ((*ARGUMENTS[:2], "--arm", "rank"), "did you mean ranked?; it has web, "),
+        (("experiment", "rounds", "--filter", str(tmp_path)), "rounds does not ask the demo's filter"),
         (("experiment", "all", "--arm", "web"), "in place of all"),
         (
             (*ARGUMENTS[:2], "--filter", str(tmp_path / "none"), *ARGUMENTS[4:], "--out", out),

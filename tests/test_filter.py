@@ -29,10 +29,10 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify.corpus import verify
 from pipeline.models.blip.matcher import MatchEncoder, Matcher
 from pipeline.models.blip.vision import VisionTower
-from pipeline.models.weights import filter_weights
+from pipeline.models.weights import captioner_weights, filter_weights
 from pipeline.stages.selection import select
 from pipeline.storage.storage import Storage
-from schemas.config import CapfiltConfig, FilterConfig, SelectConfig
+from schemas.config import CapfiltConfig, CaptionConfig, FilterConfig, SelectConfig
 from schemas.errors import CapfiltError
 from tests.corpora import make_corpus
 from tests.processes import cli_here
@@ -183,9 +183,13 @@ def test_a_stage_1_of_blip2_matches_as_transformers_does_it(tmp_path: Path) -> N
 def test_models_that_are_not_filters_are_refused(tmp_path: Path, folder: Path) -> None:
     captioner = save_captioner(tmp_path / "captioner")
     with pytest.raises(
-        CapfiltError, match=r"filter\.model.*not a BlipForImageTextRetrieval: \d+ tensors are missing"
+        CapfiltError, match=r"filter\.model.*no itm_head\.\*; the filter must be a BLIP retrieval"
     ):
         matcher(captioner)
+    with pytest.raises(
+        CapfiltError, match=r"caption\.model.*no text_decoder\.\*; the captioner must be a BLIP"
+    ):
+        captioner_weights(CaptionConfig(model=str(save_matcher(tmp_path / "matcher"))))
     mixed = save_matcher(tmp_path / "mixed")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(60))]
     BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(mixed)

@@ -12,8 +12,8 @@ from typing import Literal
 from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
-from pipeline.manifest.manifest import Manifest
 from pipeline.digests import digest_json
+from pipeline.manifest.manifest import Manifest
 from pipeline.models.model_files import exported_from
 from pipeline.models.weights import captioner_weights, filter_weights
 from pipeline.runs.plan import changed_keys
@@ -171,7 +171,8 @@ def _require_same_shards(data: DataConfig, folder: Storage, digest: str) -> None
     if lost:
         paths = " and ".join(dict.fromkeys(part.path for part in data.corpus))
         raise _made_of_another(
-            folder.root, f"was trained on {len(read)} shards, {len(lost)} of which {paths} does not have any more"
+            folder.root,
+            f"was trained on {len(read)} shards, {len(lost)} of which {paths} does not have any more",
         )
 
 

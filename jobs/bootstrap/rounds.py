@@ -7,7 +7,8 @@ crawled one. All three of its models are trained on the corpus before it, as PAT
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from pipeline.config import load_config
 from pipeline.storage.filesystem import filesystem_of, is_local
@@ -15,6 +16,8 @@ from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import CorpusSlice, PretrainConfig
+
+C = TypeVar("C", CapfiltConfig, PretrainConfig)
 
 Model = Literal["pretrain", "captioner", "filter"]
 # The keys of [bootstrap] that name a training's recipe, and the stage that it has to have.
@@ -133,16 +136,21 @@ def load_rounds(file: str, overrides: Sequence[str] = (), rounds: int | None = N
     own += [f"bootstrap.rounds={rounds}"] if rounds is not None else []
     config = load_config(file, own, BootstrapConfig)
 
-    def of(name: str) -> list[str]:
-        return [override.partition(".")[2] for override in overrides if _config_of(override) == name]
+    def load(name: str, path: str, kind: type[C]) -> C:
+        of_name = [override.partition(".")[2] for override in overrides if _config_of(override) == name]
+        try:
+            return load_config(path, of_name, kind)
+        except CapfiltError as error:
+            # As it was given.
+            raise CapfiltError(str(error).replace("--set ", f"--set {name}.")) from error
 
     section = config.bootstrap
     recipes: dict[Model, PretrainConfig] = {
-        "pretrain": load_config(section.pretrain, of("pretrain"), PretrainConfig),
-        "captioner": load_config(section.captioner, of("captioner"), PretrainConfig),
-        "filter": load_config(section.filter, of("filter"), PretrainConfig),
+        "pretrain": load("pretrain", section.pretrain, PretrainConfig),
+        "captioner": load("captioner", section.captioner, PretrainConfig),
+        "filter": load("filter", section.filter, PretrainConfig),
     }
-    loaded = Rounds(config=config, corpus=load_config(section.corpus, of("corpus")), recipes=recipes)
+    loaded = Rounds(config=config, corpus=load("corpus", section.corpus, CapfiltConfig), recipes=recipes)
     if errors := [f"{file}: {error}" for error in _errors(loaded)]:
         raise CapfiltError("\n".join(errors))
     return loaded
@@ -173,6 +181,7 @@ def _errors(rounds: Rounds) -> Iterable[str]:
             )
         if key := recipe.probe_key:
             yield f"bootstrap.{name}: {getattr(section, name)} has {key}, and BLIP's models have no probe; leave it out"
+    yield from _missing_beginnings(rounds)
     yield from _other_shape("captioner", rounds)
     yield from _other_shape("filter", rounds)
     for number in range(1, rounds.count + 1):
@@ -194,6 +203,18 @@ def _errors(rounds: Rounds) -> Iterable[str]:
         )
     if not is_local(filesystem_of(section.models or section.path)[0]):
         yield "bootstrap.models: exported models lie on this machine's disk or one that all nodes share; name a folder"
+
+
+def _missing_beginnings(rounds: Rounds) -> Iterator[str]:
+    """Yield the weights that the pretrained models begin with and that are not there."""
+    recipe, file = rounds.recipes["pretrain"], rounds.config.bootstrap.pretrain
+    names = {"run.init_from": recipe.run.init_from}
+    if recipe.blip and not recipe.run.init_from:
+        names |= {"blip.vision.init": recipe.blip.vision.init, "blip.text.init": recipe.blip.text.init}
+    for key, name in names.items():
+        # Ids of the hub and URLs are not looked up.
+        if name.startswith("/") and not Path(name).exists():
+            yield f"bootstrap.pretrain: {file} has {key} = {name!r}, and there is no such file or folder"
 
 
 def _other_shape(model: Model, rounds: Rounds) -> Iterator[str]:

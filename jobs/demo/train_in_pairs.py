@@ -3,6 +3,7 @@
 Those processes are forked from a server that has imported the trainer (``jobs.demo.train``) once; this one never does.
 """
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -98,7 +99,11 @@ def _work(call: Callable[[], Any], sender: Connection) -> None:
         outcome = call()
     except Exception as error:
         outcome = error
-    sender.send((outcome, time.process_time() - began))
+    except KeyboardInterrupt:  # of the parent, which says so
+        return
+    # A parent that was interrupted does not listen any more.
+    with contextlib.suppress(BrokenPipeError):
+        sender.send((outcome, time.process_time() - began))
 
 
 def _prepare(corpus: Path) -> None:

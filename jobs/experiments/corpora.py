@@ -24,10 +24,12 @@ from jobs.run import RunOptions, run
 from pipeline.candidates import Candidate
 from pipeline.corpus.records import Records
 from pipeline.intake.take_over import take_over_crawl
+from pipeline.models.weights import filter_weights
 from pipeline.runs.runner import LoadWorker, load_worker
 from pipeline.shards.shard_files import read_tar, write_tar
 from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.storage import Storage
+from schemas.config import FilterConfig
 from schemas.errors import CapfiltError
 from schemas.stages import Stage
 
@@ -73,7 +75,7 @@ def make_corpus(
         overrides = [f"caption.num_captions={options.num_captions}", *variant.caption]
         stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
         if filtered:
-            overrides += _filter_override(options)
+            overrides += filter_override(options)
             stages = (*stages, "filter")
         config = demo_config(folder, urls, base_url, overrides, filtered)
         result = run(config, RunOptions(stages=stages, local=True, load=_loader(variant)), console)
@@ -105,8 +107,8 @@ def _served(base: Path) -> AbstractContextManager[str]:
     return served_world(_PORT)
 
 
-def _filter_override(options: CorpusOptions) -> list[str]:
-    """Return the override that names another filter than the demo's."""
+def filter_override(options: CorpusOptions) -> list[str]:
+    """Return the override that names another filter than the demo's. Raises CapfiltError where it is none."""
     if not options.filter_folder:
         return []
     folder = Path(options.filter_folder).absolute()
@@ -115,6 +117,7 @@ def _filter_override(options: CorpusOptions) -> list[str]:
             f"--filter {options.filter_folder}: there is no such folder; name a filter of the demo's size, as "
             "`capfilt export` writes it"
         )
+    filter_weights(FilterConfig(model=str(folder)))
     return [f"filter.model={json.dumps(str(folder))}"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.experiments.arms import Arm
-from jobs.experiments.corpora import CorpusOptions, make_corpus, write_arm
+from jobs.experiments.corpora import CorpusOptions, filter_override, make_corpus, write_arm
 from jobs.experiments.facts import Facts
 from jobs.experiments.questions import Question
 from jobs.experiments.results import Results, Trial
@@ -37,6 +37,8 @@ class Extent:
 def run_experiment(question: Question, root: Path, extent: Extent, console: Console) -> Results:
     """Do what is missing of an experiment in a folder, and return all that came out. Safe to repeat and to kill."""
     arms = _arms(question, extent.arms)
+    # Before the world is crawled.
+    filter_override(_corpus_options(extent))
     _require_same_world(root, extent.num_urls)
     facts = _curate(question, arms, root, extent, console)
     trials: list[Trial] = []
@@ -73,7 +75,9 @@ def _arms(question: Question, named: Sequence[str]) -> list[Arm]:
     known = [arm.name for arm in question.arms]
     for name in named:
         if name not in known:
-            raise CapfiltError(f"--arm {name!r}: {question.name} has no such arm{did_you_mean(name, known)}")
+            raise CapfiltError(
+                f"--arm {name!r}: {question.name} has no such arm{did_you_mean(name, known)}; it has {', '.join(known)}"
+            )
     wanted = set(named or known)
     for arm in reversed(question.arms):
         if arm.name in wanted and arm.after:
@@ -97,12 +101,16 @@ def _require_same_world(root: Path, num_urls: int) -> None:
 # -- corpora ----------------------------------------------------------------------------------------------------------
 
 
+def _corpus_options(extent: Extent) -> CorpusOptions:
+    return CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
+
+
 def _curate(
     question: Question, arms: Sequence[Arm], root: Path, extent: Extent, console: Console
 ) -> dict[str, Facts]:
     """Make the corpora that arms choose from, and write what each keeps."""
     choosing = [arm for arm in arms if arm.keep]
-    options = CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
+    options = _corpus_options(extent)
     for variant in dict.fromkeys(arm.corpus for arm in choosing):
         filtered = any(arm.filtered for arm in choosing if arm.corpus == variant)
         seconds = make_corpus(root, variant, options, console, filtered)

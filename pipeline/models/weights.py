@@ -40,6 +40,8 @@ _BLIP_FILES = (
 )  # fmt: skip
 _BLIP_MODELS = {"captioner": "BLIP captioner", "filter": "BLIP retrieval model or stage 1 of BLIP-2"}
 _BLIP_TYPES = {"captioner": ("blip",), "filter": ("blip", "blip-2")}
+# What only such a model has: BLIP's captioner and its retrieval model are of one type.
+_BLIP_PARTS = {"captioner": "text_decoder.", "filter": "itm_head."}
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
 # In open_clip's order of preference; its third choice is a pickle.
 _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -175,7 +177,13 @@ def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: st
     processor_config(folder, image_size_px(shape), where)
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
-    names = [name for name in settings if (folder / name).is_file()] + weight_files(folder)
+    weights = weight_files(folder)
+    tensors = [tensor for name in weights for tensor in safetensors_header(folder / name)]
+    if not any(_BLIP_PARTS[kind] in tensor for tensor in tensors):
+        raise CapfiltError(
+            f"{where} = {model!r}: its weights have no {_BLIP_PARTS[kind]}*; the {kind} must be a {_BLIP_MODELS[kind]}"
+        )
+    names = [name for name in settings if (folder / name).is_file()] + weights
     is_of_hub = not is_bucket(model) and local_folder(model, where) is None
     return _weights(kind, model, revision if is_of_hub else "", folder, names)
 

@@ -211,6 +211,8 @@ def experiment(
     asked = [question(name)] if name != "all" else list(QUESTIONS.values())
     if name == "all" and arm:
         raise CapfiltError("--arm belongs to one experiment; name it in place of all")
+    if filter_ and not any(each.asks_filter for each in asked):
+        raise CapfiltError(f"--filter: {name} does not ask the demo's filter; leave it out")
     extent = Extent(
         arms=tuple(arm or ()),
         seeds=seeds,

@@ -35,3 +35,8 @@ class Question:
     def arm(self, name: str) -> Arm:
         """Return an arm by its name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def asks_filter(self) -> bool:
+        """Whether an arm is chosen by the demo's filter."""
+        return any(arm.keep is not None and arm.filtered for arm in self.arms)
