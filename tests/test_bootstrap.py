@@ -357,11 +357,11 @@ def test_what_was_made_of_something_that_was_made_anew_since_is_refused(
 def test_a_corpus_that_has_grown_since_leaves_what_was_trained_on_it(whole: Rounds, tmp_path: Path) -> None:
     config, folder = whole.training("pretrain", 1), whole.run_folder("pretrain", 1)
     copy = shutil.copytree(folder, tmp_path / "run")
-    [saved] = [json.loads(file.read_text()) for file in copy.glob("snapshot-*.json")]
+    [file] = copy.glob("snapshot-*.json")
+    saved = json.loads(file.read_text())
     assert len(saved["sources"][0]["shards"]) == 1
     saved["sources"] = saved["sources"][1:]
-    for file in copy.glob("snapshot-*.json"):
-        file.write_text(json.dumps(saved))
+    file.write_text(json.dumps(saved))
     assert is_trained(config, str(copy))
 
 

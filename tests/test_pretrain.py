@@ -91,7 +91,7 @@ def assert_equal(state: State, other: State) -> None:
 
 def wait_for_steps(config: PretrainConfig, steps: int, process: subprocess.Popen | None = None) -> None:
     path = folder_of(config) / FILE
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -75,7 +75,7 @@ def make_corpus(
         overrides = [f"caption.num_captions={options.num_captions}", *variant.caption]
         stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
         if filtered:
-            overrides += filter_override(options)
+            overrides += filter_override(options.filter_folder)
             stages = (*stages, "filter")
         config = demo_config(folder, urls, base_url, overrides, filtered)
         result = run(config, RunOptions(stages=stages, local=True, load=_loader(variant)), console)
@@ -107,14 +107,14 @@ def _served(base: Path) -> AbstractContextManager[str]:
     return served_world(_PORT)
 
 
-def filter_override(options: CorpusOptions) -> list[str]:
-    """Return the override that names another filter than the demo's. Raises CapfiltError where it is none."""
-    if not options.filter_folder:
+def filter_override(named: str) -> list[str]:
+    """Return the override for another filter than the demo's; none where none is named. Raises CapfiltError."""
+    if not named:
         return []
-    folder = Path(options.filter_folder).absolute()
+    folder = Path(named).absolute()
     if not folder.is_dir():
         raise CapfiltError(
-            f"--filter {options.filter_folder}: there is no such folder; name a filter of the demo's size, as "
+            f"--filter {named}: there is no such folder; name a filter of the demo's size, as "
             "`capfilt export` writes it"
         )
     filter_weights(FilterConfig(model=str(folder)))

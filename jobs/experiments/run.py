@@ -38,7 +38,7 @@ def run_experiment(question: Question, root: Path, extent: Extent, console: Cons
     """Do what is missing of an experiment in a folder, and return all that came out. Safe to repeat and to kill."""
     arms = _arms(question, extent.arms)
     # Before the world is crawled.
-    filter_override(_corpus_options(extent))
+    filter_override(extent.filter_folder)
     _require_same_world(root, extent.num_urls)
     facts = _curate(question, arms, root, extent, console)
     trials: list[Trial] = []
@@ -101,16 +101,12 @@ def _require_same_world(root: Path, num_urls: int) -> None:
 # -- corpora ----------------------------------------------------------------------------------------------------------
 
 
-def _corpus_options(extent: Extent) -> CorpusOptions:
-    return CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
-
-
 def _curate(
     question: Question, arms: Sequence[Arm], root: Path, extent: Extent, console: Console
 ) -> dict[str, Facts]:
     """Make the corpora that arms choose from, and write what each keeps."""
     choosing = [arm for arm in arms if arm.keep]
-    options = _corpus_options(extent)
+    options = CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
     for variant in dict.fromkeys(arm.corpus for arm in choosing):
         filtered = any(arm.filtered for arm in choosing if arm.corpus == variant)
         seconds = make_corpus(root, variant, options, console, filtered)

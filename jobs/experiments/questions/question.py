@@ -39,4 +39,4 @@ class Question:
     @property
     def asks_filter(self) -> bool:
         """Whether an arm is chosen by the demo's filter."""
-        return any(arm.keep is not None and arm.filtered for arm in self.arms)
+        return any(arm.filtered for arm in self.arms)
