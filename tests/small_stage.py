@@ -12,7 +12,7 @@ from training.data.loader import Batch
 from training.distributed import World
 from training.models.parameters import PartlyTrained
 from training.trainer.loop import Loop
-from training.trainer.optim import fill_preset
+from training.trainer.steps.optim import fill_preset
 
 BATCH_SIZE = 4
 

@@ -23,7 +23,7 @@ from training.blip.vision import DropPath
 from training.convert.export_blip import blip_config
 from training.convert.key_map import blip_to_hf
 from training.distributed import World
-from training.trainer.optim import Schedule, fill_preset, make_optimizer
+from training.trainer.steps.optim import Schedule, fill_preset, make_optimizer
 
 pytestmark = pytest.mark.training
 

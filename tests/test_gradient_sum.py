@@ -15,8 +15,8 @@ from tests import test_stage1, test_stage2
 from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, make_loop
 from tests.test_uneven_ranks import stage_of
 from training.distributed import World, rank_rows
-from training.trainer.gradient_sum import OverlappedSum, make_gradient_sum
-from training.trainer.optim import fill_preset
+from training.trainer.steps.gradient_sum import OverlappedSum, make_gradient_sum
+from training.trainer.steps.optim import fill_preset
 
 pytestmark = pytest.mark.training
 

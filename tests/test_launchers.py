@@ -16,7 +16,7 @@ import pytest
 from jobs.interrupts import Interrupts
 from jobs.pretrain import pretrain
 from jobs.ranks.launched_rank import LaunchedRank
-from jobs.ranks.restarts import Restarts
+from jobs.ranks.launcher import Restarts
 from pipeline.corpus.checkpoint_files import run_folder
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig

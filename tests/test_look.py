@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.bench.fixtures.s3 import S3Server
-from jobs.look.file import overview_file
+from jobs.look.page import overview_file
 from jobs.look.snapshot import Snapshot
 from jobs.look.view import FILTERS, PAGE_CARDS, SORTS, View
 from pipeline.manifest.manifest import Manifest, Query

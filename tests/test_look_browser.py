@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.look.file import overview_file
+from jobs.look.page import overview_file
 from jobs.look.snapshot import Snapshot
 from pipeline.manifest.manifest import Manifest
 from tests.browser import Browser, require_browser

@@ -20,8 +20,8 @@ from tests.small_stage import BATCH_SIZE, Kept, SmallStage, batches, config, mak
 from training.distributed import World
 from training.trainer.loop import Loop, TrainingStopped
 from training.trainer.metrics import FILE, JsonLines, Throughput, require_libraries
-from training.trainer.skipped_steps import SkippedSteps
-from training.trainer.step_seconds import StepSeconds
+from training.trainer.steps.seconds import StepSeconds
+from training.trainer.steps.skipped import SkippedSteps
 
 pytestmark = pytest.mark.training
 

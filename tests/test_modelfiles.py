@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BertTokenizer, BlipForConditionalGenerat
 from pipeline.models import clip_config
 from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.clip.ranker import ClipRanker
-from pipeline.models.model_files import read_object, safetensors_header, weight_files
+from pipeline.models.files.model_files import read_object, safetensors_header, weight_files
 from pipeline.models.transformers_loader import load_tokenizer
 from pipeline.models.weights import captioner_weights, ranker_weights
 from schemas.config import CaptionConfig

@@ -11,7 +11,7 @@ from jobs.bench.fixtures.s3 import S3Request, S3Server
 from pipeline.intake.lists.files import expand
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.filesystem import filesystem_of
-from pipeline.storage.object_stores import open_store
+from pipeline.storage.objects.stores import open_store
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from tests.azure_server import serving_azure

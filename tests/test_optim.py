@@ -8,7 +8,7 @@ from torch import nn
 
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
-from training.trainer.optim import (
+from training.trainer.steps.optim import (
     Schedule,
     clip_gradients,
     decays,

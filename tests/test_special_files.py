@@ -14,7 +14,7 @@ from pipeline.corpus.checkpoint_files import DamagedCheckpointError, SavedCheckp
 from pipeline.corpus.records import Records
 from pipeline.digests import sha256_file
 from pipeline.intake.lists.files import expand
-from pipeline.models.model_files import read_object, safetensors_header
+from pipeline.models.files.model_files import read_object, safetensors_header
 from pipeline.regular_files import NotRegularFileError, open_regular
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, CorruptShardError

@@ -15,8 +15,8 @@ from training.build import meta_stage
 from training.models.micro_batches import SampleKeys
 from training.models.tokenizer import Texts
 from training.trainer.estimate import kept_bytes
-from training.trainer.optim import fill_preset
-from training.trainer.step_memory import example_target, step_bytes
+from training.trainer.steps.memory import example_target, step_bytes
+from training.trainer.steps.optim import fill_preset
 
 pytestmark = pytest.mark.training
 

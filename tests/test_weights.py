@@ -379,7 +379,7 @@ def test_no_network_is_said_at_once(tmp_path: Path) -> None:
 
 def test_a_network_that_swallows_everything_is_given_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = "import pipeline.models.hub; pipeline.models.hub._TIMEOUT_S = 1.0\n" + FIND.format(
+        code = "import pipeline.models.files.hub; pipeline.models.files.hub._TIMEOUT_S = 1.0\n" + FIND.format(
             queries=[("org/blip", "main")]
         )
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -14,7 +14,7 @@ from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import Records
 from pipeline.digests import digest_json
 from pipeline.manifest.manifest import Manifest
-from pipeline.models.model_files import exported_from
+from pipeline.models.files.model_files import exported_from
 from pipeline.models.weights import captioner_weights, filter_weights
 from pipeline.runs.plan import changed_keys
 from pipeline.runs.survey import Totals

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from jobs.cluster.nodes import living_nodes
+from jobs.cluster.session import living_nodes
 from pipeline.runs.events import ShardEvent
 from pipeline.runs.plan import Kind
 from pipeline.runs.progress import ProgressCounter, ShardOutcome

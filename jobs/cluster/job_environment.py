@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from jobs.environment import WORKER_ENVIRONMENT
 from pipeline.config import dump_config
-from pipeline.models.bucket import is_bucket
+from pipeline.models.files.bucket import is_bucket
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig

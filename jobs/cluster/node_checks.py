@@ -9,8 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.cluster.nodes import living_nodes
-from jobs.cluster.session import joined_ray
+from jobs.cluster.session import joined_ray, living_nodes
 from jobs.doctor import LIBRARIES, WORST_FIRST, Check, node_checks
 from jobs.environment import ray_address
 from jobs.interrupts import Interrupts

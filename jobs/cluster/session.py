@@ -14,7 +14,6 @@ import ray
 from ray._common.network_utils import parse_address
 from ray._private import ray_constants, services
 
-from jobs.cluster.nodes import living_nodes
 from jobs.environment import WORKER_ENVIRONMENT, ray_address, variables
 from jobs.interrupts import Interrupts
 from schemas.config import CapfiltConfig, StageResources
@@ -57,6 +56,11 @@ def ray_session(config: CapfiltConfig, stages: tuple[Stage, ...], interrupts: In
     with joined_ray(address or "local", interrupts, **settings):
         _check_resources(config, stages, growing=bool(address))
         yield
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """Return what Ray says of each node that is there now."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _for_log_file_alone(record: logging.LogRecord) -> bool:

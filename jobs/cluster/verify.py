@@ -6,8 +6,7 @@ from itertools import islice
 
 import ray
 
-from jobs.cluster.nodes import living_nodes
-from jobs.cluster.session import joined_ray
+from jobs.cluster.session import joined_ray, living_nodes
 from jobs.interrupts import Interrupts
 from pipeline.manifest.verify.corpus import ReadShards, ShardRecords, check_shard
 from pipeline.manifest.verify.progress import ShardFindings

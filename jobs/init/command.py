@@ -20,7 +20,7 @@ from jobs.init.sources import describe, written_path
 from pipeline.config import parse_config
 from pipeline.corpus.records import Records
 from pipeline.intake.read_lists import check_lists
-from pipeline.models.hub import cache_and_offline
+from pipeline.models.files.hub import cache_and_offline
 from pipeline.models.weights import require_model_names, uncached_models
 from pipeline.runs.plan import stages_in_use
 from pipeline.storage.storage import Storage

@@ -21,13 +21,14 @@ from markupsafe import Markup
 
 from jobs.environment import program_name
 from jobs.look.grid import Grid
-from jobs.look.overview import Overview
+from jobs.look.overview import Overview, overview
 from jobs.look.questions import Scope
 from jobs.look.selection import Preview
 from jobs.look.snapshot import Row, Snapshot
 from jobs.look.unmark import Unmarking
 from jobs.look.view import FILTERS, SORTS
 from jobs.output.values import cell
+from pipeline.images.decode import ImageError, thumbnail
 from schemas.names import printable
 from schemas.statuses import DROP_REASONS, REASONS
 
@@ -35,6 +36,8 @@ ImageAddress = Callable[[Row], str]
 
 _MINUS = "\N{MINUS SIGN}"
 _STATUSES_WITH_IMAGE = ("kept", "dropped", "ok")
+# Of the first screen as a file.
+_ROWS, _SIDE_PX = 8, 224
 
 
 def brief(text: Any, most: int) -> str:
@@ -164,6 +167,15 @@ class Pages:
         return self._environment.get_template(template).render(taken_at=taken_at, **values)
 
 
+def overview_file(snapshot: Snapshot, corpus: str, *, images: int) -> str:
+    """Return the HTML of the first screen as one file: images inside, no script, no request.
+
+    Its eight rows have ``images`` images in all, at most.
+    """
+    shown = overview(snapshot, cards=max(1, images // _ROWS))
+    return Pages(corpus, "", lambda card: _data_url(snapshot, card)).overview(snapshot, shown)
+
+
 def _note(snapshot: Snapshot, scope: Scope) -> str:
     if scope.shards is None or not snapshot.is_sampled:
         return ""
@@ -191,3 +203,15 @@ def _score(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", _MINUS)
+
+
+def _data_url(snapshot: Snapshot, card: Row) -> str:
+    """Return a card's image, made small; empty where it has none that decodes."""
+    data = snapshot.images.read(card["source"], card["shard"], card["key"])
+    if data is None:
+        return ""
+    try:
+        small = thumbnail(data, _SIDE_PX)
+    except ImageError:
+        return ""
+    return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"

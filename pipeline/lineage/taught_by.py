@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.digests import digest_json
 from pipeline.lineage.checkpoint_trace import trace_checkpoint
-from pipeline.models.model_files import exported_from
+from pipeline.models.files.model_files import exported_from
 from pipeline.models.weights import file_digests
 from schemas.errors import CapfiltError
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from obstore.store import MemoryStore
 
 from pipeline.storage.filesystem import ObjectFileSystem
-from pipeline.storage.object_files import ObjectFiles
+from pipeline.storage.objects.files import ObjectFiles
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.catalog.corpus_files import (

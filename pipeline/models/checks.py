@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.model_files import TensorEntry, count_parameters
+from pipeline.models.files.model_files import TensorEntry, count_parameters
 from schemas.errors import CapfiltError, NotFiniteError
 from schemas.names import printable
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.folder_view import check_numbers, is_by_channel, reject_code, section, unusable
-from pipeline.models.model_files import read_object
+from pipeline.models.files.folder_view import check_numbers, is_by_channel, reject_code, section, unusable
+from pipeline.models.files.model_files import read_object
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

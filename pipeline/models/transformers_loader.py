@@ -16,15 +16,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.checks import reject_larger, require_finite_weights
-from pipeline.models.folder_view import check_numbers, folder_view, processor_config, reject_code
-from pipeline.models.model_files import (
+from pipeline.models.files.folder_view import check_numbers, folder_view, processor_config, reject_code
+from pipeline.models.files.model_files import (
     TensorEntry,
     read_object,
     reject_wrapped_names,
     safetensors_header,
     weight_files,
 )
-from pipeline.models.tokenizer_files import tokenizer_view
+from pipeline.models.files.tokenizer_files import tokenizer_view
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.digests import digest_json, sha256_file
-from pipeline.models.bucket import bucket_folder, is_bucket
 from pipeline.models.clip_config import clip_config
-from pipeline.models.folder_view import processor_config, processor_file, reject_code
-from pipeline.models.model_files import (
+from pipeline.models.files.bucket import bucket_folder, is_bucket
+from pipeline.models.files.folder_view import processor_config, processor_file, reject_code
+from pipeline.models.files.model_files import (
     FirstMissingFile,
     count_parameters,
     first_missing_weights_file,
@@ -25,8 +25,8 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
-from pipeline.models.model_folder import local_folder, model_folder
-from pipeline.models.tokenizer_files import TOKENIZER_FILES, tokenizer_view
+from pipeline.models.files.model_folder import local_folder, model_folder
+from pipeline.models.files.tokenizer_files import TOKENIZER_FILES, tokenizer_view
 from schemas.config import CapfiltConfig, CaptionConfig, FilterConfig
 from schemas.errors import CapfiltError, did_you_mean
 from schemas.json_record import utc_now
@@ -193,7 +193,7 @@ def uncached_models(config: CapfiltConfig) -> dict[str, str]:
 
     Of the architectures of open_clip only the default's repository is known here: finding others imports torch.
     """
-    from pipeline.models.hub import cached_folder
+    from pipeline.models.files.hub import cached_folder
 
     rank, uncached = config.rank, {}
     blip: dict[str, CaptionConfig | FilterConfig | None] = {
@@ -255,7 +255,7 @@ def _clip_folder(model: str, where: str) -> Weights:
         folder, revision = bucket_folder(model, (*_CLIP_FILES, *_CLIP_WEIGHTS), where), ""
     else:
         # Its client takes long to import: local models do without.
-        from pipeline.models.hub import hub_folder
+        from pipeline.models.files.hub import hub_folder
 
         name, _, revision = rest.partition("@")
         revision = revision or "main"
@@ -288,7 +288,7 @@ def _clip_architecture(model: str, pretrained: str, where: str) -> Weights:
     # Imported here because it imports torch, which the commands of the driver do not need otherwise.
     from open_clip import get_model_config, get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
-    from pipeline.models.hub import hub_folder
+    from pipeline.models.files.hub import hub_folder
 
     _require_architecture(model, where, list_models())
     architecture = get_model_config(model)

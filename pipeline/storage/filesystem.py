@@ -8,8 +8,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.object_files import ObjectFiles, split_name
-from pipeline.storage.object_stores import SCHEMES
+from pipeline.storage.objects.files import ObjectFiles, split_name
+from pipeline.storage.objects.stores import SCHEMES
 
 
 def filesystem_of(url: str) -> tuple[AbstractFileSystem, str]:

@@ -18,8 +18,8 @@ from pipeline.storage.call_counts import CALLS
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.filesystem import filesystem_of, is_local
 from pipeline.storage.local_files import LocalFiles
-from pipeline.storage.object_files import ObjectFiles, split_name
-from pipeline.storage.object_stores import SCHEMES
+from pipeline.storage.objects.files import ObjectFiles, split_name
+from pipeline.storage.objects.stores import SCHEMES
 from pipeline.storage.other_files import OtherFiles
 from pipeline.storage.patience import NO_PATIENCE, Patience
 from pipeline.storage.scratch import temporary_folder

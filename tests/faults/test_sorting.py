@@ -16,7 +16,7 @@ from requests.exceptions import ReadTimeout
 
 from pipeline.faults import _BY_CLASS, Fault, fault_of
 from pipeline.storage.errors import ObjectStorageError, StorageAwayError
-from pipeline.storage.object_stores import explained
+from pipeline.storage.objects.stores import explained
 from schemas.errors import CapfiltError, CorruptShardError, NotFiniteError, TryAgainLaterError
 
 

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeline.models.model_files import OWN_CONFIG_FILE
+from pipeline.models.files.model_files import OWN_CONFIG_FILE
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
 from training.blip.stage import BlipStage

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.models.model_files import (
+from pipeline.models.files.model_files import (
     OWN_CONFIG_FILE,
     read_object,
     unwrapped_names,

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.models.model_files import (
+from pipeline.models.files.model_files import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     FirstMissingFile,
@@ -17,8 +17,8 @@ from pipeline.models.model_files import (
     safetensors_header,
     weight_files,
 )
-from pipeline.models.model_folder import model_folder as find_model_folder
-from pipeline.models.tokenizer_files import TOKENIZER_FILES
+from pipeline.models.files.model_folder import model_folder as find_model_folder
+from pipeline.models.files.tokenizer_files import TOKENIZER_FILES
 from pipeline.models.weights import lacks_all_of
 from schemas.errors import CapfiltError, first_line
 from schemas.names import printable

@@ -11,8 +11,8 @@ from training.blip2.stage2 import Stage2
 from training.build import Stage, meta_stage
 from training.data.snapshot import Snapshot, take_snapshot
 from training.distributed import rank_rows
-from training.trainer.optim import fill_preset
-from training.trainer.step_memory import step_bytes
+from training.trainer.steps.memory import step_bytes
+from training.trainer.steps.optim import fill_preset
 
 # The rate that an estimate assumes: half of what an H200 reaches in a large bf16 matrix product.
 ASSUMED_MATMUL_FLOPS = 790e12

@@ -21,9 +21,9 @@ from training.data.loader import Batch
 from training.distributed import World
 from training.lease import LostLeaseError
 from training.models.parameters import PartlyTrained
-from training.trainer.gradient_sum import make_gradient_sum
 from training.trainer.metrics import OfRanks, Sink, Throughput
-from training.trainer.optim import (
+from training.trainer.steps.gradient_sum import make_gradient_sum
+from training.trainer.steps.optim import (
     Schedule,
     clip_gradients,
     load_optimizer_state,
@@ -31,8 +31,8 @@ from training.trainer.optim import (
     optimizer_state,
     set_lr,
 )
-from training.trainer.skipped_steps import MAX_SKIPPED, WINDOW_STEPS, SkippedSteps, not_finite
-from training.trainer.step_seconds import StepSeconds
+from training.trainer.steps.seconds import StepSeconds
+from training.trainer.steps.skipped import MAX_SKIPPED, WINDOW_STEPS, SkippedSteps, not_finite
 from training.trainer.summary import Summary
 
 _ADVICE = (

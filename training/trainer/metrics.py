@@ -18,7 +18,7 @@ from schemas.errors import CapfiltError
 from schemas.pretrain import MetricsConfig
 from training.distributed import World
 from training.lease import Lease
-from training.trainer.step_seconds import StepSeconds
+from training.trainer.steps.seconds import StepSeconds
 
 FILE = "metrics.jsonl"
 

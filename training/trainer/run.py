@@ -35,7 +35,7 @@ from training.trainer.base_models import (
 from training.trainer.lineage import LineageWriter
 from training.trainer.loop import Loop
 from training.trainer.metrics import JsonLines, TensorBoard, Wandb, require_libraries
-from training.trainer.optim import fill_preset
+from training.trainer.steps.optim import fill_preset
 from training.trainer.summary import Summary
 
 Log = Callable[[str], None]

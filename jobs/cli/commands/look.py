@@ -61,7 +61,7 @@ def _serve(corpus: str, manifest: "Manifest", port: int, browser: bool) -> None:
 
 
 def _write(corpus: str, manifest: "Manifest", path: Path, images: int) -> None:
-    from jobs.look.file import overview_file
+    from jobs.look.page import overview_file
     from jobs.look.snapshot import Snapshot
 
     text = overview_file(Snapshot(manifest), corpus, images=images)

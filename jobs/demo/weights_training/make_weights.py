@@ -23,7 +23,7 @@ from jobs.demo.weights_training.train_vit import train_vit
 from jobs.pretrain import TrainingFailedError, pretrain
 from pipeline.config import load_config
 from pipeline.corpus.checkpoint_files import run_folder
-from pipeline.models.model_files import OWN_CONFIG_FILE, WEIGHTS_FILE
+from pipeline.models.files.model_files import OWN_CONFIG_FILE, WEIGHTS_FILE
 from schemas.pretrain import PretrainConfig
 from training.convert.export import export_model
 from training.convert.load import load_trained

@@ -23,7 +23,7 @@ from jobs.demo.weights_training.train_weights import attribute_indices, augment
 from jobs.demo.world.pictures import demo_images, demo_masks
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT
 from pipeline.config import load_config
-from pipeline.models.model_files import WEIGHTS_FILE
+from pipeline.models.files.model_files import WEIGHTS_FILE
 from schemas.pretrain import PretrainConfig
 from training.blip.vision import ViT
 

@@ -26,7 +26,7 @@ from pipeline.models.blip.vision import VisionTower
 from pipeline.models.checks import require_finite
 from pipeline.models.device import compute_dtype, worker_device
 from pipeline.models.device_batch import DeviceBatch
-from pipeline.models.model_files import read_object
+from pipeline.models.files.model_files import read_object
 from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
 from pipeline.models.weights import Weights
 from schemas.config import FilterConfig

@@ -11,9 +11,9 @@ from torch import nn
 from pipeline.models.checks import reject_larger
 from pipeline.models.clip import small_eva  # noqa: F401  its names must be known to open_clip
 from pipeline.models.clip_config import clip_config
-from pipeline.models.folder_view import folder_view
-from pipeline.models.model_files import safetensors_header
-from pipeline.models.tokenizer_files import tokenizer_view
+from pipeline.models.files.folder_view import folder_view
+from pipeline.models.files.model_files import safetensors_header
+from pipeline.models.files.tokenizer_files import tokenizer_view
 from pipeline.models.weights import Weights, clip_checkpoint
 
 # Values that a model may have beyond its file: open_clip interpolates positions that the file lacks.

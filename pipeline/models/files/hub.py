@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 
-from pipeline.models.model_files import FirstMissingFile
+from pipeline.models.files.model_files import FirstMissingFile
 from schemas.errors import CapfiltError
 
 # The hub's client waits for ever; a firewall that swallows packets must not look like a download.

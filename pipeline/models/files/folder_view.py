@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.models.model_files import read_object
+from pipeline.models.files.model_files import read_object
 from schemas.errors import CapfiltError
 from schemas.names import printable
 

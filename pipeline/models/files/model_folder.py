@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.models.bucket import bucket_folder, is_bucket
-from pipeline.models.model_files import FirstMissingFile
+from pipeline.models.files.bucket import bucket_folder, is_bucket
+from pipeline.models.files.model_files import FirstMissingFile
 from schemas.errors import CapfiltError
 
 
@@ -22,7 +22,7 @@ def model_folder(
     if folder is not None:
         return folder
     # Imported where the hub is asked: its client takes longer to import than a small corpus to plan.
-    from pipeline.models.hub import hub_folder
+    from pipeline.models.files.hub import hub_folder
 
     return hub_folder(name, revision, patterns, first_missing_file, where)
 

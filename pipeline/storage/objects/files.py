@@ -12,8 +12,8 @@ import obstore
 
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.object_reader import ObjectReader
-from pipeline.storage.object_stores import ObjectStore, explained, open_store, refused
+from pipeline.storage.objects.reader import ObjectReader
+from pipeline.storage.objects.stores import ObjectStore, explained, open_store, refused
 
 _PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
 _COPY_BYTES, _BUFFER_BYTES = 1 << 20, 4 << 20

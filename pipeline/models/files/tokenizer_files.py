@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.folder_view import reject_code
-from pipeline.models.model_files import MAX_TOKENIZER_BYTES, read_object, wrong_file
+from pipeline.models.files.folder_view import reject_code
+from pipeline.models.files.model_files import MAX_TOKENIZER_BYTES, read_object, wrong_file
 from pipeline.regular_files import open_regular
 from schemas.errors import CapfiltError
 from schemas.names import printable

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from training.distributed import World, divided
-from training.trainer.optim import NamedParameters, gradients_of
+from training.trainer.steps.optim import NamedParameters, gradients_of
 
 GradientSumKind = Literal["after", "overlapped", "overlapped-bf16"]
 
