@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from jobs.bench.fixtures.compute import counted_flops
+from jobs.cli.commands.plan import plan_corpus
 from jobs.doctor import node_checks
 from pipeline.candidates import Candidate, choose
 from pipeline.corpus.fingerprint import stage_fingerprint
@@ -129,8 +130,9 @@ def test_probabilities_depend_on_neither_batch_nor_company(folder: Path) -> None
 def test_texts_are_cut_to_max_tokens(folder: Path) -> None:
     ids = matcher(folder, max_tokens=5).tokenize(["a red dog on the street"])
     assert len(ids[0]) == 5 and ids[0][-1] == END_ID
-    with pytest.raises(CapfiltError, match=r"filter\.max_tokens = 100: the model ends at 48 tokens"):
-        matcher(folder, max_tokens=100)
+    with pytest.raises(CapfiltError, match=r"filter\.max_tokens = 49: '.*' ends at 48 tokens; set no more"):
+        filter_weights(FilterConfig(model=str(folder), max_tokens=49))
+    assert filter_weights(FilterConfig(model=str(folder), max_tokens=48)).digest
 
 
 def test_an_image_is_encoded_and_projected_once_for_all_its_texts(
@@ -176,8 +178,8 @@ def test_a_stage_1_of_blip2_matches_as_transformers_does_it(tmp_path: Path) -> N
     text = flops(2) - flops(1)
     assert flops(11) == pytest.approx(flops(1) + 10 * text, rel=1e-6)
     assert text < 0.2 * flops(1)
-    with pytest.raises(CapfiltError, match=r"max_tokens = 100: the model ends at 48 tokens"):
-        matcher(folder, max_tokens=100)
+    with pytest.raises(CapfiltError, match=r"max_tokens = 49: '.*' ends at 48 tokens"):
+        matcher(folder, max_tokens=49)
 
 
 def test_models_that_are_not_filters_are_refused(tmp_path: Path, folder: Path) -> None:
@@ -357,6 +359,7 @@ def test_matches_of_a_selection_without_scores_stand_beside_older_scores(corpus:
     # CLIP decides again, and has scores that the matches have not read.
     assert do_run(clip, recompute=True).exit_code == 0
     assert ask(clip, counted) == [(matches, matches)]
+    assert plan_corpus(corpus)["stale_because"] == {"select.by 'clip' -> 'both'": 3}
     assert do_run(corpus, recompute=True).exit_code == 0
     assert ask(corpus, counted) == [(matches, matches)]
 

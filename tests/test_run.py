@@ -332,6 +332,13 @@ def test_changed_selection_is_stale_until_recomputed(base_url: str, tmp_path: Pa
         ("select", "00000"),
         ("select", "00001"),
     }
+    nothing = do_run(with_values(config, select={"min_score": 1.0}), recompute=True)
+    told = list(result_lines(nothing, "c.toml"))
+    assert nothing.exit_code == 3 and "images is kept" in told[-2]
+    example = re.search(r'sql \S+ "(SELECT .*)"$', told[-1])
+    assert example and {row["reason"] for row in Manifest(records.storage).query(example[1]).dicts()} == {
+        "below_min_score"
+    }
 
 
 def test_staleness_names_what_has_changed(done: CapfiltConfig, tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def _next(result: RunResult, config_file: str) -> str:
             errors = f"{program} shards {corpus} --state quarantined"
             return f"the same command tries them again; {errors} shows the errors"
     if result.yields_nothing:
-        return f"next: {program} failures {corpus}"
+        dropped = f'sql {corpus} "SELECT * FROM dropped LIMIT 10"'
+        return f"next: {program} {dropped if result.corpus_totals.selected else f'failures {corpus}'}"
     later = [
         stage for stage in STAGES if (count := result.survey.of(stage)).total and count.done == count.total
     ]

@@ -40,6 +40,8 @@ _BLIP_FILES = (
 )  # fmt: skip
 _BLIP_MODELS = {"captioner": "BLIP captioner", "filter": "BLIP retrieval model or stage 1 of BLIP-2"}
 _BLIP_TYPES = {"captioner": ("blip",), "filter": ("blip", "blip-2")}
+# Tokens that a text model of BLIP or BLIP-2 reads at most, where its config.json names no number.
+_POSITIONS = 512
 # What only such a model has: BLIP's captioner and its retrieval model are of one type.
 _BLIP_PARTS = {"captioner": "text_decoder.", "filter": "itm_head."}
 _CLIP_FILES = ("open_clip_config.json", *TOKENIZER_FILES)
@@ -155,8 +157,20 @@ def captioner_weights(config: CaptionConfig) -> Weights:
 
 
 def filter_weights(config: FilterConfig) -> Weights:
-    """Find the model that ``[filter]`` names, of BLIP or BLIP-2; as ``captioner_weights``."""
-    return _blip_weights("filter", config.model, config.revision, "filter.model")
+    """Find the model that ``[filter]`` names, of BLIP or BLIP-2; as ``captioner_weights``.
+
+    Raises:
+        CapfiltError: also where ``filter.max_tokens`` is more than its text model has positions for.
+    """
+    weights = _blip_weights("filter", config.model, config.revision, "filter.model")
+    shape = read_object(Path(weights.path) / "config.json", "filter.model")
+    text = shape.get("qformer_config" if shape["model_type"] == "blip-2" else "text_config")
+    most = text.get("max_position_embeddings", _POSITIONS) if isinstance(text, dict) else _POSITIONS
+    if isinstance(most, int) and config.max_tokens > most:
+        raise CapfiltError(
+            f"filter.max_tokens = {config.max_tokens}: {config.model!r} ends at {most} tokens; set no more"
+        )
+    return weights
 
 
 def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: str, where: str) -> Weights:

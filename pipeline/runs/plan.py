@@ -252,5 +252,6 @@ def _changed_inputs(record: ShardRecord, upstream: Mapping[Stage, ShardRecord | 
         used = {
             name.partition(".")[2]: sha for name, sha in record.inputs.items() if name.startswith(f"{stage}.")
         }
-        if used != current.input_digests():
+        # Where it read nothing of that stage, a key has changed that says so.
+        if used and used != current.input_digests():
             yield f"{record.stage}: the files of {stage} were made again since"

@@ -101,10 +101,6 @@ class Matcher:
             load_image_processor(folder, model.config.vision_config.image_size, "filter.model")
         )
         text = model.config.qformer_config if is_blip2 else model.config.text_config
-        if config.max_tokens > text.max_position_embeddings:
-            raise CapfiltError(
-                f"filter.max_tokens = {config.max_tokens}: the model ends at {text.max_position_embeddings} tokens"
-            )
         self._require_words(text.vocab_size, {_IMAGE_TOKEN} if is_blip2 else set())
         self._first_id = int(self._tokenizer.cls_token_id)
         if config.first_token == "encoder" and not is_blip2:
