@@ -218,7 +218,7 @@ def test_a_med_is_asked_what_it_finds_and_what_it_writes(tmp_path: Path) -> None
     from jobs.demo.held_out import held_out_scenes
     from jobs.demo.training_configs import trial_config
     from jobs.demo.weights_training.models import CAPTIONER_DIR
-    from training.blip.build import build_blip
+    from training.build import build_blip
     from training.convert.key_map import blip_from_hf
     from training.distributed import World
 

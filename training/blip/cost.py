@@ -30,12 +30,9 @@ def flops_saved_per_sample(model: Med) -> float:
 
 def _sample(model: Med) -> tuple[Tensor, Texts]:
     """Return an image, and a text for each pair, of full length."""
-    size, shape = model.config.data.image_size_px, (_PAIRS, model.shape.text.max_text_tokens)
-    texts = Texts(
-        ids_BL=torch.zeros(shape, dtype=torch.long, device=model.device),
-        mask_BL=torch.ones(shape, dtype=torch.bool, device=model.device),
-    )
-    return torch.empty(1, 3, size, size, dtype=torch.uint8, device=model.device), texts
+    size = model.config.data.image_size_px
+    pixels_1CHW = torch.empty(1, 3, size, size, dtype=torch.uint8, device=model.device)
+    return pixels_1CHW, Texts.full(_PAIRS, model.shape.text.max_text_tokens, model.device)
 
 
 def _embed(model: Med, encoders: Encoders) -> None:

@@ -4,6 +4,7 @@ The legend of the names: B images of a micro-batch, P tokens of an image, E its 
 """
 
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,27 +27,19 @@ class QFormerStage(PartlyTrained):
 
     Args:
         config: of the run.
-        vision: the image encoder.
+        vision: the image encoder; the Q-Former's matrix products have its dtype too.
         world: the ranks.
         text: whether the Q-Former has its text side.
-        dtype: of the Q-Former's matrix products.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        vision: FrozenVision,
-        world: World,
-        text: bool,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, config: PretrainConfig, vision: FrozenVision, world: World, text: bool) -> None:
         super().__init__()
         shape = config.qformer
         self.config = config
         self.world = world
         self.visual_encoder = vision
         self.ln_vision = LayerNorm(vision.width)
-        self.Qformer = QFormer(shape, vision.width, text=text, dtype=dtype)
+        self.Qformer = QFormer(shape, vision.width, text=text, dtype=vision.dtype)
         self.query_tokens = initial_queries(shape.num_queries, shape.width, shape.initializer_range)
         # Features of the next step's micro-batches, by the position of its batch and their index.
         self._ahead: dict[tuple[int, int], Tensor] = {}
@@ -94,16 +87,10 @@ class QFormerStage(PartlyTrained):
     def flops_per_sample(self) -> float:
         """Return the FLOP of one sample's step, without what a micro-batch computes a second time."""
         vision, size, device = self.visual_encoder, self.config.data.image_size_px, self.device
-
-        def encode() -> None:
-            vision(torch.empty(1, 3, size, size, dtype=torch.uint8, device=device))
-
-        def train() -> None:
-            self.compute_sample(
-                torch.empty(1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device)
-            )
-
-        return FORWARD * count_flops(encode, device) + TRAINED * count_flops(train, device)
+        pixels = partial(torch.empty, 1, 3, size, size, dtype=torch.uint8, device=device)
+        features = partial(torch.empty, 1, vision.num_tokens, vision.width, dtype=vision.dtype, device=device)
+        encoded = count_flops(lambda: vision(pixels()), device)
+        return FORWARD * encoded + TRAINED * count_flops(lambda: self.compute_sample(features()), device)
 
     @abstractmethod
     def compute_sample(self, features_1PE: Tensor) -> None:

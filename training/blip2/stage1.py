@@ -92,18 +92,12 @@ class Stage1(QFormerStage):
         vision: the encoder.
         tokenizer: of captions; None where no caption is ever given: on ``meta``, in benchmarks.
         world: the ranks.
-        dtype: of the Q-Former's matrix products.
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        vision: FrozenVision,
-        tokenizer: CaptionTokenizer | None,
-        world: World,
-        dtype: torch.dtype,
+        self, config: PretrainConfig, vision: FrozenVision, tokenizer: CaptionTokenizer | None, world: World
     ) -> None:
-        super().__init__(config, vision, world, text=True, dtype=dtype)
+        super().__init__(config, vision, world, text=True)
         shape = config.qformer
         self.tokenizer = tokenizer
         self.begin_id = tokenizer.begin_id if tokenizer else shape.vocab_size - 1
@@ -165,17 +159,15 @@ class Stage1(QFormerStage):
         micro_batches = list(
             self.micro_batches(pixels_BCHW, texts, position, micro_batch_size or size, counts)
         )
-        if len(micro_batches) == 1:
-            encoded = self.encode(micro_batches[0])
-            kept: list[Encoded | None] = [encoded]
-            embeddings = [(encoded.image_BQC.detach(), encoded.text_BC.detach())]
-        else:
-            # The keys and values of all images would not fit: they are computed again for each micro-batch.
-            kept = [None] * len(micro_batches)
-            with torch.no_grad():
-                embeddings = [
-                    (encoded.image_BQC, encoded.text_BC) for encoded in map(self.encode, micro_batches)
-                ]
+        # The keys and values of all images would not fit: those of several micro-batches are computed again.
+        kept = [self.encode(micro_batches[0])] if len(micro_batches) == 1 else [None] * len(micro_batches)
+        with torch.no_grad():
+            embeddings = [
+                (encoded.image_BQC, encoded.text_BC)
+                for encoded in (
+                    known or self.encode(part) for part, known in zip(micro_batches, kept, strict=True)
+                )
+            ]
         global_batch = self.global_batch(embeddings, texts, keys, position, counts)
         parts = [
             self._backward(
@@ -301,11 +293,7 @@ class Stage1(QFormerStage):
 
     def compute_sample(self, features_1PE: Tensor) -> None:
         """Compute one sample: its text for ITC and ITG, three pairs for ITM, one projection of the image."""
-        shape = 3, self.config.qformer.max_text_tokens
-        texts = Texts(
-            ids_BL=torch.zeros(shape, dtype=torch.long, device=self.device),
-            mask_BL=torch.ones(shape, dtype=torch.bool, device=self.device),
-        )
+        texts = Texts.full(3, self.config.qformer.max_text_tokens, self.device)
         image = self.project(features_1PE)
         _, queries = self.embed_images(image)
         self.embed_texts(texts[:1])

@@ -34,7 +34,6 @@ class Stage2(QFormerStage):
         vision: the image encoder.
         language: the language model.
         world: the ranks.
-        dtype: of the Q-Former's matrix products.
     """
 
     def __init__(
@@ -43,9 +42,8 @@ class Stage2(QFormerStage):
         vision: FrozenVision,
         language: DecoderOnly | EncoderDecoder,
         world: World,
-        dtype: torch.dtype,
     ) -> None:
-        super().__init__(config, vision, world, text=False, dtype=dtype)
+        super().__init__(config, vision, world, text=False)
         # "opt_proj" or "t5_proj", as in LAVIS.
         self.projection_name = f"{language.name}_proj"
         self.add_module(self.projection_name, Linear(config.qformer.width, language.width))

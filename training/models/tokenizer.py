@@ -6,6 +6,7 @@ The legend of the names: B captions, L tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ class Texts:
 
     ids_BL: Tensor
     mask_BL: Tensor
+
+    @classmethod
+    def full(cls, count: int, length: int, device: torch.device | str = "cpu") -> Self:
+        """Return texts without padding, to count what they cost; their tokens say nothing."""
+        ids_BL = torch.zeros(count, length, dtype=torch.long, device=device)
+        return cls(ids_BL=ids_BL, mask_BL=torch.ones_like(ids_BL, dtype=torch.bool))
 
     def __getitem__(self, rows: slice | Tensor) -> "Texts":
         """Return some rows."""

@@ -19,9 +19,8 @@ from pipeline.models.device import compute_dtype, worker_device
 from pipeline.rng import seed_for
 from schemas.config import Precision
 from schemas.pretrain import PretrainConfig
-from training.blip2.build import empty_blip2
 from training.blip2.stage1 import Stage1
-from training.build import Blip2Stage, compile_stage
+from training.build import Blip2Stage, compile_stage, empty_blip2
 from training.distributed import World
 from training.losses import IGNORED
 from training.models.language import Target

@@ -55,10 +55,9 @@ def _step(stage: Stage, images: int) -> Callable[[], object]:
         target = example_target(stage, images)
         return lambda: stage.step([pixels_BCHW], [target], images)
     length = (stage.config.qformer if isinstance(stage, Stage1) else stage.shape.text).max_text_tokens
-    ids_BL = torch.zeros(images, length, dtype=torch.long)
-    texts = Texts(ids_BL=ids_BL, mask_BL=torch.ones_like(ids_BL, dtype=torch.bool))
+    texts = Texts.full(images, length)
     names = [str(number) for number in range(images)]
-    keys = SampleKeys.of(names, range(images), names, [[name] for name in names], ids_BL)
+    keys = SampleKeys.of(names, range(images), names, [[name] for name in names], texts.ids_BL)
     return lambda: stage.step(pixels_BCHW, texts, keys, images, images)
 
 
