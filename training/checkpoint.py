@@ -42,7 +42,8 @@ from training.distributed import World
 from training.lease import Lease
 
 _PROGRESS = "training.json"
-_MODEL, _OPTIMIZER, _AUXILIARY = "model.", "optimizer.", "auxiliary."
+# The parts of a state, with which the names of its tensors begin.
+_PARTS = ("model", "optimizer", "auxiliary")
 
 # torch warns that only one process saves, which is intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -78,24 +79,16 @@ class State:
     @classmethod
     def of(cls, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Self:
         """Return the state with these ``tensors``. Raises KeyError where one is of no part of it."""
-        parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _AUXILIARY: {}}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
         for name, tensor in tensors.items():
-            part, dot, rest = name.partition(".")
-            parts[part + dot][rest] = tensor
-        return cls(
-            progress=progress,
-            model=parts[_MODEL],
-            optimizer=parts[_OPTIMIZER],
-            auxiliary=parts[_AUXILIARY],
-        )
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        return cls(progress=progress, **parts)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, each by its name behind that of its part."""
-        parts = {_MODEL: self.model, _OPTIMIZER: self.optimizer, _AUXILIARY: self.auxiliary}
-        return {
-            f"{part}{name}": tensor for part, of_part in parts.items() for name, tensor in of_part.items()
-        }
+        return {f"{part}.{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
 
 
 class Checkpoints(SavedCheckpoints):
@@ -309,7 +302,7 @@ def _copied_tensors(state: State) -> dict[str, Tensor]:
 def _write_state(tensors: Mapping[str, Tensor], progress: TrainingProgress, folder: Path) -> None:
     (folder / _PROGRESS).write_text(progress.to_json())
     # The model is in a file of its own: stage 2, exports and evaluation then read a third of the bytes.
-    files = {name: 1 if name.startswith(_MODEL) else 2 for name in tensors}
+    files = {name: 1 if name.startswith("model.") else 2 for name in tensors}
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
 

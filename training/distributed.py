@@ -208,13 +208,6 @@ class World:
             dist.all_reduce(total)
         return total
 
-    def max(self, tensor: Tensor) -> Tensor:
-        """Return the elementwise maximum over the ranks."""
-        largest = tensor.detach().clone()
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest
-
     def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors, of one dtype, by their sums over the ranks: a few large messages for many tensors."""
         if self.size == 1:

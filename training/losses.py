@@ -143,6 +143,16 @@ def next_tokens(ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
     return labels_BL
 
 
+def target_positions(labels_BL: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions, in (B, L) flattened, that have a label, and their labels; computed on the CPU.
+
+    The result's size depends on the data: a device would have to be waited for.
+    """
+    labels = labels_BL.flatten()
+    positions_T = (labels != IGNORED).nonzero()[:, 0]
+    return positions_T.to(device, non_blocking=True), labels[positions_T].to(device, non_blocking=True)
+
+
 def captioning_loss(
     logits_of: Callable[[Tensor], Tensor],
     hidden_TD: Tensor,

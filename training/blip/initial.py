@@ -13,6 +13,7 @@ from pipeline.models.checks import require_finite_weights
 from schemas.errors import CapfiltError
 from training.blip.text import TextModel
 from training.blip.vision import ViT, resize_positions
+from training.models.bert import copy_bert_weights, copy_tensor
 from training.models.pretrained import read_weights
 
 # (transformers, BLIP) parts of a tensor's name; those that contain others come first.
@@ -78,32 +79,16 @@ def copy_vit(vit: ViT, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensors[name]
         if name == "pos_embed":
             tensor = resize_positions(tensor, parameter.shape[1])
-        _copy(parameter, tensor, name)
+        copy_tensor(parameter, tensor, name)
 
 
 def copy_text(model: nn.Module, bert: Mapping[str, Tensor]) -> None:
-    """Copy BERT's weights to a text encoder or a decoder; [DEC], [ENC] and the cross-attention keep their values.
+    """Copy BERT's weights to a text encoder or a decoder; [DEC] and [ENC] keep their values.
+
+    Raises as ``copy_bert_weights``.
 
     Args:
         model: ``TextModel`` or ``TextDecoder``.
-        bert: the state of transformers' ``BertForMaskedLM``.
-
-    Raises:
-        KeyError: BERT lacks a tensor.
-        ValueError: a tensor has another shape.
     """
     prefix = "bert." if isinstance(model, TextModel) else ""
-    for name, parameter in model.named_parameters():
-        if "crossattention" in name:
-            continue
-        tensor = bert[prefix + name]
-        # The vocabulary here has BERT's words first.
-        of_words = name.endswith(("word_embeddings.weight", "predictions.bias", "decoder.weight"))
-        _copy(parameter.data[: len(tensor)] if of_words else parameter, tensor, name)
-
-
-@torch.no_grad()
-def _copy(target: Tensor, tensor: Tensor, name: str) -> None:
-    if target.shape != tensor.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(target.shape)} here")
-    target.copy_(tensor)
+    copy_bert_weights(model, bert, lambda name: prefix + name)

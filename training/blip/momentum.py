@@ -46,17 +46,13 @@ class MomentumEncoders(Encoders):
     """Copies of encoders that follow them slowly; in training mode as they are, with dropout."""
 
     def __init__(self, online: Encoders) -> None:
-        super().__init__(*(copy.deepcopy(part) for part in _parts(online)))
+        super().__init__(**{name: copy.deepcopy(part) for name, part in online.named_children()})
         self.requires_grad_(False)
 
     @torch.no_grad()
     def follow(self, online: Encoders, momentum: float) -> None:
         """Set each parameter to ``momentum`` times itself plus the rest of the other's; 0 copies."""
         get_ema_multi_avg_fn(momentum)(list(self.parameters()), list(online.parameters()), None)
-
-
-def _parts(encoders: Encoders) -> tuple[nn.Module, nn.Module, Linear, Linear]:
-    return encoders.visual_encoder, encoders.text_encoder, encoders.vision_proj, encoders.text_proj
 
 
 class EmbeddingQueue(nn.Module):

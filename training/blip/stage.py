@@ -76,11 +76,9 @@ class BlipStage(Med):
     @property
     def blocks(self) -> list[nn.Module]:
         """Return the blocks that are compiled, the momentum encoders' too."""
-        momentum = self.momentum if self.encodes_text else None
-        return [
-            *super().blocks,
-            *([*momentum.visual_encoder.blocks, *momentum.text_encoder.blocks] if momentum else []),
-        ]
+        if not self.encodes_text:
+            return super().blocks
+        return [*super().blocks, *self.momentum.visual_encoder.blocks, *self.momentum.text_encoder.blocks]
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -92,14 +90,8 @@ class BlipStage(Med):
 
     def auxiliary_state(self) -> dict[str, Tensor]:
         """Return the momentum encoders and the queue, with its pointer."""
-        if not self.encodes_text:
-            return {}
-        parts: dict[str, nn.Module] = {"momentum": self.momentum, "queue": self.queue}
-        return {
-            f"{part}.{name}": tensor
-            for part, module in parts.items()
-            for name, tensor in module.state_dict().items()
-        }
+        parts = ("momentum.", "queue.")
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(parts)}
 
     # -- cost ----------------------------------------------------------------------------------------------------
 
@@ -152,12 +144,10 @@ class BlipStage(Med):
                 part, encoded or self.encode(part), global_batch, num_tokens, is_last=part is parts[-1]
             ).items():
                 losses[name] = losses.get(name, 0.0) + value
-        if global_batch is not None:
-            self.queue.push(global_batch.image_NC, global_batch.text_NC, global_batch.id_N)
-        negatives = (
-            {"false_negative_share": global_batch.negatives.false_share} if global_batch is not None else {}
-        )
-        return self._summed(losses) | negatives
+        if global_batch is None:
+            return self._summed(losses)
+        self.queue.push(global_batch.image_NC, global_batch.text_NC, global_batch.id_N)
+        return self._summed(losses) | {"false_negative_share": global_batch.negatives.false_share}
 
     def _summed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of all ranks, and their weighted sum (equation of section 3.2: weights 1)."""

@@ -6,6 +6,7 @@ The legend of the names: B images, C channels, H and W pixels, P tokens of an im
 from functools import partial
 
 import torch
+from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,21 +18,6 @@ from training.models.layers import LayerNorm, Linear
 VIT_NORM_EPS = 1e-6
 # Of the pixels, as CLIP's.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, images of a batch skip a branch with a probability."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, branch_BPE: Tensor) -> Tensor:
-        """Return the branch, zero for some images and larger for the others, so that its mean stays the same."""
-        if not (self.training and self.probability):
-            return branch_BPE
-        kept = 1 - self.probability
-        return branch_BPE * branch_BPE.new_empty(len(branch_BPE), 1, 1).bernoulli_(kept).div_(kept)
 
 
 class _Attention(nn.Module):
@@ -65,6 +51,7 @@ class ViTBlock(nn.Module):
         self.norm1, self.norm2 = (LayerNorm(config.width, eps=VIT_NORM_EPS) for _ in range(2))
         self.attn = _Attention(config.width, config.heads)
         self.mlp = _FeedForward(config.width, round(config.mlp_ratio * config.width))
+        # Stochastic depth (arXiv 1603.09382): in training, images of a batch skip a branch with a probability.
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_BPE: Tensor) -> Tensor:
@@ -126,12 +113,5 @@ def resize_positions(positions_1PE: Tensor, num_tokens: int) -> Tensor:
         positions_1PE: of the class token, then of a square of patches.
         num_tokens: the class token's and those of the new square.
     """
-    if positions_1PE.shape[1] == num_tokens:
-        return positions_1PE
-    old_side, new_side = (round((number - 1) ** 0.5) for number in (positions_1PE.shape[1], num_tokens))
-    square_1Ehw = positions_1PE[:, 1:].unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
-    resized_1Ehw = F.interpolate(
-        square_1Ehw.float(), size=(new_side, new_side), mode="bicubic", align_corners=False
-    )
-    patches_1PE = resized_1Ehw.flatten(2).transpose(1, 2).to(positions_1PE.dtype)
-    return torch.cat((positions_1PE[:, :1], patches_1PE), dim=1)
+    side = round((num_tokens - 1) ** 0.5)
+    return resample_abs_pos_embed(positions_1PE, [side, side], antialias=False)

@@ -37,6 +37,7 @@ from training.convert.key_map import to_hf
 from training.convert.read import EXTRA_FILE, OWN_FORMATS, OWN_VERSION, OWN_WEIGHTS_FILE
 from training.models.language import FrozenLanguage
 from training.models.layers import NORM_EPS
+from training.models.pretrained import save_model
 from training.models.vision import FrozenVision
 
 Format = Literal["huggingface", "capfilt", "blip"]
@@ -61,7 +62,12 @@ def export_model(stage: Stage, folder: Path, checkpoint: str = "") -> Format:
     if isinstance(stage, Stage2):
         _require_one_width(stage.language)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = _write_blip(stage, folder) if isinstance(stage, BlipStage) else _write_blip2(stage, folder)
+    write = write_hugging_face if isinstance(stage, BlipStage) else _write_blip2
+    unmapped = write(stage, folder)
+    if unmapped is None:
+        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
+    elif unmapped:
+        save_file(_whole(unmapped), folder / EXTRA_FILE)
     description = {
         "format": OWN_FORMATS["blip2" if stage.config.blip is None else "blip"],
         "version": OWN_VERSION,
@@ -70,7 +76,7 @@ def export_model(stage: Stage, folder: Path, checkpoint: str = "") -> Format:
         **({"checkpoint": checkpoint} if checkpoint else {}),
     }
     (folder / OWN_CONFIG_FILE).write_text(json.dumps(description, indent=1) + "\n")
-    return kind
+    return "capfilt" if unmapped is None else "huggingface"
 
 
 def _require_one_width(language: FrozenLanguage) -> None:
@@ -93,35 +99,22 @@ def _export_file(stage: Stage, path: Path) -> None:
     write_repository_file(stage, path)
 
 
-def _write_blip(stage: BlipStage, folder: Path) -> Format:
-    unmapped = write_hugging_face(stage, folder)
-    if unmapped is None:
-        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
-        return "capfilt"
-    if unmapped:
-        save_file(_whole(unmapped), folder / EXTRA_FILE)
-    return "huggingface"
-
-
-def _write_blip2(stage: Blip2Stage, folder: Path) -> Format:
+def _write_blip2(stage: Blip2Stage, folder: Path) -> dict[str, Tensor] | None:
+    """Write a stage as Hugging Face's class, as ``write_hugging_face`` a model of BLIP."""
     tower = stage.visual_encoder.tower.state_dict()
     vision, unmapped_vision = to_hf({f"visual_encoder.{name}": tensor for name, tensor in tower.items()})
     if unmapped_vision:
-        save_file(_whole(stage.trainable_state()), folder / OWN_WEIGHTS_FILE)
-        return "capfilt"
+        return None
     trained, unmapped = to_hf(stage.trainable_state())
     write = _write_retrieval if isinstance(stage, Stage1) else _write_generation
     write(stage, vision | trained, folder)
-    if unmapped:
-        save_file(_whole(unmapped), folder / EXTRA_FILE)
-    return "huggingface"
+    return unmapped
 
 
 def _write_retrieval(stage: Stage1, tensors: dict[str, Tensor], folder: Path) -> None:
     assert stage.tokenizer is not None, "a stage with weights has a tokenizer"
     config = blip2_config(stage.config, stage.visual_encoder)
-    model = _filled(Blip2ForImageTextRetrieval, config, tensors)
-    model.save_pretrained(folder)
+    save_model(Blip2ForImageTextRetrieval, config, tensors, folder)
     # Without a number of query tokens the processor adds no image tokens to a text, and the model expects none.
     _processor(stage.visual_encoder, stage.tokenizer.tokenizer, None).save_pretrained(folder)
 
@@ -138,8 +131,7 @@ def _write_generation(stage: Stage2, tensors: dict[str, Tensor], folder: Path) -
         stage.config, stage.visual_encoder, text_config=shape, image_token_index=image_token
     )
     tensors |= {f"language_model.{name}": tensor for name, tensor in language_model.state_dict().items()}
-    model = _filled(Blip2ForConditionalGeneration, config, tensors)
-    model.save_pretrained(folder)
+    save_model(Blip2ForConditionalGeneration, config, tensors, folder)
     processor.save_pretrained(folder)
 
 
@@ -193,15 +185,6 @@ def blip2_config(config: PretrainConfig, vision: FrozenVision, **more: Any) -> B
         image_text_hidden_size=shape.projection_width,
         **more,
     )
-
-
-def _filled(kind: type, config: Blip2Config, tensors: dict[str, Tensor]) -> Any:
-    """Return a Hugging Face model with exactly these tensors."""
-    with torch.device("meta"):
-        model = kind(config)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    return model
 
 
 def _processor(

@@ -16,7 +16,6 @@ from transformers import (
     BlipForImageTextRetrieval,
     BlipImageProcessor,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from pipeline.models.transformers_loader import load_tokenizer
@@ -24,7 +23,7 @@ from training.blip.stage import BlipStage
 from training.blip.vision import VIT_NORM_EPS
 from training.convert.key_map import blip_to_hf
 from training.models.layers import NORM_EPS
-from training.models.pretrained import tokenizer_folder
+from training.models.pretrained import save_model, tokenizer_folder
 
 _HEAD = "text_decoder.cls.predictions"
 _EMBEDDINGS = "text_decoder.bert.embeddings.word_embeddings.weight"
@@ -41,11 +40,7 @@ def write_hugging_face(stage: BlipStage, folder: Path) -> dict[str, Tensor] | No
         return None
     kind = BlipForImageTextRetrieval if stage.encodes_text else BlipForConditionalGeneration
     mapped, unmapped = blip_to_hf(_with_second_names(stage.trainable_state()))
-    with torch.device("meta"):
-        model: PreTrainedModel = kind(blip_config(stage))
-    model.load_state_dict(mapped, strict=True, assign=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
+    save_model(kind, blip_config(stage), mapped, folder)
     name = stage.shape.text.tokenizer
     key = "blip.text.tokenizer"
     load_tokenizer(tokenizer_folder(name, "main", key), key).save_pretrained(folder)
@@ -60,8 +55,8 @@ def write_repository_file(stage: BlipStage, path: Path) -> None:
     Shared tensors stand under both names, but are stored once. So are the encoders: BLIP's retrieval training begins
     with the momentum encoders of the file, and here they are the encoders themselves.
     """
-    parts = ("momentum.", "queue.")
-    tensors = {name: t.cpu() for name, t in stage.state_dict().items() if not name.startswith(parts)}
+    auxiliary = stage.auxiliary_state()
+    tensors = {name: t.cpu() for name, t in stage.state_dict().items() if name not in auxiliary}
     tensors = _with_second_names(tensors) | _position_ids(stage)
     torch.save({"model": tensors | _momentum_encoders(stage, tensors)}, path)
 

@@ -17,7 +17,19 @@ from schemas.names import printable
 Family = Literal["opt", "t5"]
 
 # (LAVIS, Hugging Face). {n}: a number; {cross}: "cross" or nothing; {family}: of the language model; {rest}: anything.
-# The first match counts.
+# The first match counts. The image encoder is BLIP's too.
+_VISION_PAIRS = (
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.{rest}", "vision_model.embeddings.patch_embedding.{rest}"),
+    ("visual_encoder.blocks.{n}.norm1.{rest}", "vision_model.encoder.layers.{n}.layer_norm1.{rest}"),
+    ("visual_encoder.blocks.{n}.norm2.{rest}", "vision_model.encoder.layers.{n}.layer_norm2.{rest}"),
+    (
+        "visual_encoder.blocks.{n}.attn.proj.{rest}",
+        "vision_model.encoder.layers.{n}.self_attn.projection.{rest}",
+    ),
+    ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
+)
 _PAIRS = (
     ("query_tokens", "query_tokens"),
     ("ln_vision.{rest}", "vision_model.post_layernorm.{rest}"),
@@ -34,31 +46,13 @@ _PAIRS = (
     ("itm_head.{rest}", "itm_head.{rest}"),
     ("{family}_proj.{rest}", "language_projection.{rest}"),
     ("language_model.{rest}", "language_model.{rest}"),
-    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
-    ("visual_encoder.patch_embed.proj.{rest}", "vision_model.embeddings.patch_embedding.{rest}"),
-    ("visual_encoder.blocks.{n}.norm1.{rest}", "vision_model.encoder.layers.{n}.layer_norm1.{rest}"),
-    ("visual_encoder.blocks.{n}.norm2.{rest}", "vision_model.encoder.layers.{n}.layer_norm2.{rest}"),
     ("visual_encoder.blocks.{n}.attn.qkv.weight", "vision_model.encoder.layers.{n}.self_attn.qkv.weight"),
-    (
-        "visual_encoder.blocks.{n}.attn.proj.{rest}",
-        "vision_model.encoder.layers.{n}.self_attn.projection.{rest}",
-    ),
-    ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
+    *_VISION_PAIRS,
 )
 # (BLIP, Hugging Face's ``Blip*``): the text models have the same names in both.
 _BLIP_PAIRS = (
-    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
-    ("visual_encoder.patch_embed.proj.{rest}", "vision_model.embeddings.patch_embedding.{rest}"),
-    ("visual_encoder.blocks.{n}.norm1.{rest}", "vision_model.encoder.layers.{n}.layer_norm1.{rest}"),
-    ("visual_encoder.blocks.{n}.norm2.{rest}", "vision_model.encoder.layers.{n}.layer_norm2.{rest}"),
+    *_VISION_PAIRS,
     ("visual_encoder.blocks.{n}.attn.qkv.{rest}", "vision_model.encoder.layers.{n}.self_attn.qkv.{rest}"),
-    (
-        "visual_encoder.blocks.{n}.attn.proj.{rest}",
-        "vision_model.encoder.layers.{n}.self_attn.projection.{rest}",
-    ),
-    ("visual_encoder.blocks.{n}.mlp.{rest}", "vision_model.encoder.layers.{n}.mlp.{rest}"),
     ("visual_encoder.norm.{rest}", "vision_model.post_layernorm.{rest}"),
     ("{part}.{rest}", "{part}.{rest}"),
 )

@@ -177,10 +177,6 @@ def read_blip2(folder: Path) -> ExternalCheckpoint:
     The side file of capfilt's exports is read too, so that capfilt -> Hugging Face -> capfilt is exact.
     """
     config = read_object(folder / "config.json")
-    if config.get("model_type") != "blip-2":
-        raise CapfiltError(
-            f"{folder} is a {shown(config.get('model_type'))} model; only 'blip-2' models can be read"
-        )
     return _huggingface(
         folder,
         lambda tensors: from_hf(tensors, _family(config, folder), str(folder)),
@@ -265,8 +261,7 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family | None:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or "Blip2ForConditionalGeneration" not in architectures:
         return None
-    text_config = config.get("text_config")
-    model_type = text_config.get("model_type") if isinstance(text_config, dict) else None
+    model_type = _value(config, "text_config", "model_type")
     if model_type not in ("opt", "t5"):
         raise CapfiltError(
             f"{folder}: its language model is {shown(model_type)}; only opt and t5 can be read"

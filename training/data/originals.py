@@ -57,22 +57,19 @@ def _originals(
                 trained.setdefault(shard, set()).add(uid)
     shards: dict[str, list[SnapshotShard]] = {}
     for shard, uids in sorted(trained.items()):
-        images = {uid for _, _, uid in _samples_of(records, committed[shard])}
+        record = committed[shard]
+        images = {uid for _, _, uid in _samples_of(records, record)}
         if images & uids:
-            original = _original(records.storage.root, committed[shard], images - uids)
-            shards.setdefault(original.source, []).append(original)
+            original = SnapshotShard(
+                corpus=records.storage.root,
+                source=record.source,
+                shard=record.shard,
+                tar=record.outputs["tar"],
+                parquet=record.outputs["parquet"],
+                held_out=tuple(sorted(images - uids)),
+            )
+            shards.setdefault(record.source, []).append(original)
     return [replace(folder, name=source, shards=tuple(found)) for source, found in shards.items()]
-
-
-def _original(corpus: str, record: ShardRecord, left_out: set[str]) -> SnapshotShard:
-    return SnapshotShard(
-        corpus=corpus,
-        source=record.source,
-        shard=record.shard,
-        tar=record.outputs["tar"],
-        parquet=record.outputs["parquet"],
-        held_out=tuple(sorted(left_out)),
-    )
 
 
 def _samples_of(records: Records, record: ShardRecord) -> Iterator[_Sample]:

@@ -145,13 +145,12 @@ class OpenShard:
         """Return offset and size of the member whose header is at ``offset``."""
         header = os.pread(self._descriptor, tarfile.BLOCKSIZE, offset)
         try:
-            return offset + tarfile.BLOCKSIZE, tarfile.TarInfo.frombuf(
-                header, "utf-8", "surrogateescape"
-            ).size
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise CorruptShardError(
                 f"{self.ref.tar.path} has no member at byte {offset:,}, where its Parquet says that an image ends"
             ) from error
+        return offset + tarfile.BLOCKSIZE, member.size
 
 
 def _texts(values: list[Any]) -> list[str]:

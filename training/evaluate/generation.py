@@ -78,10 +78,8 @@ class Stage1Generator:
                 use_cache=False,
             ),
         )
-        return [
-            text.strip()
-            for text in tokenizer.batch_decode(ids_BL[:, len(begin_L) :], skip_special_tokens=True)
-        ]
+        texts = tokenizer.batch_decode(ids_BL[:, len(begin_L) :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 class Stage2Generator:
@@ -161,7 +159,6 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
     """
 
     config_class = PretrainedConfig
-    main_input_name = "input_ids"
 
     def __init__(self, stage: Stage1) -> None:
         super().__init__(PretrainedConfig(vocab_size=stage.config.qformer.vocab_size))
@@ -173,18 +170,8 @@ class _QFormerDecoder(PreTrainedModel, GenerationMixin):
         """Return the Q-Former's device."""
         return self._qformer[0].cls.predictions.bias.device
 
-    def can_generate(self) -> bool:
-        """Return True: transformers asks before it generates."""
-        return True
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, queries: Tensor, **_: Any
-    ) -> dict[str, Tensor]:
-        """Pass on the tokens so far and the queries' keys and values, which ``generate`` repeats for each beam."""
-        return {"input_ids": input_ids, "queries": queries}
-
     def forward(self, input_ids: Tensor, queries: Tensor, **_: Any) -> CausalLMOutput:
-        """Return the logits of the next token, (N, 1, V)."""
+        """Return the logits of the token after those so far, (N, 1, V); ``generate`` repeats queries for each beam."""
         qformer, parts = self._qformer[0], queries.unbind(dim=1)
         hidden_NLD = qformer.captions(input_ids, list(zip(parts[::2], parts[1::2], strict=True)))
         return CausalLMOutput(logits=qformer.logits(hidden_NLD[:, -1])[:, None])

@@ -28,7 +28,7 @@ from training.losses import similarity
 from training.models.layers import KeyValue, select_images
 from training.models.tokenizer import Texts
 
-# LAVIS's retrieval reads three tokens more than its training.
+# Of a caption, special tokens included: LAVIS's retrieval reads three tokens more than its training.
 MAX_TEXT_TOKENS = 35
 _TEXTS_AT_ONCE = 256
 # Similarities held at once: 2 ** 26 float32 are 256 MB.
@@ -68,16 +68,13 @@ class Stage1Matcher:
 
     Args:
         stage: the model; put in evaluation mode.
-        max_text_tokens: of a caption, special tokens included.
         texts_at_once: computed in one pass.
     """
 
-    def __init__(
-        self, stage: Stage1, max_text_tokens: int = MAX_TEXT_TOKENS, texts_at_once: int = _TEXTS_AT_ONCE
-    ) -> None:
+    def __init__(self, stage: Stage1, texts_at_once: int = _TEXTS_AT_ONCE) -> None:
         self.stage = stage.eval()
         self.device = stage.temp.device
-        self.max_text_tokens = min(max_text_tokens, stage.config.qformer.max_positions)
+        self.max_text_tokens = min(MAX_TEXT_TOKENS, stage.config.qformer.max_positions)
         self.texts_at_once = texts_at_once
 
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:

@@ -3,6 +3,8 @@
 The legend of the names: B rows, S or L tokens, T tokens to predict, D the width, V words.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +66,37 @@ class WordHead(nn.Module):
         matrix_VD = embeddings_VD if self.decoder is None else self.decoder.weight
         logits_TV = F.linear(self.transform(hidden_TD), matrix_VD.to(hidden_TD.dtype))
         return logits_TV.to(self.bias.dtype) + self.bias
+
+
+@torch.no_grad()
+def copy_bert_weights(model: nn.Module, bert: Mapping[str, Tensor], bert_name: Callable[[str], str]) -> None:
+    """Copy BERT's weights; the last tokens, which BERT does not have, and the cross-attention keep their values.
+
+    BERT's token types are left out, as in LAVIS.
+
+    Args:
+        model: with text.
+        bert: the state of transformers' ``BertForMaskedLM``.
+        bert_name: returns BERT's name of a parameter.
+
+    Raises:
+        KeyError: BERT lacks a tensor.
+        ValueError: a tensor has another shape.
+    """
+    for name, parameter in model.named_parameters():
+        if "crossattention" in name:
+            continue
+        tensor = bert[bert_name(name)]
+        of_words = name.endswith(("word_embeddings.weight", "predictions.bias", "decoder.weight"))
+        copy_tensor(parameter.data[: len(tensor)] if of_words else parameter, tensor, name)
+
+
+@torch.no_grad()
+def copy_tensor(target: Tensor, tensor: Tensor, name: str) -> None:
+    """Copy a tensor. Raises ValueError where it has another shape."""
+    if target.shape != tensor.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(target.shape)} here")
+    target.copy_(tensor)
 
 
 def initialise(module: nn.Module, std: float) -> None:

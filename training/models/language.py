@@ -28,7 +28,7 @@ from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 from schemas.names import printable
 from schemas.pretrain import LanguageConfig
-from training.losses import IGNORED, captioning_loss
+from training.losses import IGNORED, captioning_loss, target_positions
 from training.models.pretrained import config_file, model_folder, tokenizer_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -169,7 +169,7 @@ class DecoderOnly(FrozenLanguage):
 
     def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
         """Return the cross-entropy summed over the tokens."""
-        positions_T, labels_T = _target_positions(target, prompt_BQW.device)
+        positions_T, labels_T = target_positions(target.labels_BT, prompt_BQW.device)
         hidden_BLW = self._hidden(prompt_BQW, target.inputs_BL.to(prompt_BQW.device))
         return captioning_loss(self._logits, hidden_BLW.flatten(0, 1).index_select(0, positions_T), labels_T)
 
@@ -235,7 +235,7 @@ class EncoderDecoder(FrozenLanguage):
     def loss(self, prompt_BQW: Tensor, target: Target) -> Tensor:
         """Return the cross-entropy summed over the tokens."""
         device = prompt_BQW.device
-        positions_T, labels_T = _target_positions(target, device)
+        positions_T, labels_T = target_positions(target.labels_BT, device)
         logits_BTV = self._logits(
             prompt_BQW, target.inputs_BL.to(device), target.mask_BL.to(device), target.labels_BT.to(device)
         )
@@ -355,13 +355,6 @@ def _use_exact_gelu(model: nn.Module) -> None:
     model.config.dense_act_fn = "gelu"
     for block in (*model.encoder.block, *model.decoder.block):
         block.layer[-1].DenseReluDense.act = nn.GELU()
-
-
-def _target_positions(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions, in (B, T) flattened, that have a label, and the labels; computed on the CPU."""
-    labels = target.labels_BT.flatten()
-    positions_T = (labels != IGNORED).nonzero()[:, 0]
-    return positions_T.to(device, non_blocking=True), labels[positions_T].to(device, non_blocking=True)
 
 
 def _at_least_float(logits_TV: Tensor) -> Tensor:

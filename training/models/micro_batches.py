@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.rng import seed_for
 from training.distributed import World
-from training.losses import IGNORED
+from training.losses import target_positions
 from training.models.tokenizer import Texts
 
 # Where an image has fewer captions than another.
@@ -68,14 +68,12 @@ def micro_batches(
     local, device = len(texts.ids_BL), world.device
     for index, start in enumerate(range(0, local, size)):
         rows = slice(start, min(start + size, local))
-        labels = labels_BL[rows].flatten()
-        # On the CPU: the result's size depends on the data, and the device would have to be waited for.
-        target_positions_T = (labels != IGNORED).nonzero()[:, 0]
+        positions_T, labels_T = target_positions(labels_BL[rows], device)
         yield MicroBatch(
             images=images(rows),
             texts=texts[rows].to(device),
-            target_positions_T=target_positions_T.to(device, non_blocking=True),
-            labels_T=labels[target_positions_T].to(device, non_blocking=True),
+            target_positions_T=positions_T,
+            labels_T=labels_T,
             first=first + start,
             seed=seed_for("dropout", seed, position, world.rank, index),
         )

@@ -63,21 +63,20 @@ class PartlyTrained(nn.Module, ABC):
             CapfiltError: a tensor is missing, unexpected or of another shape; nothing is set.
         """
         parameters = dict(self.trainable_named_parameters())
-        if differences := tensor_differences(state, parameters):
-            raise CapfiltError(
-                f"the checkpoint is of another stage, [vision], [qformer], [language] or [blip]: {differences}"
-            )
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        _copy_all(state, parameters, "stage, [vision], [qformer], [language] or [blip]")
 
     @torch.no_grad()
     def load_auxiliary_state(self, state: Mapping[str, Tensor]) -> None:
         """Set all of ``auxiliary_state``. Raises CapfiltError where a tensor is missing, unexpected or misshapen."""
-        wanted = self.auxiliary_state()
-        if differences := tensor_differences(state, wanted):
-            raise CapfiltError(f"the checkpoint is of another model: {differences}")
-        for name, tensor in wanted.items():
-            tensor.copy_(state[name])
+        _copy_all(state, self.auxiliary_state(), "model")
+
+
+def _copy_all(state: Mapping[str, Tensor], targets: Mapping[str, Tensor], another: str) -> None:
+    """Copy a state to its tensors. Raises CapfiltError, that it is of ``another``, before any is set."""
+    if differences := tensor_differences(state, targets):
+        raise CapfiltError(f"the checkpoint is of another {another}: {differences}")
+    for name, tensor in targets.items():
+        tensor.copy_(state[name])
 
 
 def tensor_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -1,11 +1,14 @@
 """Folders of transformers' models: a local one, or the hub's in the local cache. Only safetensors are read."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.models.files.model_files import (
     WEIGHTS_FILE,
@@ -34,13 +37,8 @@ def model_folder(name: str, revision: str, where: str) -> Path:
         CapfiltError: no such folder, hub id or revision, a file is missing, or the hub cannot be reached and the
             cache does not have it.
     """
-    return _folder(
-        name,
-        revision,
-        where,
-        ("config.json", WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors"),
-        first_missing_weights_file,
-    )
+    patterns = ("config.json", WEIGHTS_FILE, WEIGHTS_INDEX, "model-*.safetensors")
+    return _folder(name, revision, where, patterns, first_missing_weights_file)
 
 
 def tokenizer_folder(name: str, revision: str, where: str) -> Path:
@@ -70,6 +68,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, FileNotFoundError) as error:
         raise not_safetensors(path, printable(first_line(error))[:200]) from error
+
+
+def save_model(
+    kind: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Write the folder of a model with exactly these tensors."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.pretrain import QFormerConfig
-from training.models.bert import Embeddings, WordHead, initialise
+from training.models.bert import Embeddings, WordHead, copy_bert_weights, initialise
 from training.models.layers import Attention, FeedForwardInput, KeyValue, Residual
 
 
@@ -177,24 +177,6 @@ def initial_queries(num_queries: int, width: int, std: float = 0.02) -> nn.Param
 def copy_bert(qformer: QFormer, bert: Mapping[str, Tensor]) -> None:
     """Copy BERT's weights, whose names are the same; the queries' feed-forward networks get those of the text.
 
-    The last token, [DEC], which BERT does not have, and the cross-attention keep their values; BERT's token types are
-    left out, as in LAVIS.
-
-    Args:
-        qformer: with text.
-        bert: the state of transformers' ``BertForMaskedLM``.
-
-    Raises:
-        KeyError: BERT lacks a tensor.
-        ValueError: a tensor has another shape.
+    [DEC] keeps its values. Raises as ``copy_bert_weights``.
     """
-    for name, parameter in qformer.named_parameters():
-        if "crossattention" in name:
-            continue
-        tensor = bert[name.replace("_query", "")]
-        rows = slice(0, tensor.shape[0])
-        lacks_dec = name.endswith(("word_embeddings.weight", "predictions.bias"))
-        target = parameter.data[rows] if lacks_dec else parameter.data
-        if target.shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} in BERT and {tuple(parameter.shape)} here")
-        target.copy_(tensor)
+    copy_bert_weights(qformer, bert, lambda name: name.replace("_query", ""))

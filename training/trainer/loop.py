@@ -108,7 +108,7 @@ class Loop:
         self._last = record
         if self.samples != state.progress.samples:
             raise CapfiltError(
-                f"{self.checkpoints.storage.url(record.path)} says {state.progress.samples:,} samples after "
+                f"{where} says {state.progress.samples:,} samples after "
                 f"{self.step:,} steps, and a batch has {self.config.optim.batch_size:,}: it is not of this run"
             )
 
@@ -268,7 +268,7 @@ class Loop:
             )
         step = self.step + 1
         self.skipped.add(step)
-        uids = [uid for part in self.world.gather_objects(batch.uids) for uid in part]
+        uids = self.world.gather_parts(batch.uids)
         samples = ""
         if self.world.rank == 0:
             with self._writing():

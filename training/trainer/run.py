@@ -78,8 +78,7 @@ def pretrain(
     if key and not config.data.held_out:
         raise CapfiltError(f"{key}: there are no images for the probe; set data.held_out")
     require_libraries(config.metrics)
-    if world.rank != 0:
-        log = _ignore
+    log = log if world.rank == 0 else lambda text: None
     storage = Storage(run_folder(config))
     storage.require_place("run.output")
     # Before models are read, which may take minutes; it is taken when outputs are opened.
@@ -250,7 +249,3 @@ def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitSta
         lineage.write_checkpoint(record, storage.url(record.path))
 
     loop.record_checkpoint = record_checkpoint
-
-
-def _ignore(text: str) -> None:
-    pass

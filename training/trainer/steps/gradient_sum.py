@@ -8,7 +8,7 @@ with ``static_graph``, and checked in each later one.
 
 from collections import Counter
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,30 +23,18 @@ GradientSumKind = Literal["after", "overlapped", "overlapped-bf16"]
 _BUCKET_ELEMENTS = 8 * 2**20
 
 
-class GradientSum(Protocol):
-    """How a rank's gradients become those of all ranks.
-
-    ``is_overlapped``: between a step's backward passes and ``finish`` there is something to wait for.
-    """
-
-    is_overlapped: bool
-
-    def begin_last_passes(self) -> None:
-        """Say that from now on a step's last backward passes run."""
-
-    def finish(self) -> list[Tensor]:
-        """Return the summed gradients, in the order of the parameters, once a step's backward passes are done."""
-
-
-def make_gradient_sum(kind: GradientSumKind, world: World, parameters: NamedParameters) -> GradientSum:
+def make_gradient_sum(kind: GradientSumKind, world: World, parameters: NamedParameters) -> "GradientSum":
     """Return what sums the gradients of parameters as ``performance.gradient_sum`` says."""
     if kind == "after" or world.size == 1:
-        return SumAfterwards(world, parameters)
+        return GradientSum(world, parameters)
     return OverlappedSum(world, parameters, torch.bfloat16 if kind == "overlapped-bf16" else None)
 
 
-class SumAfterwards:
-    """Sums all gradients once the backward passes are done."""
+class GradientSum:
+    """How a rank's gradients become those of all ranks: here all are summed once the backward passes are done.
+
+    ``is_overlapped``: between a step's backward passes and ``finish`` there is something to wait for.
+    """
 
     is_overlapped = False
 
@@ -54,16 +42,16 @@ class SumAfterwards:
         self._world, self._parameters = world, parameters
 
     def begin_last_passes(self) -> None:
-        """Do nothing."""
+        """Take note that from now on a step's last backward passes run."""
 
     def finish(self) -> list[Tensor]:
-        """Return the summed gradients."""
+        """Return the summed gradients, in the order of the parameters, once a step's backward passes are done."""
         gradients = gradients_of(self._parameters)
         self._world.all_reduce_sum_(gradients)
         return gradients
 
 
-class OverlappedSum:
+class OverlappedSum(GradientSum):
     """Sums gradients in buckets, each as soon as its last gradient is whole on this rank.
 
     The buckets, and the order of their sums, are rank 0's order of gradients in the first step, so that they are the
@@ -89,7 +77,7 @@ class OverlappedSum:
         wire_dtype: torch.dtype | None = None,
         bucket_elements: int = _BUCKET_ELEMENTS,
     ) -> None:
-        self._world, self._parameters = world, parameters
+        super().__init__(world, parameters)
         self._wire_dtype, self._bucket_elements = wire_dtype, bucket_elements
         # With a communicator of its own: else what the ranks sum or gather meanwhile would wait for the gradients
         # before it, and the device too.
