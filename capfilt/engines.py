@@ -110,10 +110,7 @@ class Captioner:
     ) -> list[list[str] | None]:
         """Return the captions of each image; see ``capfilt.caption``."""
         prepared = _prepare(images, self._engine.prepare, self.config.batch_size, self._engine.device.type)
-        captions: list[list[str] | None] = []
-        for batch in _batches(_with_uids(prepared, uids), self.config.batch_size):
-            captions += _expanded(batch, self._caption_batch)
-        return captions
+        return list(_answers(_with_uids(prepared, uids), self.config.batch_size, self._caption_batch))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of Ray Data (a dict of columns) with a column of captions more."""
@@ -156,10 +153,8 @@ class Ranker:
     ) -> list[list[float] | None]:
         """Return the scores of each image's texts; see ``capfilt.rank``."""
         prepared = _prepare(images, self._pixels, self.config.batch_size, self._engine.device.type)
-        scores: list[list[float] | None] = []
-        for batch in _batches(_paired(prepared, map(_text_list, texts), "texts"), self.config.batch_size):
-            scores += _expanded(batch, self._score_batch)
-        return scores
+        pairs = _paired(prepared, map(_text_list, texts), "texts")
+        return list(_answers(pairs, self.config.batch_size, self._score_batch))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of Ray Data (a dict of columns) with a column of scores more."""
@@ -260,16 +255,13 @@ def _paired(
         yield pixels, other
 
 
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _expanded(
-    batch: Sequence[tuple[Tensor | None, Item]],
+def _answers(
+    items: Iterator[tuple[Tensor | None, Item]],
+    size: int,
     work: Callable[[Sequence[tuple[Tensor, Item]]], Sequence[Answer]],
-) -> list[Answer | None]:
-    """Return the model's answer for each image of a batch; None for those without pixels, which it does not see."""
-    decoded = [(pixels, item) for pixels, item in batch if pixels is not None]
-    answers = iter(work(decoded) if decoded else ())
-    return [None if pixels is None else next(answers) for pixels, _ in batch]
+) -> Iterator[Answer | None]:
+    """Yield the model's answer for each image, batch by batch; None for those without pixels, which it does not see."""
+    while batch := list(islice(items, size)):
+        decoded = [(pixels, item) for pixels, item in batch if pixels is not None]
+        answers = iter(work(decoded) if decoded else ())
+        yield from [None if pixels is None else next(answers) for pixels, _ in batch]

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from packaging.utils import canonicalize_name
+
 from pipeline.config import dump_config
 from pipeline.storage.errors import storage_error_message
 from schemas.config import CapfiltConfig, SourceConfig
@@ -140,7 +142,7 @@ def _versions() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             yield _judged(library, False, "not installed", "pip install -c constraints.txt .")
             continue
-        pinned = pins.get(_canonical(library), version)
+        pinned = pins.get(canonicalize_name(library), version)
         fix = f"only {pinned} is tested: pip install -c constraints.txt {library}"
         is_pinned = version.partition("+")[0] == pinned.partition("+")[0]
         yield _judged(library, is_pinned, version, fix, "warn")
@@ -152,11 +154,7 @@ def _pins() -> dict[str, str]:
     if not path.exists():
         return {}
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", path.read_text(), re.M)
-    return {_canonical(name): version for name, version in pins}
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(name): version for name, version in pins}
 
 
 def _dataclasses() -> Check:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from jobs.interrupts import Interrupts
 from jobs.output.progress import Progress
@@ -138,8 +138,6 @@ class RunMonitor:
                 _log.warning("the manifest was not refreshed: %s", error)
 
 
-class Executor(Protocol):
-    """Runs the stages of a job on every shard; returns how that ended."""
-
-    def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
-        """Run the job. Raises CapfiltError that a worker raised: the run is at fault, not a shard."""
+# Runs the stages of a job on every shard, and returns how that ended. Raises CapfiltError that a worker raised: the run
+# is at fault, not a shard.
+Executor = Callable[[StageJob, RunMonitor], ExecutorOutcome]

@@ -190,9 +190,8 @@ class Interrupts:
             return
         line = f"capfilt: {text}\n"
         if sys.stderr is not sys.__stderr__:  # a live table stands there: the line goes above it
-            with contextlib.suppress(
-                OSError, RuntimeError
-            ):  # RuntimeError: the signal came while it was written to
+            # RuntimeError: the signal came while it was written to.
+            with contextlib.suppress(OSError, RuntimeError):
                 sys.stderr.write(line)
                 return
         with contextlib.suppress(OSError):  # the terminal is gone

@@ -15,41 +15,41 @@ from schemas.errors import CapfiltError
 from schemas.records import WorkerShare
 
 
-class LocalExecutor:
-    """Executor without Ray. ``cluster.*.min_workers`` and ``max_workers`` have no effect."""
+def run_here(job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
+    """Run the job; weights are loaded at the first shard that needs them, and kept.
 
-    def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
-        """Run the job; weights are loaded at the first shard that needs them, and kept."""
-        sweep_temporary_folders()
-        counter = ProgressCounter(job.limits)
-        runners = [
-            ShardRunner(
-                stage,
-                job.settings,
-                note=counter.note,
-                report_state=counter.report_state,
-                report_away=counter.report_away,
-                is_stopping=lambda: monitor.interrupts.count > 0,
-                log_event=counter.log_event,
-                share=_share(getattr(job.settings.config.cluster, stage)),
-            )
-            for stage in job.stages
-        ]
-        with (
-            variables(_worker_environment(job)),
-            monitor.watching(lambda timeout_s: counter.snapshot(monitor.num_events)),
-            monitor.interrupts.graced(job.settings.config.cluster.stop_grace_s),
-        ):
-            for kind, urls in job.shards:
-                for runner in runners:
-                    if monitor.interrupts.count:
-                        return "done"  # as far as it goes: the block is interrupted here
-                    if counter.ask_to_begin(runner.stage, urls.source, urls.shard) == "stop":
-                        return "limit"
-                    runner.run_shard(kind, urls)
-                if monitor.has_failed_too_often(counter.snapshot()):
-                    return "gave up"
-        return "done"
+    ``cluster.*.min_workers`` and ``max_workers`` have no effect.
+    """
+    sweep_temporary_folders()
+    counter = ProgressCounter(job.limits)
+    runners = [
+        ShardRunner(
+            stage,
+            job.settings,
+            note=counter.note,
+            report_state=counter.report_state,
+            report_away=counter.report_away,
+            is_stopping=lambda: monitor.interrupts.count > 0,
+            log_event=counter.log_event,
+            share=_share(getattr(job.settings.config.cluster, stage)),
+        )
+        for stage in job.stages
+    ]
+    with (
+        variables(_worker_environment(job)),
+        monitor.watching(lambda timeout_s: counter.snapshot(monitor.num_events)),
+        monitor.interrupts.graced(job.settings.config.cluster.stop_grace_s),
+    ):
+        for kind, urls in job.shards:
+            for runner in runners:
+                if monitor.interrupts.count:
+                    return "done"  # as far as it goes: the block is interrupted here
+                if counter.ask_to_begin(runner.stage, urls.source, urls.shard) == "stop":
+                    return "limit"
+                runner.run_shard(kind, urls)
+            if monitor.has_failed_too_often(counter.snapshot()):
+                return "gave up"
+    return "done"
 
 
 def _share(resources: StageResources) -> WorkerShare:
@@ -58,19 +58,16 @@ def _share(resources: StageResources) -> WorkerShare:
 
 
 def _worker_environment(job: StageJob) -> dict[str, str]:
-    """Return the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one."""
-    if any(getattr(job.settings.config.cluster, stage).gpus for stage in job.stages):
-        _require_gpu(job)
-        return WORKER_ENVIRONMENT
-    return WORKER_ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    """Return the variables that Ray sets for a worker: those of libraries, and no GPU where no stage asks for one.
 
-
-def _require_gpu(job: StageJob) -> None:
+    Raises CapfiltError where a stage asks for one and there is none.
+    """
+    cluster = job.settings.config.cluster
+    keys = [f"cluster.{stage}.gpus" for stage in job.stages if getattr(cluster, stage).gpus]
+    if not keys:
+        return WORKER_ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
     import torch
 
-    if torch.cuda.is_available():
-        return
-    keys = [
-        f"cluster.{stage}.gpus" for stage in job.stages if getattr(job.settings.config.cluster, stage).gpus
-    ]
-    raise CapfiltError(f"{' and '.join(keys)}: this machine has no GPU; set 0 to compute on the CPU")
+    if not torch.cuda.is_available():
+        raise CapfiltError(f"{' and '.join(keys)}: this machine has no GPU; set 0 to compute on the CPU")
+    return WORKER_ENVIRONMENT

@@ -268,17 +268,10 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
         shards=[(kinds[source], work.state.urls[source, shard]) for source, shard in work.todo],
         limits=options.limits,
     )
+    json_run = work.started.run_id if config.cluster.log_format == "json" else ""
+    display = open_progress(console, work.before, options.stages, options.limit, options.quiet, json_run)
     # Closed wherever the run stops: a live table that is not leaves the terminal without its cursor.
-    with contextlib.closing(
-        open_progress(
-            console,
-            work.before,
-            options.stages,
-            options.limit,
-            options.quiet,
-            json_run=work.started.run_id if config.cluster.log_format == "json" else "",
-        )
-    ) as display:
+    with contextlib.closing(display):
         monitor = RunMonitor(
             job=job,
             display=display,
@@ -286,18 +279,18 @@ def _execute(work: _Work, console: Console, interrupts: Interrupts) -> ExecutorO
             interrupts=interrupts,
             note_interruption=note_interruption,
         )
-        return _executor(options.local).run(job, monitor)
+        return _executor(options.local)(job, monitor)
 
 
 def _executor(local: bool) -> Executor:
     """Return what runs the stages; only the one that is chosen is imported."""
     if local:
-        from jobs.local import LocalExecutor
+        from jobs.local import run_here
 
-        return LocalExecutor()
-    from jobs.cluster.executor import RayExecutor
+        return run_here
+    from jobs.cluster.executor import run_on_ray
 
-    return RayExecutor()
+    return run_on_ray
 
 
 def _interrupted(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli.commands.preview import preview_corpus, print_preview
+from jobs.cli.commands.plan import preview_corpus, print_preview
 from jobs.cli.main import app
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.marks.marking import Verdict, mark

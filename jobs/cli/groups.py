@@ -15,7 +15,9 @@ KEEP = "Keep a corpus in order"
 TRAIN = "Train"
 MEASURE = "Measure"
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-_HEADINGS = (BUILD, LOOK, KEEP, TRAIN, MEASURE)
+# Of commands that stand under none.
+_OTHERS = "Commands"
+_HEADINGS = (BUILD, LOOK, KEEP, TRAIN, MEASURE, _OTHERS)
 # What a shell reports for a process that SIGPIPE ended.
 _PIPE_CLOSED = 141
 
@@ -27,7 +29,7 @@ class CommandGroup(TyperGroup):
         """Write the lists of commands; typer's own are one list, each description cut to a line."""
         commands = [(name, command) for name, command in self.commands.items() if not command.hidden]
         width = max(len(name) for name, _ in commands)
-        commands.sort(key=lambda item: _place(item[1]))
+        commands.sort(key=lambda item: _HEADINGS.index(_panel(item[1])))
         for heading, members in groupby(commands, key=lambda item: _panel(item[1])):
             with formatter.section(heading):
                 formatter.write_dl(
@@ -50,12 +52,7 @@ class CommandGroup(TyperGroup):
 
 
 def _panel(command: Any) -> str:
-    return command.rich_help_panel or "Commands"
-
-
-def _place(command: Any) -> int:
-    heading = _panel(command)
-    return _HEADINGS.index(heading) if heading in _HEADINGS else len(_HEADINGS)
+    return command.rich_help_panel or _OTHERS
 
 
 def _first_sentence(command: Any) -> str:

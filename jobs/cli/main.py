@@ -197,11 +197,9 @@ def plan(
     """Say what is pending and stale, and what it will cost. Changes nothing."""
     loaded = _load(config, set_, source)
     import_arrow_alone()
-    from jobs.cli.commands.plan import plan_corpus, print_plan
+    from jobs.cli.commands.plan import plan_corpus, preview_corpus, print_plan, print_preview
 
     if preview:
-        from jobs.cli.commands.preview import preview_corpus, print_preview
-
         rows = preview_corpus(loaded)
         print(json.dumps({"preview": rows})) if json_ else print_preview(rows)
         return

@@ -97,12 +97,8 @@ def _yield_lines(totals: Totals) -> Iterator[str]:
     parts = []
     if totals.urls:
         parts.append(f"{totals.images:,} of {totals.urls:,} URLs gave an image{_reasons(totals.lost)}")
-    if totals.captioned:
-        parts.append(f"{totals.captioned:,} images captioned")
-    if totals.ranked:
-        parts.append(f"{totals.ranked:,} ranked")
-    if totals.filtered:
-        parts.append(f"{totals.filtered:,} filtered")
+    counts = {"images captioned": totals.captioned, "ranked": totals.ranked, "filtered": totals.filtered}
+    parts += [f"{images:,} {what}" for what, images in counts.items() if images]
     if totals.selected:
         parts.append(f"{totals.kept:,} of {totals.selected:,} kept{_reasons(totals.dropped)}")
     if totals.gpu_hours:

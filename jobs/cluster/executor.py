@@ -22,39 +22,37 @@ from schemas.errors import TryAgainLaterError, first_line
 _MAX_BROKEN_EXECUTIONS = 3
 
 
-class RayExecutor:
-    """Executor that joins the Ray cluster of the config, or starts one on this machine."""
+def run_on_ray(job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
+    """Run the job on the Ray cluster of the config, or on one that is started on this machine.
 
-    def run(self, job: StageJob, monitor: RunMonitor) -> ExecutorOutcome:
-        """Run the job; an execution that breaks, as when a node dies with its actors, goes on with what is left.
+    An execution that breaks, as when a node dies with its actors, goes on with what is left. Every execution skips
+    what is committed.
+    """
+    monitor.display.log("starting Ray, or joining it: some seconds")
+    with ray_session(job.settings.config, job.stages, monitor.interrupts):
+        # On the driver's node, so that no other node's death takes it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        counter = ProgressActor.options(scheduling_strategy=here).remote(job.limits)
+        monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
 
-        Every execution skips what is committed.
-        """
-        monitor.display.log("starting Ray, or joining it: some seconds")
-        with ray_session(job.settings.config, job.stages, monitor.interrupts):
-            # On the driver's node, so that no other node's death takes it along.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            counter = ProgressActor.options(scheduling_strategy=here).remote(job.limits)
-            monitor.display.log(f"Ray is up; the workers of {', '.join(job.stages)} start")
+        metrics = _RayMetrics(job.settings.config.corpus.path)
 
-            metrics = _RayMetrics(job.settings.config.corpus.path)
+        def snapshot(timeout_s: float) -> RunProgress | None:
+            # An actor that does not answer is being restarted, or Ray is shutting down.
+            with contextlib.suppress(ray.exceptions.RayError):
+                if monitor.interrupts.count:
+                    counter.stop.remote()
+                progress = ray.get(
+                    counter.snapshot.remote(monitor.num_events, monitor.progress.number),
+                    timeout=timeout_s,
+                )
+                metrics.export(progress)
+                return progress
+            return None
 
-            def snapshot(timeout_s: float) -> RunProgress | None:
-                # An actor that does not answer is being restarted, or Ray is shutting down.
-                with contextlib.suppress(ray.exceptions.RayError):
-                    if monitor.interrupts.count:
-                        counter.stop.remote()
-                    progress = ray.get(
-                        counter.snapshot.remote(monitor.num_events, monitor.progress.number),
-                        timeout=timeout_s,
-                    )
-                    metrics.export(progress)
-                    return progress
-                return None
-
-            grace_s = job.settings.config.cluster.stop_grace_s
-            with monitor.watching(snapshot), monitor.interrupts.graced(grace_s):
-                return _run_until_done(job, monitor, counter)
+        grace_s = job.settings.config.cluster.stop_grace_s
+        with monitor.watching(snapshot), monitor.interrupts.graced(grace_s):
+            return _run_until_done(job, monitor, counter)
 
 
 def _run_until_done(job: StageJob, monitor: RunMonitor, counter: ray.actor.ActorHandle) -> ExecutorOutcome:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from jobs.environment import WORKER_ENVIRONMENT
 from pipeline.config import dump_config
@@ -80,14 +81,14 @@ def pinned_requirements(extras: Collection[str] = ()) -> list[str]:
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         parent = waiting.pop()
-        key = (_normal(parent.name), frozenset(parent.extras))
+        key = (canonicalize_name(parent.name), frozenset(parent.extras))
         if key in seen:
             continue
         seen.add(key)
         for requirement in map(Requirement, _requires(parent.name)):
             if _applies(requirement, parent.extras):
                 waiting.append(requirement)
-                name = _normal(requirement.name)
+                name = canonicalize_name(requirement.name)
                 pins[name] = f"{requirement.name}=={_version(requirement.name)}"
     return [pins[name] for name in sorted(pins)]
 
@@ -112,11 +113,6 @@ def _version(name: str) -> str:
         return version(name).partition("+")[0]
     except PackageNotFoundError as error:
         raise CapfiltError(f"{name} is not installed here, so its version cannot be pinned") from error
-
-
-def _normal(name: str) -> str:
-    """Return a project's name as indexes compare it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def require_pinned_weights(config: CapfiltConfig, stages: Collection[str]) -> None:

@@ -41,10 +41,13 @@ def rayjob(config: Config, arguments: Sequence[str], queue: str = "") -> list[di
     Raises:
         CapfiltError: ``cluster.image`` is not set.
     """
-    if not config.cluster.image:
+    cluster = config.cluster
+    if not cluster.image:
         raise CapfiltError("cluster.image: name a container image with capfilt; docs/cluster.md builds one")
     name = submission_id(config, arguments)
     pods = partial(_pod, config, name)
+    head_cpus = max(_HEAD_CPUS, cluster.driver_cpus)
+    head_memory_gb = max(_HEAD_MEMORY_GB, cluster.driver_memory_gb)
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -57,7 +60,7 @@ def rayjob(config: Config, arguments: Sequence[str], queue: str = "") -> list[di
         "metadata": {"name": name} | ({"labels": {_QUEUE_LABEL: queue}} if queue else {}),
         "spec": {
             "entrypoint": entrypoint(arguments, f"{_CONFIG_FOLDER}/{CONFIG_NAME}"),
-            "entrypointNumCpus": config.cluster.driver_cpus,
+            "entrypointNumCpus": cluster.driver_cpus,
             "backoffLimit": _RESTARTS,
             "shutdownAfterJobFinishes": True,
             "rayClusterSpec": {
@@ -66,20 +69,14 @@ def rayjob(config: Config, arguments: Sequence[str], queue: str = "") -> list[di
                 "enableInTreeAutoscaling": isinstance(config, CapfiltConfig),
                 "headGroupSpec": {
                     # The driver's share alone: no worker comes to the head.
-                    "rayStartParams": {"num-cpus": f"{config.cluster.driver_cpus:g}"},
-                    "template": pods("head", *_head_size(config)),
+                    "rayStartParams": {"num-cpus": f"{cluster.driver_cpus:g}"},
+                    "template": pods("head", head_cpus, head_memory_gb),
                 },
                 "workerGroupSpecs": _worker_groups(config, pods),
             },
         },
     }
     return [config_map, job]
-
-
-def _head_size(config: Config) -> tuple[float, float]:
-    """Return the CPUs and the gigabytes of the head's pod."""
-    cluster = config.cluster
-    return max(_HEAD_CPUS, cluster.driver_cpus), max(_HEAD_MEMORY_GB, cluster.driver_memory_gb)
 
 
 def _worker_groups(config: Config, pods: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:

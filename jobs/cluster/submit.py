@@ -50,9 +50,9 @@ def load_job(config_path: str, overrides: Sequence[str], arguments: Sequence[str
 def submit_job(
     config: Config,
     arguments: Sequence[str],
-    *,
     address: str,
     headers: Sequence[str],
+    *,
     allow_open: bool,
     follow: bool,
 ) -> int:

@@ -118,11 +118,14 @@ def _progress_actor() -> ray.actor.ActorHandle:
 
 
 def _trainer(config: PretrainConfig, run: RunRecord, actor: Any, folder: str) -> TorchTrainer:
+    gpus = _num_gpus(config)
+    # Objects (which checkpoint to take) go over gloo, tensors over NCCL.
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     return TorchTrainer(
         _rank,
         train_loop_config={"config": config.model_dump(mode="json"), "run": run.to_json(), "actor": actor},
-        torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=_backend(config)),
-        scaling_config=scaling(config, _num_gpus(config)),
+        torch_config=TorchConfig(timeout_s=int(TIMEOUT_S), backend=backend),
+        scaling_config=scaling(config, gpus),
         run_config=RunConfig(
             name=f"{run.run_id}-{secrets.token_hex(3)}",
             storage_path=folder,
@@ -223,8 +226,3 @@ def scaling(config: PretrainConfig, gpus: int) -> ScalingConfig:
         resources_per_worker={"GPU": 1, "CPU": config.cluster.cpus_per_gpu} if gpus else {"CPU": 1},
         elastic_resize_monitor_interval_s=_GROW_EVERY_S,
     )
-
-
-def _backend(config: PretrainConfig) -> str:
-    # Objects (which checkpoint to take) go over gloo, tensors over NCCL.
-    return "cpu:gloo,cuda:nccl" if _num_gpus(config) else "gloo"

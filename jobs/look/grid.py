@@ -1,5 +1,6 @@
 """A page of cards: each image with its captions, those that were kept first, and what gave no image with its reason."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from jobs.look import questions
@@ -57,17 +58,12 @@ def grid(snapshot: Snapshot, view: View) -> Grid:
 
 def card_of(card: Row, captions: list[Row], marks: list[Row]) -> Card:
     """Return a card with its captions; ``captions``: best first."""
-    repeats: dict[tuple[str, int], int] = {}
-    for row in captions:
-        if row["duplicate_of"] is not None:
-            first = row["origin"], row["duplicate_of"]
-            repeats[first] = repeats.get(first, 0) + 1
-    shown = [
-        row | {"repeats": repeats.get((row["origin"], row["candidate"]), 0)}
+    repeats = Counter((row["origin"], row["duplicate_of"]) for row in captions)
+    places = {
+        (row["origin"], row["candidate"]): row | {"repeats": repeats[row["origin"], row["candidate"]]}
         for row in captions
         if row["duplicate_of"] is None
-    ]
-    places = {place: row for row in shown if (place := (row["origin"], row["candidate"]))}
+    }
     kept = [
         # A human source keeps texts that need no score: they stand in the card alone.
         places.pop((origin, number), {"text": text, "origin": origin, "score": score, "repeats": 0})

@@ -185,11 +185,7 @@ def _reasons(losses: Sequence[Row]) -> list[Bar]:
             label=row["reason"] or row["status"],
             count=row["rows"],
             percent=_percent(row["rows"], most),
-            filters={
-                "source": row["source"],
-                "status": row["status"],
-                **({"reason": row["reason"]} if row["reason"] else {}),
-            },
+            filters={name: row[name] for name in ("source", "status", "reason") if row[name]},
         )
         for row in losses
     ]

@@ -9,8 +9,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote as quote_url
@@ -65,12 +64,11 @@ def style() -> str:
     return files("jobs.look").joinpath("style.css").read_text(encoding="utf-8") + lengths
 
 
-@dataclass(frozen=True)
-class InlineStyle:
-    """The style sheet inside the file, and the digest by which its policy admits it."""
-
-    text: Markup
-    digest: str
+def _inline_style() -> dict[str, str]:
+    """Return the style sheet inside the file, and the digest by which its policy admits it."""
+    text = style()
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "digest": digest}
 
 
 class Pages:
@@ -109,14 +107,9 @@ class Pages:
             "cell": cell,
             "filters": FILTERS,
             "sorts": SORTS,
-            "inline_style": None if base else self._inline_style,
+            "inline_style": None if base else _inline_style(),
         }
         self._environment = environment
-
-    @cached_property
-    def _inline_style(self) -> InlineStyle:
-        text = style()
-        return InlineStyle(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
 
     def command(self, sql: str) -> str:
         """Return the command line that gives the rows of a statement."""
@@ -144,12 +137,7 @@ class Pages:
 
     def selection(self, snapshot: Snapshot, view: Preview) -> str:
         """Return the page of another selection."""
-        bins = [
-            row
-            for rows in snapshot.histograms.items()
-            if rows[0] == ("rank", "score_best")
-            for row in rows[1]
-        ]
+        bins = snapshot.histograms.get(("rank", "score_best"))
         scores = (bins[0]["low"], bins[-1]["high"]) if bins else (-1.0, 1.0)
         note = _note(snapshot, snapshot.sample)
         return self._render("selection.html", snapshot, view=view, scores=scores, scope_note=note)

@@ -26,15 +26,12 @@ _IMAGES = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What a selection would keep, by source, and twelve images on either side of its minimum score."""
+    """What a selection would keep, by source, and twelve images on either side of its minimum score, if it has one."""
 
     select: SelectConfig
     sources: list[SourcePreview]
     options: str
-    above: Answer | None
-    below: Answer | None
-    above_view: View
-    below_view: View
+    sides: list[tuple[str, View, Answer]]
 
 
 def preview(snapshot: Snapshot, query: Iterable[tuple[str, str]]) -> Preview:
@@ -55,21 +52,17 @@ def preview(snapshot: Snapshot, query: Iterable[tuple[str, str]]) -> Preview:
         records, within=snapshot.sample.shards, compacted=snapshot.manifest.compacted.shard_records
     )
     changed = config.model_copy(update={"select": select})
-    line = 0.0 if select.min_score is None else select.min_score
-    above, below = (
-        View(filters={"score": f"{line:g}.."}, sort="score"),
-        View(filters={"score": f"..{line:g}"}, sort="-score"),
-    )
+    sides: dict[str, View] = {}
+    if (line := select.min_score) is not None:
+        sides["Just kept"] = View(filters={"score": f"{line:g}.."}, sort="score")
+        sides["Just lost"] = View(filters={"score": f"..{line:g}"}, sort="-score")
     return Preview(
         select=select,
         sources=preview_selection(
             changed, records, state, marks_of_shards(records, state, save=False), max_images=_IMAGES
         ),
         options=_options(select),
-        above=_cards(snapshot, above) if select.min_score is not None else None,
-        below=_cards(snapshot, below) if select.min_score is not None else None,
-        above_view=above,
-        below_view=below,
+        sides=[(title, view, _cards(snapshot, view)) for title, view in sides.items()],
     )
 
 

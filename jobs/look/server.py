@@ -21,7 +21,7 @@ from jobs.look.grid import grid
 from jobs.look.overview import overview
 from jobs.look.page import Pages, image_path, style
 from jobs.look.selection import preview
-from jobs.look.snapshot import Row, Snapshots
+from jobs.look.snapshot import Row, Snapshot, Snapshots
 from jobs.look.unmark import held_marks, unmarking
 from jobs.look.view import View
 from pipeline.corpus.records import Records
@@ -75,12 +75,12 @@ class Server:
         """Return the aiohttp application."""
         app = web.Application(middlewares=[self._guard], client_max_size=_MAX_FORM_BYTES)
         base = f"/{self.token}"
-        app.router.add_get(f"{base}/", self._overview)
-        app.router.add_get(f"{base}/grid", self._grid)
-        app.router.add_get(f"{base}/runs", self._runs)
-        app.router.add_get(f"{base}/selection", self._selection)
-        app.router.add_get(f"{base}/sample/{{uid}}", self._sample)
-        app.router.add_get(f"{base}/unmark", self._unmark)
+        app.router.add_get(f"{base}/", self._page(self._overview))
+        app.router.add_get(f"{base}/grid", self._page(self._grid))
+        app.router.add_get(f"{base}/runs", self._page(self._runs))
+        app.router.add_get(f"{base}/selection", self._page(self._selection))
+        app.router.add_get(f"{base}/sample/{{uid}}", self._page(self._sample))
+        app.router.add_get(f"{base}/unmark", self._page(self._unmark))
         app.router.add_post(f"{base}/mark", self._mark)
         app.router.add_get(f"{base}/image/{{source}}/{{shard}}/{{key}}", self._image)
         for name, kind, text in _assets():
@@ -104,66 +104,45 @@ class Server:
             raise response
         return response
 
-    async def _overview(self, request: web.Request) -> web.Response:
-        seed = View.parse(request.query.items()).seed
+    def _page(self, render: Callable[[Snapshot, web.Request], str]) -> Handler:
+        """Return what answers a request with a page of the newest snapshot, which is read in a thread."""
 
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            return self._pages.overview(snapshot, overview(snapshot, seed=seed))
+        async def answer(request: web.Request) -> web.Response:
+            return _html(await asyncio.to_thread(lambda: render(self.snapshots.current(), request)))
 
-        return _html(await asyncio.to_thread(answer))
+        return answer
 
-    async def _grid(self, request: web.Request) -> web.Response:
+    def _overview(self, snapshot: Snapshot, request: web.Request) -> str:
         view = View.parse(request.query.items())
+        return self._pages.overview(snapshot, overview(snapshot, seed=view.seed))
 
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            return self._pages.grid(snapshot, grid(snapshot, view))
+    def _grid(self, snapshot: Snapshot, request: web.Request) -> str:
+        return self._pages.grid(snapshot, grid(snapshot, View.parse(request.query.items())))
 
-        return _html(await asyncio.to_thread(answer))
+    def _runs(self, snapshot: Snapshot, _: web.Request) -> str:
+        asked = {
+            "runs": questions.RUNS,
+            "throughput": questions.THROUGHPUT,
+            "trainings": questions.TRAININGS,
+        }
+        return self._pages.runs(snapshot, {name: snapshot.ask(sql) for name, sql in asked.items()})
 
-    async def _runs(self, _: web.Request) -> web.Response:
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            asked = {
-                "runs": questions.RUNS,
-                "throughput": questions.THROUGHPUT,
-                "trainings": questions.TRAININGS,
-            }
-            return self._pages.runs(snapshot, {name: snapshot.ask(sql) for name, sql in asked.items()})
+    def _selection(self, snapshot: Snapshot, request: web.Request) -> str:
+        return self._pages.selection(snapshot, preview(snapshot, request.query.items()))
 
-        return _html(await asyncio.to_thread(answer))
-
-    async def _selection(self, request: web.Request) -> web.Response:
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            return self._pages.selection(snapshot, preview(snapshot, request.query.items()))
-
-        return _html(await asyncio.to_thread(answer))
-
-    async def _sample(self, request: web.Request) -> web.Response:
+    def _sample(self, snapshot: Snapshot, request: web.Request) -> str:
         uid = request.match_info["uid"]
         if not (uid.isalnum() and uid.isascii() and len(uid) <= _MAX_UID):
             raise web.HTTPNotFound(text="no such sample")
+        traces = [_with_card(traced) for traced in trace(self._manifest, uid)]
+        return self._pages.sample(
+            snapshot, uid, [traced | {"marks": snapshot.marks_of_sample(traced)} for traced in traces]
+        )
 
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            traces = [_with_card(traced) for traced in trace(self._manifest, uid)]
-            return self._pages.sample(
-                snapshot, uid, [traced | {"marks": snapshot.marks_of_sample(traced)} for traced in traces]
-            )
-
-        return _html(await asyncio.to_thread(answer))
-
-    async def _unmark(self, request: web.Request) -> web.Response:
+    def _unmark(self, snapshot: Snapshot, request: web.Request) -> str:
         form = dict(request.query)
         back = View.parse(parse_qsl(form["back"])).query() if "back" in form else None
-
-        def answer() -> str:
-            snapshot = self.snapshots.current()
-            return self._pages.unmark(snapshot, unmarking(snapshot, form), back)
-
-        return _html(await asyncio.to_thread(answer))
+        return self._pages.unmark(snapshot, unmarking(snapshot, form), back)
 
     async def _mark(self, request: web.Request) -> web.Response:
         """Make a mark, or take one back, and lead back to where it was made."""
@@ -217,13 +196,9 @@ def _with_card(traced: Row) -> Row:
 
 def _assets() -> list[tuple[str, str, str]]:
     """Return the files that every page refers to: name, media type, content."""
-    folder = files("jobs.look")
-    read = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("keys.js", "icon.svg")}
-    return [
-        ("style.css", "text/css", style()),
-        ("keys.js", "text/javascript", read["keys.js"]),
-        ("icon.svg", "image/svg+xml", read["icon.svg"]),
-    ]
+    folder, kinds = files("jobs.look"), {"keys.js": "text/javascript", "icon.svg": "image/svg+xml"}
+    read = [(name, kind, folder.joinpath(name).read_text(encoding="utf-8")) for name, kind in kinds.items()]
+    return [("style.css", "text/css", style()), *read]
 
 
 def _constant(text: str, kind: str) -> Handler:

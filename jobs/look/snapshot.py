@@ -43,30 +43,23 @@ class _Connection:
     """A connection that answers one question at a time."""
 
     def __init__(self, query: Query) -> None:
-        self._query = query
+        self.query = query
         self.turn = threading.RLock()
 
     def answer(self, sql: str, known: str = "") -> Answer:
         """Answer a question; ``known``: a condition in it that every row here fulfils, which need not be checked."""
         with self.turn:
             start = time.perf_counter()
-            rows = self._query.rows(sql.replace(known, "true") if known else sql)
+            rows = self.query.rows(sql.replace(known, "true") if known else sql)
             return Answer(sql, rows, time.perf_counter() - start)
-
-    @property
-    def num_shards(self) -> int:
-        return self._query.num_shards
-
-    def histogram_sums(self) -> list[Row]:
-        return self._query.histogram_sums()
 
     def reread_marks(self) -> None:
         with self.turn:
-            self._query.reread_marks()
+            self.query.reread_marks()
 
     def close(self) -> None:
         with self.turn:
-            self._query.__exit__()
+            self.query.__exit__()
 
 
 class Snapshot:
@@ -102,7 +95,7 @@ class Snapshot:
         with self._summing:
             if self._histograms is None:
                 histograms: dict[tuple[str, str], list[Row]] = {}
-                for row in sorted(self._records.histogram_sums(), key=itemgetter("low")):
+                for row in sorted(self._records.query.histogram_sums(), key=itemgetter("low")):
                     histograms.setdefault((row["stage"], row["name"]), []).append(row)
                 self._histograms = histograms
             return self._histograms
@@ -110,11 +103,7 @@ class Snapshot:
     @cached_property
     def sample(self) -> Scope:
         """The shards that are looked at where no other is named: all of a small corpus, else some drawn by lot."""
-        if not self.is_sampled:
-            return Scope()
-        names = sorted((row["source"], row["shard"]) for row in self.shards)
-        drawn = random.Random(0).sample(names, min(SAMPLED_SHARDS, len(names)))
-        return Scope(tuple(sorted(drawn)))
+        return self._drawn() if self.is_sampled else Scope()
 
     def scope_of(self, view: View) -> Scope:
         """Return the shards that a view looks at: the one that it names, all if it asks for them, else the sample."""
@@ -123,14 +112,14 @@ class Snapshot:
         source, shard = view.filters.get("source"), view.filters.get("shard")
         if source and shard:
             return Scope(((source, shard),))
-        if source:
-            return self._sample_of(source)
-        return self.sample
+        return self._drawn(source) if source else self.sample
 
-    def _sample_of(self, source: str) -> Scope:
-        names = sorted(row["shard"] for row in self.shards if row["source"] == source)
+    def _drawn(self, source: str = "") -> Scope:
+        """Return some shards, of one source if it is given; a shard that does not exist where there are none."""
+        places = ((row["source"], row["shard"]) for row in self.shards if source in ("", row["source"]))
+        names = sorted(places)
         drawn = random.Random(0).sample(names, min(SAMPLED_SHARDS, len(names)))
-        return Scope(tuple((source, shard) for shard in sorted(drawn)) or (("", ""),))
+        return Scope(tuple(sorted(drawn)) or (("", ""),))
 
     def commits(self) -> list[Row]:
         """Return what tells two snapshots apart: how many records there are, and when the last of each kind came."""
@@ -162,7 +151,7 @@ class Snapshot:
     def shards_read(self, view: View) -> int:
         """Return of how many shards a view may open files."""
         with self._lock:
-            return self._open(self.scope_of(view)).num_shards
+            return self._open(self.scope_of(view)).query.num_shards
 
     def _open(self, scope: Scope) -> "_Connection":
         """Return the connection of a scope, with its cards computed; the last few stay open."""

@@ -111,13 +111,13 @@ class LineProgress(Progress):
         print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
     def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
-        """Print when the interval is over."""
+        """Print the sums when the interval is over."""
         self._last = snapshot
         if time.monotonic() >= self._next:
-            self._print()
+            self._print_sums()
             self._next = time.monotonic() + _LINE_INTERVAL_S
 
-    def _print(self) -> None:
+    def _print_sums(self) -> None:
         parts = []
         for stage in self._rates.stages:
             _, shards, rate, kept, failed, eta = self._rates.row(
@@ -135,18 +135,16 @@ class LineProgress(Progress):
         self.log("  ".join(parts))
 
     def close(self) -> None:
-        """Print the last state."""
-        self._print()
+        """Print the last sums."""
+        self._print_sums()
 
 
-class JsonProgress(Progress):
+class JsonProgress(LineProgress):
     """One JSON object a line, for programs: what is said, what happens to each shard, and each interval the sums."""
 
     def __init__(self, rates: _Rates, run_id: str) -> None:
-        self._rates = rates
+        super().__init__(rates)
         self._run_id = run_id
-        self._next = time.monotonic() + _LINE_INTERVAL_S
-        self._last: Mapping[Stage, StageProgress] = {}
         self._handler = _JsonHandler(self)
         logging.getLogger().addHandler(self._handler)
 
@@ -157,13 +155,6 @@ class JsonProgress(Progress):
     def event(self, event: ShardEvent) -> None:
         """Print any event of a shard."""
         self._print(event.fields())
-
-    def update(self, snapshot: Mapping[Stage, StageProgress]) -> None:
-        """Print the sums when the interval is over."""
-        self._last = snapshot
-        if time.monotonic() >= self._next:
-            self._print_sums()
-            self._next = time.monotonic() + _LINE_INTERVAL_S
 
     def _print_sums(self) -> None:
         for stage, progress in self._last.items():
@@ -179,8 +170,8 @@ class JsonProgress(Progress):
         print(json.dumps(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Print the last sums."""
-        self._print_sums()
+        """Print the last sums, and leave the log."""
+        super().close()
         logging.getLogger().removeHandler(self._handler)
 
 

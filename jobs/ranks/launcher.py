@@ -40,7 +40,7 @@ _STOP_GRACE_S = 5.0
 
 def train_here(config: PretrainConfig, run: RunRecord, interrupts: Interrupts) -> RankOutcome:
     """Train on this machine: a rank for each GPU that is wanted, else ``cluster.cpu_ranks`` on the CPU."""
-    size = num_ranks(config)
+    size = num_gpus(config, torch.cuda.device_count(), "this machine") or config.cluster.cpu_ranks
     if size == 1:
         from jobs.ranks.rank import device_of, train_rank
 
@@ -76,11 +76,6 @@ class Restarts:
             self._step, self._count = step, 0
         self._count += 1
         return f"{self._count} of {self._most}" if self._count <= self._most else ""
-
-
-def num_ranks(config: PretrainConfig) -> int:
-    """Return how many ranks this machine gives a run. Raises CapfiltError where it has fewer GPUs than wanted."""
-    return num_gpus(config, torch.cuda.device_count(), "this machine") or config.cluster.cpu_ranks
 
 
 def num_gpus(config: PretrainConfig, available: int, where: str) -> int:

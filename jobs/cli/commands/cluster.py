@@ -42,16 +42,8 @@ def submit(
     if print_:
         print(_rayjob(loaded, arguments, queue) if print_ == "rayjob" else _job(loaded, arguments), end="")
         return
-    raise typer.Exit(
-        submit_job(
-            loaded,
-            arguments,
-            address=address,
-            headers=header or [],
-            allow_open=allow_open,
-            follow=follow,
-        )
-    )
+    code = submit_job(loaded, arguments, address, header or [], allow_open=allow_open, follow=follow)
+    raise typer.Exit(code)
 
 
 def _rayjob(config: Any, arguments: list[str], queue: str) -> str:

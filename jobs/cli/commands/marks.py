@@ -60,13 +60,14 @@ def mark(
     storage = open_corpus(corpus)
     storage.require_conditional_puts()
     import_arrow_alone()
-    from pipeline.marks.marking import Verdict, take_back
+    from pipeline.marks.marking import Verdict, places_of, take_back
     from pipeline.marks.marking import mark as make_marks
 
     by, values = _named({"uid": uid, "url": url, "host": host, "sha256": sha256}, from_)
     verdict = Verdict(what=what, named_by=by, values=values, reason=reason, caption=caption)
     mark_records = (take_back if undo else make_marks)(Records(storage), verdict)
-    print_json(_answer(mark_records)) if json_ else _print(mark_records)
+    places = [f"{source}/{shard}" for source, shard in places_of(mark_records)]
+    print_json(_answer(mark_records, places)) if json_ else _print(mark_records, places)
 
 
 def _named(given: dict[By, list[str] | None], file: str | None) -> tuple[By, tuple[str, ...]]:
@@ -81,27 +82,22 @@ def _named(given: dict[By, list[str] | None], file: str | None) -> tuple[By, tup
     return kinds[0], tuple(given[kinds[0]] or ())
 
 
-def _answer(mark_records: "list[MarkRecord]") -> dict[str, object]:
-    from pipeline.marks.marking import places_of
-
+def _answer(mark_records: "list[MarkRecord]", places: list[str]) -> dict[str, object]:
     return {
         "marks": [record.mark for record in mark_records],
         "values": sum(len(record.values) for record in mark_records),
         "undone": sorted({mark for record in mark_records for mark in record.undoes}),
         "captions": {uid: text for record in mark_records for uid, text in record.captions.items()},
-        "shards": [f"{source}/{shard}" for source, shard in places_of(mark_records)],
+        "shards": places,
     }
 
 
-def _print(mark_records: "list[MarkRecord]") -> None:
-    from pipeline.marks.marking import places_of
-
+def _print(mark_records: "list[MarkRecord]", places: list[str]) -> None:
     first, values = mark_records[0], sum(len(record.values) for record in mark_records)
     verb = "taken back" if first.undoes else "marked"
     print(printable(f"{verb}: {first.what}, {values:,} by {first.named_by} ({first.reason})"))
     for uid, text in list(first.captions.items())[:_SHARDS_NAMED]:
         print(printable(f"  {uid}: {text}"))
-    places = [f"{source}/{shard}" for source, shard in places_of(mark_records)]
     if places:
         named = ", ".join(places[:_SHARDS_NAMED]) + (", ..." if len(places) > _SHARDS_NAMED else "")
         print(printable(f"in {len(places):,} shards ({named}); `capfilt run` selects them anew"))

@@ -1,4 +1,4 @@
-"""What is pending, what it will cost, and what the figures rest on: before any spending."""
+"""What is pending, what it will cost, and what the figures rest on; and what another selection would keep."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +17,7 @@ from pipeline.marks.search import marks_of_shards
 from pipeline.marks.trained import checkpoints_with_marked
 from pipeline.models.weights import require_model_names
 from pipeline.runs.plan import stages_in_use, stale_reasons
+from pipeline.runs.preview import SourcePreview, preview_selection
 from pipeline.runs.survey import survey as survey_corpus
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig, ClusterConfig, StageResources
@@ -98,14 +99,10 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, Any]:
-    hours = {name: _shown_hours(row[name]) for name in ("worker_hours", "gpu_hours")}
+    # Hours of which something is seen, however few there are.
+    hours = {name: row[name] and max(row[name], _LEAST_HOURS) for name in ("worker_hours", "gpu_hours")}
     shown = row | hours | {"shards": row["total"], "bytes": row["bytes_left"]}
     return {name: shown[name] for name in _COLUMNS}
-
-
-def _shown_hours(hours: float) -> float:
-    """Return hours of which something is seen, however few there are."""
-    return max(hours, _LEAST_HOURS) if hours else hours
 
 
 def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -144,3 +141,53 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         f"in all: {cell(plan['worker_hours'])} worker-hours, of which {cell(plan['gpu_hours'])} GPU-hours; "
         f"{readable_bytes(plan['bytes'])} to write"
     )
+
+
+def preview_corpus(config: CapfiltConfig) -> list[dict[str, Any]]:
+    """Return what ``[select]`` would keep, a row a source with shards. Raises CapfiltError where nothing is ranked."""
+    records = Records(Storage(config.corpus.path))
+    state = CorpusState(records, compacted=CompactedRecords(records.storage).shard_records)
+    marks = marks_of_shards(records, state, save=False)
+    previews = preview_selection(config, records, state, marks)
+    seen = {source_preview.source for source_preview in previews}
+    listed = {source.name for source in config.source} & {source for source, _ in state.urls}
+    previews += [SourcePreview(source=source) for source in sorted(listed - seen)]
+    return [_preview_row(source_preview) for source_preview in previews]
+
+
+def print_preview(rows: list[dict[str, Any]]) -> None:
+    """Print the preview as a table, then what was dropped and why, and whether all shards were read."""
+    shown = [
+        row | {"captions": sum(row["captions"].values()), "captions_now": sum(row["captions_now"].values())}
+        for row in rows
+    ]
+    columns = ("source", "shards", "images", "kept", "captions", "web_share", "kept_now", "captions_now")
+    print_table(shown, columns, title="what select would keep", spare=("captions_now", "kept_now"))
+    for row in rows:
+        for line in _preview_lines(row):
+            print(printable(f"{row['source']}: {line}"))
+
+
+def _preview_lines(row: dict[str, Any]) -> Iterator[str]:
+    for reason, images in sorted(row["dropped"].items()):
+        yield f"{images:,} images dropped, {reason}"
+    if not row["of_shards"]:
+        yield "no shard has what this selection reads; `capfilt run` makes it"
+    if row["shards"] < row["of_shards"]:
+        yield f"of {row['shards']:,} of {row['of_shards']:,} ranked shards, always the same"
+
+
+def _preview_row(source_preview: SourcePreview) -> dict[str, Any]:
+    share = None if source_preview.web_share is None else round(source_preview.web_share, 6)
+    return {
+        "source": source_preview.source,
+        "shards": source_preview.shards,
+        "of_shards": source_preview.of_shards,
+        "images": source_preview.images,
+        "kept": source_preview.kept,
+        "captions": dict(source_preview.captions),
+        "web_share": share,
+        "dropped": dict(source_preview.dropped),
+        "kept_now": source_preview.kept_now,
+        "captions_now": dict(source_preview.captions_now),
+    }

@@ -22,23 +22,27 @@ _CANDIDATES = (
     "outcome", "score", "rerank_score", "match_probability", "origin", "candidate", "text",
     "seed", "truncated",
 )  # fmt: skip
-_STAGES = (
-    "stage", "shard", "state", "run_id", "attempt", "fingerprint", "models", "host", "device", "finished_at"
-)  # fmt: skip
-_RUNS = ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at")
 _MODELS = ("digest", "kind", "name", "revision", "parameters")
-_CHECKPOINTS = ("use", "path", "stage", "step", "run_id", "created_at")
-_TAUGHT_BY = ("model", "checkpoint", "corpus", "source", "images", "urls")
-_MARKS = ("what", "named_by", "value", "caption", "reason", "made_at", "undone_at")
 # What a narrow screen does without first.
-_SPARE_TAUGHT_BY = ("corpus",)
-_SPARE_CHECKPOINTS = ("run_id", "created_at")
-_SPARE_MARKS = ("value", "made_at", "undone_at")
 _SPARE_CANDIDATES = ("rerank_score", "truncated", "candidate")
-_SPARE_STAGES = ("host", "device", "attempt", "finished_at", "state")
 _SPARE_RUNS = ("finished_at", "started_at", "config_digest")
 _SPARE_MODELS = ("revision", "parameters", "kind")
 _SPARE_SHARDS = ("corpus", "sha256")
+# What follows a sample's candidates: the key of its trace, the title, the columns, and those that are spared first.
+_TABLES = (
+    ("checkpoints", "checkpoints", ("use", "path", "stage", "step", "run_id", "created_at"), ("run_id", "created_at")),
+    ("marks", "marks", ("what", "named_by", "value", "caption", "reason", "made_at", "undone_at"),
+     ("value", "made_at", "undone_at")),
+    ("stages", "made by",
+     ("stage", "shard", "state", "run_id", "attempt", "fingerprint", "models", "host", "device", "finished_at"),
+     ("host", "device", "attempt", "finished_at", "state")),
+    ("models", "models", _MODELS, _SPARE_MODELS),
+    ("taught_by", "taught by, nearest first", ("model", "checkpoint", "corpus", "source", "images", "urls"),
+     ("corpus",)),
+    ("runs", "runs", ("run_id", "command", "config_digest", "outcome", "started_at", "finished_at"), _SPARE_RUNS),
+)  # fmt: skip
+# Of these, the ones that are not mentioned where there are none.
+_OPTIONAL = ("checkpoints", "marks", "taught_by")
 
 
 @traces.command(rich_help_panel=LOOK)
@@ -126,23 +130,9 @@ def _print_sample_trace(traced: dict[str, Any], wide: bool) -> None:
             "\nselection: "
             + ", ".join(filter(None, (traced["selection"]["status"], traced["selection"]["reason"])))
         )
-    if traced["checkpoints"]:
-        print_table(
-            traced["checkpoints"], _CHECKPOINTS, title="\ncheckpoints", spare=_SPARE_CHECKPOINTS, wide=wide
-        )
-    if traced["marks"]:
-        print_table(traced["marks"], _MARKS, title="\nmarks", spare=_SPARE_MARKS, wide=wide)
-    print_table(traced["stages"], _STAGES, title="\nmade by", spare=_SPARE_STAGES, wide=wide)
-    _print_models(traced["models"], "models", wide)
-    if traced["taught_by"]:
-        print_table(
-            traced["taught_by"],
-            _TAUGHT_BY,
-            title="\ntaught by, nearest first",
-            spare=_SPARE_TAUGHT_BY,
-            wide=wide,
-        )
-    print_table(traced["runs"], _RUNS, title="\nruns", spare=_SPARE_RUNS, wide=wide)
+    for key, title, columns, spare in _TABLES:
+        if traced[key] or key not in _OPTIONAL:
+            print_table(traced[key], columns, title=f"\n{title}", spare=spare, wide=wide)
 
 
 def _print_models(models: Sequence[dict[str, Any]], title: str, wide: bool) -> None:

@@ -203,7 +203,6 @@ def experiment(
 
     from jobs.experiments.questions import QUESTIONS, question
     from jobs.experiments.report import print_results, summary, total_line, write_page
-    from jobs.experiments.results import Results
     from jobs.experiments.run import Extent, run_experiment
     from jobs.pretrain import TrainingFailedError
     from schemas.errors import CapfiltError
@@ -221,28 +220,23 @@ def experiment(
         num_scenes=scenes,
         filter_folder=filter_,
     )
-    console, every = Console(stderr=True, soft_wrap=True), []
-
-    def _page_of(results: Results) -> Path:
-        # A smaller run does not replace the page of the whole one.
-        whole = not arm and not seeds and not steps and scenes == Extent().num_scenes
-        return Path(out) / f"{results.question.name}{'' if whole else '-part'}.html"
-
+    # A smaller run does not replace the page of the whole one.
+    is_part = bool(arm or seeds or steps or scenes != Extent().num_scenes)
+    console, every, found = Console(stderr=True, soft_wrap=True), [], []
     for each in asked:
         try:
             results = run_experiment(each, Path(out).absolute(), extent, console)
         except TrainingFailedError as error:
             complain(error)
             raise typer.Exit(1) from error
-        every.append(results)
-        page = _page_of(results)
+        page = Path(out) / f"{each.name}{'-part' if is_part else ''}.html"
         write_page(results, page)
-        if json_:
-            continue
-        print_results(results)
-        print(f"{page}\n")
+        every.append(results)
+        found.append(summary(results) | {"page": str(page)})
+        if not json_:
+            print_results(results)
+            print(f"{page}\n")
     if json_:
-        found = [summary(results) | {"page": str(_page_of(results))} for results in every]
         print_json({"experiments": found} if name == "all" else found[0])
-        return
-    print(total_line(every, Path(out)))
+    else:
+        print(total_line(every, Path(out)))

@@ -151,16 +151,8 @@ def _doctor_of_nodes(
         from jobs.cluster.submit import load_job, submit_job
 
         arguments = ["doctor", "--nodes", *options]
-        raise typer.Exit(
-            submit_job(
-                load_job(config, [], arguments),
-                arguments,
-                address=address,
-                headers=headers,
-                allow_open=allow_open,
-                follow=True,
-            )
-        )
+        job = load_job(config, [], arguments)
+        raise typer.Exit(submit_job(job, arguments, address, headers, allow_open=allow_open, follow=True))
     from jobs.cluster.node_checks import check_nodes, names_of
     from pipeline.config import load_config
 
