@@ -95,7 +95,9 @@ def copy_bert_weights(model: nn.Module, bert: Mapping[str, Tensor], bert_name: C
 def copy_tensor(target: Tensor, tensor: Tensor, name: str) -> None:
     """Copy a tensor. Raises ValueError where it has another shape."""
     if target.shape != tensor.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(target.shape)} here")
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} in the weights and {tuple(target.shape)} in the model"
+        )
     target.copy_(tensor)
 
 
