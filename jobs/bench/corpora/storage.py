@@ -2,11 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from jobs.bench.fixtures.machine import Stopwatch
-from jobs.bench.fixtures.s3 import S3Request, bucket_on, serving_objects, serving_s3
+from jobs.bench.fixtures.s3 import S3Request, bucket_on, serving_s3, start_objects
+from jobs.bench.fixtures.server import serving_elsewhere
 from jobs.demo.run import demo_config
 from jobs.demo.world.site import serving, write_url_list
 from jobs.run import RunOptions, run
@@ -51,7 +49,7 @@ def measure_storage(operations: int, shards: int, rounds: int) -> dict[str, Any]
 
 def _rates(operations: int, rounds: int) -> list[dict[str, Any]]:
     """Return objects a second and CPU time an object; the server is another process."""
-    with _served_elsewhere() as url, bucket_on(url, _BUCKET):
+    with serving_elsewhere(start_objects) as host, bucket_on(f"http://{host}", _BUCKET):
         ways = {"capfilt": _capfilt_way(), "s3fs": _s3fs_way()}
         stopwatches: dict[tuple[str, str], list[Stopwatch]] = {}
         for number in range(rounds + 1):
@@ -139,26 +137,3 @@ def _config_on_bucket(folder: Path, world: str, shards: int) -> CapfiltConfig:
     values = demo_config(Path("/unused"), urls, world, filtered=False).model_dump()
     values["corpus"] |= {"path": f"s3://{_BUCKET}/{shards}", "samples_per_shard": _URLS_A_SHARD}
     return CapfiltConfig.model_validate(values)
-
-
-@contextmanager
-def _served_elsewhere() -> Iterator[str]:
-    """Serve S3 in another process, so that this one's CPU time is the client's alone; yield the URL."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours.recv()
-    finally:
-        ours.close()
-        process.join()
-
-
-def _serve(connection: Connection) -> None:
-    with serving_objects() as url:
-        connection.send(url)
-        # Until the other end is closed.
-        with suppress(EOFError):
-            connection.recv()
