@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from jobs.demo.run import demo_config, is_filtered
 from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
+from jobs.demo.world.drawing import render
 from jobs.demo.world.pictures import Encoding, published
 from jobs.demo.world.responses import ALT_KINDS, BLOCK, FAILURES, OPT_OUTS, SUCCESSES
 from jobs.demo.world.scenes import (
@@ -26,7 +27,6 @@ from jobs.demo.world.scenes import (
     Scene,
     is_true,
     parse,
-    render,
     vocabulary,
     write_caption,
 )

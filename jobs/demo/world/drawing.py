@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from jobs.demo.world.scenes import Scene
+
 RGB_BY_COLOUR: dict[str, tuple[int, int, int]] = {
     "red": (212, 34, 40),
     "orange": (245, 128, 22),
@@ -156,20 +158,19 @@ def _object_masks(shape: str, place: _Place, size: tuple[int, int]) -> tuple[np.
     return fill_HW, outline_HW
 
 
-def draw(
-    colour: str, shape: str, size: str, background: str, size_px: tuple[int, int], rng: np.random.Generator
-) -> Image.Image:
-    """Draw one object on its ground, with the nuisance variation that `rng` decides.
+def render(scene: Scene, size_px: int | tuple[int, int], seed: int = 0) -> Image.Image:
+    """Draw a picture of `scene`, `size_px` = side or (width, height); equal arguments give equal pixels.
 
-    Position, tilt, exact radius and hue, light and sensor noise vary; nothing
+    Position, tilt, exact radius and hue, light and sensor noise vary with the `seed`; nothing
     that a caption may claim does. The object stays inside the central square,
     so that a centre crop (CLIP's preprocessing) keeps it whole.
     """
-    width, height = size_px
-    place = _Place.random(size, size_px, rng)
-    image_HW3 = _ground(background, width, height, rng)
-    fill_HW, outline_HW = _object_masks(shape, place, size_px)
-    paint_3 = np.array(RGB_BY_COLOUR[colour], dtype=float)
+    width, height = (size_px, size_px) if isinstance(size_px, int) else size_px
+    rng = np.random.default_rng(seed)
+    place = _Place.random(scene.size, (width, height), rng)
+    image_HW3 = _ground(scene.background, width, height, rng)
+    fill_HW, outline_HW = _object_masks(scene.shape, place, (width, height))
+    paint_3 = np.array(RGB_BY_COLOUR[scene.colour], dtype=float)
     # A contrasting outline keeps white on snow and black at night visible.
     outline_3 = np.full(3, 30.0) if paint_3 @ (0.3, 0.59, 0.11) > 90 else np.full(3, 225.0)
     shade_3 = (paint_3 + rng.uniform(-14, 14, 3)).astype(np.float32)
@@ -182,7 +183,8 @@ def draw(
     return Image.fromarray(image_HW3.astype(np.uint8), "RGB")
 
 
-def draw_mask(shape: str, size: str, size_px: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """Draw where the object is, in white, of the picture that ``draw`` makes with an equal ``rng``."""
-    fill_HW, _ = _object_masks(shape, _Place.random(size, size_px, rng), size_px)
+def render_mask(scene: Scene, size_px: tuple[int, int], seed: int) -> Image.Image:
+    """Draw where the object is, in white, of the picture that ``render`` makes of equal arguments."""
+    place = _Place.random(scene.size, size_px, np.random.default_rng(seed))
+    fill_HW, _ = _object_masks(scene.shape, place, size_px)
     return Image.fromarray((255 * fill_HW).astype(np.uint8))

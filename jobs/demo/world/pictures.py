@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from jobs.demo.world.drawing import draw_mask
-from jobs.demo.world.scenes import Scene, render
+from jobs.demo.world.drawing import render, render_mask
+from jobs.demo.world.scenes import Scene
 
 ImageFormat = Literal["jpg", "png", "webp"]
 STORED_MAX_SIDE_PX = 128
@@ -74,32 +74,22 @@ class DemoImages:
     pixels_NHWC: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """What decides a picture that no site serves."""
-
-    scene: Scene
-    encoding: Encoding
-    seed: int
-
-    @classmethod
-    def of(cls, index: int, seed: int) -> "_Picture":
-        rng = random.Random(f"{seed}/{index}")
-        return cls(Scene.random(rng), Encoding.random(rng), rng.getrandbits(32))
+def _unserved(index: int, seed: int) -> tuple[Scene, Encoding, int]:
+    """Return what decides a picture that no site serves: its scene, its encoding and its own seed."""
+    rng = random.Random(f"{seed}/{index}")
+    return Scene.random(rng), Encoding.random(rng), rng.getrandbits(32)
 
 
 def demo_picture(index: int, seed: int) -> tuple[Scene, np.ndarray]:
     """Make the picture with this number of those that ``demo_images`` makes."""
-    picture = _Picture.of(index, seed)
-    body = stored(published(picture.scene, picture.encoding, picture.seed))
-    image = Image.open(io.BytesIO(body)).convert("RGB")
-    return picture.scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
+    scene, encoding, own_seed = _unserved(index, seed)
+    image = Image.open(io.BytesIO(stored(published(scene, encoding, own_seed)))).convert("RGB")
+    return scene, np.asarray(image.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
 
 
 def _mask(index: int, seed: int) -> np.ndarray:
-    picture = _Picture.of(index, seed)
-    scene, rng = picture.scene, np.random.default_rng(picture.seed)
-    mask = draw_mask(scene.shape, scene.size, picture.encoding.size_px, rng)
+    scene, encoding, own_seed = _unserved(index, seed)
+    mask = render_mask(scene, encoding.size_px, own_seed)
     return np.asarray(mask.resize((INPUT_PX, INPUT_PX), Image.Resampling.BILINEAR))
 
 

@@ -1,4 +1,4 @@
-"""The demo world: scenes, their pictures, and captions whose truth can be checked.
+"""The demo world: scenes, and captions whose truth can be checked.
 
 One scene is one object (colour, shape, size) on one background. The grammar
 below both writes captions and reads them, so `is_true` decides about any text
@@ -9,11 +9,6 @@ claim in it must hold.
 import random
 import re
 from dataclasses import dataclass, fields
-
-import numpy as np
-from PIL import Image
-
-from jobs.demo.world.drawing import draw
 
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "scarlet"),
@@ -95,17 +90,6 @@ class Scene:
 
 
 ATTRIBUTES: tuple[str, ...] = tuple(field.name for field in fields(Scene))
-
-
-def render(scene: Scene, size_px: int | tuple[int, int], seed: int = 0) -> Image.Image:
-    """Draw a picture of `scene`, `size_px` = side or (width, height).
-
-    Equal arguments give equal pixels; another `seed` gives another picture of
-    the same scene (place, tilt, shade, light and noise differ).
-    """
-    width_height = (size_px, size_px) if isinstance(size_px, int) else size_px
-    rng = np.random.default_rng(seed)
-    return draw(scene.colour, scene.shape, scene.size, scene.background, width_height, rng)
 
 
 def write_caption(scene: Scene, rng: random.Random, template: str | None = None) -> str:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo.world.alt_texts import AltKind, alt_text
+from jobs.demo.world.drawing import render
 from jobs.demo.world.pictures import Encoding, encode, published
 from jobs.demo.world.responses import (
     ALT_KINDS,
@@ -36,7 +37,7 @@ from jobs.demo.world.responses import (
     SUCCESSES,
     ResponseKind,
 )
-from jobs.demo.world.scenes import Scene, render
+from jobs.demo.world.scenes import Scene
 
 DUPLICATE_EVERY = 100
 HANG_S = 60.0
@@ -186,12 +187,15 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.head(status, len(body), **headers)
+        self.wfile.write(body)
+
+    def head(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(body)
 
     def do_GET(self) -> None:
         path = unquote(self.path)
@@ -245,10 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def drip(self, shown: Page) -> None:
         body = image_bytes(shown.number, shown.seed)
-        self.send_response(200)
-        self.send_header("Content-Type", "image/jpeg")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self.head(200, len(body), Content_Type="image/jpeg")
         self.close_connection = True
         for i in range(int(HANG_S / 0.25)):
             try:
