@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.demo.weights_training.models import FILTER_DIR, VIT_DIR, WEIGHTS_DIR
+from jobs.demo.weights_training.models import FILTER_DIR, VIT_DIR, WEIGHTS_DIR, in_half
 from jobs.demo.weights_training.shards import CLEAN_CAPTIONS, write_clean_shards, write_web_shards
 from jobs.demo.weights_training.train_vit import train_vit
 from jobs.pretrain import TrainingFailedError, pretrain
@@ -96,11 +96,7 @@ def export_half(run: str, out: Path) -> None:
     for name in (OWN_CONFIG_FILE, EXTRA_FILE):
         (exported / name).unlink(missing_ok=True)
     weights = exported / WEIGHTS_FILE
-    half = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(half, weights, metadata={"format": "pt"})
+    save_file(in_half(load_file(weights).items()), weights, metadata={"format": "pt"})
     shutil.rmtree(out, ignore_errors=True)
     exported.rename(out)
 

@@ -6,12 +6,14 @@ since BLIP's and OPT's 0.02 is right at the published widths only. Training repl
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -50,10 +52,7 @@ def save(model: nn.Module, folder: Path, out: Path) -> None:
     """Write a trained model of a folder: the folder's own config and tokenizer, and the weights in half precision."""
     described = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".safetensors"}
     out.mkdir(parents=True, exist_ok=True)
-    half = {
-        name: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    half = in_half(model.state_dict().items())
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(out, state_dict=half)
     else:
@@ -61,3 +60,21 @@ def save(model: nn.Module, folder: Path, out: Path) -> None:
     # Last: ``save_pretrained`` wrote a config of half precision, and the models are loaded as float32.
     for name, content in described.items():
         (out / name).write_bytes(content)
+
+
+def in_half(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return named tensors as files hold them: those of floating point in half precision."""
+    return {
+        name: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors
+    }
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """Take one step down the gradient of a loss, which is clipped."""
+    [group] = optimizer.param_groups
+    group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from jobs.demo.weights_training.models import OPT_DIR, T5_DIR, save, untrained
+from jobs.demo.weights_training.models import OPT_DIR, T5_DIR, descend, save, untrained
 from jobs.demo.world.scenes import Scene, write_caption
 from training.losses import IGNORED
 from training.models.language import split_caption
 
 PEAK_LR = 3e-3
+BATCH_SIZE = 32
 LossOf = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[str]], random.Random], Tensor]
 
 
@@ -67,28 +68,15 @@ def _padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids_BL, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
 
 
-def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    loss_of: LossOf,
-    steps: int,
-    batch_size: int,
-) -> None:
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loss_of: LossOf, steps: int) -> None:
     """Train with AdamW on a warm-up and a cosine; print the loss now and then."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.02, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))),
-    )
     rng = random.Random(0)
     model.train()
     for step in range(1, steps + 1):
-        loss = loss_of(model, tokenizer, documents(batch_size, rng), rng)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = loss_of(model, tokenizer, documents(BATCH_SIZE, rng), rng)
+        cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * (step - 1) / steps))
+        descend(optimizer, loss, lr=PEAK_LR * (min(1, step / 50) * cosine))
         if step % 50 == 0:
             print(f"{step} of {steps} steps, {time.process_time():.0f} s, loss {loss.item():.3f}", flush=True)
 
@@ -115,14 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("opt", "t5"))
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder, loss_of = (OPT_DIR, opt_loss) if args.model == "opt" else (T5_DIR, t5_loss)
     model, tokenizer = untrained(folder)
-    train(model, tokenizer, loss_of, args.steps, args.batch_size)
+    train(model, tokenizer, loss_of, args.steps)
     for count, loss in held_out_losses(model, tokenizer, loss_of).items():
         print(f"held-out documents of {count} captions: loss {loss:.3f}")
     save(model, folder, args.out or folder)

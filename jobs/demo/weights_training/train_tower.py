@@ -23,13 +23,14 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.demo.weights_training.models import RANKER_DIR, TOWER_DIR, save, untrained
+from jobs.demo.weights_training.models import RANKER_DIR, TOWER_DIR, descend, save, untrained
 from jobs.demo.weights_training.train_weights import TRAIN_SEED, batches, ranker_texts, to_input, tokenize
 from jobs.demo.world.pictures import demo_images
 from pipeline.models.clip.loader import load_clip
 from pipeline.models.weights import ranker_weights
 
 PEAK_LR = 1e-3
+BATCH_SIZE = 32
 # The features are so many times the ranker's. The norms that read them undo a factor, but for their epsilon: LAVIS's
 # norm after the image encoder has 1e-5 and Hugging Face's 1e-6, which features of this size leave without effect.
 FEATURE_SCALE = 4.0
@@ -110,26 +111,17 @@ def distillation_losses(
     }
 
 
-def train(
-    model: nn.Module, tokenizer: Any, ranker: open_clip.CLIP, num_images: int, steps: int, batch_size: int
-) -> None:
+def train(model: nn.Module, tokenizer: Any, ranker: open_clip.CLIP, num_images: int, steps: int) -> None:
     """Train with AdamW on a warm-up and a cosine; print the losses now and then."""
     pictures = demo_images(num_images, TRAIN_SEED, workers=2)
     begin_as(model.visual.trunk, ranker.visual, to_input(pictures.pixels_NHWC[:256]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / 50) * (0.01 + 0.495 * (1 + math.cos(math.pi * step / steps))),
-    )
     rng = random.Random(0)
-    for step, (scenes, pixels_BCHW) in zip(range(1, steps + 1), batches(pictures, batch_size), strict=False):
+    for step, (scenes, pixels_BCHW) in zip(range(1, steps + 1), batches(pictures, BATCH_SIZE), strict=False):
         texts = [rng.choice(ranker_texts(scene, rng)) for scene in scenes]
         losses = distillation_losses(model, ranker, pixels_BCHW, tokenize(tokenizer, texts))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        cosine = 0.01 + 0.495 * (1 + math.cos(math.pi * (step - 1) / steps))
+        descend(optimizer, sum(losses.values()), lr=PEAK_LR * (min(1, step / 50) * cosine))
         if step % 50 == 0:
             shown = "  ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
             print(f"{step} of {steps} steps, {time.process_time():.0f} s, {shown}", flush=True)
@@ -139,7 +131,6 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-images", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=TOWER_DIR)
     args = parser.parse_args()
@@ -147,7 +138,7 @@ def main() -> None:
     torch.manual_seed(0)
     ranker = load_clip(ranker_weights(f"local-dir:{RANKER_DIR}", ""), "ranker").requires_grad_(False)
     model, tokenizer = untrained(TOWER_DIR)
-    train(model, tokenizer, ranker, args.num_images, args.steps, args.batch_size)
+    train(model, tokenizer, ranker, args.num_images, args.steps)
     save(model, TOWER_DIR, args.out)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jobs.demo.weights_training.models import descend, in_half
 from jobs.demo.weights_training.train_weights import attribute_indices, augment
 from jobs.demo.world.pictures import demo_images, demo_masks
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT
@@ -32,6 +33,7 @@ _RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo-blip-pretrain.
 # Shape is what takes longest.
 _WEIGHTS = {"colour": 1.0, "shape": 2.0, "size": 1.0, "background": 1.0}
 _MASK_WEIGHT = 2.0
+_BATCH_SIZE, _PEAK_LR, _WARM_UP_STEPS = 32, 2e-3, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,34 +102,21 @@ def shifted(images_BCHW: Tensor) -> Tensor:
     return augment(images_BCHW.float()).to(torch.uint8)
 
 
-def train(
-    model: LabelledViT,
-    pictures: LabelledPictures,
-    steps: int,
-    batch_size: int = 32,
-    peak_lr: float = 2e-3,
-    warmup_steps: int = 100,
-) -> None:
+def train(model: LabelledViT, pictures: LabelledPictures, steps: int) -> None:
     """Train for so many steps; the learning rate follows half a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_LR, weight_decay=0.05, betas=(0.9, 0.98))
     num_images = len(pictures.labels_NA)
     rows_N = torch.empty(0, dtype=torch.long)
     for step in range(1, steps + 1):
-        if len(rows_N) < batch_size:
+        if len(rows_N) < _BATCH_SIZE:
             rows_N = torch.randperm(num_images)
-        rows_B, rows_N = rows_N[:batch_size], rows_N[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                peak_lr * min(1, step / warmup_steps) * (1.01 + math.cos(math.pi * step / steps)) / 2
-            )
+        rows_B, rows_N = rows_N[:_BATCH_SIZE], rows_N[_BATCH_SIZE:]
+        cosine = 1.01 + math.cos(math.pi * step / steps)
         # The fused attention's backward pass in bfloat16 is slower on a CPU than plain matrix products: of 48 images
         # 0.24 s a step against 0.17 s.
         with sdpa_kernel(SDPBackend.MATH):
             loss = model.loss(shifted(pictures.pixels_and_mask_N4HW[rows_B]), pictures.labels_NA[rows_B])
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            descend(optimizer, loss, lr=_PEAK_LR * min(1, step / _WARM_UP_STEPS) * cosine / 2)
         if step % 100 == 0:
             print(f"{step} of {steps} steps, {time.process_time():.0f} s, loss {loss.item():.3f}", flush=True)
 
@@ -142,8 +131,7 @@ def train_vit(out: Path, steps: int, num_images: int) -> dict[str, float]:
     train(model, LabelledPictures.draw(num_images, SEED), steps)
     unfinished = out.with_name(f"{out.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
-    half = {name: tensor.detach().half().contiguous() for name, tensor in vit.named_parameters()}
-    save_file(half, unfinished / WEIGHTS_FILE)
+    save_file(in_half(vit.named_parameters()), unfinished / WEIGHTS_FILE)
     (unfinished / "config.json").write_text('{"model_type": "vit"}\n')
     unfinished.rename(out)
     return model.accuracy(LabelledPictures.draw(500, EVALUATION_SEED))

@@ -12,35 +12,38 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
 
-from jobs.demo.weights_training.models import WEIGHTS_DIR, save, untrained
+from jobs.demo.weights_training.models import WEIGHTS_DIR, descend, save, untrained
 from jobs.demo.world.alt_texts import alt_text, wrong_caption, wrong_scene
 from jobs.demo.world.pictures import DemoImages, demo_images
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT, Scene, is_true, parse, write_caption
 
 TRAIN_SEED, EVAL_SEED = 1, 2
+BATCH_SIZE, PEAK_LR = 64, 1e-3
+# True captions of an image at each step.
+NUM_CAPTIONS = 2
 MEAN_3 = torch.tensor(open_clip.OPENAI_DATASET_MEAN)
 STD_3 = torch.tensor(open_clip.OPENAI_DATASET_STD)
 _INDEX_BY_VALUE = {slot: {value: i for i, value in enumerate(table)} for slot, table in WORDS_BY_SLOT.items()}
 
 
-def to_input(pixels_BHWC: np.ndarray) -> torch.Tensor:
+def to_input(pixels_BHWC: np.ndarray) -> Tensor:
     """Normalise bytes to the pixels_BCHW that both models take."""
     unit_BHWC = torch.from_numpy(pixels_BHWC).float() / 255
     return ((unit_BHWC - MEAN_3) / STD_3).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+def augment(pixels_BCHW: Tensor) -> Tensor:
     """Shift each image by up to 3 pixels and mirror half of them: no caption names a position or a side."""
     padded_BCHW = F.pad(pixels_BCHW, (3, 3, 3, 3), mode="reflect")
     side = pixels_BCHW.shape[-1]
@@ -51,7 +54,7 @@ def augment(pixels_BCHW: torch.Tensor) -> torch.Tensor:
     return out_BCHW
 
 
-def batches(pictures: DemoImages, batch_size: int) -> Iterator[tuple[list[Scene], torch.Tensor]]:
+def batches(pictures: DemoImages, batch_size: int) -> Iterator[tuple[list[Scene], Tensor]]:
     """Yield shuffled, augmented (scenes, pixels_BCHW) for ever."""
     while True:
         order = torch.randperm(len(pictures.scenes)).numpy()
@@ -61,7 +64,7 @@ def batches(pictures: DemoImages, batch_size: int) -> Iterator[tuple[list[Scene]
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], padding: bool | str = "max_length"
-) -> torch.Tensor:
+) -> Tensor:
     """Return ids_TL, by default padded to the length that open_clip's text tower demands."""
     return tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").input_ids
 
@@ -77,7 +80,7 @@ class AttributeHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, len(WORDS_BY_SLOT[slot])) for slot in ATTRIBUTES)
 
-    def forward(self, image_BD: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+    def forward(self, image_BD: Tensor, scenes: list[Scene]) -> Tensor:
         values_AB = attribute_indices(scenes).T
         losses = [
             F.cross_entropy(head(image_BD).float(), values_B)
@@ -89,33 +92,36 @@ class AttributeHeads(nn.Module):
 class CaptionerObjective(nn.Module):
     """Language modelling of K true captions an image (BLIP's L_LM), the image encoded once."""
 
-    def __init__(self, model: BlipForConditionalGeneration, num_captions: int = 2) -> None:
+    def __init__(self, model: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.heads = AttributeHeads(model.config.vision_config.hidden_size)
-        self.num_captions = num_captions
 
-    def forward(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        scenes: list[Scene],
-        pixels_BCHW: torch.Tensor,
-        rng: random.Random,
-    ) -> torch.Tensor:
-        texts = [write_caption(scene, rng) for scene in scenes for _ in range(self.num_captions)]
-        ids_TL = tokenize(tokenizer, texts, padding=True)
+    def forward(self, scenes: list[Scene], pixels_BCHW: Tensor, rng: random.Random) -> Tensor:
+        texts = [write_caption(scene, rng) for scene in scenes for _ in range(NUM_CAPTIONS)]
+        ids_TL = tokenize(self.tokenizer, texts, padding=True)
         # [DEC] begins a caption in BLIP, where BERT has [CLS].
-        ids_TL[:, 0] = tokenizer.convert_tokens_to_ids("[DEC]")
-        pad_id = tokenizer.pad_token_id
+        ids_TL[:, 0] = self.tokenizer.convert_tokens_to_ids("[DEC]")
+        pad_id = self.tokenizer.pad_token_id
         image_BND = self.model.vision_model(pixels_BCHW).last_hidden_state
         language_loss = self.model.text_decoder(
             input_ids=ids_TL,
             attention_mask=(ids_TL != pad_id).long(),
-            encoder_hidden_states=image_BND.repeat_interleave(self.num_captions, 0),
+            encoder_hidden_states=image_BND.repeat_interleave(NUM_CAPTIONS, 0),
             labels=ids_TL.masked_fill(ids_TL == pad_id, -100),
             reduction="mean",
         ).loss
         return language_loss + self.heads(image_BND[:, 0], scenes)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, pictures: DemoImages) -> float:
+        """Return the share of a model's nucleus-sampled captions (BLIP's settings) that are entirely true."""
+        ids_TL = model.generate(
+            pixel_values=to_input(pictures.pixels_NHWC),
+            do_sample=True, top_p=0.9, top_k=50, repetition_penalty=1.1, max_new_tokens=20,
+        )  # fmt: skip
+        texts = self.tokenizer.batch_decode(ids_TL, skip_special_tokens=True)
+        return float(np.mean(list(map(is_true, texts, pictures.scenes))))
 
 
 def _garbled(scene: Scene, rng: random.Random) -> str:
@@ -151,12 +157,12 @@ def ranker_texts(scene: Scene, rng: random.Random) -> list[str]:
     return [true, *near, far]
 
 
-def attribute_indices(scenes: list[Scene]) -> torch.Tensor:
+def attribute_indices(scenes: list[Scene]) -> Tensor:
     """Return values_BA, each attribute's value as its place in the world's tables."""
     return torch.tensor([[_INDEX_BY_VALUE[a][getattr(s, a)] for a in ATTRIBUTES] for s in scenes])
 
 
-def truth_matrix(scenes: list[Scene], texts: list[str]) -> torch.Tensor:
+def truth_matrix(scenes: list[Scene], texts: list[str]) -> Tensor:
     """Return truth_BT: which text is entirely true of which scene (`is_true`, vectorised)."""
     claims = [parse(text) for text in texts]
     claims_TA = torch.tensor(
@@ -167,7 +173,7 @@ def truth_matrix(scenes: list[Scene], texts: list[str]) -> torch.Tensor:
     return holds_BTA.all(-1) & parsed_T
 
 
-def _rank_loss(logits_RC: torch.Tensor, truth_RC: torch.Tensor) -> torch.Tensor:
+def _rank_loss(logits_RC: Tensor, truth_RC: Tensor) -> Tensor:
     """Softmax of every true column against all the false ones of its row, averaged by row."""
     false_R1 = logits_RC.masked_fill(truth_RC, -torch.inf).logsumexp(1, keepdim=True)
     loss_RC = F.softplus(false_R1 - logits_RC) * truth_RC
@@ -182,64 +188,48 @@ class RankerObjective(nn.Module):
     describes another image of the batch is not a negative of that image.
     """
 
-    def __init__(self, model: open_clip.CLIP) -> None:
+    def __init__(self, model: open_clip.CLIP, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.heads = AttributeHeads(model.visual.output_dim)
 
-    def forward(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        scenes: list[Scene],
-        pixels_BCHW: torch.Tensor,
-        rng: random.Random,
-    ) -> torch.Tensor:
+    def forward(self, scenes: list[Scene], pixels_BCHW: Tensor, rng: random.Random) -> Tensor:
         texts = [text for scene in scenes for text in ranker_texts(scene, rng)]
         truth_BT = truth_matrix(scenes, texts)
         raw_image_BD = self.model.encode_image(pixels_BCHW)
         image_BD = F.normalize(raw_image_BD, dim=-1)
-        text_TD = F.normalize(self.model.encode_text(tokenize(tokenizer, texts)), dim=-1)
+        text_TD = F.normalize(self.model.encode_text(tokenize(self.tokenizer, texts)), dim=-1)
         scale = self.model.logit_scale.exp().clamp(max=100)
         logits_BT = scale * image_BD.float() @ text_TD.float().T
         contrast_loss = _rank_loss(logits_BT, truth_BT) + 0.5 * _rank_loss(logits_BT.T, truth_BT.T)
         return contrast_loss + self.heads(raw_image_BD, scenes)
 
+    @torch.no_grad()
+    def accuracy(self, model: open_clip.CLIP, pictures: DemoImages) -> float:
+        """Return the share of images where a model ranks a true caption above three that are not."""
+        rng = random.Random(EVAL_SEED)
+        image_BD = F.normalize(model.encode_image(to_input(pictures.pixels_NHWC)), dim=-1)
+        right = 0
+        for scene, image_D in zip(pictures.scenes, image_BD, strict=True):
+            texts = ranker_texts(scene, rng)
+            scores_T = F.normalize(model.encode_text(tokenize(self.tokenizer, texts)), dim=-1) @ image_D
+            right += int(truth_matrix([scene], [texts[int(scores_T.argmax())]])[0, 0])
+        return right / len(pictures.scenes)
 
-@torch.no_grad()
-def captioner_accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pictures: DemoImages) -> float:
-    """Share of nucleus-sampled captions (BLIP's settings) that are entirely true."""
-    ids_TL = model.generate(
-        pixel_values=to_input(pictures.pixels_NHWC),
-        do_sample=True, top_p=0.9, top_k=50, repetition_penalty=1.1, max_new_tokens=20,
-    )  # fmt: skip
-    texts = tokenizer.batch_decode(ids_TL, skip_special_tokens=True)
-    return float(np.mean([is_true(text, scene) for text, scene in zip(texts, pictures.scenes, strict=True)]))
 
-
-@torch.no_grad()
-def ranker_accuracy(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerBase, pictures: DemoImages) -> float:
-    """Share of images where a true caption beats three that are not."""
-    rng = random.Random(EVAL_SEED)
-    image_BD = F.normalize(model.encode_image(to_input(pictures.pixels_NHWC)), dim=-1)
-    right = 0
-    for scene, image_D in zip(pictures.scenes, image_BD, strict=True):
-        texts = ranker_texts(scene, rng)
-        scores_T = F.normalize(model.encode_text(tokenize(tokenizer, texts)), dim=-1) @ image_D
-        right += int(truth_matrix([scene], [texts[int(scores_T.argmax())]])[0, 0])
-    return right / len(pictures.scenes)
+_OBJECTIVES: dict[str, type[CaptionerObjective | RankerObjective]] = {
+    "captioner": CaptionerObjective,
+    "ranker": RankerObjective,
+}
 
 
 def train(
     objective: CaptionerObjective | RankerObjective,
-    tokenizer: PreTrainedTokenizerBase,
-    accuracy_of: Callable[..., float],
     pictures: DemoImages,
     folder: Path,
     out: Path,
     minutes: float,
-    batch_size: int = 64,
-    peak_lr: float = 1e-3,
-    until_accuracy: float = 1.01,
+    until_accuracy: float,
 ) -> None:
     """Train for `minutes`, or until a three-minute check finds the held-out accuracy; save at each check.
 
@@ -247,23 +237,19 @@ def train(
     """
     held_out = demo_images(256, EVAL_SEED)
     average = copy.deepcopy(objective.model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak_lr, weight_decay=0.02, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=PEAK_LR, weight_decay=0.02, betas=(0.9, 0.98))
     rng = random.Random(0)
     started = reported = time.monotonic()
-    for step, (scenes, pixels_BCHW) in enumerate(batches(pictures, batch_size), 1):
+    for step, (scenes, pixels_BCHW) in enumerate(batches(pictures, BATCH_SIZE), 1):
         share = (time.monotonic() - started) / (60 * minutes)
         if share >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1, step / 200) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
         # The fused attention's backward pass in bfloat16 is slower on a CPU than
         # plain matrix products (0.55 s of a 1.0 s step, against 0.1 s).
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = objective(tokenizer, scenes, pixels_BCHW, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
+            loss = objective(scenes, pixels_BCHW, rng)
+        cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+        descend(optimizer, loss, lr=PEAK_LR * min(1, step / 200) * cosine)
         fast_weights = objective.model.state_dict()
         for name, slow in average.state_dict().items():
             if slow.is_floating_point():
@@ -271,20 +257,20 @@ def train(
         if step % 50 == 0:
             print(f"{step} steps, {time.monotonic() - started:.0f} s, loss {loss.item():.3f}", flush=True)
         if time.monotonic() - reported > 180:
-            accuracy = accuracy_of(average, tokenizer, held_out)
+            accuracy = objective.accuracy(average, held_out)
             print(f"{step} held-out accuracy {accuracy:.3f}", flush=True)
             save(average, folder, out)
             reported = time.monotonic()
             if accuracy >= until_accuracy:
                 return
-    print(f"{step} steps, held-out accuracy {accuracy_of(average, tokenizer, held_out):.3f}")
+    print(f"{step} steps, held-out accuracy {objective.accuracy(average, held_out):.3f}")
     save(average, folder, out)
 
 
 def main() -> None:
     """Parse the command line and train one of the two models."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("captioner", "ranker"))
+    parser.add_argument("model", choices=tuple(_OBJECTIVES))
     parser.add_argument("--minutes", type=float, default=38)
     # A captioner without faults would leave the ranker nothing to do.
     parser.add_argument("--until-accuracy", type=float, default=1.01, help="stop early at this accuracy")
@@ -295,23 +281,8 @@ def main() -> None:
     torch.manual_seed(0)
     pictures = demo_images(args.num_images, TRAIN_SEED, workers=2)
     folder = WEIGHTS_DIR / args.model
-    model, tokenizer = untrained(folder)
-    objective: CaptionerObjective | RankerObjective
-    if args.model == "captioner":
-        objective, accuracy_of = CaptionerObjective(model), captioner_accuracy
-    else:
-        objective, accuracy_of = RankerObjective(model), ranker_accuracy
-    out = args.out or folder
-    train(
-        objective,
-        tokenizer,
-        accuracy_of,
-        pictures,
-        folder,
-        out,
-        args.minutes,
-        until_accuracy=args.until_accuracy,
-    )
+    objective = _OBJECTIVES[args.model](*untrained(folder))
+    train(objective, pictures, folder, args.out or folder, args.minutes, args.until_accuracy)
 
 
 if __name__ == "__main__":
