@@ -19,7 +19,7 @@ from rich.console import Console
 from jobs.bootstrap.progress import is_trained, require_fetched
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import BootstrapStopped, bootstrap, steps
-from jobs.demo.bootstrap import demo_rounds, true_share
+from jobs.demo.bootstrap import corpus_truth, demo_rounds
 from jobs.demo.world.site import serving
 from pipeline.corpus.records import Records
 from pipeline.lineage.sample_trace import trace
@@ -214,7 +214,7 @@ def test_the_demo_world_has_a_part_with_true_captions(tmp_path: Path) -> None:
             if len(names) == 3:
                 break
     assert names == ["crawl", "human captions", "round 1: pretrain"]
-    human = true_share(rounds.corpus_path(0), "clean")
+    human = corpus_truth(rounds.corpus_path(0), "clean")
     assert human["true"] == human["images_kept"] == 1.0
     assert {source.kind for source in take_snapshot(rounds.training("pretrain", 1).data).sources} == {
         "web",

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jobs.bootstrap.rounds import Rounds, load_rounds
 from jobs.bootstrap.run import bootstrap
-from jobs.demo.world.scenes import is_true, write_caption
+from jobs.demo.world.scenes import true_share, write_caption
 from jobs.demo.world.site import pages, scene_of, serving, write_url_list
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_reader import committed_table
@@ -59,7 +59,7 @@ def demo_rounds(
     return load_rounds(str(_RECIPE), [*given, *overrides], rounds)
 
 
-def true_share(corpus: str, source: str = "world") -> dict[str, float]:
+def corpus_truth(corpus: str, source: str = "world") -> dict[str, float]:
     """Return the share of entirely true texts among the kept ones of a corpus, and the share of images kept."""
     records = Records(Storage(corpus))
     rows = [
@@ -69,8 +69,8 @@ def true_share(corpus: str, source: str = "world") -> dict[str, float]:
         for row in committed_table(records, record.outputs["parquet"]).to_pylist()
     ]
     kept = [row for row in rows if row["status"] == "kept"]
-    verdicts = [is_true(text, scene_of(row["url"])) for row in kept for text in row["captions"]]
-    return {"true": sum(verdicts) / max(1, len(verdicts)), "images_kept": len(kept) / max(1, len(rows))}
+    described = ((text, scene_of(row["url"])) for row in kept for text in row["captions"])
+    return {"true": true_share(described), "images_kept": len(kept) / max(1, len(rows))}
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         for step in bootstrap(rounds, Console(stderr=True, soft_wrap=True), local=True):
             print(f"{step.name}, {time.process_time():.0f} s", file=sys.stderr, flush=True)
     for number in range(1, args.rounds + 1):
-        print(json.dumps({"round": number} | true_share(rounds.corpus_path(number))))
+        print(json.dumps({"round": number} | corpus_truth(rounds.corpus_path(number))))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from jobs.demo.world.scenes import is_true
+from jobs.demo.world.scenes import true_share
 from jobs.demo.world.site import scene_of
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_reader import committed_table
@@ -64,5 +64,5 @@ def _judged_candidates(
 
 def _judged(captions: Iterable[tuple[str, list[str]]]) -> dict[str, float]:
     """Return how many texts of all URLs there are, and the share of entirely true ones."""
-    verdicts = [is_true(text, scene_of(url)) for url, texts in captions for text in texts]
-    return {"texts": len(verdicts), "true_share": round(sum(verdicts) / max(1, len(verdicts)), 4)}
+    described = [(text, scene_of(url)) for url, texts in captions for text in texts]
+    return {"texts": len(described), "true_share": round(true_share(described), 4)}

@@ -3,13 +3,10 @@
 The legend of the names: N images and as many texts, B at once, L tokens, T those written so far, C of the embeddings.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from jobs.demo.held_out import HeldOutScenes
-from jobs.demo.world.scenes import is_true
 from training.blip.stage import BlipStage
 
 _IMAGES_AT_ONCE = 50
@@ -19,25 +16,19 @@ _IMAGES_AT_ONCE = 50
 def evaluate_med(stage: BlipStage, held_out: HeldOutScenes) -> dict[str, float]:
     """Return recall at 1 by ITC, of texts and of images, and the share of its greedy captions that are true."""
     stage.eval()
-    captions = [sample.captions[0] for sample in held_out.samples]
-    texts, encoders = stage.tokenize(captions), stage.encoders
-    features = list(_features(stage, held_out))
+    texts, encoders = stage.tokenize(held_out.captions), stage.encoders
+    pixels = held_out.pixels_NCHW.split(_IMAGES_AT_ONCE)
+    features = [stage.visual_encoder(pixels_BCHW) for pixels_BCHW in pixels]
     image_NC = torch.cat([encoders.embed_images(features_BPE) for features_BPE in features])
     text_NC = encoders.embed_texts(texts.ids_BL, texts.mask_BL)
     similarity_NN = image_NC @ text_NC.T
-    own_N = torch.arange(len(captions))
+    own_N = torch.arange(len(held_out.samples))
     written = [text for features_BPE in features for text in _greedy(stage, features_BPE)]
-    verdicts = [is_true(text, scene) for text, scene in zip(written, held_out.scenes, strict=True)]
     return {
         "text_r1": (similarity_NN.argmax(dim=1) == own_N).double().mean().item(),
         "image_r1": (similarity_NN.argmax(dim=0) == own_N).double().mean().item(),
-        "true_captions": sum(verdicts) / len(verdicts),
+        "true_captions": held_out.true_share(written),
     }
-
-
-def _features(stage: BlipStage, held_out: HeldOutScenes) -> Iterator[Tensor]:
-    pixels_NCHW = torch.stack([sample.pixels_CHW for sample in held_out.samples])
-    return (stage.visual_encoder(pixels_BCHW) for pixels_BCHW in pixels_NCHW.split(_IMAGES_AT_ONCE))
 
 
 def _greedy(stage: BlipStage, features_BPE: Tensor) -> list[str]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from jobs.demo.held_out import HeldOutScenes
 from jobs.demo.training_configs import RERANK
-from jobs.demo.world.scenes import is_true
 from training.blip2.stage1 import Stage1
 from training.blip2.stage2 import Stage2
 from training.evaluate.generation import Decoding, Stage2Generator
@@ -30,15 +29,8 @@ def evaluate_retrieval(stage: Stage1, held_out: HeldOutScenes) -> dict[str, floa
 
     Returns recall at 1 by ITC, with ITM over the first of each list (``_reranked``), and ITM's accuracy; shares of 1.
     """
-    pixels_BCHW = _pixels(held_out)
-    captions = [sample.captions[0] for sample in held_out.samples]
-    recalls = retrieve(
-        Stage1Matcher(stage),
-        lambda: iter(pixels_BCHW.split(_IMAGES_AT_ONCE)),
-        captions,
-        range(len(captions)),
-        RERANK,
-    )
+    pixels, captions = held_out.pixels_NCHW.split(_IMAGES_AT_ONCE), held_out.captions
+    recalls = retrieve(Stage1Matcher(stage), lambda: iter(pixels), captions, range(len(captions)), RERANK)
     by_itc = {name: recalls[f"itc_{name}"] / 100 for name in ("text_r1", "image_r1")}
     by_itm = {f"{name}_reranked": recalls[name] / 100 for name in ("text_r1", "image_r1")}
     return {
@@ -56,10 +48,9 @@ def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float
     """
     stage.eval()
     language = stage.language
-    pixels_BCHW = _pixels(held_out)
+    pixels_BCHW = held_out.pixels_NCHW
     soft_BQW = stage.soft_prompt(pixels_BCHW)
-    captions = [sample.captions[0] for sample in held_out.samples]
-    target = language.target(captions, [sample.uid for sample in held_out.samples], seed=0)
+    target = language.target(held_out.captions, [sample.uid for sample in held_out.samples], seed=0)
     before_BQW = soft_BQW[:, :0]
     if language.name == "opt":
         # OPT has to have read something before it can predict: the </s> that begins every text is given, not asked.
@@ -70,13 +61,10 @@ def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float
         return language.loss(prompt_BQW, target).item() / target.num_tokens
 
     written = Stage2Generator(stage).caption(pixels_BCHW, _PROMPT, _DECODING)
-    verdicts = [
-        is_true(f"{_PROMPT} {text}", scene) for text, scene in zip(written, held_out.scenes, strict=True)
-    ]
     return {
         "caption_loss": loss(torch.cat([soft_BQW, before_BQW], dim=1)),
         "text_only_loss": loss(before_BQW),
-        "true_share": sum(verdicts) / len(verdicts),
+        "true_share": held_out.true_share(f"{_PROMPT} {text}" for text in written),
     }
 
 
@@ -88,7 +76,3 @@ def _without_first(target: Target) -> Target:
         mask_BL=target.mask_BL[:, 1:],
         labels_BT=target.labels_BT[:, 1:],
     )
-
-
-def _pixels(held_out: HeldOutScenes) -> Tensor:
-    return torch.stack([sample.pixels_CHW for sample in held_out.samples])

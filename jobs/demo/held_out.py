@@ -3,16 +3,17 @@
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from jobs.demo.world.pictures import demo_picture
-from jobs.demo.world.scenes import TEMPLATES, WORDS_BY_SLOT, Scene, write_caption
+from jobs.demo.world.scenes import TEMPLATES, WORDS_BY_SLOT, Scene, true_share, write_caption
 from training.data.held_out import HeldOut
 
 # The site's pictures have seeds of their own kind, and the models' training had 1 and 2.
@@ -30,6 +31,20 @@ class HeldOutScenes:
 
     scenes: list[Scene]
     samples: list[HeldOut]
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each picture."""
+        return [sample.captions[0] for sample in self.samples]
+
+    @property
+    def pixels_NCHW(self) -> Tensor:
+        """All pictures, uint8."""
+        return torch.stack([sample.pixels_CHW for sample in self.samples])
+
+    def true_share(self, written: Iterable[str]) -> float:
+        """Return the share of entirely true ones among texts, one written of each picture."""
+        return true_share(zip(written, self.scenes, strict=True))
 
 
 def held_out_scenes(

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from jobs.demo.world.scenes import ATTRIBUTES, Scene, is_true, normalise, parse
+from jobs.demo.world.scenes import ATTRIBUTES, Scene, normalise, parse, true_share
 
 Facts = dict[str, float | int]
 
@@ -23,7 +23,7 @@ def facts_of(kept: Iterable[tuple[Sequence[str], Scene]]) -> Facts:
         "images": len(images),
         "texts": len(texts),
         "an_image": statistics.fmean(distinct) if distinct else 0.0,
-        "true_share": _share(is_true(text, scene) for text, scene in texts),
+        "true_share": true_share(texts),
         "distinct_share": len({normalise(text) for text, _ in texts}) / max(1, len(texts)),
         "words": sum(len(text.split()) for text, _ in texts) / max(1, len(texts)),
         "parsed_share": len(parsed) / max(1, len(texts)),

@@ -23,7 +23,7 @@ from jobs.demo.weights_training.models import CAPTIONER_DIR, RANKER_DIR
 from jobs.demo.world.alt_texts import AltKind, alt_text
 from jobs.demo.world.pictures import demo_images
 from jobs.demo.world.responses import ALT_KINDS
-from jobs.demo.world.scenes import Scene, is_true
+from jobs.demo.world.scenes import Scene, true_share
 from pipeline.candidates import Candidate
 from pipeline.models.blip.captioner import BlipCaptioner
 from pipeline.models.clip.ranker import ClipRanker
@@ -48,10 +48,9 @@ class HeldOutImages:
     def true_share(self, texts: Iterable[Iterable[str]], alt_kind: AltKind | None = None) -> float:
         """Return the share of entirely true texts among those of all images, or of those with one kind of alt text."""
         rows = zip(self.scenes, self.alt_kinds, texts, strict=True)
-        verdicts = [
-            is_true(text, scene) for scene, kind, row in rows if alt_kind in (None, kind) for text in row
-        ]
-        return sum(verdicts) / max(1, len(verdicts))
+        return true_share(
+            (text, scene) for scene, kind, row in rows if alt_kind in (None, kind) for text in row
+        )
 
 
 def held_out_images(num_images: int, seed: int = EVALUATION_SEED) -> HeldOutImages:

@@ -8,6 +8,7 @@ claim in it must hold.
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
@@ -135,6 +136,12 @@ def is_true(text: str, scene: Scene) -> bool:
     """
     claims = parse(text)
     return claims is not None and all(getattr(scene, slot) == value for slot, value in claims.items())
+
+
+def true_share(described: Iterable[tuple[str, Scene]]) -> float:
+    """Return the share of entirely true ones among texts that speak of scenes; 0 of none."""
+    verdicts = [is_true(text, scene) for text, scene in described]
+    return sum(verdicts) / max(1, len(verdicts))
 
 
 def vocabulary() -> list[str]:

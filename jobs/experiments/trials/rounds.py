@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jobs.bootstrap.rounds import Model, Rounds
 from jobs.bootstrap.run import EXPORTED, BootstrapStopped, Step, steps
-from jobs.demo.bootstrap import demo_rounds, true_share
+from jobs.demo.bootstrap import corpus_truth, demo_rounds
 from jobs.demo.evaluate_med import evaluate_med
 from jobs.demo.held_out import held_out_scenes
 from jobs.experiments.task import Task
@@ -175,7 +175,7 @@ def _judged(rounds: Rounds, number: int, task: Task) -> dict[str, float]:
     if number == 0:
         return learnt
     corpus = rounds.corpus_path(number)
-    kept = true_share(corpus)
+    kept = corpus_truth(corpus)
     return learnt | {
         "kept_true": kept["true"],
         "images_kept": kept["images_kept"],
