@@ -1,6 +1,5 @@
 """The steps of a bootstrapping, in their order: which are done, and what does the others."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from jobs.run import RunOptions, run
 from pipeline.corpus.checkpoint_files import SavedCheckpoints
 from pipeline.corpus.records import Records
 from pipeline.intake.take_over import take_over_crawl
-from pipeline.storage.local_files import wait_for_lock
+from pipeline.storage.local_files import moved_when_whole, wait_for_lock
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
@@ -166,9 +165,7 @@ def _export(run_folder: str, folder: Path) -> None:
             raise CapfiltError(
                 f"{folder} is there, and is not the export of {run_folder}; remove it, or set another bootstrap.models"
             )
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
         checkpoint = last_checkpoint(run_folder)
         assert checkpoint is not None, "the step before trained it"
-        export_model(load_trained(checkpoint, precision="fp32"), unfinished, checkpoint)
-        unfinished.replace(folder)
+        with moved_when_whole(folder) as unfinished:
+            export_model(load_trained(checkpoint, precision="fp32"), unfinished, checkpoint)

@@ -31,6 +31,7 @@ from jobs.ranks.launcher import stop_without_parent
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_reader import committed_table
+from pipeline.storage.local_files import moved_when_whole
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.convert.load import load_trained
@@ -110,10 +111,7 @@ def write_web_captions(corpus: Path) -> None:
 
 def _copy_without(tar: Path, copy: Path, keys: Collection[str]) -> None:
     """Copy a tar, the samples of some keys left out; equal input gives equal bytes."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = copy.with_suffix(".unfinished")
-    with tarfile.open(tar) as old, tarfile.open(unfinished, "w") as new:
+    with moved_when_whole(copy) as unfinished, tarfile.open(tar) as old, tarfile.open(unfinished, "w") as new:
         for member in old:
             if member.name.partition(".")[0] not in keys:
                 new.addfile(member, old.extractfile(member))
-    unfinished.replace(copy)

@@ -28,6 +28,7 @@ from pipeline.models.weights import filter_weights
 from pipeline.runs.runner import LoadWorker, load_worker
 from pipeline.shards.shard_files import read_tar, write_tar
 from pipeline.shards.shard_reader import committed_table
+from pipeline.storage.local_files import moved_when_whole
 from pipeline.storage.storage import Storage
 from schemas.config import FilterConfig
 from schemas.errors import CapfiltError
@@ -171,18 +172,13 @@ def write_arm(corpus: Path, arm: Arm, folder: Path) -> Facts:
 
 
 def _write_tar(crawled: Path, kept: dict[str, list[str]], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
-    with crawled.open("rb") as file:
+    with crawled.open("rb") as file, moved_when_whole(target) as unfinished:
+        samples = (
+            (key, {"jpg": members["jpg"], "json": json.dumps(kept[key]).encode()})
+            for key, members in read_tar(file)
+            if kept.get(key)
+        )
         try:
-            write_tar(
-                unfinished,
-                (
-                    (key, {"jpg": members["jpg"], "json": json.dumps(kept[key]).encode()})
-                    for key, members in read_tar(file)
-                    if kept.get(key)
-                ),
-            )
+            write_tar(unfinished, samples)
         except tarfile.ReadError as error:
             raise CapfiltError(f"{crawled} is damaged ({error}); `capfilt verify` says more") from error
-    unfinished.replace(target)

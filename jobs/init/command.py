@@ -7,15 +7,9 @@ from itertools import chain, count
 from pathlib import Path
 
 from jobs.environment import program_name
-from jobs.init.config_text import (
-    PLACEHOLDER,
-    Findings,
-    Models,
-    config_text,
-    recipe_text,
-)
+from jobs.init.config_text import PLACEHOLDER, Findings, Models, config_text, recipe_text
 from jobs.init.machine import this_machine
-from jobs.init.source_text import DescribedSource, SourceText
+from jobs.init.source_text import SourceText
 from jobs.init.sources import describe, written_path
 from pipeline.config import parse_config
 from pipeline.corpus.records import Records
@@ -45,6 +39,7 @@ _PLACEHOLDER_SOURCE = SourceText(
         ("format", "imagefolder", 'images of your own; or "webdataset", "huggingface", "img2dataset"'),
         ("input", ["photos"], "instead of the three lines above"),
     ),
+    facts=(f"nothing to look at yet: fill in [[source]], instead of {PLACEHOLDER}",),
 )
 
 
@@ -81,13 +76,11 @@ def init(
     target = Path(out).expanduser().absolute()
     _require_new(target, out)
     base = target.parent
-    described = describe(arguments, base) if arguments else None
+    source = describe(arguments, base) if arguments else _PLACEHOLDER_SOURCE
     machine, models = this_machine(), _models(model, ranker, demo_weights)
     facts = {
-        "Found": list(described.facts)
-        if described
-        else [f"nothing to look at yet: fill in [[source]], instead of {PLACEHOLDER}"],
-        "Guessed": list(described.guessed) if described else [],
+        "Found": list(source.facts),
+        "Guessed": list(source.guessed),
         "Machine": [str(machine)],
         "Weights": [],
     }
@@ -96,15 +89,16 @@ def init(
         command=printable(f"capfilt {' '.join(words)}"),
         facts=facts,
         corpus=_corpus_name(target),
-        source=described.source if described else _PLACEHOLDER_SOURCE,
+        source=source,
         machine=machine,
         models=models,
     )
-    config = _checked(_text(findings, recipe, described), target, has_source=bool(described))
+    has_source = bool(arguments)
+    config = _checked(_text(findings, recipe, has_source), target, has_source)
     facts["Weights"] = [_DEMO_NOTE] if demo_weights else list(_weights(config))
-    if recipe and not described:
+    if recipe and not has_source:
         facts["Found"] = [f"the recipe {recipe}, whose lists are to be filled in: {_inputs(config, base)}"]
-    _write(_text(findings, recipe, described), target, out)
+    _write(_text(findings, recipe, has_source), target, out)
     return InitResult(facts=facts, commands=tuple(_next(out, config, base)))
 
 
@@ -155,15 +149,15 @@ def _anchored_ranker(ranker: str) -> str:
     return ranker if scheme == "hf-hub" else f"local-dir:{Path(folder).expanduser().absolute()}"
 
 
-def _text(findings: Findings, recipe: str, described: DescribedSource | None) -> str:
+def _text(findings: Findings, recipe: str, has_source: bool) -> str:
     if not recipe:
         return config_text(findings)
-    source = described.source if described else None
+    source = findings.source if has_source else None
     models = findings.models if findings.models != Models() else None
     return recipe_text(recipe, findings.corpus, source, findings.machine, models)
 
 
-def _checked(text: str, target: Path, *, has_source: bool) -> CapfiltConfig:
+def _checked(text: str, target: Path, has_source: bool) -> CapfiltConfig:
     """Return the config that the text means. Raises CapfiltError where a run would refuse a whole one."""
     if not fits_utf8(text):
         raise CapfiltError("a name that is not UTF-8 cannot stand in a config; rename the file or folder")

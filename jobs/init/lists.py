@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from jobs.init.source_text import HUMAN, DescribedSource, Key, SourceText
+from jobs.init.source_text import HUMAN, Key, SourceText
 from pipeline.intake.guess_columns import GuessedColumns, guess_columns
 from pipeline.intake.lists.preview import PREVIEW_ROWS, ListPreview
 from pipeline.intake.recognise import RecognisedInput
@@ -17,9 +17,7 @@ _COLUMNS_NAMED = 12
 _FORMAT_NAMES = {"jsonl": "JSON", "txt": "plain list", "tsv-quoted": "quoted TSV", "parquet": "Parquet"}
 
 
-def describe_list(
-    recognised: RecognisedInput, storage: Storage, base: Path, keys: list[Key]
-) -> DescribedSource:
+def describe_list(recognised: RecognisedInput, storage: Storage, base: Path, keys: list[Key]) -> SourceText:
     """Describe lists by the first of them.
 
     Raises:
@@ -45,15 +43,13 @@ def describe_list(
     folders = _folders_of_paths(columns, preview, first, base) if columns.holds_paths else []
     allow: Key = ("allow_files", folders, "folders whose files a list may name")
     own: Key = ("allow_hosts", columns.own_hosts, "addresses of your own network")
-    return DescribedSource(
-        source=SourceText(
-            keys=tuple(keys),
-            hints=tuple(hints),
-            crawl=(allow,) if folders else (),
-            crawl_hints=(own,) if columns.own_hosts else (),
-            is_fetched=not folders,
-            samples=_rows(recognised, preview),
-        ),
+    return SourceText(
+        keys=tuple(keys),
+        hints=tuple(hints),
+        crawl=(allow,) if folders else (),
+        crawl_hints=(own,) if columns.own_hosts else (),
+        is_fetched=not folders,
+        samples=_rows(recognised, preview),
         facts=(_facts_sentence(recognised, preview, shown_first),),
         guessed=tuple(_guesses(columns, preview, folders)),
     )

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from jobs.init.lists import column_names
-from jobs.init.source_text import HUMAN, DescribedSource, Key, SourceText
+from jobs.init.source_text import HUMAN, Key, SourceText
 from pipeline.images.decode import ImageError, check, read_header
 from pipeline.intake.guess_columns import guess_caption
 from pipeline.intake.lists.columns import Wanted
@@ -26,7 +26,7 @@ _NO_CAPTIONS = "there are no captions: the sampled ones compete alone"
 _CAPTION_COMMENT = 'a text or a list of texts; "": none'
 
 
-def describe_image_folder(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_image_folder(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> SourceText:
     """Describe folders of images: where captions come from, and what the headers of some say."""
     guessed, has_captions = _NO_CAPTIONS, True
     if recognised.metadata:
@@ -43,13 +43,11 @@ def describe_image_folder(recognised: RecognisedInput, storage: Storage, keys: l
     else:
         has_captions = False
     count = f"{_counted(len(recognised.files), 'image')} ({described_suffixes(recognised.suffixes)})"
-    return DescribedSource(
-        source=SourceText(
-            keys=tuple(keys),
-            hints=(HUMAN,) if has_captions else (),
-            is_fetched=False,
-            samples=len(recognised.files),
-        ),
+    return SourceText(
+        keys=tuple(keys),
+        hints=(HUMAN,) if has_captions else (),
+        is_fetched=False,
+        samples=len(recognised.files),
         facts=(f"{_places(keys)}: {count}", *_header_sentences(recognised.files, storage)),
         guessed=(guessed,),
     )
@@ -84,7 +82,7 @@ def _header_sentences(files: Sequence[str], storage: Storage) -> Iterator[str]:
         yield f"of {len(chosen):,} looked at, {reasons.total():,} will be dropped: {lost}"
 
 
-def describe_tars(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_tars(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> SourceText:
     """Describe tars by the members that the first begins with. Raises CapfiltError where it cannot be read."""
     first = recognised.files[0]
     try:
@@ -93,8 +91,10 @@ def describe_tars(recognised: RecognisedInput, storage: Storage, keys: list[Key]
     except (tarfile.TarError, OSError) as error:
         raise CapfiltError(f"{first}: is not a tar that can be read: {error}") from error
     inside = described_suffixes(Counter(PurePosixPath(name).suffix.lower() for name in names))
-    return DescribedSource(
-        source=SourceText(keys=tuple(keys), hints=(HUMAN,), is_fetched=False),
+    return SourceText(
+        keys=tuple(keys),
+        hints=(HUMAN,),
+        is_fetched=False,
         facts=(
             f"{_places(keys)}: {_counted(len(recognised.files), 'tar')}",
             f"the first {len(names):,} members of {printable(PurePosixPath(first).name)}: {inside}",
@@ -103,7 +103,7 @@ def describe_tars(recognised: RecognisedInput, storage: Storage, keys: list[Key]
     )
 
 
-def describe_dataset(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> DescribedSource:
+def describe_dataset(recognised: RecognisedInput, storage: Storage, keys: list[Key]) -> SourceText:
     """Describe tables with images inside by the first: its column of images, and its likeliest one of captions."""
     key = f"source.{keys[0][1]}.input"
     tables = ImageTables(recognised.inputs, key, storage)
@@ -126,13 +126,11 @@ def describe_dataset(recognised: RecognisedInput, storage: Storage, keys: list[K
     hints = [HUMAN] if caption else []
     if others := [name for name in schema.names if name not in (*images, caption)]:
         hints.append(("extra_columns", others, "carried along in samples.extra"))
-    return DescribedSource(
-        source=SourceText(
-            keys=tuple(keys),
-            hints=tuple(hints),
-            is_fetched=False,
-            samples=tables.count(first) if len(tables.lists) == 1 else None,
-        ),
+    return SourceText(
+        keys=tuple(keys),
+        hints=tuple(hints),
+        is_fetched=False,
+        samples=tables.count(first) if len(tables.lists) == 1 else None,
         facts=(
             f"{_places(keys)}: {_counted(len(tables.lists), 'table')} with images inside; "
             f"columns {column_names(schema.names)}",
@@ -141,10 +139,12 @@ def describe_dataset(recognised: RecognisedInput, storage: Storage, keys: list[K
     )
 
 
-def describe_img2dataset(recognised: RecognisedInput, keys: list[Key]) -> DescribedSource:
+def describe_img2dataset(recognised: RecognisedInput, keys: list[Key]) -> SourceText:
     """Describe img2dataset's output folders."""
-    return DescribedSource(
-        source=SourceText(keys=tuple(keys), hints=(HUMAN,), is_fetched=False),
+    return SourceText(
+        keys=tuple(keys),
+        hints=(HUMAN,),
+        is_fetched=False,
         facts=(f"{_places(keys)}: {_counted(len(recognised.files), 'shard')} of img2dataset",),
         guessed=("each NNNNN.tar with its NNNNN.parquet becomes a shard; url and caption are its columns",),
     )

@@ -12,7 +12,7 @@ HUMAN: Key = ("kind", "human", "keep its captions as they are; none is sampled")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceText:
-    """One ``[[source]]``: its keys, each with a comment or none, and what it asks of ``[crawl]``.
+    """One ``[[source]]``: its keys, each with a comment or none, what it asks of ``[crawl]``, and how it was found.
 
     Attributes:
         keys: those of the section, in order.
@@ -21,6 +21,8 @@ class SourceText:
         crawl_hints: keys of [crawl], commented out.
         is_fetched: its images come from the web.
         samples: how many rows or images it has; None where that is not known.
+        facts: what was seen of it, a sentence each.
+        guessed: what was guessed of it, a sentence each.
     """
 
     keys: tuple[Key, ...]
@@ -29,12 +31,5 @@ class SourceText:
     crawl_hints: tuple[Key, ...] = ()
     is_fetched: bool = True
     samples: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DescribedSource:
-    """A source with its facts and its guesses, a sentence each."""
-
-    source: SourceText
-    facts: tuple[str, ...]
-    guessed: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    guessed: tuple[str, ...] = ()

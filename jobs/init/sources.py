@@ -13,13 +13,13 @@ from jobs.init.pictures import (
     describe_img2dataset,
     describe_tars,
 )
-from jobs.init.source_text import DescribedSource
+from jobs.init.source_text import SourceText
 from pipeline.intake.recognise import KIND_NAMES, RecognisedInput, recognise
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 
 
-def describe(arguments: Sequence[str], base: Path) -> DescribedSource:
+def describe(arguments: Sequence[str], base: Path) -> SourceText:
     """Look at the arguments, which are one source together, and describe it.
 
     Args:

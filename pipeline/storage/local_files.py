@@ -170,6 +170,16 @@ def wait_for_lock(file: BinaryIO) -> None:
             raise
 
 
+@contextlib.contextmanager
+def moved_when_whole(target: Path) -> Iterator[Path]:
+    """Yield a place beside a file or folder; what is written there is moved to it at the end, so that it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.replace(target)
+
+
 def _link_or_copy(local: Path, target: Path) -> None:
     try:
         target.hardlink_to(local)

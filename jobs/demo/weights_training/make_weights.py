@@ -24,6 +24,7 @@ from jobs.pretrain import TrainingFailedError, pretrain
 from pipeline.config import load_config
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.models.files.model_files import OWN_CONFIG_FILE, WEIGHTS_FILE
+from pipeline.storage.local_files import moved_when_whole
 from schemas.pretrain import PretrainConfig
 from training.convert.export import export_model
 from training.convert.load import load_trained
@@ -89,16 +90,14 @@ def _config(recipe: str, folder: Path, shards: Sequence[str], values: dict[str, 
 
 def export_half(run: str, out: Path) -> None:
     """Export a trained model in half precision, without the paths of this machine."""
-    exported = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(exported, ignore_errors=True)
-    export_model(load_trained(run), exported)
-    # Of capfilt's own, to train on: who asks the filter reads neither.
-    for name in (OWN_CONFIG_FILE, EXTRA_FILE):
-        (exported / name).unlink(missing_ok=True)
-    weights = exported / WEIGHTS_FILE
-    save_file(in_half(load_file(weights).items()), weights, metadata={"format": "pt"})
-    shutil.rmtree(out, ignore_errors=True)
-    exported.rename(out)
+    with moved_when_whole(out) as exported:
+        export_model(load_trained(run), exported)
+        # Of capfilt's own, to train on: who asks the filter reads neither.
+        for name in (OWN_CONFIG_FILE, EXTRA_FILE):
+            (exported / name).unlink(missing_ok=True)
+        weights = exported / WEIGHTS_FILE
+        save_file(in_half(load_file(weights).items()), weights, metadata={"format": "pt"})
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def main() -> None:

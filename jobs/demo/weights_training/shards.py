@@ -24,6 +24,7 @@ from jobs.demo.world.scenes import (
     write_caption,
 )
 from pipeline.shards.shard_files import write_tar
+from pipeline.storage.local_files import moved_when_whole
 from pipeline.text import clean_caption
 
 # The pictures of the other trainings and of the evaluations have other seeds.
@@ -63,15 +64,13 @@ def _web(rng: random.Random) -> Iterator[_Described]:
 def _write_shards(
     folder: Path, num_shards: int, describe: Callable[[random.Random], Iterator[_Described]]
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_shards):
         shard = folder / f"{number:05}.tar"
         if shard.exists():
             continue
         rng = random.Random(f"{SEED}/{number}")
-        unfinished = shard.with_suffix(".unfinished")
-        write_tar(unfinished, _samples(describe(rng), rng))
-        unfinished.replace(shard)
+        with moved_when_whole(shard) as unfinished:
+            write_tar(unfinished, _samples(describe(rng), rng))
 
 
 def _samples(described: Iterable[_Described], rng: random.Random) -> Iterator[tuple[str, dict[str, bytes]]]:

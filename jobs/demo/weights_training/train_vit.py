@@ -25,6 +25,7 @@ from jobs.demo.world.pictures import demo_images, demo_masks
 from jobs.demo.world.scenes import ATTRIBUTES, WORDS_BY_SLOT
 from pipeline.config import load_config
 from pipeline.models.files.model_files import WEIGHTS_FILE
+from pipeline.storage.local_files import moved_when_whole
 from schemas.pretrain import PretrainConfig
 from training.blip.vision import ViT
 
@@ -129,9 +130,8 @@ def train_vit(out: Path, steps: int, num_images: int) -> dict[str, float]:
     vit = ViT(config.blip.vision, config.data.image_size_px, torch.bfloat16)
     model = LabelledViT(vit, config.blip.vision.patch_px)
     train(model, LabelledPictures.draw(num_images, SEED), steps)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    save_file(in_half(vit.named_parameters()), unfinished / WEIGHTS_FILE)
-    (unfinished / "config.json").write_text('{"model_type": "vit"}\n')
-    unfinished.rename(out)
+    with moved_when_whole(out) as unfinished:
+        unfinished.mkdir()
+        save_file(in_half(vit.named_parameters()), unfinished / WEIGHTS_FILE)
+        (unfinished / "config.json").write_text('{"model_type": "vit"}\n')
     return model.accuracy(LabelledPictures.draw(500, EVALUATION_SEED))

@@ -4,7 +4,6 @@ The rounds of a seed are made once, for all experiments: a later one goes on fro
 """
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from jobs.pretrain import TrainingFailedError
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_reader import committed_table
+from pipeline.storage.local_files import moved_when_whole
 from pipeline.storage.storage import Storage
 from schemas.pretrain import PretrainConfig
 from training.build import build_stage
@@ -160,10 +160,8 @@ def _export_part(rounds: Rounds, model: Model, joint: str) -> None:
     stage = build_stage(config, World(), "cpu")
     for weights in read_initial_weights(config):
         weights.load_into(stage)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    export_model(stage, unfinished)
-    unfinished.replace(folder)
+    with moved_when_whole(folder) as unfinished:
+        export_model(stage, unfinished)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ The model is asked three times on its way, as figure 5 of the paper asks it.
 """
 
 import json
-import shutil
 from dataclasses import replace
 
 from jobs.demo.evaluate_training import evaluate_language
@@ -13,6 +12,7 @@ from jobs.demo.training_configs import trial_config
 from jobs.experiments.task import Task
 from jobs.experiments.trials.training import run_overrides, stage1_config, train
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
+from pipeline.storage.local_files import moved_when_whole
 from training.build import build_stage
 from training.convert.export import export_model
 from training.convert.load import load_trained
@@ -62,9 +62,7 @@ def _fresh_stage1(task: Task) -> str:
     """Write a stage 1 with the random weights of its seed; return its folder."""
     folder = task.folder / "fresh" / task.name
     if not folder.exists():
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
         stage = build_stage(stage1_config(replace(task, steps=1)), World(), "cpu")
-        export_model(stage, unfinished)
-        unfinished.replace(folder)
+        with moved_when_whole(folder) as unfinished:
+            export_model(stage, unfinished)
     return str(folder)
