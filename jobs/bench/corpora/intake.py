@@ -9,20 +9,19 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.arrow_alone import import_arrow_alone
-from jobs.bench.fixtures.corpus import list_config, write_url_list
+from jobs.bench.fixtures.corpus import list_config, publish_rows, write_url_list
 from jobs.bench.fixtures.machine import Stopwatch, peak_bytes
 from pipeline.corpus.commit import ShardCommit
 from pipeline.corpus.records import Records
 from pipeline.intake.read_lists import read_lists
 from pipeline.intake.retries import queue_retries
 from pipeline.intake.url_shard_writer import IntakeOutcome
-from pipeline.shards.shard_files import write_parquet, write_tar
 from pipeline.shards.shard_reader import committed_table
 from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.records import ShardTask
-from schemas.tables import SAMPLES_FILE
+from schemas.tables import SAMPLES
 
 # Every tenth row of the list repeats an earlier URL with a caption of its own.
 _DUPLICATE_EVERY = 10
@@ -80,14 +79,10 @@ def _fail_all(config: CapfiltConfig) -> None:
         columns = [
             rows[field.name] if field.name in rows.column_names
             else pa.repeat(pa.scalar(ended.get(field.name), field.type), len(rows))
-            for field in SAMPLES_FILE
+            for field in SAMPLES
         ]  # fmt: skip
         with ShardCommit(records, task) as commit:
-            parquet, tar = commit.folder / "rows.parquet", commit.folder / "images.tar"
-            count = write_parquet(parquet, pa.table(columns, schema=SAMPLES_FILE), SAMPLES_FILE)
-            commit.stats.rows_in = count
-            commit.stats.count(**ended, rows=count)
-            commit.publish({"parquet": (parquet, count), "tar": (tar, len(write_tar(tar, ())))})
+            publish_rows(commit, pa.table(columns, schema=SAMPLES), images=0)
 
 
 def _measured(take: Callable[[], list[IntakeOutcome]]) -> dict[str, Any]:

@@ -105,10 +105,8 @@ def _counted_runs(folder: Path, shards: int) -> list[dict[str, Any]]:
     rows = []
     with serving_s3() as server, bucket_on(server.url, _BUCKET), serving(flaky=False) as world:
         config = _config_on_bucket(folder, world, shards)
-        for stages in (
-            *((stage,) for stage in STAGES if stage != "filter"),
-            STAGES,
-        ):  # the demo has no filter
+        # Without a filter, as the config is.
+        for stages in (*((stage,) for stage in STAGES if stage != "filter"), STAGES):
             server.requests.clear()
             result = run(config, RunOptions(quiet=True, local=True, stages=stages), Console(quiet=True))
             assert result.exit_code == 0, result.record
