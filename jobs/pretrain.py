@@ -28,6 +28,12 @@ class TrainingInterruptedError(TrainingFailedError):
     """Report a training that a signal ended before it could make a checkpoint."""
 
 
+def train_to_end(config: PretrainConfig) -> None:
+    """Do ``pretrain`` to the last step. Raises TrainingFailedError where a signal stopped it before."""
+    if pretrain(config).outcome != "done":
+        raise TrainingFailedError(f"{config.run.name} was stopped; the same command goes on")
+
+
 def pretrain(config: PretrainConfig, interrupts: Interrupts | None = None) -> Summary:
     """Train until the last step, from the newest good checkpoint of ``run.name``. Safe to repeat and to kill.
 

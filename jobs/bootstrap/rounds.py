@@ -21,7 +21,11 @@ C = TypeVar("C", CapfiltConfig, PretrainConfig)
 
 Model = Literal["pretrain", "captioner", "filter"]
 # The keys of [bootstrap] that name a training's recipe, and the stage that it has to have.
-_STAGES = {"pretrain": "blip-pretrain", "captioner": "blip-captioner", "filter": "blip-filter"}
+_STAGES: dict[Model, str] = {
+    "pretrain": "blip-pretrain",
+    "captioner": "blip-captioner",
+    "filter": "blip-filter",
+}
 # The shape of a model, which captioner and filter have of the pretrained one. Not all of it shows in the weights.
 _SHAPE = (
     *(f"vision.{key}" for key in ("layers", "width", "heads", "patch_px", "mlp_ratio")),
@@ -145,11 +149,7 @@ def load_rounds(file: str, overrides: Sequence[str] = (), rounds: int | None = N
             raise CapfiltError(str(error).replace("--set ", f"--set {name}.")) from error
 
     section = config.bootstrap
-    recipes: dict[Model, PretrainConfig] = {
-        "pretrain": load("pretrain", section.pretrain, PretrainConfig),
-        "captioner": load("captioner", section.captioner, PretrainConfig),
-        "filter": load("filter", section.filter, PretrainConfig),
-    }
+    recipes = {model: load(model, getattr(section, model), PretrainConfig) for model in _STAGES}
     loaded = Rounds(config=config, corpus=load("corpus", section.corpus, CapfiltConfig), recipes=recipes)
     if errors := [f"{file}: {error}" for error in _errors(loaded)]:
         raise CapfiltError("\n".join(errors))

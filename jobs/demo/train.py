@@ -26,7 +26,7 @@ from jobs.demo.training_configs import (
     stage1_config,
     stage2_config,
 )
-from jobs.pretrain import TrainingFailedError, pretrain
+from jobs.pretrain import train_to_end
 from jobs.ranks.launcher import stop_without_parent
 from pipeline.corpus.checkpoint_files import SavedCheckpoints, run_folder
 from pipeline.corpus.records import Records
@@ -70,9 +70,7 @@ def train_stage2(corpus: Path, family: Family) -> dict[str, float]:
 def _trained(config: PretrainConfig) -> Any:
     """Train to the last step. Raises TrainingFailedError where a signal stopped it before."""
     with contextlib.redirect_stderr(_NamedLines(config.run.name, sys.stderr)):
-        summary = pretrain(config)
-    if summary.outcome != "done":
-        raise TrainingFailedError(f"{config.run.name} was stopped; the same command goes on")
+        train_to_end(config)
     return load_trained(run_folder(config))
 
 

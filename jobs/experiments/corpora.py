@@ -52,7 +52,6 @@ class CorpusOptions:
     """How the corpora of a folder are made; ``filter_folder`` is empty for the filter that the demo ships."""
 
     num_urls: int
-    num_captions: int = NUM_CAPTIONS
     filter_folder: str = ""
 
 
@@ -73,7 +72,7 @@ def make_corpus(
         if not urls.exists():
             urls.parent.mkdir(parents=True, exist_ok=True)
             write_url_list(urls, base_url, options.num_urls)
-        overrides = [f"caption.num_captions={options.num_captions}", *variant.caption]
+        overrides = [f"caption.num_captions={NUM_CAPTIONS}", *variant.caption]
         stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
         if filtered:
             overrides += filter_override(options.filter_folder)

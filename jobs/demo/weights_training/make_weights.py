@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from jobs.demo.weights_training.models import FILTER_DIR, VIT_DIR, WEIGHTS_DIR, in_half
 from jobs.demo.weights_training.shards import CLEAN_CAPTIONS, write_clean_shards, write_web_shards
 from jobs.demo.weights_training.train_vit import train_vit
-from jobs.pretrain import TrainingFailedError, pretrain
+from jobs.pretrain import train_to_end
 from pipeline.config import load_config
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.models.files.model_files import OWN_CONFIG_FILE, WEIGHTS_FILE
@@ -54,8 +54,7 @@ def make_weights(folder: Path, out: Path, extent: Extent) -> None:
     write_web_shards(folder / "web", extent.num_shards)
     write_clean_shards(folder / "clean", extent.num_shards)
     for config in (_med_config(folder, extent), _filter_config(folder, extent)):
-        if pretrain(config).outcome != "done":
-            raise TrainingFailedError("the training was stopped; the same command goes on")
+        train_to_end(config)
     shutil.copytree(folder / "vit", out / VIT_DIR.name, dirs_exist_ok=True)
     export_half(run_folder(_filter_config(folder, extent)), out / FILTER_DIR.name)
 

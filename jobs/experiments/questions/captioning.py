@@ -48,12 +48,13 @@ CAPTIONS = Question(
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 _NARROW = Variant(folder="corpus-narrow", caption=("caption.top_p=0.24", "caption.repetition_penalty=1.3"))
-_WIDE_SAYS, _NARROW_SAYS = "top_p 0.9, penalty 1.1", "top_p 0.24, penalty 1.3"
+# By the beginning of an arm's name: the corpus, and how it was sampled.
+_SAMPLED = {"wide": (BASE, "top_p 0.9, penalty 1.1"), "narrow": (_NARROW, "top_p 0.24, penalty 1.3")}
 
 
-def _kept(corpus: Variant, made: int, kept: int) -> Arm:
+def _kept(name: str, made: int, kept: int) -> Arm:
     config = SelectConfig.model_validate({"top_k": kept, "web_caption": "never"})
-    name, says = _named(corpus)
+    corpus, says = _SAMPLED[name]
     return Arm(
         name=f"{name}-{made}-{kept}",
         what=f"{says}: CLIP's best {kept} of {made}",
@@ -62,8 +63,8 @@ def _kept(corpus: Variant, made: int, kept: int) -> Arm:
     )
 
 
-def _written(corpus: Variant, made: int) -> Arm:
-    name, says = _named(corpus)
+def _written(name: str, made: int) -> Arm:
+    corpus, says = _SAMPLED[name]
     return Arm(
         name=f"{name}-all-{made}",
         what=f"{says}: all {made}",
@@ -71,10 +72,6 @@ def _written(corpus: Variant, made: int) -> Arm:
         corpus=corpus,
         trained=False,
     )
-
-
-def _named(corpus: Variant) -> tuple[str, str]:
-    return ("wide", _WIDE_SAYS) if corpus == BASE else ("narrow", _NARROW_SAYS)
 
 
 DECODING = Question(
@@ -85,13 +82,8 @@ DECODING = Question(
     baseline="wide-10-2",
     arms=tuple(
         arm
-        for corpus in (BASE, _NARROW)
-        for arm in (
-            _written(corpus, 10),
-            _written(corpus, 40),
-            _kept(corpus, 10, 2),
-            _kept(corpus, 40, 1),
-        )
+        for name in _SAMPLED
+        for arm in (_written(name, 10), _written(name, 40), _kept(name, 10, 2), _kept(name, 40, 1))
     ),
     better=(("wide-10-2", "narrow-10-2"),),
     judge=STAGE1,

@@ -12,7 +12,7 @@ from jobs.demo.evaluate_training import evaluate_retrieval
 from jobs.demo.held_out import held_out_scenes
 from jobs.demo.training_configs import trial_config
 from jobs.experiments.task import Task
-from jobs.pretrain import TrainingFailedError, pretrain
+from jobs.pretrain import train_to_end
 from pipeline.corpus.checkpoint_files import run_folder
 from schemas.pretrain import PretrainConfig
 from training.convert.load import load_trained
@@ -48,9 +48,7 @@ def train(config: PretrainConfig, log: Path) -> None:
     """Train to the last step, or go on. Raises TrainingFailedError where a signal stopped it before."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, contextlib.redirect_stderr(file):
-        summary = pretrain(config)
-    if summary.outcome != "done":
-        raise TrainingFailedError(f"{config.run.name} was stopped; the same command goes on")
+        train_to_end(config)
 
 
 def trained(config: PretrainConfig, log: Path) -> Any:
