@@ -52,12 +52,11 @@ def steps(rounds: Rounds, console: Console, local: bool = False) -> Iterator[Ste
         local: the stages of the corpora run in this process, without Ray.
     """
     base, human = rounds.corpus, rounds.human_config()
-    crawl = partial(_run_stages, base, ("crawl",), console, local)
     yield Step(
         name="crawl",
         place=base.corpus.path,
         is_done=partial(is_whole, base, "crawl", "corpus.path"),
-        do=crawl,
+        do=partial(_run_stages, base, ("crawl",), console, local),
     )
     yield Step(
         name="human captions",

@@ -125,12 +125,10 @@ def _opening(findings: Findings) -> str:
 
 def _corpus(findings: Findings) -> str:
     size = samples_per_shard(findings.source.samples, bool(findings.machine.gpus))
-    return "\n".join(
-        [
-            "[corpus]",
-            _key("path", findings.corpus, "or s3://bucket/prefix, gs://bucket/prefix"),
-            _key("samples_per_shard", size, "what one worker does at a time; for new shards"),
-        ]
+    return _section(
+        "[corpus]",
+        ("path", findings.corpus, "or s3://bucket/prefix, gs://bucket/prefix"),
+        ("samples_per_shard", size, "what one worker does at a time; for new shards"),
     )
 
 
@@ -145,40 +143,36 @@ def samples_per_shard(samples: int | None, has_gpu: bool) -> int:
 
 def source_section(source: SourceText) -> str:
     """Return the lines of ``[[source]]``."""
-    return "\n".join(["[[source]]", *(_key(*entry) for entry in source.keys), *map(_hint, source.hints)])
+    return _section("[[source]]", *source.keys, hints=source.hints)
 
 
 def _crawl(source: SourceText) -> str:
-    lines = [
-        "[crawl]",
-        _key("image_size_px", 384, "shorter side of a stored image; the captioner sees 384"),
-        _key("min_size_px", 64, "smaller images are dropped, with the reason too_small"),
+    keys: list[Key] = [
+        ("image_size_px", 384, "shorter side of a stored image; the captioner sees 384"),
+        ("min_size_px", 64, "smaller images are dropped, with the reason too_small"),
+        *source.crawl,
     ]
-    lines += [_key(*entry) for entry in source.crawl]
     if source.is_fetched:
-        lines += [
-            _key("contact", "", "a page or address for the sites' owners; sent with every request"),
-            _key("rate_per_host", 50.0, "requests a second to one host"),
-            _key("robots_txt", False, "true: fetch and respect robots.txt"),
+        keys += [
+            ("contact", "", "a page or address for the sites' owners; sent with every request"),
+            ("rate_per_host", 50.0, "requests a second to one host"),
+            ("robots_txt", False, "true: fetch and respect robots.txt"),
         ]
-    return "\n".join([*lines, *map(_hint, source.crawl_hints)])
+    return _section("[crawl]", *keys, hints=source.crawl_hints)
 
 
 def _models(models: Models) -> Iterable[str]:
-    caption = [
-        "[caption]",
-        _key("model", models.captioner, "hub id or folder; `revision` pins a commit"),
-        _key("num_captions", 10, "sampled for an image"),
+    caption: list[Key] = [
+        ("model", models.captioner, "hub id or folder; `revision` pins a commit"),
+        ("num_captions", 10, "sampled for an image"),
     ]
     if models.are_the_demos:
-        caption.append(_key("min_length", _DEMO_MIN_LENGTH, "tokens; the demo's captions are short"))
-    yield "\n".join([*caption, _key("batch_size", 32, "images; more for a large GPU")])
-    yield "\n".join(
-        [
-            "[rank]",
-            _key("model", models.ranker, "open_clip architecture, hf-hub:ORG/NAME or local-dir:FOLDER"),
-            _key("pretrained", models.pretrained, 'open_clip tag; "" for hf-hub: and local-dir:'),
-        ]
+        caption.append(("min_length", _DEMO_MIN_LENGTH, "tokens; the demo's captions are short"))
+    yield _section("[caption]", *caption, ("batch_size", 32, "images; more for a large GPU"))
+    yield _section(
+        "[rank]",
+        ("model", models.ranker, "open_clip architecture, hf-hub:ORG/NAME or local-dir:FOLDER"),
+        ("pretrained", models.pretrained, 'open_clip tag; "" for hf-hub: and local-dir:'),
     )
 
 
@@ -198,7 +192,12 @@ def cluster_section(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _key(name: str, value: Any, comment: str = "") -> str:
+def _section(header: str, *keys: Key, hints: Sequence[Key] = ()) -> str:
+    """Return a section's lines; the hints are commented out."""
+    return "\n".join([header, *(_key(*key) for key in keys), *map(_hint, hints)])
+
+
+def _key(name: str, value: Any, comment: str) -> str:
     text = f"{name} = {_value(value)}"
     return f"{text:<{_COMMENT_COLUMN - 1}} # {comment}" if comment else text
 

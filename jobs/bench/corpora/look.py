@@ -1,6 +1,5 @@
 """The page of ``capfilt look`` over a large corpus: each page's seconds, the shards it reads, and the memory of all."""
 
-from collections.abc import Callable
 from typing import Any
 
 from jobs.bench.fixtures.corpus import SyntheticCorpus
@@ -40,16 +39,9 @@ def measure_look(images: int) -> dict[str, Any]:
             # What the server does once its address is printed.
             snapshot.ask_cards("SELECT count(*) FROM cards", snapshot.sample)
         pages = Pages("corpus", "/bench/", image_path)
-
-        def show_grid(view: View) -> None:
-            pages.grid(snapshot, grid(snapshot, view))
-
-        def show_overview(view: View) -> None:
-            pages.overview(snapshot, overview(snapshot))
-
-        rows = [_timed("first screen", show_overview, View(), snapshot)]
+        rows = [_timed_overview(snapshot, pages)]
         views = [View(sort=sort) for sort in SORTS] + [View(filters=filters) for filters in _FILTERS]
-        rows += [_timed(view.query() or "all samples", show_grid, view, snapshot) for view in views]
+        rows += [_timed_grid(snapshot, pages, view) for view in views]
         shards, resident = len(snapshot.shards), resident_bytes()
         snapshot.close()
     return {
@@ -61,9 +53,19 @@ def measure_look(images: int) -> dict[str, Any]:
     }
 
 
-def _timed(page: str, show: Callable[[View], None], view: View, snapshot: Snapshot) -> dict[str, Any]:
+def _timed_overview(snapshot: Snapshot, pages: Pages) -> dict[str, Any]:
     with Stopwatch() as watch:
-        show(view)
+        pages.overview(snapshot, overview(snapshot))
+    return _row("first screen", watch.seconds, snapshot, View())
+
+
+def _timed_grid(snapshot: Snapshot, pages: Pages, view: View) -> dict[str, Any]:
+    with Stopwatch() as watch:
+        pages.grid(snapshot, grid(snapshot, view))
+    return _row(view.query() or "all samples", watch.seconds, snapshot, view)
+
+
+def _row(page: str, seconds: float, snapshot: Snapshot, view: View) -> dict[str, Any]:
     read = snapshot.shards_read(view)
     assert read <= _MOST_SHARDS or not snapshot.is_sampled, f"{page} reads {read} shards"
-    return {"page": page, "seconds": round(watch.seconds, 3), "shards_read": read}
+    return {"page": page, "seconds": round(seconds, 3), "shards_read": read}

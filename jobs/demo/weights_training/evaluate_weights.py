@@ -93,23 +93,17 @@ def score_candidates(
     ranker: ClipRanker, images: HeldOutImages, captions: Sequence[Sequence[str]]
 ) -> list[list[Candidate]]:
     """Return each image's captions and its alt text with their scores."""
-    candidates = []
+    candidates: list[list[Candidate]] = []
     for start in range(0, len(captions), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
         texts = [[*row, alt] for row, alt in zip(captions[part], images.alt_texts[part], strict=True)]
-        scores = ranker.score_pixels(images.pixels_NCHW[part], texts)
-        candidates += [
-            [
-                Candidate(
-                    origin="web" if index == len(row) - 1 else "synthetic",
-                    candidate=0 if index == len(row) - 1 else index,
-                    text=text,
-                    score=score.similarity,
-                )
-                for index, (text, score) in enumerate(zip(row, row_scores, strict=True))
+        for row, scores in zip(texts, ranker.score_pixels(images.pixels_NCHW[part], texts), strict=True):
+            synthetic = [
+                Candidate(origin="synthetic", candidate=index, text=text, score=score.similarity)
+                for index, (text, score) in enumerate(zip(row[:-1], scores[:-1], strict=True))
             ]
-            for row, row_scores in zip(texts, scores, strict=True)
-        ]
+            web = Candidate(origin="web", candidate=0, text=row[-1], score=scores[-1].similarity)
+            candidates.append([*synthetic, web])
     return candidates
 
 
