@@ -27,7 +27,7 @@ from jobs.experiments.arms import (
     selected,
     web,
 )
-from jobs.experiments.corpora import CorpusOptions, _served, make_corpus, write_arm
+from jobs.experiments.corpora import _served, make_corpus, write_arm
 from jobs.experiments.facts import facts_of
 from jobs.experiments.judges import STAGE1
 from jobs.experiments.questions import QUESTIONS, question
@@ -362,8 +362,8 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
     corpus = Path(out, "corpus")
     records = Records(Storage(str(corpus)))
     before = records.shards(("caption",))
-    options = CorpusOptions(num_urls=100, filter_folder=str(save_matcher(tmp_path / "filter")))
-    make_corpus(Path(out), BASE, options, Console(quiet=True), filtered=True)
+    other_filter = str(save_matcher(tmp_path / "filter"))
+    make_corpus(Path(out), BASE, 100, Console(quiet=True), filtered=True, filter_folder=other_filter)
     assert records.shards(("caption",)) == before
     for arm in question("curation").arms:
         facts = write_arm(corpus, arm, tmp_path / arm.name)
@@ -372,7 +372,7 @@ def test_an_experiment_is_run_and_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(CapfiltError, match=r"of 99 URLs of the demo's world gave an image, where 85% do"):
         require_served(str(corpus), least=1.0)
     with serving(8423), pytest.raises(CapfiltError, match="port 8423"):
-        make_corpus(tmp_path / "other", BASE, options, Console(quiet=True))
+        make_corpus(tmp_path / "other", BASE, 100, Console(quiet=True))
     for wrong, said in (
         (("experiment", "curatoin"), "did you mean"),
         ((*ARGUMENTS[:2], "--arm", "rank"), "did you mean ranked?; it has web, "),

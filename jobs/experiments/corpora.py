@@ -8,8 +8,8 @@ import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -37,45 +37,35 @@ from schemas.stages import Stage
 _PORT = 8423
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
-    """An image of the corpus, and every text that could be kept of it."""
-
-    key: str
-    uid: str
-    scene: Scene
-    candidates: tuple[Candidate, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusOptions:
-    """How the corpora of a folder are made; ``filter_folder`` is empty for the filter that the demo ships."""
-
-    num_urls: int
-    filter_folder: str = ""
-
-
 def make_corpus(
-    root: Path, variant: Variant, options: CorpusOptions, console: Console, filtered: bool = False
+    root: Path,
+    variant: Variant,
+    num_urls: int,
+    console: Console,
+    filtered: bool = False,
+    filter_folder: str = "",
 ) -> float:
     """Make a corpus, unless that is done; return the CPU seconds that it took.
 
     The world is crawled once, for the first corpus. Raises CapfiltError where a shard fails.
+
+    Args:
+        filter_folder: of another filter than the one that the demo ships.
     """
     began = time.process_time()
     base, folder = root / BASE.folder, root / variant.folder
     urls = base / "input" / "urls.parquet"
     if variant != BASE:
-        make_corpus(root, BASE, options, console)
+        make_corpus(root, BASE, num_urls, console)
         take_over_crawl(Records(Storage(str(base))), Records(Storage(str(folder))))
     with _served(base) as base_url:
         if not urls.exists():
             urls.parent.mkdir(parents=True, exist_ok=True)
-            write_url_list(urls, base_url, options.num_urls)
+            write_url_list(urls, base_url, num_urls)
         overrides = [f"caption.num_captions={NUM_CAPTIONS}", *variant.caption]
         stages: tuple[Stage, ...] = ("crawl", "caption", "rank")
         if filtered:
-            overrides += filter_override(options.filter_folder)
+            overrides += filter_override(filter_folder)
             stages = (*stages, "filter")
         config = demo_config(folder, urls, base_url, overrides, filtered)
         result = run(config, RunOptions(stages=stages, local=True, load=_loader(variant)), console)
@@ -121,36 +111,6 @@ def filter_override(named: str) -> list[str]:
     return [f"filter.model={json.dumps(str(folder))}"]
 
 
-def images(corpus: Path, filtered: bool = False) -> Iterator[tuple[str, list[Image]]]:
-    """Yield each shard's tar, relative to the corpus, and its images; ``filtered``: with the filter's verdicts."""
-    records = Records(Storage(str(corpus)))
-    judged_by: Stage = "filter" if filtered else "rank"
-    committed = records.shards(("crawl", judged_by))
-    for (stage, source, shard), record in sorted(committed.items()):
-        if stage != "crawl":
-            continue
-        rows = committed_table(records, committed[judged_by, source, shard].outputs["parquet"]).to_pylist()
-        by_key: dict[str, list[Candidate]] = {}
-        for row in rows:
-            by_key.setdefault(row["key"], []).append(Candidate.of_row(row))
-        samples = committed_table(
-            records, record.outputs["parquet"], ("key", "uid", "url", "status")
-        ).to_pylist()
-        yield (
-            record.outputs["tar"].path,
-            [
-                Image(
-                    key=sample["key"],
-                    uid=sample["uid"],
-                    scene=scene_of(sample["url"]),
-                    candidates=tuple(by_key.get(sample["key"], ())),
-                )
-                for sample in samples
-                if sample["status"] == "ok"
-            ],
-        )
-
-
 def write_arm(corpus: Path, arm: Arm, folder: Path) -> Facts:
     """Write what an arm keeps, as tars that any loader of WebDataset reads; return what can be said without training.
 
@@ -159,15 +119,39 @@ def write_arm(corpus: Path, arm: Arm, folder: Path) -> Facts:
     """
     assert arm.keep is not None, "an arm that makes its own corpus keeps nothing of this one"
     texts: list[tuple[list[str], Scene]] = []
-    for tar, shard in images(corpus, arm.filtered):
-        kept = {
-            image.key: arm.keep(image.candidates, image.scene, random.Random(image.uid)) for image in shard
-        }
-        texts += [(kept[image.key], image.scene) for image in shard]
+    for tar, samples, candidates in _shards(corpus, arm.filtered):
+        kept: dict[str, list[str]] = {}
+        for sample in samples:
+            key, scene = sample["key"], scene_of(sample["url"])
+            kept[key] = arm.keep(candidates.get(key, ()), scene, random.Random(sample["uid"]))
+            texts.append((kept[key], scene))
         target = folder / "world" / f"{Path(tar).name.partition('.')[0]}.tar"
         if not target.exists():
             _write_tar(corpus / tar, kept, target)
     return facts_of(texts)
+
+
+def _shards(
+    corpus: Path, filtered: bool
+) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, list[Candidate]]]]:
+    """Yield each shard's tar, relative to the corpus, the samples in it, and by key every text that could be kept.
+
+    Args:
+        filtered: with the filter's verdicts.
+    """
+    records = Records(Storage(str(corpus)))
+    judged_by: Stage = "filter" if filtered else "rank"
+    committed = records.shards(("crawl", judged_by))
+    for (stage, source, shard), record in sorted(committed.items()):
+        if stage != "crawl":
+            continue
+        candidates: dict[str, list[Candidate]] = {}
+        judged = committed[judged_by, source, shard].outputs["parquet"]
+        for row in committed_table(records, judged).to_pylist():
+            candidates.setdefault(row["key"], []).append(Candidate.of_row(row))
+        columns = ("key", "uid", "url", "status")
+        samples = committed_table(records, record.outputs["parquet"], columns).to_pylist()
+        yield record.outputs["tar"].path, [row for row in samples if row["status"] == "ok"], candidates
 
 
 def _write_tar(crawled: Path, kept: dict[str, list[str]], target: Path) -> None:

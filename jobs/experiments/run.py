@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.experiments.arms import Arm
-from jobs.experiments.corpora import CorpusOptions, filter_override, make_corpus, write_arm
+from jobs.experiments.corpora import filter_override, make_corpus, write_arm
 from jobs.experiments.facts import Facts
 from jobs.experiments.questions import Question
 from jobs.experiments.results import Results, Trial
@@ -106,10 +106,9 @@ def _curate(
 ) -> dict[str, Facts]:
     """Make the corpora that arms choose from, and write what each keeps."""
     choosing = [arm for arm in arms if arm.keep]
-    options = CorpusOptions(num_urls=extent.num_urls, filter_folder=extent.filter_folder)
     for variant in dict.fromkeys(arm.corpus for arm in choosing):
         filtered = any(arm.filtered for arm in choosing if arm.corpus == variant)
-        seconds = make_corpus(root, variant, options, console, filtered)
+        seconds = make_corpus(root, variant, extent.num_urls, console, filtered, extent.filter_folder)
         _add_seconds(root, variant.folder, seconds)
     return {
         arm.name: write_arm(root / arm.corpus.folder, arm, root / "kept" / question.name / arm.name)
