@@ -16,7 +16,6 @@ from training.evaluate.generation import Decoding, Stage2Generator
 from training.evaluate.retrieval import Stage1Matcher, retrieve
 from training.evaluate.validation import validate
 from training.losses import IGNORED
-from training.models.language import Target
 
 # T5 has only learnt to go on from the beginning of a caption; so does OPT here.
 _PROMPT = "a picture of"
@@ -54,8 +53,14 @@ def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float
     before_BQW = soft_BQW[:, :0]
     if language.name == "opt":
         # OPT has to have read something before it can predict: the </s> that begins every text is given, not asked.
+        assert (target.labels_BT[:, 0] != IGNORED).all()
         before_BQW = language.embed(target.inputs_BL[:, :1])
-        target = _without_first(target)
+        inputs_BL, mask_BL, labels_BT = (
+            target.inputs_BL[:, 1:],
+            target.mask_BL[:, 1:],
+            target.labels_BT[:, 1:],
+        )
+        target = replace(target, inputs_BL=inputs_BL, mask_BL=mask_BL, labels_BT=labels_BT)
 
     def loss(prompt_BQW: Tensor) -> float:
         return language.loss(prompt_BQW, target).item() / target.num_tokens
@@ -66,13 +71,3 @@ def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float
         "text_only_loss": loss(before_BQW),
         "true_share": held_out.true_share(f"{_PROMPT} {text}" for text in written),
     }
-
-
-def _without_first(target: Target) -> Target:
-    assert (target.labels_BT[:, 0] != IGNORED).all()
-    return replace(
-        target,
-        inputs_BL=target.inputs_BL[:, 1:],
-        mask_BL=target.mask_BL[:, 1:],
-        labels_BT=target.labels_BT[:, 1:],
-    )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -46,24 +45,14 @@ def measure_intake(rows: int) -> dict[str, Any]:
         config = list_config(folder, list_file)
         write_url_list(list_file, rows, _URL_SQL)
         size = list_file.stat().st_size
-        first = process.submit(_read, config).result()
+        first = process.submit(_measured, read_lists, config).result()
         write_url_list(list_file, grown, _URL_SQL)
-        again = process.submit(_read, config).result()
+        again = process.submit(_measured, read_lists, config).result()
         process.submit(_fail_all, config).result()
-        retried = process.submit(_queue_again, config).result()
+        retried = process.submit(_measured, queue_retries, config).result()
     assert first["rows_new"] == rows - rows // _DUPLICATE_EVERY, first
     assert first["rows_new"] + again["rows_new"] == grown - grown // _DUPLICATE_EVERY, again
     return {"rows": rows, "list_bytes": size, "first": first, "grown": again, "retried": retried}
-
-
-def _read(config: CapfiltConfig) -> dict[str, Any]:
-    """Take the list in, as a run does."""
-    return _measured(partial(read_lists, config, Records(Storage(config.corpus.path)), "bench"))
-
-
-def _queue_again(config: CapfiltConfig) -> dict[str, Any]:
-    """Queue what failed."""
-    return _measured(partial(queue_retries, config, Records(Storage(config.corpus.path)), "bench"))
 
 
 def _fail_all(config: CapfiltConfig) -> None:
@@ -85,12 +74,14 @@ def _fail_all(config: CapfiltConfig) -> None:
             publish_rows(commit, pa.table(columns, schema=SAMPLES), images=0)
 
 
-def _measured(take: Callable[[], list[IntakeOutcome]]) -> dict[str, Any]:
-    """Return what an intake of one source made, and what it took of this process."""
+def _measured(
+    take: Callable[[CapfiltConfig, Records, str], list[IntakeOutcome]], config: CapfiltConfig
+) -> dict[str, Any]:
+    """Return what an intake of one source made, as in a run, and what it took of this process."""
     import_arrow_alone()
     before = peak_bytes()
     with Stopwatch() as watch:
-        [outcome] = take()
+        [outcome] = take(config, Records(Storage(config.corpus.path)), "bench")
     record = outcome.record
     assert record is not None
     return {
