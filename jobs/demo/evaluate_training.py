@@ -55,12 +55,12 @@ def evaluate_language(stage: Stage2, held_out: HeldOutScenes) -> dict[str, float
         # OPT has to have read something before it can predict: the </s> that begins every text is given, not asked.
         assert (target.labels_BT[:, 0] != IGNORED).all()
         before_BQW = language.embed(target.inputs_BL[:, :1])
-        inputs_BL, mask_BL, labels_BT = (
-            target.inputs_BL[:, 1:],
-            target.mask_BL[:, 1:],
-            target.labels_BT[:, 1:],
+        target = replace(
+            target,
+            inputs_BL=target.inputs_BL[:, 1:],
+            mask_BL=target.mask_BL[:, 1:],
+            labels_BT=target.labels_BT[:, 1:],
         )
-        target = replace(target, inputs_BL=inputs_BL, mask_BL=mask_BL, labels_BT=labels_BT)
 
     def loss(prompt_BQW: Tensor) -> float:
         return language.loss(prompt_BQW, target).item() / target.num_tokens

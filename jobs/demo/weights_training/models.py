@@ -71,7 +71,7 @@ def in_half(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """Take one step down the gradient of a loss, which is clipped."""
+    """Take one step down the gradient of a loss, clipped to a norm of 1."""
     [group] = optimizer.param_groups
     group["lr"] = lr
     optimizer.zero_grad()
