@@ -243,7 +243,11 @@ def _text_list(texts: Sequence[str] | None) -> list[str]:
     """Return the texts of one image; None, the captions of an image that does not decode, has none."""
     if isinstance(texts, str):
         raise CapfiltError(f"texts: of each image a list of texts is expected, not {texts[:40]!r} alone")
-    return [] if texts is None else [str(text) for text in texts]
+    texts = [] if texts is None else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise CapfiltError(f"texts: {text!r} is not a text")
+    return texts
 
 
 def _paired(

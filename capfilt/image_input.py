@@ -13,7 +13,7 @@ from schemas.errors import CapfiltError
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 # Modes that PNG holds without loss.
-_PNG_MODES = ("1", "L", "LA", "P", "I", "I;16", "RGB", "RGBA")
+_PNG_MODES = ("1", "L", "LA", "P", "I;16", "RGB", "RGBA")
 
 
 def require_several(images: Iterable[ImageInput]) -> None:
@@ -39,7 +39,7 @@ def encoded(image: ImageInput) -> bytes:
             except OSError as error:
                 raise CapfiltError(f"{os.fspath(image)}: cannot be read: {error.strerror}") from error
         case np.ndarray():
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise CapfiltError(f"an image of {image.dtype} {image.shape}: uint8 (H, W, 3) is expected")
             return _as_png(Image.fromarray(image))
         case Image.Image():
@@ -51,7 +51,8 @@ def _as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     try:
         if image.mode not in _PNG_MODES:
-            image = image.convert("RGB")
+            # Mode I is 16-bit grey in 32 bits.
+            image = image.convert("I;16" if image.mode == "I" else "RGB")
         image.save(buffer, "PNG", compress_level=1, exif=image.getexif())
     except OSError:  # its file is damaged: PIL reads it only now
         return b""

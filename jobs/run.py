@@ -187,10 +187,14 @@ def _prepare(
         raise CapfiltError(stale_message(config, models, records, before.stale, state))
     _require_input(before, options)
     require_named_folders(config.source, state.urls, records.storage)
-    if "crawl" in options.stages and _read_lists(config, records, started, options, console):
+    if "crawl" in options.stages:
+        surveyed = state.urls.keys()
+        _read_lists(config, records, started, options, console)
+        # Another driver may have read the lists since the survey, so that this one found nothing new in them.
         state.refresh_urls()
-        marks = marks_of_shards(records, state, save=True)
-        before = survey(config, models, state, options.stages, marks=marks)
+        if state.urls.keys() != surveyed:
+            marks = marks_of_shards(records, state, save=True)
+            before = survey(config, models, state, options.stages, marks=marks)
     return _Work(config, options, records, manifest, started, weights, state, marks, before)
 
 
@@ -315,8 +319,8 @@ def _interrupted(
 
 def _read_lists(
     config: CapfiltConfig, records: Records, started: RunRecord, options: RunOptions, console: Console
-) -> bool:
-    """Read the lists, or queue the retries; return whether that made new url shards."""
+) -> None:
+    """Read the lists, or queue the retries."""
     if options.retry is not None:
         intakes = queue_retries(config, records, started.run_id, retried_reasons(options.retry))
     else:
@@ -329,7 +333,6 @@ def _read_lists(
             console.print(escape(str(intake)), highlight=False)
         if options.retry is not None and not new:
             console.print(f"--retry {options.retry}: no URL whose last try ended so", highlight=False)
-    return bool(new)
 
 
 def _require_input(before: Survey, options: RunOptions) -> None:

@@ -215,6 +215,7 @@ def _list_of_file_urls(folder: Path, images: list[bytes]) -> str:
     ("make", "form", "expected_text"),
     [
         (_images, "imagefolder", "of 7 looked at, 1 will be dropped: 1 not_an_image Guessed NAME.txt"),
+        (_images, "imagefolder", "pets: 7 images (.jpg 6, .png 1)"),
         (_described_images, "imagefolder", "text of metadata.jsonl has the captions"),
         (_tars, "webdataset", "the first 9 members of pets.tar: .jpg 6, .txt 3"),
         (_tables, "huggingface", "picture has the images sentence has the captions, such as a cat on a mat"),
@@ -262,6 +263,7 @@ def _make(folder: Path) -> None:
     (folder / "made/records/crawl/s/00000.json").write_text("{}")
     (folder / "cc3m.tsv").write_text(f"{CAPTIONS[0]}\t{URLS[0]}\n")
     (folder / "numbers.csv").write_text("a,b\n1,2\n")
+    (folder / "semicolons.csv").write_text(f"url;caption\n{URLS[0]};{CAPTIONS[0]}\n")
     (folder / "zip.csv").write_bytes(b"PK\x03\x04")
     (folder / "blank.csv").write_text("")
     (folder / "names").write_text("http://example.org/a.jpg\n")
@@ -280,6 +282,7 @@ def _make(folder: Path) -> None:
         (["*.xml"], "no such file or folder"),
         (["made"], "is a corpus already"),
         (["cc3m.tsv"], "its first line looks like data: put a header line (caption<TAB>url) above it"),
+        (["semicolons.csv"], "it has url;caption); its columns seem to be separated by semicolons"),
         (["numbers.csv"], "numbers.csv: no column holds URLs or paths of images (it has a, b)"),
         (["zip.csv"], "is a zip archive or a spreadsheet"),
         (["blank.csv"], "no column holds URLs or paths of images (it has none)"),

@@ -327,6 +327,17 @@ def test_json_keys_that_nobody_asks_for_may_repeat(tmp_path: Path) -> None:
         ),
         ("a.tsv", '"url"\t"caption"', 'set the source\'s format = "tsv-quoted"'),
         ("a.tsv", "url\tcaption\rhttp\tx\r", "its lines end in CR alone"),
+        ("a.csv", "url;caption", "separated by semicolons, which no format here has"),
+        (
+            "a.csv",
+            "url\tcaption",
+            'separated by tabs: rename it to .tsv, or set the source\'s format = "tsv"',
+        ),
+        (
+            "a.tsv",
+            "url,caption",
+            'separated by commas: rename it to .csv, or set the source\'s format = "csv"',
+        ),
     ],
 )
 def test_header_that_fits_is_advised(tmp_path: Path, name: str, line: str, advice: str) -> None:

@@ -335,8 +335,11 @@ def test_an_image_has_the_same_captions_in_every_form(
 
 def test_pil_images_of_every_kind_are_captioned(ran: tuple[CapfiltConfig, Path, capfilt.Run]) -> None:
     image = next(ran[2].corpus.samples()).image
-    kinds = [image.convert(mode) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "F")]
-    assert None not in capfilt.caption(kinds, **ran[0].caption.model_dump())
+    grey_16_bit = Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * 257)
+    assert grey_16_bit.mode == "I"
+    kinds = [image.convert(mode) for mode in ("1", "LA", "P", "RGBA", "CMYK", "YCbCr", "F", "L")]
+    captions = capfilt.caption([*kinds, grey_16_bit], **ran[0].caption.model_dump())
+    assert None not in captions and captions[-1] == captions[-2]
 
 
 def test_a_pil_image_is_taken_upright_and_a_damaged_one_has_no_captions(
@@ -377,7 +380,9 @@ def test_a_wrong_list_is_told(ran: tuple[CapfiltConfig, Path, capfilt.Run], imag
             lambda: capfilt.caption([data], uids=["a", "b"], **captioner),
             "images and uids: their numbers differ",
         ),
+        (lambda: capfilt.caption([np.zeros((0, 9, 3), np.uint8)], **captioner), "is expected"),
         (lambda: capfilt.rank([data], ["a cat"], **ranker), "not 'a cat' alone"),
+        (lambda: capfilt.rank([data], [["a cat", None]], **ranker), "None is not a text"),
         (lambda: capfilt.rank([data], [["a"], ["b"]], **ranker), "images and texts: their numbers differ"),
     ):
         with pytest.raises(capfilt.CapfiltError, match=message):

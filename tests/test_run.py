@@ -29,6 +29,8 @@ from jobs.cluster.verify import reading_on_ray
 from jobs.demo.world.site import serving
 from jobs.executor import StageJob
 from pipeline.corpus.records import Records
+from pipeline.intake.read_lists import read_lists
+from pipeline.intake.url_shard_writer import IntakeOutcome
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify.corpus import verify
 from pipeline.runs.limits import RunLimits
@@ -110,6 +112,20 @@ def test_second_run_does_nothing_and_reads_each_record_once(
     records = [f"records/{'/'.join(shard)}.json" for shard in before]
     assert {path: reads[path] for path in records} == dict.fromkeys(records, 1)
     assert Records(Storage(done.corpus.path)).shards() == before
+
+
+def test_a_run_whose_lists_another_has_just_read_does_what_that_one_has_not(
+    done: CapfiltConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_values(done, corpus={"path": str(tmp_path / "corpus")})
+
+    def read_second(*arguments: Any) -> list[IntakeOutcome]:
+        read_lists(*arguments)
+        return read_lists(*arguments)
+
+    monkeypatch.setattr("jobs.run.read_lists", read_second)
+    result = do_run(config, stages=("crawl",), limit=2)
+    assert (result.exit_code, result.record.shards_done) == (0, 2)
 
 
 def overlapping(corpus: str, stage: Stage) -> int:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,14 @@ def test_a_bucket_that_does_not_exist(s3_server: S3Server, tmp_path) -> None:
 def test_a_disk_that_does_not_take_it(number: int, advice: str) -> None:
     line = storage_error_message(OSError(number, os.strerror(number), "/data/x"))
     assert line is not None and os.strerror(number) in line and "/data/x" in line and advice in line
+
+
+def test_of_a_copy_the_full_disk_is_named_and_not_the_one_that_was_read(tmp_path: Path) -> None:
+    (tmp_path / "read").write_bytes(b"x" * 100_000)
+    with pytest.raises(OSError) as refused:
+        shutil.copyfile(tmp_path / "read", "/dev/full")
+    line = storage_error_message(refused.value)
+    assert line == "No space left on device: /dev/full; make room"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class RecognisedInput:
     Attributes:
         inputs: what the config's ``input`` holds: absolute paths, globs or URLs.
         files: those of the kind, absolute paths or URLs.
-        suffixes: how often each ending occurs among all files.
+        suffixes: how often each ending occurs, of images among these, else among all files.
         captions: how many images have a text beside them.
         metadata: the metadata file of a folder of images.
         preview: the beginning of the first list or Parquet file.
@@ -124,7 +124,12 @@ def _recognise_files(
         texts = {name for name in files if _suffix(name) == ".txt"}
         beside = sum(f"{name.rpartition('.')[0]}.txt" in texts for name in images)
         return replace(
-            recognised, kind="imagefolder", files=tuple(images), captions=beside, metadata=metadata
+            recognised,
+            kind="imagefolder",
+            files=tuple(images),
+            suffixes=Counter(map(_suffix, images)),
+            captions=beside,
+            metadata=metadata,
         )
     if arrow:
         return replace(recognised, kind="huggingface", files=tuple(arrow))

@@ -38,6 +38,7 @@ def storage_error_message(error: BaseException) -> str | None:
     if isinstance(error, NotRegularFileError):
         return f"{error.filename} cannot be read: {error.strerror}; remove it, or put the file itself there"
     if isinstance(error, OSError) and error.errno in _ERRNO_HINTS:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}; {_ERRNO_HINTS[error.errno]}"
+        # Of a copy the second name is the file that is written; the first could be read.
+        place = error.filename2 or error.filename
+        return f"{error.strerror}{f': {place}' if place else ''}; {_ERRNO_HINTS[error.errno]}"
     return None

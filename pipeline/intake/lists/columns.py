@@ -19,6 +19,12 @@ TEXT_KINDS = {str, type(None)}
 
 IF_QUOTED = 'if this TSV is quoted as a CSV is, set the source\'s format = "tsv-quoted"'
 _NAMES_SHOWN = 20
+_RENAME = 'rename it to .{0}, or set the source\'s format = "{0}"'
+_SEPARATOR_ADVICE = {
+    "\t": f"tabs: {_RENAME.format('tsv')}",
+    ";": "semicolons, which no format here has: convert it to commas or to Parquet",
+    ",": f"commas: {_RENAME.format('csv')}",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +87,14 @@ def require_header(wanted: Wanted, header: Sequence[str], path: str, form: str, 
         hint = "; its lines end in CR alone: convert it, for instance with tr '\\r' '\\n'"
     elif form == "tsv" and any(cell.startswith('"') for cell in header):
         hint = "; its first line has quotes: " + IF_QUOTED
+    elif other := other_separator(header):
+        hint = f"; its columns seem to be separated by {_SEPARATOR_ADVICE[other]}"
     require(wanted, header, path, hint)
+
+
+def other_separator(header: Sequence[str]) -> str | None:
+    """Return what separates the columns of a file that read as a single one, if its header shows it."""
+    return next((mark for mark in _SEPARATOR_ADVICE if len(header) == 1 and mark in header[0]), None)
 
 
 def _header_advice(wanted: Wanted, first: Sequence[str], separator: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.intake.lists.columns import Wanted, require_header
+from pipeline.intake.lists.columns import Wanted, other_separator, require_header
 from pipeline.intake.lists.files import format_of, open_parquet, opened_list
 from pipeline.intake.lists.json_rows import array_rows, is_array, line_rows
 from pipeline.intake.lists.lines import Lines, compression_of, text_of
@@ -113,7 +113,7 @@ def _text_preview(
     if form == "tsv" and content.peek(1).removeprefix(b"\xef\xbb\xbf")[:1] == b'"':
         form = "tsv-quoted"
     header, cells = header_and_rows(Lines(content, path), form)
-    if any("://" in cell for cell in header):
+    if other_separator(header) or any("://" in cell for cell in header):
         require_header(
             Wanted(url="url", caption="caption", columns=("url", "caption")),
             header,
