@@ -4,7 +4,9 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from schemas.json_record import Count, FileName, Finite, Json, Number, ShardName, Time
 from schemas.marks import MarkRule, rules_digest
@@ -429,6 +431,11 @@ class SnapshotShard(Json):
     parquet: OutputFile | None = None
     held_out: tuple[str, ...] = ()
 
+    @property
+    def samples(self) -> int:
+        """The samples that are trained on."""
+        return self.tar.rows - len(self.held_out)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotSource(Json):
@@ -437,7 +444,7 @@ class SnapshotSource(Json):
     slice: Count
     name: str
     kind: str
-    shards: tuple[SnapshotShard, ...]
+    shards: Annotated[tuple[SnapshotShard, ...], Field(min_length=1)]
     given_weight: Finite | None = None
 
 

@@ -93,6 +93,18 @@ DROP_REASONS: dict[str, str] = {
 What = Literal["drop", "not-this-caption"]
 By = Literal["uid", "url", "host", "sha256"]
 
+
+class SampleError(Exception):
+    """Say why a sample is not stored: a reason of ``REASONS``, and what was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
 TRANSIENT = frozenset(name for name, reason in REASONS.items() if reason.transient)
 # What a later shard tries already is decided there.
 _RETRYABLE = {name: reason for name, reason in REASONS.items() if name != "retried"}

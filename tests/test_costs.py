@@ -80,7 +80,7 @@ def costs(corpus: Corpus, stage: str = "select") -> list[dict]:
 def test_a_worker_of_a_fifth_of_a_gpu_counts_as_a_fifth_and_lost_attempts_count(corpus: Corpus) -> None:
     start_run(corpus, {"H100": 2.5, "cpu": 0.04})
     # Killed before: it has a note, and nobody knows when it died.
-    corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=False, share=FIFTH)
+    corpus.records.attempts("select", "cc", "00000", RUN).begin(is_retry=False, share=FIFTH)
     time.sleep(0.1)
     events = select(corpus, RuntimeError("no such file"))
     assert [(event.event, event.attempt, event.cause) for event in events] == [
@@ -120,8 +120,8 @@ def test_a_commit_at_the_first_attempt_leaves_nothing_behind(corpus: Corpus) -> 
 def test_what_a_stopped_run_had_begun_is_lost_up_to_its_end(corpus: Corpus) -> None:
     records = corpus.records
     start_run(corpus, {}, "stopped")
-    records.begin_attempt("select", "cc", "00000", "stopped", is_retry=False, share=FIFTH)
-    records.begin_attempt("select", "cc", "00000", "alive", is_retry=False, share=FIFTH)
+    records.attempts("select", "cc", "00000", "stopped").begin(is_retry=False, share=FIFTH)
+    records.attempts("select", "cc", "00000", "alive").begin(is_retry=False, share=FIFTH)
     time.sleep(0.1)
     records.forget_settled({}, ended_run="stopped")
     records.forget_settled({}, ended_run="stopped")  # once

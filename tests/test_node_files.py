@@ -17,9 +17,10 @@ from pipeline.storage.scratch import shared_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError, CorruptShardError
 from schemas.pretrain import DataConfig
+from schemas.records import SnapshotShard
 from training.data.node_files import node_file, remove_unused
 from training.data.shard_cache import require_scratch
-from training.data.shard_index import OpenShard, ShardRef, index_tar, open_shard
+from training.data.shard_index import OpenShard, index_tar, open_shard
 from training.data.snapshot import take_snapshot
 
 _fork = multiprocessing.get_context("fork")
@@ -39,7 +40,7 @@ def corpus(tmp_path: Path) -> Corpus:
     return make_corpus(str(tmp_path / "corpus"), shards=1)
 
 
-def shard_of(root: str) -> tuple[Records, ShardRef]:
+def shard_of(root: str) -> tuple[Records, SnapshotShard]:
     """Return the one curated shard of a corpus."""
     [shard] = take_snapshot(DataConfig.model_validate({"corpus": [{"path": root}]})).shards
     return Records(Storage(root)), shard
@@ -50,7 +51,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def held_elsewhere(records: Records, shard: ShardRef) -> Iterator[Callable[[], None]]:
+def held_elsewhere(records: Records, shard: SnapshotShard) -> Iterator[Callable[[], None]]:
     """Have another process open a shard; yield what kills it."""
     ready = _fork.Event()
 

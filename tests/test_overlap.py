@@ -199,7 +199,7 @@ def test_what_died_with_its_worker_is_tried_again_alone(
 ) -> None:
     # A worker that was killed leaves attempts that began and nothing else.
     for shard in crawled.shards:
-        crawled.records.begin_attempt("caption", SOURCE, shard, RUN, is_retry=True)
+        crawled.records.attempts("caption", SOURCE, shard, RUN).begin(is_retry=True)
     outcomes = caption_both(crawled)
     assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
     assert (watched.loads, watched.most) == (1, 1)

@@ -80,10 +80,10 @@ def test_loser_takes_its_files_back(root: str) -> None:
 
 def test_what_is_left_of_attempts_and_quarantine_goes_once_the_shard_is_committed(root: str) -> None:
     records = Records(Storage(root))
-    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=False) == 1
-    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=False) == 0, "one has begun before"
-    assert records.begin_attempt("caption", "s", "00000", "r", is_retry=True) == 2
-    assert records.begin_attempt("caption", "s", "00000", "another-run", is_retry=False) == 1
+    assert records.attempts("caption", "s", "00000", "r").begin(is_retry=False) == 1
+    assert records.attempts("caption", "s", "00000", "r").begin(is_retry=False) == 0, "one has begun before"
+    assert records.attempts("caption", "s", "00000", "r").begin(is_retry=True) == 2
+    assert records.attempts("caption", "s", "00000", "another-run").begin(is_retry=False) == 1
     quarantine = QuarantineRecord(
         stage="caption",
         source="s",
@@ -98,9 +98,9 @@ def test_what_is_left_of_attempts_and_quarantine_goes_once_the_shard_is_committe
     assert ("caption", "s", "00000") in records.quarantined()
     time.sleep(1.1 if root.startswith("s3") else 0.01)  # S3 has whole seconds
     make(records, b"abc", root)
-    records.begin_attempt("caption", "s", "00001", "r", is_retry=False)
+    records.attempts("caption", "s", "00001", "r").begin(is_retry=False)
     records.quarantine(replace(quarantine, shard="00001"))
-    records.end_attempts("caption", "s", "00000", "r", 2)
+    records.attempts("caption", "s", "00000", "r").end(2)
     assert len(records.storage.list("records/attempts")) == 2
     records.forget_settled(records.shards())
     assert [shard for _, _, shard in records.quarantined()] == ["00001"]

@@ -77,7 +77,7 @@ def test_status(corpus: Corpus) -> None:
 def test_status_of_a_run_under_way(tmp_path: Path) -> None:
     new_corpus = make_corpus(str(tmp_path / "corpus"), shards=2, stages=())
     new_corpus.make("cc", "00000", ("crawl",))
-    new_corpus.records.begin_attempt("crawl", "cc", "00001", RUN, is_retry=False)
+    new_corpus.records.attempts("crawl", "cc", "00001", RUN).begin(is_retry=False)
     report = answer("status", new_corpus.root)
     rows = {row["stage"]: (row["done"], row["total"]) for row in report["stages"]}
     assert rows == {"crawl": (1, 2), "caption": (0, 2), "rank": (0, 2), "select": (0, 2)}

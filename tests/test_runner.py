@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jobs.executor import RunMonitor
+from pipeline.corpus.lost_attempts import RunAttempts
 from pipeline.corpus.records import Records
 from pipeline.runs.progress import ProgressCounter, ShardOutcome
 from pipeline.runs.runner import Node, RunSettings, ShardRunner
@@ -96,14 +97,18 @@ def test_a_shard_that_loses_its_device_every_time_is_quarantined_with_its_error(
 
 def test_attempts_of_killed_workers_count(corpus: Corpus) -> None:
     for _ in range(corpus.config.cluster.max_attempts):
-        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True)
+        corpus.records.attempts("select", "cc", "00000", RUN).begin(is_retry=True)
     outcome, loads = select(corpus)
     assert (outcome.state, outcome.error, loads) == ("quarantined", "the worker died on every attempt", 0)
 
 
 def test_a_storage_that_refuses_to_clean_up_undoes_no_commit(corpus: Corpus) -> None:
     class NoDeletes(Records):
-        def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
+        def attempts(self, stage: Stage, source: str, shard: str, run_id: str) -> RunAttempts:
+            return Undeleted(self.storage, stage, source, shard, run_id)
+
+    class Undeleted(RunAttempts):
+        def end(self, begun: int) -> None:
             raise OSError("503 SlowDown")
 
     selected = select_shards(corpus, records=NoDeletes(corpus.storage))
@@ -182,7 +187,7 @@ def test_what_a_disk_cannot_read_is_its_shards_fault(corpus: Corpus) -> None:
 def test_attempts_on_nodes_that_are_gone_do_not_count(corpus: Corpus) -> None:
     attempts = 14
     for number in range(attempts):
-        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+        corpus.records.attempts("select", "cc", "00000", RUN).begin(is_retry=True, node=f"node{number}")
     gone = {f"node{number}" for number in range(attempts)}
     selected = select_shards(corpus, node=Node(name="here", gone=gone.intersection, noticed_s=0))
     assert selected.states == ["done"] and corpus.storage.list("records/attempts") == []
@@ -190,7 +195,7 @@ def test_attempts_on_nodes_that_are_gone_do_not_count(corpus: Corpus) -> None:
 
 def test_a_node_that_is_noticed_late_does_not_count_either(corpus: Corpus) -> None:
     for number in range(3):
-        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+        corpus.records.attempts("select", "cc", "00000", RUN).begin(is_retry=True, node=f"node{number}")
     answers = iter([set(), {"node1"}])
     selected = select_shards(corpus, node=Node(name="here", gone=lambda _: next(answers), noticed_s=0))
     assert selected.states == ["done"]
@@ -198,7 +203,7 @@ def test_a_node_that_is_noticed_late_does_not_count_either(corpus: Corpus) -> No
 
 def test_a_shard_that_kills_its_workers_on_living_nodes_is_quarantined(corpus: Corpus) -> None:
     for number in range(3):
-        corpus.records.begin_attempt("select", "cc", "00000", RUN, is_retry=True, node=f"node{number}")
+        corpus.records.attempts("select", "cc", "00000", RUN).begin(is_retry=True, node=f"node{number}")
     selected = select_shards(corpus, node=Node(name="here", noticed_s=0))
     assert selected.states == ["quarantined"] and selected.calls == []
 

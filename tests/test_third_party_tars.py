@@ -16,8 +16,9 @@ from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import DataConfig
+from schemas.records import SnapshotShard
 from tests.raw_shards import encoded, picture
-from training.data.shard_index import ShardRef, index_tar, open_shard
+from training.data.shard_index import index_tar, open_shard
 from training.data.snapshot import take_snapshot
 
 JPG = encoded(picture(1))
@@ -304,7 +305,7 @@ def test_a_run_of_0_1_0_goes_on_with_the_samples_that_it_began_with(tmp_path: Pa
     path = write(tmp_path / "f", [*sample("a"), *sample("img.0"), *sample("img.1"), *sample("b")])
     (ref,) = take_snapshot(DataConfig(corpus=[{"path": str(tmp_path / "f")}])).shards
     assert (ref.tar.rows, index_tar(path, adjacent=True).keys) == (4, ["a", "b"])
-    before: ShardRef = replace(ref, tar=replace(ref.tar, rows=2))
+    before: SnapshotShard = replace(ref, tar=replace(ref.tar, rows=2))
     with open_shard(Records(Storage(ref.corpus)), before) as shard:
         assert [shard.sample(number).captions[0] for number in range(2)] == words("a", "b")
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.rng import permutation
-from schemas.records import OutputFile
+from schemas.records import OutputFile, SnapshotShard
 from training.data.sampler import SampleIndex, Sampler, apportion, whole_numbers
-from training.data.shard_index import ShardRef
 from training.data.snapshot import Snapshot, Source
 
 WEIGHTS = st.lists(st.integers(0, 10**12), min_size=1, max_size=7).filter(any)
@@ -32,7 +31,7 @@ def snapshot_of(
                 kind="web",
                 given_weight=weights.get(number),
                 shards=tuple(
-                    ShardRef(
+                    SnapshotShard(
                         corpus="",
                         source=f"source{number}",
                         shard=f"{place:05d}",
@@ -209,7 +208,7 @@ def test_sources_and_shards_with_nothing_left_give_nothing() -> None:
                 kind="web",
                 given_weight=source.given_weight,
                 shards=tuple(
-                    ShardRef(
+                    SnapshotShard(
                         corpus="",
                         source=shard.source,
                         shard=shard.shard,

@@ -22,10 +22,9 @@ from pipeline.storage.storage import Storage
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError
 from schemas.pretrain import DataConfig, PretrainConfig
-from schemas.records import ShardRecord
+from schemas.records import ShardRecord, SnapshotShard
 from schemas.stages import STAGES
 from schemas.statuses import TRANSIENT
-from training.data.shard_index import ShardRef
 from training.data.snapshot import parse_snapshot, snapshot_file, take_snapshot
 from training.trainer.run import changed_learning_keys
 
@@ -176,7 +175,7 @@ def _require_same_shards(data: DataConfig, folder: Storage, digest: str) -> None
         )
 
 
-def _content(shard: ShardRef) -> tuple[str, str, str]:
+def _content(shard: SnapshotShard) -> tuple[str, str, str]:
     return shard.source, shard.shard, shard.tar.sha256
 
 

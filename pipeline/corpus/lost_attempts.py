@@ -6,9 +6,11 @@ its run, which is the most that it can have taken.
 """
 
 import contextlib
+import itertools
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -16,12 +18,12 @@ from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.json_record import utc_now
 from schemas.records import (
+    NO_SHARE,
     AttemptNote,
     LostAttemptRecord,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
-    ShardTask,
     WorkerShare,
     lost_attempt_path,
 )
@@ -33,63 +35,121 @@ _FOLDER = "records/attempts"
 _MOST_NOTE_BYTES = 4096
 
 
-def attempt_path(stage: Stage, source: str, shard: str, run_id: str, number: int) -> str:
-    """Return where the note of an attempt is."""
-    return f"{_FOLDER}/{stage}/{source}/{shard}/{run_id}.{number}"
+@dataclass(frozen=True, slots=True)
+class RunAttempts:
+    """The attempts of one run at one stage of one shard, numbered from 1 on.
 
+    ``begun``, where it is asked for: up to this number, as ``begin`` gave it.
+    """
 
-def new_note(share: WorkerShare, node: str) -> bytes:
-    """Return the note of an attempt that begins now."""
-    note = AttemptNote(
-        id=uuid.uuid4().hex, started_at=utc_now(), host=socket.gethostname(), share=share, node=node
-    )
-    return note.to_json().encode()
+    storage: Storage
+    stage: Stage
+    source: str
+    shard: str
+    run_id: str
 
+    def begin(self, *, is_retry: bool, share: WorkerShare = NO_SHARE, node: str = "") -> int:
+        """Note that an attempt begins; return its number.
 
-def node_of_note(storage: Storage, path: str) -> str:
-    """Return where an attempt ran; empty where its note does not say."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return AttemptNote.from_json(storage.read(path, _MOST_NOTE_BYTES)).node
-    return ""
+        Args:
+            is_retry: an attempt before it is known to have begun. Where that is not known and turns out to be so,
+                nothing is noted, and the answer is 0.
+            share: what the worker holds of its node.
+            node: where it runs: a name that no other node ever has.
+        """
+        for number in itertools.count(1):
+            # Its own bytes, so that exactly one attempt has the number.
+            note = AttemptNote(
+                id=uuid.uuid4().hex, started_at=utc_now(), host=socket.gethostname(), share=share, node=node
+            )
+            if self.storage.create(self._note_path(number), note.to_json().encode()):
+                return number
+            if not is_retry:
+                return 0
+        raise AssertionError
 
+    def nodes(self, begun: int) -> list[str]:
+        """Return where they ran; empty where a note does not say."""
+        return [self._node(number) for number in range(1, begun + 1)]
 
-def failed_attempt(task: ShardTask, number: int, seconds: float, error: str) -> LostAttemptRecord:
-    """Return the record of this worker's attempt, which ends now with an error after some seconds of it."""
-    began = datetime.now(UTC) - timedelta(seconds=seconds)
-    return LostAttemptRecord(
-        stage=task.stage,
-        source=task.source,
-        shard=task.shard,
-        run_id=task.run_id,
-        number=number,
-        cause="failed",
-        error=error,
-        started_at=began.isoformat(timespec="microseconds"),
-        ended_at=utc_now(),
-        seconds=round(seconds, 4),
-        host=socket.gethostname(),
-        **_held(task.share),
-    )
+    def _node(self, number: int) -> str:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return self._note(number).node
+        return ""
 
+    def end(self, begun: int) -> None:
+        """Forget them."""
+        for number in range(1, begun + 1):
+            self.storage.delete(self._note_path(number))
 
-def _held(share: WorkerShare) -> dict[str, Any]:
-    return {"cpus": share.cpus, "gpus": share.gpus, "node_type": share.node_type or None}
+    def keep_failed(self, number: int, seconds: float, error: str, share: WorkerShare) -> LostAttemptRecord:
+        """Keep this worker's attempt, which ends now with an error after some seconds of it; return its record.
 
+        A storage that refuses the record loses a figure, no data.
+        """
+        began = datetime.now(UTC) - timedelta(seconds=seconds)
+        record = self._lost(
+            number,
+            share,
+            cause="failed",
+            started_at=began.isoformat(timespec="microseconds"),
+            ended_at=utc_now(),
+            seconds=round(seconds, 4),
+            host=socket.gethostname(),
+            error=error,
+        )
+        with contextlib.suppress(OSError):
+            self.storage.create(record.path, record.to_json().encode())
+        return record
 
-def keep_lost(storage: Storage, record: LostAttemptRecord) -> None:
-    """Write the record of a lost attempt, unless somebody has; a storage that refuses it loses a figure, no data."""
-    with contextlib.suppress(OSError):
-        storage.create(record.path, record.to_json().encode())
+    def keep_killed(self, numbers: Iterable[int]) -> list[LostAttemptRecord]:
+        """Keep some that ended without saying so, some time before now; return the records of those that none had."""
+        return [record for number in numbers if (record := self.keep_killed_by(number, utc_now()))]
 
-
-def last_error(storage: Storage, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> str:
-    """Return the error of the last attempt of a run that failed, up to a number; empty where all were killed."""
-    for number in range(begun, 0, -1):
-        path = lost_attempt_path(stage, source, shard, run_id, number)
+    def keep_killed_by(self, number: int, ended_at: str) -> LostAttemptRecord | None:
+        """Keep one that was killed before a time, once; where its note does not say when it began, nothing."""
         with contextlib.suppress(OSError, ValueError):
-            if error := LostAttemptRecord.from_json(storage.read(path)).error:
-                return error
-    return ""
+            note = self._note(number)
+            began, ended = (datetime.fromisoformat(time) for time in (note.started_at, ended_at))
+            record = self._lost(
+                number,
+                note.share,
+                cause="killed",
+                started_at=note.started_at,
+                ended_at=ended_at,
+                seconds=max(0.0, round((ended - began).total_seconds(), 4)),
+                host=note.host,
+            )
+            return record if self.storage.create(record.path, record.to_json().encode()) else None
+        return None
+
+    def last_error(self, begun: int) -> str:
+        """Return the error of the last one that failed; empty where all were killed."""
+        for number in range(begun, 0, -1):
+            path = lost_attempt_path(self.stage, self.source, self.shard, self.run_id, number)
+            with contextlib.suppress(OSError, ValueError):
+                if error := LostAttemptRecord.from_json(self.storage.read(path)).error:
+                    return error
+        return ""
+
+    def _note_path(self, number: int) -> str:
+        return f"{_FOLDER}/{self.stage}/{self.source}/{self.shard}/{self.run_id}.{number}"
+
+    def _note(self, number: int) -> AttemptNote:
+        return AttemptNote.from_json(self.storage.read(self._note_path(number), _MOST_NOTE_BYTES))
+
+    def _lost(self, number: int, share: WorkerShare, **fields: Any) -> LostAttemptRecord:
+        return LostAttemptRecord(
+            stage=self.stage,
+            source=self.source,
+            shard=self.shard,
+            run_id=self.run_id,
+            number=number,
+            cpus=share.cpus,
+            gpus=share.gpus,
+            node_type=share.node_type or None,
+            **fields,
+        )
 
 
 def settle_attempts(
@@ -103,60 +163,31 @@ def settle_attempts(
     Of the run that committed or quarantined a shard, its worker has kept the lost ones.
     """
     ends: dict[str, str | None] = {}
-    for info, (place, run_id) in _notes(storage):
+    for info, attempts, number in _notes(storage):
+        place, run_id = (attempts.stage, attempts.source, attempts.shard), attempts.run_id
         record = committed.get(place)
         is_settled = record is not None and info.modified < datetime.fromisoformat(record.finished_at)
         ended_by = {made.run_id for made in (record, quarantined.get(place)) if made}
         if run_id not in ended_by:
             if run_id not in ends:
                 ends[run_id] = utc_now() if run_id == ended_run else _end_of_run(storage, run_id)
-            if end := ends[run_id] or (record.finished_at if record and is_settled else None):
-                _keep_killed(storage, info.path, end)
+            end = ends[run_id] or (record.finished_at if record and is_settled else None)
+            if end and number.isdecimal():
+                attempts.keep_killed_by(int(number), end)
         if is_settled:
             storage.delete(info.path)
 
 
-def _notes(storage: Storage) -> Iterator[tuple[FileInfo, tuple[ShardId, str]]]:
-    """Yield the notes, and of which shard and run each is, by the names of its path."""
+def _notes(storage: Storage) -> Iterator[tuple[FileInfo, RunAttempts, str]]:
+    """Yield the notes, and which attempt of which run each is of, by its path: of a file cut short, not by number."""
     for info in storage.list(_FOLDER):
         _, _, stage, source, shard, name = info.path.split("/")
-        yield info, ((cast(Stage, stage), source, shard), name.rpartition(".")[0])
+        run_id, _, number = name.rpartition(".")
+        yield info, RunAttempts(storage, cast(Stage, stage), source, shard, run_id), number
 
 
 def _end_of_run(storage: Storage, run_id: str) -> str | None:
     """Return when a run ended, as it says itself; None where it does not."""
     with contextlib.suppress(OSError, ValueError):
         return RunRecord.from_json(storage.read(f"records/runs/{run_id}.end.json")).finished_at
-    return None
-
-
-def keep_killed_before(
-    storage: Storage, stage: Stage, source: str, shard: str, run_id: str, numbers: Iterable[int]
-) -> list[LostAttemptRecord]:
-    """Keep attempts that ended without saying so, some time before now; return the records of those that none had."""
-    paths = [attempt_path(stage, source, shard, run_id, number) for number in numbers]
-    return [record for path in paths if (record := _keep_killed(storage, path, utc_now()))]
-
-
-def _keep_killed(storage: Storage, path: str, ended_at: str) -> LostAttemptRecord | None:
-    """Keep the attempt of a note, once; of one that does not say when it began, nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        note = AttemptNote.from_json(storage.read(path, _MOST_NOTE_BYTES))
-        began, ended = (datetime.fromisoformat(time) for time in (note.started_at, ended_at))
-        _, _, stage, source, shard, name = path.split("/")
-        run_id, _, number = name.rpartition(".")
-        record = LostAttemptRecord(
-            stage=cast(Stage, stage),
-            source=source,
-            shard=shard,
-            run_id=run_id,
-            number=int(number),
-            cause="killed",
-            started_at=note.started_at,
-            ended_at=ended_at,
-            seconds=max(0.0, round((ended - began).total_seconds(), 4)),
-            host=note.host,
-            **_held(note.share),
-        )
-        return record if storage.create(record.path, record.to_json().encode()) else None
     return None

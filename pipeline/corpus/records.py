@@ -17,20 +17,11 @@ A corpus may be somebody else's. What is read here has the declared types, is ab
 name says, and names files of the corpus alone; a tar outside it only where the source's lists imported that very tar.
 """
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from pipeline.corpus.lost_attempts import (
-    attempt_path,
-    keep_killed_before,
-    keep_lost,
-    last_error,
-    new_note,
-    node_of_note,
-    settle_attempts,
-)
+from pipeline.corpus.lost_attempts import RunAttempts, ShardId, settle_attempts
 from pipeline.corpus.record_files import (
     is_retired_note,
     parse_record,
@@ -47,21 +38,17 @@ from schemas.json_record import Json
 from schemas.marks import MarkRecord, MarkSearchRecord
 from schemas.names import is_outside_tar
 from schemas.records import (
-    NO_SHARE,
     CheckpointRecord,
     IntakeRecord,
-    LostAttemptRecord,
     ModelRecord,
     QuarantineRecord,
     RunRecord,
     ShardRecord,
     SnapshotRecord,
-    WorkerShare,
     shard_record_path,
 )
 from schemas.stages import STAGES, Stage
 
-ShardId = tuple[Stage, str, str]
 R = TypeVar("R", bound=Json)
 
 
@@ -145,57 +132,9 @@ class Records:
 
     # -- attempts and quarantine -----------------------------------------------------------------------------
 
-    def begin_attempt(
-        self,
-        stage: Stage,
-        source: str,
-        shard: str,
-        run_id: str,
-        *,
-        is_retry: bool,
-        share: WorkerShare = NO_SHARE,
-        node: str = "",
-    ) -> int:
-        """Note that an attempt of a run begins; return its number, from 1 on.
-
-        Args:
-            share: what the worker holds of its node.
-            node: where it runs: a name that no other node ever has.
-            is_retry: an attempt before it is known to have begun. Where that is not known and turns out to be so,
-                nothing is noted, and the answer is 0.
-        """
-        for number in itertools.count(1):
-            # Its own bytes, so that exactly one attempt has the number.
-            note = new_note(share, node)
-            if self.storage.create(attempt_path(stage, source, shard, run_id, number), note):
-                return number
-            if not is_retry:
-                return 0
-        raise AssertionError
-
-    def attempt_nodes(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> list[str]:
-        """Return where the attempts of a run ran, up to a number that ``begin_attempt`` gave; empty where unknown."""
-        paths = [attempt_path(stage, source, shard, run_id, number) for number in range(1, begun + 1)]
-        return [node_of_note(self.storage, path) for path in paths]
-
-    def end_attempts(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> None:
-        """Forget the attempts of a run, up to a number that ``begin_attempt`` gave."""
-        for number in range(1, begun + 1):
-            self.storage.delete(attempt_path(stage, source, shard, run_id, number))
-
-    def keep_lost_attempt(self, record: LostAttemptRecord) -> None:
-        """Note what an attempt cost that did not commit its shard, once."""
-        keep_lost(self.storage, record)
-
-    def keep_killed_attempts(
-        self, stage: Stage, source: str, shard: str, run_id: str, numbers: Iterable[int]
-    ) -> list[LostAttemptRecord]:
-        """Keep as lost attempts of a run that ended without saying so; return their records."""
-        return keep_killed_before(self.storage, stage, source, shard, run_id, numbers)
-
-    def last_error(self, stage: Stage, source: str, shard: str, run_id: str, begun: int) -> str:
-        """Return the error of the last attempt of a run that failed, up to a number; empty where all were killed."""
-        return last_error(self.storage, stage, source, shard, run_id, begun)
+    def attempts(self, stage: Stage, source: str, shard: str, run_id: str) -> RunAttempts:
+        """Return the attempts of a run at a stage of a shard."""
+        return RunAttempts(self.storage, stage, source, shard, run_id)
 
     def forget_settled(self, committed: Mapping[ShardId, ShardRecord], ended_run: str = "") -> None:
         """Delete the attempts and quarantines of shards that were committed since, as killed runs leave them.

@@ -19,6 +19,7 @@ from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageEr
 from pipeline.images import avif, heif, jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
 from schemas.config import MAX_PIXELS
+from schemas.statuses import SampleError
 
 # Pillow's warnings of damaged EXIF and of many pixels are redundant: every function below bounds the pixels itself,
 # from the header. Pillow's error at 179M pixels stays.
@@ -74,16 +75,8 @@ _UPRIGHT = {
 }
 
 
-class ImageError(Exception):
-    """Say why bytes are not a usable image: a reason of ``schemas.statuses``, and what was seen."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+class ImageError(SampleError):
+    """Say why bytes are not a usable image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,9 +50,6 @@ _ROW = pa.schema(
         *(URLS.field(name) for name in ("url", "captions", "extra", "key")),
     ]
 )
-_SETTINGS: dict[str, str | bool | int | float | list[str]] = {
-    "preserve_insertion_order": False,
-}
 _FETCHED_ROWS = 16_384
 # DuckDB's memory: what it begins with, more for each row, and at most. What does not fit lies in the scratch folder.
 _LEAST_MB, _ROWS_PER_MB, _MOST_MB = 24, 24_000, 1024
@@ -193,7 +190,9 @@ class SourcePairs:
             What became of the rows: all numbers but ``rows_in`` sum up to it. And (file, new pairs), in order: columns
             of URLS, without shard, retry_of and a list's key. Shuffled pairs all come under the first file.
         """
-        with duckdb.connect(config={**_SETTINGS, "temp_directory": str(folder)}) as connection:
+        with duckdb.connect(
+            config={"preserve_insertion_order": False, "temp_directory": str(folder)}
+        ) as connection:
             tables = _Tables(connection)
             try:
                 yield self._read(tables, known), self._new_pairs(tables)

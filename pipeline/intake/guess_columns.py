@@ -51,12 +51,11 @@ def guess_columns(preview: ListPreview) -> GuessedColumns | None:
     if not (image_columns := urls or paths):
         return None
     url = min(image_columns, key=lambda name: _place(name, _URL_NAMES))
+    caption = guess_caption(texts, (*urls, *paths))
     return GuessedColumns(
         url=url,
-        caption=guess_caption(texts, (*urls, *paths)),
-        others=tuple(
-            name for name in preview.names if name not in (url, guess_caption(texts, (*urls, *paths)))
-        ),
+        caption=caption,
+        others=tuple(name for name in preview.names if name not in (url, caption)),
         holds_paths=not urls,
         own_hosts=_own_hosts(texts[url]) if urls else (),
     )
@@ -90,7 +89,6 @@ def _place(name: str, names: Sequence[str]) -> int:
 
 def _own_hosts(urls: Sequence[str]) -> tuple[str, ...]:
     """Return host:port of the URLs whose host is written as an address of this machine or network."""
-
     hosts: dict[str, None] = {}
     for url in urls:
         try:

@@ -3,51 +3,30 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
-
-from pydantic import BaseModel, Field, ValidationError
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pipeline.corpus.checkpoint_files import find_checkpoint
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
-from schemas.json_record import Count, first_error
+from schemas.json_record import Json, fields_of
 from schemas.names import is_one_part
-from schemas.records import ModelRecord
+from schemas.records import ModelRecord, SnapshotRecord, SnapshotShard, SnapshotSource
 from schemas.stages import STAGES
 
+R = TypeVar("R", bound=Json)
 Row = dict[str, Any]
 
 _ORDER = ("urls", *STAGES)
 
 
-class _Tar(BaseModel):
-    path: str
-    sha256: str
-    rows: Count
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Progress(Json):
+    """What is read of a checkpoint's ``training.json``."""
 
-
-class _Shard(BaseModel):
-    corpus: str
-    shard: str
-    tar: _Tar
-    held_out: list[str]
-
-
-class _Source(BaseModel):
-    name: str
-    kind: str
-    given_weight: float | None
-    shards: Annotated[list[_Shard], Field(min_length=1)]
-
-
-class _Snapshot(BaseModel):
-    sources: list[_Source]
-
-
-class _Progress(BaseModel):
     config: dict[str, Any]
-    models: list[ModelRecord]
+    models: tuple[ModelRecord, ...]
 
 
 def trace_checkpoint(path: str) -> Row:
@@ -70,18 +49,12 @@ def trace_checkpoint(path: str) -> Row:
     if not is_one_part(saved.snapshot):
         raise CapfiltError(f"{path}: its snapshot {saved.snapshot[:80]!r} is not a digest")
     sources = _sources(storage, f"snapshot-{saved.snapshot[:16]}.json", saved.run_id)
-    slices = [source | {"corpus": source["shards"][0]["corpus"]} for source in sources]
     stages: list[Row] = []
     runs: dict[str, Row] = {}
     models: dict[str, Row] = {}
-    for corpus in dict.fromkeys(source["corpus"] for source in slices):
-        wanted = {
-            shard["tar"]["sha256"]
-            for source in slices
-            if source["corpus"] == corpus
-            for shard in source["shards"]
-        }
-        lineage = _lineage(corpus, wanted)
+    for corpus in dict.fromkeys(map(_corpus, sources)):
+        of_corpus = [source for source in sources if _corpus(source) == corpus]
+        lineage = _lineage(corpus, {shard.tar.sha256 for source in of_corpus for shard in source.shards})
         stages += [{"corpus": corpus, **row} for row in lineage["stages"]]
         runs |= {row["run_id"]: row for row in lineage["runs"]}
         models |= {row["digest"]: row for row in lineage["models"]}
@@ -91,63 +64,66 @@ def trace_checkpoint(path: str) -> Row:
             urls[row["corpus"], row["source"]] += row["rows_in"]
     return {
         "checkpoint": {**record, "path": storage.url(saved.path)},
-        "config": progress["config"],
-        "loaded": progress["models"],
-        "sources": [_source(source, urls) for source in slices],
-        "shards": [_shard(source, shard) for source in slices for shard in source["shards"]],
+        "config": progress.config,
+        "loaded": [fields_of(model) for model in progress.models],
+        "sources": [_source(source, urls) for source in sources],
+        "shards": [_shard(source, shard) for source in sources for shard in source.shards],
         "stages": stages,
         "runs": [runs[run_id] for run_id in sorted(runs)],
         "models": [models[digest] for digest in sorted(models, key=lambda digest: models[digest]["kind"])],
     }
 
 
-def _read(storage: Storage, path: str, shape: type[BaseModel]) -> Row:
+def _read(storage: Storage, path: str, kind: type[R]) -> R:
     """Read what a training wrote beside its checkpoints."""
     try:
-        return shape.model_validate_json(storage.read(path), strict=True).model_dump()
+        return kind.from_json(storage.read(path))
     except (FileNotFoundError, NotADirectoryError):
         raise CapfiltError(
             f"{storage.url(path)} is missing: what the checkpoint was trained on is not known"
         ) from None
-    except ValidationError as error:
-        raise CapfiltError(f"{storage.url(path)} cannot be read: {first_error(error)}; restore it") from error
+    except ValueError as error:
+        raise CapfiltError(f"{storage.url(path)} cannot be read: {error}; restore it") from error
 
 
-def _sources(storage: Storage, snapshot: str, run_id: str) -> list[Row]:
+def _sources(storage: Storage, snapshot: str, run_id: str) -> tuple[SnapshotSource, ...]:
     """Return the sources of a run's snapshot; of a folder in a corpus, as the corpus's own record names them."""
-    sources: list[Row] = _read(storage, snapshot, _Snapshot)["sources"]
-    for folder in dict.fromkeys((storage.root, *(source["shards"][0]["corpus"] for source in sources))):
+    sources = _read(storage, snapshot, SnapshotRecord).sources
+    for folder in dict.fromkeys((storage.root, *map(_corpus, sources))):
         corpus = Storage(folder).enclosing_corpus()
         record = f"records/snapshots/{run_id}/{snapshot}"
         if corpus is not None and corpus.exists(record):
-            return _read(corpus, record, _Snapshot)["sources"]
+            return _read(corpus, record, SnapshotRecord).sources
     return sources
 
 
-def _source(source: Mapping[str, Any], urls: Mapping[tuple[str, str], int]) -> Row:
-    images = sum(shard["tar"]["rows"] for shard in source["shards"])
-    held_out = sum(len(shard["held_out"]) for shard in source["shards"])
+def _corpus(source: SnapshotSource) -> str:
+    """Return the corpus that all shards of a source are of."""
+    return source.shards[0].corpus
+
+
+def _source(source: SnapshotSource, urls: Mapping[tuple[str, str], int]) -> Row:
+    images = sum(shard.samples for shard in source.shards)
     return {
-        "corpus": source["corpus"],
-        "source": source["name"],
-        "kind": source["kind"],
-        "weight": images - held_out if source["given_weight"] is None else source["given_weight"],
-        "shards": len(source["shards"]),
-        "images": images - held_out,
-        "held_out": held_out,
-        "urls": urls.get((source["corpus"], source["name"])),
+        "corpus": _corpus(source),
+        "source": source.name,
+        "kind": source.kind,
+        "weight": images if source.given_weight is None else source.given_weight,
+        "shards": len(source.shards),
+        "images": images,
+        "held_out": sum(len(shard.held_out) for shard in source.shards),
+        "urls": urls.get((_corpus(source), source.name)),
     }
 
 
-def _shard(source: Mapping[str, Any], shard: Mapping[str, Any]) -> Row:
-    tar = shard["tar"]
+def _shard(source: SnapshotSource, shard: SnapshotShard) -> Row:
     return {
-        "corpus": source["corpus"],
-        "source": source["name"],
-        "shard": shard["shard"],
-        "images": tar["rows"] - len(shard["held_out"]),
-        "tar": tar["path"],
-        "sha256": tar["sha256"],
+        "corpus": _corpus(source),
+        "source": source.name,
+        "shard": shard.shard,
+        "images": shard.samples,
+        "tar": shard.tar.path,
+        "sha256": shard.tar.sha256,
     }
 
 

@@ -149,36 +149,30 @@ class CompactedRecords:
         for table, rows in new_rows.items():
             # Always one part with all columns, though empty: in DuckDB a glob that matches nothing is an error, and so
             # is a column that none of the files has.
-            columns = {*record_row_schema(table).names}
-            if rows or not any(columns <= self._known[path].columns for path in parts[table]):
+            if rows or not any(self._has_all_columns(table, path) for path in parts[table]):
                 self._write(table, _to_table(table, rows))
             self._merge(table, parts[table])
         self._sweep()
         return sum(len(rows) for rows in new_rows.values())
 
+    def _has_all_columns(self, table: str, path: str) -> bool:
+        return {*record_row_schema(table).names} <= self._known[path].columns
+
     def upgrade(self) -> int:
         """Make the rows of parts that lack columns anew from their records; return the rows that were written."""
         with self._lock:
             parts = self._live_parts()
-            lacking = {
-                table: [
-                    path
-                    for path in paths
-                    if not {*record_row_schema(table).names} <= self._known[path].columns
-                ]
+            whole = {
+                table: [path for path in paths if self._has_all_columns(table, path)]
                 for table, paths in parts.items()
             }
-            rows = self._new_rows(
-                {
-                    table: [path for path in paths if path not in lacking[table]]
-                    for table, paths in parts.items()
-                }
-            )
+            rows = self._new_rows(whole)
             for table, table_rows in rows.items():
-                if table_rows or lacking[table]:
+                lacking = [path for path in parts[table] if path not in whole[table]]
+                if table_rows or lacking:
                     self._write(table, _to_table(table, table_rows))
                 # At once: a DuckDB of somebody's own would take either row.
-                for path in lacking[table]:
+                for path in lacking:
                     self.storage.delete(path)
             return sum(len(table_rows) for table_rows in rows.values())
 

@@ -266,17 +266,12 @@ class Query:
         """See that the rows of the shards have some columns."""
         if columns <= self._columns:
             return
+        filled = self.records.filled
         try:
             self.records.fill(columns)
-        except FileNotFoundError:
-            self._renew_records(columns)
-        self._register_shards()
-
-    def _renew_records(self, columns: Set[str]) -> None:
-        """Take the rows of the shards as they are now: parts that they came from are gone."""
-        filled = self.records.filled
-        self.records = self._compacted.tables()
-        self.records.fill(filled | columns)
+        except FileNotFoundError:  # parts that the rows came from are gone: taken as they are now
+            self.records = self._compacted.tables()
+            self.records.fill(filled | columns)
         self._register_shards()
 
     @cached_property

@@ -15,7 +15,7 @@ from pipeline.corpus.record_files import parse_record
 from pipeline.manifest.histograms import histogram_cells
 from schemas.catalog.table_schemas import RECORD_TABLES
 from schemas.errors import CapfiltError
-from schemas.json_record import MOST, Json
+from schemas.json_record import MOST, Json, fields_of
 from schemas.marks import MarkRecord
 from schemas.names import is_one_part
 from schemas.records import (
@@ -71,20 +71,20 @@ def rows_of(path: str, text: bytes) -> list[Row]:
                 return [_shard_row(record, "retired" if folder == "retired" else "committed")]
             case QuarantineRecord():
                 counts = {"attempts": record.attempts}
-                return [_row("shards", _fields(record) | {"state": "quarantined", "counts": counts})]
+                return [_row("shards", fields_of(record) | {"state": "quarantined", "counts": counts})]
             case IntakeRecord():
                 return _url_shard_rows(record)
             case MarkRecord():
                 return _mark_rows(record)
             case _:
-                return [_row(folder, _fields(record))]
+                return [_row(folder, fields_of(record))]
     except (ValueError, OverflowError) as error:  # not a time
         raise CapfiltError(f"{path} is not a record ({error}): restore it, or delete it") from error
 
 
 def _shard_row(record: ShardRecord, state: str) -> Row:
     files = {name: [file.bytes, file.rows] for name, file in record.outputs.items()}
-    row = _row("shards", _fields(record) | _files(record.outputs) | {"state": state})
+    row = _row("shards", fields_of(record) | _files(record.outputs) | {"state": state})
     cells = histogram_cells(record.histograms) if record.histograms else {}
     return row | cells | {"files": json.dumps(files, sort_keys=True)}
 
@@ -220,7 +220,7 @@ def _snapshot_rows(path: str, text: bytes) -> list[Row]:
             "corpus": shard.corpus,
             "source": shard.source,
             "shard": shard.shard,
-            "images": shard.tar.rows - len(shard.held_out),
+            "images": shard.samples,
             "held_out": list(shard.held_out),
             "sha256": [(name, file.sha256) for name, file in _curated_files(shard)],
         }
@@ -241,7 +241,7 @@ def _mark_rows(record: MarkRecord) -> list[Row]:
             _row("marks", {"mark": mark, "value": value, "undone_at": record.made_at})
             for mark, value in taken_back
         ]
-    fields = _fields(record)
+    fields = fields_of(record)
     return [
         _row("marks", fields | {"value": value, "caption": record.captions.get(value)})
         for value in record.values
@@ -254,11 +254,6 @@ def _files(outputs: Mapping[str, Any]) -> Row:
         "sha256": {name: file.sha256 for name, file in outputs.items()},
         "bytes": sum(file.bytes for file in outputs.values()),
     }
-
-
-def _fields(record: Json) -> Row:
-    """Return a record's fields. Not ``asdict``: that copies every histogram."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def _row(table: str, values: Row) -> Row:

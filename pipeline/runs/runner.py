@@ -14,7 +14,7 @@ from functools import partial
 from threading import Condition, Lock
 from typing import Any
 
-from pipeline.corpus.lost_attempts import failed_attempt
+from pipeline.corpus.lost_attempts import RunAttempts
 from pipeline.corpus.records import Records
 from pipeline.corpus.worker_time import WORKER_TIME
 from pipeline.faults import fault_of
@@ -40,6 +40,7 @@ _RETRY_PAUSES_S = (2.0, 15.0, 60.0)
 # workers often die first.
 _NODE_NOTICED_S = 30.0
 _MAX_ERROR_CHARACTERS = 4000
+_DIED = "the worker died on every attempt"
 
 
 def load_worker(stage: Stage, config: CapfiltConfig, records: Records) -> Worker:
@@ -237,7 +238,8 @@ class ShardRunner:
             with self._lock.exclusive() if is_retry else self._lock.shared():
                 begun, is_used_up = self._begin_attempt(task, failed, is_retry=is_retry)
                 if is_used_up:
-                    error = error or self._error_elsewhere(task, begun)
+                    # None of this process: the last one of another.
+                    error = error or self._attempts(task).last_error(begun) or _DIED
                     break
                 try:
                     if begun:
@@ -274,28 +276,24 @@ class ShardRunner:
     def _begin_attempt(self, task: ShardTask, failed: Set[int], *, is_retry: bool) -> tuple[int, bool]:
         """Note that an attempt begins, and which ones before it were killed.
 
-        Returns its number, as ``Records`` does, and whether the shard's attempts were used up before it.
+        Returns its number, as ``RunAttempts.begin`` does, and whether the shard's attempts were used up before it.
         """
-        place = (task.stage, task.source, task.shard, task.run_id)
-        begun = self.records.begin_attempt(*place, is_retry=is_retry, share=self._share, node=self._node.name)
-        killed = sorted({*range(1, begun)} - failed)
-        for lost in self.records.keep_killed_attempts(*place, killed):
+        attempts = self._attempts(task)
+        begun = attempts.begin(is_retry=is_retry, share=self._share, node=self._node.name)
+        for lost in attempts.keep_killed(sorted({*range(1, begun)} - failed)):
             self._log_lost(lost)
         is_used_up = begun > task.max_attempts and self._charged(task, begun) > task.max_attempts
         if begun and not is_used_up:
             self._log(task, "retry" if begun > 1 else "start", begun)
         return begun, is_used_up
 
-    def _error_elsewhere(self, task: ShardTask, begun: int) -> str:
-        """Return the last error of the attempts of other processes."""
-        place = (task.stage, task.source, task.shard, task.run_id)
-        return self.records.last_error(*place, begun) or "the worker died on every attempt"
+    def _attempts(self, task: ShardTask) -> RunAttempts:
+        return self.records.attempts(task.stage, task.source, task.shard, task.run_id)
 
     def _keep_failed(self, task: ShardTask, number: int, error: str) -> None:
         """Keep what an attempt cost that ends now with an error."""
-        lost = failed_attempt(task, number, WORKER_TIME.seconds(), error[-_MAX_ERROR_CHARACTERS:])
-        self.records.keep_lost_attempt(lost)
-        self._log_lost(lost)
+        error = error[-_MAX_ERROR_CHARACTERS:]
+        self._log_lost(self._attempts(task).keep_failed(number, WORKER_TIME.seconds(), error, task.share))
 
     def _log_lost(self, lost: LostAttemptRecord) -> None:
         event = ShardEvent.of(lost, "lost", lost.number, lost.host)
@@ -322,7 +320,7 @@ class ShardRunner:
 
     def _charged(self, task: ShardTask, begun: int) -> int:
         """Return how many of the attempts are the shard's own: all but those whose node is gone."""
-        nodes = self.records.attempt_nodes(task.stage, task.source, task.shard, task.run_id, begun)
+        nodes = self._attempts(task).nodes(begun)
         charged = begun - self._gone(nodes)
         if charged > task.max_attempts and any(node != self._node.name for node in nodes):
             time.sleep(self._node.noticed_s)
@@ -340,7 +338,7 @@ class ShardRunner:
     def _end_attempts(self, task: ShardTask, begun: int) -> None:
         """Forget the attempts of a committed shard; what a storage refuses of it, the end of a run makes up for."""
         with contextlib.suppress(OSError):
-            self.records.end_attempts(task.stage, task.source, task.shard, task.run_id, begun)
+            self._attempts(task).end(begun)
 
     def _give_up(self, task: ShardTask, attempts: int, error: str) -> ShardOutcome:
         """Quarantine the shard, unless another runner has committed it meanwhile."""

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pipeline.corpus.corpus_state import CorpusState
 from pipeline.corpus.records import ShardId
 from pipeline.marks.rules import ShardMarks
+from pipeline.runs.metrics import rows_by_reason
 from pipeline.runs.plan import Kind, ModelDigests, next_step, stages_of, upstream_of
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord
@@ -257,10 +258,9 @@ class Totals:
             case "select":
                 self.selected += record.rows_in
                 self.kept += record.counts.get("kept", 0)
-                self.dropped.update(_by_reason(record, "dropped"))
+                self.dropped.update(_by_reason(record))
 
 
-def _by_reason(record: ShardRecord, status: str = "") -> dict[str, int]:
-    """Return a record's rows by the reason under their status."""
-    pairs = ((name.partition("/"), rows) for name, rows in record.counts.items())
-    return {reason: rows for (above, _, reason), rows in pairs if reason and status in ("", above)}
+def _by_reason(record: ShardRecord) -> dict[str, int]:
+    rows = rows_by_reason(record.stage, record.counts)
+    return {reason: number for (_, reason), number in rows.items() if reason}

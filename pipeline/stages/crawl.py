@@ -118,9 +118,9 @@ class CrawlWorker:
         source = self._sources[source_name]
         if source.format in FORMATS:
             return FileFetcher(source, self._config, self._records.storage)
-        if self._config.allow_files:
-            return ListFetcher(self._config, self._web)
-        return contextlib.nullcontext(self._web)
+        return contextlib.nullcontext(
+            ListFetcher(self._config, self._web) if self._config.allow_files else self._web
+        )
 
     def _import(self, commit: ShardCommit, rows: list[dict[str, Any]], listed_tar: OutputFile) -> ShardRecord:
         with commit.stats.timed("read"):

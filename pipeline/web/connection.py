@@ -107,18 +107,16 @@ def _connect(addresses: Sequence[SocketAddress], deadline: Deadline, read_timeou
     """Connect to the first address that answers."""
     fault = FetchError("connect", "no address")
     for family, address in addresses:
+        timeout_s = min(read_timeout_s, deadline.left_s())
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(min(read_timeout_s, deadline.left_s()))
+            sock.settimeout(timeout_s)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except OSError as error:
             sock.close()
             fault = named(error)
-        except FetchError:
-            sock.close()
-            raise
     raise fault
 
 
@@ -129,8 +127,6 @@ def _encrypt(
     sock.settimeout(min(read_timeout_s, deadline.left_s()))
     try:
         return tls.wrap_socket(sock, server_hostname=url.host)
-    except TimeoutError as error:
-        raise named(error) from error
     except (ssl.SSLError, ValueError) as error:
         raise FetchError("tls", str(error)) from error
     except OSError as error:

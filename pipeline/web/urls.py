@@ -10,7 +10,7 @@ from typing import Self
 
 from ada_url import URL
 
-from schemas.statuses import REASONS
+from schemas.statuses import REASONS, SampleError
 
 # What needs no encoding (RFC 3986, 2.3): encoded or not, it is the same URL.
 _UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
@@ -22,8 +22,8 @@ _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class FetchError(Exception):
-    """Say why a URL was not fetched: a reason of ``schemas.statuses``, and what was seen.
+class FetchError(SampleError):
+    """Say why a URL was not fetched.
 
     ``again``: another try may help right away; by default, where the reason is transient.
     """
@@ -32,13 +32,8 @@ class FetchError(Exception):
         self, reason: str, detail: str = "", *, again: bool | None = None, retry_after_s: float = 0.0
     ) -> None:
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
         self.again = REASONS[reason].transient if again is None else again
         self.retry_after_s = retry_after_s
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,7 +124,9 @@ def test_clocks_that_are_an_hour_off_change_nothing(
     tmp_path: Path, library: str, expected: dict[str, str]
 ) -> None:
     corpus = unselected(tmp_path / "corpus")
-    killed = corpus.records.begin_attempt("select", "cc", SHARDS[0], "20200101T000000-killed", is_retry=False)
+    killed = corpus.records.attempts("select", "cc", SHARDS[0], "20200101T000000-killed").begin(
+        is_retry=False
+    )
     assert killed == 1
     for clock_s in (-3600, 3600):
         done = select(corpus, tmp_path, library, clock_s=clock_s)

@@ -9,9 +9,10 @@ from pipeline.corpus.records import Records
 from pipeline.storage.scratch import free_scratch
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
+from schemas.records import SnapshotShard
 from training.data.node_files import remove_unused
 from training.data.sampler import SampleIndex
-from training.data.shard_index import OpenShard, ShardRef, open_shard
+from training.data.shard_index import OpenShard, open_shard
 from training.data.snapshot import Snapshot
 
 _OPENERS = 4
@@ -78,7 +79,7 @@ class ShardCache:
             if self._last_group[number] < first_group.get(self._source[number], 0):
                 self._close(number)
 
-    def _open(self, ref: ShardRef) -> tuple[OpenShard, ExitStack]:
+    def _open(self, ref: SnapshotShard) -> tuple[OpenShard, ExitStack]:
         stack = ExitStack()
         return stack.enter_context(open_shard(self._records[ref.corpus], ref)), stack
 

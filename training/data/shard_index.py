@@ -36,16 +36,6 @@ _PLACES = ("offset", "image_bytes")
 _CAPTION_KEYS = ("captions", "caption", "text", "TEXT")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRef(SnapshotShard):
-    """A shard to train on."""
-
-    @property
-    def samples(self) -> int:
-        """The samples that are trained on."""
-        return self.tar.rows - len(self.held_out)
-
-
 class StoredSample(NamedTuple):
     """A sample as it is stored; ``captions`` best first."""
 
@@ -90,7 +80,7 @@ def index_tar(path: Path, *, adjacent: bool = False) -> TarIndex:
 class OpenShard:
     """A shard's samples. Reading is thread-safe; numbers count the samples that are trained on, from 0."""
 
-    def __init__(self, ref: ShardRef, places_NM2: np.ndarray, uids: list[str], descriptor: int) -> None:
+    def __init__(self, ref: SnapshotShard, places_NM2: np.ndarray, uids: list[str], descriptor: int) -> None:
         self.ref = ref
         self._places_NM2 = places_NM2
         self._uids_N = np.array([uid.encode() for uid in uids])
@@ -158,7 +148,7 @@ def _texts(values: list[Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_shard(records: Records, ref: ShardRef) -> Iterator[OpenShard]:
+def open_shard(records: Records, ref: SnapshotShard) -> Iterator[OpenShard]:
     """Open a shard after its bytes are checked; from S3 it is copied to a temporary file while it is open.
 
     Raises:
@@ -173,7 +163,7 @@ def open_shard(records: Records, ref: ShardRef) -> Iterator[OpenShard]:
             os.close(descriptor)
 
 
-def _listed(records: Records, ref: ShardRef, descriptor: int) -> OpenShard | None:
+def _listed(records: Records, ref: SnapshotShard, descriptor: int) -> OpenShard | None:
     """Return a curated shard whose Parquet says where each image is; None where it does not, as before its column came.
 
     ``select`` writes each image's json behind it. A crawl writes the text there: its tars are indexed.
@@ -199,7 +189,7 @@ def _listed(records: Records, ref: ShardRef, descriptor: int) -> OpenShard | Non
     return OpenShard(ref, places_NM2, kept["uid"].to_pylist(), descriptor)
 
 
-def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> OpenShard:
+def _indexed(records: Records, ref: SnapshotShard, path: Path, descriptor: int) -> OpenShard:
     """Return a shard whose tar is walked, header by header."""
     try:
         index = index_tar(path, adjacent=ref.parquet is not None)
@@ -212,7 +202,7 @@ def _indexed(records: Records, ref: ShardRef, path: Path, descriptor: int) -> Op
     return OpenShard(ref, index.places_NM2, _uids(records, ref, index.keys), descriptor)
 
 
-def _require_rows(ref: ShardRef, samples: int) -> None:
+def _require_rows(ref: SnapshotShard, samples: int) -> None:
     if samples != ref.tar.rows:
         raise CorruptShardError(
             f"{ref.tar.path} holds {samples:,} samples with image and captions where its record says "
@@ -220,7 +210,7 @@ def _require_rows(ref: ShardRef, samples: int) -> None:
         )
 
 
-def _uids(records: Records, ref: ShardRef, keys: Iterable[str]) -> list[str]:
+def _uids(records: Records, ref: SnapshotShard, keys: Iterable[str]) -> list[str]:
     """Return the identities of samples by their keys: a corpus has them in its Parquet, other folders have none."""
     if ref.parquet is None:
         return [sample_uid(ref.source, f"{ref.shard}/{key}") for key in keys]

@@ -26,8 +26,9 @@ from schemas.errors import CapfiltError
 from schemas.json_record import first_error
 from schemas.names import is_confined, is_outside_tar, printable
 from schemas.pretrain import CorpusSlice, DataConfig
+from schemas.records import SnapshotShard
 from schemas.stages import Stage
-from training.data.shard_index import ShardRef, open_shard
+from training.data.shard_index import open_shard
 from training.data.webdataset_folder import webdataset_shards
 
 Kind = Literal["web", "human"]
@@ -46,7 +47,7 @@ class Source:
     slice: int
     name: str
     kind: Kind
-    shards: tuple[ShardRef, ...]
+    shards: tuple[SnapshotShard, ...]
     given_weight: float | None = None
 
     @property
@@ -72,7 +73,7 @@ class Snapshot:
     digest: str
 
     @cached_property
-    def shards(self) -> tuple[ShardRef, ...]:
+    def shards(self) -> tuple[SnapshotShard, ...]:
         """All shards, source by source: numbered by ``SampleIndex.shard``."""
         return tuple(shard for source in self.sources for shard in source.shards)
 
@@ -187,7 +188,7 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
     storage = Storage(path)
     records = Records(storage)
     require_known_format(path, records.list_formats())
-    shards: dict[str, list[ShardRef]] = {}
+    shards: dict[str, list[SnapshotShard]] = {}
     compacted = CompactedRecords(storage).shard_records
     committed = committed_shards(records, records.list_shards((stage,)), compacted)
     for (_, source, name), record in sorted(committed.items()):
@@ -198,7 +199,7 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
                 "the folder of such tars as data.corpus.path, and leave the source out with data.corpus.sources"
             )
         if tar.rows:
-            ref = ShardRef(corpus=path, source=source, shard=name, tar=tar, parquet=parquet)
+            ref = SnapshotShard(corpus=path, source=source, shard=name, tar=tar, parquet=parquet)
             shards.setdefault(source, []).append(ref)
     if not shards and storage.is_corpus():
         raise CapfiltError(
@@ -215,7 +216,9 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
     return {name: _source(name, refs, *settings.get(name, ())) for name, refs in shards.items()}
 
 
-def _source(name: str, shards: Iterable[ShardRef], kind: Kind = "web", weight: float | None = None) -> Source:
+def _source(
+    name: str, shards: Iterable[SnapshotShard], kind: Kind = "web", weight: float | None = None
+) -> Source:
     return Source(slice=0, name=name, kind=kind, shards=tuple(shards), given_weight=weight)
 
 
@@ -224,7 +227,7 @@ def _webdataset(path: str) -> dict[str, Source]:
     storage = Storage(path)
     name = storage.name
     refs = [
-        ShardRef(corpus=path, source=name, shard=shard, tar=tar)
+        SnapshotShard(corpus=path, source=name, shard=shard, tar=tar)
         for shard, tar in webdataset_shards(storage).items()
     ]
     if not refs:
@@ -249,24 +252,24 @@ def _without_held_out(snapshot: Snapshot, held_out: int) -> Snapshot:
     return replace(snapshot, sources=tuple(map(without, snapshot.sources)))
 
 
-def _choose_held_out(shards: Iterable[ShardRef], images: int) -> dict[ShardRef, tuple[str, ...]]:
+def _choose_held_out(shards: Iterable[SnapshotShard], images: int) -> dict[SnapshotShard, tuple[str, ...]]:
     """Choose the images whose uids have the smallest hashes, of a few shards; return the uids by shard.
 
     The shards are taken in the order of their names' hashes until they hold four times as many images as are wanted:
     so the choice depends neither on a run's seed nor on its ranks.
     """
-    candidates: list[tuple[str, str, ShardRef]] = []
+    candidates: list[tuple[str, str, SnapshotShard]] = []
     for shard in sorted(shards, key=lambda shard: _hash(f"{shard.source}/{shard.shard}")):
         candidates += [(_hash(uid), uid, shard) for uid in _uids(shard)]
         if len(candidates) >= _HELD_OUT_POOL * images:
             break
-    chosen: dict[ShardRef, list[str]] = {}
+    chosen: dict[SnapshotShard, list[str]] = {}
     for _, uid, shard in sorted(candidates, key=lambda candidate: candidate[:2])[:images]:
         chosen.setdefault(shard, []).append(uid)
     return {shard: tuple(sorted(uids)) for shard, uids in chosen.items()}
 
 
-def _uids(shard: ShardRef) -> list[str]:
+def _uids(shard: SnapshotShard) -> list[str]:
     """Return the uids of a shard's samples; a corpus's tar need not be fetched for that."""
     records = Records(Storage(shard.corpus))
     if shard.parquet is None:

@@ -12,10 +12,10 @@ from jobs.bench.fixtures.corpus import curated_corpus
 from jobs.bench.fixtures.pictures import jpegs
 from pipeline.storage.scratch import temporary_folder
 from schemas.pretrain import DataConfig
-from schemas.records import OutputFile
+from schemas.records import OutputFile, SnapshotShard
 from training.data.node_files import node_file
 from training.data.sampler import SampleIndex, Sampler
-from training.data.shard_index import ShardRef, index_tar, open_shard
+from training.data.shard_index import index_tar, open_shard
 from training.data.snapshot import Snapshot, Source
 
 # BLIP-2, section 4.1 and appendix: the images of each source, and the batch of stage 1 with ViT-g.
@@ -81,10 +81,10 @@ def _source(name: str, images: int) -> Source:
     )
 
 
-def _shard(source: str, first: int, images: int) -> ShardRef:
+def _shard(source: str, first: int, images: int) -> SnapshotShard:
     rows = min(_IMAGES_PER_SHARD, images - first)
     name = f"{first // _IMAGES_PER_SHARD:05}"
-    return ShardRef(
+    return SnapshotShard(
         corpus="", source=source, shard=name, tar=OutputFile(path=name, bytes=rows, sha256="", rows=rows)
     )
 
@@ -95,7 +95,9 @@ def _opening() -> dict[str, float]:
         corpus, [record] = curated_corpus(folder, 1, _IMAGES_OPENED, jpegs((64, 64)))
         tar_file, parquet = record.outputs["tar"], record.outputs["parquet"]
         path = corpus.config.corpus.path
-        shard = ShardRef(corpus=path, source=record.source, shard=record.shard, tar=tar_file, parquet=parquet)
+        shard = SnapshotShard(
+            corpus=path, source=record.source, shard=record.shard, tar=tar_file, parquet=parquet
+        )
         with node_file(corpus.records, tar_file) as tar, node_file(corpus.records, parquet):
             start = time.thread_time()
             with open_shard(corpus.records, shard) as opened:

@@ -100,7 +100,8 @@ def read_columns(storage: Storage, path: str, form: str, wanted: Wanted) -> Iter
     form = format_of(path, form)
     with opened_list(storage, path) as file:
         if form == "parquet":
-            yield from _read_parquet(file, path, wanted)
+            for pieces, first in _parquet_pieces(file, path, wanted):
+                yield _rows_of(pieces, path, wanted, first)
         else:
             unit, rows = text_rows(storage, file, path, form, wanted)
             yield from _batches(rows, wanted, unit)
@@ -202,11 +203,6 @@ def open_parquet(file: BinaryIO, path: str) -> Iterator[ParquetList]:
             shutil.copyfileobj(content_of(file), target)
         with unpacked.open("rb") as content:
             yield ParquetList(content, path)
-
-
-def _read_parquet(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[Rows]:
-    for pieces, first in _parquet_pieces(file, path, wanted):
-        yield _rows_of(pieces, path, wanted, first)
 
 
 def _parquet_pieces(file: BinaryIO, path: str, wanted: Wanted) -> Iterator[tuple[list[pa.RecordBatch], int]]:

@@ -62,20 +62,21 @@ class _Content(io.RawIOBase):
 
 
 def _decompressor(file: BinaryIO) -> Any:
-    """Go by the content, since a name may be in capitals, or say nothing."""
-    start = file.read(4)
-    file.seek(0)
-    if start.startswith(_GZIP):
-        return gzip.GzipFile(fileobj=file)
-    if start.startswith(_BZIP2):
-        return bz2.BZ2File(file)
-    if start == _ZSTD:
-        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+    match compression_of(file):
+        case "gzip":
+            return gzip.GzipFile(fileobj=file)
+        case "bzip2":
+            return bz2.BZ2File(file)
+        case "zstd":
+            return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
     return file
 
 
 def compression_of(file: BinaryIO) -> str:
-    """Return how a file is compressed: gzip, bzip2, zstd or, empty, not at all."""
+    """Return how a file is compressed: gzip, bzip2, zstd or, empty, not at all.
+
+    By its content, since a name may be in capitals, or say nothing.
+    """
     start = file.read(4)
     file.seek(0)
     packed = {_GZIP: "gzip", _BZIP2: "bzip2", _ZSTD: "zstd"}

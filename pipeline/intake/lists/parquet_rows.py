@@ -57,10 +57,9 @@ class ParquetList:
         leaves = self._leaves((column,))
         for group in range(self._plain.num_row_groups):
             self._reject_bomb(group, leaves)
-            chunks = [self._plain.metadata.row_group(group).column(leaf) for leaf in leaves]
             repeating = [
                 chunk.path_in_schema
-                for chunk in chunks
+                for chunk in self._chunks(group, leaves)
                 if chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY"
             ]
             reader = self._open(repeating) if repeating else self._plain
@@ -87,8 +86,11 @@ class ParquetList:
             if any(path == c or path.startswith(f"{c}.") for c in columns)
         ]
 
+    def _chunks(self, group: int, leaves: Sequence[int]) -> list[pq.ColumnChunkMetaData]:
+        return [self._plain.metadata.row_group(group).column(leaf) for leaf in leaves]
+
     def _reject_bomb(self, group: int, leaves: Sequence[int]) -> None:
-        chunks = [self._plain.metadata.row_group(group).column(leaf) for leaf in leaves]
+        chunks = self._chunks(group, leaves)
         size = sum(chunk.total_compressed_size for chunk in chunks)
         expanded = sum(chunk.total_uncompressed_size for chunk in chunks)
         values = max((chunk.num_values for chunk in chunks), default=0)
@@ -103,16 +105,13 @@ class ParquetList:
     def _decoding(self, group: int, leaves: Sequence[int]) -> tuple[int, list[str]]:
         """Return how many rows to decode at once, and the columns to keep in their dictionary."""
         rows, dictionaries = _PIECE_ROWS, []
-        for leaf in leaves:
-            chunk, column = (
-                self._plain.metadata.row_group(group).column(leaf),
-                self._plain.metadata.schema.column(leaf),
-            )
+        for leaf, chunk in zip(leaves, self._chunks(group, leaves), strict=True):
             if chunk.num_values * chunk.total_uncompressed_size <= _PIECE_BYTES:
                 continue
             path, nested = chunk.path_in_schema, chunk.path_in_schema not in self.names
             if chunk.physical_type == "FIXED_LEN_BYTE_ARRAY":
-                rows = min(rows, max(_PIECE_BYTES // max(column.length, 1), 1))
+                length = self._plain.metadata.schema.column(leaf).length
+                rows = min(rows, max(_PIECE_BYTES // max(length, 1), 1))
             elif "DELTA_BYTE_ARRAY" in chunk.encodings:
                 rows = min(rows, _DELTA_ROWS)
                 if nested:

@@ -18,11 +18,13 @@ from urllib.parse import unquote, urlsplit
 from pipeline.intake.pictures import folder, tables, tars
 from pipeline.intake.pictures.places import SCHEME, InputFolders, Place, parse_place
 from pipeline.regular_files import NotRegularFileError, open_regular
+from pipeline.shards.tar_samples import IMAGE
 from pipeline.storage.storage import Storage
 from pipeline.web.bodies import BodyMemory
 from pipeline.web.client import Fetch, Web
 from schemas.config import CrawlConfig, SourceConfig
 from schemas.errors import CapfiltError
+from schemas.statuses import SampleError
 
 _CHUNK = 1 << 20
 # Tars and tables that stay open: the rows of a shard come in the order of the files.
@@ -31,12 +33,8 @@ _OPEN_FILES = 2
 Opened = TypeVar("Opened")
 
 
-class _NoPictureError(Exception):
-    """Says why a place gives no bytes: a reason of ``schemas.statuses``, and what was seen."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+class _NoPictureError(SampleError):
+    """Says why a place gives no bytes."""
 
 
 class FileFetcher:
@@ -79,13 +77,10 @@ class FileFetcher:
             raise _NoPictureError("forbidden_file", f"the source's format is {self._format} now")
         match self._format:
             case folder.FORMAT:
-                return self._open_file(path)
+                return io.BytesIO(self._storage.read(path, self._max_bytes))
             case tars.FORMAT:
                 return self._open_member(path, place)
         return self._open_cell(path, place)
-
-    def _open_file(self, path: str) -> IO[bytes]:
-        return io.BytesIO(self._storage.read(path, self._max_bytes))
 
     def _open_member(self, path: str, place: Place) -> IO[bytes]:
         with self._tars.holding(path) as (file, members):
@@ -110,7 +105,7 @@ class FileFetcher:
     def _open_tar(self, path: str) -> Iterator[tuple[int, dict[str, tuple[int, int] | None]]]:
         with self._storage.local_copy(path) as local, local.open("rb") as file:
             samples = tars.samples_of(local, path)
-            yield file.fileno(), {key: tars.image_place(places) for key, places in samples}
+            yield file.fileno(), {key: places[IMAGE] for key, places in samples}
 
     @contextlib.contextmanager
     def _open_table(self, path: str) -> Iterator[tables.TableImages]:
@@ -127,12 +122,6 @@ class ListFetcher:
         self._folders = [Path(folder).resolve() for folder in crawl.allow_files]
         self._max_bytes, self._web = crawl.max_body_bytes, web
         self.threads = crawl.threads
-
-    def __enter__(self) -> "ListFetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def fetch(self, url: str, memory: BodyMemory | None = None) -> Fetch:
         """Return what a file holds, or what the web answers."""

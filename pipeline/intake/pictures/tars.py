@@ -17,7 +17,6 @@ from pipeline.intake.lists.files import BATCH_ROWS
 from pipeline.intake.lists.lines import MAX_ROW_BYTES
 from pipeline.intake.pictures.places import InputFolders, Place
 from pipeline.shards.tar_samples import (
-    IMAGE,
     JSON,
     MEMBERS,
     TEXT,
@@ -138,11 +137,6 @@ def _warn(tar_samples: TarSamples, name: str) -> None:
             f"{count:,} with {reason}" for reason, count in sorted(tar_samples.left_out.items())
         )
         _log.warning("%s: samples left out: %s", name, reasons)
-
-
-def image_place(places: Places) -> tuple[int, int] | None:
-    """Return offset and size of a sample's image."""
-    return places[IMAGE]
 
 
 def _values(content: BinaryIO, places: Places, caption: str | None, name: str) -> dict[str, Any]:

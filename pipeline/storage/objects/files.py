@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -126,22 +127,19 @@ class ObjectFiles:
 
     def create(self, key: str, data: bytes) -> bool:
         """Upload bytes unless the key is taken, in one conditional request."""
-        for wait_s in (*_CREATE_WAITS_S, None):
+        for _ in _tries(self.url(key)):
             try:
                 self._put(key, data, mode="create", use_multipart=False)
+                return True
             except FileExistsError:
                 # No object yet: S3 answers so (409) while another create is under way, which may still fail.
                 with contextlib.suppress(FileNotFoundError):
                     return self.read(key) == data
-            else:
-                return True
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise _in_the_way(self.url(key))
+        raise AssertionError
 
     def swap(self, key: str, old: bytes, new: bytes) -> bool:
         """Replace an object if it has just these bytes: one request to read it, and a conditional one."""
-        for wait_s in (*_CREATE_WAITS_S, None):
+        for _ in _tries(self.url(key)):
             try:
                 with explained(self.url(key)):
                     read = self._store.get(key)
@@ -155,9 +153,7 @@ class ObjectFiles:
             with contextlib.suppress(FileExistsError):
                 self._put(key, new, mode=how, use_multipart=False)
                 return True
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise _in_the_way(self.url(key))
+        raise AssertionError
 
     def _put(self, key: str, content: bytes | IO[bytes], **how: Any) -> None:
         with explained(self.url(key)):
@@ -176,8 +172,13 @@ class ObjectFiles:
             self._store.delete(key)
 
 
-def _in_the_way(url: str) -> ObjectStorageError:
-    return ObjectStorageError(
+def _tries(url: str) -> Iterator[None]:
+    """Yield for each try to create or replace an object, with pauses. Raises ObjectStorageError behind the last."""
+    yield
+    for wait_s in _CREATE_WAITS_S:
+        time.sleep(wait_s)
+        yield
+    raise ObjectStorageError(
         f"{url} cannot be written: other writers were in the way at every try; run the command again"
     )
 
