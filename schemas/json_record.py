@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
@@ -65,14 +65,14 @@ class Json:
     """Base of the records: canonical JSON and back."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+    # Fields that earlier versions do not know: left out where they are None or empty, as those wrote their records.
+    _ADDED: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> str:
         """Return canonical JSON."""
-        return _encode(self.json_fields())
-
-    def json_fields(self) -> dict[str, Any]:
-        """Return what ``to_json`` writes, by the names of the fields; records inside as they are."""
-        return fields_of(self)
+        fields = fields_of(self)
+        unknown = {name for name in self._ADDED if fields[name] in (None, {})}
+        return _encode({name: value for name, value in fields.items() if name not in unknown})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

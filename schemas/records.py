@@ -45,17 +45,30 @@ class Histogram(Json):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord(Json):
+class _ShardOfRun(Json):
+    """One stage of one shard, and the run that dealt with it."""
+
+    stage: Stage
+    source: FileName
+    shard: ShardName
+    run_id: FileName
+
+    @property
+    def shard_id(self) -> tuple[Stage, str, str]:
+        """Which stage of which shard."""
+        return self.stage, self.source, self.shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord(_ShardOfRun):
     """The commit of one shard by one stage. Times are ISO 8601 in UTC.
 
     ``attempt`` is the id of the shard commit that wrote the outputs; their file names have it. ``adopted`` (in
     outputs and intake records) names a tar of img2dataset's that was imported without copying it.
     """
 
-    stage: Stage
-    source: FileName
-    shard: ShardName
-    run_id: FileName
+    _ADDED = ("cpus", "gpus", "node_type")
+
     attempt: FileName
     fingerprint: str
     inputs: Mapping[str, str]
@@ -72,18 +85,10 @@ class ShardRecord(Json):
     host: str = ""
     device: str = "cpu"
     versions: Mapping[str, str] = field(default_factory=dict)
-    # Of the worker; records of earlier versions do not say it.
+    # Of the worker.
     cpus: Finite | None = None
     gpus: Finite | None = None
     node_type: str | None = None
-
-    def json_fields(self) -> dict[str, Any]:
-        """Return the fields; of a record of an earlier version those that it had."""
-        fields = Json.json_fields(self)
-        unknown = [name for name in ("cpus", "gpus", "node_type") if fields[name] is None]
-        for name in unknown:
-            del fields[name]
-        return fields
 
     @property
     def gpu_seconds(self) -> float:
@@ -93,7 +98,7 @@ class ShardRecord(Json):
     @property
     def path(self) -> str:
         """Where the record is while it is committed, relative to the corpus."""
-        return shard_record_path(self.stage, self.source, self.shard)
+        return shard_record_path(*self.shard_id)
 
     @property
     def retired_path(self) -> str:
@@ -207,6 +212,8 @@ class IntakeRecord(Json):
     the shards of this batch that try them again; batches of earlier versions do not say so.
     """
 
+    _ADDED = ("taken_over",)
+
     source: FileName
     batch: Count
     kind: Literal["lists", "img2dataset", "retry"]
@@ -259,15 +266,6 @@ class IntakeRecord(Json):
             finished_at=self.finished_at,
         )
 
-    def json_fields(self) -> dict[str, Any]:
-        """Return the fields; without ``taken_over`` where there is none, as earlier versions wrote and read them."""
-        fields = Json.json_fields(self)
-        return (
-            fields
-            if self.taken_over
-            else {key: value for key, value in fields.items() if key != "taken_over"}
-        )
-
     def retries_of(self, shard: str) -> Iterable[str]:
         """Return the shards of this batch that try URLs of another shard again, or may, where it does not say which."""
         if self.kind != "retry":
@@ -315,16 +313,12 @@ def lost_attempt_path(stage: Stage, source: str, shard: str, run_id: str, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LostAttemptRecord(Json):
+class LostAttemptRecord(_ShardOfRun):
     """An attempt that did not commit its shard, and the seconds of a worker that it took.
 
     ``cause``: failed (the worker raised ``error``), or killed (its process or node died, or the run was stopped).
     """
 
-    stage: Stage
-    source: FileName
-    shard: ShardName
-    run_id: FileName
     number: Count
     cause: Literal["failed", "killed"]
     started_at: Time
@@ -339,17 +333,13 @@ class LostAttemptRecord(Json):
     @property
     def path(self) -> str:
         """Where the record is, relative to the corpus."""
-        return lost_attempt_path(self.stage, self.source, self.shard, self.run_id, self.number)
+        return lost_attempt_path(*self.shard_id, self.run_id, self.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuarantineRecord(Json):
+class QuarantineRecord(_ShardOfRun):
     """A shard that failed every attempt of a run; the next run tries it again."""
 
-    stage: Stage
-    source: FileName
-    shard: ShardName
-    run_id: FileName
     attempts: Count
     error: str
     finished_at: Time

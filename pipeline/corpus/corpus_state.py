@@ -27,7 +27,7 @@ def committed_shards(
     held = compacted(files)
     records.require_imported(held.values())
     read = records.read_shards([info for info in files if info.path not in held])
-    return {(record.stage, record.source, record.shard): record for record in held.values()} | read
+    return {record.shard_id: record for record in held.values()} | read
 
 
 class CorpusState:

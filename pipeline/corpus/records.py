@@ -90,7 +90,7 @@ class Records:
         """Return the records in listed files, without histograms: they are most of a record's size."""
         records = [replace(record, histograms={}) for record in self._read_all(ShardRecord, files)]
         self.require_imported(records)
-        return {(record.stage, record.source, record.shard): record for record in records}
+        return {record.shard_id: record for record in records}
 
     def retired(self) -> list[ShardRecord]:
         """Return the records that a recomputation replaced."""
@@ -155,7 +155,7 @@ class Records:
     def quarantined(self) -> dict[ShardId, QuarantineRecord]:
         """Return the shards that failed every attempt of their last run."""
         records = self._read_all(QuarantineRecord, self.storage.list("records/quarantine"))
-        return {(record.stage, record.source, record.shard): record for record in records}
+        return {record.shard_id: record for record in records}
 
     # -- format ----------------------------------------------------------------------------------------------
 

@@ -3,26 +3,12 @@
 import pyarrow as pa
 
 from schemas.stages import STAGE_FOLDERS, STAGES, Stage
-from schemas.tables import (
-    CHECKPOINTS,
-    LOST_ATTEMPTS,
-    MARKS,
-    MODELS,
-    RUNS,
-    SHARDS,
-    SNAPSHOTS,
-    STAGE_SCHEMAS,
-)
+from schemas.tables import STAGE_SCHEMAS, TABLES
 
 # Tables whose rows come from records; their Parquet parts lie under manifest/<table>/.
 RECORD_TABLES: dict[str, pa.Schema] = {
-    "shards": SHARDS,
-    "lost_attempts": LOST_ATTEMPTS,
-    "runs": RUNS,
-    "models": MODELS,
-    "checkpoints": CHECKPOINTS,
-    "snapshots": SNAPSHOTS,
-    "marks": MARKS,
+    name: TABLES[name]
+    for name in ("shards", "lost_attempts", "runs", "models", "checkpoints", "snapshots", "marks")
 }
 
 # Tables whose rows lie in the shards' own Parquet files: folder -> schema, and the stage that writes them.

@@ -1,21 +1,8 @@
 """The tables: which rows of the records stand, which files count, and the samples and captions in them."""
 
 from schemas.catalog.sql_text import quote, quoted
-from schemas.catalog.table_schemas import DATA_STAGES
-from schemas.tables import (
-    CANDIDATES,
-    CAPTIONS,
-    CHECKPOINTS,
-    CURATED,
-    LOST_ATTEMPTS,
-    MARKS,
-    MATCHES,
-    MODELS,
-    RUNS,
-    SAMPLES,
-    SHARDS,
-    SNAPSHOTS,
-)
+from schemas.catalog.table_schemas import DATA_STAGES, RECORD_TABLES
+from schemas.tables import CANDIDATES, CAPTIONS, CURATED, MARKS, MATCHES, SAMPLES, SHARDS, SNAPSHOTS
 
 
 # The Parquet files of the data tables, by kind: those that the record of a shard commits. Captions count until their
@@ -94,21 +81,19 @@ def standing_rows(events: str) -> str:
         ORDER BY place"""
 
 
+def _first_by(table: str, key: str, order: str) -> str:
+    """Return the SELECT of one row of a table of records for each key: the first in an order."""
+    return f"""
+        SELECT {quoted(RECORD_TABLES[table].names)} FROM base.{table}_events
+        QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1"""
+
+
 TABLE_SQL: dict[str, str] = {
     "shards": _standing(quoted(SHARDS.names), "base.shards_events"),
-    "lost_attempts": f"""
-        SELECT {quoted(LOST_ATTEMPTS.names)} FROM base.lost_attempts_events
-        QUALIFY row_number() OVER (PARTITION BY stage, source, shard, run_id, number ORDER BY ended_at) = 1""",
-    "runs": f"""
-        SELECT {quoted(RUNS.names)} FROM base.runs_events
-        QUALIFY row_number() OVER (
-            PARTITION BY run_id ORDER BY outcome IS NOT NULL DESC, finished_at DESC) = 1""",
-    "models": f"""
-        SELECT {quoted(MODELS.names)} FROM base.models_events
-        QUALIFY row_number() OVER (PARTITION BY digest ORDER BY registered_at) = 1""",
-    "checkpoints": f"""
-        SELECT {quoted(CHECKPOINTS.names)} FROM base.checkpoints_events
-        QUALIFY row_number() OVER (PARTITION BY path ORDER BY created_at DESC) = 1""",
+    "lost_attempts": _first_by("lost_attempts", "stage, source, shard, run_id, number", "ended_at"),
+    "runs": _first_by("runs", "run_id", "outcome IS NOT NULL DESC, finished_at DESC"),
+    "models": _first_by("models", "digest", "registered_at"),
+    "checkpoints": _first_by("checkpoints", "path", "created_at DESC"),
     # A record of the corpus knows more than the file beside the checkpoints: of copies, which shards they are of.
     "snapshots": f"""
         SELECT {quoted(SNAPSHOTS.names)} FROM (

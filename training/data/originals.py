@@ -77,7 +77,7 @@ def _samples_of(records: Records, record: ShardRecord) -> Iterator[_Sample]:
     table = committed_table(records, record.outputs["parquet"], ("key", "uid", "status"))
     stored = table.filter(pc.equal(table["status"], "kept" if record.stage == "select" else "ok"))
     for key, uid in zip(stored["key"].to_pylist(), stored["uid"].to_pylist(), strict=True):
-        yield key, (record.stage, record.source, record.shard), uid
+        yield key, record.shard_id, uid
 
 
 def _named_samples(copy: SnapshotShard) -> Iterator[_Sample]:
