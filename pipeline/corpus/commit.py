@@ -9,22 +9,28 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.corpus.records import Records
 from pipeline.corpus.worker_time import WORKER_TIME
 from pipeline.digests import sha256_file
+from pipeline.prefetch import prefetch_map
 from pipeline.storage.scratch import temporary_folder
 from schemas.json_record import utc_now
 from schemas.records import Histogram, OutputFile, ShardRecord, ShardTask
 from schemas.stages import STAGE_FOLDERS
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 _LIBRARIES = (
     "capfilt",
@@ -98,12 +104,23 @@ class ShardStats:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     @contextlib.contextmanager
-    def gpu_lock(self, lock: Lock) -> Iterator[None]:
-        """Hold the device for one shard; the part ``wait`` is the time that another shard held it."""
+    def on_device(
+        self, lock: Lock, work: Callable[[T], U], batches: Iterator[T], *, ahead: int = 1
+    ) -> Iterator[Iterator[U]]:
+        """Hold the device for one shard, and yield what ``work`` makes of its batches, in order.
+
+        The first batch is decoded while another shard has the device, so that the device does not wait for it. The part
+        ``wait`` is the rest of the time that the other one holds it.
+        """
+        first = list(islice(batches, 1))
         with self.timed("wait"), WORKER_TIME.waiting():
             lock.acquire()
         try:
-            yield
+            # Closed before the lock is released, on errors too: the engine's buffers serve one batch at a time.
+            with contextlib.closing(
+                prefetch_map(work, chain(first, batches), ahead=ahead, threads=1)
+            ) as results:
+                yield results
         finally:
             lock.release()
 

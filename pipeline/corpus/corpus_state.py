@@ -63,7 +63,7 @@ class CorpusState:
 
     def refresh(self) -> None:
         """Bring the records of the stages and the quarantine up to date."""
-        files = [info for info in self._records.list_shards() if self._is_within(*_place(info.path))]
+        files = [info for info in self._records.list_shards() if self._is_within(*place_of_record(info.path))]
         versions = {info.path: info.version for info in files}
         changed = [info for info in files if self._versions.get(info.path) != info.version]
         read = committed_shards(self._records, changed, self._compacted)
@@ -100,7 +100,7 @@ class CorpusState:
         return [record for record in self.committed.values() if record.run_id == run_id]
 
 
-def _place(path: str) -> tuple[str, str]:
+def place_of_record(path: str) -> tuple[str, str]:
     """Return the source and shard that the file of a shard's record is named by."""
     *_, source, name = path.split("/")
     return source, name.removesuffix(".json")

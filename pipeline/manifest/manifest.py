@@ -10,9 +10,9 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import duckdb
@@ -26,6 +26,7 @@ from pipeline.manifest.record_tables import RecordTables
 from pipeline.manifest.sample_files import samples_dataset
 from pipeline.manifest.sandbox import (
     FILE_ERRORS,
+    Parameters,
     Sealed,
     Stream,
     column_names,
@@ -76,6 +77,8 @@ class Manifest:
     def __init__(self, storage: Storage, compacted: CompactedRecords | None = None) -> None:
         self.storage = storage
         self.compacted = compacted or CompactedRecords(storage)
+        # Opens a connection for this package's own questions, as of now; its options are those of ``Query``.
+        self.open = partial(Query, storage, self.compacted)
         self.uids = UidIndex(storage)
         # The catalog is made over the parts: no rebuild of another thread may take them away meanwhile.
         self._writing = threading.Lock()
@@ -116,26 +119,6 @@ class Manifest:
         with self._writing:
             return rewrite_copied_catalog(self.storage, self._compact_for_catalog)
 
-    def open(
-        self,
-        *,
-        in_place: bool = False,
-        shards: Collection[tuple[str, str]] | None = None,
-        memory: str = "50%",
-        records: RecordTables | None = None,
-    ) -> "Query":
-        """Return a connection for this package's own questions, as of now; use it as a context manager.
-
-        Args:
-            in_place: see ``Query``; for questions that search samples.
-            shards: see ``Query``.
-            memory: what DuckDB may take, such as 4GB or 50%.
-            records: see ``Query``.
-        """
-        return Query(
-            self.storage, self.compacted, in_place=in_place, shards=shards, memory=memory, records=records
-        )
-
     def query(
         self, sql: str, *, timeout_s: float = 600.0, max_rows: int | None = None, memory: str = "50%"
     ) -> Answer:
@@ -156,7 +139,7 @@ class Manifest:
         ``timeout_s`` counts until the last of them; errors come up wherever they are taken.
         """
         with (
-            Query(self.storage, self.compacted, memory=memory) as query,
+            self.open(memory=memory) as query,
             stream_answer(query.sealed(), sql, timeout_s=timeout_s) as stream,
         ):
             yield stream
@@ -164,24 +147,26 @@ class Manifest:
     def table(
         self,
         sql: str,
-        parameters: Sequence[Any] | Mapping[str, Any] = (),
+        parameters: Parameters = (),
         *,
         timeout_s: float = 600.0,
         memory: str = "50%",
     ) -> pa.Table:
-        """Answer as ``query`` does, with typed columns; ``parameters``: see ``table_answer``."""
-        with Query(self.storage, self.compacted, memory=memory) as query:
+        """Answer as ``query`` does, with typed columns."""
+        with self.open(memory=memory) as query:
             return table_answer(query.sealed(), sql, parameters, timeout_s=timeout_s)
 
 
 class Query:
     """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened.
 
-    Files of samples, and most columns of the shards, are read once a statement asks for them.
+    Files of samples, and most columns of the shards, are read once a statement asks for them. Use it as a context
+    manager.
 
     Args:
+        memory: what DuckDB may take, such as 4GB or 50%.
         in_place: DuckDB may open the files itself where they are local, and so has access to files. Faster at
-            finding one row, of which Arrow reads every column of every file.
+            finding one row, of which Arrow reads every column of every file: for questions that search samples.
         shards: (source, shard) of those whose samples are read; the tables of records stay whole. None reads all.
         records: the rows of the records, as ``CompactedRecords.tables`` returned them; None reads those of now.
     """
@@ -236,7 +221,7 @@ class Query:
         self._connection.register("shards_data", self.records.events())
         self._connection.register("standing_shards_data", self.records.shards())
 
-    def prepare(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
+    def prepare(self, sql: str, parameters: Parameters = ()) -> None:
         """Open the files, and read the columns of the records, that a statement needs and none before it did."""
         names = names_in(sql)
         if not self._is_commented and any(name.startswith(_TELLS_COMMENTS) for name in names):
@@ -252,7 +237,7 @@ class Query:
             self._add_files(f"{kind}_data", self._files[kind], _SCHEMAS[kind])
             self._unopened.remove(kind)
 
-    def _columns_of(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> set[str]:
+    def _columns_of(self, sql: str, parameters: Parameters = ()) -> set[str]:
         """Return the columns of the shards that a statement reads: DuckDB's plan of it names those of each scan."""
         try:
             plan = self._connection.execute(f"EXPLAIN (FORMAT JSON) {sql}", parameters).fetchall()

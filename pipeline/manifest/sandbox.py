@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -21,6 +21,9 @@ from schemas.catalog.table_schemas import CATALOG
 from schemas.catalog.views import VIEWS
 from schemas.errors import CapfiltError
 from schemas.tables import TABLES
+
+# The values of ``?`` and ``$1`` in order, or of ``$name`` by name.
+Parameters = Sequence[Any] | Mapping[str, Any]
 
 _BATCH_ROWS = 2048
 
@@ -69,13 +72,6 @@ class Stream:
     rows: Iterator[tuple[Any, ...]]
 
 
-class Prepare(Protocol):
-    """Opens what a checked statement reads."""
-
-    def __call__(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
-        """Prepare for a statement and the values of its parameters."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed:
     """A connection without access to anything outside the database.
@@ -85,7 +81,7 @@ class Sealed:
     """
 
     connection: duckdb.DuckDBPyConnection
-    prepare: Prepare
+    prepare: Callable[[str, Parameters], None]
     find_damage: Callable[[], object]
 
 
@@ -106,14 +102,8 @@ def stream_answer(sealed: Sealed, sql: str, *, timeout_s: float) -> Iterator[Str
         yield Stream(columns=column_names(result), rows=itertools.chain(first, rest))
 
 
-def table_answer(
-    sealed: Sealed, sql: str, parameters: Sequence[Any] | Mapping[str, Any], *, timeout_s: float
-) -> pa.Table:
-    """Answer a user's SQL, all its rows as an Arrow table. See ``_checked``.
-
-    Args:
-        parameters: values of ``?`` and ``$1`` in order, or of ``$name`` by name.
-    """
+def table_answer(sealed: Sealed, sql: str, parameters: Parameters, *, timeout_s: float) -> pa.Table:
+    """Answer a user's SQL, all its rows as an Arrow table. See ``_checked``."""
     with _checked(sealed, sql, parameters, timeout_s) as statement:
         # A relation: DuckDB makes Arrow of it without a copy.
         answer = sealed.connection.sql(statement, params=parameters or None)
@@ -121,9 +111,7 @@ def table_answer(
 
 
 @contextlib.contextmanager
-def _checked(
-    sealed: Sealed, sql: str, parameters: Sequence[Any] | Mapping[str, Any], timeout_s: float
-) -> Iterator[str]:
+def _checked(sealed: Sealed, sql: str, parameters: Parameters, timeout_s: float) -> Iterator[str]:
     """Yield the statement that answers a user's SQL; it may take ``timeout_s`` until the block ends.
 
     Raises CapfiltError for anything that is not a single read, for errors in the SQL, and after ``timeout_s``.

@@ -213,12 +213,9 @@ def _in(values: tuple[str, ...], wanted: set[str]) -> tuple[str, ...]:
 
 def _only(shards: Shards, values: set[str]) -> Shards:
     """Return where some of the values are."""
-    only = {
-        source: {
-            shard: held
-            for shard, values_there in by_shard.items()
-            if (held := _in(tuple(values_there), values))
-        }
-        for source, by_shard in shards.items()
-    }
-    return {source: by_shard for source, by_shard in only.items() if by_shard}
+    only: dict[str, dict[str, tuple[str, ...]]] = {}
+    for source, by_shard in shards.items():
+        for shard, values_there in by_shard.items():
+            if held := _in(values_there, values):
+                only.setdefault(source, {})[shard] = held
+    return only

@@ -16,7 +16,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.checks import reject_larger, require_finite_weights
-from pipeline.models.files.folder_view import check_numbers, folder_view, processor_config, reject_code
+from pipeline.models.files.folder_view import (
+    check_numbers,
+    folder_view,
+    processor_config,
+    reject_code,
+    section,
+    unusable,
+)
 from pipeline.models.files.model_files import (
     TensorEntry,
     read_object,
@@ -26,7 +33,6 @@ from pipeline.models.files.model_files import (
 )
 from pipeline.models.files.tokenizer_files import tokenizer_view
 from schemas.errors import CapfiltError
-from schemas.names import printable
 
 # Keys of the architecture that no config class declares as its own.
 _SHARED_KEYS = {
@@ -37,7 +43,11 @@ _SPARE_VALUES = 1_000_000
 
 
 def load_model(
-    model_class: type[PreTrainedModel], folder: Path, where: str, name: str = "", **arguments: Any
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    where: str,
+    name: str = "",
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Load a model of transformers on the CPU; reject files that leave a part of it untrained.
 
@@ -46,7 +56,7 @@ def load_model(
         folder: with ``config.json`` and safetensors.
         where: the config key that names the model, for messages.
         name: its value, where that is more than the folder.
-        arguments: for ``from_pretrained``.
+        dtype: of the weights in memory, whatever that of the files is.
 
     Raises:
         CapfiltError: a file is missing, damaged or asks for code, or the tensors are not those of the config.
@@ -73,7 +83,7 @@ def load_model(
             # Mismatched tensors are reported below, with both shapes.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **arguments,
+            dtype=dtype,
         )
     model.config.name_or_path = str(folder)
     _reject_incomplete(model_class, info, what)
@@ -109,15 +119,11 @@ def _declared(kind: type[PretrainedConfig], values: Mapping[str, Any], path: Pat
     check_numbers(kept, kind.model_type, path)
     for key, value in kept.items():
         if isinstance(value, dict) or (isinstance(value, str) and len(value) > 100):
-            raise CapfiltError(
-                f"{path}: {key} = {printable(repr(value))[:80]} is not a value that a model has"
-            )
+            raise unusable(path, key, value)
     for name, sub_kind in kind.sub_configs.items():
         # A part that may be of any class, as BLIP-2's language model, is no part of the models that are loaded so.
         if name in values and sub_kind is not AutoConfig:
-            if not isinstance(values[name], dict):
-                raise CapfiltError(f"{path}: {name} is not a JSON object")
-            kept[name] = _declared(sub_kind, values[name], path)
+            kept[name] = _declared(sub_kind, section(values, name, path), path)
     return kept
 
 

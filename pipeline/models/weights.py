@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipeline.digests import digest_json, sha256_file
 from pipeline.models.clip_config import clip_config
 from pipeline.models.files.bucket import bucket_folder, is_bucket
-from pipeline.models.files.folder_view import processor_config, processor_file, reject_code
+from pipeline.models.files.folder_view import PROCESSOR_FILES, processor_config, processor_file, reject_code
 from pipeline.models.files.model_files import (
     FirstMissingFile,
     count_parameters,
@@ -34,9 +34,8 @@ from schemas.names import printable
 from schemas.records import ModelRecord
 from schemas.stages import Stage
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _BLIP_FILES = (
-    "config.json", *_PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
+    "config.json", *PROCESSOR_FILES, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"
 )  # fmt: skip
 _BLIP_MODELS = {"captioner": "BLIP captioner", "filter": "BLIP retrieval model or stage 1 of BLIP-2"}
 _BLIP_TYPES = {"captioner": ("blip",), "filter": ("blip", "blip-2")}

@@ -4,11 +4,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.corpus.commit import ShardStats
+import pyarrow as pa
+
+from pipeline.corpus.commit import ShardCommit, ShardStats
 from pipeline.corpus.records import Records
+from pipeline.shards.shard_files import write_parquet
 from pipeline.shards.shard_reader import CrawledShard, committed_table
 from pipeline.text import clean_caption, mark_duplicates
-from schemas.records import ShardTask
+from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 from schemas.tables import STAGE_SCHEMAS
 
@@ -53,6 +56,14 @@ def count_judged(
     if undecodable := len(rows) - len(judged) - empty:
         stats.count("unscored", "undecodable", rows=undecodable)
     return judged
+
+
+def publish_rows(commit: ShardCommit, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> ShardRecord:
+    """Write rows as the Parquet of a shard and publish it; return the record that stands."""
+    path = commit.folder / "rows.parquet"
+    with commit.stats.timed("write"):
+        written = write_parquet(path, rows, schema)
+    return commit.publish({"parquet": (path, written)})
 
 
 def _stored(records: Records, task: ShardTask, stage: Stage, order: Sequence[str]) -> Rows:

@@ -1,9 +1,8 @@
 """The caption stage: one crawled shard in, a table of ``num_captions`` captions for each of its images out."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
-from itertools import chain, islice
 from threading import Lock
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipeline.models.blip.captioner import BlipCaptioner, ImageBatch, TokenBatch
 from pipeline.models.device import device_name
 from pipeline.models.weights import captioner_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
-from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.candidate_rows import publish_rows
 from pipeline.shards.shard_reader import CrawledShard, open_crawled
 from pipeline.text import clean_caption, count_words, mark_duplicates
 from schemas.config import CapfiltConfig
@@ -48,24 +47,13 @@ class CaptionWorker:
             stats.device = device_name(self.captioner.device)
             with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
-            batches = self._batches(shard, stats)
-            # The first batch is decoded while another shard has the device, so that the device does not wait for it.
-            first = list(islice(batches, 1))
-            with (
-                stats.gpu_lock(self.gpu_lock),
-                # Closed before the lock is released, on errors too: the engine's buffers serve one batch at a time.
-                closing(
-                    prefetch_map(partial(self._generate, stats), chain(first, batches), ahead=2, threads=1)
-                ) as generated,
-            ):
+            work, batches = partial(self._generate, stats), self._batches(shard, stats)
+            with stats.on_device(self.gpu_lock, work, batches, ahead=2) as generated:
                 # While the device samples one batch, another is loaded and the text of a third is decoded.
                 rows = [row for batch in generated for row in self._rows(*batch)]
             self._count(rows, shard.samples.num_rows, stats)
             stats.note_device_batch(self.captioner.batch.images)
-            path = commit.folder / "captions.parquet"
-            with stats.timed("write"):
-                written = write_parquet(path, rows, CAPTIONS)
-            return commit.publish({"parquet": (path, written)})
+            return publish_rows(commit, rows, CAPTIONS)
 
     def _batches(self, shard: CrawledShard, stats: ShardStats) -> Iterator[Batch]:
         """Yield batches in order of key; images that do not decode are left out."""

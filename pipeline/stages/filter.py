@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from threading import Lock
 from typing import Any
 
@@ -23,8 +22,13 @@ from pipeline.models.blip.matcher import Matcher
 from pipeline.models.device import device_name
 from pipeline.models.weights import filter_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
-from pipeline.shards.candidate_rows import Rows, count_judged, distinct_texts, scored_rows
-from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.candidate_rows import (
+    Rows,
+    count_judged,
+    distinct_texts,
+    publish_rows,
+    scored_rows,
+)
 from pipeline.shards.shard_reader import CrawledShard, committed_table, open_crawled
 from schemas.config import CapfiltConfig
 from schemas.errors import CorruptShardError
@@ -81,10 +85,7 @@ class FilterWorker:
                 self._judge(shard, candidates, stats)
             _count(rows, shard.samples.num_rows, stats)
             stats.note_device_batch(self.matcher.batch.images)
-            path = commit.folder / "matches.parquet"
-            with stats.timed("write"):
-                written = write_parquet(path, rows, MATCHES.with_metadata({_MATCH_OF: match_of}))
-            return commit.publish({"parquet": (path, written)})
+            return publish_rows(commit, rows, MATCHES.with_metadata({_MATCH_OF: match_of}))
 
     def _match_of(self, task: ShardTask) -> bytes:
         """Return the digest of weights, ``[filter]`` and images."""
@@ -107,13 +108,9 @@ class FilterWorker:
 
     def _judge(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> None:
         """Write ``match_probability`` into the candidates' rows."""
-        batches = self._batches(shard, candidates, stats)
-        # The first batch is decoded while another shard has the device, so that the device does not wait for it.
-        first = list(islice(batches, 1))
-        with stats.gpu_lock(self.gpu_lock):
-            for _ in prefetch_map(
-                partial(self._judge_batch, stats), chain(first, batches), ahead=1, threads=1
-            ):
+        work, batches = partial(self._judge_batch, stats), self._batches(shard, candidates, stats)
+        with stats.on_device(self.gpu_lock, work, batches) as judged:
+            for _ in judged:
                 pass
 
     def _batches(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> Iterator[list[_Image]]:

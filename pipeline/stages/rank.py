@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from threading import Lock
 from typing import Any
 
@@ -19,8 +18,7 @@ from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
 from pipeline.prefetch import decode_threads, in_batches, prefetch_map
-from pipeline.shards.candidate_rows import candidate_rows, count_judged, distinct_texts
-from pipeline.shards.shard_files import write_parquet
+from pipeline.shards.candidate_rows import candidate_rows, count_judged, distinct_texts, publish_rows
 from pipeline.shards.shard_reader import CrawledShard, open_crawled
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
@@ -64,19 +62,13 @@ class RankWorker:
             with stats.timed("read"):
                 shard = stack.enter_context(open_crawled(self.records, task.inputs["crawl"]))
                 candidates = candidate_rows(self.records, shard, task)
-            batches = self._batches(shard, candidates, stats)
-            # The first batch is decoded while another shard has the device, so that the device does not wait for it.
-            first = list(islice(batches, 1))
-            with stats.gpu_lock(self.gpu_lock):
-                scored = prefetch_map(partial(self._score, stats), chain(first, batches), ahead=1, threads=1)
+            work, batches = partial(self._score, stats), self._batches(shard, candidates, stats)
+            with stats.on_device(self.gpu_lock, work, batches) as scored:
                 # Scores are read from a batch while the device computes the next one.
                 rows = [row for batch in scored for image in batch for row in image.candidates]
             _count(rows, shard.samples.num_rows, task.kind, stats)
             stats.note_device_batch(*(ranker.batch.images for ranker in self.rankers))
-            path = commit.folder / "scores.parquet"
-            with stats.timed("write"):
-                written = write_parquet(path, rows, CANDIDATES)
-            return commit.publish({"parquet": (path, written)})
+            return publish_rows(commit, rows, CANDIDATES)
 
     def _batches(
         self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], stats: ShardStats

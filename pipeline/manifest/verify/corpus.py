@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from pipeline.corpus.corpus_state import CorpusState
+from pipeline.corpus.corpus_state import CorpusState, place_of_record
 from pipeline.corpus.records import Records, ShardId
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.verify.doubled_uids import CheckedShard, doubled_uids
@@ -193,8 +193,7 @@ def _committed_shards(records: Records, selection: ShardSelection) -> Iterator[S
     urls = records.url_shards()
     files: dict[tuple[str, str], list[FileInfo]] = {place: [] for place in urls}
     for info in records.list_shards():
-        *_, source, name = info.path.split("/")
-        files.setdefault((source, name.removesuffix(".json")), []).append(info)
+        files.setdefault(place_of_record(info.path), []).append(info)
     require_some(selection, files)
     places = iter(sorted(place for place in files if selection.has(*place)))
     while batch := list(itertools.islice(places, _BATCH_SHARDS)):

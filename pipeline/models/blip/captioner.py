@@ -69,19 +69,13 @@ class BlipCaptioner:
         self.dtype = compute_dtype(config.precision, self.device)
         if config.precision == "fp8":
             require_fp8("caption", self.device)
-        on_gpu = self.device.type == "cuda"
-        self._tokenizer = load_tokenizer(Path(weights.path), "caption.model")
-        model = load_model(
-            BlipForConditionalGeneration,
-            Path(weights.path),
-            "caption.model",
-            weights.name,
-            dtype=torch.float32,
-        )
+        on_gpu, folder = self.device.type == "cuda", Path(weights.path)
+        self._tokenizer = load_tokenizer(folder, "caption.model")
+        model = load_model(BlipForConditionalGeneration, folder, "caption.model", weights.name)
         # Generation settings that came with the files must not fill what a call leaves open.
         model.text_decoder.generation_config = GenerationConfig()
         self.preprocess = Preprocess.of_blip(
-            load_image_processor(Path(weights.path), model.config.vision_config.image_size, "caption.model")
+            load_image_processor(folder, model.config.vision_config.image_size, "caption.model")
         )
         model = model.to(self.device, self.dtype).eval()
         self._start_id = model.config.text_config.bos_token_id

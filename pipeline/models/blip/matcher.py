@@ -95,7 +95,6 @@ class Matcher:
             folder,
             "filter.model",
             weights.name,
-            dtype=torch.float32,
         )
         self.preprocess = Preprocess.of_blip(
             load_image_processor(folder, model.config.vision_config.image_size, "filter.model")

@@ -21,6 +21,7 @@ from schemas.names import printable
 
 _ASKS_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _PROCESSOR_KEYS = {
     "crop_size", "default_to_square", "image_mean", "image_std", "pad_size", "resample", "rescale_factor", "size",
 }  # fmt: skip
@@ -129,8 +130,7 @@ def processor_config(folder: Path, image_size_px: Any, where: str) -> dict[str, 
 
 def processor_file(folder: Path) -> str:
     """Return the name of the file with the image processor's settings: transformers 5 writes the second."""
-    names = ("preprocessor_config.json", "processor_config.json")
-    return next((name for name in names if (folder / name).is_file()), names[0])
+    return next((name for name in PROCESSOR_FILES if (folder / name).is_file()), PROCESSOR_FILES[0])
 
 
 def is_by_channel(values: Any, *, above_zero: bool) -> bool:
