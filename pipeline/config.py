@@ -27,7 +27,7 @@ from pipeline.config_text import (
     unusable_values,
 )
 from pipeline.digests import digest_json
-from pipeline.toml_lines import KeyPath, key_lines
+from pipeline.toml_lines import KeyPath, key_lines, walk
 from schemas.bootstrap import BootstrapConfig
 from schemas.config import CapfiltConfig
 from schemas.errors import CapfiltError, did_you_mean
@@ -220,17 +220,12 @@ def _override_value(text: str, path: KeyPath, kind: type[BaseModel]) -> Any:
 
 def _secrets(values: dict[str, Any], places: Origin) -> Iterator[str]:
     """Reject URLs with a password: the config is kept with every run."""
-
-    def walk(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    for path, value in walk(values):
         if isinstance(value, str) and _PASSWORD.search(value):
-            yield path
-        elif isinstance(value, (dict, list)):
-            for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from walk(part, (*path, name))
-
-    for path in walk(values, ()):
-        place = "--set" if places.override_of(path) else places.place(path)  # the argument holds the password
-        yield f"{place}: {dotted_key(path, values)}: a password in a URL; use environment variables instead"
+            place = (
+                "--set" if places.override_of(path) else places.place(path)
+            )  # the argument holds the password
+            yield f"{place}: {dotted_key(path, values)}: a password in a URL; use environment variables instead"
 
 
 # -- paths ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
                     lines.setdefault(table, first)
             continue
         element_lines = _element_lines(statement, first)
-        for path in _paths(values):
+        for path, _ in walk(values):
             element = next((part for part in path if isinstance(part, int)), len(element_lines))
             line = element_lines[element] if element < len(element_lines) else first
             lines.setdefault((*table, *path), line)
@@ -59,12 +59,12 @@ def _statements(lines: list[str]) -> Iterator[tuple[int, list[str], Any]]:
                 first = end
 
 
-def _paths(values: Any, above: KeyPath = ()) -> Iterator[KeyPath]:
-    """Yield the path of every key and element of a value, each before those below it."""
+def walk(values: Any, above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield path and value of every key and element of a value, each before those below it."""
     for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-        yield (*above, name)
+        yield (*above, name), value
         if isinstance(value, (dict, list)):
-            yield from _paths(value, (*above, name))
+            yield from walk(value, (*above, name))
 
 
 def _element_lines(statement: list[str], first: int) -> list[int]:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,7 +14,7 @@ from typing import Literal
 from pipeline.corpus.corpus_state import CompactedShards, committed_shards, none_compacted
 from pipeline.corpus.living_workers import AT_WORK_FOLDER
 from pipeline.corpus.record_files import parse_record, read_record
-from pipeline.corpus.records import Records, ShardId
+from pipeline.corpus.records import Records
 from pipeline.storage.file_info import FileInfo
 from pipeline.storage.storage import Storage
 from schemas.catalog.corpus_files import EMPTY_FOLDER
@@ -59,10 +59,10 @@ def find_orphans(
     # Files first, records second: whatever is committed in between is then known to be needed.
     files = [info for folder in STAGE_FOLDERS.values() for info in storage.list(folder)]
     others = [info for folder in ("records", "manifest", "checkpoints") for info in storage.list(folder)]
-    needed = _outputs(committed_shards(records, records.list_shards(), compacted)) | {
+    needed = _outputs(committed_shards(records, records.list_shards(), compacted).values()) | {
         file.path for intake in records.intakes() for file in intake.shards.values()
     }
-    replaced = {file.path for record in records.retired() for file in record.outputs.values()} - needed
+    replaced = _outputs(records.retired()) - needed
     orphans = []
     behind_links = _behind_links(storage, (*files, *others))
     if behind_links:
@@ -129,13 +129,13 @@ def _is_needed(records: Records, file: OrphanFile) -> bool:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             record = parse_record(ShardRecord, path, read_record(records.storage, path))
-            if file.path in {output.path for output in record.outputs.values()}:
+            if file.path in _outputs([record]):
                 return True
     return False
 
 
-def _outputs(shards: Mapping[ShardId, ShardRecord]) -> set[str]:
-    return {file.path for record in shards.values() for file in record.outputs.values()}
+def _outputs(records: Iterable[ShardRecord]) -> set[str]:
+    return {file.path for record in records for file in record.outputs.values()}
 
 
 def _kind(info: FileInfo, needed: set[str], replaced: set[str], *, is_data: bool) -> Kind | None:

@@ -21,7 +21,6 @@ from pipeline.intake.lists.columns import (
     TEXT_KINDS,
     Rows,
     Wanted,
-    column_texts,
     distinct_texts,
     finite_json,
 )
@@ -90,7 +89,7 @@ _ORDER_BY = {"list": "number", "shuffled": "uid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _AnyBatch:
+class _Batch:
     """Consecutive rows of a file, those without a URL left out; ``start`` numbers the first among all."""
 
     file: str
@@ -98,26 +97,9 @@ class _AnyBatch:
     rows_in: int
     rows: Rows | TextRows
 
-    def __len__(self) -> int:
-        return len(self.rows.numbers)
-
     def place(self, row: int) -> str:
         """Return where a row is, for an error message."""
         return f"{self.file}: {self.rows.place(row)}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch(_AnyBatch):
-    """Rows whose cells are Python objects."""
-
-    rows: Rows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TextBatch(_AnyBatch):
-    """Rows whose URLs and captions are Arrow's texts."""
-
-    rows: TextRows
 
 
 class SourcePairs:
@@ -215,13 +197,13 @@ class SourcePairs:
         for batch in self._batches():
             if batch.start == 0:
                 self._require_urls(batch)
-            if isinstance(batch, _TextBatch):
-                tables.execute(_INSERT_TEXTS, self._text_table(batch), prefix=uid_prefix(self.source.name))
+            if isinstance(batch.rows, TextRows):
+                table = self._text_table(batch, batch.rows)
+                tables.execute(_INSERT_TEXTS, table, prefix=uid_prefix(self.source.name))
             else:
-                tables.execute(
-                    "INSERT INTO stored BY NAME FROM batch", self._table(batch).drop_columns(unused)
-                )
-            rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch)
+                table = self._table(batch, batch.rows).drop_columns(unused)
+                tables.execute("INSERT INTO stored BY NAME FROM batch", table)
+            rows_in, rows_with_url = rows_in + batch.rows_in, rows_with_url + len(batch.rows)
         if not rows_with_url:
             raise self._no_urls(rows_in)
         tables.execute(_GROUPS)
@@ -260,20 +242,16 @@ class SourcePairs:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[_Batch | _TextBatch]:
-        url_column, start = self.source.url_column, 0
+    def _batches(self) -> Iterator[_Batch]:
+        start = 0
         for file in self.files:
             for rows in self._rows(file):
+                kept: Rows | TextRows
                 if isinstance(rows, TextRows):
-                    with_urls = rows.with_urls()
-                    yield _TextBatch(file=file, start=start, rows_in=len(rows.numbers), rows=with_urls)
-                    start += len(with_urls.numbers)
-                    continue
-                urls = rows.columns[url_column] = column_texts(rows, url_column, file)
-                # Whether it is a good URL, the crawl finds out.
-                kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
-                batch = rows if len(kept) == len(urls) else rows.take(kept)
-                yield _Batch(file=file, start=start, rows_in=len(urls), rows=batch)
+                    kept = rows.with_urls()
+                else:
+                    kept = rows.with_urls(self.source.url_column, file)
+                yield _Batch(file=file, start=start, rows_in=len(rows), rows=kept)
                 start += len(kept)
 
     def _rows(self, file: str) -> Iterator[Rows] | Iterator[Rows | TextRows]:
@@ -290,12 +268,10 @@ class SourcePairs:
         reason = f"no row has a URL in {self.source.url_column!r}" if rows else "the lists have no rows"
         return CapfiltError(f"source.{self.source.name}.input: {reason} ({', '.join(self.files[:3])})")
 
-    def _require_urls(self, batch: _Batch | _TextBatch) -> None:
+    def _require_urls(self, batch: _Batch) -> None:
         """Reject lists whose URLs do not look like URLs: a header over the wrong columns would be stored for ever."""
-        if isinstance(batch, _TextBatch):
-            urls = batch.rows.urls.to_pylist()
-        else:
-            urls = batch.rows.columns[self.source.url_column]
+        rows = batch.rows
+        urls = rows.urls.to_pylist() if isinstance(rows, TextRows) else rows.columns[self.source.url_column]
         if urls and not self._may_hold_paths and not any(map(SCHEME.match, urls)):
             raise CapfiltError(
                 f"{batch.place(0)}: {self.source.url_column} is {shown(urls[0])!r}, which is not a URL, and no other "
@@ -303,71 +279,69 @@ class SourcePairs:
                 "crawl.allow_files to their folder"
             )
 
-    def _uids(self, batch: _Batch) -> Iterator[str]:
-        name, column = self.source.name, self.source.uid_column
-        if not column:
-            return (sample_uid(name, url) for url in batch.rows.columns[self.source.url_column])
-        return (
-            sample_uid(name, self._uid_text(batch, row, value))
-            for row, value in enumerate(batch.rows.columns[column])
-        )
+    def _uids(self, batch: _Batch, rows: Rows) -> list[str]:
+        identities = urls = rows.columns[self.source.url_column]
+        if column := self.source.uid_column:
+            cells = zip(rows.columns[column], urls, strict=True)
+            identities = [
+                self._uid_text(value, url, batch.place(row)) for row, (value, url) in enumerate(cells)
+            ]
+        return [sample_uid(self.source.name, identity) for identity in identities]
 
-    def _uid_text(self, batch: _Batch, row: int, value: Any) -> str:
+    def _uid_text(self, value: Any, url: str, place: str) -> str:
         """Return a uid column's value as text: it is hashed as a URL would be."""
         if isinstance(value, str) and value:
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        url = batch.rows.columns[self.source.url_column][row]
         raise CapfiltError(
-            f"{batch.place(row)}: {self.source.uid_column} is {shown(value)} where {self.source.url_column} is "
+            f"{place}: {self.source.uid_column} is {shown(value)} where {self.source.url_column} is "
             f"{shown(url)}; an identity is text or a whole number, in every row"
         )
 
     # -- captions --------------------------------------------------------------------------------------------
 
-    def _captions(self, batch: _Batch) -> list[list[str]]:
+    def _captions(self, batch: _Batch, rows: Rows) -> list[list[str]]:
         """Return the rows' distinct captions in order; a cell holds a text, a list of texts, or nothing."""
         column = self.source.caption_column
         if not column:
-            return [[]] * len(batch)
-        cells = batch.rows.columns[column]
+            return [[]] * len(rows)
+        cells = rows.columns[column]
         if set(map(type, cells)) <= TEXT_KINDS:
             return [[text] if text and not text.isspace() else [] for text in cells]
         return [
-            distinct_texts(cell, batch.rows.unit, f"{batch.place(row)}: {column}")
-            for row, cell in enumerate(cells)
+            distinct_texts(cell, rows.unit, f"{batch.place(row)}: {column}") for row, cell in enumerate(cells)
         ]
 
-    def _text_table(self, batch: _TextBatch) -> pa.Table:
+    def _text_table(self, batch: _Batch, rows: TextRows) -> pa.Table:
         return pa.table(
             {
-                "number": pa.array(range(batch.start, batch.start + len(batch)), pa.int64()),
-                "file": pa.repeat(pa.scalar(self.files.index(batch.file), pa.int32()), len(batch)),
-                "url": batch.rows.urls,
-                "captions": batch.rows.caption_lists(),
+                "number": pa.array(range(batch.start, batch.start + len(rows)), pa.int64()),
+                "file": pa.repeat(pa.scalar(self.files.index(batch.file), pa.int32()), len(rows)),
+                "url": rows.urls,
+                "captions": rows.caption_lists(),
             }
         )
 
-    def _table(self, batch: _Batch) -> pa.Table:
-        rows, columns = range(len(batch)), batch.rows.columns
+    def _table(self, batch: _Batch, rows: Rows) -> pa.Table:
+        numbers = range(len(rows))
         cells: dict[str, Any] = {
-            "number": range(batch.start, batch.start + len(batch)),
-            "file": [self.files.index(batch.file)] * len(batch),
+            "number": range(batch.start, batch.start + len(rows)),
+            "file": [self.files.index(batch.file)] * len(rows),
             # Needed only where two URLs may share an identity.
-            "place": [batch.place(row) if self.source.uid_column else None for row in rows],
-            "uid": list(self._uids(batch)),
-            "url": columns[self.source.url_column],
-            "captions": self._captions(batch),
-            "extra": [self._extra(batch, row) for row in rows],
-            "key": columns[_KEY] if self.keeps_keys else [None] * len(batch),
+            "place": [batch.place(row) if self.source.uid_column else None for row in numbers],
+            "uid": self._uids(batch, rows),
+            "url": rows.columns[self.source.url_column],
+            "captions": self._captions(batch, rows),
+            "extra": [self._extra(rows, row) for row in numbers],
+            "key": rows.columns[_KEY] if self.keeps_keys else [None] * len(rows),
         }
         return pa.table([pa.array(cells[field.name], field.type) for field in _ROW], schema=_ROW)
 
-    def _extra(self, batch: _Batch, row: int) -> str | None:
+    def _extra(self, rows: Rows, row: int) -> str | None:
         if not self.source.extra_columns:
             return None
-        values = {name: batch.rows.columns[name][row] for name in self.source.extra_columns}
+        values = {name: rows.columns[name][row] for name in self.source.extra_columns}
         return json.dumps(finite_json(values), ensure_ascii=False, default=str)
 
 

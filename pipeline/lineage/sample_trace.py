@@ -1,7 +1,6 @@
 """The trace of one sample: list, fetches, shard, captions with scores, what was kept and why, and which runs did it."""
 
 import json
-import re
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
@@ -15,10 +14,10 @@ from schemas.catalog.sql_text import quote
 from schemas.catalog.views import STAGE_ORDER
 from schemas.config import SelectConfig
 from schemas.errors import CapfiltError
+from schemas.marks import is_value
 
 Row = dict[str, Any]
 
-_UID = re.compile(r"[0-9a-f]{32}")
 _CANDIDATE_COLUMNS = (
     "origin", "candidate", "text", "raw_text", "score", "rerank_score", "match_probability", "seed", "num_tokens",
     "duplicate_of", "truncated",
@@ -43,7 +42,7 @@ def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
         with manifest.open(in_place=True, shards=shards) as query:
             if traces := _traces(query, uid_or_url):
                 return traces
-    kind = "uid" if _UID.fullmatch(uid_or_url) else "URL"
+    kind = "uid" if is_value("uid", uid_or_url) else "URL"
     raise CapfiltError(
         f"no sample of {manifest.storage.root} has the {kind} {uid_or_url!r}; it is compared letter by letter, "
         "and only what was crawled is listed: `capfilt status` shows what is not yet"
@@ -53,8 +52,8 @@ def trace(manifest: Manifest, uid_or_url: str) -> list[Row]:
 def _indexed_shards(manifest: Manifest, uid_or_url: str) -> set[tuple[str, str]] | None:
     """Return the shards that may have the sample; None where that may be any."""
     batches = Records(manifest.storage).intakes()
-    is_uid = _UID.fullmatch(uid_or_url) is not None
     sources = {batch.source for batch in batches}
+    is_uid = is_value("uid", uid_or_url)
     uids = [uid_or_url] if is_uid else [sample_uid(source, uid_or_url) for source in sources]
     return manifest.uids.shards_of(uids, batches)
 
@@ -71,7 +70,7 @@ def _find(query: Query, uid_or_url: str) -> list[Row]:
 
     This reads one column of the raw Parquet of every shard that the query looks at, and no other step does.
     """
-    column = "uid" if _UID.fullmatch(uid_or_url) else "url"
+    column = "uid" if is_value("uid", uid_or_url) else "url"
     return query.rows(
         f"SELECT source, uid, shard FROM base.raw WHERE {column} = $1 ORDER BY source, shard", (uid_or_url,)
     )

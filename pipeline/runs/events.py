@@ -34,8 +34,10 @@ class ShardEvent:
     error: str = ""
 
     @classmethod
-    def of(cls, shard: ShardTask | LostAttemptRecord, event: EventName, attempt: int, node: str) -> Self:
-        """Return an event of a shard, now."""
+    def of(
+        cls, shard: ShardTask | LostAttemptRecord, event: EventName, attempt: int, node: str, **more: Any
+    ) -> Self:
+        """Return an event of a shard, now; ``more`` are the other fields."""
         return cls(
             time=utc_now(),
             event=event,
@@ -45,6 +47,7 @@ class ShardEvent:
             shard=shard.shard,
             attempt=attempt,
             node=node,
+            **more,
         )
 
     @property

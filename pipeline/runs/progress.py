@@ -13,7 +13,7 @@ from pipeline.runs.events import ShardEvent
 from pipeline.runs.limits import RunLimits
 from pipeline.runs.metrics import RunMetrics, Series
 from schemas.errors import CapfiltError, TryAgainLaterError
-from schemas.records import ShardRecord, ShardTask
+from schemas.records import ShardRecord
 from schemas.stages import Stage
 
 # In this order.
@@ -56,11 +56,6 @@ class ShardOutcome:
             rows_out=record.rows_out,
             record=replace(record, histograms={}, inputs={}, versions={}),
         )
-
-    @classmethod
-    def quarantined(cls, task: ShardTask, error: str) -> Self:
-        """Return the outcome of a task that failed every attempt."""
-        return cls(stage=task.stage, source=task.source, shard=task.shard, state="quarantined", error=error)
 
 
 @dataclass(slots=True)

@@ -225,8 +225,10 @@ class ShardRunner:
             replace(step.task, has_retries=(source, shard) in run.retried, share=self._share)
         )
 
-    def _outcome(self, urls: ShardRecord, state: Any, error: str = "") -> ShardOutcome:
-        return ShardOutcome(stage=self.stage, source=urls.source, shard=urls.shard, state=state, error=error)
+    def _outcome(self, shard: ShardRecord | ShardTask, state: Any, error: str = "") -> ShardOutcome:
+        return ShardOutcome(
+            stage=self.stage, source=shard.source, shard=shard.shard, state=state, error=error
+        )
 
     def _run_task(self, task: ShardTask) -> ShardOutcome:
         """Try until the shard is committed, its attempts are used up, or this process cannot go on."""
@@ -296,14 +298,12 @@ class ShardRunner:
         self._log_lost(self._attempts(task).keep_failed(number, WORKER_TIME.seconds(), error, task.share))
 
     def _log_lost(self, lost: LostAttemptRecord) -> None:
-        event = ShardEvent.of(lost, "lost", lost.number, lost.host)
-        self._log_event(
-            replace(event, seconds=lost.seconds, gpus=lost.gpus or 0.0, cause=lost.cause, error=lost.error)
-        )
+        cost = {"seconds": lost.seconds, "gpus": lost.gpus or 0.0, "cause": lost.cause, "error": lost.error}
+        self._log_event(ShardEvent.of(lost, "lost", lost.number, lost.host, **cost))
 
     def _log(self, task: ShardTask, event: EventName, number: int, **more: Any) -> None:
-        event_of_task = ShardEvent.of(task, event, number, socket.gethostname())
-        self._log_event(replace(event_of_task, gpus=self._share.gpus, **more))
+        more = {"gpus": self._share.gpus, **more}
+        self._log_event(ShardEvent.of(task, event, number, socket.gethostname(), **more))
 
     def _attempt(self, task: ShardTask, is_retry: bool) -> ShardRecord:
         """Do the task, as often as the storage fails it, unless a try before has committed it without learning so."""
@@ -356,7 +356,7 @@ class ShardRunner:
             )
         )
         self._log(task, "quarantine", attempts, error=error)
-        return ShardOutcome.quarantined(task, error)
+        return self._outcome(task, "quarantined", error)
 
     def _ready_worker(self) -> Worker:
         """Return the worker, its weights loaded and checked to be those that the fingerprints name."""

@@ -1,13 +1,16 @@
 """The candidates of a shard as rows: the synthetic captions, those that came with the URLs, and how many are judged."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from pipeline.corpus.commit import ShardCommit, ShardStats
 from pipeline.corpus.records import Records
+from pipeline.prefetch import in_batches, prefetch_map
 from pipeline.shards.shard_files import write_parquet
 from pipeline.shards.shard_reader import CrawledShard, committed_table
 from pipeline.text import clean_caption, mark_duplicates
@@ -15,6 +18,7 @@ from schemas.records import ShardRecord, ShardTask
 from schemas.stages import Stage
 from schemas.tables import STAGE_SCHEMAS
 
+P = TypeVar("P")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -56,6 +60,32 @@ def count_judged(
     if undecodable := len(rows) - len(judged) - empty:
         stats.count("unscored", "undecodable", rows=undecodable)
     return judged
+
+
+@dataclass(slots=True)
+class ImageCandidates(Generic[P]):
+    """The rows of an image's candidates, and its pixels as a model takes them; None where it does not decode."""
+
+    candidates: list[dict[str, Any]]
+    pixels: P | None
+
+
+def image_batches(
+    shard: CrawledShard,
+    rows: Rows,
+    prepare: Callable[[bytes], P | None],
+    stats: ShardStats,
+    *,
+    size: int,
+    threads: int,
+) -> Iterator[list[ImageCandidates[P]]]:
+    """Return batches of images in order of key, those that do not decode included; ``threads`` prepare them."""
+
+    def image(key: str) -> ImageCandidates[P]:
+        return ImageCandidates(rows.get(key, []), prepare(shard.image_bytes(key)))
+
+    images = prefetch_map(image, shard.keys, ahead=2 * size, threads=threads)
+    return in_batches(images, size, partial(stats.timed, "decode"))
 
 
 def publish_rows(commit: ShardCommit, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> ShardRecord:

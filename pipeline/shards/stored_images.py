@@ -4,7 +4,6 @@ A shard of an earlier version names no places: its tar is read once, and the pla
 """
 
 import contextlib
-import re
 import threading
 import uuid
 from collections import OrderedDict
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_files import image_members
 from pipeline.storage.scratch import cache_folder
+from schemas.marks import is_value
 from schemas.names import is_one_part
 from schemas.records import OutputFile, ShardRecord
 
@@ -86,7 +86,7 @@ class StoredImages:
     def _indexed_places(self, tar: OutputFile) -> Places:
         """Return the places of the images of a tar: from the cache, else from the tar itself, read once."""
         cached = cache_folder() / "tars" / f"{tar.sha256}.parquet"
-        is_digest = re.fullmatch(r"[0-9a-f]{64}", tar.sha256) is not None
+        is_digest = is_value("sha256", tar.sha256)
         if is_digest:
             with contextlib.suppress(OSError, pa.ArrowException, KeyError):
                 return _places(pq.read_table(cached, schema=_PLACES, memory_map=False))

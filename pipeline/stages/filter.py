@@ -4,9 +4,8 @@ It repeats the rows of the rank stage with one column more. CLIP's scores do not
 scores alone have changed takes them from the file that this one replaces.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -21,11 +20,13 @@ from pipeline.images.preprocess import stack_pinned
 from pipeline.models.blip.matcher import Matcher
 from pipeline.models.device import device_name
 from pipeline.models.weights import filter_weights
-from pipeline.prefetch import decode_threads, in_batches, prefetch_map
+from pipeline.prefetch import decode_threads
 from pipeline.shards.candidate_rows import (
+    ImageCandidates,
     Rows,
     count_judged,
     distinct_texts,
+    image_batches,
     publish_rows,
     scored_rows,
 )
@@ -41,14 +42,6 @@ _EDGES = tuple(round(0.01 * step, 2) for step in range(101))
 # By uid, origin, number and text.
 Probabilities = dict[tuple[Any, ...], float | None]
 _IDENTITY = ("uid", "origin", "candidate", "text")
-
-
-@dataclass(slots=True)
-class _Image:
-    """The rows of an image's candidates, and its pixels; None where it does not decode."""
-
-    candidates: list[dict[str, Any]]
-    pixels_CHW: Tensor | None
 
 
 class FilterWorker:
@@ -108,30 +101,20 @@ class FilterWorker:
 
     def _judge(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> None:
         """Write ``match_probability`` into the candidates' rows."""
-        work, batches = partial(self._judge_batch, stats), self._batches(shard, candidates, stats)
-        with stats.on_device(self.gpu_lock, work, batches) as judged:
+        on_gpu, size = self.matcher.device.type == "cuda", self.section.batch_size
+        threads = decode_threads(self.config.cluster.filter.cpus, feeds_gpu=on_gpu)
+        batches = image_batches(shard, candidates, self.matcher.prepare, stats, size=size, threads=threads)
+        with stats.on_device(self.gpu_lock, partial(self._judge_batch, stats), batches) as judged:
             for _ in judged:
                 pass
 
-    def _batches(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> Iterator[list[_Image]]:
-        """Return batches of images in order of key, those that do not decode included."""
-
-        def prepare(key: str) -> _Image:
-            return _Image(candidates.get(key, []), self.matcher.prepare(shard.image_bytes(key)))
-
-        size = self.section.batch_size
-        on_gpu = self.matcher.device.type == "cuda"
-        threads = decode_threads(self.config.cluster.filter.cpus, feeds_gpu=on_gpu)
-        prepared = prefetch_map(prepare, shard.keys, ahead=2 * size, threads=threads)
-        return in_batches(prepared, size, partial(stats.timed, "decode"))
-
-    def _judge_batch(self, stats: ShardStats, batch: Sequence[_Image]) -> None:
-        images = [image for image in batch if image.pixels_CHW is not None]
+    def _judge_batch(self, stats: ShardStats, batch: Sequence[ImageCandidates[Tensor]]) -> None:
+        images = [image for image in batch if image.pixels is not None]
         if not images:
             return
         texts = [distinct_texts(image.candidates) for image in images]
         with stats.timed("gpu"):
-            pixels_BCHW = stack_pinned([image.pixels_CHW for image in images if image.pixels_CHW is not None])
+            pixels_BCHW = stack_pinned([image.pixels for image in images if image.pixels is not None])
             probabilities = self.matcher.match(pixels_BCHW, texts)
         for image, image_texts, of_image in zip(images, texts, probabilities, strict=True):
             by_text = dict(zip(image_texts, of_image, strict=True))

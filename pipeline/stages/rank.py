@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -17,20 +16,23 @@ from pipeline.images.preprocess import decode_pixels, stack_pinned
 from pipeline.models.clip.ranker import ClipRanker
 from pipeline.models.device import device_name
 from pipeline.models.weights import ranker_weights
-from pipeline.prefetch import decode_threads, in_batches, prefetch_map
-from pipeline.shards.candidate_rows import candidate_rows, count_judged, distinct_texts, publish_rows
+from pipeline.prefetch import decode_threads
+from pipeline.shards.candidate_rows import (
+    ImageCandidates,
+    Rows,
+    candidate_rows,
+    count_judged,
+    distinct_texts,
+    image_batches,
+    publish_rows,
+)
 from pipeline.shards.shard_reader import CrawledShard, open_crawled
 from schemas.config import CapfiltConfig
 from schemas.records import ShardRecord, ShardTask
 from schemas.tables import CANDIDATES
 
-
-@dataclass(slots=True)
-class _Image:
-    """The rows of an image's candidates, and its pixels for each CLIP; None where it does not decode."""
-
-    candidates: list[dict[str, Any]]
-    pixels: tuple[Tensor, ...] | None
+# Its pixels are those for each CLIP.
+_Image = ImageCandidates[tuple[Tensor, ...]]
 
 
 class RankWorker:
@@ -70,24 +72,14 @@ class RankWorker:
             stats.note_device_batch(*(ranker.batch.images for ranker in self.rankers))
             return publish_rows(commit, rows, CANDIDATES)
 
-    def _batches(
-        self, shard: CrawledShard, candidates: Mapping[str, list[dict[str, Any]]], stats: ShardStats
-    ) -> Iterator[list[_Image]]:
-        """Return batches of images in order of key, those that do not decode included."""
-
+    def _batches(self, shard: CrawledShard, candidates: Rows, stats: ShardStats) -> Iterator[list[_Image]]:
+        # Decoded once for both CLIPs.
         preprocesses = [ranker.preprocess for ranker in self.rankers]
-
-        def prepare(key: str) -> _Image:
-            # Decoded once for both CLIPs.
-            return _Image(
-                candidates[key], decode_pixels(shard.image_bytes(key), preprocesses, self.config.rank.pixels)
-            )
-
-        size = self.config.rank.batch_size
+        prepare = partial(decode_pixels, preprocesses=preprocesses, path=self.config.rank.pixels)
         on_gpu = self.rankers[0].device.type == "cuda"
         threads = decode_threads(self.config.cluster.rank.cpus, feeds_gpu=on_gpu)
-        prepared = prefetch_map(prepare, shard.keys, ahead=2 * size, threads=threads)
-        return in_batches(prepared, size, partial(stats.timed, "decode"))
+        size = self.config.rank.batch_size
+        return image_batches(shard, candidates, prepare, stats, size=size, threads=threads)
 
     def _score(self, stats: ShardStats, batch: list[_Image]) -> list[_Image]:
         """Write score, truncated and, for the best of them, rerank_score into the candidates' rows."""

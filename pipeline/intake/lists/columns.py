@@ -51,6 +51,15 @@ class Rows:
     numbers: Sequence[int]
     unit: Unit
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def with_urls(self, column: str, file: str) -> "Rows":
+        """Return the rows whose cell in a column is a URL, as text. Whether it is a good one, the crawl finds out."""
+        urls = self.columns[column] = column_texts(self, column, file)
+        kept = [row for row, url in enumerate(urls) if url and not url.isspace()]
+        return self if len(kept) == len(urls) else self.take(kept)
+
     def place(self, row: int) -> str:
         """Return where a row is in its file."""
         return f"{self.unit} {self.numbers[row]:,}"

@@ -114,7 +114,8 @@ def read_texts(storage: Storage, path: str, form: str, wanted: Wanted) -> Iterat
         return
     with opened_list(storage, path) as file:
         for pieces, first in _parquet_pieces(file, path, wanted):
-            rows = arrow_text_rows(pieces, wanted, first) or _rows_of(pieces, path, wanted, first)
+            texts = arrow_text_rows(pieces, wanted, first)
+            rows = _rows_of(pieces, path, wanted, first) if texts is None else texts
             # Copied: what the file's pieces take is free while the rows are used.
             pieces.clear()
             yield rows

@@ -24,6 +24,9 @@ class TextRows:
     numbers: Sequence[int]
     unit: Unit = "row"
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
     def place(self, row: int) -> str:
         """Return where a row is in its file."""
         return f"{self.unit} {self.numbers[row]:,}"

@@ -12,13 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline.intake.pictures import folder, tables, tars
 from pipeline.intake.pictures.places import SCHEME, InputFolders, Place, parse_place
 from pipeline.regular_files import NotRegularFileError, open_regular
 from pipeline.shards.tar_samples import IMAGE
+from pipeline.storage.objects.reader import RangeReader
 from pipeline.storage.storage import Storage
 from pipeline.web.bodies import BodyMemory
 from pipeline.web.client import Fetch, Web
@@ -192,33 +193,15 @@ def _measured(body: IO[bytes], max_bytes: int) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-class _Slice(io.RawIOBase):
-    """A part of an open file, read by place; owns its descriptor."""
+class _Slice(RangeReader):
+    """A part of an open file; owns its descriptor."""
 
     def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self._descriptor, self._offset, self._size, self._at = descriptor, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        assert whence == os.SEEK_SET
-        self._at = offset
-        return offset
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = os.pread(self._descriptor, min(len(buffer), self._size - self._at), self._offset + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        super().__init__(lambda start, count: os.pread(descriptor, count, offset + start), size)
+        self._descriptor = descriptor
 
     def close(self) -> None:
+        """Close the descriptor too."""
         if not self.closed:
             os.close(self._descriptor)
         super().close()

@@ -13,7 +13,7 @@ import obstore
 
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
-from pipeline.storage.objects.reader import ObjectReader
+from pipeline.storage.objects.reader import RangeReader
 from pipeline.storage.objects.stores import ObjectStore, explained, open_store, refused
 
 _PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
@@ -107,7 +107,7 @@ class ObjectFiles:
 
     def open(self, key: str) -> BinaryIO:
         """Open an object for reading, buffered ahead."""
-        reader = ObjectReader(partial(self.read_range, key), self.info(key).bytes)
+        reader = RangeReader(partial(self.read_range, key), self.info(key).bytes)
         return io.BufferedReader(reader, _BUFFER_BYTES)
 
     def fetch(self, key: str, target: Path) -> None:

@@ -1,11 +1,11 @@
-"""An object as a file that can be read and searched, by range requests."""
+"""An object, or a part of a file, as a file that can be read and searched, by its ranges."""
 
 import io
 from collections.abc import Callable
 from typing import Any
 
 
-class ObjectReader(io.RawIOBase):
+class RangeReader(io.RawIOBase):
     """Reads ``size`` bytes through ``read_range(start, size)``; wrap it in a BufferedReader for small reads."""
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
@@ -30,7 +30,7 @@ class ObjectReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, by one request."""
+        """Fill a buffer, by one range."""
         wanted = min(len(buffer), self._size - self._position)
         if wanted <= 0:
             return 0
@@ -40,7 +40,7 @@ class ObjectReader(io.RawIOBase):
         return len(data)
 
     def readall(self) -> bytes:
-        """Return what is left, by one request."""
+        """Return what is left, by one range."""
         data = (
             self._read_range(self._position, self._size - self._position)
             if self._position < self._size
