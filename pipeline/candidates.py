@@ -117,16 +117,8 @@ def choose(
 def choose_by(
     candidates: Iterable[Candidate], config: SelectConfig, marked_texts: Collection[str] = ()
 ) -> list[Choice]:
-    """Return ``choose`` with the rules of ``[select]``."""
-    return choose(
-        candidates,
-        top_k=config.top_k,
-        min_score=config.min_score,
-        web_caption=config.web_caption,
-        by=config.by,
-        min_match=config.min_match,
-        marked_texts=marked_texts,
-    )
+    """Return ``choose`` with the rules of ``[select]``, whose keys are its arguments."""
+    return choose(candidates, marked_texts=marked_texts, **vars(config))
 
 
 def choose_again(

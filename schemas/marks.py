@@ -92,12 +92,10 @@ class MarkRecord(FoundMark):
         for value in self.values:
             if not is_value(self.named_by, value):
                 raise ValueError(f"values: {value[:80]!r} is not a {self.named_by}")
-        if not self.undoes and self.captions.keys() != self._captioned():
+        captioned = set(self.values) if self.what == "not-this-caption" else set()
+        if not self.undoes and self.captions.keys() != captioned:
             raise ValueError("captions: not one for each value of not-this-caption")
         _require_known(self.values, self.shards)
-
-    def _captioned(self) -> set[str]:
-        return set(self.values) if self.what == "not-this-caption" else set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

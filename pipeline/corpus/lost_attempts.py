@@ -163,7 +163,7 @@ def settle_attempts(
     Of the run that committed or quarantined a shard, its worker has kept the lost ones.
     """
     ends: dict[str, str | None] = {}
-    for info, attempts, number in _notes(storage):
+    for info, attempts, number in noted_attempts(storage):
         place, run_id = (attempts.stage, attempts.source, attempts.shard), attempts.run_id
         record = committed.get(place)
         is_settled = record is not None and info.modified < datetime.fromisoformat(record.finished_at)
@@ -178,10 +178,10 @@ def settle_attempts(
             storage.delete(info.path)
 
 
-def _notes(storage: Storage) -> Iterator[tuple[FileInfo, RunAttempts, str]]:
+def noted_attempts(storage: Storage) -> Iterator[tuple[FileInfo, RunAttempts, str]]:
     """Yield the notes, and which attempt of which run each is of, by its path: of a file cut short, not by number."""
     for info in storage.list(_FOLDER):
-        _, _, stage, source, shard, name = info.path.split("/")
+        *_, stage, source, shard, name = info.path.split("/")
         run_id, _, number = name.rpartition(".")
         yield info, RunAttempts(storage, cast(Stage, stage), source, shard, run_id), number
 

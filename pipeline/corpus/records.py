@@ -212,10 +212,6 @@ class Records:
         """Note what a training reads whose folder is outside the corpus."""
         self.storage.write(f"records/snapshots/{run_id}/{record.name}", record.to_json().encode())
 
-    def checkpoints(self) -> list[CheckpointRecord]:
-        """Return the checkpoints trained on this corpus."""
-        return self._read_all(CheckpointRecord, self.storage.list("records/checkpoints"))
-
     # -- marks -----------------------------------------------------------------------------------------------
 
     def write_mark(self, record: MarkRecord | MarkSearchRecord) -> None:

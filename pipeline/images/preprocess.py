@@ -36,8 +36,9 @@ _large_image = threading.Lock()
 # levels. From version 13 on it begins with the height where that shrinks by over twice the pixels of the width.
 _HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
+Interpolation = Literal["bicubic", "bilinear"]
 # Pillow's numbers of the filters.
-_INTERPOLATIONS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
+_INTERPOLATIONS: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
 class _Processor(Protocol):
@@ -61,7 +62,7 @@ class Preprocess:
 
     size_px: tuple[int, int]
     resize: Literal["squash", "shortest", "longest"]
-    interpolation: Literal["bicubic", "bilinear"]
+    interpolation: Interpolation
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fill: int = 0
@@ -190,7 +191,7 @@ def _resized_px(preprocess: Preprocess, height: int, width: int) -> tuple[int, i
 
 
 def _resize(
-    source: Image.Image | np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
+    source: Image.Image | np.ndarray, size_px: tuple[int, int], interpolation: Interpolation
 ) -> np.ndarray:
     """Return pixels (H, W, C): a Pillow image resized by Pillow, an array by PyTorch."""
     height, width = size_px
@@ -205,7 +206,7 @@ def _resize(
 
 
 def _interpolate(
-    source_HWC: np.ndarray, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"]
+    source_HWC: np.ndarray, size_px: tuple[int, int], interpolation: Interpolation
 ) -> np.ndarray:
     if source_HWC.shape[:2] == size_px:
         return source_HWC
@@ -214,9 +215,7 @@ def _interpolate(
     return resize(pixels_CHW, size_px, interpolation).permute(1, 2, 0).numpy()
 
 
-def resize(
-    pixels_CHW: Tensor, size_px: tuple[int, int], interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-) -> Tensor:
+def resize(pixels_CHW: Tensor, size_px: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
     """Return uint8 pixels resized with antialiasing by PyTorch, the width first; the aspect is not kept."""
     return interpolate(pixels_CHW[None], size_px, mode=interpolation, antialias=True, align_corners=False)[0]
 

@@ -70,7 +70,8 @@ def read_lists(config: CapfiltConfig, records: Records, run_id: str) -> list[Int
     """
     inputs = [_find_input(source, records) for source in config.source]
     for source_lists in inputs:
-        _checked(source_lists, records.intakes(source_lists.source.name), config, records)
+        if lists := source_lists.unread(records.intakes(source_lists.source.name)):
+            _pairs(source_lists, config, records, lists).check()
     return [_take_in(source_lists, config, records, run_id) for source_lists in inputs]
 
 
@@ -84,8 +85,9 @@ def unread_rows(config: CapfiltConfig, records: Records) -> dict[str, int]:
     for source in config.source:
         earlier = records.intakes(source.name)
         source_lists = _find_input(source, records)
-        if not (lists := _checked(source_lists, earlier, config, records)):
+        if not (lists := source_lists.unread(earlier)):
             continue
+        _pairs(source_lists, config, records, lists).check()
         if source_lists.pictures:
             held = sum(map(source_lists.pictures.count, lists))
         else:
@@ -100,17 +102,11 @@ def check_lists(source: SourceConfig, config: CapfiltConfig, records: Records) -
 
     Raises CapfiltError, as ``read_lists`` does, where a list cannot be read or lacks a column.
     """
-    return len(_checked(_find_input(source, records), records.intakes(source.name), config, records))
-
-
-def _checked(
-    source_lists: _Input, earlier: Sequence[IntakeRecord], config: CapfiltConfig, records: Records
-) -> list[str]:
-    """Return the lists that a run would read, once the beginning of each has been looked at."""
-    lists = source_lists.unread(earlier)
+    source_lists = _find_input(source, records)
+    lists = source_lists.unread(records.intakes(source.name))
     if lists:
         _pairs(source_lists, config, records, lists).check()
-    return lists
+    return len(lists)
 
 
 def _pairs(

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.corpus.record_files import read_bounded, read_record
 from pipeline.manifest.histograms import SUM_COLUMNS
 from pipeline.manifest.record_rows import ADDED_FIELDS, Row, rows_of, shard_records_of, table_of
-from pipeline.manifest.record_tables import RecordTables
+from pipeline.manifest.record_tables import RecordTables, completed
 from pipeline.regular_files import NotRegularFileError
 from pipeline.storage.errors import ObjectStorageError
 from pipeline.storage.file_info import FileInfo
@@ -288,12 +289,9 @@ class CompactedRecords:
                 yield pa.Table.from_batches([batch])
 
     def _write(self, table: str, rows: pa.Table, replaces: tuple[str, ...] = ()) -> None:
-        path = f"manifest/{table}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
         rows = rows.replace_schema_metadata({_REPLACES: json.dumps(replaces)})
-        with temporary_folder() as folder:
-            # In groups of as many rows as are read at once.
-            pq.write_table(rows, folder / "part.parquet", compression="zstd", row_group_size=_BATCH_ROWS)
-            self.storage.put(folder / "part.parquet", path)
+        # In groups of as many rows as are read at once.
+        write_part(self.storage, f"manifest/{table}", rows, row_group_size=_BATCH_ROWS)
 
     def _merge(self, table: str, paths: list[str]) -> None:
         """Make one part of each class of size that has many: up to 3 rows, 31, 255, 2047, ..."""
@@ -316,6 +314,14 @@ class CompactedRecords:
                 for replaced in self._known[path].replaces:
                     if replaced in self._known:
                         self.storage.delete(replaced)
+
+
+def write_part(storage: Storage, folder: str, rows: pa.Table, **options: Any) -> None:
+    """Put a table as one more Parquet file into a folder: by their names, its files are in the order of their times."""
+    path = f"{folder}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
+    with temporary_folder() as scratch:
+        pq.write_table(rows, scratch / "part.parquet", compression="zstd", **options)
+        storage.put(scratch / "part.parquet", path)
 
 
 @contextlib.contextmanager
@@ -358,12 +364,8 @@ def _records_in(table: pa.Table, wanted: pa.Array) -> dict[str, ShardRecord]:
 
 def _completed(rows: pa.Table, columns: Sequence[str], schema: pa.Schema = _SHARDS_SCHEMA) -> pa.Table:
     """Return rows of a part under today's types of some columns: those that it lacks are NULL."""
-    fields = [schema.field(name) for name in columns]
-    values = [
-        rows[field.name] if field.name in rows.column_names else pa.nulls(len(rows), field.type)
-        for field in fields
-    ]
-    return pa.table(values, names=columns).cast(pa.schema(fields))
+    held = {name: rows[name] for name in rows.column_names}
+    return completed(held, len(rows), pa.schema([schema.field(name) for name in columns]))
 
 
 def _to_table(table: str, rows: list[Row]) -> pa.Table:

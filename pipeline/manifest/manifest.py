@@ -157,7 +157,7 @@ class Manifest:
             return table_answer(query.sealed(), sql, parameters, timeout_s=timeout_s)
 
 
-class Query:
+class Query(contextlib.AbstractContextManager["Query", None]):
     """An in-memory DuckDB with every table of the manifest, over what was committed when it was opened.
 
     Files of samples, and most columns of the shards, are read once a statement asks for them. Use it as a context
@@ -303,9 +303,6 @@ class Query:
         self._connection.execute(f"CREATE OR REPLACE VIEW {name} AS {relation}")
         if self._connection.view(name).types != self._connection.from_arrow(schema.empty_table()).types:
             self.find_damage()
-
-    def __enter__(self) -> "Query":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()

@@ -4,8 +4,9 @@ Of the shards there are 52,000 rows in a corpus of 129M images, and most questio
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -59,7 +60,7 @@ class RecordTables:
 
     def events(self) -> pa.Table:
         """Return the rows of all records of shards, in the order of the parts; columns that were not read are NULL."""
-        return _with_nulls(self._columns, len(self._columns["stage"]))
+        return completed(self._columns, len(self._columns["stage"]))
 
     def shards(self) -> pa.Table:
         """Return the table of shards: of each commit the row that stands, in its state."""
@@ -67,7 +68,7 @@ class RecordTables:
             return self.events()
         places, states = self._standing["place"].to_numpy(), self._standing["state"]
         columns = {name: column.take(pa.array(places)) for name, column in self._columns.items()}
-        return _with_nulls(columns | {"state": states}, len(places))
+        return completed(columns | {"state": states}, len(places))
 
     def shards_of(self, places: Collection[tuple[str, str]]) -> pa.Table:
         """Return those rows of ``shards`` that are of some shards (source, shard)."""
@@ -97,9 +98,9 @@ class RecordTables:
         return is_committed
 
 
-def _with_nulls(columns: dict[str, pa.ChunkedArray], length: int) -> pa.Table:
-    """Return columns under the schema of the shards; those that are missing are NULL."""
-    return pa.table(
-        [columns[field.name] if field.name in columns else pa.nulls(length, field.type) for field in _SCHEMA],
-        schema=_SCHEMA,
-    )
+def completed(columns: Mapping[str, Any], length: int, schema: pa.Schema = _SCHEMA) -> pa.Table:
+    """Return columns, perhaps of an earlier version, as a schema has them; those that are missing are NULL."""
+    values = [
+        columns[field.name] if field.name in columns else pa.nulls(length, field.type) for field in schema
+    ]
+    return pa.table(values, names=schema.names).cast(schema)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.corpus.lost_attempts import noted_attempts
 from pipeline.manifest.manifest import Manifest, Query
 from schemas.catalog.views import STAGE_ORDER
 from schemas.stages import STAGES, Stage, stages_of_source
@@ -187,16 +188,8 @@ def _unused_stages(query: Query) -> dict[str, set[Stage]]:
 
 def _uncommitted_attempts(manifest: Manifest) -> list[Row]:
     """Return the attempts that began and did not commit: under way, or killed."""
-    rows = []
-    for info in manifest.storage.list("records/attempts"):
-        *_, stage, source, shard, name = info.path.split("/")
-        rows.append(
-            {
-                "stage": stage,
-                "source": source,
-                "shard": shard,
-                "run_id": name.partition(".")[0],
-                "since": info.modified,
-            }
-        )
-    return rows
+    names = ("stage", "source", "shard", "run_id")
+    return [
+        {name: getattr(attempts, name) for name in names} | {"since": info.modified}
+        for info, attempts, _ in noted_attempts(manifest.storage)
+    ]

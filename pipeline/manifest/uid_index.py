@@ -6,18 +6,17 @@ A file covers whole batches of the intake and is never changed. A shard of a bat
 """
 
 import json
-import uuid
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.records import Records
+from pipeline.manifest.compaction import write_part
 from pipeline.shards.uids import pack_uids
-from pipeline.storage.scratch import temporary_folder
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.records import IntakeRecord, ShardRecord
@@ -149,10 +148,7 @@ class UidIndex:
         place = pa.DictionaryArray.from_arrays(pa.array(codes_N[order_N]), pa.array(places, pa.string()))
         rows = pa.table({"uid": all_uids_N[order_N], "place": place})
         rows = rows.replace_schema_metadata({_BATCHES: json.dumps(list(batches))})
-        path = f"{_FOLDER}/{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
-        with temporary_folder() as folder:
-            pq.write_table(
-                rows, folder / "uids.parquet", compression="zstd", row_group_size=_GROUP_ROWS,
-                column_encoding={"uid": "DELTA_BINARY_PACKED"}, use_dictionary=["place"],
-            )  # fmt: skip
-            self.storage.put(folder / "uids.parquet", path)
+        encoding: dict[str, Any] = {
+            "column_encoding": {"uid": "DELTA_BINARY_PACKED"}, "use_dictionary": ["place"]
+        }  # fmt: skip
+        write_part(self.storage, _FOLDER, rows, row_group_size=_GROUP_ROWS, **encoding)

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pipeline.images.preprocess import Preprocess
 from pipeline.models.checks import reject_larger, require_finite_weights
 from pipeline.models.files.folder_view import (
     check_numbers,
@@ -139,11 +140,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_image_processor(folder: Path, image_size_px: int, where: str) -> BlipImageProcessorPil:
-    """Return BLIP's image processor with the settings of a folder; raises as ``processor_config``."""
+def load_preprocess(folder: Path, image_size_px: int, where: str) -> Preprocess:
+    """Return what BLIP's image processor does with the settings of a folder; raises as ``processor_config``."""
     settings = processor_config(folder, image_size_px, where)
     with folder_view(folder, {}, f"{where}: {folder}"):
-        return BlipImageProcessorPil(**settings)
+        processor = BlipImageProcessorPil(**settings)
+    return Preprocess.of_blip(processor)
 
 
 def _reject_other_shapes(

@@ -272,13 +272,8 @@ def _clip_folder(model: str, where: str) -> Weights:
 
         name, _, revision = rest.partition("@")
         revision = revision or "main"
-        folder = hub_folder(
-            name,
-            revision,
-            (*_CLIP_FILES, *_CLIP_WEIGHTS),
-            partial(_first_missing_clip_file, where=where),
-            where,
-        )
+        lacks = partial(_first_missing_clip_file, where=where)
+        folder = hub_folder(name, revision, (*_CLIP_FILES, *_CLIP_WEIGHTS), lacks, where)
     if missing := _first_missing_clip_file(folder, where):
         raise CapfiltError(
             f"{missing} is missing in {folder}; {where} must name a folder as open_clip publishes it "

@@ -39,12 +39,8 @@ class Admission:
             self._is_stopping = True
             self._worker_of.pop(place, None)  # of a worker that died: it is in work no more
             return "stop"
-        if (
-            self._limits.gpu_hours is not None
-            and not self._committed[place[0]]
-            and worker in self._worker_of.values()
-        ):
-            return "wait"  # it is busy
+        if self._limits.gpu_hours is not None and not self._committed[place[0]] and self._is_busy(worker):
+            return "wait"
         self._worker_of[place] = worker
         return "begin"
 
@@ -70,3 +66,6 @@ class Admission:
             number * self._gpu_seconds[stage] / max(self._committed[stage], 1)
             for stage, number in in_work.items()
         )
+
+    def _is_busy(self, worker: str) -> bool:
+        return worker in self._worker_of.values()

@@ -8,6 +8,7 @@ reads ``jpg`` only).
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -195,8 +196,6 @@ def _count(selections: Mapping[str, Selection], stats: ShardStats) -> None:
             stats.count("dropped", selection.reason)
     dropped = stats.counts.get("dropped", 0)
     assert stats.rows_in == stats.rows_out + dropped, "kept and dropped images do not add up"
-    for candidate in kept:
-        name = f"captions/{candidate.origin}"
-        stats.counts[name] = stats.counts.get(name, 0) + 1
+    stats.counts |= Counter(f"captions/{candidate.origin}" for candidate in kept)
     scores = [candidate.score for candidate in kept if candidate.score is not None]
     stats.histograms = {"kept_score": histogram(scores, SCORE_EDGES)}

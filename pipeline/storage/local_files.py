@@ -30,10 +30,6 @@ class LocalFiles:
         """Tell whether a file or folder is there."""
         return Path(path).exists()
 
-    def is_file(self, path: str) -> bool:
-        """Tell whether a regular file is there."""
-        return Path(path).is_file()
-
     def is_folder(self, path: str) -> bool:
         """Tell whether a folder is there."""
         return Path(path).is_dir()
@@ -81,11 +77,6 @@ class LocalFiles:
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading."""
         return open_regular(path)
-
-    def fetch(self, path: str, target: Path) -> None:
-        """Copy a file."""
-        require_regular(path)
-        shutil.copyfile(path, target)
 
     def put(self, local: Path, path: str) -> None:
         """Publish a finished file by copying it beside the target and renaming it."""

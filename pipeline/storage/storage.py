@@ -99,7 +99,7 @@ class Storage:
 
         A missing folder is accepted if it can be created. Changes nothing.
         """
-        if not self.is_local:
+        if not isinstance(self._files, LocalFiles):
             if self._files.is_file(self._base) and not self._files.is_folder(self._base):
                 raise CapfiltError(f"{key} {self.root!r} is an object; name a prefix")
             return
@@ -194,7 +194,7 @@ class Storage:
     def local_copy(self, path: str) -> Iterator[Path]:
         """Yield a local path with the file's content: the file itself on local disk, else a temporary copy."""
         files, name = self._place(path)
-        if files.is_local:
+        if isinstance(files, LocalFiles):
             require_regular(name)
             if not Path(name).is_file():
                 raise FileNotFoundError(name)

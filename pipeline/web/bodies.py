@@ -4,6 +4,7 @@ import io
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pipeline.web.urls import FetchError
@@ -11,7 +12,7 @@ from pipeline.web.urls import FetchError
 _MAX_BYTES = 32_000_000
 
 
-class BodyMemory:
+class BodyMemory(AbstractContextManager["BodyMemory", None]):
     """A bound on the bytes of all bodies that are being received or wait for the decoder; shared by threads.
 
     A body takes its bytes as they arrive, so that neither a declared length nor a slow server holds more than it sent.
@@ -26,9 +27,6 @@ class BodyMemory:
         self._changed = threading.Condition()
         self._beyond: Body | None = None
         self._is_over = False
-
-    def __enter__(self) -> "BodyMemory":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:

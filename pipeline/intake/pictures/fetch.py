@@ -38,7 +38,7 @@ class _NoPictureError(SampleError):
     """Says why a place gives no bytes."""
 
 
-class FileFetcher:
+class FileFetcher(contextlib.AbstractContextManager["FileFetcher", None]):
     """Fetches the places of one source's pictures. Thread-safe, but for tables, whose rows come in order.
 
     Use as a context manager: copies of remote tars and tables are deleted at its end.
@@ -53,9 +53,6 @@ class FileFetcher:
         self.threads = 1 if source.format == tables.FORMAT else crawl.threads
         self._tars = _OpenFiles(self._open_tar)
         self._tables = _OpenFiles(self._open_table)
-
-    def __enter__(self) -> "FileFetcher":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._tars.close()

@@ -6,6 +6,7 @@ Tables: ``urls``, ``raw``, ``captions``, ``scores`` and ``curated`` have the col
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import duckdb
@@ -72,7 +73,14 @@ def _among_stored(table: str) -> _Check:
     return _numbered(f"{table} raw", uids, "uids are not among the stored images")
 
 
-_CANDIDATE = "concat_ws(' ', uid, origin, candidate, text)"
+def _judged(table: str) -> tuple[_Check, ...]:
+    """Scores or matches are of stored images, and of each of their captions."""
+    candidate = "concat_ws(' ', uid, origin, candidate, text)"
+    here, there = f"{candidate} FROM {table} WHERE origin = 'synthetic'", f"{candidate} FROM captions"
+    texts = _same(f"{table} captions", "synthetic candidates", here, "the captions", there)
+    return _among_stored(table), *texts
+
+
 _REASONS = ", ".join(f"('{name}', '{reason.status}')" for name, reason in REASONS.items())
 
 _CHECKS = (
@@ -100,22 +108,8 @@ _CHECKS = (
         "SELECT 1 FROM captions GROUP BY uid, candidate HAVING count(*) > 1 LIMIT 1",
         "a candidate twice",
     ),
-    _among_stored("scores"),
-    *_same(
-        "scores captions",
-        "synthetic candidates",
-        f"{_CANDIDATE} FROM scores WHERE origin = 'synthetic'",
-        "the captions",
-        f"{_CANDIDATE} FROM captions",
-    ),
-    _among_stored("matches"),
-    *_same(
-        "matches captions",
-        "synthetic candidates",
-        f"{_CANDIDATE} FROM matches WHERE origin = 'synthetic'",
-        "the captions",
-        f"{_CANDIDATE} FROM captions",
-    ),
+    *_judged("scores"),
+    *_judged("matches"),
     *_same("curated raw", "uids", "uid FROM curated", "the stored images", "uid FROM stored"),
     _unique("curated", "key"),
     _Check(
@@ -163,7 +157,7 @@ _COUNTS: dict[Stage, tuple[str, str]] = {
 }
 
 
-class ShardTables:
+class ShardTables(AbstractContextManager["ShardTables", None]):
     """The rows of one shard's files in a DuckDB of its own; use as a context manager."""
 
     def __init__(self, tables: Mapping[str, pa.Table]) -> None:
@@ -173,9 +167,6 @@ class ShardTables:
             self._connection.register(name, rows)
             if name in _VIEWS:
                 self._connection.execute(_VIEWS[name])
-
-    def __enter__(self) -> "ShardTables":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, GenerationConfig
 
-from pipeline.images.preprocess import Preprocess, decode_pixels, normalise, stack_pinned
+from pipeline.images.preprocess import decode_pixels, normalise, stack_pinned
 from pipeline.models.blip.decoder import BlipDecoder
 from pipeline.models.blip.generation import NO_TOKEN, NOT_FINITE, GridSampler, RowSampler
 from pipeline.models.blip.vision import VisionTower
@@ -25,7 +25,7 @@ from pipeline.models.checks import not_finite
 from pipeline.models.device import compute_dtype, worker_device
 from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.fp8 import quantise, require_fp8
-from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
+from pipeline.models.transformers_loader import load_model, load_preprocess, load_tokenizer
 from pipeline.models.weights import Weights
 from pipeline.rng import caption_seeds, uniforms
 from schemas.config import CaptionConfig
@@ -74,9 +74,7 @@ class BlipCaptioner:
         model = load_model(BlipForConditionalGeneration, folder, "caption.model", weights.name)
         # Generation settings that came with the files must not fill what a call leaves open.
         model.text_decoder.generation_config = GenerationConfig()
-        self.preprocess = Preprocess.of_blip(
-            load_image_processor(folder, model.config.vision_config.image_size, "caption.model")
-        )
+        self.preprocess = load_preprocess(folder, model.config.vision_config.image_size, "caption.model")
         model = model.to(self.device, self.dtype).eval()
         self._start_id = model.config.text_config.bos_token_id
         self._prompt_ids = self._encode_prompt(model.config.text_config.max_position_embeddings)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
 
-from pipeline.images.preprocess import Preprocess, decode_pixels, normalise
+from pipeline.images.preprocess import decode_pixels, normalise
 from pipeline.models.blip.packing import Packing
 from pipeline.models.blip.qformer_matcher import QFormerMatchEncoder
 from pipeline.models.blip.text_layers import TextLayers, join_heads
@@ -27,7 +27,7 @@ from pipeline.models.checks import require_finite
 from pipeline.models.device import compute_dtype, worker_device
 from pipeline.models.device_batch import DeviceBatch
 from pipeline.models.files.model_files import read_object
-from pipeline.models.transformers_loader import load_image_processor, load_model, load_tokenizer
+from pipeline.models.transformers_loader import load_model, load_preprocess, load_tokenizer
 from pipeline.models.weights import Weights
 from schemas.config import FilterConfig
 from schemas.errors import CapfiltError
@@ -96,9 +96,7 @@ class Matcher:
             "filter.model",
             weights.name,
         )
-        self.preprocess = Preprocess.of_blip(
-            load_image_processor(folder, model.config.vision_config.image_size, "filter.model")
-        )
+        self.preprocess = load_preprocess(folder, model.config.vision_config.image_size, "filter.model")
         text = model.config.qformer_config if is_blip2 else model.config.text_config
         self._require_words(text.vocab_size, {_IMAGE_TOKEN} if is_blip2 else set())
         self._first_id = int(self._tokenizer.cls_token_id)
