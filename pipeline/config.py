@@ -10,7 +10,7 @@ import json
 import os.path
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ _KINDS: dict[type[BaseModel], tuple[str, str, str]] = {
 _RECIPES = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
 
 C = TypeVar("C", CapfiltConfig, PretrainConfig, BootstrapConfig)
+# Of the path to a key: the folder that a relative path there is relative to.
+BaseOf = Callable[..., Path]
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
@@ -97,11 +99,15 @@ def parse_config(
         errors += config_errors(error, values, places)
     if errors or config is None:
         raise CapfiltError("\n".join(errors))
+
+    def base(*path: str | int) -> Path:
+        return Path() if places.override_of(path) else Path(base_folder)
+
     if isinstance(config, PretrainConfig):
-        return _resolve_training_paths(config, places, Path(base_folder))
+        return _resolve_training_paths(config, base)
     if isinstance(config, BootstrapConfig):
-        return _resolve_bootstrap_paths(config, places, Path(base_folder))
-    return _resolve_paths(config, places, Path(base_folder))
+        return _resolve_bootstrap_paths(config, base)
+    return _resolve_paths(config, base)
 
 
 def _reject_other_kind(values: dict[str, Any], origin: str, kind: type[BaseModel]) -> None:
@@ -231,12 +237,8 @@ def _secrets(values: dict[str, Any], places: Origin) -> Iterator[str]:
 # -- paths ---------------------------------------------------------------------------------------------------
 
 
-def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> CapfiltConfig:
+def _resolve_paths(config: CapfiltConfig, base: BaseOf) -> CapfiltConfig:
     """Return the config with every local path absolute."""
-
-    def base(*path: str | int) -> Path:
-        return Path() if places.override_of(path) else base_folder
-
     values = config.model_dump()
     values["corpus"]["path"] = _anchored(values["corpus"]["path"], base("corpus", "path"))
     for number, source in enumerate(values["source"]):
@@ -254,10 +256,7 @@ def _resolve_paths(config: CapfiltConfig, places: Origin, base_folder: Path) -> 
     return CapfiltConfig.model_validate(values)
 
 
-def _resolve_training_paths(config: PretrainConfig, places: Origin, base_folder: Path) -> PretrainConfig:
-    def base(*path: str | int) -> Path:
-        return Path() if places.override_of(path) else base_folder
-
+def _resolve_training_paths(config: PretrainConfig, base: BaseOf) -> PretrainConfig:
     values = config.model_dump()
     for name in ("output", "init_from"):
         if text := values["run"][name]:
@@ -278,12 +277,11 @@ def _resolve_training_paths(config: PretrainConfig, places: Origin, base_folder:
     return PretrainConfig.model_validate(values)
 
 
-def _resolve_bootstrap_paths(config: BootstrapConfig, places: Origin, base_folder: Path) -> BootstrapConfig:
+def _resolve_bootstrap_paths(config: BootstrapConfig, base: BaseOf) -> BootstrapConfig:
     section = config.bootstrap.model_dump()
     for name, value in section.items():
         if isinstance(value, str) and value:
-            is_given = places.override_of(("bootstrap", name))
-            section[name] = _anchored(value, Path() if is_given else base_folder)
+            section[name] = _anchored(value, base("bootstrap", name))
     return BootstrapConfig.model_validate({"bootstrap": section})
 
 

@@ -14,6 +14,7 @@ from pipeline.images import decode, heif
 from pipeline.images.avif import frame_pixels
 from pipeline.images.decode import EncodedImage, ImageError, check, decode_rgb, is_plain_jpeg, read_header
 from pipeline.images.iso_boxes import boxes, items
+from schemas.config import CrawlConfig
 from tests import hostile
 from tests.heic_files import grid, heic, resized_header, single, tile
 from tests.hostile import BAD_IMAGES, JPEG, encoded, picture
@@ -189,7 +190,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
 def test_bad_images_end_with_their_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as raised:
         header = read_header(data)
-        check(header, formats=ALL, max_pixels=50_000_000, min_size_px=64, max_aspect_ratio=4.0)
+        check(header, CrawlConfig(formats=ALL, max_pixels=50_000_000, min_size_px=64, max_aspect_ratio=4.0))
         is_plain_jpeg(data, header)
         decode_rgb(data, formats=ALL)
     assert raised.value.reason == reason
@@ -280,13 +281,8 @@ def test_without_pillow_heif_a_heic_is_refused_in_words(monkeypatch: pytest.Monk
 
 def test_formats_outside_the_config_are_refused() -> None:
     with pytest.raises(ImageError, match="format_refused: GIF"):
-        check(
-            read_header(encoded(picture(), "GIF")),
-            formats=("JPEG",),
-            max_pixels=10**6,
-            min_size_px=1,
-            max_aspect_ratio=9,
-        )
+        limits = CrawlConfig(formats=("JPEG",), max_pixels=10**6, min_size_px=1, max_aspect_ratio=9)
+        check(read_header(encoded(picture(), "GIF")), limits)
 
 
 def test_plain_jpegs_need_no_decoding_here() -> None:
@@ -317,6 +313,7 @@ def test_damage_is_never_an_exception_of_another_kind() -> None:
                  encoded(picture(), "BMP"), hostile.rotated_jpeg(6), hostile.animated("GIF"),
                  encoded(picture().convert("RGBA"), "AVIF", speed=10), heic(picture().convert("RGBA")),
                  grid(tile(64), 64, 3, 180)]  # fmt: skip
+    limits = CrawlConfig(formats=ALL, max_pixels=10**6, min_size_px=1, max_aspect_ratio=100)
     for data in originals:
         for _ in range(150):
             damaged = bytearray(data[: noise.integers(1, len(data) + 1)])
@@ -324,7 +321,7 @@ def test_damage_is_never_an_exception_of_another_kind() -> None:
                 damaged[position] = noise.integers(256)
             try:
                 header = read_header(bytes(damaged))
-                check(header, formats=ALL, max_pixels=10**6, min_size_px=1, max_aspect_ratio=100)
+                check(header, limits)
                 is_plain_jpeg(bytes(damaged), header)
                 decode_rgb(bytes(damaged), formats=ALL, max_pixels=10**6)
             except ImageError:

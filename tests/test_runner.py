@@ -58,7 +58,8 @@ def test_a_worker_that_fails_is_loaded_again_and_the_shard_tried_again(corpus: C
     outcome, loads = select(corpus, RuntimeError("no such file"), OSError("no space"))
     assert (outcome.state, loads) == ("done", 3)
     record = corpus.records.read("select", "cc", "00000")
-    assert record is not None and (outcome.rows_in, outcome.rows_out) == (record.rows_in, record.rows_out)
+    assert record is not None and outcome.record is not None
+    assert (outcome.record.rows_in, outcome.record.rows_out) == (record.rows_in, record.rows_out)
     assert corpus.storage.list("records/attempts") == [], "the commit ends the attempts"
 
 

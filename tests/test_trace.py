@@ -1,5 +1,6 @@
 """One sample's way through the corpus."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_every_candidate_has_an_outcome_in_words(local_root: str) -> None:
         "under select.min_score = 0.1",
     } <= outcomes
     assert any(outcome.startswith("the same text as synthetic") for outcome in outcomes)
+
+
+def test_a_run_of_a_version_with_other_keys_is_traced(local_root: str) -> None:
+    corpus = make_corpus(local_root)
+    (run,) = corpus.records.runs()
+    corpus.records.write_run(replace(run, config={"select": {"of_another_version": 1}}))
+    (traced,) = trace(corpus.manifest, rows(corpus, "status = 'ok'")[0]["uid"])
+    outcomes = {candidate["outcome"] for candidate in traced["candidates"]}
+    assert outcomes and not any("select.min_score" in outcome for outcome in outcomes)
 
 
 def test_a_failed_sample_ends_at_its_fetch(local_root: str) -> None:

@@ -63,13 +63,7 @@ def _header_sentences(files: Sequence[str], storage: Storage) -> Iterator[str]:
         try:
             with storage.open(file) as content:
                 header = read_header(content.read(config.max_body_bytes))
-            check(
-                header,
-                formats=config.formats,
-                max_pixels=config.max_pixels,
-                min_size_px=config.min_size_px,
-                max_aspect_ratio=config.max_aspect_ratio,
-            )
+            check(header, config)
             sides.append(min(header.width, header.height))
         except ImageError as error:
             reasons[error.reason] += 1

@@ -18,7 +18,7 @@ from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, UnidentifiedImageEr
 
 from pipeline.images import avif, heif, jpeg, png
 from pipeline.images.colour import MAX_PROFILE_BYTES, to_srgb
-from schemas.config import MAX_PIXELS
+from schemas.config import MAX_PIXELS, CrawlConfig
 from schemas.statuses import SampleError
 
 # Pillow's warnings of damaged EXIF and of many pixels are redundant: every function below bounds the pixels itself,
@@ -164,26 +164,19 @@ def read_header(data: bytes) -> ImageHeader:
     return EncodedImage(data).header
 
 
-def check(
-    header: ImageHeader,
-    *,
-    formats: Collection[str],
-    max_pixels: int,
-    min_size_px: int,
-    max_aspect_ratio: float,
-) -> None:
-    """Raise ImageError unless an image with this header is within the limits."""
+def check(header: ImageHeader, limits: CrawlConfig) -> None:
+    """Raise ImageError unless an image with this header is one that a crawl accepts."""
     width, height = header.width, header.height
     size = f"{width} x {height}"
-    if header.format not in formats:
+    if header.format not in limits.formats:
         raise ImageError("format_refused", header.format)
-    if width * height > max_pixels:
+    if width * height > limits.max_pixels:
         raise ImageError("too_many_pixels", size)
     if header.animated:
         raise ImageError("format_refused", f"animated {header.format}")
-    if min(width, height) < min_size_px:
+    if min(width, height) < limits.min_size_px:
         raise ImageError("too_small", size)
-    if max(width, height) > max_aspect_ratio * min(width, height):
+    if max(width, height) > limits.max_aspect_ratio * min(width, height):
         raise ImageError("aspect_ratio", size)
 
 

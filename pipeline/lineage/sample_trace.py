@@ -1,12 +1,11 @@
 """The trace of one sample: list, fetches, shard, captions with scores, what was kept and why, and which runs did it."""
 
-import json
 from typing import Any
 
 from pipeline.candidates import Choice, choose_again
 from pipeline.corpus.records import Records
 from pipeline.lineage.taught_by import taught_by
-from pipeline.lineage.trained_on import trained_on
+from pipeline.lineage.trained_on import select_config, trained_on
 from pipeline.manifest.manifest import Manifest, Query
 from pipeline.shards.uids import sample_uid
 from pipeline.text import same_text_key
@@ -157,8 +156,7 @@ def _curated_tar(stages: list[Row], selection: list[Row]) -> str | None:
 def _select_config(stages: list[Row], runs: list[Row]) -> SelectConfig | None:
     """Return ``[select]`` as the run that selected had it."""
     run_ids = [row["run_id"] for row in stages if row["stage"] == "select" and row["state"] == "committed"]
-    configs = [row["config"] for row in runs if run_ids and row["run_id"] == run_ids[-1]]
-    return SelectConfig.model_validate(json.loads(configs[0]).get("select", {})) if configs else None
+    return select_config(next((row for row in runs if run_ids[-1:] == [row["run_id"]]), None))
 
 
 def _judged(

@@ -76,7 +76,7 @@ def _kept(
     selections = [row for row in tars if row["stage"] == "select"]
     current = next((row for row in selections if row["state"] == "committed"), None)
     selection = next((row for row in reversed(selections) if row["tar"] == tar), None)
-    config = _select_config(selection)
+    config = select_config(selection)
     if selection is None or current is None or config is None or MARKS_INPUT in selection["inputs"]:
         return None
     if (
@@ -96,11 +96,11 @@ def _kept(
     }
 
 
-def _select_config(selection: Row | None) -> SelectConfig | None:
-    """Return ``[select]`` as the run that selected had it; None where its record, or a key of it, is not there."""
-    if selection is None or selection["config"] is None:
+def select_config(run: Row | None) -> SelectConfig | None:
+    """Return ``[select]`` as a run had it; None where its record, or a key of it, is not there."""
+    if run is None or run["config"] is None:
         return None
     try:
-        return SelectConfig.model_validate(json.loads(selection["config"]).get("select", {}))
+        return SelectConfig.model_validate(json.loads(run["config"]).get("select", {}))
     except ValueError:
         return None

@@ -63,7 +63,6 @@ def next_step(
     config: CapfiltConfig,
     models: ModelDigests,
     stage: Stage,
-    shard_id: tuple[str, str],
     kind: Kind,
     upstream: Mapping[Stage, ShardRecord],
     committed: ShardRecord | None,
@@ -73,6 +72,7 @@ def next_step(
     """Decide whether a shard's stage is done, to do, stale, or waits for an earlier stage.
 
     Args:
+        upstream: the records of earlier stages, the shard's URLs among them.
         marks: those that concern the shard; select alone obeys them.
     """
     marks = marks if stage == "select" else ()
@@ -85,13 +85,12 @@ def next_step(
     fingerprint = fingerprint_with(rules_digest(marks) if marks else None)
     if committed is not None and committed.fingerprint == fingerprint:
         return Step(state="done")
-    source, shard = shard_id
     task = ShardTask(
         corpus=config.corpus.path,
         stage=stage,
-        source=source,
+        source=upstream["urls"].source,
         kind=kind,
-        shard=shard,
+        shard=upstream["urls"].shard,
         run_id=run_id,
         fingerprint=fingerprint,
         inputs=inputs,

@@ -33,9 +33,6 @@ class ShardOutcome:
     # absent: the shard's source has no such stage. refused: a CapfiltError, which ends the run; later: one that says
     # that the same command may succeed later.
     state: Literal["done", "skipped", "stale", "waiting", "quarantined", "absent", "refused", "later"]
-    images: int = 0
-    rows_in: int = 0
-    rows_out: int = 0
     error: str = ""
     # Of a shard that this run has committed; without what only SQL reads.
     record: ShardRecord | None = None
@@ -51,9 +48,6 @@ class ShardOutcome:
             source=record.source,
             shard=record.shard,
             state="done",
-            images=record.images,
-            rows_in=record.rows_in,
-            rows_out=record.rows_out,
             record=replace(record, histograms={}, inputs={}, versions={}),
         )
 
@@ -147,10 +141,10 @@ class ProgressCounter:
         self._seen.add(shard)
         stage = self._stages.setdefault(outcome.stage, StageProgress())
         stage.shards += 1
-        stage.images += outcome.images
-        stage.rows_in += outcome.rows_in
-        stage.rows_out += outcome.rows_out
         if outcome.record is not None:
+            stage.images += outcome.record.images
+            stage.rows_in += outcome.record.rows_in
+            stage.rows_out += outcome.record.rows_out
             self._metrics.add_record(outcome.record)
         if outcome.state == "quarantined":
             stage.quarantined.append(f"{outcome.source}/{outcome.shard}")

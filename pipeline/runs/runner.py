@@ -212,7 +212,6 @@ class ShardRunner:
             run.config,
             run.models,
             self.stage,
-            (source, shard),
             kind,
             upstream,
             committed,

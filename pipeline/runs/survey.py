@@ -156,7 +156,7 @@ def _steps(
         if stage not in stages:
             continue
         rules = marks.get(shard_id, ())
-        step = next_step(config, models, stage, shard_id, kind, upstream, record, marks=rules).state
+        step = next_step(config, models, stage, kind, upstream, record, marks=rules).state
         if remade.intersection(upstream_of(config, stage, kind)):
             step = "pending" if record is None else "stale"
         if step in ("pending", "stale"):
@@ -164,9 +164,7 @@ def _steps(
         yield stage, step, _images(upstream, stage, share)
 
 
-def _expected_share(
-    committed: Mapping[ShardId, ShardRecord],
-) -> tuple[float, Basis]:
+def _expected_share(committed: Mapping[ShardId, ShardRecord]) -> tuple[float, Basis]:
     """Return the share of URLs that give an image: this corpus's own, where it has crawled any."""
     crawled = [record for (stage, _, _), record in committed.items() if stage == "crawl"]
     urls = sum(record.rows_in for record in crawled)
@@ -238,27 +236,23 @@ class Totals:
         """Add up records."""
         totals = cls()
         for record in records:
-            totals.add(record)
+            totals.gpu_hours += record.gpu_seconds / 3600
+            match record.stage:
+                case "crawl":
+                    totals.urls += record.rows_in
+                    totals.images += record.images
+                    totals.lost.update(_by_reason(record))
+                case "caption":
+                    totals.captioned += record.images
+                case "rank":
+                    totals.ranked += record.images
+                case "filter":
+                    totals.filtered += record.images
+                case "select":
+                    totals.selected += record.rows_in
+                    totals.kept += record.counts.get("kept", 0)
+                    totals.dropped.update(_by_reason(record))
         return totals
-
-    def add(self, record: ShardRecord) -> None:
-        """Add one record."""
-        self.gpu_hours += record.gpu_seconds / 3600
-        match record.stage:
-            case "crawl":
-                self.urls += record.rows_in
-                self.images += record.images
-                self.lost.update(_by_reason(record))
-            case "caption":
-                self.captioned += record.images
-            case "rank":
-                self.ranked += record.images
-            case "filter":
-                self.filtered += record.images
-            case "select":
-                self.selected += record.rows_in
-                self.kept += record.counts.get("kept", 0)
-                self.dropped.update(_by_reason(record))
 
 
 def _by_reason(record: ShardRecord) -> dict[str, int]:

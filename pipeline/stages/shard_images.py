@@ -109,16 +109,10 @@ class ShardImages:
 
     def _judge(self, data: bytes, columns: dict[str, Any]) -> EncodedImage:
         """Return an image whose header is within the limits. Raises ImageError."""
-        config, image = self._config, EncodedImage(data)
+        image = EncodedImage(data)
         header = image.header
         columns.update(format=header.format, original_width=header.width, original_height=header.height)
-        check(
-            header,
-            formats=config.formats,
-            max_pixels=config.max_pixels,
-            min_size_px=config.min_size_px,
-            max_aspect_ratio=config.max_aspect_ratio,
-        )
+        check(header, self._config)
         return image
 
     def _store(self, file: BinaryIO, fetched: "_Fetched") -> None:

@@ -74,7 +74,7 @@ class ObjectFileSystem(AbstractFileSystem):
     def isfile(self, path: str) -> bool:
         """Tell whether an object is there."""
         files, key = self._locate(path)
-        return files.is_file(key)
+        return files.exists(key)
 
     def isdir(self, path: str) -> bool:
         """Tell whether there are objects below a name."""

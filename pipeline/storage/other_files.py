@@ -26,10 +26,6 @@ class OtherFiles:
         """Tell whether a file or folder is there."""
         return bool(self._filesystem.exists(name))
 
-    def is_file(self, name: str) -> bool:
-        """Tell whether a file is there."""
-        return bool(self._filesystem.isfile(name))
-
     def is_folder(self, name: str) -> bool:
         """Tell whether a folder is there."""
         return bool(self._filesystem.isdir(name))

@@ -100,7 +100,7 @@ class Storage:
         A missing folder is accepted if it can be created. Changes nothing.
         """
         if not isinstance(self._files, LocalFiles):
-            if self._files.is_file(self._base) and not self._files.is_folder(self._base):
+            if self._files.exists(self._base) and not self._files.is_folder(self._base):
                 raise CapfiltError(f"{key} {self.root!r} is an object; name a prefix")
             return
         root = Path(self.root)

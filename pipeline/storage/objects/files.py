@@ -51,10 +51,6 @@ class ObjectFiles:
 
     def exists(self, key: str) -> bool:
         """Tell whether an object has this key: one request."""
-        return self.is_file(key)
-
-    def is_file(self, key: str) -> bool:
-        """Tell whether an object has this key."""
         try:
             return bool(key) and self.info(key) is not None
         except FileNotFoundError:
