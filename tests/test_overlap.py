@@ -185,7 +185,8 @@ def test_a_shard_that_fails_leaves_the_other_undisturbed(
 
     watched.script = staticmethod(script)
     outcomes = caption_both(crawled)
-    assert outcomes["00000"].state == "done" and outcomes["00000"].images == 6
+    done = outcomes["00000"]
+    assert done.state == "done" and done.record is not None and done.record.images == 6
     assert outcomes["00001"].state == "quarantined" and "device-side assert" in outcomes["00001"].error
     assert watched.most == 2
     # Loaded anew for each further attempt, and never while the other shard used the old weights.

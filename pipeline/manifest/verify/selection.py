@@ -1,10 +1,10 @@
 """Which shards of a corpus are verified: all, those of a source, of some numbers, or a share drawn by a hash."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.rng import seed_for
 from schemas.errors import CapfiltError
 
 _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
@@ -29,7 +29,7 @@ class ShardSelection:
         return (
             self.source in ("", source)
             and (not self.numbers or (shard.isdigit() and self._has_number(int(shard))))
-            and (self.share >= 1 or seed_for(self.seed, source, shard) / 2**63 < self.share)
+            and (self.share >= 1 or _place(self.seed, source, shard) < self.share)
         )
 
     def _has_number(self, number: int) -> bool:
@@ -70,3 +70,9 @@ def require_some(selection: ShardSelection, shards: Iterable[tuple[str, str]]) -
         f"no shard is among those to verify ({selection}); the corpus has {len(shards):,} shards, "
         f"its sources: {sources}"
     )
+
+
+def _place(seed: int, source: str, shard: str) -> float:
+    """Return a number from 0 to 1 that follows from the shard's name and the seed."""
+    digest = hashlib.sha256(f"{seed}\n{source}\n{shard}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
