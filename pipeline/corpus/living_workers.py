@@ -21,6 +21,7 @@ _EVERY_S = 20.0
 _DEAD_AFTER = 3
 # What a killed worker has left is in nobody's way: the others remove it at leisure.
 _REMOVED_AFTER = 30
+_LEAVE_S = 5.0
 
 
 class LivingWorkers:
@@ -72,6 +73,12 @@ class LivingWorkers:
                 self.count()
 
     def _leave(self) -> None:
+        """Remove the file, if the storage answers soon; one that is away must not keep this process from its end."""
+        leaving = threading.Thread(target=self._remove, daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_S)
+
+    def _remove(self) -> None:
         with contextlib.suppress(Exception):
             self._storage.delete(self._path)
 

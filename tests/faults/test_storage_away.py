@@ -1,8 +1,11 @@
 """A run whose storage goes away and comes back: connections before a real S3 server are refused, hang, break, crawl."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -13,7 +16,7 @@ from schemas.config import CapfiltConfig
 from schemas.stages import STAGE_FOLDERS, Stage
 from tests.faults.conftest import BUCKET, SHARDS
 from tests.faults.proxy import Mode, Proxy
-from tests.processes import cli_here
+from tests.processes import ROOT, cli_here
 from tests.runs import committed_uids, config_file, curated_files, with_values
 
 STAGES: tuple[Stage, ...] = ("crawl", "caption", "rank", "select")
@@ -27,6 +30,22 @@ def begins(request: S3Request) -> str:
     """Return the stage whose first attempt of a shard a request notes; empty where it notes none."""
     parts = request.key.split("/")
     return parts[3] if request.kind == "PUT" and parts[1:3] == ["records", "attempts"] else ""
+
+
+# A worker that has said that it works, and waits until its input ends.
+WORKER = """
+import sys, time
+from pipeline.corpus.living_workers import LivingWorkers
+from pipeline.storage.patience import Patience
+from pipeline.storage.storage import Storage
+
+told = []
+with LivingWorkers(Storage(sys.argv[1], Patience(3600)), "crawl", told.append).at_work():
+    while not told:
+        time.sleep(0.01)
+print("counted", flush=True)
+sys.stdin.read()
+"""
 
 
 def objects(folder: str) -> list[str]:
@@ -121,3 +140,17 @@ def test_an_endpoint_that_refuses_before_the_work_is_said_at_once(
     ended = cli_here("run", "--local", "-c", str(config_file(config, tmp_path / "c.json")))
     proxy.be("pass")
     assert (ended.returncode, len(ended.stderr.splitlines())) == (4, 1), ended.stderr
+
+
+def test_a_process_ends_while_the_storage_is_away(proxy: Proxy) -> None:
+    """A worker takes its file of ``records/at-work`` away at its end: with an hour's patience, that took an hour."""
+    command = [sys.executable, "-c", WORKER, f"s3://{BUCKET}/at-its-end"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE) as worker:
+        assert worker.stdin and worker.stdout and worker.stdout.readline() == b"counted\n"
+        proxy.be("refuse")
+        worker.stdin.close()
+        try:
+            assert worker.wait(timeout=60) == 0
+        finally:
+            worker.kill()
+            proxy.be("pass")
