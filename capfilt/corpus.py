@@ -128,8 +128,15 @@ class Corpus:
         from jobs.run import RunOptions, run
         from pipeline.runs.limits import RunLimits
 
+        for argument, values in (("overrides", overrides), ("stages", stages)):
+            if isinstance(values, str):
+                raise CapfiltError(f"{argument}: a list is expected; put a single one into brackets")
         if unknown := set(stages) - set(STAGES):
             raise CapfiltError(f"stages: {', '.join(sorted(unknown))} is not of {', '.join(STAGES)}")
+        if not stages:
+            raise CapfiltError(f"stages: there is none; name some of {', '.join(STAGES)}")
+        if limit is not None and limit < 1:
+            raise CapfiltError(f"limit: {limit}: at least 1 is expected, or None")
         if isinstance(config, CapfiltConfig):
             if overrides:
                 raise CapfiltError("overrides are of a config file: change the loaded config itself")

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
+from jobs.demo.world.site import write_url_list
 from pipeline.corpus.records import Records
 from pipeline.storage.storage import Storage
 from tests.processes import ROOT, cli, cli_here, start_cli, what_comes
@@ -258,6 +259,9 @@ def test_plan_before_and_after(base_url: str, tmp_path: Path) -> None:
     assert not (tmp_path / "corpus").exists(), "plan must not write"
     crawled = json.loads(cli_here("crawl", "-c", file, "--local", "--json").stdout)
     assert crawled["outcome"] == "done" and crawled["stages"]["crawl"] == {"done": 2, "total": 2}
+    write_url_list(tmp_path / "urls.parquet", base_url, 20, seed=1)
+    assert plan(file)["unread_rows"] == {"world": 0}
+    assert "world: its lists have changed, none is longer" in cli_here("plan", "-c", file).stdout
     rows = {row["stage"]: row for row in plan(file)["stages"]}
     assert rows["crawl"]["done"] == 2 and rows["crawl"]["basis"] == "measured"
     assert rows["caption"]["pending"] == 2 and rows["caption"]["basis"] == "estimate"

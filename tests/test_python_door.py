@@ -265,6 +265,14 @@ def test_a_run_takes_what_the_command_takes(
     elsewhere = [f"corpus.path={tmp_path / 'corpus'}"]
     crawled = capfilt.Corpus.run(file, overrides=elsewhere, local=True, stages=["crawl"], limit=1)
     assert (crawled.outcome, crawled.summary["shards_done"]) == ("done", 1)
+    for wrong, message in (
+        ({"overrides": "select.top_k=1"}, "overrides: a list is expected"),
+        ({"stages": "crawl"}, "stages: a list is expected"),
+        ({"stages": []}, "stages: there is none"),
+        ({"limit": 0}, "limit: 0: at least 1"),
+    ):
+        with pytest.raises(capfilt.CapfiltError, match=message):
+            capfilt.Corpus.run(file, local=True, **wrong)
     with pytest.raises(capfilt.CapfiltError, match="stages: weigh is not of crawl, caption, rank, filter"):
         capfilt.Corpus.run(file, stages=["weigh"])
     with pytest.raises(capfilt.CapfiltError, match=r"no section \[filter\]"):

@@ -56,3 +56,5 @@ def test_files_that_a_backup_lacks_are_named(corpus: Corpus, tmp_path: Path) -> 
     assert differences and all(
         found.what == "missing" and found.path.startswith("scores/") for found in differences
     )
+    told = cli_here("verify", "--quick", str(restored))
+    assert told.returncode == 1 and "delete its shard's record" in told.stdout

@@ -386,6 +386,9 @@ def test_made_anew_inputs_and_sources_that_left_are_named(done: CapfiltConfig, t
     record.write_text(json.dumps(values))
     there = with_values(done, corpus={"path": str(corpus)})
     assert plan_corpus(there)["stale_because"] == {"rank: the files of caption were made again since": 1}
+    record.unlink()  # as one whose files are damaged
+    gone = "rank: made of the caption stage's files, which have no record now"
+    assert plan_corpus(there)["stale_because"] == {gone: 1}
     other = there.model_copy(update={"source": (there.source[0].model_copy(update={"name": "another"}),)})
     planned = plan_corpus(other)
     assert planned["left_config"] == {"world": 4} and planned["stale_because"] == {}

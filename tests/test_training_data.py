@@ -16,6 +16,7 @@ import pytest
 import torch
 from corpora import Corpus, make_corpus
 from raw_shards import encoded, picture
+from runs import with_values
 
 from pipeline.corpus.records import Records
 from pipeline.shards.shard_files import write_tar
@@ -462,6 +463,11 @@ def test_what_cannot_be_trained_on_is_said(tmp_path: Path) -> None:
     crawled = make_corpus(str(tmp_path / "crawled"), shards=1, stages=("crawl",))
     with pytest.raises(CapfiltError, match="has no curated shards.*capfilt run"):
         take_snapshot(config_of(crawled.root).data)
+    refused = make_corpus(str(tmp_path / "refused"), shards=1, stages=("crawl", "caption", "rank"))
+    refused.config = with_values(refused.config, select={"min_score": 1.0})
+    refused.make("cc", "00000", ("select",))
+    with pytest.raises(CapfiltError, match="no image is kept in the 1 curated shards of .*capfilt stats"):
+        take_snapshot(config_of(refused.root).data)
     listed = make_corpus(str(tmp_path / "listed"), shards=1, stages=())
     with pytest.raises(CapfiltError, match="has no crawled shards.*capfilt run"):
         take_snapshot(config_of(listed.root, captions="web").data)

@@ -156,7 +156,12 @@ def stale_reasons(
         is_root = not any((name, source, shard) in stale_ids for name in upstream)
         if not reasons and is_root:
             writer_version = record.versions.get("capfilt", "unknown")
-            reasons = [f"{stage}: made by capfilt {writer_version}, and this is {version('capfilt')}"]
+            # Its record was deleted, or its attempts failed after it was retired.
+            reasons = [
+                f"{stage}: made of the {name} stage's files, which have no record now"
+                for name, input_record in upstream.items()
+                if input_record is None
+            ] or [f"{stage}: made by capfilt {writer_version}, and this is {version('capfilt')}"]
         counted.update(reasons)
     return dict(counted.most_common())
 

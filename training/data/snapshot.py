@@ -201,6 +201,11 @@ def _committed(config: CorpusSlice) -> dict[str, Source]:
         if tar.rows:
             ref = SnapshotShard(corpus=path, source=source, shard=name, tar=tar, parquet=parquet)
             shards.setdefault(source, []).append(ref)
+    if not shards and committed:
+        raise CapfiltError(
+            f"data.corpus: no image is kept in the {len(committed):,} {_MADE_BY[stage]} shards of {path}; "
+            "`capfilt stats` says why"
+        )
     if not shards and storage.is_corpus():
         raise CapfiltError(
             f"data.corpus: {path} has no {_MADE_BY[stage]} shards; `capfilt plan` shows what is missing, `capfilt run` "

@@ -107,7 +107,10 @@ def _plan_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     for source, rows in plan["unread_rows"].items():
-        yield f"{source}: rows of its lists that are not read yet: {rows:,} (capfilt run reads them)"
+        if rows:
+            yield f"{source}: rows of its lists that are not read yet: {rows:,} (capfilt run reads them)"
+        else:
+            yield f"{source}: its lists have changed, none is longer than before; capfilt run looks for new rows"
     for source, urls in plan["retries"].items():
         yield f"{source}: URLs to be tried again, not counted above: {urls:,}"
     for change, shards in plan["stale_because"].items():

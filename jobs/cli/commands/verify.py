@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from pipeline.manifest.verify.corpus import Verification
     from pipeline.manifest.verify.selection import ShardSelection
 
+_WHAT_TO_DO = (
+    "a file that is missing or damaged: restore it, or delete its shard's record, records/STAGE/SOURCE/NUMBER.json,\n"
+    "and capfilt run makes the shard anew; with --recompute also what was made of it"
+)
+
 verification = typer.Typer()
 
 
@@ -69,6 +74,8 @@ def verify(
             f"{depth} {result.files:,} files ({readable_bytes(result.bytes)}) of {result.shards:,} shards{which}: "
             f"{len(result.differences):,} differences"
         )
+        if result.differences:
+            print(_WHAT_TO_DO)
     raise typer.Exit(1 if result.differences else 0)
 
 
