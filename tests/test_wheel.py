@@ -60,7 +60,7 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel: ZipFile) -> 
 
 def test_wheel_brings_the_command_and_the_license(wheel: ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert "capfilt = jobs.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "capfilt = jobs.cli.main:program" in wheel.read(f"{info}/entry_points.txt").decode()
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 

@@ -1,10 +1,13 @@
 """The command ``capfilt``: one small function a command, heavy imports inside them."""
 
+import atexit
+import contextlib
 import gc
 import inspect
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -250,6 +253,27 @@ def _interruptible(command: Callable[[], Any]) -> None:
         except SystemExit as ended:
             # Typer says 130 whichever signal it was.
             sys.exit(interrupts.exit_code if interrupts.count and ended.code == _INTERRUPTED else ended.code)
+
+
+def program() -> None:
+    """Be the process ``capfilt``: run the command line, and end with its exit code."""
+    code = 0
+
+    def end_beside_threads() -> None:
+        # Threads may still wait for a name server or a storage. Python would take the modules from under them, and of
+        # each object that they hold DuckDB's binding would print that it leaked.
+        if any(thread.daemon for thread in threading.enumerate()):
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+    atexit.register(end_beside_threads)  # first, and so called last
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
 
 
 def main() -> None:

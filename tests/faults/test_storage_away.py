@@ -32,10 +32,12 @@ def begins(request: S3Request) -> str:
     return parts[3] if request.kind == "PUT" and parts[1:3] == ["records", "attempts"] else ""
 
 
-# A worker that has said that it works, and waits until its input ends.
+# A worker that has said that it works, and waits until its input ends; then it ends as the command line does.
 WORKER = """
 import sys, time
+from jobs.cli.main import program
 from pipeline.corpus.living_workers import LivingWorkers
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.patience import Patience
 from pipeline.storage.storage import Storage
 
@@ -45,6 +47,8 @@ with LivingWorkers(Storage(sys.argv[1], Patience(3600)), "crawl", told.append).a
         time.sleep(0.01)
 print("counted", flush=True)
 sys.stdin.read()
+sys.argv[1:] = ["--version"]
+program()
 """
 
 
@@ -143,14 +147,15 @@ def test_an_endpoint_that_refuses_before_the_work_is_said_at_once(
 
 
 def test_a_process_ends_while_the_storage_is_away(proxy: Proxy) -> None:
-    """A worker takes its file of ``records/at-work`` away at its end: with an hour's patience, that took an hour."""
+    """A worker removes its file of ``records/at-work`` at its end: with an hour's patience, that took an hour."""
     command = [sys.executable, "-c", WORKER, f"s3://{BUCKET}/at-its-end"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE) as worker:
-        assert worker.stdin and worker.stdout and worker.stdout.readline() == b"counted\n"
+    with subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE) as worker:
+        assert worker.stdout and worker.stdout.readline() == b"counted\n"
         proxy.be("refuse")
-        worker.stdin.close()
         try:
-            assert worker.wait(timeout=60) == 0
+            output, errors = worker.communicate(timeout=60)
         finally:
             worker.kill()
             proxy.be("pass")
+    # The thread that still waits for the storage is not told of.
+    assert (worker.returncode, errors) == (0, b"") and output.startswith(b"capfilt ")
