@@ -729,6 +729,7 @@ def _broken_shard(corpus: Path) -> None:
             "checkpoint.keep_best: there are no images for the probe; set data.held_out",
         ),
         ({"cluster": {"gpus": 64}}, "cluster.gpus = 64, and this machine has"),
+        ({"run": {"output": "/proc/capfilt"}}, "run.output: cannot write to /proc/capfilt/stage1/"),
         ({"corpus": "broken"}, "00000.tar"),
         ({"corpus": "empty"}, "has no curated shards"),
     ],

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.corpus.checkpoint_files import run_folder
 from pipeline.corpus.fingerprint import output_fields
 from pipeline.digests import digest_json
+from pipeline.storage.errors import storage_error_message
 from pipeline.storage.storage import Storage
 from schemas.errors import CapfiltError
 from schemas.pretrain import PretrainConfig
@@ -215,18 +216,29 @@ def _snapshot(config: PretrainConfig, folder: Storage, state: State | None) -> S
     return snapshot
 
 
+@contextmanager
+def _refusing_output(storage: Storage) -> Iterator[None]:
+    """Turn an error of the storage, such as a full or a read-only disk, into a CapfiltError."""
+    try:
+        yield
+    except OSError as error:
+        why = storage_error_message(error) or str(error)
+        raise CapfiltError(f"run.output: cannot write to {storage.root} ({why})") from error
+
+
 def _open_outputs(loop: Loop, snapshot: Snapshot, run: RunRecord, stack: ExitStack) -> None:
     """Open what rank 0 alone writes: metrics, the run's files, the records in the corpora."""
     config, storage = loop.config, loop.checkpoints.storage
     resolved = config.model_dump(mode="json")
-    lease = Lease.take(storage, run.run_id, above=loop.last_lease, log=loop.log)
-    stack.callback(lease.release)
-    loop.checkpoints.lease = lease
-    lines = JsonLines(storage, loop.step, lease)
-    stack.callback(lines.close)
-    loop.checkpoints.remove_unfinished()
-    storage.write("config.json", json.dumps(resolved, indent=1).encode())
-    storage.write(snapshot_file(snapshot.digest), snapshot.to_json())
+    with _refusing_output(storage):
+        lease = Lease.take(storage, run.run_id, above=loop.last_lease, log=loop.log)
+        stack.callback(lease.release)
+        loop.checkpoints.lease = lease
+        lines = JsonLines(storage, loop.step, lease)
+        stack.callback(lines.close)
+        loop.checkpoints.remove_unfinished()
+        storage.write("config.json", json.dumps(resolved, indent=1).encode())
+        storage.write(snapshot_file(snapshot.digest), snapshot.to_json())
     local = storage.root if storage.is_local else f"runs/{config.run.name}"
     loop.sinks = [lines]
     if config.metrics.tensorboard:
