@@ -80,7 +80,7 @@ def test_refused_addresses_are_tried_again_once_they_are_allowed(tmp_path: Path)
         assert first.counts == {"refused": 3, "refused/forbidden_address": 3}
         host = f"127.0.0.1:{site.port}"
         assert {row["detail"] for row in samples_of(records, first)} == {
-            f'127.0.0.1 is 127.0.0.1; crawl.allow_hosts = ["{host}"] would exempt it'
+            f'127.0.0.1 is not a public address; crawl.allow_hosts = ["{host}"] would exempt it'
         }
 
         [outcome] = queue_retries(allowing, records, "run")

@@ -10,6 +10,7 @@ import pytest
 
 from jobs.bench.fixtures.s3 import S3Server
 from pipeline.storage.errors import storage_error_message
+from pipeline.storage.scratch import temporary_folder
 from tests.processes import cli
 
 _CONFIG = """
@@ -82,3 +83,20 @@ def test_of_a_copy_the_full_disk_is_named_and_not_the_one_that_was_read(tmp_path
 )
 def test_other_errors_are_not_explained_away(error: Exception) -> None:
     assert storage_error_message(error) is None
+
+
+@pytest.mark.parametrize(("free", "named"), [(0, True), (1 << 30, False)])
+def test_a_full_disk_of_scratch_files_is_named(
+    free: int, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write knows of no name: if the scratch disk has room, it was another one."""
+    monkeypatch.setattr("pipeline.storage.scratch.free_scratch", lambda: free)
+    with (
+        pytest.raises(OSError) as full,
+        temporary_folder() as folder,
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"of a tar")
+    message = storage_error_message(full.value)
+    place = f": {folder} (the folder of TMPDIR)" if named else ""
+    assert message == f"No space left on device{place}; make room"

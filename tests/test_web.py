@@ -548,7 +548,7 @@ def test_the_host_that_is_checked_is_the_host_that_is_connected_to(host: str, si
     fetch = web(site, max_attempts=1).fetch(url)
     expected = ("failed", "dns") if "example" in host else ("refused", "forbidden_address")
     assert end(fetch) == expected
-    assert "public" not in fetch.detail and site.canary.requests == 0
+    assert "public.example" not in fetch.detail and site.canary.requests == 0
 
 
 # -- opt-outs ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Scratch folders on local disk: removed when a block ends, and swept later where a process was killed."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -10,13 +11,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# A disk has so little left, and not nothing, when a write did not fit.
+_NO_ROOM_BYTES = 1 << 20
+
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed."""
+    """Yield a scratch folder that ``sweep_temporary_folders`` can find if this process is killed.
+
+    An error that the disk is full names the folder where it names no file and this is the disk.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f"{_scratch_prefix()}{os.getpid()}-"))
     try:
         yield folder
+    except OSError as error:
+        if error.errno == errno.ENOSPC and not error.filename and free_scratch() < _NO_ROOM_BYTES:
+            error.filename = f"{folder} (the folder of TMPDIR)"
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -183,9 +183,11 @@ class Resolver:
         if _site(url) not in self._allowed:
             for _, address in addresses:
                 if is_forbidden(address[0]):
+                    named = "" if address[0] == url.host else f" is {address[0]}, which"
                     raise FetchError(
                         "forbidden_address",
-                        f'{url.host} is {address[0]}; crawl.allow_hosts = ["{_site(url)}"] would exempt it',
+                        f"{url.host}{named} is not a public address; crawl.allow_hosts = "
+                        f'["{_site(url)}"] would exempt it',
                     )
         return addresses
 
