@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import IMAGE_PX, SPECIAL, WORDS, tokenizer
 
-from pipeline.models.clip.small_eva import register_eva
+from pipeline.models.clip.loader import register_eva
 
 NAME = "eva_tiny_capfilt"
 WIDTH, BLOCKS, HEADS = 32, 3, 4

@@ -20,7 +20,7 @@ quality. The captioner stops early on purpose: let run on to step 2,608, 98% of
 its samples were true, which leaves a ranker little to do.
 
 The trainings read an EVA, not the ranker's CLIP ViT, because transformers' Blip2 has a place for EVA alone: so an
-export of the demo loads there. This EVA (`pipeline/models/clip/small_eva.py`) begins with the ranker's weights and
+export of the demo loads there. This EVA (`pipeline/models/clip/loader.py`) begins with the ranker's weights and
 learns the ranker's features for 600 steps, until the difference is 1% of their variance: about 5 minutes of one thread.
 Equal machines get equal weights:
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import open_clip
 import torch
+from timm.models import register_model
+from timm.models.eva import Eva
 from torch import nn
 
 from pipeline.models.checks import reject_larger
-from pipeline.models.clip import small_eva  # noqa: F401  its names must be known to open_clip
 from pipeline.models.clip_config import clip_config
 from pipeline.models.files.folder_view import folder_view
 from pipeline.models.files.model_files import safetensors_header
@@ -61,6 +62,36 @@ def load_clip_tokenizer(weights: Weights, where: str) -> Any:
         files |= tokenizer_view(path, where)
     with folder_view(path, files, f"{where}: {path}") as view:
         return open_clip.get_tokenizer(f"local-dir:{view}")
+
+
+def register_eva(
+    name: str, *, image_size_px: int, patch_px: int, width: int, blocks: int, heads: int
+) -> None:
+    """Let ``timm_model_name`` of an ``open_clip_config.json`` name a small image encoder of EVA's architecture.
+
+    open_clip takes EVA from timm, whose EVA01 is a giant. The architecture is that of ``EVA01-g-14``: learned
+    positions, biases of queries and values but not of keys, GELU.
+    """
+
+    def build(**options: Any) -> Eva:
+        # timm asks every model for its pretrained weights; these have none.
+        for key in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            options.pop(key, None)
+        return Eva(
+            img_size=image_size_px,
+            patch_size=patch_px,
+            embed_dim=width,
+            depth=blocks,
+            num_heads=heads,
+            **options,
+        )
+
+    build.__name__ = name
+    register_model(build)
+
+
+# The demo's, known before any CLIP with such an encoder is built.
+register_eva("eva_tiny_patch8_64", image_size_px=64, patch_px=8, width=128, blocks=4, heads=4)
 
 
 def _load_folder(folder: Path, where: str, precision: str) -> nn.Module:
