@@ -228,9 +228,8 @@ def _secrets(values: dict[str, Any], places: Origin) -> Iterator[str]:
     """Reject URLs with a password: the config is kept with every run."""
     for path, value in walk(values):
         if isinstance(value, str) and _PASSWORD.search(value):
-            place = (
-                "--set" if places.override_of(path) else places.place(path)
-            )  # the argument holds the password
+            # The argument holds the password.
+            place = "--set" if places.override_of(path) else places.place(path)
             yield f"{place}: {dotted_key(path, values)}: a password in a URL; use environment variables instead"
 
 

@@ -161,18 +161,12 @@ def filter_weights(config: FilterConfig) -> Weights:
     Raises:
         CapfiltError: also where ``filter.max_tokens`` is more than its text model has positions for.
     """
-    weights = _blip_weights("filter", config.model, config.revision, "filter.model")
-    shape = read_object(Path(weights.path) / "config.json", "filter.model")
-    text = shape.get("qformer_config" if shape["model_type"] == "blip-2" else "text_config")
-    most = text.get("max_position_embeddings", _POSITIONS) if isinstance(text, dict) else _POSITIONS
-    if isinstance(most, int) and config.max_tokens > most:
-        raise CapfiltError(
-            f"filter.max_tokens = {config.max_tokens}: {config.model!r} ends at {most} tokens; set no more"
-        )
-    return weights
+    return _blip_weights("filter", config.model, config.revision, "filter.model", config.max_tokens)
 
 
-def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: str, where: str) -> Weights:
+def _blip_weights(
+    kind: Literal["captioner", "filter"], model: str, revision: str, where: str, max_tokens: int = 0
+) -> Weights:
     folder = model_folder(model, revision, _BLIP_FILES, _first_missing_blip_file, where)
     if missing := _first_missing_blip_file(folder):
         raise CapfiltError(
@@ -187,6 +181,8 @@ def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: st
             f"{where} = {model!r} is a {printable(repr(model_type))[:40]} model; the {kind} must be a {known} one"
         )
     reject_code(shape, folder / "config.json")
+    if max_tokens:
+        _require_positions(shape, model, max_tokens)
     processor_config(folder, image_size_px(shape), where)
     tokenizer_view(folder, where)
     settings = ("config.json", processor_file(folder), *TOKENIZER_FILES)
@@ -199,6 +195,14 @@ def _blip_weights(kind: Literal["captioner", "filter"], model: str, revision: st
     names = [name for name in settings if (folder / name).is_file()] + weights
     is_of_hub = not is_bucket(model) and local_folder(model, where) is None
     return _weights(kind, model, revision if is_of_hub else "", folder, names)
+
+
+def _require_positions(shape: Mapping[str, Any], model: str, max_tokens: int) -> None:
+    """Raise CapfiltError where texts may be longer than a filter's text model reads."""
+    text = shape.get("qformer_config" if shape["model_type"] == "blip-2" else "text_config")
+    most = text.get("max_position_embeddings", _POSITIONS) if isinstance(text, dict) else _POSITIONS
+    if isinstance(most, int) and max_tokens > most:
+        raise CapfiltError(f"filter.max_tokens = {max_tokens}: {model!r} ends at {most} tokens; set no more")
 
 
 def uncached_models(config: CapfiltConfig) -> dict[str, str]:
